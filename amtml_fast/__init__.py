@@ -1,0 +1,32 @@
+"""Fast multi-teacher knowledge distillation: fused losses for your own loop, and a trainer around them."""
+
+from amtml_fast.backend import backends, use_backend
+from amtml_fast.functional import angle_loss, dual_softmax, hint_loss, multi_teacher_kd_loss, teacher_weights
+from amtml_fast.losses import (
+    AMTMLLoss,
+    AMTMLOutput,
+    AngleLoss,
+    DualSoftmax,
+    MultiGroupHintLoss,
+    MultiTeacherKDLoss,
+    TeacherAdapter,
+)
+from amtml_fast.version import __version__
+
+__all__ = [
+    "AMTMLLoss",
+    "AMTMLOutput",
+    "AngleLoss",
+    "DualSoftmax",
+    "MultiGroupHintLoss",
+    "MultiTeacherKDLoss",
+    "TeacherAdapter",
+    "__version__",
+    "angle_loss",
+    "backends",
+    "dual_softmax",
+    "hint_loss",
+    "multi_teacher_kd_loss",
+    "teacher_weights",
+    "use_backend",
+]

@@ -1,0 +1,212 @@
+"""One autograd.Function per operator, over the raw ops: the cheapest route from a kernel to ``backward``.
+
+Float32 and float64 gradients are written by the forward kernel, next to the value, and only multiplied in backward.
+16-bit inputs recompute them in backward from saved row statistics, so that they are rounded once, after the incoming
+gradient (and a loss scale with it) has been applied.
+
+Arguments ``need_*`` are decided by the caller: inside ``forward`` grad mode is always off.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+ops = torch.ops.amtml
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity on gradients whose own backward raises: never a silently missing second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, grad: Tensor) -> Tensor:
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: the fused backends have no second derivative; "
+            'compute this part under amtml_fast.use_backend("reference"), which has'
+        )
+
+
+def _first_order(op: str) -> Callable:
+    """Decorate ``backward``: no graph inside it, and a clear error if someone differentiates it again."""
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def wrapped(ctx: FunctionCtx, *grads: Tensor) -> Any:
+            with torch.no_grad():
+                out = backward(ctx, *grads)
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+                return out
+            return tuple(
+                _NoSecondDerivative.apply(op, g.detach().requires_grad_()) if isinstance(g, Tensor) else g for g in out
+            )
+
+        return wrapped
+
+    return decorate
+
+
+def _asked(grad: Tensor, needed: bool) -> Tensor | None:
+    return grad if needed else None
+
+
+class TeacherWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> Tensor:
+        weights, pooled, index = ops.teacher_weights_fwd.default(features, theta, v, max_pool)
+        ctx.save_for_backward(features, theta, v, weights, pooled, index)
+        ctx.max_pool = max_pool
+        return weights
+
+    @staticmethod
+    @_first_order("teacher_weights")
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        need_features, need_theta, need_v, _ = ctx.needs_input_grad
+        grads = ops.teacher_weights_bwd.default(
+            grad, *ctx.saved_tensors, ctx.max_pool, need_features, need_theta or need_v
+        )
+        return _asked(grads[0], need_features), _asked(grads[1], need_theta), _asked(grads[2], need_v), None
+
+
+class MultiTeacherKD(torch.autograd.Function):
+    """Returns loss, ce, kl, student_probs, soft_targets: the last two differentiable, ce and kl not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        settings: tuple,
+        need_student: bool,
+        need_weights: bool,
+        need_probs: bool,
+        *teachers: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # With probabilities asked for, backward has to add what comes back through them: it recomputes the rest too.
+        in_forward = student.dtype in (torch.float32, torch.float64) and not need_probs
+        now = need_student and in_forward, need_weights and in_forward
+        out = ops.multi_teacher_kd_fwd.default(student, teachers, weights, labels, *settings, *now, need_probs)
+        loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights = out
+        ctx.in_forward, ctx.settings, ctx.needs = in_forward, settings, (need_student, need_weights)
+        ctx.mark_non_differentiable(ce, kl)
+        ctx.set_materialize_grads(False)
+        if not need_probs:
+            ctx.mark_non_differentiable(student_probs, soft_targets)
+        if in_forward:
+            ctx.save_for_backward(grad_student, grad_weights)
+        else:
+            ctx.save_for_backward(student, weights, labels, stats, *teachers)
+        return loss, ce, kl, student_probs, soft_targets
+
+    @staticmethod
+    @_first_order("multi_teacher_kd_loss")
+    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple:
+        need_student, need_weights = ctx.needs
+        if ctx.in_forward:
+            grad_student, grad_weights = ctx.saved_tensors
+            assert grad_loss is not None  # the loss is the only differentiable output
+            scale = grad_loss.unsqueeze(-1)  # a scalar, or one value a row
+            grad_student, grad_weights = grad_student * scale if need_student else None, (
+                grad_weights * scale if need_weights else None
+            )
+        else:
+            student, weights, labels, stats, *teachers = ctx.saved_tensors
+            if grad_loss is None:
+                grad_loss = stats.new_zeros(())
+            grad_student, grad_weights = ops.multi_teacher_kd_bwd.default(
+                grad_loss, grads[2], grads[3], student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
+            )
+        fixed = (None,) * (len(ctx.needs_input_grad) - 2)
+        return _asked(grad_student, need_student), _asked(grad_weights, need_weights), *fixed
+
+
+class Angle(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        row_mask: Tensor | None,
+        delta: float,
+        eps: float,
+        reduction: str,
+        need_student: bool,
+        need_teacher: bool,
+    ) -> Tensor:
+        ctx.needs = need_student, need_teacher
+        loss, *grads = ops.angle_fwd.default(student, teacher, row_mask, delta, eps, reduction, *ctx.needs)
+        ctx.reduction, ctx.delta, ctx.eps = reduction, delta, eps
+        ctx.dtypes = student.dtype, teacher.dtype
+        if reduction == "none":  # the gradient depends on each vertex' incoming gradient
+            ctx.save_for_backward(student, teacher, row_mask)
+        else:
+            ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    @_first_order("angle_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        if ctx.reduction == "none":
+            student, teacher, row_mask = ctx.saved_tensors
+            grads = ops.angle_bwd.default(grad_loss, student, teacher, row_mask, ctx.delta, ctx.eps, *ctx.needs)
+        else:
+            grads = [g * grad_loss if needed else g for g, needed in zip(ctx.saved_tensors, ctx.needs)]
+        out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
+        return *out, None, None, None, None, None, None
+
+
+class HintPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+        pooled, norms = ops.hint_pool_fwd.default(feature_map, height, width, normalize)
+        ctx.save_for_backward(feature_map, norms)
+        ctx.normalize = normalize
+        return pooled
+
+    @staticmethod
+    @_first_order("hint_loss")
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return ops.hint_pool_bwd.default(grad, *ctx.saved_tensors, ctx.normalize), None, None, None
+
+
+class HintMSE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, target: Tensor, need_grad: bool) -> Tensor:
+        loss, difference = ops.hint_mse_fwd.default(prediction, target, need_grad)
+        ctx.save_for_backward(difference)
+        ctx.dtypes = prediction.dtype, target.dtype
+        return loss
+
+    @staticmethod
+    @_first_order("hint_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        (difference,) = ctx.saved_tensors
+        grad = difference * grad_loss
+        need_prediction, need_target, _ = ctx.needs_input_grad
+        return (
+            grad.to(ctx.dtypes[0]) if need_prediction else None,
+            grad.neg().to(ctx.dtypes[1]) if need_target else None,
+            None,
+        )
+
+
+class DualSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, mode: str) -> Tensor:
+        out, column_stats, row_stats = ops.dual_softmax_fwd.default(scores, mode)
+        ctx.save_for_backward(scores, column_stats, row_stats)
+        ctx.mode = mode
+        return out
+
+    @staticmethod
+    @_first_order("dual_softmax")
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return ops.dual_softmax_bwd.default(grad, *ctx.saved_tensors, ctx.mode), None

@@ -1,0 +1,75 @@
+"""Argument checks shared by all operators: each raises before anything runs, and names the function and the argument.
+
+Messages read ``function: argument must be ..., got ...``. Checks of values look only where that costs no device sync.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def shape(t: Tensor) -> list[int]:
+    return list(t.shape)
+
+
+def tensor(function: str, name: str, value: object) -> Tensor:
+    """A floating-point tensor of a dtype the kernels take."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"{function}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value
+
+
+def one_of(function: str, name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def number(function: str, name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """A finite real in [low, high], or in (low, high] with ``above``."""
+    wanted = f"a number in {'(' if above else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {name} must be {wanted}, got {value!r}")
+    if not math.isfinite(value) or not low <= value <= high or (above and value == low):
+        raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
+
+
+def same_device(function: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{function}: {name} must be on {like.device} like {like_name}, got {value.device}")
+
+
+def same_shape(function: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"{function}: {name} must be {shape(like)} like {like_name}, got {shape(value)}")
+
+
+def label_values(function: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Labels in [0, classes) or ignore_index. The C++ kernels look themselves; this is for the reference on the CPU."""
+    bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"{function}: labels[{row}] must be in [0, {classes}) or ignore_index {ignore_index}, got {int(labels[row])}"
+        )
+
+
+def weight_values(function: str, weights: Tensor) -> None:
+    if weights.numel() == 0:
+        return
+    low, high = (float(x) for x in weights.detach().aminmax())
+    if not (low >= 0 and high < math.inf):  # written so that NaN fails
+        raise ValueError(f"{function}: teacher_weights must be finite and not negative, got values in [{low}, {high}]")
+
+
+def values_are_free(t: Tensor) -> bool:
+    """Whether reading the values of ``t`` costs no sync: a real CPU tensor outside of tracing and transforms."""
+    return (
+        not torch.compiler.is_compiling()
+        and t.device.type == "cpu"
+        and not torch._C._are_functorch_transforms_active()
+        and type(t) in (Tensor, torch.nn.Parameter)
+    )

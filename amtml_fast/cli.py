@@ -1,0 +1,51 @@
+"""The `amtml-fast` command. `backends` works with torch and numpy alone; the others need the `train` extra."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+EXTRA = (
+    "accelerate",
+    "matplotlib",
+    "omegaconf",
+    "PIL",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "tensorboard",
+    "typer",
+    "yaml",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command line (sys.argv without the program's name, if not given); exits with its status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words == ["backends"]:
+        print(backends_table())
+        return
+    try:
+        from .train.commands import app
+
+        app(args=words, prog_name="amtml-fast")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        print(f'amtml-fast: the package {error.name} is missing; pip install "amtml-fast[train]"', file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def backends_table() -> str:
+    """amtml_fast.backends() as aligned text: operator, backend, yes or no, and why not."""
+    from . import backends
+
+    rows = [("operator", "backend", "runs here", "why not")]
+    rows += [(op, backend, "yes" if available else "no", why or "") for op, backend, available, why in backends()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+if __name__ == "__main__":
+    main()

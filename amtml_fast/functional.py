@@ -1,0 +1,401 @@
+"""The operators as functions: checks, then the chosen backend, then its autograd.Function.
+
+Every function has a namesake in ``amtml_fast.reference``. Inputs may be float32, bfloat16, float16 or float64, in any
+mixture and with any strides; sums, products and exponentials are made in float32 (float64 if an input is), and each
+gradient comes back in its input's dtype.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amtml_fast import autograd, backend, checks, ops, reference  # noqa: F401  (ops: registers the schemas)
+from amtml_fast.reference import KDTerms, wide_dtype
+
+MODES = ("mixture", "sum")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+ANGLE_REDUCTIONS = ("mean", "distinct", "sum", "none")
+DUAL_MODES = ("sequential", "product")
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "max") -> Tensor:
+    """How much each teacher counts for each example (Eq 4-6)::
+
+        b = maxpool(features)                          # [N, d]
+        weights = softmax_t( sum_d v * theta_t * b )   # [N, T]
+
+    Args:
+        features: [N, d, H, W] last convolutional map of the student, or [N, d] already pooled.
+        theta: [T, d] latent factors of the teachers.
+        v: [d] global weights of the factors.
+        pool: ``"max"`` or ``"avg"`` over H x W. On a tie the gradient goes to the first maximum.
+
+    Returns:
+        [N, T] weights that sum to 1 over the teachers, in float32 (float64 if an input is).
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or ``pool`` that does not fit.
+    """
+    name = "teacher_weights"
+    checks.tensor(name, "features", features)
+    if features.dim() not in (2, 4):
+        raise ValueError(f"{name}: features must be [N, d, H, W] or [N, d], got {checks.shape(features)}")
+    if features.dim() == 4 and 0 in features.shape[2:]:
+        raise ValueError(f"{name}: features must have at least one pixel, got {checks.shape(features)}")
+    channels = features.shape[1]
+    checks.tensor(name, "theta", theta)
+    if theta.dim() != 2 or theta.shape[0] < 1 or theta.shape[1] != channels:
+        raise ValueError(
+            f"{name}: theta must be [T, {channels}] for features {checks.shape(features)}, got {checks.shape(theta)}"
+        )
+    checks.tensor(name, "v", v)
+    if v.shape != (channels,):
+        raise ValueError(f"{name}: v must be [{channels}] like the columns of theta, got {checks.shape(v)}")
+    checks.one_of(name, "pool", pool, ("max", "avg"))
+    checks.same_device(name, "theta", theta, "features", features)
+    checks.same_device(name, "v", v, "features", features)
+    if backend.choose("teacher_weights", features) == "reference":
+        return reference.teacher_weights(features, theta, v, pool=pool)
+    wide = wide_dtype(features, theta, v)
+    if features.dim() == 2:
+        features = features[:, :, None, None]
+    return autograd.TeacherWeights.apply(features, theta.to(wide), v.to(wide), pool == "max")
+
+
+def multi_teacher_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+    mode: str = "mixture",
+    reduction: str = "batchmean",
+    t2_scale: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """Weighted multi-teacher distillation loss (Eq 7-8)::
+
+        q, p_t = softmax(student / temperature), softmax(teacher_t / temperature)
+        kl = KL(sum_t w_t p_t || q)       # mode "mixture"
+        kl = sum_t w_t KL(p_t || q)       # mode "sum"; same student gradient where the weights sum to 1
+        loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
+        loss = temperature**2 * kl        # without labels: alpha plays no part
+
+    Args:
+        student_logits: [N, C], or [B, S, C] taken as B * S rows.
+        teacher_logits: T tensors shaped like ``student_logits``, read in place, or one [T, N, C] tensor. Teachers are
+            frozen: one that requires grad is an error.
+        teacher_weights: [N, T], [T] (the same for every row) or None (uniform); [B, S, T] or [B * S, T] with [B, S, C].
+            Finite and not negative; need not sum to 1.
+        labels: [N] or [B, S] integer classes, or None.
+        temperature: > 0.
+        alpha: share of the KL in [0, 1].
+        reduction: ``"none"`` (one value a row, shaped like ``labels``), ``"sum"``, ``"batchmean"`` (divided by the rows
+            that are not ignored) or ``"mean"`` (the KL divided by the number of classes too, as ``nn.KLDivLoss`` does).
+        t2_scale: multiply the KL by ``temperature**2``.
+        ignore_index: rows with this label count 0 in value, gradient and denominator.
+        label_smoothing: of the cross-entropy, in [0, 1].
+        num_items_in_batch: replaces the denominator of ``"batchmean"`` (gradient accumulation, data parallel).
+
+    Returns:
+        Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
+
+    A logit of -inf is probability 0 with gradient 0. Gradients flow to ``student_logits`` and ``teacher_weights``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then.
+    """
+    name = "multi_teacher_kd_loss"
+    rows, classes, teachers = check_kd(name, student_logits, teacher_logits, teacher_weights, labels, ignore_index)
+    checks.one_of(name, "reduction", reduction, REDUCTIONS)
+    if num_items_in_batch is not None:
+        check_num_items(name, num_items_in_batch, reduction)
+    weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(teachers))
+    if weights is not None and checks.values_are_free(weights):
+        checks.weight_values(name, weights)
+    terms = multi_teacher_kd(
+        student_logits if student_logits.dim() == 2 else student_logits.reshape(rows, classes),
+        [t if t.dim() == 2 else t.reshape(rows, classes) for t in teachers],
+        weights,
+        None if labels is None else labels.reshape(rows),
+        temperature=temperature,
+        alpha=alpha,
+        mode=mode,
+        reduction=reduction if num_items_in_batch is None else "sum",
+        t2_scale=t2_scale,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        need_probs=False,
+    )
+    if num_items_in_batch is not None:
+        return terms.loss / num_items_in_batch
+    return terms.loss.reshape(student_logits.shape[:-1]) if reduction == "none" else terms.loss
+
+
+def multi_teacher_kd(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    *,
+    temperature: float,
+    alpha: float,
+    mode: str,
+    reduction: str,
+    t2_scale: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    need_probs: bool,
+) -> KDTerms:
+    """``multi_teacher_kd_loss`` on checked rows [N, C], with its parts: what ``AMTMLLoss`` builds on. Not public.
+
+    ``student_probs`` and ``soft_targets`` [N, C] are differentiable, and empty unless ``need_probs``.
+    """
+    name = "multi_teacher_kd_loss"
+    checks.number(name, "temperature", temperature, 0, float("inf"), above=True)
+    checks.number(name, "alpha", alpha, 0, 1)
+    checks.number(name, "label_smoothing", label_smoothing, 0, 1)
+    checks.one_of(name, "mode", mode, MODES)
+    if backend.choose("multi_teacher_kd", student) == "reference":
+        if labels is not None and checks.values_are_free(labels):
+            checks.label_values(name, labels, student.shape[1], ignore_index)
+        return reference.multi_teacher_kd(
+            student,
+            list(teachers),
+            weights,
+            labels,
+            temperature=temperature,
+            alpha=alpha,
+            mode=mode,
+            reduction=reduction,
+            t2_scale=t2_scale,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+    if weights is not None:
+        weights = weights.to(wide_dtype(student, *teachers, weights)).expand(student.shape[0], -1)
+    ce_weight, kl_weight = (0.0, 1.0) if labels is None else (1.0 - alpha, float(alpha))
+    kl_scale = float(temperature) ** 2 if t2_scale else 1.0
+    settings = (float(temperature), ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, float(label_smoothing))
+    return KDTerms(
+        *autograd.MultiTeacherKD.apply(
+            student,
+            weights,
+            None if labels is None else labels.long(),
+            settings,
+            _needs_grad(student),
+            _needs_grad(weights),
+            need_probs,
+            *teachers,
+        )
+    )
+
+
+def check_kd(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> tuple[int, int, list[Tensor]]:
+    """Rows, classes and the list of teachers of arguments that fit together."""
+    checks.tensor(name, "student_logits", student_logits)
+    if student_logits.dim() not in (2, 3) or student_logits.shape[-1] < 1:
+        raise ValueError(
+            f"{name}: student_logits must be [N, C] or [B, S, C] with C >= 1, got {checks.shape(student_logits)}"
+        )
+    if isinstance(teacher_logits, Tensor):
+        if teacher_logits.dim() != student_logits.dim() + 1:
+            raise ValueError(
+                f"{name}: teacher_logits must be a list of tensors or one [T, N, C] tensor, got {checks.shape(teacher_logits)}"
+            )
+        teachers = list(teacher_logits.unbind(0))
+    elif isinstance(teacher_logits, (list, tuple)):
+        teachers = list(teacher_logits)
+    else:
+        raise TypeError(f"{name}: teacher_logits must be a list of tensors, got {type(teacher_logits).__name__}")
+    if not teachers:
+        raise ValueError(f"{name}: teacher_logits must hold at least one teacher, got none")
+    for i, teacher in enumerate(teachers):
+        argument = f"teacher_logits[{i}]"
+        checks.tensor(name, argument, teacher)
+        checks.same_shape(name, argument, teacher, "student_logits", student_logits)
+        checks.same_device(name, argument, teacher, "student_logits", student_logits)
+        if teacher.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: {argument} requires grad, but teachers are frozen here: pass it detached")
+    classes = student_logits.shape[-1]
+    rows = student_logits.numel() // classes
+    if teacher_weights is not None:
+        checks.tensor(name, "teacher_weights", teacher_weights)
+        wanted = [(len(teachers),), (rows, len(teachers))]
+        if student_logits.dim() == 3:
+            wanted.append((*student_logits.shape[:2], len(teachers)))
+        if tuple(teacher_weights.shape) not in wanted:
+            raise ValueError(
+                f"{name}: teacher_weights must be {' or '.join(str(list(w)) for w in wanted)} for {len(teachers)} teachers, "
+                f"got {checks.shape(teacher_weights)}"
+            )
+        checks.same_device(name, "teacher_weights", teacher_weights, "student_logits", student_logits)
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"{name}: labels must be an int64 or int32 tensor, got {got}")
+        if labels.shape != student_logits.shape[:-1]:
+            wanted_shape = list(student_logits.shape[:-1])
+            raise ValueError(f"{name}: labels must be {wanted_shape} like student_logits, got {checks.shape(labels)}")
+        checks.same_device(name, "labels", labels, "student_logits", student_logits)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r}")
+    return rows, classes, teachers
+
+
+def check_num_items(name: str, num_items_in_batch: int | Tensor, reduction: str) -> None:
+    if reduction != "batchmean":
+        raise ValueError(f'{name}: num_items_in_batch goes with reduction "batchmean" only, got "{reduction}"')
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.dim() != 0:
+            raise ValueError(
+                f"{name}: num_items_in_batch must be an int or a 0-d tensor, got {checks.shape(num_items_in_batch)}"
+            )
+    elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
+        raise TypeError(f"{name}: num_items_in_batch must be an int or a 0-d tensor, got {num_items_in_batch!r}")
+    elif num_items_in_batch <= 0:
+        raise ValueError(f"{name}: num_items_in_batch must be positive, got {num_items_in_batch}")
+
+
+def angle_loss(
+    student: Tensor, teacher: Tensor, *, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12
+) -> Tensor:
+    """Triplet angle loss (Eq 9-10) in O(N^2) memory::
+
+        psi(i, j, k) = cosine of the angle at vertex j between x_i - x_j and x_k - x_j
+        loss = sum_ijk huber_delta(psi_student - psi_teacher)
+
+    Args:
+        student, teacher: [N, C] rows, such as soft targets; widths may differ.
+        delta: > 0, where the Huber loss turns linear.
+        reduction: ``"mean"`` over N^3, ``"distinct"`` (the same sum over N (N-1) (N-2)), ``"sum"``, or ``"none"``: [N],
+            per vertex j, its sum over N^2.
+        eps: a pair closer than this is degenerate: its psi is 0, with gradient 0.
+
+    Returns:
+        Scalar or [N]; float32 (float64 if an input is). 0 where there is no triplet. Gradients flow to both sides.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; nothing is computed then.
+    """
+    name = "angle_loss"
+    checks.tensor(name, "student", student)
+    checks.tensor(name, "teacher", teacher)
+    if student.dim() != 2:
+        raise ValueError(f"{name}: student must be [N, C], got {checks.shape(student)}")
+    if teacher.dim() != 2 or teacher.shape[0] != student.shape[0]:
+        raise ValueError(f"{name}: teacher must be [{student.shape[0]}, C] like student, got {checks.shape(teacher)}")
+    checks.same_device(name, "teacher", teacher, "student", student)
+    return angle(student, teacher, None, delta=delta, reduction=reduction, eps=eps)
+
+
+def angle(
+    student: Tensor, teacher: Tensor, row_mask: Tensor | None, *, delta: float, reduction: str = "mean", eps: float = 1e-12
+) -> Tensor:
+    """``angle_loss`` of the rows where ``row_mask`` [N] bool is true; the others take no part. Not public."""
+    name = "angle_loss"
+    checks.number(name, "delta", delta, 0, float("inf"), above=True)
+    checks.number(name, "eps", eps, 0, float("inf"))
+    checks.one_of(name, "reduction", reduction, ANGLE_REDUCTIONS)
+    if backend.choose("angle", student) == "reference":
+        return reference.angle(student, teacher, row_mask, delta=delta, reduction=reduction, eps=eps)
+    return autograd.Angle.apply(
+        student, teacher, row_mask, float(delta), float(eps), reduction, _needs_grad(student), _needs_grad(teacher)
+    )
+
+
+def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, normalize: bool = False) -> Tensor:
+    """Hint loss of one teacher (Eq 11)::
+
+        u, v = teacher_map, student_map      # each divided by its L2 norm over channels, with ``normalize``
+        u, v = both average-pooled to the smaller height and width
+        loss = mean( (u - conv1x1(v, weight))**2 )
+
+    Args:
+        student_map: [N, c_s, h, w]; teacher_map: [N, c_t, H, W].
+        weight: [c_t, c_s], the 1x1 convolution that is trained with the student.
+
+    Returns:
+        Scalar; float32 (float64 if an input is), 0 for N = 0. Gradients flow to all three.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; nothing is computed then.
+    """
+    name = "hint_loss"
+    for argument, value in (("student_map", student_map), ("teacher_map", teacher_map)):
+        checks.tensor(name, argument, value)
+        if value.dim() != 4 or 0 in value.shape[1:]:
+            raise ValueError(f"{name}: {argument} must be [N, c, h, w] with c, h, w >= 1, got {checks.shape(value)}")
+    if teacher_map.shape[0] != student_map.shape[0]:
+        raise ValueError(
+            f"{name}: teacher_map must have {student_map.shape[0]} examples like student_map, got {checks.shape(teacher_map)}"
+        )
+    checks.tensor(name, "weight", weight)
+    if weight.shape != (teacher_map.shape[1], student_map.shape[1]):
+        raise ValueError(
+            f"{name}: weight must be [{teacher_map.shape[1]}, {student_map.shape[1]}] (teacher by student channels), "
+            f"got {checks.shape(weight)}"
+        )
+    checks.same_device(name, "teacher_map", teacher_map, "student_map", student_map)
+    checks.same_device(name, "weight", weight, "student_map", student_map)
+    if backend.choose("hint", student_map) == "reference":
+        return reference.hint_loss(student_map, teacher_map, weight, normalize=normalize)
+    height, width = (min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:]))
+    prediction = reference.hint_conv(_hint_pool(student_map, height, width, normalize), weight)
+    target = _hint_pool(teacher_map, height, width, normalize)
+    return autograd.HintMSE.apply(prediction, target, _needs_grad(prediction, target))
+
+
+def _hint_pool(feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+    if not normalize and feature_map.shape[2:] == (height, width):
+        return feature_map
+    return autograd.HintPool.apply(feature_map, height, width, normalize)
+
+
+def dual_softmax(scores: Tensor, dim1: int = -2, dim2: int = -1, *, mode: str = "sequential") -> Tensor:
+    """Softmax over two dimensions of a score matrix, such as the matches between two sets::
+
+        softmax(softmax(scores, dim1), dim2)                # mode "sequential"
+        softmax(scores, dim1) * softmax(scores, dim2)       # mode "product"
+
+    Args:
+        scores: at least two dimensions; dim1 and dim2 differ.
+
+    Returns:
+        Same shape and dtype as ``scores``.
+
+    Raises:
+        ValueError, TypeError, IndexError: an argument that does not fit; nothing is computed then.
+    """
+    name = "dual_softmax"
+    checks.tensor(name, "scores", scores)
+    dims = scores.dim()
+    if dims < 2:
+        raise ValueError(f"{name}: scores must have at least 2 dimensions, got {checks.shape(scores)}")
+    for argument, dim in (("dim1", dim1), ("dim2", dim2)):
+        if isinstance(dim, bool) or not isinstance(dim, int) or not -dims <= dim < dims:
+            raise IndexError(f"{name}: {argument} must be in [{-dims}, {dims - 1}], got {dim!r}")
+    if dim1 % dims == dim2 % dims:
+        raise ValueError(f"{name}: dim1 and dim2 must differ, got {dim1} and {dim2} of {dims} dimensions")
+    checks.one_of(name, "mode", mode, DUAL_MODES)
+    if backend.choose("dual_softmax", scores) == "reference":
+        return reference.dual_softmax(scores, dim1, dim2, mode=mode)
+    moved = scores.movedim((dim1, dim2), (-2, -1))
+    out = autograd.DualSoftmax.apply(moved.reshape(-1, *moved.shape[-2:]) if moved.numel() else moved.new_empty(0, *moved.shape[-2:]), mode)
+    return out.reshape(moved.shape).movedim((-2, -1), (dim1, dim2))

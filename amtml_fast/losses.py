@@ -1,0 +1,385 @@
+"""The losses as modules, for a training loop of your own. ``AMTMLLoss`` is the whole objective, Eq 3."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amtml_fast import checks, functional
+from amtml_fast.functional import angle_loss, hint_loss, multi_teacher_kd_loss, teacher_weights
+
+MAPPINGS = ("best_high", "best_low", "random")
+
+
+class TeacherAdapter(nn.Module):
+    """The latent factors that weigh the teachers (Eq 4-6).
+
+    Args:
+        channels: d, channels of the student's last convolutional map.
+        num_teachers: T.
+        pool: ``"max"`` or ``"avg"`` over the map.
+        init_scale: standard deviation of the normal initialisation of ``theta`` [T, d] and ``v`` [d]; None: d ** -0.5,
+            with which the scores start near 0 and the weights near uniform, but not at it (zero is a stationary point).
+    """
+
+    def __init__(self, channels: int, num_teachers: int, *, pool: str = "max", init_scale: float | None = None):
+        super().__init__()
+        for name, value in (("channels", channels), ("num_teachers", num_teachers)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"TeacherAdapter: {name} must be an int >= 1, got {value!r}")
+        checks.one_of("TeacherAdapter", "pool", pool, ("max", "avg"))
+        if init_scale is not None:
+            checks.number("TeacherAdapter", "init_scale", init_scale, 0, math.inf)
+        scale = channels**-0.5 if init_scale is None else init_scale
+        self.pool = pool
+        self.theta = nn.Parameter(torch.randn(num_teachers, channels) * scale)
+        self.v = nn.Parameter(torch.randn(channels) * scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, d, H, W] or [N, d] -> weights [N, T]."""
+        return teacher_weights(features, self.theta, self.v, pool=self.pool)
+
+    def regularizer(self) -> Tensor:
+        """``|v|^2 + |theta|^2``, unweighted."""
+        return self.v.square().sum() + self.theta.square().sum()
+
+    def extra_repr(self) -> str:
+        return f"channels={self.theta.shape[1]}, num_teachers={self.theta.shape[0]}, pool={self.pool!r}"
+
+
+class MultiTeacherKDLoss(nn.Module):
+    """Module form of ``multi_teacher_kd_loss``: same keywords, same meaning."""
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.7,
+        mode: str = "mixture",
+        reduction: str = "batchmean",
+        t2_scale: bool = True,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.options = dict(
+            temperature=temperature,
+            alpha=alpha,
+            mode=mode,
+            reduction=reduction,
+            t2_scale=t2_scale,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
+        teacher_weights: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor:
+        return multi_teacher_kd_loss(
+            student_logits,
+            teacher_logits,
+            teacher_weights,
+            labels,
+            num_items_in_batch=num_items_in_batch,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class AngleLoss(nn.Module):
+    """Module form of ``angle_loss``."""
+
+    def __init__(self, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12):
+        super().__init__()
+        self.delta, self.reduction, self.eps = delta, reduction, eps
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return angle_loss(student, teacher, delta=self.delta, reduction=self.reduction, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"delta={self.delta}, reduction={self.reduction!r}, eps={self.eps}"
+
+
+class DualSoftmax(nn.Module):
+    """Module form of ``dual_softmax``."""
+
+    def __init__(self, dim1: int = -2, dim2: int = -1, mode: str = "sequential"):
+        super().__init__()
+        self.dim1, self.dim2, self.mode = dim1, dim2, mode
+
+    def forward(self, scores: Tensor) -> Tensor:
+        return functional.dual_softmax(scores, self.dim1, self.dim2, mode=self.mode)
+
+    def extra_repr(self) -> str:
+        return f"dim1={self.dim1}, dim2={self.dim2}, mode={self.mode!r}"
+
+
+class MultiGroupHintLoss(nn.Module):
+    """Each teacher's last feature map guides one group of student layers (Eq 11)::
+
+        loss = sum_t mean( (u_t - F_t(v_f(t)))**2 )
+
+    Holds the 1x1 convolutions ``F_t``, which are trained with the student.
+
+    Args:
+        student_channels: group name -> channels of the group's map, from the lowest group to the highest.
+        teacher_channels: channels of each teacher's map, T of them.
+        mapping: f. ``"best_high"`` sorts the teachers by ``teacher_scores`` and gives the weakest the lowest group and
+            the best the highest; ``"best_low"`` the other way round; ``"random"`` draws from torch's generator; or a
+            dict teacher index -> group name, which alone may share groups or leave teachers out.
+        teacher_scores: validation accuracy of each teacher.
+        normalize: divide each map by its L2 norm over channels first.
+    """
+
+    def __init__(
+        self,
+        student_channels: Mapping[str, int],
+        teacher_channels: Sequence[int],
+        *,
+        mapping: str | Mapping[int, str] = "best_high",
+        teacher_scores: Sequence[float] | None = None,
+        normalize: bool = False,
+    ):
+        super().__init__()
+        self.mapping = _hint_mapping(list(student_channels), len(teacher_channels), mapping, teacher_scores)
+        self.normalize = normalize
+        self.transforms = nn.ParameterDict()  # teacher index -> [c_t, c_s]
+        for teacher, group in self.mapping.items():
+            weight = nn.Parameter(torch.empty(teacher_channels[teacher], student_channels[group]))
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d starts
+            self.transforms[str(teacher)] = weight
+        self.num_teachers = len(teacher_channels)
+
+    def forward(self, student_maps: Mapping[str, Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+        """Group name -> [N, c, h, w] and T teacher maps [N, c_t, H, W] -> scalar."""
+        if len(teacher_maps) != self.num_teachers:
+            raise ValueError(
+                f"MultiGroupHintLoss: teacher_maps must hold {self.num_teachers} maps, got {len(teacher_maps)}"
+            )
+        missing = [group for group in self.mapping.values() if group not in student_maps]
+        if missing:
+            raise ValueError(f"MultiGroupHintLoss: student_maps must hold {missing[0]!r}, got {list(student_maps)}")
+        losses = [
+            hint_loss(student_maps[group], teacher_maps[t], self.transforms[str(t)], normalize=self.normalize)
+            for t, group in self.mapping.items()
+        ]
+        return torch.stack(losses).sum()
+
+    def extra_repr(self) -> str:
+        return f"mapping={self.mapping}, normalize={self.normalize}"
+
+
+def _hint_mapping(
+    groups: list[str], num_teachers: int, mapping: str | Mapping[int, str], scores: Sequence[float] | None
+) -> dict[int, str]:
+    """Teacher index -> group name."""
+    name = "MultiGroupHintLoss"
+    if not groups or num_teachers < 1:
+        raise ValueError(f"{name}: needs at least one group and one teacher, got {len(groups)} and {num_teachers}")
+    if not isinstance(mapping, str):
+        for teacher, group in mapping.items():
+            if isinstance(teacher, bool) or teacher not in range(num_teachers) or group not in groups:
+                raise ValueError(
+                    f"{name}: mapping must take a teacher in [0, {num_teachers}) to one of {groups}, "
+                    f"got {teacher!r}: {group!r}"
+                )
+        if not mapping:
+            raise ValueError(f"{name}: mapping must name at least one teacher, got an empty dict")
+        return dict(sorted(mapping.items()))
+    checks.one_of(name, "mapping", mapping, MAPPINGS)
+    if len(groups) < num_teachers:
+        raise ValueError(
+            f"{name}: student_channels must have at least {num_teachers} groups for {num_teachers} teachers, got {groups}; "
+            "an explicit mapping may share groups"
+        )
+    if mapping == "random":
+        order = torch.randperm(num_teachers).tolist()
+    else:
+        if scores is None:
+            raise ValueError(f'{name}: mapping "{mapping}" needs teacher_scores (validation accuracies), got None')
+        if len(scores) != num_teachers:
+            raise ValueError(f"{name}: teacher_scores must have {num_teachers} values, got {len(scores)}")
+        order = sorted(range(num_teachers), key=lambda t: scores[t], reverse=mapping == "best_low")
+    step = (len(groups) - 1) / max(num_teachers - 1, 1)  # spread over the groups, ends included
+    places = [round(k * step) for k in range(num_teachers)] if num_teachers > 1 else [-1 if mapping != "best_low" else 0]
+    return dict(sorted((teacher, groups[place]) for teacher, place in zip(order, places)))
+
+
+class AMTMLOutput(NamedTuple):
+    """All but ``loss`` are detached; ce, kl (temperature**2 KL), angle, hint and regularizer are unweighted."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    kl: Tensor
+    angle: Tensor
+    hint: Tensor
+    regularizer: Tensor
+    weights: Tensor  # [N, T]
+
+
+class AMTMLLoss(nn.Module):
+    """The whole objective (Eq 3)::
+
+        weights = adapter(features)
+        kd = (1 - alpha) * CE + alpha * temperature**2 * KL(sum_t w_t p_t || q)
+        loss = kd + angle_weight * L_angle(q, sum_t w_t p_t) + hint_weight * L_hint + regularizer_weight * (|v|^2 + |theta|^2)
+
+    Give its parameters (the adapter's and the hints') to the optimiser together with the student's.
+
+    Args:
+        adapter: ``TeacherAdapter``, or any module from features to weights [N, T] with a ``regularizer()``.
+        hints: ``MultiGroupHintLoss``, or None for no hint term.
+        angle_trains_weights: let the angle loss train the adapter too. By default its teacher side is detached, as in the
+            authors' code.
+        reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, of the kd term.
+        gather_angle: take the angle loss over the rows of all processes (a differentiable all-gather; rows and classes
+            must be the same on each). Right under gradients averaged over processes, as DDP does.
+        Other arguments as in ``multi_teacher_kd_loss`` and ``angle_loss``. Ignored rows take no part in the angle loss.
+    """
+
+    def __init__(
+        self,
+        adapter: nn.Module,
+        hints: nn.Module | None = None,
+        *,
+        temperature: float = 4.0,
+        alpha: float = 0.7,
+        mode: str = "mixture",
+        angle_weight: float = 1.0,
+        hint_weight: float = 1.0,
+        regularizer_weight: float = 1e-3,
+        delta: float = 1.0,
+        angle_trains_weights: bool = False,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        gather_angle: bool = False,
+    ):
+        super().__init__()
+        name = "AMTMLLoss"
+        checks.one_of(name, "reduction", reduction, functional.REDUCTIONS[1:])
+        checks.one_of(name, "mode", mode, functional.MODES)
+        checks.number(name, "temperature", temperature, 0, math.inf, above=True)
+        checks.number(name, "alpha", alpha, 0, 1)
+        checks.number(name, "delta", delta, 0, math.inf, above=True)
+        checks.number(name, "label_smoothing", label_smoothing, 0, 1)
+        for argument, weight in (
+            ("angle_weight", angle_weight),
+            ("hint_weight", hint_weight),
+            ("regularizer_weight", regularizer_weight),
+        ):
+            checks.number(name, argument, weight, 0, math.inf)
+        self.adapter, self.hints = adapter, hints
+        self.temperature, self.alpha, self.mode, self.reduction = temperature, alpha, mode, reduction
+        self.angle_weight, self.hint_weight, self.regularizer_weight = angle_weight, hint_weight, regularizer_weight
+        self.delta, self.angle_trains_weights, self.gather_angle = delta, angle_trains_weights, gather_angle
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | Sequence[Tensor],
+        labels: Tensor | None,
+        features: Tensor,
+        student_maps: Mapping[str, Tensor] | None = None,
+        teacher_maps: Sequence[Tensor] | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> AMTMLOutput:
+        """Logits [N, C] (or [B, S, C]) and T teachers' like it, labels [N], features [N, d, H, W] or [N, d].
+
+        Raises:
+            ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then.
+        """
+        name = "AMTMLLoss"
+        given = student_maps is not None, teacher_maps is not None
+        if given != ((True, True) if self.hints is not None else (False, False)):
+            raise ValueError(
+                f"{name}: student_maps and teacher_maps must be given exactly when hints are, "
+                f"got hints={'none' if self.hints is None else 'given'}, student_maps={'given' if given[0] else None}, "
+                f"teacher_maps={'given' if given[1] else None}"
+            )
+        weights = self.adapter(features)
+        rows, classes, teachers = functional.check_kd(
+            name, student_logits, teacher_logits, weights, labels, self.ignore_index
+        )
+        if num_items_in_batch is not None:
+            functional.check_num_items(name, num_items_in_batch, self.reduction)
+        labels = None if labels is None else labels.reshape(rows)
+        terms = functional.multi_teacher_kd(
+            student_logits.reshape(rows, classes),
+            [t.reshape(rows, classes) for t in teachers],
+            weights.reshape(rows, len(teachers)),
+            labels,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            mode=self.mode,
+            reduction=self.reduction if num_items_in_batch is None else "sum",
+            t2_scale=True,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            need_probs=self.angle_weight != 0,
+        )
+        kd, ce, kl = terms.loss, terms.ce, terms.kl
+        if num_items_in_batch is not None:
+            kd, ce, kl = kd / num_items_in_batch, ce / num_items_in_batch, kl / num_items_in_batch
+        loss = kd
+        zero = kd.detach().new_zeros(())
+        angle = hint = regularizer = zero
+        if self.angle_weight != 0:
+            row_mask = None if labels is None else labels != self.ignore_index
+            angle = self._angle(terms.student_probs, terms.soft_targets, row_mask)
+            loss = loss + self.angle_weight * angle
+        if self.hints is not None:
+            hint = self.hints(student_maps, teacher_maps)
+            loss = loss + self.hint_weight * hint
+        if self.regularizer_weight != 0:
+            regularizer = self.adapter.regularizer()
+            loss = loss + self.regularizer_weight * regularizer
+        parts = (t.detach() for t in (kd, ce, kl, angle, hint, regularizer, weights))
+        return AMTMLOutput(loss, *parts)
+
+    def _angle(self, student_probs: Tensor, soft_targets: Tensor, row_mask: Tensor | None) -> Tensor:
+        if not self.angle_trains_weights:
+            soft_targets = soft_targets.detach()
+        if self.gather_angle and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            student_probs, soft_targets = _gather_rows(student_probs), _gather_rows(soft_targets)
+            row_mask = None if row_mask is None else _gather_rows(row_mask)
+        return functional.angle(student_probs, soft_targets, row_mask, delta=self.delta)
+
+    def extra_repr(self) -> str:
+        return (
+            f"temperature={self.temperature}, alpha={self.alpha}, mode={self.mode!r}, angle_weight={self.angle_weight}, "
+            f"hint_weight={self.hint_weight}, regularizer_weight={self.regularizer_weight}, reduction={self.reduction!r}"
+        )
+
+
+class _GatherRows(torch.autograd.Function):
+    """All processes' rows, in rank order; the gradient is summed over the processes, each of which holds the whole loss."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.count = rows.shape[0]
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        start = dist.get_rank() * ctx.count
+        return grad[start : start + ctx.count]
+
+
+def _gather_rows(rows: Tensor) -> Tensor:
+    return _GatherRows.apply(rows)

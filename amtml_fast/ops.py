@@ -1,0 +1,139 @@
+"""Every operator's schema and fake implementation: the only file that talks to ``torch.library``.
+
+Implementations are registered elsewhere under the same names (csrc/cpu for the CPU), so every backend has these
+signatures. There are no default arguments: autograd.Function would drop trailing ones. Outputs not asked for are empty
+tensors of shape [0].
+"""
+
+import torch
+from torch import Tensor
+
+from amtml_fast.reference import wide_dtype
+
+_KD_SETTINGS = (
+    "float temperature, float ce_weight, float kl_weight, float kl_scale, str mode, str reduction, "
+    "int ignore_index, float label_smoothing"
+)
+
+SCHEMAS = {
+    # weights [N, T], pooled [N, d], index [N, d] int32 position of the maximum in its plane
+    "teacher_weights_fwd": "(Tensor features, Tensor theta, Tensor v, bool max_pool) -> (Tensor, Tensor, Tensor)",
+    "teacher_weights_bwd": "(Tensor grad, Tensor features, Tensor theta, Tensor v, Tensor weights, Tensor pooled, "
+    "Tensor index, bool max_pool, bool need_features, bool need_parameters) -> (Tensor, Tensor, Tensor)",
+    # loss, ce, kl (scalars, or [N] for "none"), student_probs, soft_targets [N, C], stats [N, 3 + 2T], grad_student, grad_weights
+    "multi_teacher_kd_fwd": "(Tensor student, Tensor[] teachers, Tensor? weights, Tensor? labels, "
+    f"{_KD_SETTINGS}, bool need_student_grad, bool need_weights_grad, bool need_probs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "multi_teacher_kd_bwd": "(Tensor grad_loss, Tensor? grad_probs, Tensor? grad_targets, Tensor student, "
+    f"Tensor[] teachers, Tensor? weights, Tensor? labels, Tensor stats, {_KD_SETTINGS}, "
+    "bool need_student_grad, bool need_weights_grad) -> (Tensor, Tensor)",
+    # loss, and unless the reduction is "none" its gradients
+    "angle_fwd": "(Tensor student, Tensor teacher, Tensor? row_mask, float delta, float eps, str reduction, "
+    "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor, Tensor)",
+    "angle_bwd": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? row_mask, float delta, float eps, "
+    "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor)",
+    # pooled [N, c, height, width], norms [N, H, W] (if normalised)
+    "hint_pool_fwd": "(Tensor feature_map, int height, int width, bool normalize) -> (Tensor, Tensor)",
+    "hint_pool_bwd": "(Tensor grad, Tensor feature_map, Tensor norms, bool normalize) -> Tensor",
+    # loss, d loss / d prediction = -d loss / d target
+    "hint_mse_fwd": "(Tensor prediction, Tensor target, bool need_grad) -> (Tensor, Tensor)",
+    # scores [B, R, K]; softmax over R first. stats: column maxima and sums [B, 2, K], row maxima and sums [B, R, 2]
+    "dual_softmax_fwd": "(Tensor scores, str mode) -> (Tensor, Tensor, Tensor)",
+    "dual_softmax_bwd": "(Tensor grad, Tensor scores, Tensor column_stats, Tensor row_stats, str mode) -> Tensor",
+}
+
+for _name, _schema in SCHEMAS.items():
+    torch.library.define(f"amtml::{_name}", _schema)
+
+
+def _empty(like: Tensor, wanted: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape if wanted else (0,), dtype=dtype)
+
+
+@torch.library.register_fake("amtml::teacher_weights_fwd")
+def _(features, theta, v, max_pool):
+    n, d, wide = features.shape[0], features.shape[1], wide_dtype(features, theta)
+    index = _empty(features, max_pool, (n, d), torch.int32)
+    return features.new_empty(n, theta.shape[0], dtype=wide), features.new_empty(n, d, dtype=wide), index
+
+
+@torch.library.register_fake("amtml::teacher_weights_bwd")
+def _(grad, features, theta, v, weights, pooled, index, max_pool, need_features, need_parameters):
+    grad_features = torch.empty_like(features) if need_features else features.new_empty(0)
+    return (
+        grad_features,
+        _empty(theta, need_parameters, theta.shape, theta.dtype),
+        _empty(v, need_parameters, v.shape, v.dtype),
+    )
+
+
+@torch.library.register_fake("amtml::multi_teacher_kd_fwd")
+def _(student, teachers, weights, labels, *settings):
+    reduction, need_student_grad, need_weights_grad, need_probs = settings[5], *settings[-3:]
+    wide = wide_dtype(student, *teachers, weights)
+    n, c = student.shape
+    value = [student.new_empty((n,) if reduction == "none" else (), dtype=wide) for _ in range(3)]
+    probs = [_empty(student, need_probs, (n, c), wide) for _ in range(2)]
+    stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
+    grad_student = _empty(student, need_student_grad, (n, c), student.dtype)
+    grad_weights = _empty(student, need_weights_grad, (n, len(teachers)), wide)
+    return *value, *probs, stats, grad_student, grad_weights
+
+
+@torch.library.register_fake("amtml::multi_teacher_kd_bwd")
+def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, stats, *settings):
+    need_student_grad, need_weights_grad = settings[-2:]
+    return (
+        _empty(student, need_student_grad, student.shape, student.dtype),
+        _empty(student, need_weights_grad, (student.shape[0], len(teachers)), stats.dtype),
+    )
+
+
+def _angle_grads(student, teacher, need_student_grad, need_teacher_grad):
+    wide = wide_dtype(student, teacher)
+    return (
+        _empty(student, need_student_grad, student.shape, wide),
+        _empty(teacher, need_teacher_grad, teacher.shape, wide),
+    )
+
+
+@torch.library.register_fake("amtml::angle_fwd")
+def _(student, teacher, row_mask, delta, eps, reduction, need_student_grad, need_teacher_grad):
+    none = reduction == "none"
+    loss = student.new_empty(student.shape[:1] if none else (), dtype=wide_dtype(student, teacher))
+    return loss, *_angle_grads(student, teacher, need_student_grad and not none, need_teacher_grad and not none)
+
+
+@torch.library.register_fake("amtml::angle_bwd")
+def _(grad_loss, student, teacher, row_mask, delta, eps, need_student_grad, need_teacher_grad):
+    return _angle_grads(student, teacher, need_student_grad, need_teacher_grad)
+
+
+@torch.library.register_fake("amtml::hint_pool_fwd")
+def _(feature_map, height, width, normalize):
+    n, c, h, w = feature_map.shape
+    wide = wide_dtype(feature_map)
+    return feature_map.new_empty(n, c, height, width, dtype=wide), _empty(feature_map, normalize, (n, h, w), wide)
+
+
+@torch.library.register_fake("amtml::hint_pool_bwd")
+def _(grad, feature_map, norms, normalize):
+    return torch.empty_like(feature_map, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("amtml::hint_mse_fwd")
+def _(prediction, target, need_grad):
+    wide = wide_dtype(prediction, target)
+    return prediction.new_empty((), dtype=wide), _empty(prediction, need_grad, prediction.shape, wide)
+
+
+@torch.library.register_fake("amtml::dual_softmax_fwd")
+def _(scores, mode):
+    b, r, k = scores.shape
+    wide = wide_dtype(scores)
+    return scores.new_empty(b, r, k), scores.new_empty(b, 2, k, dtype=wide), scores.new_empty(b, r, 2, dtype=wide)
+
+
+@torch.library.register_fake("amtml::dual_softmax_bwd")
+def _(grad, scores, column_stats, row_stats, mode):
+    return torch.empty_like(scores, memory_format=torch.contiguous_format)

@@ -1,0 +1,215 @@
+"""The equations of AMTML-KD in plain PyTorch: the oracle of every test and the backend of last resort.
+
+Equation numbers are those of Liu, Zhang, Wang, *Adaptive multi-teacher multi-level knowledge distillation* (2020); see
+docs/method.md. Each function has the name, signature and meaning of its namesake in ``amtml_fast``, takes any floating dtype
+(16-bit inputs are computed in float32), and can be differentiated any number of times. Arguments are taken as already
+checked: the checks live in ``amtml_fast.functional``.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class KDTerms(NamedTuple):
+    """What one pass over the logits yields. ``kl`` includes ``temperature**2`` where that is asked for."""
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor
+    student_probs: Tensor  # [rows, C] q of Eq 8
+    soft_targets: Tensor  # [rows, C] p of Eq 7
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that products, exponentials and sums are made in: float64 if any input is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "max") -> Tensor:
+    """Eq 4-6: ``softmax_t(v . (theta_t * pool(features)))``, [N, d, H, W] or [N, d] -> [N, T]."""
+    dtype = wide_dtype(features, theta, v)
+    b = features.to(dtype)
+    if b.dim() == 4:
+        flat = b.flatten(2)
+        b = flat.max(-1).values if pool == "max" else flat.mean(-1)  # max(dim), not amax: a tie goes to the first
+    gamma = (b.unsqueeze(1) * (theta.to(dtype) * v.to(dtype))).sum(-1)  # [N, T]; no matmul, which autocast would narrow
+    return gamma.softmax(-1)
+
+
+def multi_teacher_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | list[Tensor] | tuple[Tensor, ...],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+    mode: str = "mixture",
+    reduction: str = "batchmean",
+    t2_scale: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """Eq 7-8: ``(1 - alpha) * CE + alpha * temperature**2 * KL(sum_t w_t p_t || q)``."""
+    terms = multi_teacher_kd(
+        student_logits.reshape(-1, student_logits.shape[-1]),
+        [t.reshape(-1, t.shape[-1]) for t in teacher_logits],
+        None if teacher_weights is None else teacher_weights.reshape(-1, teacher_weights.shape[-1]),
+        None if labels is None else labels.reshape(-1),
+        temperature=temperature,
+        alpha=alpha,
+        mode=mode,
+        reduction="sum" if num_items_in_batch is not None else reduction,
+        t2_scale=t2_scale,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
+    if num_items_in_batch is not None:
+        return terms.loss / num_items_in_batch
+    return terms.loss.reshape(student_logits.shape[:-1]) if reduction == "none" else terms.loss
+
+
+def multi_teacher_kd(
+    student: Tensor,  # [N, C]
+    teachers: list[Tensor],  # T x [N, C]
+    weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
+    labels: Tensor | None,  # [N]
+    *,
+    temperature: float,
+    alpha: float,
+    mode: str,
+    reduction: str,
+    t2_scale: bool,
+    ignore_index: int,
+    label_smoothing: float,
+) -> KDTerms:
+    """Eq 7-8 on rows, with all the parts. A term with weight 0 or probability 0 is 0, whatever it multiplies."""
+    dtype = wide_dtype(student, *teachers, weights)
+    rows, classes = student.shape
+    valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
+    hide = ~valid.unsqueeze(1)
+    z = student.to(dtype).masked_fill(hide, 0)  # an ignored row gives 0 whatever it holds, NaN included
+    z = z.masked_fill(z == -torch.inf, -torch.inf)  # same values, but no gradient flows into a masked class
+    if weights is None:
+        weights = z.new_full((1, len(teachers)), 1 / len(teachers))
+    w = weights.to(dtype).expand(rows, -1).masked_fill(hide, 0)
+    log_q = (z / temperature).log_softmax(-1)
+    log_p = [(t.to(dtype).masked_fill(hide, 0) / temperature).log_softmax(-1) for t in teachers]
+
+    def weighted(weight: Tensor, value: Tensor) -> Tensor:
+        return weight * value.masked_fill((weight == 0) & ~value.isfinite(), 0)
+
+    mixture = sum(weighted(w[:, t, None], p.exp()) for t, p in enumerate(log_p))  # Eq 7: probabilities are mixed
+    assert isinstance(mixture, Tensor)
+    if mode == "mixture":
+        kl = _kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
+    else:
+        kl = sum(weighted(w[:, t], _kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p))
+    kl = (kl * (temperature**2 if t2_scale else 1)).masked_fill(~valid, 0)
+    if labels is None:
+        ce = torch.zeros_like(kl)
+    else:
+        ce = F.cross_entropy(
+            z, labels.long(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+        )
+
+    if reduction != "none":
+        count = 1 if reduction == "sum" else valid.sum().clamp(min=1)
+        ce = ce.sum() / count
+        kl = kl.sum() / (count * (classes if reduction == "mean" else 1))
+    if labels is None or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
+        loss = kl if labels is None else alpha * kl
+    else:
+        loss = (1 - alpha) * ce if alpha == 0 else (1 - alpha) * ce + alpha * kl
+    return KDTerms(loss, ce, kl, log_q.exp(), mixture)
+
+
+def _kl_rows(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``sum_c p (log p - log q)`` where a class with p = 0 counts 0, in value and gradient."""
+    empty = p == 0
+    return (p * (log_p.masked_fill(empty, 0) - log_q.masked_fill(empty, 0))).sum(-1)
+
+
+def angle_loss(
+    student: Tensor, teacher: Tensor, *, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12
+) -> Tensor:
+    """Eq 9-10 as written, every triplet: O(N^3) memory. student, teacher [N, C] -> scalar, or [N] for ``none``."""
+    return angle(student, teacher, None, delta=delta, reduction=reduction, eps=eps)
+
+
+def angle(
+    student: Tensor,
+    teacher: Tensor,
+    row_mask: Tensor | None,  # [N] bool, False: the row takes no part
+    *,
+    delta: float,
+    reduction: str,
+    eps: float,
+) -> Tensor:
+    """``angle_loss`` over the rows where ``row_mask`` is true."""
+    dtype = wide_dtype(student, teacher)
+    with torch.autocast(student.device.type, enabled=False):  # autocast would run the inner products in 16 bits
+        cosines = [_cosines(x.to(dtype), row_mask, eps) for x in (student, teacher)]
+    per_vertex = F.huber_loss(cosines[0], cosines[1], delta=delta, reduction="none").sum((1, 2))  # [N]
+    n = len(student) if row_mask is None else row_mask.sum()
+    if reduction == "none":
+        return per_vertex / _at_least_one(n**2)
+    if reduction == "sum":
+        return per_vertex.sum()
+    return per_vertex.sum() / _at_least_one(n**3 if reduction == "mean" else n * (n - 1) * (n - 2))
+
+
+def _cosines(x: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
+    """Eq 9: ``psi(i, j, k)`` as [j, i, k]. A degenerate pair (distance <= eps) has psi 0 and gradient 0."""
+    if row_mask is not None:
+        x = x.masked_fill(~row_mask.unsqueeze(1), 0)
+    difference = x.unsqueeze(0) - x.unsqueeze(1)  # [j, i, C]
+    squared = difference.square().sum(-1, keepdim=True)
+    regular = squared.double() > eps * eps
+    if row_mask is not None:
+        regular = regular & row_mask[:, None, None] & row_mask[None, :, None]
+    edge = difference.masked_fill(~regular, 0) / squared.masked_fill(~regular, 1).sqrt()
+    return torch.bmm(edge, edge.transpose(1, 2))
+
+
+def _at_least_one(count: int | Tensor) -> int | Tensor:
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
+def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, normalize: bool = False) -> Tensor:
+    """Eq 11 for one teacher: ``mean (u - F(v))^2`` with ``F`` the 1x1 convolution ``weight`` [c_t, c_s]."""
+    size = [min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:])]
+    v, u = (hint_pool(m, size[0], size[1], normalize) for m in (student_map, teacher_map))
+    return hint_mse(hint_conv(v, weight), u)
+
+
+def hint_pool(feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+    """L2-normalise over channels (if asked for), then average-pool to [N, c, height, width]."""
+    wide = feature_map.to(wide_dtype(feature_map))
+    if normalize:
+        wide = F.normalize(wide, dim=1)
+    return F.adaptive_avg_pool2d(wide, (height, width))
+
+
+def hint_conv(pooled: Tensor, weight: Tensor) -> Tensor:
+    """``F_t``: torch's own 1x1 convolution (autocast may narrow it), in the wider of the two dtypes."""
+    dtype = torch.promote_types(pooled.dtype, weight.dtype)
+    return F.conv2d(pooled.to(dtype), weight.to(dtype)[:, :, None, None])
+
+
+def hint_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error in at least float32; 0 for an empty batch."""
+    dtype = wide_dtype(prediction, target)
+    return (prediction.to(dtype) - target.to(dtype)).square().sum() / max(prediction.numel(), 1)
+
+
+def dual_softmax(scores: Tensor, dim1: int = -2, dim2: int = -1, *, mode: str = "sequential") -> Tensor:
+    """Softmax along dim1, then of that along dim2 (``sequential``); or the product of the two (``product``)."""
+    wide = scores.to(wide_dtype(scores))
+    first = wide.softmax(dim1)
+    out = first.softmax(dim2) if mode == "sequential" else first * wide.softmax(dim2)
+    return out.to(scores.dtype)

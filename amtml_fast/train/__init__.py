@@ -1,0 +1,1 @@
+"""The lean trainer: data, models, methods and the loop that runs them."""

@@ -1,0 +1,172 @@
+"""The commands that need the `train` extra: teach, distill, eval, compare (and backends, for --help)."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..cli import backends_table
+from .config import Config, ConfigError, load
+from .progress import Display
+from .run import Run, RunError, read_json
+
+app = typer.Typer(
+    name="amtml-fast",
+    help="Fast multi-teacher knowledge distillation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Source = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A YAML file, a run folder, or a packaged name (digits).")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as distill.epochs=5.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over, whatever the folders hold.")]
+
+
+@app.command()
+def teach(
+    config: Source,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Continue an unfinished teacher.")] = True,
+    fresh: Fresh = False,
+) -> None:
+    """Train the teachers; finished ones are skipped."""
+    with friendly() as display:
+        settings = load(config, overrides or [])
+        from . import compare as work
+
+        if not settings.teachers:
+            raise ConfigError("config: teachers: at least one teacher wanted, got none")
+        runs = work.teach(settings, work.load_data(settings), display, resume=resume, fresh=fresh)
+        for run in runs:
+            display.say(f"wrote {run.folder}/model.safetensors, metrics.jsonl and run.json")
+
+
+@app.command()
+def distill(
+    config: Source,
+    overrides: Overrides = None,
+    method: Annotated[str, typer.Option(help="student, avg_mkd or amtml_kd.")] = "amtml_kd",
+    seed: Annotated[int | None, typer.Option(help="The run's seed; the configuration's if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
+    fresh: Fresh = False,
+) -> None:
+    """Train one student from the trained teachers."""
+    with friendly("--resume") as display:
+        settings = load(config, overrides or [])
+        from . import compare as work
+
+        seed = settings.seed if seed is None else seed
+        run = work.distill(settings, work.load_data(settings), method, seed, display, resume=resume, fresh=fresh)
+        show_result(run, display)
+        display.say(f"wrote {run.folder}/student.safetensors (a plain state dict), metrics.jsonl and run.json")
+
+
+@app.command("eval")
+def evaluate(
+    config: Source,
+    overrides: Overrides = None,
+    method: Annotated[str, typer.Option(help="Which method's student.")] = "amtml_kd",
+    seed: Annotated[int | None, typer.Option(help="Which seed's student.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="A teacher's name, to measure it instead.")] = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+) -> None:
+    """Accuracy of a trained student or teacher. CONFIG may be the run's own folder."""
+    with friendly() as display:
+        settings = load(config, overrides or [])
+        if split not in ("train", "val", "test"):
+            raise ConfigError(f"--split: one of train, val, test wanted, got {split!r}")
+        from . import compare as work
+
+        data = work.load_data(settings)
+        file, accuracy = work.evaluate(settings, data, find_run(config, settings, method, seed, teacher), split)
+        images = len(getattr(data, split).labels)
+        display.say(f"{split} accuracy {100 * accuracy:.2f} % on {images} images of {data.name} ({file})")
+
+
+@app.command()
+def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train every method x seed at equal epochs; print the table, draw the pictures, say what came out.
+
+    Finished runs are skipped and killed ones continued: call it again after an interruption.
+    """
+    with friendly() as display:
+        settings = load(config, overrides or [])
+        from . import compare as work
+        from .report import table
+
+        outcome = work.compare(settings, display, fresh=fresh)
+        title = f"{settings.name}: {settings.distill.epochs} epochs"
+        display.console.print(table(outcome.rows, outcome.teachers, title=title))
+        display.say(outcome.finding)
+        display.say(f"Tables: {settings.folder}/results.md, results.csv, results.json")
+        display.say(
+            f"Pictures: {settings.folder}/figures/ ({', '.join(f.name for f in outcome.files if f.suffix == '.png')})"
+        )
+        display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
+
+
+@app.command()
+def backends() -> None:
+    """Which backend each operator can run on here, and why not."""
+    print(backends_table())
+
+
+def find_run(source: str, config: Config, method: str, seed: int | None, teacher: str | None) -> Path:
+    """The folder to evaluate: the source itself if it is a run folder, else the one that the options name."""
+    if (Path(source) / "run.json").is_file():
+        return Path(source)
+    if teacher is not None:
+        return config.folder / "teachers" / teacher
+    return config.folder / f"{method}-seed{config.seed if seed is None else seed}"
+
+
+def show_result(run: Run, display: Display) -> None:
+    result, record = read_json(run.result), run.read_record()
+    display.say(
+        f"{record['label']}, seed {record['seed']}: validation {100 * result['val_accuracy']:.2f} %, "
+        f"test {100 * result['test_accuracy']:.2f} %, {1000 * record['seconds_per_step']:.1f} ms a step"
+    )
+
+
+@contextmanager
+def friendly(resume: str = "") -> Iterator[Display]:
+    """A display for the main process; mistakes as one line on stderr; Ctrl-C says how to go on.
+
+    AMTML_DEBUG=1 shows tracebacks. Exit codes: 1 error, 2 unusable configuration, 130 Ctrl-C.
+    """
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    previous = signal.signal(signal.SIGTERM, _terminate)  # a cluster's polite stop is handled like Ctrl-C
+    try:
+        with Display(quiet=not main_process) as display:
+            yield display
+    except KeyboardInterrupt as stop:
+        if main_process:
+            words = [word for word in sys.argv[1:] if word != "--fresh"]  # --fresh again would throw the epochs away
+            words += [resume] if resume and resume not in words else []
+            stopped = str(stop) or "stopped before anything was trained"
+            print(f"\n{stopped}\nTo go on: {shlex.join(['amtml-fast', *words])}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except (ConfigError, RunError, ValueError, TypeError, FileNotFoundError) as error:
+        if os.environ.get("AMTML_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

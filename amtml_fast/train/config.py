@@ -1,0 +1,375 @@
+"""The trainer's configuration: dataclasses with defaults, filled from a YAML file and `key=value` overrides.
+
+`load` checks every key against these classes: an unknown key, an ill-typed value or an unknown choice is a
+`ConfigError` that names the key, the nearest valid one and what was wanted.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says which key and what was wanted."""
+
+
+@dataclass
+class DataConfig:
+    name: str = "digits"  # digits | fashion_mnist | cifar10 | cifar100 | image_folder | package.module:factory
+    root: str | None = None
+    val_fraction: float = 0.1
+    augment: bool = False
+
+
+@dataclass
+class ModelConfig:
+    factory: str = "small_cnn"  # a name in models.MODELS or package.module:factory
+    args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None  # a state dict: .safetensors, or .pt read with weights_only
+
+
+@dataclass
+class TeacherConfig:
+    name: str = "teacher"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hint: str | None = None  # dotted path of the module whose output is the hint map u_t
+    train: dict[str, Any] = field(default_factory=dict)  # this teacher's overrides of `teach`
+
+
+@dataclass
+class StudentConfig:
+    factory: str = "small_cnn"
+    args: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    features: str | None = None  # the adapter's input: dotted path of the last convolutional map
+    groups: dict[str, str] = field(default_factory=dict)  # layer groups, low to high: name -> dotted path
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = 30
+    batch_size: int = 128  # images per optimiser step, over all processes and accumulation steps
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    schedule: str = "onecycle"
+    warmup: float = 0.0  # epochs of linear warm-up; onecycle has its own
+    milestones: list[int] = field(default_factory=list)  # epochs after which `step` multiplies lr by gamma
+    gamma: float = 0.1
+
+
+@dataclass
+class LossConfig:
+    temperature: float = 4.0
+    alpha: float = 0.7
+    mode: str = "mixture"
+    angle_weight: float = 1.0
+    hint_weight: float = 1.0
+    regularizer_weight: float = 1e-3
+    init_scale: float | None = None
+    pool: str = "max"
+    mapping: Any = "best_high"  # best_high | best_low | random | {teacher name: group name}
+    normalize_hints: bool = False
+    angle_trains_weights: bool = False
+    delta: float = 1.0
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class StagesConfig:
+    adapter_epochs: int | None = None  # the adapter is frozen after this many epochs; null: never
+
+
+@dataclass
+class CompareConfig:
+    methods: list[str] = field(default_factory=lambda: ["student", "avg_mkd", "amtml_kd"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+
+
+@dataclass
+class EngineConfig:
+    mixed_precision: str = "no"
+    gradient_accumulation_steps: int = 1
+    compile: bool = False
+    channels_last: bool = False
+    device: str = "auto"  # auto | cpu
+    threads: int | None = None  # torch.set_num_threads; null: torch's own choice
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    seed: int = 0
+    preset: str = "default"
+    data: DataConfig = field(default_factory=DataConfig)
+    teachers: list[TeacherConfig] = field(default_factory=list)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    teach: TrainConfig = field(default_factory=TrainConfig)
+    distill: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    cache_teachers: str = "auto"  # auto: when augmentation is off | always | never
+    out: str = "runs"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) / self.name
+
+
+def two_stage(config: Config) -> dict[str, Any]:
+    """Adapter and student together, then the adapter frozen: after 80 of 280 epochs with the authors."""
+    return {"stages": {"adapter_epochs": max(1, round(config.distill.epochs * 80 / 280))}}
+
+
+# A preset sees the configuration without it and returns the values that it sets; an explicit key beats it.
+PRESETS: dict[str, Callable[[Config], dict[str, Any]]] = {"default": lambda config: {}, "two_stage": two_stage}
+
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "loss.mode": ("mixture", "sum"),
+    "loss.pool": ("max", "avg"),
+    "engine.mixed_precision": ("no", "fp16", "bf16"),
+    "engine.device": ("auto", "cpu"),
+    "cache_teachers": ("auto", "always", "never"),
+}
+MAPPINGS = ("best_high", "best_low", "random")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("onecycle", "step", "cosine", "constant")
+
+
+def packaged() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def find(source: str | Path) -> Path:
+    """The YAML file that `source` means: a file, a run folder holding config.yaml, or a packaged name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if str(source) in packaged():
+        return CONFIG_FOLDER / f"{source}.yaml"
+    raise ConfigError(
+        f"config: {str(source)!r} is neither a YAML file, nor a run folder with a config.yaml, "
+        f"nor a packaged name ({', '.join(packaged())}){_nearest(str(source), packaged())}"
+    )
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in `source` (file, run folder or packaged name) with `key=value` overrides applied."""
+    path, overrides = find(source), list(overrides)
+    try:
+        written = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config: {path} is not readable YAML: {error}") from None
+    plain = _merge({}, written, overrides, str(path))
+    if plain.preset not in PRESETS:
+        raise ConfigError(_bad_choice("preset", plain.preset, tuple(PRESETS)))
+    config = _merge(PRESETS[plain.preset](plain), written, overrides, str(path))
+    _check(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain containers, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def teacher_train(config: Config, teacher: TeacherConfig) -> TrainConfig:
+    """`teach` with this teacher's own `train` keys over it."""
+    where = f"teachers.{teacher.name}.train"
+    with _errors(TrainConfig, where):
+        merged = OmegaConf.merge(OmegaConf.structured(config.teach), teacher.train)
+        return typing.cast(TrainConfig, OmegaConf.to_object(merged))
+
+
+def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: str) -> Config:
+    with _errors(Config, "", source):
+        merged = OmegaConf.merge(OmegaConf.structured(Config), preset, written)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"config: an override is key=value, got {override!r}")
+        with _errors(Config, "", f"the override {override!r}"):
+            try:
+                # A mapping of free keys (args, groups) is replaced whole; a section (distill={...}) is merged into.
+                section = dataclasses.is_dataclass(_hint_at(Config, key.strip()))
+                OmegaConf.update(merged, key.strip(), yaml_value(value), merge=section)
+            except (IndexError, TypeError, ValueError) as error:
+                if isinstance(error, OmegaConfBaseException):
+                    raise
+                raise ConfigError(f"config: {key}: {error} (in the override {override!r})") from None
+    with _errors(Config, "", source):
+        return typing.cast(Config, OmegaConf.to_object(merged))
+
+
+def yaml_value(text: str) -> Any:
+    """One override's value, read as YAML (so that `[0, 1]`, `null` and `5e-4` mean what they mean in a file)."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text.strip() else "value: null"))["value"]  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return text
+
+
+class _errors:
+    """Turns OmegaConf's exceptions into ConfigError with the key, the nearest key and the wanted type."""
+
+    def __init__(self, schema: type, prefix: str, source: str = "") -> None:
+        self.schema, self.prefix, self.source = schema, prefix, source
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, OmegaConfBaseException):
+            return
+        key = re.sub(r"\[(\d+)\]", r".\1", str(getattr(error, "full_key", "") or "")).strip(".")
+        shown = ".".join(part for part in (self.prefix, key) if part) or "config"
+        place = f" (in {self.source})" if self.source else ""
+        if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+            names = _keys(self.schema)
+            nearest = _nearest(re.sub(r"\.\d+(?=\.)", "", key), names)
+            raise ConfigError(f"config: {shown}: no such key{nearest}{place}") from None
+        wanted = _wanted(self.schema, key) if isinstance(error, ValidationError) else ""
+        came = str(error).splitlines()[0]
+        raise ConfigError(f"config: {shown}: {f'{wanted} wanted: ' if wanted else ''}{came}{place}") from None
+
+
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _inner(hint: Any) -> Any:
+    """The dataclass inside Optional[...] or list[...], or the type itself."""
+    if typing.get_origin(hint) in (list, typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
+    return hint
+
+
+def _keys(schema: type) -> list[str]:
+    """Every valid dotted key of a configuration class; list positions are left out."""
+    names: list[str] = []
+    for name, hint in _hints(schema).items():
+        names.append(name)
+        inner = _inner(hint)
+        if dataclasses.is_dataclass(inner):
+            names += [f"{name}.{rest}" for rest in _keys(typing.cast(type, inner))]
+    return names
+
+
+def _hint_at(schema: type, key: str) -> Any:
+    """The annotation at a dotted key; Any below free mappings and where there is no such key."""
+    hint: Any = schema
+    for part in key.split("."):
+        hint = _inner(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
+        if part.isdigit():
+            hint = _inner(hint)
+        elif dataclasses.is_dataclass(hint):
+            hint = _hints(typing.cast(type, hint)).get(part, Any)
+        elif typing.get_origin(hint) is dict:
+            hint = typing.get_args(hint)[1]
+        else:
+            return Any
+    return hint
+
+
+def _wanted(schema: type, key: str) -> str:
+    """The type at a dotted key, in words."""
+    hint = _hint_at(schema, key)
+    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    hint = _inner(hint) if optional else hint
+    if typing.get_origin(hint) is None and isinstance(hint, type):
+        name = "a mapping of keys" if dataclasses.is_dataclass(hint) else hint.__name__
+    else:
+        name = str(hint).replace("typing.", "").replace(f"{__name__}.", "")
+    return f"{name} or null" if optional else name
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean ...?` for the closest of `names`, by the whole dotted key first, by its last part second."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close:
+        last = {full.rpartition(".")[2]: full for full in names}
+        close = [last[match] for match in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _bad_choice(key: str, value: Any, choices: Iterable[str]) -> str:
+    choices = list(choices)
+    return f"config: {key}: one of {', '.join(choices)} wanted, got {value!r}{_nearest(str(value), choices)}"
+
+
+def _check(config: Config) -> None:
+    """Everything that types do not say."""
+    # YAML reads a bare `no` as false, which becomes the string "False" in a text field.
+    if config.engine.mixed_precision == "False":
+        config.engine.mixed_precision = "no"
+    for key, choices in CHOICES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value not in choices:
+            raise ConfigError(_bad_choice(key, value, choices))
+    if not isinstance(config.loss.mapping, Mapping) and config.loss.mapping not in MAPPINGS:
+        raise ConfigError(_bad_choice("loss.mapping", config.loss.mapping, MAPPINGS) + " (or teacher: group pairs)")
+    _check_methods(config.compare.methods)
+    _check_train("distill", config.distill)
+    names = [teacher.name for teacher in config.teachers]
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name) or names.count(name) > 1:
+            raise ConfigError(f"config: teachers.name: unique names of letters, digits, - and _ wanted, got {names}")
+    for teacher in config.teachers:
+        _check_train(f"teachers.{teacher.name}.train", teacher_train(config, teacher))
+    if not 0.0 <= config.loss.alpha <= 1.0:
+        raise ConfigError(f"config: loss.alpha: a number in [0, 1] wanted, got {config.loss.alpha}")
+    if not config.loss.temperature > 0.0:
+        raise ConfigError(f"config: loss.temperature: a number above 0 wanted, got {config.loss.temperature}")
+    if config.engine.gradient_accumulation_steps < 1:
+        raise ConfigError(
+            "config: engine.gradient_accumulation_steps: 1 or more wanted, "
+            f"got {config.engine.gradient_accumulation_steps}"
+        )
+    if not 0.0 < config.data.val_fraction < 1.0:
+        raise ConfigError(f"config: data.val_fraction: a number in (0, 1) wanted, got {config.data.val_fraction}")
+
+
+def _check_methods(methods: list[str]) -> None:
+    from .methods import METHODS
+
+    for method in methods:
+        if method not in METHODS:
+            raise ConfigError(_bad_choice("compare.methods", method, METHODS))
+
+
+def _check_train(where: str, train: TrainConfig) -> None:
+    if train.optimizer not in OPTIMIZERS:
+        raise ConfigError(_bad_choice(f"{where}.optimizer", train.optimizer, OPTIMIZERS))
+    if train.schedule not in SCHEDULES:
+        raise ConfigError(_bad_choice(f"{where}.schedule", train.schedule, SCHEDULES))
+    for key, lowest in (("epochs", 1), ("batch_size", 1), ("lr", 0.0), ("warmup", 0.0), ("weight_decay", 0.0)):
+        if not getattr(train, key) >= lowest:
+            raise ConfigError(f"config: {where}.{key}: {lowest} or more wanted, got {getattr(train, key)}")

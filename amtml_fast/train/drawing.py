@@ -1,0 +1,272 @@
+"""What the pictures are made of: places in inches, headings, bars, labels at line ends, and arrays of metrics."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+TEACHERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
+METHODS = ("#555555", BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+INK, FAINT = "#222222", "#6b6b6b"
+STYLE: Any = {
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+    "savefig.bbox": None,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#999999",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "xtick.color": "#999999",
+    "ytick.color": "#999999",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+}
+
+
+def panel(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes with its top left corner x, y inches from the figure's."""
+    w, h = figure.get_size_inches()
+    return figure.add_axes((x / w, 1 - (y + height) / h, width / w, height / h))
+
+
+def at(figure: Figure, x: float, y: float) -> tuple[float, float]:
+    w, h = figure.get_size_inches()
+    return x / w, 1 - y / h
+
+
+def headline(figure: Figure, text: str, below: str) -> None:
+    size = min(11, 11 * 10 * figure.get_size_inches()[0] / len(text))  # about ten letters an inch fit at 11 points
+    figure.text(*at(figure, 0.2, 0.14), text, fontsize=max(size, 8), weight="bold", va="top")
+    figure.text(*at(figure, 0.2, 0.4), below, fontsize=8.5, color=FAINT, va="top")
+
+
+def heading(axes: Axes, text: str, below: str) -> None:
+    axes.annotate(
+        text, (0, 1), (0, 18), "axes fraction", "offset points", fontsize=9.5, va="bottom", annotation_clip=False
+    )
+    axes.annotate(
+        below, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=8, color=FAINT, annotation_clip=False
+    )
+
+
+def above(axes: Axes, text: str, below: str, colour: str) -> None:
+    axes.annotate(
+        text, (0, 1), (0, 15), "axes fraction", "offset points", fontsize=9, weight="bold", color=colour, va="bottom"
+    )
+    axes.annotate(below, (0, 1), (0, 4), "axes fraction", "offset points", fontsize=8, color=FAINT, va="bottom")
+
+
+def bars(axes: Axes, parts: Array, colours: Sequence[str], top: float, truth: int, names: Sequence[str] | None) -> None:
+    """Horizontal bars of the classes, stacked from parts [K, classes]; the true one's value bold, tiny ones unnamed."""
+    places, start = np.arange(parts.shape[1]), np.zeros(parts.shape[1])
+    for part, colour in zip(parts, colours, strict=True):
+        axes.barh(places, part, left=start, height=0.72, color=colour)
+        start = start + part
+    for place, value in zip(places, start, strict=True):
+        if value >= 0.01 or place == truth:
+            weight = "bold" if place == truth else "normal"
+            axes.text(value + 0.03 * room(axes, top), place, two(value), va="center", fontsize=8, weight=weight)
+    axes.set_yticks(places, names if names is not None else [""] * len(places), fontsize=8.5)
+    if names is not None:
+        axes.get_yticklabels()[truth].set_fontweight("bold")
+    axes.set(xlim=(0, room(axes, top)), ylim=(len(places) - 0.45, -0.55), xticks=[])
+    bare(axes)
+
+
+def room(axes: Axes, top: float) -> float:
+    """Where the x axis must end for a bar of length `top` to have its number beside it."""
+    wide = size_inches(axes)[0]
+    return top * wide / (wide - 0.36)
+
+
+def size_inches(axes: Axes) -> tuple[float, float]:
+    w, h = axes.get_figure(root=True).get_size_inches()  # type: ignore[union-attr]
+    return axes.get_position().width * w, axes.get_position().height * h
+
+
+def column_title(name: str, wide: float) -> str:
+    return wrap(name, int((wide - 0.04) / 0.083), 3)
+
+
+def first_row(titles: Sequence[str]) -> float:
+    """Inches from the top of the figure to the first row of panels, below the highest column title."""
+    return 0.98 + 0.155 * max(title.count("\n") + 1 for title in titles)
+
+
+def bare(axes: Axes) -> None:
+    axes.tick_params(length=0, pad=3)
+    axes.spines[["bottom"]].set_visible(False)
+
+
+def picture(axes: Axes, image: ArrayLike, below: str) -> None:
+    """image [H, W] or [C, H, W], bytes or floats (those stretched to their own range), its pixels left square."""
+    pixels = np.asarray(image)
+    if pixels.ndim == 3:
+        pixels = pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0)
+    if pixels.dtype != np.uint8:
+        low, high = float(pixels.min()), float(pixels.max())
+        pixels = (pixels - low) / (high - low or 1)
+    axes.imshow(pixels, cmap="gray", interpolation="nearest", vmin=0, vmax=255 if pixels.dtype == np.uint8 else 1)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.annotate(below, (0, 0), (0, -6), "axes fraction", "offset points", fontsize=9, weight="bold", va="top")
+
+
+def epoch_axis(axes: Axes) -> None:
+    axes.grid(axis="y")
+    axes.margins(x=0.03)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.set_xlabel("epoch")
+
+
+def starts_at(axes: Axes, unit: str) -> str:
+    start = axes.get_ylim()[0]
+    return f"axis starts at {start:.0f} {unit}" if start >= 1 else ""
+
+
+def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 8.5) -> None:
+    """Write each (x, y, text, colour) at the right of the axes, moved apart where they would overlap."""
+    if not ends:
+        return
+    axes.get_ylim()  # limits are set lazily: this makes them final before places are computed from them
+    inches = size_inches(axes)[1]
+    to_axes = axes.transData + axes.transAxes.inverted()
+    wanted = [float(to_axes.transform((x, y))[1]) for x, y, _, _ in ends]
+    heights = [(1.22 * size * (text.count("\n") + 1) + 2) / 72 / inches for _, _, text, _ in ends]
+    for (x, y, text, colour), place in zip(ends, spread(wanted, heights), strict=True):
+        axes.annotate(
+            text,
+            (x, y),
+            (1.07, place),
+            xycoords="data",
+            textcoords="axes fraction",
+            fontsize=size,
+            linespacing=1.1,
+            color=dark(colour),
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
+        )
+
+
+def spread(wanted: Sequence[float], heights: Sequence[float], low: float = -0.15, high: float = 1.03) -> list[float]:
+    """Centres near the wanted ones (in least squares) so that boxes of these heights lie in [low, high], apart.
+
+    Boxes that would are joined to a block at its members' mean place; where all do not fit, they leave at the top.
+    """
+    blocks: list[tuple[float, list[int]]] = []  # (bottom of the block, its boxes from below)
+
+    def reach(boxes: Sequence[int]) -> float:
+        return sum(heights[i] for i in boxes)
+
+    for i in sorted(range(len(wanted)), key=lambda i: wanted[i]):
+        bottom, boxes = wanted[i] - heights[i] / 2, [i]
+        bottom = max(min(bottom, high - heights[i]), low)
+        while blocks and blocks[-1][0] + reach(blocks[-1][1]) > bottom:
+            below, under = blocks.pop()
+            bottom = (len(under) * below + len(boxes) * (bottom - reach(under))) / (len(under) + len(boxes))
+            boxes = under + boxes
+            bottom = max(min(bottom, high - reach(boxes)), low)
+        blocks.append((bottom, boxes))
+    places = [0.0] * len(wanted)
+    for bottom, boxes in blocks:
+        for i in boxes:
+            places[i] = bottom + heights[i] / 2
+            bottom += heights[i]
+    return places
+
+
+def series(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[Array, Array]:
+    """(epochs [E], values [seeds, E]) of a metric; NaN where a run is shorter or has none."""
+    values = stack([[epoch.get(key) for epoch in run] for run in runs])
+    return np.arange(1, values.shape[1] + 1), values
+
+
+def stack(rows: Sequence[Sequence[Any]]) -> Array:
+    out = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = [np.nan if value is None or not np.isfinite(value) else value for value in row]
+    return out
+
+
+def last(values: Array) -> Array:
+    """The last finite value of each run, [seeds with any]."""
+    return np.array([run[np.isfinite(run)][-1] for run in values if np.isfinite(run).any()])
+
+
+def finite(series: Mapping[str, Array]) -> Array:
+    values = np.concatenate([v.ravel() for v in series.values()]) if series else np.empty(0)
+    return values[np.isfinite(values)]
+
+
+def floor(low: float) -> float:
+    """Where an entropy axis starts: at 0, or nearer to 1 when every value is up there."""
+    return max((start for start in (0, 0.5, 0.8, 0.9, 0.95, 0.99) if start < low - 0.1 * (1 - low)), default=0)
+
+
+def top_classes(values: Array, k: int, truth: int) -> list[int]:
+    """The k largest classes in falling order, the true one in the last place if it is not among them."""
+    order = [int(c) for c in np.argsort(-values, kind="stable")[:k]]
+    return order if truth in order else order[:-1] + [truth]
+
+
+def check(
+    name: str, probs: tuple[int, ...], want: tuple[int, ...], weights: tuple[int, ...], want_w: tuple[int, ...]
+) -> None:
+    if probs != want:
+        raise ValueError(f"{name}: teacher_probs must be {list(want)} (teachers by classes last), got {list(probs)}")
+    if weights != want_w:
+        raise ValueError(f"{name}: weights must be {list(want_w)}, got {list(weights)}")
+
+
+def teacher_colour(t: int) -> str:
+    return TEACHERS[t % len(TEACHERS)]
+
+
+def dark(colour: str) -> str:
+    """The same hue, dark enough to read as text on white."""
+    red, green, blue = to_rgb(colour)
+    return to_hex((0.72 * red, 0.72 * green, 0.72 * blue))
+
+
+def two(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def fine(value: float) -> str:
+    """An entropy: near 1 two decimals would hide whether the weights are equal."""
+    return f"{value:.4f}" if value > 0.99 else f"{value:.2f}"
+
+
+def short(name: str, size: int = 16) -> str:
+    """The middle is cut, not the end: long class names tend to differ there."""
+    return name if len(name) <= size else f"{name[: size - 7]}…{name[-6:]}"
+
+
+def wrap(text: str, width: int, lines: int | None = None) -> str:
+    return "\n".join(textwrap.wrap(text, max(width, 4), max_lines=lines, placeholder="…")) or text
+
+
+def text_inches(names: Sequence[str]) -> float:
+    return 0.08 * max(map(len, names))

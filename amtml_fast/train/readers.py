@@ -1,0 +1,336 @@
+"""Image data sets, from the files in which they are published to uint8 arrays.
+
+Every reader takes the folder (None: its default place) and returns Arrays. A missing file is a FileNotFoundError that
+says what was looked for, where, and where to get it; a file that is cut short or is something else is a ValueError that
+names it. No reader unpickles anything.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DEFAULT_FOLDER = Path("data")  # for the sets that no package installs; below the working directory
+FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class Arrays(NamedTuple):
+    """A data set as it was read: images [N, C, H, W] uint8, labels [N] int64, mean and std if fixed."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions [n], [N - n] of a seeded split that takes `fraction` of every class, and the rest, both ascending.
+
+    Each class gives round(fraction * its size), but at least one of two images or more, and never all.
+    """
+    rng = np.random.RandomState(seed)  # its stream is frozen for good, that of default_rng is not
+    taken = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        taken.append(members[:count])
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[np.concatenate(taken)] = True
+    return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def read_digits(root: Path | None = None) -> Arrays:
+    """scikit-learn's 1797 scans of 8x8; a fifth of each class is the test set, the same for every seed of a run."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "digits: the scans come with scikit-learn, which is not installed (pip install scikit-learn)"
+        ) from error
+    if root is not None:
+        raise ValueError(f"data.root: digits are inside scikit-learn and are read from no folder, got {root}")
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # 0..16 -> 0..255, [1797, 1, 8, 8]
+    labels = digits.target.astype(np.int64)
+    test, train = stratified(labels, 0.2, seed=1797)
+    return Arrays(images[train], labels[train], images[test], labels[test], tuple("0123456789"))
+
+
+def read_fashion_mnist(root: Path | None = None) -> Arrays:
+    """The four IDX .gz files, 60,000 + 10,000 images of 28x28."""
+    folder = FASHION_MNIST_FOLDER if root is None else root
+    source = f"get it with apt-get install dataset-fashion-mnist (installs into {FASHION_MNIST_FOLDER}), or from "
+    source += "https://github.com/zalandoresearch/fashion-mnist"
+    splits: list[np.ndarray] = []
+    for split in ("train", "t10k"):
+        images_file, labels_file = f"{split}-images-idx3-ubyte.gz", f"{split}-labels-idx1-ubyte.gz"
+        _require([folder], [images_file, labels_file], source)
+        images, labels = _read_idx(folder / images_file, dims=3), _read_idx(folder / labels_file, dims=1)
+        if len(images) != len(labels):
+            raise ValueError(f"{folder}: {images_file} has {len(images)} images, {labels_file} {len(labels)} labels")
+        _check_labels(labels, len(FASHION_MNIST_CLASSES), folder / labels_file)
+        splits += [images[:, None], labels.astype(np.int64)]
+    train_images, train_labels, test_images, test_labels = splits
+    return Arrays(train_images, train_labels, test_images, test_labels, FASHION_MNIST_CLASSES)
+
+
+def _read_idx(path: Path, dims: int) -> np.ndarray:
+    """A gzipped IDX file of unsigned bytes: two zeros, type 8, the number of dimensions, each size, big-endian."""
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: truncated or not gzip ({error})") from error
+    header = 4 + 4 * dims
+    magic = int.from_bytes(content[:4], "big")
+    if len(content) < header or magic != 0x0800 + dims:
+        raise ValueError(
+            f"{path}: must begin with the IDX magic number {0x0800 + dims}, got {magic} ({len(content)} bytes)"
+        )
+    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
+    wanted = header + math.prod(shape)
+    if len(content) != wanted:
+        raise ValueError(f"{path}: its header says {shape}, so {wanted} bytes, but there are {len(content)}")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
+
+
+def read_cifar10(root: Path | None = None) -> Arrays:
+    """The 'binary version' of CIFAR-10: data_batch_1.bin to data_batch_5.bin, test_batch.bin, batches.meta.txt."""
+    train = [f"data_batch_{i}.bin" for i in range(1, 6)]
+    return _read_cifar(root, "cifar-10-batches-bin", train, "test_batch.bin", "batches.meta.txt", 10, "cifar-10")
+
+
+def read_cifar100(root: Path | None = None) -> Arrays:
+    """The 'binary version' of CIFAR-100, fine labels: train.bin, test.bin, fine_label_names.txt."""
+    return _read_cifar(root, "cifar-100-binary", ["train.bin"], "test.bin", "fine_label_names.txt", 100, "cifar-100")
+
+
+def _read_cifar(
+    root: Path | None, folder_name: str, train: list[str], test: str, names: str, classes: int, archive: str
+) -> Arrays:
+    root = DEFAULT_FOLDER if root is None else root
+    source = f"get it from https://www.cs.toronto.edu/~kriz/{archive}-binary.tar.gz and unpack it there"
+    folder = _require([root / folder_name, root], [*train, test, names], source)
+    # A record is its label bytes (CIFAR-100: coarse, then fine) and 3 x 32 x 32 pixels.
+    label_bytes = 2 if classes == 100 else 1
+    parts = [_read_records(folder / name, label_bytes, classes) for name in train]
+    class_names = tuple(line.strip() for line in (folder / names).read_text().splitlines() if line.strip())
+    if len(class_names) != classes:
+        raise ValueError(f"{folder / names}: must hold {classes} class names, got {len(class_names)}")
+    train_images, train_labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+    test_images, test_labels = _read_records(folder / test, label_bytes, classes)
+    return Arrays(train_images, train_labels, test_images, test_labels, class_names, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _read_records(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    content = np.fromfile(path, np.uint8)
+    size = label_bytes + 3 * 32 * 32
+    if len(content) == 0 or len(content) % size:
+        raise ValueError(f"{path}: wrong size, must be whole records of {size} bytes, got {len(content)} bytes")
+    records = content.reshape(-1, size)
+    labels = records[:, label_bytes - 1].astype(np.int64)
+    _check_labels(labels, classes, path)
+    return records[:, label_bytes:].reshape(-1, 3, 32, 32), labels
+
+
+def read_image_folder(root: Path | None = None) -> Arrays:
+    """train/<class>/*.png|jpg|jpeg and the same below test/ (or val/, if there is no test/); or Tiny-ImageNet's layout.
+
+    Tiny-ImageNet: train/<wnid>/images, val/images with val/val_annotations.txt, names from words.txt; its val/ is the
+    test set (its test/ has no labels). All images must be of one size; they are read as RGB.
+    """
+    root = DEFAULT_FOLDER if root is None else root
+    source = "wanted train/<class>/*.png (or .jpg, .jpeg) and test/<class>/ or val/<class>/ beside it"
+    if not (root / "train").is_dir():
+        raise FileNotFoundError(f"data.root: looked for the folder train in {root}, not found; {source}")
+    folders = sorted(folder for folder in (root / "train").iterdir() if folder.is_dir())
+    classes = [folder.name for folder in folders]
+    train_files, train_labels = _class_images(root / "train", classes)
+    missing = sorted(set(range(len(classes))) - set(train_labels.tolist()))
+    if missing:
+        raise ValueError(f"{folders[missing[0]]}: a class of the training set must have an image, found none")
+    annotations = root / "val" / "val_annotations.txt"
+    if annotations.is_file():
+        test_files, test_labels = _annotated_images(annotations, classes)
+    else:
+        test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+        if test_folder is None:
+            raise FileNotFoundError(f"data.root: looked for the folder test or val in {root}, not found; {source}")
+        strangers = sorted(
+            folder.name for folder in test_folder.iterdir() if folder.is_dir() and folder.name not in classes
+        )
+        if strangers:
+            raise ValueError(f"{test_folder / strangers[0]}: this class has no folder in {root / 'train'}")
+        test_files, test_labels = _class_images(test_folder, classes)
+    images = _decode([*train_files, *test_files])
+    n = len(train_files)
+    return Arrays(images[:n], train_labels, images[n:], test_labels, _class_names(root / "words.txt", classes))
+
+
+def _class_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        inner = folder / name / "images"  # Tiny-ImageNet has one more level
+        found = sorted(_images_in(inner if inner.is_dir() else folder / name))
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise FileNotFoundError(f"data.root: looked for {folder}/<class>/*.png (or .jpg, .jpeg), found no image")
+    return files, np.array(labels, dtype=np.int64)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES] if folder.is_dir() else []
+
+
+def _annotated_images(annotations: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
+    """Tiny-ImageNet's val_annotations.txt: a line is file name, wnid and a bounding box, separated by tabs."""
+    files: list[Path] = []
+    labels: list[int] = []
+    label_of = {name: label for label, name in enumerate(classes)}
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        if len(fields) < 2 or fields[1] not in label_of:
+            raise ValueError(f"{annotations}: line {number} must be a file name and a class of train/, got {line!r}")
+        files.append(annotations.parent / "images" / fields[0])
+        labels.append(label_of[fields[1]])
+    if not files:
+        raise ValueError(f"{annotations}: names no image")
+    _require([annotations.parent / "images"], [file.name for file in files], f"{annotations} names it")
+    return files, np.array(labels, dtype=np.int64)
+
+
+def _class_names(words: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """The first word that words.txt has for each wnid; the folder's name where it has none."""
+    if not words.is_file():
+        return tuple(classes)
+    lines = (line.split("\t") for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line)
+    names = {fields[0]: fields[1].split(",")[0].strip() for fields in lines}
+    return tuple(names.get(name, name) for name in classes)
+
+
+def _decode(files: Sequence[Path]) -> np.ndarray:
+    """The images of `files` as [N, 3, H, W] uint8, decoded by threads (the decoders release the interpreter's lock)."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("image_folder: reading images needs the package pillow (pip install pillow)") from error
+
+    def pixels(file: Path) -> np.ndarray:
+        try:
+            with Image.open(file) as image:
+                return np.asarray(image.convert("RGB"))  # [H, W, 3]
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a broken file
+            raise ValueError(f"{file}: not a readable image ({error})") from error
+
+    height, width, _ = pixels(files[0]).shape
+    images = np.empty((len(files), 3, height, width), np.uint8)
+
+    def store(i: int) -> None:
+        image = pixels(files[i])
+        if image.shape != (height, width, 3):
+            got = f"{image.shape[1]}x{image.shape[0]}"
+            raise ValueError(f"{files[i]}: images must be of one size, {width}x{height} like {files[0]}, got {got}")
+        images[i] = image.transpose(2, 0, 1)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(store, range(len(files))):  # the loop raises what a thread raised
+            pass
+    return images
+
+
+def _require(folders: Sequence[Path], files: Sequence[str], source: str) -> Path:
+    """The first of `folders` that has all `files`; else an error that names the first missing file and `source`."""
+    for folder in folders:
+        if all((folder / file).is_file() for file in files):
+            return folder
+    # The folder that has some of them is where the missing one belongs.
+    best = max(folders, key=lambda folder: sum((folder / file).is_file() for file in files))
+    missing = next(file for file in files if not (best / file).is_file())
+    raise FileNotFoundError(
+        f"data.root: looked for {missing} in {' and '.join(map(str, folders))}, not found; {source}"
+    )
+
+
+def _check_labels(labels: np.ndarray, classes: int, path: Path) -> None:
+    if len(labels) and labels.max() >= classes:
+        at = int(np.flatnonzero(labels >= classes)[0])
+        raise ValueError(f"{path}: labels must be in [0, {classes}), got {labels[at]} at record {at}")
+
+
+DATASETS: dict[str, Callable[[Path | None], Arrays]] = {
+    "digits": read_digits,
+    "fashion_mnist": read_fashion_mnist,
+    "cifar10": read_cifar10,
+    "cifar100": read_cifar100,
+    "image_folder": read_image_folder,
+}
+
+
+def read_dataset(dataset: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """A Dataset of (image, label) pairs as images [N, C, H, W] uint8 and labels [N] int64.
+
+    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of the same shape in [0, 1], or what numpy can read
+    as a uint8 array [H, W, C] or [H, W] (a PIL image, an array). `what` opens the error message ("train").
+    """
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for i in range(len(dataset)):
+        image, label = dataset[i]
+        image = _to_uint8(image, f"{what}[{i}]")
+        if images and image.shape != images[0].shape:
+            wanted, got = list(images[0].shape), list(image.shape)
+            raise ValueError(f"{what}[{i}]: images must be of one size, {wanted} like {what}[0], got {got}")
+        if int(label) < 0:
+            raise ValueError(f"{what}[{i}]: the label must be 0 or more, got {int(label)}")
+        images.append(image)
+        labels.append(int(label))
+    if not images:
+        raise ValueError(f"{what}: the data set is empty")
+    return np.stack(images), np.array(labels, dtype=np.int64)
+
+
+def _to_uint8(image: Any, what: str) -> np.ndarray:
+    channels_first = hasattr(image, "dim")  # a tensor; arrays and PIL images have their channels last
+    array = image.detach().cpu().numpy() if channels_first else np.asarray(image)
+    if array.ndim == 2:
+        array = array[None]
+    elif array.ndim == 3 and not channels_first:
+        array = array.transpose(2, 0, 1)
+    if array.ndim != 3:
+        raise ValueError(f"{what}: an image must have 2 or 3 dimensions, got {list(array.shape)}")
+    if array.dtype == np.uint8:
+        return array
+    if not (channels_first and np.issubdtype(array.dtype, np.floating)):
+        raise TypeError(f"{what}: an image must be uint8, or a float tensor in [0, 1], got {array.dtype}")
+    if not (array.min() >= 0 and array.max() <= 1):
+        got = f"[{array.min():.3g}, {array.max():.3g}]"
+        raise ValueError(f"{what}: a float image must be in [0, 1] (leave the normalising to the Loader), got {got}")
+    return np.rint(array * 255).astype(np.uint8)

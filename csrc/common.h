@@ -1,0 +1,73 @@
+// What every operator shares, on every device: tensor types of torch's stable ABI, dtypes, argument checks.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace amtml {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Half = torch::headeronly::Half;
+using BFloat16 = torch::headeronly::BFloat16;
+using Shape = std::vector<int64_t>;
+
+// The dtype that sums, products and exponentials are made in.
+inline ScalarType wide_dtype(ScalarType a) { return a == ScalarType::Double ? a : ScalarType::Float; }
+
+// Calls run(T{}) with T the element type of dtype.
+template <class F>
+void dispatch(ScalarType dtype, const char* op, F&& run) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Double:
+      return run(double{});
+    case ScalarType::Half:
+      return run(Half{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": dtype must be float32, float64, float16 or bfloat16");
+  }
+}
+
+// Calls run(A{}) with A float or double.
+template <class F>
+void dispatch_wide(ScalarType wide, F&& run) {
+  if (wide == ScalarType::Double) {
+    run(double{});
+  } else {
+    run(float{});
+  }
+}
+
+inline void check_shape(const char* op, const char* name, const Tensor& t, const Shape& wanted) {
+  bool same = t.dim() == static_cast<int64_t>(wanted.size());
+  for (size_t d = 0; same && d < wanted.size(); ++d) same = t.size(d) == wanted[d];
+  if (same) return;
+  auto text = [](size_t n, auto size) {
+    std::string s = "[";
+    for (size_t d = 0; d < n; ++d) s += (d ? ", " : "") + std::to_string(size(d));
+    return s + "]";
+  };
+  STD_TORCH_CHECK(false, op, ": ", name, " must be ", text(wanted.size(), [&](size_t d) { return wanted[d]; }), ", got ",
+                  text(t.dim(), [&](size_t d) { return t.size(d); }));
+}
+
+inline Tensor empty_or_none(const Tensor& like, bool wanted, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_empty(like, wanted ? shape : Shape{0}, dtype);
+}
+
+}  // namespace amtml

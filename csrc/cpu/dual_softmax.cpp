@@ -1,0 +1,186 @@
+// Dual softmax of score matrices [B, R, K]: over R (columns), then over K (rows).
+//
+//   sequential: a = softmax_R(x), y = softmax_K(a)     dx = a (da - sum_R da a),  da = y (g - sum_K g y)
+//   product:    y = softmax_R(x) softmax_K(x)          dx = 2 g y - a sum_R g y - b sum_K g y
+//
+// Columns are reduced in blocks of neighbours, so that vectors run along memory in both phases.
+#include "simd.h"
+
+namespace amtml {
+namespace {
+
+constexpr char kOp[] = "dual_softmax";
+constexpr int64_t kColumns = 128;  // columns that one task reduces together
+
+struct Sizes {
+  int64_t batch, rows, columns, blocks;
+  explicit Sizes(const Tensor& t)
+      : batch(t.size(0)), rows(t.size(1)), columns(t.size(2)), blocks((t.size(2) + kColumns - 1) / kColumns) {}
+};
+
+// Calls body(batch, first column, end column) for blocks of columns.
+template <class F>
+void for_columns(const Sizes& s, const F& body) {
+  torch::stable::parallel_for(0, s.batch * s.blocks, grain(s.rows * kColumns), [&](int64_t begin, int64_t end) {
+    vectorized([&] AMTML_BODY() {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t first = i % s.blocks * kColumns;
+        body(i / s.blocks, first, std::min(first + kColumns, s.columns));
+      }
+    });
+  });
+}
+
+template <class A, class T>
+AMTML_INLINE A row_max(const T* x, int64_t n) {
+  A m = -std::numeric_limits<A>::infinity();
+  for (int64_t k = 0; k < n; ++k) m = static_cast<A>(x[k]) > m ? static_cast<A>(x[k]) : m;
+  return m;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::string mode) {
+  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
+  const Tensor input = torch::stable::contiguous(scores);
+  const Sizes size(input);
+  const ScalarType wide = wide_dtype(input.scalar_type());
+  const bool sequential = mode == "sequential";
+  Tensor out = torch::stable::new_empty(input, {size.batch, size.rows, size.columns});
+  Tensor column_stats = torch::stable::new_empty(input, {size.batch, 2, size.columns}, wide);
+  Tensor row_stats = torch::stable::new_empty(input, {size.batch, size.rows, 2}, wide);
+  dispatch_wide(wide, [&](auto zero) {
+    using A = decltype(zero);
+    dispatch(input.scalar_type(), kOp, [&](auto element) {
+      using T = decltype(element);
+      const T* x = static_cast<const T*>(input.const_data_ptr());
+      T* y = static_cast<T*>(out.mutable_data_ptr());
+      A *column = static_cast<A*>(column_stats.mutable_data_ptr()), *row = static_cast<A*>(row_stats.mutable_data_ptr());
+      for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
+        A *m = column + b * 2 * size.columns, *sum = m + size.columns;
+        const T* matrix = x + b * size.rows * size.columns;
+        std::fill(m + first, m + end, -std::numeric_limits<A>::infinity());
+        std::fill(sum + first, sum + end, A(0));
+        for (int64_t r = 0; r < size.rows; ++r) {
+          const T* v = matrix + r * size.columns;
+#pragma omp simd
+          for (int64_t k = first; k < end; ++k) m[k] = static_cast<A>(v[k]) > m[k] ? static_cast<A>(v[k]) : m[k];
+        }
+        for (int64_t r = 0; r < size.rows; ++r) {
+          const T* v = matrix + r * size.columns;
+#pragma omp simd
+          for (int64_t k = first; k < end; ++k) sum[k] += exp_nonpositive(static_cast<A>(v[k]) - m[k]);
+        }
+      });
+      torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
+        std::vector<A> first(size.columns), second(size.columns);
+        vectorized([&] AMTML_BODY() {
+          for (int64_t i = begin; i < end; ++i) {
+            const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
+            const T* v = x + i * size.columns;
+            A *a = first.data(), *e = second.data();
+#pragma omp simd
+            for (int64_t k = 0; k < size.columns; ++k) a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
+            const A highest = sequential ? row_max<A>(a, size.columns) : row_max<A>(v, size.columns);
+            const A total = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+              return e[k] = exp_nonpositive((sequential ? a[k] : static_cast<A>(v[k])) - highest);
+            }));
+            row[2 * i] = highest;
+            row[2 * i + 1] = total;
+            for (int64_t k = 0; k < size.columns; ++k) {
+              y[i * size.columns + k] = static_cast<T>(e[k] / total * (sequential ? A(1) : a[k]));
+            }
+          }
+        });
+      });
+    });
+  });
+  return {out, column_stats, row_stats};
+}
+
+Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& column_stats, const Tensor& row_stats,
+                        std::string mode) {
+  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
+  const Tensor input = torch::stable::contiguous(scores);
+  const Sizes size(input);
+  check_shape(kOp, "grad", grad, {size.batch, size.rows, size.columns});
+  check_shape(kOp, "column_stats", column_stats, {size.batch, 2, size.columns});
+  check_shape(kOp, "row_stats", row_stats, {size.batch, size.rows, 2});
+  const ScalarType wide = wide_dtype(input.scalar_type());
+  const bool sequential = mode == "sequential";
+  const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad, wide));
+  Tensor grad_scores = torch::stable::new_empty(input, {size.batch, size.rows, size.columns});
+  dispatch_wide(wide, [&](auto zero) {
+    using A = decltype(zero);
+    const A* g = static_cast<const A*>(incoming.const_data_ptr());
+    const A *column = static_cast<const A*>(column_stats.const_data_ptr()),
+            *row = static_cast<const A*>(row_stats.const_data_ptr());
+    const int64_t numel = size.batch * size.rows * size.columns;
+    // Where the column sums start from: da (sequential), or g y and the part of dx that is already whole (product).
+    std::vector<A> weighted(numel), rest(sequential ? 0 : numel);
+    dispatch(input.scalar_type(), kOp, [&](auto element) {
+      using T = decltype(element);
+      const T* x = static_cast<const T*>(input.const_data_ptr());
+      T* dx = static_cast<T*>(grad_scores.mutable_data_ptr());
+      torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
+        std::vector<A> first(size.columns), second(size.columns);
+        vectorized([&] AMTML_BODY() {
+          for (int64_t i = begin; i < end; ++i) {
+            const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
+            const A highest = row[2 * i], total = row[2 * i + 1];
+            const T* v = x + i * size.columns;
+            const A* up = g + i * size.columns;
+            A *a = first.data(), *e = second.data(), *d = weighted.data() + i * size.columns;
+#pragma omp simd
+            for (int64_t k = 0; k < size.columns; ++k) {
+              a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
+              e[k] = exp_nonpositive((sequential ? a[k] : static_cast<A>(v[k])) - highest) / total;
+            }
+            const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+              return up[k] * e[k] * (sequential ? A(1) : a[k]);
+            }));
+            if (sequential) {
+#pragma omp simd
+              for (int64_t k = 0; k < size.columns; ++k) d[k] = e[k] * (up[k] - inner);
+            } else {
+              A* whole = rest.data() + i * size.columns;
+#pragma omp simd
+              for (int64_t k = 0; k < size.columns; ++k) {
+                d[k] = up[k] * e[k] * a[k];
+                whole[k] = 2 * d[k] - e[k] * inner;
+              }
+            }
+          }
+        });
+      });
+      for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
+        const A *m = column + b * 2 * size.columns, *sum = m + size.columns;
+        const int64_t start = b * size.rows * size.columns;
+        A totals[kColumns] = {};
+        for (int64_t r = 0; r < size.rows; ++r) {
+          const int64_t at = start + r * size.columns;
+#pragma omp simd
+          for (int64_t k = first; k < end; ++k) {
+            const A a = sequential ? exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k] : A(1);
+            totals[k - first] += weighted[at + k] * a;
+          }
+        }
+        for (int64_t r = 0; r < size.rows; ++r) {
+          const int64_t at = start + r * size.columns;
+          for (int64_t k = first; k < end; ++k) {
+            const A a = exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k];
+            const A value = sequential ? a * (weighted[at + k] - totals[k - first]) : rest[at + k] - a * totals[k - first];
+            dx[at + k] = static_cast<T>(value);
+          }
+        }
+      });
+    });
+  });
+  return grad_scores;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
+  m.impl("dual_softmax_fwd", TORCH_BOX(&dual_softmax_fwd));
+  m.impl("dual_softmax_bwd", TORCH_BOX(&dual_softmax_bwd));
+}
+
+}  // namespace
+}  // namespace amtml

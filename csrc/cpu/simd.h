@@ -1,0 +1,195 @@
+// Vector code without intrinsics: plain loops, compiled once per instruction set and chosen when they run, so that a
+// library built on one machine runs on another.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../common.h"
+
+#define AMTML_INLINE inline __attribute__((always_inline))
+// A lambda that is inlined into the caller, and so compiled for the caller's instruction set.
+#define AMTML_BODY(...) (__VA_ARGS__) __attribute__((always_inline))
+
+namespace amtml {
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define AMTML_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"
+#define AMTML_AVX2 "avx2,fma,f16c,bmi,bmi2"
+
+template <class Body>
+__attribute__((target(AMTML_AVX512))) void run_avx512(const Body& body) {
+  body();
+}
+template <class Body>
+__attribute__((target(AMTML_AVX2))) void run_avx2(const Body& body) {
+  body();
+}
+
+enum class Isa { baseline, avx2, avx512 };
+
+inline Isa isa() {
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    auto has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      return Isa::avx512;
+    }
+    return has_avx2 ? Isa::avx2 : Isa::baseline;
+  }();
+  return best;
+}
+
+// Runs body, an AMTML_BODY lambda, in the widest vectors that this processor has.
+template <class Body>
+void vectorized(const Body& body) {
+  switch (isa()) {
+    case Isa::avx512:
+      return run_avx512(body);
+    case Isa::avx2:
+      return run_avx2(body);
+    default:
+      return body();
+  }
+}
+#else
+template <class Body>
+void vectorized(const Body& body) {
+  body();
+}
+#endif
+
+// exp(x) for x <= 0, to 1 ulp; 0 below the smallest normal number; NaN stays NaN. Cody-Waite reduction, then the
+// minimax polynomial of Cephes' expf.
+AMTML_INLINE float exp_nonpositive(float x) {
+  constexpr float lowest = -87.33654f, shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float y = x < lowest ? lowest : x;
+  const float shifted = y * 1.44269504f + shift;
+  const float n = shifted - shift;
+  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, 4);
+  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);  // 2^n: n sits in the low bits
+  float scale;
+  std::memcpy(&scale, &bits, 4);
+  return x < lowest ? 0.0f : p * scale;
+}
+AMTML_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+
+// log(x) for finite x > 0, to 1 ulp; NaN stays NaN. Cephes' logf.
+AMTML_INLINE float log_positive(float x) {
+  const bool small = x < 1.17549435e-38f;
+  const float y = small ? x * 8388608.0f : x;  // 2^23: lifts subnormal numbers
+  int32_t bits;
+  std::memcpy(&bits, &y, 4);
+  float e = static_cast<float>((bits >> 23) - 126 - (small ? 23 : 0));
+  bits = (bits & 0x007fffff) | 0x3f000000;
+  float m;
+  std::memcpy(&m, &bits, 4);  // [0.5, 1)
+  const bool low = m < 0.707106781f;
+  e = low ? e - 1.0f : e;
+  m = low ? m + m - 1.0f : m - 1.0f;
+  const float z = m * m;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  float tail = p * m * z + e * -2.12194440e-4f;
+  tail = tail - 0.5f * z;
+  const float r = m + tail + e * 0.693359375f;
+  return x == x ? r : x;
+}
+AMTML_INLINE double log_positive(double x) { return std::log(x); }
+
+// sum of term(i) for i < n: blocks in A, their sum in double, so that the error does not grow with n.
+template <class A, class F>
+AMTML_INLINE double block_sum(int64_t n, const F& term) {
+  constexpr int64_t block = 512;
+  double total = 0;
+  for (int64_t start = 0; start < n; start += block) {
+    const int64_t stop = start + block < n ? start + block : n;
+    A sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = start; i < stop; ++i) sum += term(i);
+    total += static_cast<double>(sum);
+  }
+  return total;
+}
+
+// A strided matrix of any dtype, read a row at a time.
+struct Matrix {
+  const void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t row_stride = 0, column_stride = 0;
+
+  Matrix() = default;
+  explicit Matrix(const Tensor& t)
+      : data(t.const_data_ptr()), dtype(t.scalar_type()), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
+  explicit Matrix(const std::optional<Tensor>& t) : Matrix(t ? Matrix(*t) : Matrix()) {}
+  explicit operator bool() const { return data != nullptr; }
+};
+
+template <class T>
+constexpr ScalarType dtype_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  if constexpr (std::is_same_v<T, Half>) return ScalarType::Half;
+  if constexpr (std::is_same_v<T, BFloat16>) return ScalarType::BFloat16;
+  return ScalarType::Float;
+}
+
+// Row i as n contiguous values of type A: in place where it is that already, else converted into scratch.
+template <class A>
+AMTML_INLINE const A* load_row(const Matrix& m, int64_t i, int64_t n, A* scratch) {
+  const A* result = scratch;
+  auto convert = [&](auto zero) __attribute__((always_inline)) {
+    using T = decltype(zero);
+    const T* row = static_cast<const T*>(m.data) + i * m.row_stride;
+    if constexpr (std::is_same_v<T, A>) {
+      if (m.column_stride == 1) {
+        result = row;
+        return;
+      }
+    }
+    if (m.column_stride == 1) {
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) scratch[c] = static_cast<A>(row[c]);
+    } else {
+      for (int64_t c = 0; c < n; ++c) scratch[c] = static_cast<A>(row[c * m.column_stride]);
+    }
+  };
+  switch (m.dtype) {
+    case ScalarType::Double:
+      convert(double{});
+      break;
+    case ScalarType::Half:
+      convert(Half{});
+      break;
+    case ScalarType::BFloat16:
+      convert(BFloat16{});
+      break;
+    default:
+      convert(float{});
+  }
+  return result;
+}
+
+// How many items of `work` elements each a thread should get at least, so that starting it pays.
+inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(work, 1)); }
+
+}  // namespace amtml

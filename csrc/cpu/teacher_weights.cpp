@@ -1,0 +1,245 @@
+// Teacher weights: pool, scores and softmax in one pass over the feature map; backward scatters into the gradient only.
+//
+//   b = maxpool(B),  gamma_t = sum_d v_d theta_td b_d,  w = softmax_t gamma
+//   dgamma_t = w_t (g_t - sum_s g_s w_s),  db_d = sum_t dgamma_t theta_td v_d,  d(theta_t v) = sum_n dgamma_nt b_n
+#include "simd.h"
+
+namespace amtml {
+namespace {
+
+constexpr char kOp[] = "teacher_weights";
+
+struct Map {  // [n, channels, height, width] with any strides
+  int64_t n, channels, height, width;
+  int64_t sn, sc, sh, sw;
+  explicit Map(const Tensor& t)
+      : n(t.size(0)),
+        channels(t.size(1)),
+        height(t.size(2)),
+        width(t.size(3)),
+        sn(t.stride(0)),
+        sc(t.stride(1)),
+        sh(t.stride(2)),
+        sw(t.stride(3)) {}
+  int64_t pixels() const { return height * width; }
+  bool dense_plane() const { return (sw == 1 || width == 1) && (sh == width || height == 1); }
+  int64_t offset(int64_t pixel) const { return pixel / width * sh + pixel % width * sw; }
+};
+
+// Maximum of each channel and the first place where it stands; NaN wins, as in torch's max_pool.
+template <class T, class A>
+AMTML_INLINE void max_pool(const T* x, const Map& map, A* pooled, int32_t* index) {
+  const int64_t pixels = map.pixels();
+  if (map.sc == 1) {  // channels last: vectors run over channels
+    for (int64_t c = 0; c < map.channels; ++c) pooled[c] = static_cast<A>(x[c]), index[c] = 0;
+    for (int64_t p = 1; p < pixels; ++p) {
+      const T* row = x + map.offset(p);
+#pragma omp simd
+      for (int64_t c = 0; c < map.channels; ++c) {
+        const A value = static_cast<A>(row[c]);
+        const bool better = value > pooled[c] || (value != value && pooled[c] == pooled[c]);
+        pooled[c] = better ? value : pooled[c];
+        index[c] = better ? static_cast<int32_t>(p) : index[c];
+      }
+    }
+    return;
+  }
+  for (int64_t c = 0; c < map.channels; ++c) {
+    const T* plane = x + c * map.sc;
+    if (map.dense_plane()) {
+      A best = static_cast<A>(plane[0]);
+      bool nan = false;
+#pragma omp simd reduction(max : best) reduction(|| : nan)
+      for (int64_t p = 0; p < pixels; ++p) {
+        const A value = static_cast<A>(plane[p]);
+        best = value > best ? value : best;
+        nan = nan || value != value;
+      }
+      int64_t p = 0;
+      while (p < pixels && (nan ? plane[p] == plane[p] : static_cast<A>(plane[p]) != best)) ++p;
+      pooled[c] = static_cast<A>(plane[p]);
+      index[c] = static_cast<int32_t>(p);
+    } else {
+      A best = static_cast<A>(plane[0]);
+      int64_t at = 0;
+      for (int64_t p = 1; p < pixels; ++p) {
+        const A value = static_cast<A>(plane[map.offset(p)]);
+        if (value > best || (value != value && best == best)) best = value, at = p;
+      }
+      pooled[c] = best;
+      index[c] = static_cast<int32_t>(at);
+    }
+  }
+}
+
+template <class T, class A>
+AMTML_INLINE void avg_pool(const T* x, const Map& map, A* pooled) {
+  for (int64_t c = 0; c < map.channels; ++c) {
+    const T* plane = x + c * map.sc;
+    const double sum = map.dense_plane() ? block_sum<A>(map.pixels(), [&](int64_t p) __attribute__((always_inline)) {
+      return static_cast<A>(plane[p]);
+    }) : block_sum<A>(map.pixels(), [&](int64_t p) { return static_cast<A>(plane[map.offset(p)]); });
+    pooled[c] = static_cast<A>(sum / static_cast<double>(map.pixels()));
+  }
+}
+
+ScalarType check(const Tensor& features, const Tensor& theta, const Tensor& v) {
+  STD_TORCH_CHECK(features.dim() == 4 && features.size(2) * features.size(3) > 0, kOp,
+                  ": features must be [N, d, H, W] with at least one pixel");
+  STD_TORCH_CHECK(theta.dim() == 2 && theta.size(0) > 0, kOp, ": theta must be [T, d] with T >= 1");
+  check_shape(kOp, "theta", theta, {theta.size(0), features.size(1)});
+  check_shape(kOp, "v", v, {features.size(1)});
+  const ScalarType wide = theta.scalar_type();
+  STD_TORCH_CHECK(wide == v.scalar_type() && (wide == ScalarType::Double || (wide == ScalarType::Float &&
+                                              features.scalar_type() != ScalarType::Double)),
+                  kOp, ": theta and v must both be float32, or float64 if an input is");
+  return wide;
+}
+
+// theta_t * v, [T, d].
+template <class A>
+std::vector<A> effective(const Tensor& theta, const Tensor& v) {
+  const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
+  const A *a = static_cast<const A*>(th.const_data_ptr()), *b = static_cast<const A*>(vv.const_data_ptr());
+  const int64_t teachers = theta.size(0), d = theta.size(1);
+  std::vector<A> out(teachers * d);
+  for (int64_t t = 0; t < teachers; ++t) {
+    for (int64_t c = 0; c < d; ++c) out[t * d + c] = a[t * d + c] * b[c];
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, const Tensor& theta, const Tensor& v,
+                                                       bool use_max) {
+  const ScalarType wide = check(features, theta, v);
+  const Map map(features);
+  const int64_t teachers = theta.size(0), d = map.channels;
+  Tensor weights = torch::stable::new_empty(theta, {map.n, teachers}, wide);
+  Tensor pooled = torch::stable::new_empty(theta, {map.n, d}, wide);
+  Tensor index = empty_or_none(theta, use_max, {map.n, d}, ScalarType::Int);
+  dispatch_wide(wide, [&](auto zero) {
+    using A = decltype(zero);
+    const std::vector<A> factors = effective<A>(theta, v);
+    A *w = static_cast<A*>(weights.mutable_data_ptr()), *b = static_cast<A*>(pooled.mutable_data_ptr());
+    int32_t* at = static_cast<int32_t*>(index.mutable_data_ptr());
+    dispatch(features.scalar_type(), kOp, [&](auto element) {
+      using T = decltype(element);
+      const T* x = static_cast<const T*>(features.const_data_ptr());
+      torch::stable::parallel_for(0, map.n, grain(d * map.pixels()), [&](int64_t begin, int64_t end) {
+        vectorized([&] AMTML_BODY() {
+          for (int64_t i = begin; i < end; ++i) {
+            if (use_max) {
+              max_pool<T, A>(x + i * map.sn, map, b + i * d, at + i * d);
+            } else {
+              avg_pool<T, A>(x + i * map.sn, map, b + i * d);
+            }
+            A *gamma = w + i * teachers, highest = -std::numeric_limits<A>::infinity(), sum = 0;
+            for (int64_t t = 0; t < teachers; ++t) {
+              const A *f = factors.data() + t * d, *row = b + i * d;
+              gamma[t] = static_cast<A>(
+                  block_sum<A>(d, [&](int64_t c) __attribute__((always_inline)) { return f[c] * row[c]; }));
+              highest = gamma[t] > highest ? gamma[t] : highest;
+            }
+            for (int64_t t = 0; t < teachers; ++t) sum += gamma[t] = std::exp(gamma[t] - highest);
+            for (int64_t t = 0; t < teachers; ++t) gamma[t] /= sum;
+          }
+        });
+      });
+    });
+  });
+  return {weights, pooled, index};
+}
+
+std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const Tensor& features, const Tensor& theta,
+                                                       const Tensor& v, const Tensor& weights, const Tensor& pooled,
+                                                       const Tensor& index, bool use_max, bool need_features,
+                                                       bool need_parameters) {
+  const ScalarType wide = check(features, theta, v);
+  const Map map(features);
+  const int64_t n = map.n, teachers = theta.size(0), d = map.channels;
+  check_shape(kOp, "grad", grad, {n, teachers});
+  check_shape(kOp, "weights", weights, {n, teachers});
+  check_shape(kOp, "pooled", pooled, {n, d});
+  Tensor grad_features =
+      need_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
+  Tensor grad_theta = empty_or_none(theta, need_parameters, {teachers, d}, wide);
+  Tensor grad_v = empty_or_none(theta, need_parameters, {d}, wide);
+  dispatch_wide(wide, [&](auto zero) {
+    using A = decltype(zero);
+    const std::vector<A> factors = effective<A>(theta, v);
+    const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad, wide));
+    const A* g = static_cast<const A*>(incoming.const_data_ptr());
+    const A *w = static_cast<const A*>(weights.const_data_ptr()), *b = static_cast<const A*>(pooled.const_data_ptr());
+    std::vector<A> score(n * teachers);  // dL/dgamma
+    for (int64_t i = 0; i < n; ++i) {
+      A inner = 0;
+      for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[i * teachers + t];
+      for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[i * teachers + t] * (g[i * teachers + t] - inner);
+    }
+    if (need_parameters) {
+      const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
+      const A *a = static_cast<const A*>(th.const_data_ptr()), *scale = static_cast<const A*>(vv.const_data_ptr());
+      A *da = static_cast<A*>(grad_theta.mutable_data_ptr()), *dv = static_cast<A*>(grad_v.mutable_data_ptr());
+      torch::stable::parallel_for(0, d, grain(n * teachers), [&](int64_t begin, int64_t end) {
+        const int64_t width = end - begin;
+        std::vector<double> sum(teachers * width);
+        vectorized([&] AMTML_BODY() {
+          for (int64_t i = 0; i < n; ++i) {
+            const A* row = b + i * d + begin;
+            for (int64_t t = 0; t < teachers; ++t) {
+              const double by = score[i * teachers + t];
+              double* s = sum.data() + t * width;
+#pragma omp simd
+              for (int64_t c = 0; c < width; ++c) s[c] += by * row[c];
+            }
+          }
+        });
+        for (int64_t c = 0; c < width; ++c) {
+          double total = 0;
+          for (int64_t t = 0; t < teachers; ++t) {
+            const int64_t at = t * d + begin + c;
+            da[at] = static_cast<A>(sum[t * width + c] * scale[begin + c]);
+            total += sum[t * width + c] * a[at];
+          }
+          dv[begin + c] = static_cast<A>(total);
+        }
+      });
+    }
+    if (!need_features) return;
+    const Map out(grad_features);  // its strides: those of features where they are dense
+    const int32_t* at = static_cast<const int32_t*>(index.const_data_ptr());
+    dispatch(features.scalar_type(), kOp, [&](auto element) {
+      using T = decltype(element);
+      T* dx = static_cast<T*>(grad_features.mutable_data_ptr());
+      if (use_max) {
+        torch::stable::parallel_for(0, n * d * map.pixels(), 1 << 16, [&](int64_t begin, int64_t end) {
+          std::memset(static_cast<void*>(dx + begin), 0, (end - begin) * sizeof(T));
+        });
+      }
+      torch::stable::parallel_for(0, n, grain(d * (use_max ? teachers : map.pixels())), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          for (int64_t c = 0; c < d; ++c) {
+            A db = 0;
+            for (int64_t t = 0; t < teachers; ++t) db += score[i * teachers + t] * factors[t * d + c];
+            T* plane = dx + i * out.sn + c * out.sc;
+            if (use_max) {
+              plane[out.offset(at[i * d + c])] = static_cast<T>(db);
+            } else {
+              const T even = static_cast<T>(db / static_cast<A>(map.pixels()));
+              for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
+            }
+          }
+        }
+      });
+    });
+  });
+  return {grad_features, grad_theta, grad_v};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
+  m.impl("teacher_weights_fwd", TORCH_BOX(&teacher_weights_fwd));
+  m.impl("teacher_weights_bwd", TORCH_BOX(&teacher_weights_bwd));
+}
+
+}  // namespace
+}  // namespace amtml

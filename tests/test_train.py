@@ -1,0 +1,571 @@
+# ruff: noqa: E402
+"""The trainer: runs that can be killed, resumed, split over processes and repeated, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from amtml_fast.train import compare, config, loop, models, report, teachers
+from amtml_fast.train.data import Loader
+from amtml_fast.train.jobs import student_job
+from amtml_fast.train.progress import Display
+from amtml_fast.train.run import Run, RunError, read_json, write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = Display(quiet=True)
+
+# A net without BatchNorm: its gradient is the mean over the rows, however they are split over processes.
+PLAIN_NET = """
+from torch import nn
+
+
+def net(num_classes, in_channels, width=4):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, num_classes),
+    )
+
+
+def dropout_net(num_classes, in_channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, num_classes))
+"""
+YAML = """
+name: small
+data: {name: digits, val_fraction: 0.15}
+teachers:
+  - {name: a, model: {factory: small_cnn, args: {width: 6}}, hint: block3}
+  - {name: b, model: {factory: small_cnn, args: {width: 4}}, hint: block2}
+student: {factory: small_cnn, args: {width: 2}, features: block3, groups: {low: block1, high: block3}}
+teach: {epochs: 1, batch_size: 128}
+distill: {epochs: 4, batch_size: 128}
+engine: {threads: 1, device: cpu}
+"""
+
+
+class Place:
+    """A folder with a configuration and trained teachers in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.yaml = folder, folder / "small.yaml"
+
+    def load(self, *overrides: str) -> config.Config:
+        return config.load(self.yaml, [f"out={self.folder}", *overrides])
+
+    def command(self, *words: str) -> list[str]:
+        """`words` of the command line, then this place's configuration and output folder."""
+        command, *rest = words
+        return [sys.executable, "-m", "amtml_fast", command, str(self.yaml), f"out={self.folder}", *rest]
+
+    def train(self, *overrides: str, method: str = "amtml_kd", seed: int = 0, resume: bool = False) -> Run:
+        settings = self.load(*overrides)
+        data = compare.load_data(settings)
+        return compare.distill(settings, data, method, seed, QUIET, resume=resume, fresh=False)
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = Place(tmp_path_factory.mktemp("taught"))
+    place.yaml.write_text(YAML)
+    settings = place.load()
+    compare.teach(settings, compare.load_data(settings), QUIET)
+    return place.folder
+
+
+@pytest.fixture
+def place(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    shutil.copytree(taught, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "plain_net.py").write_text(PLAIN_NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Place(tmp_path)
+
+
+def tensors(run: Run) -> dict[str, Tensor]:
+    """Student and objective of a finished run."""
+    found = load_file(run.folder / "student.safetensors")
+    objective = run.folder / "objective.safetensors"
+    if objective.is_file():
+        found |= {f"objective.{key}": value for key, value in load_file(objective).items()}
+    return found
+
+
+def metrics(run: Run) -> list[dict[str, object]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.read_metrics()]
+
+
+def start_and_wait(place: Place, command: list[str], epochs: int) -> subprocess.Popen[str]:
+    """Starts a run and returns once `epochs` epochs are in its metrics."""
+    process = subprocess.Popen(command, cwd=place.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run, end = Run(place.folder / "small" / "amtml_kd-seed0"), time.monotonic() + 120
+    while len(run.read_metrics()) < epochs:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the run makes no progress"
+        time.sleep(0.005)
+    return process
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_and_resumed_run_equals_an_unbroken_one(place: Place) -> None:
+    # Long enough that the kill falls into the middle; onecycle, so that a wrong step count changes every rate after it.
+    epochs = "distill.epochs=15"
+    unbroken = place.train(epochs, "name=unbroken", *own_weights(place))
+    process = start_and_wait(place, place.command("distill", epochs, *own_weights(place)), 3)
+    process.kill()
+    process.communicate()
+    killed = Run(place.folder / "small" / "amtml_kd-seed0")
+    assert not killed.finished() and 3 <= len(killed.read_metrics()) < 15
+    resumed = place.train(epochs, *own_weights(place), resume=True)
+    assert resumed.finished() and metrics(resumed) == metrics(unbroken)
+    expected = tensors(unbroken)
+    for key, value in tensors(resumed).items():
+        assert torch.equal(value, expected[key]), key
+    assert read_json(resumed.result) == read_json(unbroken.result)
+
+
+def weights(place: Place) -> list[tuple[int, Path]]:
+    return [(i, place.folder / "small" / "teachers" / name / "model.safetensors") for i, name in enumerate("ab")]
+
+
+def own_weights(place: Place) -> list[str]:
+    return [f"teachers.{i}.model.weights={path}" for i, path in weights(place)]
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:
+    process = start_and_wait(place, place.command("distill", "distill.epochs=15"), 2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "of 15 epochs are safe" in said and "Traceback" not in said
+    advice = said.split("To go on: amtml-fast ")[1].split()
+    assert advice[0] == "distill" and "--resume" in advice and "distill.epochs=15" in advice
+    again = subprocess.run(
+        [sys.executable, "-m", "amtml_fast", *advice], cwd=place.folder, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0, again.stderr
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    assert "continuing after epoch" in again.stdout
+    assert run.finished() and [row["epoch"] for row in metrics(run)] == list(range(1, 16))
+
+
+def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C right after this epoch's checkpoint, in this process."""
+    save = loop._Trainer.save
+
+    def save_and_stop(self: loop._Trainer) -> None:
+        save(self)
+        if self.done == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Trainer, "save", save_and_stop)
+
+
+@pytest.fixture
+def stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run stopped after two of four epochs."""
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(loop.Interrupted, match=r"[12] of 4 epochs are safe"):
+            place.train()
+    return Run(place.folder / "small" / "amtml_kd-seed0")
+
+
+def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = ["student.factory=plain_net:dropout_net", "student.args={}", "distill.optimizer=adamw"]
+    unbroken = place.train(*random, "name=unbroken", method="student")
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(loop.Interrupted):
+            place.train(*random, method="student")
+    torch.rand(7)
+    resumed = place.train(*random, method="student", resume=True)
+    assert metrics(resumed) == metrics(unbroken)
+    assert all(torch.equal(value, tensors(unbroken)[key]) for key, value in tensors(resumed).items())
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "foreign", "other tensors", "pickle"])
+def test_a_bad_checkpoint_is_a_clear_error_and_stays(place: Place, stopped: Run, kind: str) -> None:
+    good = stopped.checkpoint.read_bytes()
+    if kind == "truncated":
+        stopped.checkpoint.write_bytes(good[: len(good) // 2])
+    elif kind == "empty":
+        stopped.checkpoint.write_bytes(b"")
+    elif kind == "foreign":
+        torch.save({"state_dict": {}}, stopped.checkpoint)
+    elif kind == "other tensors":
+        state = torch.load(stopped.checkpoint, weights_only=True)
+        state["model"].pop(next(iter(state["model"])))
+        torch.save(state, stopped.checkpoint)
+    else:
+        stopped.checkpoint.write_bytes(pickle.dumps(Evil()))
+    bad = stopped.checkpoint.read_bytes()
+    with pytest.raises(RunError, match=r"checkpoint\.pt: (not a readable checkpoint|format|does not fit)"):
+        place.train(resume=True)
+    assert stopped.checkpoint.read_bytes() == bad
+    assert not Path("owned").exists()
+    stopped.checkpoint.write_bytes(good)
+    assert place.train(resume=True).finished()
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    write_atomic(path, b"first")
+
+    def full(handle: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space"):
+        write_atomic(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_an_unfinished_run_is_neither_continued_nor_lost_unasked(place: Place, stopped: Run) -> None:
+    before = stopped.checkpoint.read_bytes()
+    with pytest.raises(RunError, match=r"2 of 4 epochs\)\. Continue it with --resume or start it over with --fresh"):
+        place.train()
+    assert stopped.checkpoint.read_bytes() == before
+
+
+def test_a_line_cut_short_and_an_epoch_without_checkpoint_are_repeated(place: Place, stopped: Run) -> None:
+    with open(stopped.metrics, "a") as file:
+        file.write(json.dumps({"epoch": 3, "loss": 0.0}) + '\n{"epoch": 4, "lo')
+    rows = metrics(place.train(resume=True))
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and rows[2]["loss"] != 0.0
+
+
+def test_a_folder_of_another_configuration_is_refused(place: Place) -> None:
+    run = place.train("distill.epochs=1", method="student")
+    weights_before = (run.folder / "student.safetensors").read_bytes()
+    with pytest.raises(RunError, match=r"train\.lr: 0\.1 there, 0\.05 here"):
+        place.train("distill.epochs=1", "distill.lr=0.05", method="student")
+    assert (run.folder / "student.safetensors").read_bytes() == weights_before
+
+
+def test_a_finished_run_is_not_trained_again_unless_its_teachers_changed(place: Place) -> None:
+    run = place.train("distill.epochs=1")
+    stamp = run.record.stat().st_mtime_ns
+    place.train("distill.epochs=1")
+    assert run.record.stat().st_mtime_ns == stamp
+    file = place.folder / "small" / "teachers" / "a" / "model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(file).items()}, file)
+    with pytest.raises(RunError, match=r"teachers\.a"):
+        place.train("distill.epochs=1")
+
+
+# --- processes and steps ----------------------------------------------------------------------------------------------
+
+# One epoch is 11 steps. Longer runs drift apart by rounding: a max-pool or a ReLU that falls on the other side.
+PLAIN = [
+    "student.factory=plain_net:net",
+    "student.args={width: 4}",
+    "student.features='3'",
+    "student.groups={low: '1', high: '3'}",
+    "distill.epochs=1",
+    "distill.lr=0.05",
+]
+
+
+def assert_near(one: Run, two: Run, tolerance: float = 1e-5) -> None:
+    """Same tensors and same metrics to `tolerance`, relative and absolute."""
+    expected = tensors(one)
+    found = tensors(two)
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert ((value - expected[key]).abs() <= tolerance * (1 + expected[key].abs())).all(), key
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert b == pytest.approx(a, rel=tolerance, abs=tolerance)
+
+
+@pytest.mark.parametrize("method", ["amtml_kd", "avg_mkd"])
+def test_two_processes_equal_one_with_the_same_global_batch(place: Place, method: str) -> None:
+    one = place.train(*PLAIN, "name=one", *own_weights(place), method=method)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = place.command("distill", *PLAIN, *own_weights(place), f"--method={method}")[1:]
+    done = subprocess.run([*launch, *command], cwd=place.folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    two = Run(place.folder / "small" / f"{method}-seed0")
+    assert two.read_record()["processes"] == 2 and one.read_record()["processes"] == 1
+    assert_near(one, two)
+    # And the comparison would notice: the same steps from another seed end elsewhere.
+    moved = tensors(place.train(*PLAIN, "name=moved", *own_weights(place), method=method, seed=1))
+    assert any((moved[key] - value).abs().max() > 1e-2 for key, value in tensors(one).items())
+
+
+def test_accumulated_steps_equal_whole_ones(place: Place) -> None:
+    whole = place.train(*PLAIN, "name=whole", *own_weights(place), method="avg_mkd")
+    accumulated = place.train(*PLAIN, *own_weights(place), "engine.gradient_accumulation_steps=4", method="avg_mkd")
+    assert whole.read_record()["steps_per_epoch"] == accumulated.read_record()["steps_per_epoch"]
+    # lr is the last step's in both; the losses are means over the same images.
+    assert_near(whole, accumulated)
+
+
+def test_two_stages_freeze_the_adapter_and_nothing_else(place: Place) -> None:
+    constant = ["distill.schedule=constant", *own_weights(place)]
+    first = tensors(place.train(*constant, "distill.epochs=1", "name=first"))
+    run = place.train(*constant, "distill.epochs=4", "preset=two_stage")
+    last = tensors(run)
+    assert config.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 1
+    frozen = [key for key in last if "theta" in key or key.endswith(".v")]
+    assert len(frozen) == 2
+    for key, value in last.items():
+        assert torch.equal(value, first[key]) == (key in frozen), key
+    # The weights are still computed from the live student.
+    means = [row["weight_mean"] for row in metrics(run)]
+    assert means[1] != means[2] != means[3]
+
+
+def test_an_explicit_key_beats_the_preset(place: Place) -> None:
+    assert config.load(place.yaml, ["preset=two_stage", "stages.adapter_epochs=3"]).stages.adapter_epochs == 3
+
+
+def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
+    settings = config.load(place.yaml, ["student.args={depth: 20}", "distill={lr: 0.5}", "teachers.0.model={args: {}}"])
+    assert settings.student.args == {"depth": 20}
+    assert settings.distill.lr == 0.5 and settings.distill.epochs == 4
+    assert settings.teachers[0].model.factory == "small_cnn"
+
+
+def test_learning_rates() -> None:
+    def rates(**kwargs: object) -> list[float]:
+        train = config.TrainConfig(epochs=10, lr=1.0, **kwargs)  # type: ignore[arg-type]
+        return [loop.learning_rate(train, step, 10) for step in range(100)]
+
+    onecycle = rates(schedule="onecycle")
+    assert onecycle[0] == pytest.approx(1 / 25) and onecycle[30] == pytest.approx(1.0) and onecycle[-1] < 0.01
+    assert onecycle[:31] == sorted(onecycle[:31]) and onecycle[30:] == sorted(onecycle[30:], reverse=True)
+    step = rates(schedule="step", milestones=[5, 8])
+    assert [step[i] for i in (0, 49, 50, 79, 80)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+    assert rates(schedule="constant") == [1.0] * 100
+    cosine = rates(schedule="cosine", warmup=2)
+    assert cosine[0] < 0.1 and cosine[20] == pytest.approx(1.0) and cosine[60] == pytest.approx(0.5)
+
+
+def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) after epoch \d; try a lower learning rate"):
+        place.train(*PLAIN, "distill.lr=1e12", method="student")
+
+
+def test_collapse_warnings_name_the_remedy() -> None:
+    assert loop.collapsed(None) is None and loop.collapsed(0.5) is None
+    for entropy, words in ((0.9995, "smaller loss.regularizer_weight"), (0.005, "larger loss.regularizer_weight")):
+        message = loop.collapsed(entropy)
+        assert message is not None and words in message and "init_scale" in message
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def test_cached_outputs_equal_live_ones(place: Place) -> None:
+    settings = place.load()
+    data = compare.load_data(settings)
+    cached = compare.load_teachers(settings, data, ["amtml_kd"], QUIET)
+    live = compare.load_teachers(place.load("cache_teachers=never"), data, ["amtml_kd"], QUIET)
+    assert cached is not None and cached.cache is not None and live is not None and live.cache is None
+    for batch in Loader(data.train, data, 100, shuffle=True, seed=3):
+        a, b = cached.outputs(batch), live.outputs(batch)
+        assert len(a.logits) == len(a.maps) == 2
+        for x, y in zip(a.logits + a.maps, b.logits + b.maps, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_augmented_images_are_never_taught_from_the_cache(place: Place) -> None:
+    settings = place.load("data.augment=true")
+    data = compare.load_data(settings)
+    found = compare.load_teachers(settings, data, ["avg_mkd"], QUIET)
+    assert found is not None and found.cache is None
+    with pytest.raises(config.ConfigError, match=r"cache_teachers=always needs data\.augment=false"):
+        compare.load_teachers(place.load("data.augment=true", "cache_teachers=always"), data, ["avg_mkd"], QUIET)
+    assert place.train("data.augment=true", "distill.epochs=1").finished()
+
+
+def test_teachers_stay_as_they_are(place: Place) -> None:
+    settings = place.load("distill.epochs=1", "cache_teachers=never")
+    data = compare.load_data(settings)
+    found = compare.load_teachers(settings, data, ["amtml_kd"], QUIET)
+    assert found is not None
+    before = [{k: v.clone() for k, v in model.state_dict().items()} for model in found.models]
+    loop.train(student_job(settings, "amtml_kd", 0), data, found, QUIET)
+    for model, state in zip(found.models, before, strict=True):
+        assert not model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, state[key]), key
+
+
+def test_a_teacher_with_other_classes_is_refused(place: Place) -> None:
+    file = place.folder / "seven.safetensors"
+    save_file(models.small_cnn(7, width=4).state_dict(), file)
+    own = [f"teachers.1.model={{args: {{width: 4, num_classes: 7}}, weights: {file}}}"]
+    with pytest.raises(ValueError, match=r"teacher 'b': 10 classes wanted.*got logits of shape \[2, 7\]"):
+        place.train(*own)
+
+
+def test_an_untrained_teacher_says_what_to_run(place: Place) -> None:
+    with pytest.raises(
+        RunError, match=r"teacher 'a': looked for .*model\.safetensors: it is not trained yet; run `amtml"
+    ):
+        place.train("name=empty")
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_the_student_loads_without_the_trainer(place: Place) -> None:
+    run = place.train()
+    plain: nn.Module = models.small_cnn(10, width=2)
+    plain.load_state_dict(load_file(run.folder / "student.safetensors"), strict=True)
+    plain.eval()
+    data = compare.load_data(place.load())
+    images = (data.test.images / 255 - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
+    accuracy = (plain(images).argmax(1) == data.test.labels).double().mean().item()
+    assert accuracy == pytest.approx(read_json(run.result)["test_accuracy"], abs=1e-12)
+
+
+def test_a_run_records_what_made_it(place: Place) -> None:
+    run = place.train("distill.epochs=2")
+    record, rows = run.read_record(), run.read_metrics()
+    for key in ("versions", "backends", "git_commit", "seed", "parameters", "seconds_per_step", "seconds_total"):
+        assert key in record
+    assert record["finished"] and record["seconds_per_step"] > 0 and record["teachers"] == ["a", "b"]
+    assert config.load(run.folder).distill.epochs == 2
+    assert list(run.folder.glob("tensorboard/**/events*"))
+    wanted = "epoch lr loss kd ce kl angle hint regularizer train_accuracy val_accuracy entropy weight_mean seconds"
+    assert all(set(row) >= set(wanted.split()) for row in rows)
+    assert all(0 <= row["entropy"] <= 1 and sum(row["weight_mean"]) == pytest.approx(1) for row in rows)
+
+
+def rows_of(**accuracies: list[float]) -> list[report.Row]:
+    labels = {"student": "student alone", "avg_mkd": "AvgMKD", "amtml_kd": "AMTML-KD"}
+    return [report.Row(name, labels[name], 10, values, 1.0) for name, values in accuracies.items()]
+
+
+def test_the_finding_is_honest() -> None:
+    better = compare.finding(rows_of(student=[0.90, 0.91], avg_mkd=[0.95, 0.96], amtml_kd=[0.97, 0.985]))
+    assert "AMTML-KD (97.75 %) beats AvgMKD (95.50 %): +2.25 ± 0.35 points over 2 seeds" in better
+    assert "it beats student alone" in better
+    worse = compare.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.94, 0.951]))
+    assert "falls behind AvgMKD" in worse and "beats" not in worse
+    level = compare.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.96, 0.955]))
+    assert "cannot be told from AvgMKD" in level and "within the seeds' spread" in level
+    alone = compare.finding(rows_of(avg_mkd=[0.95], amtml_kd=[0.96]))
+    assert "one seed cannot tell that from chance" in alone
+    assert "95.00 %" in compare.finding(rows_of(student=[0.95]))
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.epohcs=3", r"distill\.epohcs: no such key; did you mean 'distill\.epochs'"),
+        ("distil.epochs=3", r"distil: no such key; did you mean 'distill'"),
+        ("teachers.0.nme=x", r"teachers\.0\.nme: no such key; did you mean 'teachers\.name'"),
+        ("teachers.0.train.epohcs=3", r"teachers\.a\.train\.epohcs: no such key; did you mean 'epochs'"),
+        ("distill.epochs=many", r"distill\.epochs: int wanted: Value 'many'"),
+        ("stages.adapter_epochs=x", r"stages\.adapter_epochs: int or null wanted"),
+        ("data.augment=maybe", r"data\.augment: bool wanted"),
+        ("distill=3", r"distill: a mapping of keys wanted"),
+        ("compare.seeds=3", r"compare\.seeds: list\[int\] wanted"),
+        ("teachers.7.name=x", r"teachers\.7"),
+        ("preset=two_stag", r"preset: one of default, two_stage wanted, got 'two_stag'; did you mean 'two_stage'"),
+        ("loss.mode=mixtur", r"loss\.mode: one of mixture, sum wanted, got 'mixtur'; did you mean 'mixture'"),
+        ("loss.mapping=best", r"loss\.mapping: one of best_high"),
+        ("loss.alpha=1.5", r"loss\.alpha: a number in \[0, 1\] wanted, got 1\.5"),
+        ("loss.temperature=0", r"loss\.temperature: a number above 0 wanted, got 0"),
+        ("distill.schedule=onecyle", r"distill\.schedule: one of .* did you mean 'onecycle'"),
+        ("distill.epochs=0", r"distill\.epochs: 1 or more wanted, got 0"),
+        ("compare.methods=[amtmlkd]", r"compare\.methods: one of .* did you mean 'amtml_kd'"),
+        ("teachers.1.name=a", r"teachers\.name: unique names"),
+        ("distill", r"an override is key=value, got 'distill'"),
+    ],
+)
+def test_config_errors_name_the_key_and_the_nearest(place: Place, override: str, message: str) -> None:
+    with pytest.raises(config.ConfigError, match=message):
+        config.load(place.yaml, [override])
+
+
+def test_config_errors_of_files(tmp_path: Path) -> None:
+    with pytest.raises(config.ConfigError, match=r"packaged name \(digits, fashion_mnist\); did you mean 'digits'"):
+        config.load("digit")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("distill: {epochs: [")
+    with pytest.raises(config.ConfigError, match=r"bad\.yaml is not readable YAML"):
+        config.load(bad)
+    bad.write_text("distill: {epoch: 3}")
+    with pytest.raises(
+        config.ConfigError, match=r"distill\.epoch: no such key; did you mean 'distill\.epochs'.*bad\.yaml"
+    ):
+        config.load(bad)
+
+
+def test_a_config_survives_its_own_yaml(place: Place) -> None:
+    settings = place.load("loss.mapping={a: high, b: low}", "engine.mixed_precision=no", "distill.lr=3e-2")
+    (place.folder / "again.yaml").write_text(config.to_yaml(settings))
+    assert config.load(place.folder / "again.yaml") == settings
+    assert settings.distill.lr == 0.03 and settings.engine.mixed_precision == "no"
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_packaged_configs_load(name: str) -> None:
+    settings = config.load(name)
+    assert settings.name == name and len(settings.teachers) == 3
+    assert len({str(teacher.model) for teacher in settings.teachers}) == 3
+
+
+def test_batch_sizes_that_cannot_be_shared_out(place: Place) -> None:
+    with pytest.raises(config.ConfigError, match=r"a multiple of engine\..*=3 wanted, got 128"):
+        place.train("engine.gradient_accumulation_steps=3", method="student")
+    with pytest.raises(ValueError, match=r"100000"):
+        place.train("distill.batch_size=100000", method="student")
+
+
+def test_methods_say_what_they_miss(place: Place) -> None:
+    with pytest.raises(config.ConfigError, match=r"student\.features"):
+        place.train("student.features=null")
+    with pytest.raises(config.ConfigError, match=r"student\.groups"):
+        place.train("student.groups={}")
+    with pytest.raises(config.ConfigError, match=r"teachers\.b\.hint"):
+        place.train("teachers.1.hint=null")
+    with pytest.raises(config.ConfigError, match=r"at least one teacher"):
+        place.train("teachers=[]")
+    with pytest.raises(config.ConfigError, match=r"one of student, avg_mkd, amtml_kd wanted, got 'kd'"):
+        place.train(method="kd")
+
+
+def test_an_explicit_mapping_by_teacher_names(place: Place) -> None:
+    assert place.train("loss.mapping={a: low, b: high}", "distill.epochs=1").finished()
+    with pytest.raises(ValueError, match=r"'c' is no teacher; the teachers are a, b"):
+        place.train("loss.mapping={c: low}", "distill.epochs=1", "name=other", *own_weights(place))
+
+
+def test_free_memory_decides_about_the_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teachers, "free_memory", lambda device: 1000)
+    settings = place.load()
+    found = compare.load_teachers(settings, compare.load_data(settings), ["avg_mkd"], QUIET)
+    assert found is not None and found.cache is None
