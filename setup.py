@@ -16,7 +16,9 @@ STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 
 def give_up(reason: object) -> None:
     if WANTED == "1":
-        raise SystemExit(f"amtml_fast: the C++ extension was asked for (AMTML_BUILD_EXT=1) but cannot be built: {reason}")
+        raise SystemExit(
+            f"amtml_fast: the C++ extension was asked for (AMTML_BUILD_EXT=1) but cannot be built: {reason}"
+        )
     print(f"\n*** amtml_fast: built WITHOUT its C++ extension ({reason}).", file=sys.stderr)
     print("*** It will run on the slow reference backend. Install torch and a C++ compiler, then", file=sys.stderr)
     print("*** pip install --no-build-isolation --force-reinstall --no-deps amtml-fast\n", file=sys.stderr)

@@ -15,19 +15,40 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from amtml_fast.reference import wide_dtype
+
 ops = torch.ops.amtml
 
 
+class _NoContext:
+    """Stands in for an autograd context where there is nothing to differentiate."""
+
+    def save_for_backward(self, *_: Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *_: Tensor) -> None: ...
+    def set_materialize_grads(self, _: bool) -> None: ...
+
+
+def run(function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
+    """``function.apply(*args)``, or its forward alone: apply costs more, and torch.compile (2.13) misplaces its arguments
+
+    where none of them requires grad.
+    """
+    return function.apply(*args) if needs_grad else function.forward(_NoContext(), *args)
+
+
 class _NoSecondDerivative(torch.autograd.Function):
-    """Identity on gradients whose own backward raises: never a silently missing second derivative."""
+    """Identity on a gradient whose own backward raises: never a silently missing second derivative.
+
+    ``inputs`` are what the gradient depends on, so that whoever asks for their second derivative gets here.
+    """
 
     @staticmethod
-    def forward(ctx: Any, op: str, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, op: str, grad: Tensor, *inputs: Tensor) -> Tensor:
         ctx.op = op
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
+    def backward(ctx: Any, *_: Tensor) -> Any:
         raise RuntimeError(
             f"{ctx.op}: the fused backends have no second derivative; "
             'compute this part under amtml_fast.use_backend("reference"), which has'
@@ -35,7 +56,10 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def _first_order(op: str) -> Callable:
-    """Decorate ``backward``: no graph inside it, and a clear error if someone differentiates it again."""
+    """Decorate ``backward``: no graph inside it, and a clear error if someone differentiates it again.
+
+    Every differentiable input must be among the saved tensors, whether or not ``backward`` reads it.
+    """
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
@@ -44,9 +68,8 @@ def _first_order(op: str) -> Callable:
                 out = backward(ctx, *grads)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
                 return out
-            return tuple(
-                _NoSecondDerivative.apply(op, g.detach().requires_grad_()) if isinstance(g, Tensor) else g for g in out
-            )
+            inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+            return tuple(_NoSecondDerivative.apply(op, g, *inputs) if isinstance(g, Tensor) else g for g in out)
 
         return wrapped
 
@@ -91,17 +114,18 @@ class MultiTeacherKD(torch.autograd.Function):
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
         # With probabilities asked for, backward has to add what comes back through them: it recomputes the rest too.
-        in_forward = student.dtype in (torch.float32, torch.float64) and not need_probs
+        in_forward = student.dtype == wide_dtype(student, weights, *teachers) and not need_probs
         now = need_student and in_forward, need_weights and in_forward
         out = ops.multi_teacher_kd_fwd.default(student, teachers, weights, labels, *settings, *now, need_probs)
         loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights = out
         ctx.in_forward, ctx.settings, ctx.needs = in_forward, settings, (need_student, need_weights)
+        ctx.need_probs = need_probs
         ctx.mark_non_differentiable(ce, kl)
         ctx.set_materialize_grads(False)
         if not need_probs:
             ctx.mark_non_differentiable(student_probs, soft_targets)
         if in_forward:
-            ctx.save_for_backward(grad_student, grad_weights)
+            ctx.save_for_backward(grad_student, grad_weights, student, weights)
         else:
             ctx.save_for_backward(student, weights, labels, stats, *teachers)
         return loss, ce, kl, student_probs, soft_targets
@@ -111,18 +135,16 @@ class MultiTeacherKD(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple:
         need_student, need_weights = ctx.needs
         if ctx.in_forward:
-            grad_student, grad_weights = ctx.saved_tensors
-            assert grad_loss is not None  # the loss is the only differentiable output
-            scale = grad_loss.unsqueeze(-1)  # a scalar, or one value a row
-            grad_student, grad_weights = grad_student * scale if need_student else None, (
-                grad_weights * scale if need_weights else None
-            )
+            saved = ctx.saved_tensors
+            scale = 0 if grad_loss is None else grad_loss.unsqueeze(-1)  # a scalar, or one value a row
+            grad_student, grad_weights = (g * scale if needed else None for g, needed in zip(saved, ctx.needs))
         else:
             student, weights, labels, stats, *teachers = ctx.saved_tensors
             if grad_loss is None:
                 grad_loss = stats.new_zeros(())
+            through_probs = grads[2:4] if ctx.need_probs else (None, None)
             grad_student, grad_weights = ops.multi_teacher_kd_bwd.default(
-                grad_loss, grads[2], grads[3], student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
+                grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
             )
         fixed = (None,) * (len(ctx.needs_input_grad) - 2)
         return _asked(grad_student, need_student), _asked(grad_weights, need_weights), *fixed
@@ -148,7 +170,7 @@ class Angle(torch.autograd.Function):
         if reduction == "none":  # the gradient depends on each vertex' incoming gradient
             ctx.save_for_backward(student, teacher, row_mask)
         else:
-            ctx.save_for_backward(*grads)
+            ctx.save_for_backward(*grads, student, teacher)
         return loss
 
     @staticmethod
@@ -181,14 +203,14 @@ class HintMSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor, need_grad: bool) -> Tensor:
         loss, difference = ops.hint_mse_fwd.default(prediction, target, need_grad)
-        ctx.save_for_backward(difference)
+        ctx.save_for_backward(difference, prediction, target)
         ctx.dtypes = prediction.dtype, target.dtype
         return loss
 
     @staticmethod
     @_first_order("hint_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        (difference,) = ctx.saved_tensors
+        difference, *_ = ctx.saved_tensors
         grad = difference * grad_loss
         need_prediction, need_target, _ = ctx.needs_input_grad
         return (

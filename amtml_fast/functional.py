@@ -64,7 +64,8 @@ def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "
     wide = wide_dtype(features, theta, v)
     if features.dim() == 2:
         features = features[:, :, None, None]
-    return autograd.TeacherWeights.apply(features, theta.to(wide), v.to(wide), pool == "max")
+    needs_grad = _needs_grad(features, theta, v)
+    return autograd.run(autograd.TeacherWeights, needs_grad, features, theta.to(wide), v.to(wide), pool == "max")
 
 
 def multi_teacher_kd_loss(
@@ -185,9 +186,20 @@ def multi_teacher_kd(
         weights = weights.to(wide_dtype(student, *teachers, weights)).expand(student.shape[0], -1)
     ce_weight, kl_weight = (0.0, 1.0) if labels is None else (1.0 - alpha, float(alpha))
     kl_scale = float(temperature) ** 2 if t2_scale else 1.0
-    settings = (float(temperature), ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, float(label_smoothing))
+    settings = (
+        float(temperature),
+        ce_weight,
+        kl_weight,
+        kl_scale,
+        mode,
+        reduction,
+        ignore_index,
+        float(label_smoothing),
+    )
     return KDTerms(
-        *autograd.MultiTeacherKD.apply(
+        *autograd.run(
+            autograd.MultiTeacherKD,
+            _needs_grad(student, weights),
             student,
             weights,
             None if labels is None else labels.long(),
@@ -224,7 +236,7 @@ def check_kd(
         teachers = list(teacher_logits)
     else:
         raise TypeError(f"{name}: teacher_logits must be a list of tensors, got {type(teacher_logits).__name__}")
-    if not teachers:
+    if len(teachers) == 0:
         raise ValueError(f"{name}: teacher_logits must hold at least one teacher, got none")
     for i, teacher in enumerate(teachers):
         argument = f"teacher_logits[{i}]"
@@ -306,7 +318,13 @@ def angle_loss(
 
 
 def angle(
-    student: Tensor, teacher: Tensor, row_mask: Tensor | None, *, delta: float, reduction: str = "mean", eps: float = 1e-12
+    student: Tensor,
+    teacher: Tensor,
+    row_mask: Tensor | None,
+    *,
+    delta: float,
+    reduction: str = "mean",
+    eps: float = 1e-12,
 ) -> Tensor:
     """``angle_loss`` of the rows where ``row_mask`` [N] bool is true; the others take no part. Not public."""
     name = "angle_loss"
@@ -315,8 +333,9 @@ def angle(
     checks.one_of(name, "reduction", reduction, ANGLE_REDUCTIONS)
     if backend.choose("angle", student) == "reference":
         return reference.angle(student, teacher, row_mask, delta=delta, reduction=reduction, eps=eps)
-    return autograd.Angle.apply(
-        student, teacher, row_mask, float(delta), float(eps), reduction, _needs_grad(student), _needs_grad(teacher)
+    needs = _needs_grad(student), _needs_grad(teacher)
+    return autograd.run(
+        autograd.Angle, any(needs), student, teacher, row_mask, float(delta), float(eps), reduction, *needs
     )
 
 
@@ -359,13 +378,14 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, norma
     height, width = (min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:]))
     prediction = reference.hint_conv(_hint_pool(student_map, height, width, normalize), weight)
     target = _hint_pool(teacher_map, height, width, normalize)
-    return autograd.HintMSE.apply(prediction, target, _needs_grad(prediction, target))
+    needs_grad = _needs_grad(prediction, target)
+    return autograd.run(autograd.HintMSE, needs_grad, prediction, target, needs_grad)
 
 
 def _hint_pool(feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
     if not normalize and feature_map.shape[2:] == (height, width):
         return feature_map
-    return autograd.HintPool.apply(feature_map, height, width, normalize)
+    return autograd.run(autograd.HintPool, _needs_grad(feature_map), feature_map, height, width, normalize)
 
 
 def dual_softmax(scores: Tensor, dim1: int = -2, dim2: int = -1, *, mode: str = "sequential") -> Tensor:
@@ -397,5 +417,6 @@ def dual_softmax(scores: Tensor, dim1: int = -2, dim2: int = -1, *, mode: str = 
     if backend.choose("dual_softmax", scores) == "reference":
         return reference.dual_softmax(scores, dim1, dim2, mode=mode)
     moved = scores.movedim((dim1, dim2), (-2, -1))
-    out = autograd.DualSoftmax.apply(moved.reshape(-1, *moved.shape[-2:]) if moved.numel() else moved.new_empty(0, *moved.shape[-2:]), mode)
+    matrices = moved.reshape(moved.shape[:-2].numel(), *moved.shape[-2:])
+    out = autograd.run(autograd.DualSoftmax, _needs_grad(matrices), matrices, mode)
     return out.reshape(moved.shape).movedim((-2, -1), (dim1, dim2))

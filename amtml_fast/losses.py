@@ -210,7 +210,9 @@ def _hint_mapping(
             raise ValueError(f"{name}: teacher_scores must have {num_teachers} values, got {len(scores)}")
         order = sorted(range(num_teachers), key=lambda t: scores[t], reverse=mapping == "best_low")
     step = (len(groups) - 1) / max(num_teachers - 1, 1)  # spread over the groups, ends included
-    places = [round(k * step) for k in range(num_teachers)] if num_teachers > 1 else [-1 if mapping != "best_low" else 0]
+    places = (
+        [round(k * step) for k in range(num_teachers)] if num_teachers > 1 else [-1 if mapping != "best_low" else 0]
+    )
     return dict(sorted((teacher, groups[place]) for teacher, place in zip(order, places)))
 
 

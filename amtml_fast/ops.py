@@ -75,7 +75,7 @@ def _(student, teachers, weights, labels, *settings):
     value = [student.new_empty((n,) if reduction == "none" else (), dtype=wide) for _ in range(3)]
     probs = [_empty(student, need_probs, (n, c), wide) for _ in range(2)]
     stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
-    grad_student = _empty(student, need_student_grad, (n, c), student.dtype)
+    grad_student = _empty(student, need_student_grad, (n, c), wide)
     grad_weights = _empty(student, need_weights_grad, (n, len(teachers)), wide)
     return *value, *probs, stats, grad_student, grad_weights
 

@@ -99,6 +99,8 @@ def multi_teacher_kd(
     w = weights.to(dtype).expand(rows, -1).masked_fill(hide, 0)
     log_q = (z / temperature).log_softmax(-1)
     log_p = [(t.to(dtype).masked_fill(hide, 0) / temperature).log_softmax(-1) for t in teachers]
+    # Without weight a teacher counts nothing, even one that has no softmax.
+    log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
 
     def weighted(weight: Tensor, value: Tensor) -> Tensor:
         return weight * value.masked_fill((weight == 0) & ~value.isfinite(), 0)
@@ -118,7 +120,7 @@ def multi_teacher_kd(
         )
 
     if reduction != "none":
-        count = 1 if reduction == "sum" else valid.sum().clamp(min=1)
+        count = z.new_ones(()) if reduction == "sum" else valid.sum().clamp(min=1).to(dtype)
         ce = ce.sum() / count
         kl = kl.sum() / (count * (classes if reduction == "mean" else 1))
     if labels is None or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
@@ -169,7 +171,7 @@ def _cosines(x: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
         x = x.masked_fill(~row_mask.unsqueeze(1), 0)
     difference = x.unsqueeze(0) - x.unsqueeze(1)  # [j, i, C]
     squared = difference.square().sum(-1, keepdim=True)
-    regular = squared.double() > eps * eps
+    regular = ~(squared.double() <= eps * eps)  # NaN is not degenerate: it stays NaN
     if row_mask is not None:
         regular = regular & row_mask[:, None, None] & row_mask[None, :, None]
     edge = difference.masked_fill(~regular, 0) / squared.masked_fill(~regular, 1).sqrt()
@@ -196,8 +198,8 @@ def hint_pool(feature_map: Tensor, height: int, width: int, normalize: bool) -> 
 
 
 def hint_conv(pooled: Tensor, weight: Tensor) -> Tensor:
-    """``F_t``: torch's own 1x1 convolution (autocast may narrow it), in the wider of the two dtypes."""
-    dtype = torch.promote_types(pooled.dtype, weight.dtype)
+    """``F_t``: torch's own 1x1 convolution, in at least float32 (which autocast may narrow)."""
+    dtype = wide_dtype(pooled, weight)
     return F.conv2d(pooled.to(dtype), weight.to(dtype)[:, :, None, None])
 
 

@@ -62,8 +62,8 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
     for (size_t d = 0; d < n; ++d) s += (d ? ", " : "") + std::to_string(size(d));
     return s + "]";
   };
-  STD_TORCH_CHECK(false, op, ": ", name, " must be ", text(wanted.size(), [&](size_t d) { return wanted[d]; }), ", got ",
-                  text(t.dim(), [&](size_t d) { return t.size(d); }));
+  STD_TORCH_CHECK(false, op, ": ", name, " must be ", text(wanted.size(), [&](size_t d) { return wanted[d]; }),
+                  ", got ", text(t.dim(), [&](size_t d) { return t.size(d); }));
 }
 
 inline Tensor empty_or_none(const Tensor& like, bool wanted, const Shape& shape, ScalarType dtype) {

@@ -148,6 +148,8 @@ def test_a_module_that_is_really_called_module_is_found_first():
     model.module.scale = nn.ReLU()
     _, maps = FeatureExtractor(model, {"inner": "module.scale", "outer": "scale"})(torch.tensor([-1.0]))
     assert maps["inner"].item() == 0 and maps["outer"].item() == -1
+    with pytest.raises(ValueError, match=r"no module map='_orig_mod'"):  # a bare prefix names nothing
+        FeatureExtractor(model, {"map": "_orig_mod"})
 
 
 # --- errors

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amtml_fast.train import compare, config, loop, models, report, teachers
 from amtml_fast.train.data import Loader
+from amtml_fast.train.features import FeatureExtractor
 from amtml_fast.train.jobs import student_job
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import Run, RunError, read_json, write_atomic
@@ -31,15 +34,17 @@ from amtml_fast.train.run import Run, RunError, read_json, write_atomic
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)
 
-# A net without BatchNorm: its gradient is the mean over the rows, however they are split over processes.
+# A net without BatchNorm: its gradient is the mean over the rows, however they are split over processes. It is smooth,
+# and its outputs tell the images apart from the first step: otherwise rounding tips a ReLU over, or fills the angle
+# loss's differences of nearly equal rows, and two right runs drift apart.
 PLAIN_NET = """
 from torch import nn
 
 
 def net(num_classes, in_channels, width=4):
     return nn.Sequential(
-        nn.Conv2d(in_channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, num_classes),
+        nn.Conv2d(in_channels, width, 3, padding=1), nn.Tanh(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.Tanh(),
+        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8 * width, num_classes),
     )
 
 
@@ -280,7 +285,7 @@ def test_a_finished_run_is_not_trained_again_unless_its_teachers_changed(place: 
 
 # --- processes and steps ----------------------------------------------------------------------------------------------
 
-# One epoch is 11 steps. Longer runs drift apart by rounding: a max-pool or a ReLU that falls on the other side.
+# One epoch is 11 steps.
 PLAIN = [
     "student.factory=plain_net:net",
     "student.args={width: 4}",
@@ -299,7 +304,9 @@ def assert_near(one: Run, two: Run, tolerance: float = 1e-5) -> None:
     for key, value in found.items():
         assert ((value - expected[key]).abs() <= tolerance * (1 + expected[key].abs())).all(), key
     for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert b == pytest.approx(a, rel=tolerance, abs=tolerance)
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert value == pytest.approx(a[key], rel=tolerance, abs=tolerance), key
 
 
 @pytest.mark.parametrize("method", ["amtml_kd", "avg_mkd"])
@@ -342,6 +349,8 @@ def test_two_stages_freeze_the_adapter_and_nothing_else(place: Place) -> None:
 
 def test_an_explicit_key_beats_the_preset(place: Place) -> None:
     assert config.load(place.yaml, ["preset=two_stage", "stages.adapter_epochs=3"]).stages.adapter_epochs == 3
+    place.yaml.write_text(YAML + "stages: {adapter_epochs: 2}\n")
+    assert config.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 2
 
 
 def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
@@ -417,6 +426,14 @@ def test_teachers_stay_as_they_are(place: Place) -> None:
             assert torch.equal(value, state[key]), key
 
 
+def test_measuring_uses_eval_mode_and_leaves_no_trace(place: Place) -> None:
+    data = compare.load_data(place.load())
+    model = FeatureExtractor(models.small_cnn(10, width=2), {}).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    teachers.accuracy(model, data.val, data)
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_teacher_with_other_classes_is_refused(place: Place) -> None:
     file = place.folder / "seven.safetensors"
     save_file(models.small_cnn(7, width=4).state_dict(), file)
@@ -444,6 +461,29 @@ def test_the_student_loads_without_the_trainer(place: Place) -> None:
     images = (data.test.images / 255 - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
     accuracy = (plain(images).argmax(1) == data.test.labels).double().mean().item()
     assert accuracy == pytest.approx(read_json(run.result)["test_accuracy"], abs=1e-12)
+
+
+@pytest.fixture
+def new_engine() -> Iterator[None]:
+    """Accelerate keeps one precision a process; forget it before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_and_compile_leave_a_plain_student(
+    place: Place, new_engine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The eager backend compiles in no time and wraps the module all the same.
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    engine = ["engine.mixed_precision=bf16", "engine.compile=true", "engine.channels_last=true"]
+    run = place.train(*engine, "distill.epochs=2")
+    state = load_file(run.folder / "student.safetensors")
+    models.small_cnn(10, width=2).load_state_dict(state, strict=True)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
+    full = metrics(place.train("engine.mixed_precision=bf16", "distill.epochs=2", "name=bf16", *own_weights(place)))
+    assert [row["loss"] for row in metrics(run)] == pytest.approx([row["loss"] for row in full], rel=0.02)
 
 
 def test_a_run_records_what_made_it(place: Place) -> None:

@@ -2,9 +2,10 @@
 //
 //   psi(i, j, k) = 1/2 r_ij r_kj (D_ij + D_kj - D_ik),   D = squared distances, r = D^-1/2 or 0 where degenerate
 //
-// psi is symmetric in i, k, so pairs i < k are visited once. With g = clamp(psi_s - psi_t, -delta, delta) the gradient is
-//   to D_kj (an arm):          sum_i g (1/2 r_ij r_kj - 1/2 r_kj^2 psi) = 1/2 r_kj (sum_i g r_ij) - 1/2 r_kj^2 (sum_i g psi)
-//   to D_ik (the far side):    -sum_j g 1/2 r_ij r_kj
+// psi is symmetric in i, k, so pairs i < k are visited once. With g = clamp(psi_s - psi_t, -delta, delta) the gradient
+// is
+//   to D_kj (an arm):          sum_i g (1/2 r_ij r_kj - 1/2 r_kj^2 psi) = 1/2 r_kj (sum_i g r_ij) - 1/2 r_kj^2 (sum_i g
+//   psi) to D_ik (the far side):    -sum_j g 1/2 r_ij r_kj
 // and from G = dL/dD:          dL/dx_i = 2 sum_j (G_ij + G_ji) (x_i - x_j).
 // D and the sum in brackets are made in float64: they cancel when one arm is much shorter than the other, which is what
 // the rows of a trained network look like. The rest is in A. kernels/README.md has the derivation.
@@ -59,7 +60,7 @@ AMTML_INLINE void inverse_lengths(const double* distance, int64_t n, double eps,
 }
 
 template <class A>
-struct Vertex {  // the working arrays of one thread, for one side
+struct Vertex {                    // the working arrays of one thread, for one side
   std::vector<A> r, arm, arm_psi;  // r_kj; sum_i g r_ij; sum_i g psi
   explicit Vertex(int64_t n) : r(n), arm(n), arm_psi(n) {}
 };
@@ -224,8 +225,8 @@ Result<A> run(const Tensor& student, const Tensor& teacher, const bool* mask, do
 }
 
 struct Arguments {
-  ScalarType wide;  // of the results
-  ScalarType work;  // of the arithmetic: below eps = 1e-18 an r^2 can pass float's range, so all is made in double
+  ScalarType wide;      // of the results
+  ScalarType work;      // of the arithmetic: below eps = 1e-18 an r^2 can pass float's range, so all is made in double
   Tensor mask_storage;  // keeps the contiguous mask alive
   const bool* mask = nullptr;
   int64_t rows;  // that take part
@@ -262,8 +263,9 @@ std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor
   Tensor grad_student, grad_teacher;
   dispatch_wide(args.work, [&](auto zero) {
     using A = decltype(zero);
-    auto result = run<A>(student, teacher, args.mask, delta, eps, [=](int64_t) { return scale; },
-                         need_student_grad && !none, need_teacher_grad && !none, args.work);
+    auto result = run<A>(
+        student, teacher, args.mask, delta, eps, [=](int64_t) { return scale; }, need_student_grad && !none,
+        need_teacher_grad && !none, args.work);
     A* out = static_cast<A*>(loss.mutable_data_ptr());
     double total = 0;
     for (int64_t j = 0; j < student.size(0); ++j) {
@@ -288,8 +290,9 @@ std::tuple<Tensor, Tensor> angle_bwd(const Tensor& grad_loss, const Tensor& stud
     using A = decltype(zero);
     const Tensor incoming = torch::stable::to(torch::stable::contiguous(grad_loss), args.work);
     const A* g = static_cast<const A*>(incoming.const_data_ptr());
-    auto result = run<A>(student, teacher, args.mask, delta, eps, [=](int64_t j) { return g[j] * scale; },
-                         need_student_grad, need_teacher_grad, args.work);
+    auto result = run<A>(
+        student, teacher, args.mask, delta, eps, [=](int64_t j) { return g[j] * scale; }, need_student_grad,
+        need_teacher_grad, args.work);
     grad_student = result.grad_student;
     grad_teacher = result.grad_teacher;
   });

@@ -53,7 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
       using T = decltype(element);
       const T* x = static_cast<const T*>(input.const_data_ptr());
       T* y = static_cast<T*>(out.mutable_data_ptr());
-      A *column = static_cast<A*>(column_stats.mutable_data_ptr()), *row = static_cast<A*>(row_stats.mutable_data_ptr());
+      A *column = static_cast<A*>(column_stats.mutable_data_ptr()),
+        *row = static_cast<A*>(row_stats.mutable_data_ptr());
       for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
         A *m = column + b * 2 * size.columns, *sum = m + size.columns;
         const T* matrix = x + b * size.rows * size.columns;
@@ -167,7 +168,8 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
           const int64_t at = start + r * size.columns;
           for (int64_t k = first; k < end; ++k) {
             const A a = exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k];
-            const A value = sequential ? a * (weighted[at + k] - totals[k - first]) : rest[at + k] - a * totals[k - first];
+            const A value =
+                sequential ? a * (weighted[at + k] - totals[k - first]) : rest[at + k] - a * totals[k - first];
             dx[at + k] = static_cast<T>(value);
           }
         }

@@ -90,7 +90,8 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
   Tensor grad_map = torch::stable::new_empty(x, {n, channels, h, w});
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
-    const A *g = static_cast<const A*>(incoming.const_data_ptr()), *norm = static_cast<const A*>(norms.const_data_ptr());
+    const A *g = static_cast<const A*>(incoming.const_data_ptr()),
+            *norm = static_cast<const A*>(norms.const_data_ptr());
     dispatch(x.scalar_type(), kOp, [&](auto element) {
       using T = decltype(element);
       const T* in = static_cast<const T*>(x.const_data_ptr());
@@ -110,8 +111,7 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
                 const Window rows = window(y, h, height);
                 for (int64_t z = 0; z < width; ++z) {
                   const Window columns = window(z, w, width);
-                  const A share =
-                      source[y * width + z] / A((rows.end - rows.begin) * (columns.end - columns.begin));
+                  const A share = source[y * width + z] / A((rows.end - rows.begin) * (columns.end - columns.begin));
                   for (int64_t a = rows.begin; a < rows.end; ++a) {
                     for (int64_t b = columns.begin; b < columns.end; ++b) d[a * w + b] += share;
                   }
@@ -129,9 +129,10 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
                 A value = d[p];
                 if (normalize) {  // y = x / |x|:  dx = (dy - y <y, dy>) / |x|, and dy / smallest below it
                   const A length = lengths[p];
-                  value = length < A(kSmallestNorm)
-                              ? value / A(kSmallestNorm)
-                              : (value - static_cast<A>(example[c * plane + p]) / length * (inner[p] / length)) / length;
+                  value =
+                      length < A(kSmallestNorm)
+                          ? value / A(kSmallestNorm)
+                          : (value - static_cast<A>(example[c * plane + p]) / length * (inner[p] / length)) / length;
                 }
                 target[p] = static_cast<T>(value);
               }
@@ -148,8 +149,7 @@ std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& 
   Shape shape;
   for (int64_t d = 0; d < prediction.dim(); ++d) shape.push_back(prediction.size(d));
   check_shape(kOp, "target", target, shape);
-  const bool is_double =
-      prediction.scalar_type() == ScalarType::Double || target.scalar_type() == ScalarType::Double;
+  const bool is_double = prediction.scalar_type() == ScalarType::Double || target.scalar_type() == ScalarType::Double;
   const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
   const Tensor u = torch::stable::contiguous(prediction), v = torch::stable::contiguous(target);
   const int64_t n = u.numel();
@@ -170,9 +170,8 @@ std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& 
         for (int64_t k = begin; k < end; ++k) {
           const int64_t count = std::min(block, n - k * block);
           const A *x = load_row(a, k, count, left.data()), *y = load_row(b, k, count, right.data());
-          sums[k] = block_sum<A>(count, [&](int64_t i) __attribute__((always_inline)) {
-            return (x[i] - y[i]) * (x[i] - y[i]);
-          });
+          sums[k] = block_sum<A>(
+              count, [&](int64_t i) __attribute__((always_inline)) { return (x[i] - y[i]) * (x[i] - y[i]); });
           if (!need_grad) continue;
           A* d = out + k * block;
 #pragma omp simd

@@ -43,10 +43,11 @@ inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 template <class A>
 struct Row {  // scratch of one thread
   const Problem<A>& problem;
-  const bool keep_teachers;                              // p_t of every teacher, not only their mixture
+  const bool keep_teachers;                                      // p_t of every teacher, not only their mixture
   std::vector<A> student, teacher, log_q, q, q1, p, ratio, p_t;  // q1: softmax(z); ratio: log p - log q + 1
   std::vector<A> kl_t, weight;
   const A* z = nullptr;
+  double student_rest = 0;  // what rounding the student's log-sum to A cut off: it would bias every KL near 0
 
   Row(const Problem<A>& pr, bool keep)
       : problem(pr),
@@ -75,14 +76,13 @@ AMTML_INLINE A maximum(const A* z, int64_t n) {
 
 // e = exp((z - m) / tau), returns the logarithm of its sum; then e is divided by the sum.
 template <class A>
-AMTML_INLINE A softmax(const A* z, int64_t n, A m, A tau, A* e) {
-  const double sum = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
-    return e[c] = exp_nonpositive((z[c] - m) / tau);
-  });
+AMTML_INLINE double softmax(const A* z, int64_t n, A m, A tau, A* e) {
+  const double sum = block_sum<A>(
+      n, [&](int64_t c) __attribute__((always_inline)) { return e[c] = exp_nonpositive((z[c] - m) / tau); });
   const A inverse = static_cast<A>(1 / sum);
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) e[c] *= inverse;
-  return static_cast<A>(std::log(sum));
+  return std::log(sum);
 }
 
 // The same from saved statistics.
@@ -94,11 +94,18 @@ AMTML_INLINE void softmax_again(const A* z, int64_t n, A m, A log_sum, A tau, A*
 
 // sum_c p (log p - log q) where p = 0 counts 0, with log p = (z - m) / tau - log_sum.
 template <class A>
-AMTML_INLINE A teacher_kl(const A* p, const A* z, int64_t n, A m, A log_sum, A tau, const A* log_q) {
-  return static_cast<A>(block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
+AMTML_INLINE double teacher_kl(const A* p, const A* z, int64_t n, A m, A log_sum, A tau, const A* log_q) {
+  return block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
     const A term = p[c] * ((z[c] - m) / tau - log_sum - log_q[c]);
     return p[c] == 0 ? A(0) : term;
-  }));
+  });
+}
+
+template <class A>
+AMTML_INLINE A rounded(double value, double* rest) {
+  const A near = static_cast<A>(value);
+  *rest = value - near;
+  return near;
 }
 
 // Fills the scratch from row i. With `again` the statistics are read, else made.
@@ -114,8 +121,8 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again, bool need_k
     if (pr.labels) softmax_again(z, n, stats[0], stats[2], A(1), q1);
   } else {
     stats[0] = maximum(z, n);
-    stats[1] = softmax(z, n, stats[0], tau, q);
-    stats[2] = pr.labels ? softmax(z, n, stats[0], A(1), q1) : A(0);
+    stats[1] = rounded<A>(softmax(z, n, stats[0], tau, q), &row.student_rest);
+    stats[2] = pr.labels ? static_cast<A>(softmax(z, n, stats[0], A(1), q1)) : A(0);
   }
   const A m = stats[0], log_sum = stats[1];
 #pragma omp simd
@@ -127,17 +134,19 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again, bool need_k
     const A w = row.weight[t] = pr.weight(i, t);
     const A* zt = load_row(pr.teacher[t], i, n, row.teacher.data());
     A *pt = row.teacher_probs(t), *stat = stats + 3 + 2 * t;
+    double teacher_rest = 0;
     if (again) {
       softmax_again(zt, n, stat[0], stat[1], tau, pt);
     } else {
       stat[0] = maximum(zt, n);
-      stat[1] = softmax(zt, n, stat[0], tau, pt);
+      stat[1] = rounded<A>(softmax(zt, n, stat[0], tau, pt), &teacher_rest);
     }
     if (w == 0 && !(std::abs(stat[1]) < std::numeric_limits<A>::infinity())) std::fill_n(pt, n, A(0));  // 0 * NaN is 0
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) p[c] += w * pt[c];
     if (need_kl_t) {
-      const A kl = teacher_kl(pt, zt, n, stat[0], stat[1], tau, log_q);
+      const double rest = row.student_rest - teacher_rest;
+      const A kl = static_cast<A>(teacher_kl(pt, zt, n, stat[0], stat[1], tau, log_q) + rest);
       row.kl_t[t] = w == 0 && !(std::abs(kl) < std::numeric_limits<A>::infinity()) ? A(0) : kl;
     }
   }
@@ -164,10 +173,12 @@ AMTML_INLINE double row_kl(Row<A>& row) {
     return sum;
   }
   const A *p = row.p.data(), *log_q = row.log_q.data();
-  return block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
-    const A value = p[c] * (log_positive(p[c] == 0 ? A(1) : p[c]) - log_q[c]);
-    return p[c] == 0 ? A(0) : value;
-  });
+  double total = 0;
+  for (int64_t t = 0; t < row.problem.teachers; ++t) total += row.weight[t];
+  return total * row.student_rest + block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
+           const A value = p[c] * (log_positive(p[c] == 0 ? A(1) : p[c]) - log_q[c]);
+           return p[c] == 0 ? A(0) : value;
+         });
 }
 
 // -(1 - s) log q1_y - s / C sum_c log q1_c
@@ -201,8 +212,8 @@ AMTML_INLINE void grad_student_row(const Row<A>& row, int64_t label, A ce_scale,
     out[label] -= ce_scale * (1 - smoothing);
   }
   if (grad_q) {
-    const A inner = static_cast<A>(
-        block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return grad_q[c] * q[c]; }));
+    const A inner =
+        static_cast<A>(block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return grad_q[c] * q[c]; }));
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) out[c] += q[c] * (grad_q[c] - inner) / tau;
   }
@@ -220,10 +231,12 @@ AMTML_INLINE void grad_weights_row(Row<A>& row, A kl_scale, const A* grad_p, A* 
     const A* pt = row.teacher_probs(t);
     double sum = 0;
     if (kl_scale != 0) {
-      sum = pr.set.mixture ? block_sum<A>(pr.classes, [&](int64_t c) __attribute__((always_inline)) {
-        const A term = pt[c] * ratio[c];
-        return pt[c] == 0 ? A(0) : term;
-      }) : row.kl_t[t];
+      sum = pr.set.mixture ? block_sum<A>(pr.classes,
+                                          [&](int64_t c) __attribute__((always_inline)) {
+                                            const A term = pt[c] * ratio[c];
+                                            return pt[c] == 0 ? A(0) : term;
+                                          })
+                           : row.kl_t[t];
       sum *= kl_scale;
     }
     if (grad_p) {
@@ -280,8 +293,14 @@ struct Inputs {  // owns what Problem points to
   template <class A>
   Problem<A> problem(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
                      const Settings& set) const {
-    Problem<A> pr{student.size(0), student.size(1), static_cast<int64_t>(teachers.size()), Matrix(student),
-                  Matrix(weights), {}, labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr, set};
+    Problem<A> pr{student.size(0),
+                  student.size(1),
+                  static_cast<int64_t>(teachers.size()),
+                  Matrix(student),
+                  Matrix(weights),
+                  {},
+                  labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr,
+                  set};
     for (const Tensor& t : teachers) pr.teacher.emplace_back(t);
     return pr;
   }
@@ -293,8 +312,7 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
                              double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                              double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
-  const Settings set{temperature, ce_weight,    kl_weight,      kl_scale,
-                     mode == "mixture", ignore_index, label_smoothing};
+  const Settings set{temperature, ce_weight, kl_weight, kl_scale, mode == "mixture", ignore_index, label_smoothing};
   const Inputs inputs(student, teachers, weights, labels, set);
   const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(teachers.size());
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == inputs.wide, kOp,
@@ -372,8 +390,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
                                                 double ce_weight, double kl_weight, double kl_scale, std::string mode,
                                                 std::string reduction, int64_t ignore_index, double label_smoothing,
                                                 bool need_student_grad, bool need_weights_grad) {
-  const Settings set{temperature, ce_weight,    kl_weight,      kl_scale,
-                     mode == "mixture", ignore_index, label_smoothing};
+  const Settings set{temperature, ce_weight, kl_weight, kl_scale, mode == "mixture", ignore_index, label_smoothing};
   const Inputs inputs(student, teachers, weights, labels, set);
   const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(teachers.size());
   const bool none = reduction == "none";

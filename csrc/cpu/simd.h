@@ -120,7 +120,7 @@ AMTML_INLINE double log_positive(double x) { return std::log(x); }
 // sum of term(i) for i < n: blocks in A, their sum in double, so that the error does not grow with n.
 template <class A, class F>
 AMTML_INLINE double block_sum(int64_t n, const F& term) {
-  constexpr int64_t block = 512;
+  constexpr int64_t block = 128;
   double total = 0;
   for (int64_t start = 0; start < n; start += block) {
     const int64_t stop = start + block < n ? start + block : n;

@@ -76,9 +76,11 @@ template <class T, class A>
 AMTML_INLINE void avg_pool(const T* x, const Map& map, A* pooled) {
   for (int64_t c = 0; c < map.channels; ++c) {
     const T* plane = x + c * map.sc;
-    const double sum = map.dense_plane() ? block_sum<A>(map.pixels(), [&](int64_t p) __attribute__((always_inline)) {
-      return static_cast<A>(plane[p]);
-    }) : block_sum<A>(map.pixels(), [&](int64_t p) { return static_cast<A>(plane[map.offset(p)]); });
+    const double sum =
+        map.dense_plane()
+            ? block_sum<A>(map.pixels(),
+                           [&](int64_t p) __attribute__((always_inline)) { return static_cast<A>(plane[p]); })
+            : block_sum<A>(map.pixels(), [&](int64_t p) { return static_cast<A>(plane[map.offset(p)]); });
     pooled[c] = static_cast<A>(sum / static_cast<double>(map.pixels()));
   }
 }
@@ -90,9 +92,10 @@ ScalarType check(const Tensor& features, const Tensor& theta, const Tensor& v) {
   check_shape(kOp, "theta", theta, {theta.size(0), features.size(1)});
   check_shape(kOp, "v", v, {features.size(1)});
   const ScalarType wide = theta.scalar_type();
-  STD_TORCH_CHECK(wide == v.scalar_type() && (wide == ScalarType::Double || (wide == ScalarType::Float &&
-                                              features.scalar_type() != ScalarType::Double)),
-                  kOp, ": theta and v must both be float32, or float64 if an input is");
+  STD_TORCH_CHECK(
+      wide == v.scalar_type() &&
+          (wide == ScalarType::Double || (wide == ScalarType::Float && features.scalar_type() != ScalarType::Double)),
+      kOp, ": theta and v must both be float32, or float64 if an input is");
   return wide;
 }
 
@@ -160,8 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
   check_shape(kOp, "grad", grad, {n, teachers});
   check_shape(kOp, "weights", weights, {n, teachers});
   check_shape(kOp, "pooled", pooled, {n, d});
-  Tensor grad_features =
-      need_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
+  Tensor grad_features = need_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
   Tensor grad_theta = empty_or_none(theta, need_parameters, {teachers, d}, wide);
   Tensor grad_v = empty_or_none(theta, need_parameters, {d}, wide);
   dispatch_wide(wide, [&](auto zero) {
@@ -174,7 +176,8 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
     for (int64_t i = 0; i < n; ++i) {
       A inner = 0;
       for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[i * teachers + t];
-      for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[i * teachers + t] * (g[i * teachers + t] - inner);
+      for (int64_t t = 0; t < teachers; ++t)
+        score[i * teachers + t] = w[i * teachers + t] * (g[i * teachers + t] - inner);
     }
     if (need_parameters) {
       const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
@@ -216,21 +219,23 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
           std::memset(static_cast<void*>(dx + begin), 0, (end - begin) * sizeof(T));
         });
       }
-      torch::stable::parallel_for(0, n, grain(d * (use_max ? teachers : map.pixels())), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          for (int64_t c = 0; c < d; ++c) {
-            A db = 0;
-            for (int64_t t = 0; t < teachers; ++t) db += score[i * teachers + t] * factors[t * d + c];
-            T* plane = dx + i * out.sn + c * out.sc;
-            if (use_max) {
-              plane[out.offset(at[i * d + c])] = static_cast<T>(db);
-            } else {
-              const T even = static_cast<T>(db / static_cast<A>(map.pixels()));
-              for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
-            }
-          }
-        }
-      });
+      torch::stable::parallel_for(0, n, grain(d * (use_max ? teachers : map.pixels())),
+                                  [&](int64_t begin, int64_t end) {
+                                    for (int64_t i = begin; i < end; ++i) {
+                                      for (int64_t c = 0; c < d; ++c) {
+                                        A db = 0;
+                                        for (int64_t t = 0; t < teachers; ++t)
+                                          db += score[i * teachers + t] * factors[t * d + c];
+                                        T* plane = dx + i * out.sn + c * out.sc;
+                                        if (use_max) {
+                                          plane[out.offset(at[i * d + c])] = static_cast<T>(db);
+                                        } else {
+                                          const T even = static_cast<T>(db / static_cast<A>(map.pixels()));
+                                          for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
+                                        }
+                                      }
+                                    }
+                                  });
     });
   });
   return {grad_features, grad_theta, grad_v};

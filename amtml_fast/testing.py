@@ -1,0 +1,185 @@
+"""Every operator once: how to make its inputs, what it must equal, the bytes it cannot avoid moving.
+
+Tests and benchmarks both take their cases from here, so that nothing is timed which is not also checked.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtml_fast import functional, reference
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operator.
+
+    Attributes:
+        op: its stem. function, reference: the public function and its float64 oracle.
+        make: ``make(generator, *size) -> args``, float32 on the CPU; tensors that require grad are differentiated.
+        sizes: what the tests run, each with the reason it is there (see the comments).
+        variants: keyword arguments to run each size with.
+        bytes: ``bytes(itemsize, *size)`` read and written once by forward and backward together.
+    """
+
+    op: str
+    function: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    make: Callable[..., tuple]
+    sizes: tuple[tuple[int, ...], ...]
+    variants: tuple[dict[str, Any], ...]
+    bytes: Callable[..., int] = field(repr=False)
+
+    def inputs(self, *size: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple:
+        args = self.make(torch.Generator().manual_seed(seed), *size)
+        return convert(args, dtype=dtype, device=device)
+
+
+def tensors(args: Any) -> Iterator[Tensor]:
+    """All tensors of nested arguments, in order."""
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from tensors(a)
+
+
+def convert(args: Any, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+    """The same arguments as fresh leaves; only floating tensors change dtype."""
+
+    def one(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            new = a.detach().to(device=device, dtype=dtype if a.is_floating_point() else None, copy=True)
+            return new.requires_grad_(a.requires_grad)
+        return type(a)(one(x) for x in a) if isinstance(a, (list, tuple)) else a
+
+    return tuple(one(a) for a in args)
+
+
+def value_and_grads(
+    function: Callable[..., Tensor], args: tuple, upstream: Tensor | None = None, **options: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """The result and its gradient to every input that requires one (zeros where none flows).
+
+    ``upstream`` weighs the elements of the result; None draws fixed weights from a generator.
+    """
+    out = function(*args, **options)
+    if upstream is None:
+        upstream = (
+            torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half().bfloat16()
+        )  # exact in any dtype
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    grads = torch.autograd.grad(out, leaves, upstream.to(out), allow_unused=True)
+    return out.detach(), [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)]
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over the norm of ``want``; over 1 where ``want`` itself is only rounding (below 1e-6)."""
+    want = want.double()
+    scale = want.norm().item()
+    return ((got.double() - want).norm() / (scale if scale > 1e-6 else 1)).item()
+
+
+def _randn(g: torch.Generator, *size: int) -> Tensor:
+    return torch.randn(size, generator=g)
+
+
+def _teacher_weights(g: torch.Generator, n: int, d: int, h: int, w: int, t: int) -> tuple:
+    features = _randn(g, n, d, h, w) if h else _randn(g, n, d)
+    return tuple(x.requires_grad_() for x in (features, _randn(g, t, d), _randn(g, d)))
+
+
+def _multi_teacher_kd(g: torch.Generator, n: int, c: int, t: int) -> tuple:
+    labels = torch.randint(0, c, (n,), generator=g)
+    labels[1::5] = -100  # some rows ignored
+    weights = _randn(g, n, t).softmax(-1)
+    return (
+        (2 * _randn(g, n, c)).requires_grad_(),
+        [2 * _randn(g, n, c) for _ in range(t)],
+        weights.requires_grad_(),
+        labels,
+    )
+
+
+def _angle(g: torch.Generator, n: int, c: int) -> tuple:
+    return tuple((2 * _randn(g, n, c)).softmax(-1).requires_grad_() for _ in range(2))
+
+
+def _hint(g: torch.Generator, n: int, c_s: int, h_s: int, c_t: int, h_t: int) -> tuple:
+    maps = _randn(g, n, c_s, h_s, h_s), _randn(g, n, c_t, h_t, h_t + 1), _randn(g, c_t, c_s)
+    return tuple(x.requires_grad_() for x in maps)
+
+
+def _dual_softmax(g: torch.Generator, *size: int) -> tuple:
+    return ((3 * _randn(g, *size)).requires_grad_(),)
+
+
+CASES = {
+    case.op: case
+    for case in (
+        Case(
+            "teacher_weights",
+            functional.teacher_weights,
+            reference.teacher_weights,
+            _teacher_weights,
+            # n, d, h, w, T: empty; one of all; pooled already; odd; one pixel column; several threads' worth
+            ((0, 4, 2, 2, 3), (1, 1, 1, 1, 1), (5, 7, 0, 0, 3), (3, 5, 3, 5, 2), (2, 8, 5, 1, 4), (33, 64, 8, 8, 3)),
+            ({"pool": "max"}, {"pool": "avg"}),
+            lambda s, n, d, h, w, t: 2 * s * n * d * max(h * w, 1),
+        ),
+        Case(
+            "multi_teacher_kd",
+            functional.multi_teacher_kd_loss,
+            reference.multi_teacher_kd_loss,
+            _multi_teacher_kd,
+            # n, C, T: empty; one of all; one class; less and more than a vector; past several summation blocks; several threads
+            ((0, 10, 3), (1, 1, 1), (3, 1, 2), (2, 7, 3), (7, 10, 1), (33, 100, 3), (5, 1030, 2), (256, 257, 5)),
+            (
+                {},
+                {"mode": "sum", "reduction": "none", "temperature": 1.0},
+                {"reduction": "mean", "label_smoothing": 0.1, "temperature": 0.5},
+                {"mode": "sum", "reduction": "sum", "alpha": 1.0, "t2_scale": False},
+                {"reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
+            ),
+            lambda s, n, c, t: s * n * c * (t + 2),
+        ),
+        Case(
+            "angle",
+            functional.angle_loss,
+            reference.angle_loss,
+            _angle,
+            # n, C: empty; no triplet; one width; less and more than a vector; several threads; wide
+            ((0, 3), (1, 3), (2, 3), (3, 1), (7, 5), (40, 10), (67, 10), (19, 300)),
+            (
+                {},
+                {"reduction": "none", "delta": 0.1},
+                {"reduction": "sum", "delta": 0.1},
+                {"reduction": "distinct", "eps": 0.0},
+            ),
+            lambda s, n, c: 4 * s * n * c,
+        ),
+        Case(
+            "hint",
+            functional.hint_loss,
+            reference.hint_loss,
+            _hint,
+            # n, c_s, h_s, c_t, h_t: empty; one of all; student larger; teacher larger and not a multiple; same size
+            ((0, 2, 2, 3, 2), (1, 1, 1, 1, 1), (3, 4, 8, 5, 4), (2, 3, 4, 6, 7), (5, 8, 6, 7, 6)),
+            ({}, {"normalize": True}),
+            lambda s, n, c_s, h_s, c_t, h_t: s * n * (2 * c_s * h_s**2 + 2 * c_t * h_t * (h_t + 1)),
+        ),
+        Case(
+            "dual_softmax",
+            functional.dual_softmax,
+            reference.dual_softmax,
+            _dual_softmax,
+            # empty; one of all; a row; a column; past one block of columns; batched
+            ((0, 3), (1, 1), (1, 9), (9, 1), (37, 300), (3, 2, 17, 5)),
+            ({}, {"mode": "product"}, {"dim1": -1, "dim2": -2}, {"dim1": 0, "dim2": -1, "mode": "product"}),
+            lambda s, *size: 4 * s * int(torch.Size(size).numel()),
+        ),
+    )
+}

@@ -1,0 +1,17 @@
+"""Shared by all tests: uninitialised memory is NaN, so that a kernel that leaves an element unwritten is seen."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_empties():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

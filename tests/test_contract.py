@@ -1,0 +1,586 @@
+"""The promises of docs/contract.md that hold for every operator: errors, masks, strides, autograd, compile, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import amtml_fast as af
+from amtml_fast import backend, ops, reference
+from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
+
+BACKENDS = ["cpp", "reference"]
+SMALL = {
+    "teacher_weights": (3, 4, 2, 3, 2),
+    "multi_teacher_kd": (6, 5, 3),
+    "angle": (6, 4),
+    "hint": (2, 3, 4, 5, 2),
+    "dual_softmax": (4, 6),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+each_backend = pytest.mark.parametrize("name", BACKENDS)
+
+
+@pytest.fixture(params=BACKENDS)
+def on(request):
+    with af.use_backend(request.param):
+        yield request.param
+
+
+# --- the parts of an operator
+
+
+@each_case
+def test_every_operator_has_all_its_parts(case):
+    assert case.op in backend.OPS and hasattr(reference, case.reference.__name__)
+    schemas = [name for name in ops.SCHEMAS if name.startswith(case.op)]
+    assert any(name.endswith("_fwd") for name in schemas)
+    for name in schemas:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"amtml::{name}", "CPU"), f"csrc/cpu lacks {name}"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"amtml::{name}", "Meta"), f"ops.py lacks {name}'s fake"
+
+
+def test_reference_signatures_are_the_public_ones():
+    import inspect
+
+    for case in CASES.values():
+        public, plain = (inspect.signature(f).parameters for f in (case.function, case.reference))
+        assert list(public) == list(plain)
+        assert [p.default for p in public.values()] == [p.default for p in plain.values()]
+
+
+@each_case
+def test_opcheck(case):
+    """Schemas, fakes and dynamic shapes of every raw op, on the calls that the public function makes."""
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "amtml":
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with af.use_backend("cpp"), Record():
+        for options in case.variants:
+            if options.get("dim1") != 0:
+                value_and_grads(case.function, case.inputs(*SMALL[case.op]), **options)
+                value_and_grads(case.function, case.inputs(*SMALL[case.op], dtype=torch.bfloat16), **options)
+    assert {f.overloadpacket.__name__ for f, _ in seen} == {n for n in ops.SCHEMAS if n.startswith(case.op)}
+    for func, args in seen:
+        torch.library.opcheck(func, convert(args) if isinstance(args, tuple) else args)
+
+
+# --- strides, ownership, autograd
+
+
+@each_backend
+@each_case
+def test_strides_do_not_matter_and_inputs_are_not_written(case, name):
+    args = case.inputs(*SMALL[case.op])
+    want, want_grads = value_and_grads(case.function, args)
+
+    def strided(t):
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), 7, dtype=t.dtype)
+        view = wide[..., 1::2]
+        return view.copy_(t.detach()).requires_grad_(t.requires_grad)
+
+    views = tuple([strided(x) for x in a] if isinstance(a, list) else strided(a) for a in args)
+    before = [t.detach().clone() for t in tensors(views)]
+    with af.use_backend(name):
+        got, grads = value_and_grads(case.function, views)
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
+    assert all(torch.equal(t, b) for t, b in zip(tensors(views), before))
+
+
+@each_case
+def test_expanded_and_transposed_inputs(case):
+    args = case.inputs(*SMALL[case.op])
+
+    def expanded(t):
+        return t.detach()[:1].expand(t.shape) if t.is_floating_point() and t.dim() > 1 else t.detach()
+
+    for change in (expanded, lambda t: t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach()):
+        same = tuple([change(x) for x in a] if isinstance(a, list) else change(a) for a in args)
+        with af.use_backend("cpp"):
+            got = case.function(*same)
+        want = case.reference(*convert(same, dtype=torch.float64))
+        assert relative_error(got, want) <= 1e-6
+
+
+@each_backend
+@each_case
+def test_backward_twice_gives_the_same(case, name):
+    args = case.inputs(*SMALL[case.op])
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    with af.use_backend(name):
+        out = case.function(*args).sum()
+        first = torch.autograd.grad(out, leaves, torch.tensor(3.0), retain_graph=True)
+        second = torch.autograd.grad(out, leaves, torch.tensor(3.0))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@each_backend
+@each_case
+def test_gradient_exactly_where_it_is_required(case, name):
+    args = case.inputs(*SMALL[case.op])
+    _, all_grads = value_and_grads(case.function, args)
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    for chosen, want in zip(leaves, all_grads):
+        for t in leaves:
+            t.requires_grad_(t is chosen)
+        with af.use_backend(name):
+            _, (got,) = value_and_grads(case.function, args)
+        assert relative_error(got, want) <= 1e-5
+    with af.use_backend(name), torch.no_grad():
+        assert not case.function(*args).requires_grad
+
+
+@each_case
+def test_second_derivative_is_right_or_loud(case):
+    args = case.inputs(*SMALL[case.op])
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    for options in ({}, {"reduction": "none"}) if case.op in ("angle", "multi_teacher_kd") else ({},):
+        with af.use_backend("cpp"):
+            out = case.function(*args, **options)
+            grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+            with pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
+                torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
+@each_case
+def test_functorch_and_forward_mode_run_on_the_reference_or_say_why_not(case):
+    args = case.inputs(*SMALL[case.op])
+    first = args[0].detach()
+
+    def function(x):
+        return case.function(x, *rest).sum()
+
+    rest = [([x.detach() for x in a] if isinstance(a, list) else a.detach()) for a in args[1:]]
+    want = torch.autograd.grad(function(leaf := first.clone().requires_grad_()), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(function)(first), want)
+    _, tangent = torch.func.jvp(function, (first,), (torch.ones_like(first),))
+    torch.testing.assert_close(tangent, want.sum())
+    with torch.autograd.forward_ad.dual_level():
+        out = function(torch.autograd.forward_ad.make_dual(first, torch.ones_like(first)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, want.sum())
+    with af.use_backend("cpp"), pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
+        torch.func.grad(function)(first)
+
+
+@each_case
+def test_compiles_without_a_graph_break(case):
+    torch._dynamo.reset()
+    for options in case.variants[:2]:
+        args = case.inputs(*SMALL[case.op])
+        want, want_grads = value_and_grads(case.function, args, **options)
+        compiled = torch.compile(lambda *a, o=options: case.function(*a, **o), fullgraph=True, backend="aot_eager")
+        got, grads = value_and_grads(compiled, args)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(grads, want_grads)
+        without = convert(args)
+        for t in tensors(without):
+            t.requires_grad_(False)
+        torch.testing.assert_close(compiled(*without), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kd_compiles_with_any_of_its_arguments_missing(dtype):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 3, dtype=dtype)
+    for learned in ((student, weights), (student.detach(), weights), (student, weights.detach()), (student, None)):
+        for y in (None, labels):
+            torch._dynamo.reset()
+            args = (learned[0], teachers, learned[1], y)
+            compiled = torch.compile(af.multi_teacher_kd_loss, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(value_and_grads(compiled, args), value_and_grads(af.multi_teacher_kd_loss, args))
+
+
+@each_case
+def test_same_bits_twice(case):
+    size = {"angle": (70, 10), "multi_teacher_kd": (300, 100, 3), "teacher_weights": (64, 32, 8, 8, 3)}.get(case.op)
+    runs = [value_and_grads(case.function, case.inputs(*(size or SMALL[case.op]))) for _ in range(2)]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
+
+
+@each_backend
+def test_mixed_dtypes_and_autocast(name):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 3)
+    narrow = [teachers[0].bfloat16(), teachers[1].half(), teachers[2].double()]
+    want, want_grads = value_and_grads(af.reference.multi_teacher_kd_loss, (student, narrow, weights, labels))
+    with af.use_backend(name), torch.autocast("cpu", dtype=torch.bfloat16):
+        got, grads = value_and_grads(af.multi_teacher_kd_loss, (student, narrow, weights, labels))
+        angle = af.angle_loss(student.detach().softmax(1), teachers[0].softmax(1))
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
+    exact = af.reference.angle_loss(student.detach().double().softmax(1), teachers[0].double().softmax(1))
+    assert relative_error(angle, exact) <= 1e-6
+
+
+def test_16_bit_gradients_do_not_underflow_under_a_loss_scale():
+    """Each element of this gradient is below half's smallest number until the scale is applied."""
+    student = torch.zeros(1, 60000, dtype=torch.half, requires_grad=True)
+    teacher = torch.zeros(1, 60000, dtype=torch.half)
+    teacher[0, 0] = 0.05
+    (grad,) = torch.autograd.grad(65536 * 64 * af.multi_teacher_kd_loss(student, [teacher], None), student)
+    assert (grad.abs() > 0).all()
+
+
+def test_two_rows_past_2_31_elements():
+    stride = 2**31 + 64
+    storage = torch.UntypedStorage(4 * (stride + 8), device="cpu")  # untouched pages cost nothing
+    rows = torch.empty(0).set_(storage, 0, (2, 8), (stride, 1))
+    rows.copy_(torch.randn(2, 8))
+    want = af.multi_teacher_kd_loss(rows.contiguous(), [rows.flip(0)], None, reduction="none")
+    torch.testing.assert_close(af.multi_teacher_kd_loss(rows, [rows.flip(0)], None, reduction="none"), want)
+    torch.testing.assert_close(
+        af.multi_teacher_kd_loss(rows.flip(0), [rows], None, reduction="none"), want.flip(0), rtol=1, atol=1
+    )
+    torch.testing.assert_close(af.angle_loss(rows, rows.flip(0)), torch.tensor(0.0))
+
+
+# --- values that bite
+
+
+def _kd(*args, **options):
+    return value_and_grads(af.multi_teacher_kd_loss, args, **options)
+
+
+def test_masked_classes_have_probability_0_and_gradient_0(on):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
+    student, teachers = student.detach(), list(teachers)
+    student[:, 4] = -torch.inf
+    for t in teachers:
+        t[:, 4] = -torch.inf
+    labels = labels.clamp(max=3)
+    keep = slice(0, 4)
+    for mode in ("mixture", "sum"):
+        got = _kd(student.clone().requires_grad_(), teachers, weights, labels, mode=mode)
+        want = _kd(
+            student[:, keep].clone().requires_grad_(), [t[:, keep] for t in teachers], weights, labels, mode=mode
+        )
+        torch.testing.assert_close(got[0], want[0])
+        torch.testing.assert_close(got[1][0][:, keep], want[1][0])
+        torch.testing.assert_close(got[1][1], want[1][1])
+        assert (got[1][0][:, 4] == 0).all()
+
+
+def test_mass_on_a_masked_student_class_is_infinite_with_finite_gradient(on):
+    student = torch.randn(3, 5)
+    student[1, 2] = -torch.inf
+    student.requires_grad_()
+    for mode in ("mixture", "sum"):
+        loss, (grad,) = _kd(student, [torch.randn(3, 5)], None, None, mode=mode, reduction="none")
+        assert loss.isinf().tolist() == [False, True, False]
+        assert grad.isfinite().all() and grad[1, 2] == 0
+    loss, (grad,) = _kd(
+        student,
+        [torch.zeros(3, 5)],
+        None,
+        torch.zeros(3, dtype=torch.long),
+        alpha=0.0,
+        label_smoothing=0.1,
+        reduction="none",
+    )
+    assert loss.isinf().tolist() == [False, True, False] and grad.isfinite().all() and grad[1, 2] == 0
+
+
+def test_nan_stays_in_its_row(on):
+    for bad in (torch.nan, -torch.inf):  # a whole row of -inf has no softmax: NaN
+        student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(6, 5, 2)
+        clean, clean_grads = _kd(student, teachers, weights, reduction="none")
+        for spoil in (student.detach().clone(), teachers[1].clone()):
+            given = [student.detach().clone(), [t.clone() for t in teachers], weights]
+            spoiled = spoil
+            spoiled[2] = bad
+            if torch.equal(spoiled[:2], student.detach()[:2]):
+                given[0] = spoiled
+            else:
+                given[1][1] = spoiled
+            given[0].requires_grad_()
+            loss, grads = _kd(*given, reduction="none")
+            others = [0, 1, 3, 4, 5]
+            assert loss[2].isnan()
+            torch.testing.assert_close(loss[others], clean[others])
+            for got, want in zip(grads, clean_grads):
+                torch.testing.assert_close(got[others], want[others])
+
+
+def test_ignored_rows_give_0_whatever_they_hold(on):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
+    used = labels != -100
+    student = student.detach()
+    student[~used] = torch.nan
+    teachers[0][~used] = torch.nan
+    student.requires_grad_()
+    for reduction in ("none", "mean", "batchmean", "sum"):
+        got, grads = _kd(student, teachers, weights, labels, reduction=reduction)
+        dropped = student.detach()[used].requires_grad_(), [t[used] for t in teachers]
+        want, want_grads = _kd(*dropped, weights.detach()[used].requires_grad_(), labels[used], reduction=reduction)
+        if reduction == "none":
+            assert (got[~used] == 0).all()
+        else:
+            torch.testing.assert_close(got, want)
+            for g, w in zip(grads, want_grads):
+                torch.testing.assert_close(g[used], w)
+        assert all((g[~used] == 0).all() for g in grads)
+    everything = _kd(student, teachers, weights, torch.full_like(labels, -100))
+    assert everything[0] == 0 and all((g == 0).all() for g in everything[1])
+
+
+def test_a_teacher_of_weight_0_counts_nothing(on):
+    student, teachers, _, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
+    for mode in ("mixture", "sum"):
+        want = _kd(student, teachers[:1], None, labels, mode=mode)
+        got = _kd(
+            student, [teachers[0], torch.full_like(teachers[1], torch.nan)], torch.tensor([1.0, 0.0]), labels, mode=mode
+        )
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("tau", [0.01, 1.0, 100.0])
+def test_extreme_logits_and_temperatures(on, tau):
+    student = (torch.randn(8, 50) * 1e4).requires_grad_()
+    teachers = [torch.randn(8, 50) * 1e4, torch.randn(8, 50)]
+    args = (student, teachers, None, torch.arange(8))
+    got, grads = _kd(*args, temperature=tau)
+    want, want_grads = value_and_grads(
+        reference.multi_teacher_kd_loss, convert(args, dtype=torch.float64), temperature=tau
+    )
+    assert relative_error(got, want) <= 1e-6 and relative_error(grads[0], want_grads[0]) <= 1e-5
+
+
+def test_kl_is_0_where_the_student_is_the_teacher_and_never_negative(on):
+    student = torch.randn(64, 1000, requires_grad=True)
+    for mode in ("mixture", "sum"):
+        loss, (grad,) = _kd(student, [student.detach()] * 3, torch.full((3,), 1 / 3), mode=mode, reduction="none")
+        assert loss.abs().max() < 1e-5 and grad.abs().max() < 1e-6
+    close = [student.detach() + 1e-4 * torch.randn(64, 1000)]
+    assert af.multi_teacher_kd_loss(student, close, None, reduction="none").min() > -1e-5
+
+
+def test_degenerate_pairs_of_the_angle_loss(on):
+    """Equal rows: psi is 0 with gradient 0, and 1 against 0 at i = k where only one side is degenerate."""
+    student = torch.randn(5, 3)
+    student[1] = student[0]
+    student.requires_grad_()
+    teacher = torch.randn(5, 3)
+    loss, (grad,) = value_and_grads(af.angle_loss, (student, teacher), torch.tensor(1.0), reduction="sum")
+    x, y = student.detach().double(), teacher.double()
+    total = 0.0
+    for j in range(5):
+        for i in range(5):
+            for k in range(5):
+                psi = []
+                for r in (x, y):
+                    a, b = r[i] - r[j], r[k] - r[j]
+                    psi.append(float(a @ b / (a.norm() * b.norm())) if a.norm() > 0 and b.norm() > 0 else 0.0)
+                d = abs(psi[0] - psi[1])
+                total += d * d / 2 if d <= 1 else d - 0.5
+    assert loss.item() == pytest.approx(total, rel=1e-6)
+    assert grad.isfinite().all()
+    nan = student.detach().clone()
+    nan[0, 0] = torch.nan
+    assert af.angle_loss(nan, teacher).isnan()
+
+
+def test_shifting_all_rows_leaves_the_angle_loss_alone(on):
+    student, teacher = (x.detach().double() for x in CASES["angle"].inputs(20, 5))
+    want = af.angle_loss(student, teacher)
+    torch.testing.assert_close(af.angle_loss(student * 3 + 7, teacher - 2), want, rtol=1e-9, atol=0)
+
+
+def test_angle_of_masked_rows_is_that_of_the_others(on):
+    student, teacher = CASES["angle"].inputs(9, 4)
+    mask = torch.tensor([True, False, True, True, True, False, True, True, True])
+    for reduction in ("mean", "sum"):
+        got, grads = value_and_grads(
+            lambda s, t: af.functional.angle(s, t, mask, delta=1.0, reduction=reduction), (student, teacher)
+        )
+        want, want_grads = value_and_grads(af.angle_loss, (student, teacher), reduction=reduction)
+        rows = tuple(x.detach()[mask].requires_grad_() for x in (student, teacher))
+        want, want_grads = value_and_grads(af.angle_loss, rows, reduction=reduction)
+        torch.testing.assert_close(got, want)
+        for g, w in zip(grads, want_grads):
+            torch.testing.assert_close(g[mask], w)
+            assert (g[~mask] == 0).all()
+
+
+@pytest.mark.slow
+def test_angle_memory_is_quadratic_and_small():
+    """Peak memory of a child process over what it had before: a quarter of the gigabyte promised at 4096 rows."""
+    code = """
+import resource, torch, amtml_fast as af
+s = torch.randn(2048, 100).softmax(1).requires_grad_()
+t = torch.randn(2048, 100).softmax(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+af.angle_loss(s, t).backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+    gigabytes = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+    assert gigabytes < 0.25, gigabytes
+
+
+# --- the other spellings of the arguments
+
+
+def test_three_dimensional_logits_are_rows(on):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
+    args = (student, torch.stack(teachers), weights, labels)
+    want, want_grads = value_and_grads(af.multi_teacher_kd_loss, args, torch.ones(6), reduction="none")
+    for w in (weights.detach(), weights.detach().view(2, 3, 2)):
+        cube = (student.detach().view(2, 3, 5).requires_grad_(), [t.view(2, 3, 5) for t in teachers])
+        got, grads = value_and_grads(
+            af.multi_teacher_kd_loss, (*cube, w.requires_grad_(), labels.view(2, 3)), torch.ones(2, 3), reduction="none"
+        )
+        torch.testing.assert_close(got, want.view(2, 3))
+        torch.testing.assert_close(grads[0].view(6, 5), want_grads[0])
+        torch.testing.assert_close(grads[1].view(6, 2), want_grads[1])
+
+
+def test_one_weight_a_teacher_or_none(on):
+    student, teachers, _, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
+    even = torch.tensor([0.5, 0.5], requires_grad=True)
+    torch.testing.assert_close(
+        af.multi_teacher_kd_loss(student, teachers, even, labels),
+        af.multi_teacher_kd_loss(student, teachers, None, labels),
+    )
+    _, grads = _kd(student, teachers, even, labels)
+    _, rows = _kd(student, teachers, even.detach().expand(6, 2).clone().requires_grad_(), labels)
+    torch.testing.assert_close(grads[1], rows[1].sum(0))
+
+
+@pytest.mark.parametrize("items", [10, torch.tensor(10)])
+def test_num_items_in_batch_is_the_denominator(on, items):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
+    total = af.multi_teacher_kd_loss(student, teachers, weights, labels, reduction="sum")
+    got = af.multi_teacher_kd_loss(student, teachers, weights, labels, num_items_in_batch=items)
+    torch.testing.assert_close(got, total / 10)
+
+
+def test_mean_is_what_torch_computes(on):
+    student, teachers, _, labels = CASES["multi_teacher_kd"].inputs(6, 5, 1)
+    labels = labels.clamp(min=0)
+    kl = torch.nn.functional.kl_div((student / 4).log_softmax(1), (teachers[0] / 4).softmax(1), reduction="mean")
+    ce = torch.nn.functional.cross_entropy(student, labels, label_smoothing=0.1)
+    got = af.multi_teacher_kd_loss(student, teachers, None, labels, reduction="mean", label_smoothing=0.1)
+    torch.testing.assert_close(got, 0.3 * ce + 0.7 * 16 * kl)
+
+
+# --- errors
+
+Z, T2, W = torch.zeros(4, 5), [torch.zeros(4, 5)] * 2, torch.full((4, 2), 0.5)
+Y = torch.zeros(4, dtype=torch.long)
+F4, TH, V = torch.zeros(4, 3, 2, 2), torch.zeros(2, 3), torch.zeros(3)
+M = torch.zeros(4, 3, 2, 2)
+BAD = [
+    (lambda: af.multi_teacher_kd_loss(Z, [Z, torch.zeros(4, 6)], W), r"teacher_logits\[1\] must be \[4, 5\] like student_logits, got \[4, 6\]"),
+    (lambda: af.multi_teacher_kd_loss(Z, [], W), "at least one teacher"),
+    (lambda: af.multi_teacher_kd_loss(Z, Z, W), "teacher_logits must be a list"),
+    (lambda: af.multi_teacher_kd_loss(Z, 3, W), "teacher_logits must be a list"),
+    (lambda: af.multi_teacher_kd_loss(Z[0], T2, W), r"student_logits must be \[N, C\]"),
+    (lambda: af.multi_teacher_kd_loss(Z[:, :0], T2, W), "C >= 1"),
+    (lambda: af.multi_teacher_kd_loss(Z.long(), T2, W), "student_logits must be float32"),
+    (lambda: af.multi_teacher_kd_loss(Z, [Z.clone().requires_grad_(), Z], W), "teachers are frozen"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W[:, :1]), r"teacher_weights must be \[2\] or \[4, 2\] for 2 teachers, got \[4, 1\]"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, -W), "finite and not negative"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W * torch.nan), "finite and not negative"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y.float()), "labels must be an int64"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y[:3]), r"labels must be \[4\]"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y + 5), r"labels\[0\] must be in \[0, 5\) or ignore_index -100, got 5"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y - 1), r"labels\[0\] must be in \[0, 5\)"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, temperature=0), "temperature must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, temperature=float("nan")), "temperature must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, alpha=1.5), "alpha must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, mode="both"), "mode must be one of mixture, sum"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="avg"), "reduction must be one of none"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, label_smoothing=-0.1), "label_smoothing must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="sum", num_items_in_batch=3), "goes with reduction"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, num_items_in_batch=0), "num_items_in_batch must be positive"),
+    (lambda: af.multi_teacher_kd_loss(Z.to("meta"), T2, W), "must be on meta like student_logits, got cpu"),
+    (lambda: af.teacher_weights(F4[0], TH, V), r"features must be \[N, d, H, W\] or \[N, d\]"),
+    (lambda: af.teacher_weights(F4, TH[:, :2], V), r"theta must be \[T, 3\]"),
+    (lambda: af.teacher_weights(F4, TH, V[:2]), r"v must be \[3\]"),
+    (lambda: af.teacher_weights(F4, TH, V, pool="mean"), "pool must be one of max, avg"),
+    (lambda: af.teacher_weights(F4[:, :, :0], TH, V), "at least one pixel"),
+    (lambda: af.angle_loss(Z, Z[:3]), r"teacher must be \[4, C\]"),
+    (lambda: af.angle_loss(Z[0], Z), r"student must be \[N, C\]"),
+    (lambda: af.angle_loss(Z, Z, delta=0), "delta must be a number"),
+    (lambda: af.angle_loss(Z, Z, eps=-1), "eps must be a number"),
+    (lambda: af.angle_loss(Z, Z, reduction="batchmean"), "reduction must be one of mean"),
+    (lambda: af.hint_loss(M, M[:3], torch.zeros(3, 3)), "teacher_map must have 4 examples"),
+    (lambda: af.hint_loss(M, M[:, :2], torch.zeros(3, 2)), r"weight must be \[2, 3\]"),
+    (lambda: af.hint_loss(M[0], M, torch.zeros(3, 3)), r"student_map must be \[N, c, h, w\]"),
+    (lambda: af.dual_softmax(Z[0]), "at least 2 dimensions"),
+    (lambda: af.dual_softmax(Z, 0, -2), "dim1 and dim2 must differ"),
+    (lambda: af.dual_softmax(Z, 0, 2), "dim2 must be in"),
+    (lambda: af.dual_softmax(Z, mode="sum"), "mode must be one of sequential"),
+    (lambda: af.use_backend("fast").__enter__(), "backend must be one of auto"),
+    (lambda: af.dual_softmax([1.0]), "scores must be a tensor, got list"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(on, call, message):
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
+        call()
+
+
+def test_compiled_code_still_refuses_labels_out_of_range():
+    """Checks of values cannot be traced, so the kernel itself looks before it reads."""
+    torch._dynamo.reset()
+    compiled = torch.compile(af.multi_teacher_kd_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"labels\[0\] must be in \[0, 5\)"):
+        compiled(Z, T2, W, Y + 5)
+
+
+# --- backends
+
+
+def test_backends_tell_why_not():
+    rows = {(r.op, r.backend): r for r in af.backends()}
+    assert set(rows) == {(op, b) for op in backend.OPS for b in backend.BACKENDS[1:]}
+    assert all(r.available != bool(r.why_not) for r in rows.values())
+    assert all(rows[op, "cpp"].available and rows[op, "reference"].available for op in backend.OPS)
+
+
+def test_a_chosen_backend_runs_or_says_why_not():
+    for name in ("cuda", "triton"):
+        with (
+            af.use_backend(name),
+            pytest.raises(RuntimeError, match=f'angle: backend "{name}" cannot run here: .* kernel'),
+        ):
+            af.angle_loss(Z, Z)
+    with af.use_backend("cpp"), pytest.raises(RuntimeError, match="needs cpu tensors, got meta"):
+        af.angle_loss(Z.to("meta"), Z.to("meta"))
+    assert backend._active == "auto"
+
+
+def test_without_extension_and_extras_the_reference_runs_with_one_notice():
+    """A plain install: torch and numpy only, no compiled library, no Triton."""
+    code = """
+import sys, warnings
+blocked = {"amtml_fast._C", "triton", "accelerate", "typer", "rich", "omegaconf", "matplotlib", "sklearn", "safetensors"}
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in blocked or name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import amtml_fast as af, torch
+    z = torch.randn(4, 5, requires_grad=True)
+    af.multi_teacher_kd_loss(z, [torch.randn(4, 5)], None).backward()
+ours = [str(w.message) for w in caught if "amtml_fast" in str(w.message)]
+assert len(ours) == 1 and "pip install --no-build-isolation" in ours[0], ours
+assert not any(r.available for r in af.backends() if r.backend == "cpp")
+try:
+    with af.use_backend("cpp"):
+        af.angle_loss(z, z)
+except RuntimeError as error:
+    assert "does not load" in str(error)
+else:
+    raise SystemExit("cpp did not raise")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

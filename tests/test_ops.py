@@ -1,0 +1,139 @@
+"""Every operator, on every backend that runs here, against the float64 reference: values and every gradient."""
+
+import pytest
+import torch
+
+import amtml_fast as af
+from amtml_fast import backend
+from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
+
+BACKENDS = [b for b in ("cpp", "triton", "reference") if any(s.available for s in af.backends() if s.backend == b)]
+GRID = [
+    pytest.param(case, size, options, id=f"{case.op}-{'x'.join(map(str, size))}-{i}")
+    for case in CASES.values()
+    for size in case.sizes
+    for i, options in enumerate(case.variants)
+    if len(size) > 2 or options.get("dim1") != 0 or case.op != "dual_softmax"
+]
+# Loss and gradient against float64 on the same (rounded) inputs. A 16-bit gradient is rounded once, to half a step.
+STEP = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", STEP, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(("case", "size", "options"), GRID)
+def test_matches_the_float64_reference(case, size, options, dtype, name):
+    args = case.inputs(*size, dtype=dtype)
+    want, want_grads = value_and_grads(case.reference, convert(args, dtype=torch.float64), **options)
+    with af.use_backend(name):
+        got, grads = value_and_grads(case.function, args, **options)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert got.dtype == (dtype if case.op == "dual_softmax" else wide)
+    exact = dtype == torch.float64
+    step = STEP[dtype]  # what a 16-bit result may differ by from the exact one, rounded: a tie broken the other way
+    assert relative_error(got, want.to(got.dtype)) <= (1e-12 if exact else 1e-6) + (step if got.dtype == dtype else 0)
+    for leaf, grad, want_grad in zip((t for t in tensors(args) if t.requires_grad), grads, want_grads):
+        assert grad.dtype == leaf.dtype and grad.shape == leaf.shape
+        assert relative_error(grad, want_grad.to(dtype)) <= (1e-11 if exact else 1e-5) + step
+
+
+def test_the_compiled_backend_is_under_test():
+    assert "cpp" in BACKENDS, backend.WHY_NO_EXTENSION
+
+
+@pytest.mark.parametrize("op", ["teacher_weights", "multi_teacher_kd"])
+def test_figure_4_of_the_paper(op):
+    """Eq 7's arithmetic as printed: probabilities are mixed, not logarithms. Plane, dog, digit 2."""
+    probs = torch.tensor([[0.57, 0.31, 0.12], [0.48, 0.14, 0.26], [0.28, 0.36, 0.41]])
+    weights = torch.tensor([[0.70, 0.25, 0.05], [0.73, 0.02, 0.25], [0.10, 0.38, 0.52]])
+    printed = [0.48, 0.42, 0.38]
+    if op == "teacher_weights":  # weights come out of the adapter as the softmax of its scores
+        got = af.teacher_weights(weights.log(), torch.eye(3), torch.ones(3))
+        torch.testing.assert_close(got, weights / weights.sum(1, keepdim=True))
+        return
+    teachers = [torch.stack([p, 1 - p], 1).log() for p in probs.unbind(1)]
+    for name in BACKENDS:
+        with af.use_backend(name):
+            terms = af.functional.multi_teacher_kd(
+                torch.zeros(3, 2), teachers, weights, None, temperature=1.0, alpha=0.7, mode="mixture",
+                reduction="none", t2_scale=True, ignore_index=-100, label_smoothing=0.0, need_probs=True,
+            )  # fmt: skip
+        assert [round(p, 2) for p in terms.soft_targets[:, 0].tolist()] == printed
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_gradcheck(case, name):
+    size = {"teacher_weights": (2, 3, 2, 3, 2), "multi_teacher_kd": (4, 5, 2), "angle": (5, 3), "hint": (2, 2, 3, 3, 2)}
+    args = case.inputs(*size.get(case.op, (3, 4)), dtype=torch.float64)
+    leaves = [t for t in tensors(args) if t.requires_grad]
+    for options in case.variants:
+        if options.get("dim1") == 0:
+            continue
+
+        def function(*_):
+            return case.function(*args, **options)
+
+        with af.use_backend(name):
+            torch.autograd.gradcheck(function, leaves)
+            if name == "reference" and options == case.variants[-1]:
+                torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("need_probs", [False, True])
+@pytest.mark.parametrize("mode", ["mixture", "sum"])
+def test_gradcheck_through_the_probabilities(mode, need_probs):
+    """The extra outputs that the angle loss of AMTMLLoss is fed with are differentiable, together with the loss."""
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(4, 5, 2, dtype=torch.float64)
+
+    def parts(z, w):
+        terms = af.functional.multi_teacher_kd(
+            z, teachers, w, labels, temperature=2.0, alpha=0.7, mode=mode, reduction="batchmean", t2_scale=True,
+            ignore_index=-100, label_smoothing=0.1, need_probs=need_probs,
+        )  # fmt: skip
+        return (terms.loss, terms.student_probs, terms.soft_targets) if need_probs else terms.loss
+
+    with af.use_backend("cpp"):
+        torch.autograd.gradcheck(parts, (student, weights))
+
+
+@pytest.mark.parametrize("margin", [3, 10, 20, 40])
+@pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
+def test_angle_gradient_on_rows_of_a_trained_network(margin, tau):
+    """Clustered rows, where float32 distances and sums cancel: within 1e-6, or twice the error of plain float32."""
+    label = torch.randint(0, 100, (64,))
+    args = tuple(
+        torch.softmax(
+            (torch.nn.functional.one_hot(label, 100) * margin + torch.randn(64, 100)) / tau, 1
+        ).requires_grad_()
+        for _ in range(2)
+    )
+    _, want = value_and_grads(af.reference.angle_loss, convert(args, dtype=torch.float64))
+    _, plain = value_and_grads(af.reference.angle_loss, args)
+    with af.use_backend("cpp"):
+        _, got = value_and_grads(af.angle_loss, args)
+    for g, p, w in zip(got, plain, want):
+        assert g.isfinite().all()
+        assert relative_error(g, w) <= max(1e-6, 2 * relative_error(p, w))
+
+
+def test_max_pool_ties_go_to_the_first_maximum():
+    features = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    theta, v = torch.randn(2, 3), torch.randn(3)
+    for layout in (features, features.to(memory_format=torch.channels_last), features.transpose(2, 3)):
+        for name in BACKENDS:
+            with af.use_backend(name):
+                (grad,) = torch.autograd.grad(af.teacher_weights(layout, theta, v)[:, 0].sum(), features)
+            assert (grad[:, :, 0, 0] != 0).all() and grad.flatten(2)[:, :, 1:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_teacher_weights_in_either_layout(memory_format):
+    args = CASES["teacher_weights"].inputs(5, 24, 7, 6, 3)
+    want, want_grads = value_and_grads(af.reference.teacher_weights, convert(args, dtype=torch.float64))
+    features = args[0].detach().to(memory_format=memory_format).requires_grad_()
+    with af.use_backend("cpp"):
+        got, grads = value_and_grads(af.teacher_weights, (features, *args[1:]))
+    assert grads[0].is_contiguous(memory_format=memory_format)
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
