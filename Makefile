@@ -14,7 +14,7 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/pip install -q -e ".[bench]" --no-build-isolation
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=benchmarks/results/latest.json
 
 lint: $(INSTALLED)
 	$(BIN)/pip install -q ruff mypy clang-format

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from amtml_fast.reference import wide_dtype
 
@@ -29,9 +28,9 @@ class _NoContext:
 
 
 def run(function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -> Any:
-    """``function.apply(*args)``, or its forward alone: apply costs more, and torch.compile (2.13) misplaces its arguments
+    """``function.apply(*args)``, or its forward alone where nothing requires grad.
 
-    where none of them requires grad.
+    That is cheaper, and torch.compile (2.13) misplaces the arguments of an ``apply`` without a gradient.
     """
     return function.apply(*args) if needs_grad else function.forward(_NoContext(), *args)
 
@@ -63,7 +62,7 @@ def _first_order(op: str) -> Callable:
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
-        def wrapped(ctx: FunctionCtx, *grads: Tensor) -> Any:
+        def wrapped(ctx: Any, *grads: Tensor) -> Any:
             with torch.no_grad():
                 out = backward(ctx, *grads)
             if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -76,7 +75,7 @@ def _first_order(op: str) -> Callable:
     return decorate
 
 
-def _asked(grad: Tensor, needed: bool) -> Tensor | None:
+def _asked(grad: Tensor | None, needed: bool) -> Tensor | None:
     return grad if needed else None
 
 

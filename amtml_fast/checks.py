@@ -47,6 +47,79 @@ def same_shape(function: str, name: str, value: Tensor, like_name: str, like: Te
         raise ValueError(f"{function}: {name} must be {shape(like)} like {like_name}, got {shape(value)}")
 
 
+def kd_arguments(
+    function: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> tuple[int, int, list[Tensor]]:
+    """Rows, classes and the list of teachers of arguments that fit together."""
+    tensor(function, "student_logits", student_logits)
+    if student_logits.dim() not in (2, 3) or student_logits.shape[-1] < 1:
+        raise ValueError(
+            f"{function}: student_logits must be [N, C] or [B, S, C] with C >= 1, got {shape(student_logits)}"
+        )
+    if isinstance(teacher_logits, Tensor):
+        if teacher_logits.dim() != student_logits.dim() + 1:
+            raise ValueError(
+                f"{function}: teacher_logits must be a list of tensors or one [T, N, C] tensor, got {shape(teacher_logits)}"
+            )
+        teachers = list(teacher_logits.unbind(0))
+    elif isinstance(teacher_logits, (list, tuple)):
+        teachers = list(teacher_logits)
+    else:
+        raise TypeError(f"{function}: teacher_logits must be a list of tensors, got {type(teacher_logits).__name__}")
+    if len(teachers) == 0:
+        raise ValueError(f"{function}: teacher_logits must hold at least one teacher, got none")
+    for i, teacher in enumerate(teachers):
+        argument = f"teacher_logits[{i}]"
+        tensor(function, argument, teacher)
+        same_shape(function, argument, teacher, "student_logits", student_logits)
+        same_device(function, argument, teacher, "student_logits", student_logits)
+        if teacher.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{function}: {argument} requires grad, but teachers are frozen here: pass it detached")
+    classes = student_logits.shape[-1]
+    rows = student_logits.numel() // classes
+    if teacher_weights is not None:
+        tensor(function, "teacher_weights", teacher_weights)
+        wanted = [(len(teachers),), (rows, len(teachers))]
+        if student_logits.dim() == 3:
+            wanted.append((*student_logits.shape[:2], len(teachers)))
+        if tuple(teacher_weights.shape) not in wanted:
+            raise ValueError(
+                f"{function}: teacher_weights must be {' or '.join(str(list(w)) for w in wanted)} for {len(teachers)} teachers, "
+                f"got {shape(teacher_weights)}"
+            )
+        same_device(function, "teacher_weights", teacher_weights, "student_logits", student_logits)
+    if labels is not None:
+        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"{function}: labels must be an int64 or int32 tensor, got {got}")
+        if labels.shape != student_logits.shape[:-1]:
+            wanted_shape = list(student_logits.shape[:-1])
+            raise ValueError(f"{function}: labels must be {wanted_shape} like student_logits, got {shape(labels)}")
+        same_device(function, "labels", labels, "student_logits", student_logits)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
+    return rows, classes, teachers
+
+
+def num_items(function: str, num_items_in_batch: int | Tensor, reduction: str) -> None:
+    if reduction != "batchmean":
+        raise ValueError(f'{function}: num_items_in_batch goes with reduction "batchmean" only, got "{reduction}"')
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.dim() != 0:
+            raise ValueError(
+                f"{function}: num_items_in_batch must be an int or a 0-d tensor, got {shape(num_items_in_batch)}"
+            )
+    elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
+        raise TypeError(f"{function}: num_items_in_batch must be an int or a 0-d tensor, got {num_items_in_batch!r}")
+    elif num_items_in_batch <= 0:
+        raise ValueError(f"{function}: num_items_in_batch must be positive, got {num_items_in_batch}")
+
+
 def label_values(function: str, labels: Tensor, classes: int, ignore_index: int) -> None:
     """Labels in [0, classes) or ignore_index. The C++ kernels look themselves; this is for the reference on the CPU."""
     bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)

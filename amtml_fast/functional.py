@@ -116,10 +116,12 @@ def multi_teacher_kd_loss(
         ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then.
     """
     name = "multi_teacher_kd_loss"
-    rows, classes, teachers = check_kd(name, student_logits, teacher_logits, teacher_weights, labels, ignore_index)
+    rows, classes, teachers = checks.kd_arguments(
+        name, student_logits, teacher_logits, teacher_weights, labels, ignore_index
+    )
     checks.one_of(name, "reduction", reduction, REDUCTIONS)
     if num_items_in_batch is not None:
-        check_num_items(name, num_items_in_batch, reduction)
+        checks.num_items(name, num_items_in_batch, reduction)
     weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(teachers))
     if weights is not None and checks.values_are_free(weights):
         checks.weight_values(name, weights)
@@ -210,79 +212,6 @@ def multi_teacher_kd(
             *teachers,
         )
     )
-
-
-def check_kd(
-    name: str,
-    student_logits: Tensor,
-    teacher_logits: Tensor | Sequence[Tensor],
-    teacher_weights: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-) -> tuple[int, int, list[Tensor]]:
-    """Rows, classes and the list of teachers of arguments that fit together."""
-    checks.tensor(name, "student_logits", student_logits)
-    if student_logits.dim() not in (2, 3) or student_logits.shape[-1] < 1:
-        raise ValueError(
-            f"{name}: student_logits must be [N, C] or [B, S, C] with C >= 1, got {checks.shape(student_logits)}"
-        )
-    if isinstance(teacher_logits, Tensor):
-        if teacher_logits.dim() != student_logits.dim() + 1:
-            raise ValueError(
-                f"{name}: teacher_logits must be a list of tensors or one [T, N, C] tensor, got {checks.shape(teacher_logits)}"
-            )
-        teachers = list(teacher_logits.unbind(0))
-    elif isinstance(teacher_logits, (list, tuple)):
-        teachers = list(teacher_logits)
-    else:
-        raise TypeError(f"{name}: teacher_logits must be a list of tensors, got {type(teacher_logits).__name__}")
-    if len(teachers) == 0:
-        raise ValueError(f"{name}: teacher_logits must hold at least one teacher, got none")
-    for i, teacher in enumerate(teachers):
-        argument = f"teacher_logits[{i}]"
-        checks.tensor(name, argument, teacher)
-        checks.same_shape(name, argument, teacher, "student_logits", student_logits)
-        checks.same_device(name, argument, teacher, "student_logits", student_logits)
-        if teacher.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: {argument} requires grad, but teachers are frozen here: pass it detached")
-    classes = student_logits.shape[-1]
-    rows = student_logits.numel() // classes
-    if teacher_weights is not None:
-        checks.tensor(name, "teacher_weights", teacher_weights)
-        wanted = [(len(teachers),), (rows, len(teachers))]
-        if student_logits.dim() == 3:
-            wanted.append((*student_logits.shape[:2], len(teachers)))
-        if tuple(teacher_weights.shape) not in wanted:
-            raise ValueError(
-                f"{name}: teacher_weights must be {' or '.join(str(list(w)) for w in wanted)} for {len(teachers)} teachers, "
-                f"got {checks.shape(teacher_weights)}"
-            )
-        checks.same_device(name, "teacher_weights", teacher_weights, "student_logits", student_logits)
-    if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"{name}: labels must be an int64 or int32 tensor, got {got}")
-        if labels.shape != student_logits.shape[:-1]:
-            wanted_shape = list(student_logits.shape[:-1])
-            raise ValueError(f"{name}: labels must be {wanted_shape} like student_logits, got {checks.shape(labels)}")
-        checks.same_device(name, "labels", labels, "student_logits", student_logits)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r}")
-    return rows, classes, teachers
-
-
-def check_num_items(name: str, num_items_in_batch: int | Tensor, reduction: str) -> None:
-    if reduction != "batchmean":
-        raise ValueError(f'{name}: num_items_in_batch goes with reduction "batchmean" only, got "{reduction}"')
-    if isinstance(num_items_in_batch, Tensor):
-        if num_items_in_batch.dim() != 0:
-            raise ValueError(
-                f"{name}: num_items_in_batch must be an int or a 0-d tensor, got {checks.shape(num_items_in_batch)}"
-            )
-    elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
-        raise TypeError(f"{name}: num_items_in_batch must be an int or a 0-d tensor, got {num_items_in_batch!r}")
-    elif num_items_in_batch <= 0:
-        raise ValueError(f"{name}: num_items_in_batch must be positive, got {num_items_in_batch}")
 
 
 def angle_loss(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -64,7 +64,7 @@ class MultiTeacherKDLoss(nn.Module):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             temperature=temperature,
             alpha=alpha,
             mode=mode,
@@ -281,7 +281,8 @@ class AMTMLLoss(nn.Module):
             ("regularizer_weight", regularizer_weight),
         ):
             checks.number(name, argument, weight, 0, math.inf)
-        self.adapter, self.hints = adapter, hints
+        self.adapter: Any = adapter
+        self.hints: Any = hints
         self.temperature, self.alpha, self.mode, self.reduction = temperature, alpha, mode, reduction
         self.angle_weight, self.hint_weight, self.regularizer_weight = angle_weight, hint_weight, regularizer_weight
         self.delta, self.angle_trains_weights, self.gather_angle = delta, angle_trains_weights, gather_angle
@@ -311,11 +312,11 @@ class AMTMLLoss(nn.Module):
                 f"teacher_maps={'given' if given[1] else None}"
             )
         weights = self.adapter(features)
-        rows, classes, teachers = functional.check_kd(
+        rows, classes, teachers = checks.kd_arguments(
             name, student_logits, teacher_logits, weights, labels, self.ignore_index
         )
         if num_items_in_batch is not None:
-            functional.check_num_items(name, num_items_in_batch, self.reduction)
+            checks.num_items(name, num_items_in_batch, self.reduction)
         labels = None if labels is None else labels.reshape(rows)
         terms = functional.multi_teacher_kd(
             student_logits.reshape(rows, classes),

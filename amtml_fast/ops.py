@@ -20,7 +20,8 @@ SCHEMAS = {
     "teacher_weights_fwd": "(Tensor features, Tensor theta, Tensor v, bool max_pool) -> (Tensor, Tensor, Tensor)",
     "teacher_weights_bwd": "(Tensor grad, Tensor features, Tensor theta, Tensor v, Tensor weights, Tensor pooled, "
     "Tensor index, bool max_pool, bool need_features, bool need_parameters) -> (Tensor, Tensor, Tensor)",
-    # loss, ce, kl (scalars, or [N] for "none"), student_probs, soft_targets [N, C], stats [N, 3 + 2T], grad_student, grad_weights
+    # loss, ce, kl (scalars, or [N] for "none"), student_probs and soft_targets [N, C], stats [N, 3 + 2T], grad_student,
+    # grad_weights
     "multi_teacher_kd_fwd": "(Tensor student, Tensor[] teachers, Tensor? weights, Tensor? labels, "
     f"{_KD_SETTINGS}, bool need_student_grad, bool need_weights_grad, bool need_probs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -69,7 +70,8 @@ def _(grad, features, theta, v, weights, pooled, index, max_pool, need_features,
 
 @torch.library.register_fake("amtml::multi_teacher_kd_fwd")
 def _(student, teachers, weights, labels, *settings):
-    reduction, need_student_grad, need_weights_grad, need_probs = settings[5], *settings[-3:]
+    reduction = settings[5]
+    need_student_grad, need_weights_grad, need_probs = settings[-3:]
     wide = wide_dtype(student, *teachers, weights)
     n, c = student.shape
     value = [student.new_empty((n,) if reduction == "none" else (), dtype=wide) for _ in range(3)]

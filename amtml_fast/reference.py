@@ -1,9 +1,9 @@
 """The equations of AMTML-KD in plain PyTorch: the oracle of every test and the backend of last resort.
 
-Equation numbers are those of Liu, Zhang, Wang, *Adaptive multi-teacher multi-level knowledge distillation* (2020); see
-docs/method.md. Each function has the name, signature and meaning of its namesake in ``amtml_fast``, takes any floating dtype
-(16-bit inputs are computed in float32), and can be differentiated any number of times. Arguments are taken as already
-checked: the checks live in ``amtml_fast.functional``.
+Equation numbers are those of Liu, Zhang, Wang, *Adaptive multi-teacher multi-level knowledge distillation* (2020);
+see docs/method.md. Each function has the name, signature and meaning of its namesake in ``amtml_fast``, takes any
+floating dtype (16-bit inputs are computed in float32), and can be differentiated any number of times. Arguments are
+taken as already checked: the checks live in ``amtml_fast.checks`` and ``amtml_fast.functional``.
 """
 
 from typing import NamedTuple
@@ -105,12 +105,13 @@ def multi_teacher_kd(
     def weighted(weight: Tensor, value: Tensor) -> Tensor:
         return weight * value.masked_fill((weight == 0) & ~value.isfinite(), 0)
 
-    mixture = sum(weighted(w[:, t, None], p.exp()) for t, p in enumerate(log_p))  # Eq 7: probabilities are mixed
-    assert isinstance(mixture, Tensor)
+    mixture = torch.zeros_like(z)
+    for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
+        mixture = mixture + weighted(w[:, t, None], p.exp())
     if mode == "mixture":
         kl = _kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
     else:
-        kl = sum(weighted(w[:, t], _kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p))
+        kl = torch.stack([weighted(w[:, t], _kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
     kl = (kl * (temperature**2 if t2_scale else 1)).masked_fill(~valid, 0)
     if labels is None:
         ce = torch.zeros_like(kl)

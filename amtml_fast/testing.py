@@ -135,7 +135,7 @@ CASES = {
             functional.multi_teacher_kd_loss,
             reference.multi_teacher_kd_loss,
             _multi_teacher_kd,
-            # n, C, T: empty; one of all; one class; less and more than a vector; past several summation blocks; several threads
+            # n, C, T: empty; one of all; one class; less and more than a vector; past several summation blocks; threads
             ((0, 10, 3), (1, 1, 1), (3, 1, 2), (2, 7, 3), (7, 10, 1), (33, 100, 3), (5, 1030, 2), (256, 257, 5)),
             (
                 {},

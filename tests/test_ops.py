@@ -71,7 +71,7 @@ def test_gradcheck(case, name):
         if options.get("dim1") == 0:
             continue
 
-        def function(*_):
+        def function(*_, options=options):
             return case.function(*args, **options)
 
         with af.use_backend(name):

@@ -1,0 +1,192 @@
+"""The modules, and AMTMLLoss: Eq 3 put together from the float64 reference."""
+
+import itertools
+
+import pytest
+import torch
+
+import amtml_fast as af
+from amtml_fast import reference
+
+N, C, T, D = 12, 7, 3, 6
+GROUPS = {"low": 4, "mid": 5, "high": D}
+
+
+@pytest.fixture(params=["cpp", "reference"], autouse=True)
+def on(request):
+    with af.use_backend(request.param):
+        yield request.param
+
+
+def _batch():
+    maps = {g: torch.randn(N, c, 8 // 2**i, 8 // 2**i, requires_grad=True) for i, (g, c) in enumerate(GROUPS.items())}
+    labels = torch.randint(0, C, (N,))
+    labels[2] = -100
+    return dict(
+        student_logits=(2 * torch.randn(N, C)).requires_grad_(),
+        teacher_logits=[2 * torch.randn(N, C) for _ in range(T)],
+        labels=labels,
+        features=maps["high"],
+        student_maps=maps,
+        teacher_maps=[torch.randn(N, c, 4, 4) for c in (3, 4, 8)],
+    )
+
+
+def _hints(**options):
+    return af.MultiGroupHintLoss(GROUPS, [3, 4, 8], **{"teacher_scores": [0.7, 0.9, 0.8], **options})
+
+
+def _expected(loss, batch, angle_weight, hint_weight, regularizer_weight, trains):
+    """Eq 3 in float64, term by term from the equations."""
+    used = batch["labels"] != -100
+    adapter = loss.adapter
+    b = batch["features"].double().amax((2, 3))
+    theta, v = adapter.theta.double(), adapter.v.double()
+    w = torch.softmax(torch.stack([(v * theta[t] * b).sum(1) for t in range(T)], 1), 1)
+    q = (batch["student_logits"].double() / 4).softmax(1)
+    p = sum(w[:, t, None] * (z.double() / 4).softmax(1) for t, z in enumerate(batch["teacher_logits"]))
+    ce = torch.nn.functional.cross_entropy(batch["student_logits"].double()[used], batch["labels"][used])
+    kl = 16 * (p * (p / q).log()).sum(1)[used].mean()
+    angle = reference.angle_loss(q[used], p[used] if trains else p[used].detach())
+    hint = 0
+    for t, group in loss.hints.mapping.items():
+        hint = hint + reference.hint_loss(
+            batch["student_maps"][group].double(),
+            batch["teacher_maps"][t].double(),
+            loss.hints.transforms[str(t)].double(),
+        )
+    regularizer = (v**2).sum() + (theta**2).sum()
+    total = 0.3 * ce + 0.7 * kl + angle_weight * angle + hint_weight * hint + regularizer_weight * regularizer
+    return total, {"ce": ce, "kl": kl, "angle": angle, "hint": hint, "regularizer": regularizer, "weights": w}
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_amtml_loss_is_equation_3(trains):
+    loss = af.AMTMLLoss(
+        af.TeacherAdapter(D, T),
+        _hints(),
+        angle_weight=20.0,
+        hint_weight=0.5,
+        regularizer_weight=0.01,
+        angle_trains_weights=trains,
+    )
+    batch = _batch()
+    out = loss(**batch)
+    want, parts = _expected(loss, batch, 20.0, 0.5, 0.01, trains)
+    leaves = [batch["student_logits"], *batch["student_maps"].values(), *loss.parameters()]
+    torch.testing.assert_close(out.loss.double(), want, rtol=1e-6, atol=0)
+    for name, value in parts.items():
+        torch.testing.assert_close(getattr(out, name).double(), value.detach(), rtol=1e-5, atol=1e-7)
+        assert not getattr(out, name).requires_grad
+    torch.testing.assert_close(out.kd, 0.3 * out.ce + 0.7 * out.kl)
+    for got, expected in zip(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(want, leaves)):
+        torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-7)
+
+
+def test_amtml_loss_compiles_and_trains():
+    torch._dynamo.reset()
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())
+    batch = _batch()
+    want = loss(**batch)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(**batch)
+    torch.testing.assert_close(tuple(got), tuple(want))
+    for output in (got, want):
+        loss.zero_grad()
+        batch["student_logits"].grad = None
+        output.loss.backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.parameters())
+        assert batch["student_logits"].grad.isfinite().all()
+
+
+def test_num_items_in_batch_splits_a_batch_exactly():
+    """Gradient accumulation over uneven parts gives the whole batch's kd."""
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T), angle_weight=0.0, regularizer_weight=0.0)
+    batch = {k: v for k, v in _batch().items() if not k.endswith("maps")}
+    items = (batch["labels"] != -100).sum()
+    whole = loss(**batch).loss
+    parts = 0
+    for rows in (slice(0, 3), slice(3, N)):
+        part = {k: [t[rows] for t in v] if isinstance(v, list) else v[rows] for k, v in batch.items()}
+        parts = parts + loss(**part, num_items_in_batch=items).loss
+    torch.testing.assert_close(parts, whole)
+
+
+def test_three_dimensional_logits():
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T))
+    batch = {k: v for k, v in _batch().items() if not k.endswith("maps")}
+    want = loss(**batch).loss
+    cube = dict(
+        batch,
+        student_logits=batch["student_logits"].view(3, 4, C),
+        teacher_logits=[t.view(3, 4, C) for t in batch["teacher_logits"]],
+        labels=batch["labels"].view(3, 4),
+    )
+    torch.testing.assert_close(loss(**cube).loss, want)
+
+
+def test_terms_that_are_off_cost_and_say_nothing():
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T), angle_weight=0.0, regularizer_weight=0.0)
+    batch = {k: v for k, v in _batch().items() if not k.endswith("maps")}
+    out = loss(**batch)
+    assert out.angle == out.hint == out.regularizer == 0
+    torch.testing.assert_close(out.loss.detach(), out.kd)
+    assert loss(**dict(batch, labels=None)).ce == 0
+
+
+def test_hint_mappings():
+    scores = [0.7, 0.9, 0.8]
+    assert _hints().mapping == {0: "low", 1: "high", 2: "mid"}
+    assert _hints(mapping="best_low").mapping == {0: "high", 1: "low", 2: "mid"}
+    assert _hints(mapping={0: "low", 1: "low"}).mapping == {0: "low", 1: "low"}
+    drawn = {tuple(_hints(mapping="random").mapping.values()) for _ in range(100)}
+    assert drawn == set(itertools.permutations(GROUPS))
+    spread = af.MultiGroupHintLoss(dict.fromkeys("abcde", 2), [1, 1, 1], teacher_scores=scores)
+    assert spread.mapping == {0: "a", 1: "e", 2: "c"}
+    assert af.MultiGroupHintLoss(GROUPS, [3], teacher_scores=[1.0]).mapping == {0: "high"}
+
+
+def test_adapter_starts_as_documented():
+    adapter = af.TeacherAdapter(4096, 8)
+    for parameter in adapter.parameters():
+        assert parameter.std().item() == pytest.approx(4096**-0.5, rel=0.1)
+    assert af.TeacherAdapter(4096, 8, init_scale=2.0).theta.std().item() == pytest.approx(2.0, rel=0.1)
+    torch.testing.assert_close(adapter.regularizer(), adapter.v @ adapter.v + (adapter.theta**2).sum())
+    weights = adapter(torch.randn(5, 4096, 2, 2))
+    torch.testing.assert_close(weights.sum(1), torch.ones(5))
+
+
+def test_modules_are_their_functions():
+    z, t = torch.randn(5, 4), torch.randn(5, 4)
+    torch.testing.assert_close(
+        af.MultiTeacherKDLoss(temperature=2.0, mode="sum")(z, [t]),
+        af.multi_teacher_kd_loss(z, [t], None, temperature=2.0, mode="sum"),
+    )
+    torch.testing.assert_close(af.AngleLoss(0.1, "sum")(z, t), af.angle_loss(z, t, delta=0.1, reduction="sum"))
+    torch.testing.assert_close(af.DualSoftmax(mode="product")(z), af.dual_softmax(z, mode="product"))
+
+
+BAD = [
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**{k: v for k, v in _batch().items() if k != "teacher_maps"}), "must be given exactly when hints are"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T))(**_batch()), "must be given exactly when hints are"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T + 1), _hints())(**_batch()), r"AMTMLLoss: teacher_weights must be \[3\] or \[12, 3\]"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D + 1, T), _hints())(**_batch()), "theta must be"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**dict(_batch(), teacher_logits=[torch.randn(N, C + 1)] * T)), r"AMTMLLoss: teacher_logits\[0\] must be \[12, 7\]"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), reduction="none"), "reduction must be one of sum, mean, batchmean"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), angle_weight=-1.0), "angle_weight must be a number"),
+    (lambda: af.TeacherAdapter(0, 3), "channels must be an int >= 1"),
+    (lambda: af.TeacherAdapter(3, 3, pool="min"), "pool must be one of max, avg"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1, 1, 1]), "needs teacher_scores"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1, 1, 1], teacher_scores=[1.0]), "teacher_scores must have 3 values, got 1"),
+    (lambda: af.MultiGroupHintLoss({"a": 1}, [1, 1], teacher_scores=[1, 2]), "at least 2 groups for 2 teachers"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={1: "low"}), r"a teacher in \[0, 1\)"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={0: "top"}), "0: 'top'"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping="worst"), "mapping must be one of best_high"),
+    (lambda: _hints()({"low": torch.zeros(1, 4, 2, 2)}, [torch.zeros(1, c, 2, 2) for c in (3, 4, 8)]), "must hold 'high'"),
+    (lambda: _hints()(_batch()["student_maps"], []), "must hold 3 maps, got 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(call, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        call()
