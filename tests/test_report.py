@@ -338,6 +338,14 @@ def test_the_title_of_the_entropy_says_what_is_seen(values, finding):
     assert finding in words(draw(figures._entropy, {"AMTML-KD": [run]}, None))
 
 
+def test_no_mean_weight_is_cut_off():
+    """A teacher that leads early and falls back stays inside the picture."""
+    shares = [[0.5, 0.5], [0.98, 0.02], [0.6, 0.4]]
+    run = [{"epoch": i + 1, "entropy": 0.5, "weight_mean": share} for i, share in enumerate(shares)]
+    axes = draw(figures._entropy, {"AMTML-KD": [run]}, None).axes[1]
+    assert axes.get_ylim()[1] > 0.98
+
+
 def test_the_title_of_the_gallery_says_which_teacher_leads():
     images, names, probs, _, labels, teacher_names = examples(n=2)
     for weights, finding in [

@@ -146,6 +146,7 @@ def _lines(axes: Axes, series: Mapping[str, Array], text: str) -> None:
             continue
         colour, epochs, values = METHODS[i % len(METHODS)], epochs[keep], values[:, keep]
         mean = np.nanmean(values, axis=0)
+        highest = max(highest, float(np.nanmax(values)))
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.18, lw=0)
         axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[i % 5], markevery=[-1], ms=4.5)
         ends.append((float(epochs[-1]), float(mean[-1]), text.format(label=d.wrap(label, 13), last=mean[-1]), colour))
@@ -342,17 +343,18 @@ def _entropy_scale(axes: Axes) -> str:
 def _mean_weights(axes: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], teacher_names: Sequence[str] | None) -> None:
     rows = [[epoch["weight_mean"] for epoch in run if "weight_mean" in epoch] for run in runs]
     count = max((len(row[0]) for row in rows if row), default=0)
-    ends = []
+    ends, highest = [], 0.0
     for t in range(count):
         values = d.stack([[weights[t] for weights in row] for row in rows])
         epochs, colour = np.arange(1, values.shape[1] + 1), d.teacher_colour(t)
         mean = np.nanmean(values, axis=0)
+        highest = max(highest, float(np.nanmax(values)))
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.2, lw=0)
         axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[t % 5], markevery=[-1], ms=4.5)
         name = teacher_names[t] if teacher_names else f"teacher {t + 1}"
         ends.append((float(epochs[-1]), float(mean[-1]), f"{d.wrap(name, 13, 2)}\n{d.two(mean[-1])}", colour))
     if count:
-        axes.set_ylim(0, 1.12 * max(y for _, y, _, _ in ends))
+        axes.set_ylim(0, min(1.12 * highest, 1.02))
         axes.axhline(1 / count, color=FAINT, lw=0.9, ls=(0, (4, 3)), zorder=1)
     d.epoch_axis(axes)
     d.end_labels(axes, ends)

@@ -1,0 +1,37 @@
+"""The README's loop runs as written, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+class Student(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(1, 64, 3, padding=1), nn.Linear(64, 10)
+
+    def forward(self, x):
+        features = self.conv(x).relu()
+        return self.fc(features.mean((2, 3))), features
+
+
+def test_the_ten_lines_train_a_student():
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    teachers = [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval() for _ in range(3)]
+    batch = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
+    names = {"student": Student(), "teachers": teachers, "loader": [batch] * 10}
+    losses = []
+    exec(code.replace("    optimizer.step()", "    optimizer.step()\n    losses.append(out.loss.item())"), names | {"losses": losses})
+    assert len(losses) == 10 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/contract.md", "kernels/README.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
