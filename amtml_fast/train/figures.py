@@ -146,7 +146,6 @@ def _lines(axes: Axes, series: Mapping[str, Array], text: str) -> None:
             continue
         colour, epochs, values = METHODS[i % len(METHODS)], epochs[keep], values[:, keep]
         mean = np.nanmean(values, axis=0)
-        highest = max(highest, float(np.nanmax(values)))
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.18, lw=0)
         axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[i % 5], markevery=[-1], ms=4.5)
         ends.append((float(epochs[-1]), float(mean[-1]), text.format(label=d.wrap(label, 13), last=mean[-1]), colour))
