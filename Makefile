@@ -13,11 +13,11 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
 
 bench: $(INSTALLED)
-	$(BIN)/pip install -q -e ".[bench]" --no-build-isolation
+	$(BIN)/pip install -q pytest-benchmark
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=benchmarks/results/latest.json
 
 lint: $(INSTALLED)
-	$(BIN)/pip install -q ruff mypy clang-format
+	$(BIN)/pip install -q ruff mypy clang-format pre-commit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
 
