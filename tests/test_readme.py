@@ -27,11 +27,16 @@ def test_the_ten_lines_train_a_student():
     batch = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
     names = {"student": Student(), "teachers": teachers, "loader": [batch] * 10}
     losses = []
-    exec(code.replace("    optimizer.step()", "    optimizer.step()\n    losses.append(out.loss.item())"), names | {"losses": losses})
+    exec(
+        code.replace("    optimizer.step()", "    optimizer.step()\n    losses.append(out.loss.item())"),
+        names | {"losses": losses},
+    )
     assert len(losses) == 10 and losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/contract.md", "kernels/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/contract.md", "kernels/README.md"]
+)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
