@@ -75,6 +75,17 @@ def _first_order(op: str) -> Callable:
     return decorate
 
 
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
+    """save_for_backward that also takes inference tensors (a teacher's): autograd may not save those, nor need it."""
+    look = not torch.compiler.is_compiling()
+    ctx.inference = {i: t for i, t in enumerate(tensors) if look and t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+
+
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    return tuple(ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
+
+
 def _asked(grad: Tensor | None, needed: bool) -> Tensor | None:
     return grad if needed else None
 
@@ -83,7 +94,7 @@ class TeacherWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> Tensor:
         weights, pooled, index = ops.teacher_weights_fwd.default(features, theta, v, max_pool)
-        ctx.save_for_backward(features, theta, v, weights, pooled, index)
+        _save(ctx, features, theta, v, weights, pooled, index)
         ctx.max_pool = max_pool
         return weights
 
@@ -91,9 +102,7 @@ class TeacherWeights(torch.autograd.Function):
     @_first_order("teacher_weights")
     def backward(ctx: Any, grad: Tensor) -> tuple:
         need_features, need_theta, need_v, _ = ctx.needs_input_grad
-        grads = ops.teacher_weights_bwd.default(
-            grad, *ctx.saved_tensors, ctx.max_pool, need_features, need_theta or need_v
-        )
+        grads = ops.teacher_weights_bwd.default(grad, *_saved(ctx), ctx.max_pool, need_features, need_theta or need_v)
         return _asked(grads[0], need_features), _asked(grads[1], need_theta), _asked(grads[2], need_v), None
 
 
@@ -124,9 +133,9 @@ class MultiTeacherKD(torch.autograd.Function):
         if not need_probs:
             ctx.mark_non_differentiable(student_probs, soft_targets)
         if in_forward:
-            ctx.save_for_backward(grad_student, grad_weights, student, weights)
+            _save(ctx, grad_student, grad_weights, student, weights)
         else:
-            ctx.save_for_backward(student, weights, labels, stats, *teachers)
+            _save(ctx, student, weights, labels, stats, *teachers)
         return loss, ce, kl, student_probs, soft_targets
 
     @staticmethod
@@ -134,11 +143,11 @@ class MultiTeacherKD(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple:
         need_student, need_weights = ctx.needs
         if ctx.in_forward:
-            saved = ctx.saved_tensors
+            saved = _saved(ctx)
             scale = 0 if grad_loss is None else grad_loss.unsqueeze(-1)  # a scalar, or one value a row
             grad_student, grad_weights = (g * scale if needed else None for g, needed in zip(saved, ctx.needs))
         else:
-            student, weights, labels, stats, *teachers = ctx.saved_tensors
+            student, weights, labels, stats, *teachers = _saved(ctx)
             if grad_loss is None:
                 grad_loss = stats.new_zeros(())
             through_probs = grads[2:4] if ctx.need_probs else (None, None)
@@ -167,19 +176,19 @@ class Angle(torch.autograd.Function):
         ctx.reduction, ctx.delta, ctx.eps = reduction, delta, eps
         ctx.dtypes = student.dtype, teacher.dtype
         if reduction == "none":  # the gradient depends on each vertex' incoming gradient
-            ctx.save_for_backward(student, teacher, row_mask)
+            _save(ctx, student, teacher, row_mask)
         else:
-            ctx.save_for_backward(*grads, student, teacher)
+            _save(ctx, *grads, student, teacher)
         return loss
 
     @staticmethod
     @_first_order("angle_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         if ctx.reduction == "none":
-            student, teacher, row_mask = ctx.saved_tensors
+            student, teacher, row_mask = _saved(ctx)
             grads = ops.angle_bwd.default(grad_loss, student, teacher, row_mask, ctx.delta, ctx.eps, *ctx.needs)
         else:
-            grads = [g * grad_loss if needed else g for g, needed in zip(ctx.saved_tensors, ctx.needs)]
+            grads = [g * grad_loss if needed else g for g, needed in zip(_saved(ctx), ctx.needs)]
         out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
         return *out, None, None, None, None, None, None
 
@@ -188,28 +197,28 @@ class HintPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
         pooled, norms = ops.hint_pool_fwd.default(feature_map, height, width, normalize)
-        ctx.save_for_backward(feature_map, norms)
+        _save(ctx, feature_map, norms)
         ctx.normalize = normalize
         return pooled
 
     @staticmethod
     @_first_order("hint_loss")
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ops.hint_pool_bwd.default(grad, *ctx.saved_tensors, ctx.normalize), None, None, None
+        return ops.hint_pool_bwd.default(grad, *_saved(ctx), ctx.normalize), None, None, None
 
 
 class HintMSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prediction: Tensor, target: Tensor, need_grad: bool) -> Tensor:
         loss, difference = ops.hint_mse_fwd.default(prediction, target, need_grad)
-        ctx.save_for_backward(difference, prediction, target)
+        _save(ctx, difference, prediction, target)
         ctx.dtypes = prediction.dtype, target.dtype
         return loss
 
     @staticmethod
     @_first_order("hint_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        difference, *_ = ctx.saved_tensors
+        difference, *_ = _saved(ctx)
         grad = difference * grad_loss
         need_prediction, need_target, _ = ctx.needs_input_grad
         return (
@@ -223,11 +232,11 @@ class DualSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, mode: str) -> Tensor:
         out, column_stats, row_stats = ops.dual_softmax_fwd.default(scores, mode)
-        ctx.save_for_backward(scores, column_stats, row_stats)
+        _save(ctx, scores, column_stats, row_stats)
         ctx.mode = mode
         return out
 
     @staticmethod
     @_first_order("dual_softmax")
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ops.dual_softmax_bwd.default(grad, *ctx.saved_tensors, ctx.mode), None
+        return ops.dual_softmax_bwd.default(grad, *_saved(ctx), ctx.mode), None

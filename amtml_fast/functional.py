@@ -168,9 +168,9 @@ def multi_teacher_kd(
     checks.number(name, "alpha", alpha, 0, 1)
     checks.number(name, "label_smoothing", label_smoothing, 0, 1)
     checks.one_of(name, "mode", mode, MODES)
+    if labels is not None and checks.values_are_free(labels):
+        checks.label_values(name, labels, student.shape[1], ignore_index)
     if backend.choose("multi_teacher_kd", student) == "reference":
-        if labels is not None and checks.values_are_free(labels):
-            checks.label_values(name, labels, student.shape[1], ignore_index)
         return reference.multi_teacher_kd(
             student,
             list(teachers),

@@ -185,9 +185,16 @@ def _hint_mapping(
     name = "MultiGroupHintLoss"
     if not groups or num_teachers < 1:
         raise ValueError(f"{name}: needs at least one group and one teacher, got {len(groups)} and {num_teachers}")
+    if not isinstance(mapping, (str, Mapping)):
+        raise TypeError(f"{name}: mapping must be a name or a dict teacher -> group, got {mapping!r}")
     if not isinstance(mapping, str):
         for teacher, group in mapping.items():
-            if isinstance(teacher, bool) or teacher not in range(num_teachers) or group not in groups:
+            if (
+                isinstance(teacher, bool)
+                or not isinstance(teacher, int)
+                or teacher not in range(num_teachers)
+                or group not in groups
+            ):
                 raise ValueError(
                     f"{name}: mapping must take a teacher in [0, {num_teachers}) to one of {groups}, "
                     f"got {teacher!r}: {group!r}"
@@ -336,8 +343,7 @@ class AMTMLLoss(nn.Module):
         if num_items_in_batch is not None:
             kd, ce, kl = kd / num_items_in_batch, ce / num_items_in_batch, kl / num_items_in_batch
         loss = kd
-        zero = kd.detach().new_zeros(())
-        angle = hint = regularizer = zero
+        angle, hint, regularizer = kd.detach().new_zeros(3).unbind()
         if self.angle_weight != 0:
             row_mask = None if labels is None else labels != self.ignore_index
             angle = self._angle(terms.student_probs, terms.soft_targets, row_mask)
@@ -355,6 +361,7 @@ class AMTMLLoss(nn.Module):
         if not self.angle_trains_weights:
             soft_targets = soft_targets.detach()
         if self.gather_angle and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            _check_same_everywhere(student_probs, row_mask)
             student_probs, soft_targets = _gather_rows(student_probs), _gather_rows(soft_targets)
             row_mask = None if row_mask is None else _gather_rows(row_mask)
         return functional.angle(student_probs, soft_targets, row_mask, delta=self.delta)
@@ -377,11 +384,24 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat(gathered)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         start = dist.get_rank() * ctx.count
         return grad[start : start + ctx.count]
+
+
+def _check_same_everywhere(rows: Tensor, row_mask: Tensor | None) -> None:
+    """All processes raise together; otherwise they would wait for each other, or gather nonsense."""
+    mine = torch.tensor([*rows.shape, row_mask is not None], device=rows.device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    if any((other != mine).any() for other in gathered):
+        seen = "; ".join(
+            f"{n} x {c}, {'with' if m else 'without'} labels" for n, c, m in (g.tolist() for g in gathered)
+        )
+        raise ValueError(f"AMTMLLoss: gather_angle needs the same rows x classes on every process, got {seen}")
 
 
 def _gather_rows(rows: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ def multi_teacher_kd(
     log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
 
     def weighted(weight: Tensor, value: Tensor) -> Tensor:
-        return weight * value.masked_fill((weight == 0) & ~value.isfinite(), 0)
+        value = value.masked_fill((weight == 0) & ~value.isfinite(), 0)
+        return (weight * value).masked_fill(value == 0, 0)  # or an infinite gradient would meet the 0
 
     mixture = torch.zeros_like(z)
     for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
@@ -163,7 +164,10 @@ def angle(
         return per_vertex / _at_least_one(n**2)
     if reduction == "sum":
         return per_vertex.sum()
-    return per_vertex.sum() / _at_least_one(n**3 if reduction == "mean" else n * (n - 1) * (n - 2))
+    if reduction == "mean":
+        return per_vertex.sum() / _at_least_one(n**3)
+    triplets = n * (n - 1) * (n - 2)  # of distinct rows; without one the loss is 0
+    return per_vertex.sum() / _at_least_one(triplets) * (triplets > 0)
 
 
 def _cosines(x: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:

@@ -137,3 +137,22 @@ def test_teacher_weights_in_either_layout(memory_format):
     assert grads[0].is_contiguous(memory_format=memory_format)
     assert relative_error(got, want) <= 1e-6
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
+
+
+@pytest.mark.parametrize("margin", [10, 15, 20])
+def test_angle_gradient_of_soft_rows_beside_tight_pairs(margin):
+    """Two confident rows of a class are very close: their 1/distance must cancel in the gradient of every other row."""
+    label = torch.arange(64) % 10
+    scale = torch.full((64, 1), float(margin))
+    scale[::4] = 1.0  # a quarter of the rows are soft
+    logits = [(torch.nn.functional.one_hot(label, 10) * scale + 0.3 * torch.randn(64, 10)).double() for _ in range(2)]
+    probs = tuple(z.softmax(1).float().requires_grad_() for z in logits)
+
+    def through_softmax(grads):  # d loss / d logits, exactly: without the component that a common shift takes away
+        return [q * (g - (g * q).sum(1, keepdim=True)) for g, q in zip(grads, (p.detach().double() for p in probs))]
+
+    _, want = value_and_grads(af.reference.angle_loss, convert(probs, dtype=torch.float64))
+    with af.use_backend("cpp"):
+        _, got = value_and_grads(af.angle_loss, probs)
+    for g, w in zip(through_softmax(got), through_softmax(want)):
+        assert relative_error(g[::4], w[::4]) <= 1e-6

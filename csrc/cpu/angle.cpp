@@ -7,8 +7,8 @@
 //   to D_kj (an arm):          sum_i g (1/2 r_ij r_kj - 1/2 r_kj^2 psi) = 1/2 r_kj (sum_i g r_ij) - 1/2 r_kj^2 (sum_i g
 //   psi) to D_ik (the far side):    -sum_j g 1/2 r_ij r_kj
 // and from G = dL/dD:          dL/dx_i = 2 sum_j (G_ij + G_ji) (x_i - x_j).
-// D and the sum in brackets are made in float64: they cancel when one arm is much shorter than the other, which is what
-// the rows of a trained network look like. The rest is in A. kernels/README.md has the derivation.
+// D, the sum in brackets, the arms' sums and G are made in float64: they cancel when one arm is much shorter than the
+// other, which is what the rows of a trained network look like. The rest is in A. kernels/README.md has the derivation.
 #include <algorithm>
 #include <limits>
 
@@ -18,6 +18,7 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "angle_loss";
+constexpr int64_t kGradBytes = 600 << 20;  // that the threads' gradient matrices may take together
 
 struct Rows {  // one side of the loss
   int64_t n = 0, width = 0;
@@ -60,23 +61,25 @@ AMTML_INLINE void inverse_lengths(const double* distance, int64_t n, double eps,
 }
 
 template <class A>
-struct Vertex {                    // the working arrays of one thread, for one side
-  std::vector<A> r, arm, arm_psi;  // r_kj; sum_i g r_ij; sum_i g psi
-  explicit Vertex(int64_t n) : r(n), arm(n), arm_psi(n) {}
+struct Vertex {               // the working arrays of one thread, for one side
+  std::vector<A> r, arm_psi;  // r_kj; sum_i g psi
+  std::vector<double> arm;    // sum_i g r_ij
+  explicit Vertex(int64_t n) : r(n), arm_psi(n), arm(n) {}
 };
 
 // The loss of vertex j, and scale * its gradient to D added to grad_s, grad_t [n, n] where asked for.
 template <class A, bool kStudent, bool kTeacher>
-AMTML_INLINE double vertex_loss(int64_t j, const Rows& student, const Rows& teacher, A delta, double eps, A scale,
-                                Vertex<A>& vs, Vertex<A>& vt, A* grad_s, A* grad_t) {
+AMTML_INLINE double vertex_loss(int64_t j, const Rows& student, const Rows& teacher, A delta, double eps, double scale,
+                                Vertex<A>& vs, Vertex<A>& vt, double* grad_s, double* grad_t) {
   const int64_t n = student.n;
   const double *dj_s = student.distance.data() + j * n, *dj_t = teacher.distance.data() + j * n;
   A *rs = vs.r.data(), *rt = vt.r.data();
   inverse_lengths(dj_s, n, eps, rs);
   inverse_lengths(dj_t, n, eps, rt);
-  A *arm_s = vs.arm.data(), *psi_s = vs.arm_psi.data(), *arm_t = vt.arm.data(), *psi_t = vt.arm_psi.data();
-  if (kStudent) std::fill_n(arm_s, n, A(0)), std::fill_n(psi_s, n, A(0));
-  if (kTeacher) std::fill_n(arm_t, n, A(0)), std::fill_n(psi_t, n, A(0));
+  double *arm_s = vs.arm.data(), *arm_t = vt.arm.data();
+  A *psi_s = vs.arm_psi.data(), *psi_t = vt.arm_psi.data();
+  if (kStudent) std::fill_n(arm_s, n, 0.0), std::fill_n(psi_s, n, A(0));
+  if (kTeacher) std::fill_n(arm_t, n, 0.0), std::fill_n(psi_t, n, A(0));
 
   double pairs = 0, diagonal = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -88,9 +91,11 @@ AMTML_INLINE double vertex_loss(int64_t j, const Rows& student, const Rows& teac
     }
     const double *di_s = student.distance.data() + i * n, *di_t = teacher.distance.data() + i * n;
     const double dij_s = dj_s[i], dij_t = dj_t[i];
-    A *far_s = grad_s + i * n, *far_t = grad_t + i * n;
-    const A half_s = ri_s / 2, half_t = ri_t / 2, scale_s = scale * ri_s, scale_t = scale * ri_t;
-    A loss = 0, arm_i_s = 0, psi_i_s = 0, arm_i_t = 0, psi_i_t = 0;
+    double *far_s = grad_s + i * n, *far_t = grad_t + i * n;
+    const A half_s = ri_s / 2, half_t = ri_t / 2;
+    const double scale_s = scale * ri_s, scale_t = scale * ri_t;
+    A loss = 0, psi_i_s = 0, psi_i_t = 0;
+    double arm_i_s = 0, arm_i_t = 0;
 #pragma omp simd reduction(+ : loss, arm_i_s, psi_i_s, arm_i_t, psi_i_t)
     for (int64_t k = i + 1; k < n; ++k) {
       const A ps = static_cast<A>(dij_s + dj_s[k] - di_s[k]) * (half_s * rs[k]);
@@ -100,16 +105,16 @@ AMTML_INLINE double vertex_loss(int64_t j, const Rows& student, const Rows& teac
       const A g = above < -delta ? -delta : above;
       loss += g * (x - A(0.5) * g);
       if (kStudent) {
-        const A along = g * rs[k];
-        arm_s[k] += g * ri_s;
+        const double along = static_cast<double>(g) * rs[k];
+        arm_s[k] += static_cast<double>(g) * ri_s;
         arm_i_s += along;
         psi_s[k] += g * ps;
         psi_i_s += g * ps;
         far_s[k] -= along * scale_s;
       }
       if (kTeacher) {
-        const A along = g * rt[k];
-        arm_t[k] += g * ri_t;
+        const double along = static_cast<double>(g) * rt[k];
+        arm_t[k] += static_cast<double>(g) * ri_t;
         arm_i_t += along;
         psi_t[k] += g * pt;
         psi_i_t += g * pt;
@@ -120,10 +125,12 @@ AMTML_INLINE double vertex_loss(int64_t j, const Rows& student, const Rows& teac
     if (kStudent) arm_s[i] += arm_i_s, psi_s[i] += psi_i_s;
     if (kTeacher) arm_t[i] += arm_i_t, psi_t[i] += psi_i_t;
   }
-  auto add_arms = [&](const A* r, const A* arm, const A* psi, A sign, A* grad) __attribute__((always_inline)) {
+  auto add_arms = [&](const A* r, const double* arm, const A* psi, double sign, double* grad)
+                      __attribute__((always_inline)) {
 #pragma omp simd
-    for (int64_t k = 0; k < n; ++k) grad[j * n + k] += sign * r[k] * (arm[k] - r[k] * psi[k]);
-  };
+                        for (int64_t k = 0; k < n; ++k)
+                          grad[j * n + k] += sign * r[k] * (arm[k] - static_cast<double>(r[k]) * psi[k]);
+                      };
   if (kStudent) add_arms(rs, arm_s, psi_s, scale, grad_s);
   if (kTeacher) add_arms(rt, arm_t, psi_t, -scale, grad_t);
   return 2 * pairs + diagonal;  // both orders of each pair; `scale` carries the same 2 against the 1/2 of the gradient
@@ -131,11 +138,11 @@ AMTML_INLINE double vertex_loss(int64_t j, const Rows& student, const Rows& teac
 
 // dL/dx from the parts of G that each thread gathered. Overwrites parts[0].
 template <class A>
-Tensor grad_rows(const Tensor& like, ScalarType wide, const Rows& rows, std::vector<std::vector<A>>& parts) {
+Tensor grad_rows(const Tensor& like, ScalarType wide, const Rows& rows, std::vector<std::vector<double>>& parts) {
   const int64_t n = rows.n, width = rows.width;
   Tensor grad = torch::stable::new_empty(like, {n, width}, wide);
   A* out = static_cast<A*>(grad.mutable_data_ptr());
-  A* g = parts[0].data();
+  double* g = parts[0].data();
   for (size_t p = 1; p < parts.size(); ++p) {
     torch::stable::parallel_for(0, n * n, grain(1), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) g[i] += parts[p][i];
@@ -185,21 +192,22 @@ Result<A> run(const Tensor& student, const Tensor& teacher, const bool* mask, do
   const Rows s(student, mask), t(teacher, mask);
   const int64_t n = s.n;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t parts = std::max<int64_t>(1, std::min({threads, n, n * n * n / 65536}));
-  using Grads = std::vector<std::vector<A>>;
+  const int64_t bytes = std::max<int64_t>(1, n * n * 8 * (need_student + need_teacher));  // of one part
+  const int64_t parts = std::max<int64_t>(1, std::min({threads, n, n * n * n / 65536, kGradBytes / bytes}));
+  using Grads = std::vector<std::vector<double>>;
   Grads grads_s(parts), grads_t(parts);  // one matrix a part: no atomics, a fixed order of summation
   Result<A> result{std::vector<double>(n), torch::stable::new_empty(student, {0}, wide),
                    torch::stable::new_empty(student, {0}, wide)};
   torch::stable::parallel_for(0, parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
-      if (need_student) grads_s[part].assign(n * n, A(0));
-      if (need_teacher) grads_t[part].assign(n * n, A(0));
+      if (need_student) grads_s[part].assign(n * n, 0.0);
+      if (need_teacher) grads_t[part].assign(n * n, 0.0);
       Vertex<A> vs(n), vt(n);
       auto vertices = [&](auto student_grad, auto teacher_grad) {
         vectorized([&] AMTML_BODY() {
           for (int64_t j = part * n / parts; j < (part + 1) * n / parts; ++j) {
             result.vertex_loss[j] = vertex_loss<A, decltype(student_grad)::value, decltype(teacher_grad)::value>(
-                j, s, t, static_cast<A>(delta), eps, static_cast<A>(scale(j)), vs, vt, grads_s[part].data(),
+                j, s, t, static_cast<A>(delta), eps, static_cast<double>(scale(j)), vs, vt, grads_s[part].data(),
                 grads_t[part].data());
           }
         });
@@ -217,8 +225,8 @@ Result<A> run(const Tensor& student, const Tensor& teacher, const bool* mask, do
       }
     }
   });
-  if (n > 0 && need_student) result.grad_student = grad_rows(student, wide, s, grads_s);
-  if (n > 0 && need_teacher) result.grad_teacher = grad_rows(teacher, wide, t, grads_t);
+  if (n > 0 && need_student) result.grad_student = grad_rows<A>(student, wide, s, grads_s);
+  if (n > 0 && need_teacher) result.grad_teacher = grad_rows<A>(teacher, wide, t, grads_t);
   if (n == 0 && need_student) result.grad_student = torch::stable::new_empty(student, {0, s.width}, wide);
   if (n == 0 && need_teacher) result.grad_teacher = torch::stable::new_empty(teacher, {0, t.width}, wide);
   return result;
@@ -258,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor
   if (reduction == "mean") count = m * m * m;
   if (reduction == "distinct") count = m * (m - 1) * (m - 2);
   if (none) count = m * m;
-  const double scale = 1 / std::max(count, 1.0);
+  const double scale = reduction == "distinct" && args.rows < 3 ? 0 : 1 / std::max(count, 1.0);  // no triplet: 0
   Tensor loss = torch::stable::new_empty(student, none ? Shape{student.size(0)} : Shape{}, args.work);
   Tensor grad_student, grad_teacher;
   dispatch_wide(args.work, [&](auto zero) {

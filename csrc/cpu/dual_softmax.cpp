@@ -31,9 +31,20 @@ void for_columns(const Sizes& s, const F& body) {
   });
 }
 
+// Calls body(std::true_type{}) for "sequential", body(std::false_type{}) for "product": no branch is left in the loops.
+template <class F>
+void for_mode(const std::string& mode, const F& body) {
+  if (mode == "sequential") {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
+  }
+}
+
 template <class A, class T>
 AMTML_INLINE A row_max(const T* x, int64_t n) {
   A m = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(max : m)
   for (int64_t k = 0; k < n; ++k) m = static_cast<A>(x[k]) > m ? static_cast<A>(x[k]) : m;
   return m;
 }
@@ -43,53 +54,56 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
   const Tensor input = torch::stable::contiguous(scores);
   const Sizes size(input);
   const ScalarType wide = wide_dtype(input.scalar_type());
-  const bool sequential = mode == "sequential";
   Tensor out = torch::stable::new_empty(input, {size.batch, size.rows, size.columns});
   Tensor column_stats = torch::stable::new_empty(input, {size.batch, 2, size.columns}, wide);
   Tensor row_stats = torch::stable::new_empty(input, {size.batch, size.rows, 2}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
-    dispatch(input.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      const T* x = static_cast<const T*>(input.const_data_ptr());
-      T* y = static_cast<T*>(out.mutable_data_ptr());
-      A *column = static_cast<A*>(column_stats.mutable_data_ptr()),
-        *row = static_cast<A*>(row_stats.mutable_data_ptr());
-      for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
-        A *m = column + b * 2 * size.columns, *sum = m + size.columns;
-        const T* matrix = x + b * size.rows * size.columns;
-        std::fill(m + first, m + end, -std::numeric_limits<A>::infinity());
-        std::fill(sum + first, sum + end, A(0));
-        for (int64_t r = 0; r < size.rows; ++r) {
-          const T* v = matrix + r * size.columns;
+    for_mode(mode, [&](auto is_sequential) {
+      dispatch(input.scalar_type(), kOp, [&](auto element) {
+        constexpr bool kSequential = decltype(is_sequential)::value;
+        using T = decltype(element);
+        const T* x = static_cast<const T*>(input.const_data_ptr());
+        T* y = static_cast<T*>(out.mutable_data_ptr());
+        A *column = static_cast<A*>(column_stats.mutable_data_ptr()),
+          *row = static_cast<A*>(row_stats.mutable_data_ptr());
+        for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
+          A *m = column + b * 2 * size.columns, *sum = m + size.columns;
+          const T* matrix = x + b * size.rows * size.columns;
+          std::fill(m + first, m + end, -std::numeric_limits<A>::infinity());
+          std::fill(sum + first, sum + end, A(0));
+          for (int64_t r = 0; r < size.rows; ++r) {
+            const T* v = matrix + r * size.columns;
 #pragma omp simd
-          for (int64_t k = first; k < end; ++k) m[k] = static_cast<A>(v[k]) > m[k] ? static_cast<A>(v[k]) : m[k];
-        }
-        for (int64_t r = 0; r < size.rows; ++r) {
-          const T* v = matrix + r * size.columns;
-#pragma omp simd
-          for (int64_t k = first; k < end; ++k) sum[k] += exp_nonpositive(static_cast<A>(v[k]) - m[k]);
-        }
-      });
-      torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
-        std::vector<A> first(size.columns), second(size.columns);
-        vectorized([&] AMTML_BODY() {
-          for (int64_t i = begin; i < end; ++i) {
-            const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
-            const T* v = x + i * size.columns;
-            A *a = first.data(), *e = second.data();
-#pragma omp simd
-            for (int64_t k = 0; k < size.columns; ++k) a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
-            const A highest = sequential ? row_max<A>(a, size.columns) : row_max<A>(v, size.columns);
-            const A total = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-              return e[k] = exp_nonpositive((sequential ? a[k] : static_cast<A>(v[k])) - highest);
-            }));
-            row[2 * i] = highest;
-            row[2 * i + 1] = total;
-            for (int64_t k = 0; k < size.columns; ++k) {
-              y[i * size.columns + k] = static_cast<T>(e[k] / total * (sequential ? A(1) : a[k]));
-            }
+            for (int64_t k = first; k < end; ++k) m[k] = static_cast<A>(v[k]) > m[k] ? static_cast<A>(v[k]) : m[k];
           }
+          for (int64_t r = 0; r < size.rows; ++r) {
+            const T* v = matrix + r * size.columns;
+#pragma omp simd
+            for (int64_t k = first; k < end; ++k) sum[k] += exp_nonpositive(static_cast<A>(v[k]) - m[k]);
+          }
+        });
+        torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
+          std::vector<A> first(size.columns), second(size.columns);
+          vectorized([&] AMTML_BODY() {
+            for (int64_t i = begin; i < end; ++i) {
+              const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
+              const T* v = x + i * size.columns;
+              A *a = first.data(), *e = second.data();
+#pragma omp simd
+              for (int64_t k = 0; k < size.columns; ++k) a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
+              const A highest = kSequential ? row_max<A>(a, size.columns) : row_max<A>(v, size.columns);
+              const A total = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+                return e[k] = exp_nonpositive((kSequential ? a[k] : static_cast<A>(v[k])) - highest);
+              }));
+              row[2 * i] = highest;
+              row[2 * i + 1] = total;
+#pragma omp simd
+              for (int64_t k = 0; k < size.columns; ++k) {
+                y[i * size.columns + k] = static_cast<T>(e[k] / total * (kSequential ? A(1) : a[k]));
+              }
+            }
+          });
         });
       });
     });
@@ -117,62 +131,66 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
     const int64_t numel = size.batch * size.rows * size.columns;
     // Where the column sums start from: da (sequential), or g y and the part of dx that is already whole (product).
     std::vector<A> weighted(numel), rest(sequential ? 0 : numel);
-    dispatch(input.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      const T* x = static_cast<const T*>(input.const_data_ptr());
-      T* dx = static_cast<T*>(grad_scores.mutable_data_ptr());
-      torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
-        std::vector<A> first(size.columns), second(size.columns);
-        vectorized([&] AMTML_BODY() {
-          for (int64_t i = begin; i < end; ++i) {
-            const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
-            const A highest = row[2 * i], total = row[2 * i + 1];
-            const T* v = x + i * size.columns;
-            const A* up = g + i * size.columns;
-            A *a = first.data(), *e = second.data(), *d = weighted.data() + i * size.columns;
-#pragma omp simd
-            for (int64_t k = 0; k < size.columns; ++k) {
-              a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
-              e[k] = exp_nonpositive((sequential ? a[k] : static_cast<A>(v[k])) - highest) / total;
-            }
-            const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-              return up[k] * e[k] * (sequential ? A(1) : a[k]);
-            }));
-            if (sequential) {
-#pragma omp simd
-              for (int64_t k = 0; k < size.columns; ++k) d[k] = e[k] * (up[k] - inner);
-            } else {
-              A* whole = rest.data() + i * size.columns;
+    for_mode(mode, [&](auto is_sequential) {
+      dispatch(input.scalar_type(), kOp, [&](auto element) {
+        constexpr bool kSequential = decltype(is_sequential)::value;
+        using T = decltype(element);
+        const T* x = static_cast<const T*>(input.const_data_ptr());
+        T* dx = static_cast<T*>(grad_scores.mutable_data_ptr());
+        torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
+          std::vector<A> first(size.columns), second(size.columns);
+          vectorized([&] AMTML_BODY() {
+            for (int64_t i = begin; i < end; ++i) {
+              const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
+              const A highest = row[2 * i], total = row[2 * i + 1];
+              const T* v = x + i * size.columns;
+              const A* up = g + i * size.columns;
+              A *a = first.data(), *e = second.data(), *d = weighted.data() + i * size.columns;
 #pragma omp simd
               for (int64_t k = 0; k < size.columns; ++k) {
-                d[k] = up[k] * e[k] * a[k];
-                whole[k] = 2 * d[k] - e[k] * inner;
+                a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
+                e[k] = exp_nonpositive((kSequential ? a[k] : static_cast<A>(v[k])) - highest) / total;
               }
+              const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+                return up[k] * e[k] * (kSequential ? A(1) : a[k]);
+              }));
+              if constexpr (kSequential) {
+#pragma omp simd
+                for (int64_t k = 0; k < size.columns; ++k) d[k] = e[k] * (up[k] - inner);
+              } else {
+                A* whole = rest.data() + i * size.columns;
+#pragma omp simd
+                for (int64_t k = 0; k < size.columns; ++k) {
+                  d[k] = up[k] * e[k] * a[k];
+                  whole[k] = 2 * d[k] - e[k] * inner;
+                }
+              }
+            }
+          });
+        });
+        for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
+          const A *m = column + b * 2 * size.columns, *sum = m + size.columns;
+          const int64_t start = b * size.rows * size.columns;
+          A totals[kColumns] = {};
+          for (int64_t r = 0; r < size.rows; ++r) {
+            const int64_t at = start + r * size.columns;
+#pragma omp simd
+            for (int64_t k = first; k < end; ++k) {
+              const A a = kSequential ? exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k] : A(1);
+              totals[k - first] += weighted[at + k] * a;
+            }
+          }
+          for (int64_t r = 0; r < size.rows; ++r) {
+            const int64_t at = start + r * size.columns;
+#pragma omp simd
+            for (int64_t k = first; k < end; ++k) {
+              const A a = exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k];
+              const A value =
+                  kSequential ? a * (weighted[at + k] - totals[k - first]) : rest[at + k] - a * totals[k - first];
+              dx[at + k] = static_cast<T>(value);
             }
           }
         });
-      });
-      for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
-        const A *m = column + b * 2 * size.columns, *sum = m + size.columns;
-        const int64_t start = b * size.rows * size.columns;
-        A totals[kColumns] = {};
-        for (int64_t r = 0; r < size.rows; ++r) {
-          const int64_t at = start + r * size.columns;
-#pragma omp simd
-          for (int64_t k = first; k < end; ++k) {
-            const A a = sequential ? exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k] : A(1);
-            totals[k - first] += weighted[at + k] * a;
-          }
-        }
-        for (int64_t r = 0; r < size.rows; ++r) {
-          const int64_t at = start + r * size.columns;
-          for (int64_t k = first; k < end; ++k) {
-            const A a = exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k];
-            const A value =
-                sequential ? a * (weighted[at + k] - totals[k - first]) : rest[at + k] - a * totals[k - first];
-            dx[at + k] = static_cast<T>(value);
-          }
-        }
       });
     });
   });

@@ -63,11 +63,12 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
                 const Window rows = window(y, h, height);
                 for (int64_t z = 0; z < width; ++z) {
                   const Window columns = window(z, w, width);
-                  A sum = 0;
+                  double sum = 0;
                   for (int64_t a = rows.begin; a < rows.end; ++a) {
                     for (int64_t b = columns.begin; b < columns.end; ++b) sum += r[a * w + b];
                   }
-                  target[y * width + z] = sum / A((rows.end - rows.begin) * (columns.end - columns.begin));
+                  target[y * width + z] =
+                      static_cast<A>(sum / double((rows.end - rows.begin) * (columns.end - columns.begin)));
                 }
               }
             }

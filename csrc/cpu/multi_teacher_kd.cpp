@@ -37,7 +37,8 @@ struct Problem {
   }
 };
 
-// Row statistics, kept for backward: the student's maximum, log-sums at tau and at 1; maximum and log-sum per teacher.
+// Row statistics, kept for backward: the student's maximum, inverse sums at tau and at 1; maximum and inverse sum per
+// teacher. Not log-sums: at 60,000 classes their last bit is already 5e-7 of a probability.
 inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 
 template <class A>
@@ -47,6 +48,7 @@ struct Row {  // scratch of one thread
   std::vector<A> student, teacher, log_q, q, q1, p, ratio, p_t;  // q1: softmax(z); ratio: log p - log q + 1
   std::vector<A> kl_t, weight;
   const A* z = nullptr;
+  double log_sum1 = 0;      // of the student at temperature 1
   double student_rest = 0;  // what rounding the student's log-sum to A cut off: it would bias every KL near 0
 
   Row(const Problem<A>& pr, bool keep)
@@ -74,7 +76,7 @@ AMTML_INLINE A maximum(const A* z, int64_t n) {
   return m;
 }
 
-// e = exp((z - m) / tau), returns the logarithm of its sum; then e is divided by the sum.
+// e = exp((z - m) / tau), returns its sum; then e is divided by the sum.
 template <class A>
 AMTML_INLINE double softmax(const A* z, int64_t n, A m, A tau, A* e) {
   const double sum = block_sum<A>(
@@ -82,14 +84,14 @@ AMTML_INLINE double softmax(const A* z, int64_t n, A m, A tau, A* e) {
   const A inverse = static_cast<A>(1 / sum);
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) e[c] *= inverse;
-  return std::log(sum);
+  return sum;
 }
 
 // The same from saved statistics.
 template <class A>
-AMTML_INLINE void softmax_again(const A* z, int64_t n, A m, A log_sum, A tau, A* e) {
+AMTML_INLINE void softmax_again(const A* z, int64_t n, A m, A inverse, A tau, A* e) {
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive((z[c] - m) / tau - log_sum);
+  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive((z[c] - m) / tau) * inverse;
 }
 
 // sum_c p (log p - log q) where p = 0 counts 0, with log p = (z - m) / tau - log_sum.
@@ -116,15 +118,20 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again, bool need_k
   const A tau = static_cast<A>(pr.set.temperature);
   const A* z = row.z = load_row(pr.student, i, n, row.student.data());
   A *q = row.q.data(), *q1 = row.q1.data(), *log_q = row.log_q.data(), *p = row.p.data();
+  double log_sum_exact = 0;
   if (again) {
     softmax_again(z, n, stats[0], stats[1], tau, q);
+    log_sum_exact = -std::log(static_cast<double>(stats[1]));
     if (pr.labels) softmax_again(z, n, stats[0], stats[2], A(1), q1);
   } else {
     stats[0] = maximum(z, n);
-    stats[1] = rounded<A>(softmax(z, n, stats[0], tau, q), &row.student_rest);
-    stats[2] = pr.labels ? static_cast<A>(softmax(z, n, stats[0], A(1), q1)) : A(0);
+    const double sum = softmax(z, n, stats[0], tau, q), sum1 = pr.labels ? softmax(z, n, stats[0], A(1), q1) : 1;
+    log_sum_exact = std::log(sum);
+    row.log_sum1 = std::log(sum1);
+    stats[1] = static_cast<A>(1 / sum);
+    stats[2] = static_cast<A>(1 / sum1);
   }
-  const A m = stats[0], log_sum = stats[1];
+  const A m = stats[0], log_sum = rounded<A>(log_sum_exact, &row.student_rest);
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) {
     log_q[c] = (z[c] - m) / tau - log_sum;
@@ -134,19 +141,23 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again, bool need_k
     const A w = row.weight[t] = pr.weight(i, t);
     const A* zt = load_row(pr.teacher[t], i, n, row.teacher.data());
     A *pt = row.teacher_probs(t), *stat = stats + 3 + 2 * t;
-    double teacher_rest = 0;
+    double teacher_log_sum = 0, teacher_rest = 0;
     if (again) {
       softmax_again(zt, n, stat[0], stat[1], tau, pt);
+      teacher_log_sum = -std::log(static_cast<double>(stat[1]));
     } else {
       stat[0] = maximum(zt, n);
-      stat[1] = rounded<A>(softmax(zt, n, stat[0], tau, pt), &teacher_rest);
+      const double sum = softmax(zt, n, stat[0], tau, pt);
+      stat[1] = static_cast<A>(1 / sum);
+      teacher_log_sum = std::log(sum);
     }
     if (w == 0 && !(std::abs(stat[1]) < std::numeric_limits<A>::infinity())) std::fill_n(pt, n, A(0));  // 0 * NaN is 0
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) p[c] += w * pt[c];
     if (need_kl_t) {
+      const A log_sum_t = rounded<A>(teacher_log_sum, &teacher_rest);
       const double rest = row.student_rest - teacher_rest;
-      const A kl = static_cast<A>(teacher_kl(pt, zt, n, stat[0], stat[1], tau, log_q) + rest);
+      const A kl = static_cast<A>(teacher_kl(pt, zt, n, stat[0], log_sum_t, tau, log_q) + rest);
       row.kl_t[t] = w == 0 && !(std::abs(kl) < std::numeric_limits<A>::infinity()) ? A(0) : kl;
     }
   }
@@ -175,7 +186,7 @@ AMTML_INLINE double row_kl(Row<A>& row) {
   const A *p = row.p.data(), *log_q = row.log_q.data();
   double total = 0;
   for (int64_t t = 0; t < row.problem.teachers; ++t) total += row.weight[t];
-  return total * row.student_rest + block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
+  return (total == 0 ? 0 : total * row.student_rest) + block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
            const A value = p[c] * (log_positive(p[c] == 0 ? A(1) : p[c]) - log_q[c]);
            return p[c] == 0 ? A(0) : value;
          });
@@ -184,7 +195,7 @@ AMTML_INLINE double row_kl(Row<A>& row) {
 // -(1 - s) log q1_y - s / C sum_c log q1_c
 template <class A>
 AMTML_INLINE double row_ce(const Row<A>& row, int64_t label, const A* stats) {
-  const double smoothing = row.problem.set.label_smoothing, log_sum = stats[2];
+  const double smoothing = row.problem.set.label_smoothing, log_sum = row.log_sum1;
   const A *z = row.z, m = stats[0];
   const double label_term = log_sum - (z[label] - m);
   if (smoothing == 0) return label_term;  // not 0 * infinity
@@ -204,7 +215,10 @@ AMTML_INLINE void grad_student_row(const Row<A>& row, int64_t label, A ce_scale,
   for (int64_t t = 0; t < pr.teachers; ++t) total += row.weight[t];
   const A kl_by_tau = kl_scale / tau;
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) out[c] = kl_by_tau * (total * q[c] - p[c]);
+  for (int64_t c = 0; c < n; ++c) {
+    const A value = kl_by_tau * (total * q[c] - p[c]);
+    out[c] = kl_by_tau == 0 ? A(0) : value;  // a teacher without weight in the loss may hold NaN
+  }
   if (pr.labels) {
     const A smoothing = static_cast<A>(pr.set.label_smoothing), even = smoothing / n;
 #pragma omp simd

@@ -48,12 +48,12 @@ AMTML_INLINE void max_pool(const T* x, const Map& map, A* pooled, int32_t* index
     const T* plane = x + c * map.sc;
     if (map.dense_plane()) {
       A best = static_cast<A>(plane[0]);
-      bool nan = false;
-#pragma omp simd reduction(max : best) reduction(|| : nan)
+      int32_t nan = 0;
+#pragma omp simd reduction(max : best) reduction(| : nan)
       for (int64_t p = 0; p < pixels; ++p) {
         const A value = static_cast<A>(plane[p]);
         best = value > best ? value : best;
-        nan = nan || value != value;
+        nan |= static_cast<int32_t>(value != value);
       }
       int64_t p = 0;
       while (p < pixels && (nan ? plane[p] == plane[p] : static_cast<A>(plane[p]) != best)) ++p;
