@@ -94,7 +94,7 @@ class TeacherWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> Tensor:
         weights, pooled, index = ops.teacher_weights_fwd.default(features, theta, v, max_pool)
-        _save(ctx, features, theta, v, weights, pooled, index)
+        _save(ctx, features, theta, v, pooled, index)
         ctx.max_pool = max_pool
         return weights
 

@@ -18,7 +18,7 @@ _KD_SETTINGS = (
 SCHEMAS = {
     # weights [N, T], pooled [N, d], index [N, d] int32 position of the maximum in its plane
     "teacher_weights_fwd": "(Tensor features, Tensor theta, Tensor v, bool max_pool) -> (Tensor, Tensor, Tensor)",
-    "teacher_weights_bwd": "(Tensor grad, Tensor features, Tensor theta, Tensor v, Tensor weights, Tensor pooled, "
+    "teacher_weights_bwd": "(Tensor grad, Tensor features, Tensor theta, Tensor v, Tensor pooled, "
     "Tensor index, bool max_pool, bool need_features, bool need_parameters) -> (Tensor, Tensor, Tensor)",
     # loss, ce, kl (scalars, or [N] for "none"), student_probs and soft_targets [N, C], stats [N, 3 + 2T], grad_student,
     # grad_weights
@@ -59,7 +59,7 @@ def _(features, theta, v, max_pool):
 
 
 @torch.library.register_fake("amtml::teacher_weights_bwd")
-def _(grad, features, theta, v, weights, pooled, index, max_pool, need_features, need_parameters):
+def _(grad, features, theta, v, pooled, index, max_pool, need_features, need_parameters):
     grad_features = torch.empty_like(features) if need_features else features.new_empty(0)
     return (
         grad_features,

@@ -118,7 +118,16 @@ def metrics(run: Run) -> list[dict[str, object]]:
 
 def start_and_wait(place: Place, command: list[str], epochs: int) -> subprocess.Popen[str]:
     """Starts a run and returns once `epochs` epochs are in its metrics."""
-    process = subprocess.Popen(command, cwd=place.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=place.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
+    )
     run, end = Run(place.folder / "small" / "amtml_kd-seed0"), time.monotonic() + 120
     while len(run.read_metrics()) < epochs:
         assert process.poll() is None, process.communicate()

@@ -101,15 +101,32 @@ ScalarType check(const Tensor& features, const Tensor& theta, const Tensor& v) {
 
 // theta_t * v, [T, d].
 template <class A>
-std::vector<A> effective(const Tensor& theta, const Tensor& v) {
+std::vector<double> effective(const Tensor& theta, const Tensor& v) {
   const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
   const A *a = static_cast<const A*>(th.const_data_ptr()), *b = static_cast<const A*>(vv.const_data_ptr());
   const int64_t teachers = theta.size(0), d = theta.size(1);
-  std::vector<A> out(teachers * d);
+  std::vector<double> out(teachers * d);
   for (int64_t t = 0; t < teachers; ++t) {
-    for (int64_t c = 0; c < d; ++c) out[t * d + c] = a[t * d + c] * b[c];
+    for (int64_t c = 0; c < d; ++c) out[t * d + c] = static_cast<double>(a[t * d + c]) * b[c];
   }
   return out;
+}
+
+// Eq 5 and 6 for one example, in double: the softmax turns an absolute error of a score into a relative one, and
+// backward takes differences of weights near 1.
+template <class A>
+AMTML_INLINE void weigh(const double* factors, const A* pooled, int64_t teachers, int64_t d, double* weights) {
+  double highest = -std::numeric_limits<double>::infinity(), sum = 0;
+  for (int64_t t = 0; t < teachers; ++t) {
+    const double* f = factors + t * d;
+    double score = 0;
+#pragma omp simd reduction(+ : score)
+    for (int64_t c = 0; c < d; ++c) score += f[c] * pooled[c];
+    weights[t] = score;
+    highest = score > highest ? score : highest;
+  }
+  for (int64_t t = 0; t < teachers; ++t) sum += weights[t] = std::exp(weights[t] - highest);
+  for (int64_t t = 0; t < teachers; ++t) weights[t] /= sum;
 }
 
 std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, const Tensor& theta, const Tensor& v,
@@ -122,13 +139,14 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
   Tensor index = empty_or_none(theta, use_max, {map.n, d}, ScalarType::Int);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
-    const std::vector<A> factors = effective<A>(theta, v);
+    const std::vector<double> factors = effective<A>(theta, v);
     A *w = static_cast<A*>(weights.mutable_data_ptr()), *b = static_cast<A*>(pooled.mutable_data_ptr());
     int32_t* at = static_cast<int32_t*>(index.mutable_data_ptr());
     dispatch(features.scalar_type(), kOp, [&](auto element) {
       using T = decltype(element);
       const T* x = static_cast<const T*>(features.const_data_ptr());
       torch::stable::parallel_for(0, map.n, grain(d * map.pixels()), [&](int64_t begin, int64_t end) {
+        std::vector<double> gamma(teachers);
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
             if (use_max) {
@@ -136,15 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
             } else {
               avg_pool<T, A>(x + i * map.sn, map, b + i * d);
             }
-            A *gamma = w + i * teachers, highest = -std::numeric_limits<A>::infinity(), sum = 0;
-            for (int64_t t = 0; t < teachers; ++t) {
-              const A *f = factors.data() + t * d, *row = b + i * d;
-              gamma[t] = static_cast<A>(
-                  block_sum<A>(d, [&](int64_t c) __attribute__((always_inline)) { return f[c] * row[c]; }));
-              highest = gamma[t] > highest ? gamma[t] : highest;
-            }
-            for (int64_t t = 0; t < teachers; ++t) sum += gamma[t] = std::exp(gamma[t] - highest);
-            for (int64_t t = 0; t < teachers; ++t) gamma[t] /= sum;
+            weigh(factors.data(), b + i * d, teachers, d, gamma.data());
+            for (int64_t t = 0; t < teachers; ++t) w[i * teachers + t] = static_cast<A>(gamma[t]);
           }
         });
       });
@@ -154,31 +165,34 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const Tensor& features, const Tensor& theta,
-                                                       const Tensor& v, const Tensor& weights, const Tensor& pooled,
-                                                       const Tensor& index, bool use_max, bool need_features,
-                                                       bool need_parameters) {
+                                                       const Tensor& v, const Tensor& pooled, const Tensor& index,
+                                                       bool use_max, bool need_features, bool need_parameters) {
   const ScalarType wide = check(features, theta, v);
   const Map map(features);
   const int64_t n = map.n, teachers = theta.size(0), d = map.channels;
   check_shape(kOp, "grad", grad, {n, teachers});
-  check_shape(kOp, "weights", weights, {n, teachers});
   check_shape(kOp, "pooled", pooled, {n, d});
   Tensor grad_features = need_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
   Tensor grad_theta = empty_or_none(theta, need_parameters, {teachers, d}, wide);
   Tensor grad_v = empty_or_none(theta, need_parameters, {d}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
-    const std::vector<A> factors = effective<A>(theta, v);
+    const std::vector<double> factors = effective<A>(theta, v);
     const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad, wide));
     const A* g = static_cast<const A*>(incoming.const_data_ptr());
-    const A *w = static_cast<const A*>(weights.const_data_ptr()), *b = static_cast<const A*>(pooled.const_data_ptr());
-    std::vector<A> score(n * teachers);  // dL/dgamma
-    for (int64_t i = 0; i < n; ++i) {
-      A inner = 0;
-      for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[i * teachers + t];
-      for (int64_t t = 0; t < teachers; ++t)
-        score[i * teachers + t] = w[i * teachers + t] * (g[i * teachers + t] - inner);
-    }
+    const A* b = static_cast<const A*>(pooled.const_data_ptr());
+    std::vector<double> score(n * teachers);  // dL/dgamma
+    torch::stable::parallel_for(0, n, grain(d * teachers), [&](int64_t begin, int64_t end) {
+      std::vector<double> w(teachers);
+      vectorized([&] AMTML_BODY() {
+        for (int64_t i = begin; i < end; ++i) {
+          weigh(factors.data(), b + i * d, teachers, d, w.data());
+          double inner = 0;
+          for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[t];
+          for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[t] * (g[i * teachers + t] - inner);
+        }
+      });
+    });
     if (need_parameters) {
       const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
       const A *a = static_cast<const A*>(th.const_data_ptr()), *scale = static_cast<const A*>(vv.const_data_ptr());
@@ -219,23 +233,22 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
           std::memset(static_cast<void*>(dx + begin), 0, (end - begin) * sizeof(T));
         });
       }
-      torch::stable::parallel_for(0, n, grain(d * (use_max ? teachers : map.pixels())),
-                                  [&](int64_t begin, int64_t end) {
-                                    for (int64_t i = begin; i < end; ++i) {
-                                      for (int64_t c = 0; c < d; ++c) {
-                                        A db = 0;
-                                        for (int64_t t = 0; t < teachers; ++t)
-                                          db += score[i * teachers + t] * factors[t * d + c];
-                                        T* plane = dx + i * out.sn + c * out.sc;
-                                        if (use_max) {
-                                          plane[out.offset(at[i * d + c])] = static_cast<T>(db);
-                                        } else {
-                                          const T even = static_cast<T>(db / static_cast<A>(map.pixels()));
-                                          for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
-                                        }
-                                      }
-                                    }
-                                  });
+      torch::stable::parallel_for(
+          0, n, grain(d * (use_max ? teachers : map.pixels())), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+              for (int64_t c = 0; c < d; ++c) {
+                double db = 0;
+                for (int64_t t = 0; t < teachers; ++t) db += score[i * teachers + t] * factors[t * d + c];
+                T* plane = dx + i * out.sn + c * out.sc;
+                if (use_max) {
+                  plane[out.offset(at[i * d + c])] = static_cast<T>(static_cast<A>(db));
+                } else {
+                  const T even = static_cast<T>(static_cast<A>(db / static_cast<double>(map.pixels())));
+                  for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
+                }
+              }
+            }
+          });
     });
   });
   return {grad_features, grad_theta, grad_v};
