@@ -1,7 +1,14 @@
 """Fast multi-teacher knowledge distillation: fused losses for your own loop, and a trainer around them."""
 
 from amtml_fast.backend import backends, use_backend
-from amtml_fast.functional import angle_loss, dual_softmax, hint_loss, multi_teacher_kd_loss, teacher_weights
+from amtml_fast.functional import (
+    angle_loss,
+    dual_softmax,
+    hint_loss,
+    multi_teacher_kd_loss,
+    rkd_distance_loss,
+    teacher_weights,
+)
 from amtml_fast.losses import (
     AMTMLLoss,
     AMTMLOutput,
@@ -9,6 +16,7 @@ from amtml_fast.losses import (
     DualSoftmax,
     MultiGroupHintLoss,
     MultiTeacherKDLoss,
+    RKDDistanceLoss,
     TeacherAdapter,
 )
 from amtml_fast.version import __version__
@@ -20,6 +28,7 @@ __all__ = [
     "DualSoftmax",
     "MultiGroupHintLoss",
     "MultiTeacherKDLoss",
+    "RKDDistanceLoss",
     "TeacherAdapter",
     "__version__",
     "angle_loss",
@@ -27,6 +36,7 @@ __all__ = [
     "dual_softmax",
     "hint_loss",
     "multi_teacher_kd_loss",
+    "rkd_distance_loss",
     "teacher_weights",
     "use_backend",
 ]

@@ -1,15 +1,16 @@
-"""One autograd.Function per operator, over the raw ops: the cheapest route from a kernel to ``backward``.
+"""One autograd.Function per operator, and one for the whole loss, over the raw ops: the cheapest route to ``backward``.
 
-Float32 and float64 gradients are written by the forward kernel, next to the value, and only multiplied in backward.
-16-bit inputs recompute them in backward from saved row statistics, so that they are rounded once, after the incoming
-gradient (and a loss scale with it) has been applied.
+Float32 and float64 gradients are written by the forward kernel, next to the value, and only multiplied in backward: in
+place where the graph is not kept, so that a second backward still finds what it needs. 16-bit inputs recompute them in
+backward from saved row statistics, so that they are rounded once, after the incoming gradient (and a loss scale with
+it) has been applied.
 
 Arguments ``need_*`` are decided by the caller: inside ``forward`` grad mode is always off.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +91,15 @@ def _asked(grad: Tensor | None, needed: bool) -> Tensor | None:
     return grad if needed else None
 
 
+def _scaled(grad: Tensor, by: Tensor) -> Tensor:
+    """``grad * by`` of a gradient that forward has saved, without a second buffer where no second backward can come."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * by
+    if type(by) is Tensor and by.device.type == "cpu" and by.dim() == 0 and by.item() == 1:
+        return grad
+    return grad.mul_(by)
+
+
 class TeacherWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> Tensor:
@@ -144,8 +154,9 @@ class MultiTeacherKD(torch.autograd.Function):
         need_student, need_weights = ctx.needs
         if ctx.in_forward:
             saved = _saved(ctx)
-            scale = 0 if grad_loss is None else grad_loss.unsqueeze(-1)  # a scalar, or one value a row
-            grad_student, grad_weights = (g * scale if needed else None for g, needed in zip(saved, ctx.needs))
+            scale = saved[0].new_zeros(()) if grad_loss is None else grad_loss
+            scale = scale.unsqueeze(-1) if scale.dim() else scale  # one value a row
+            grad_student, grad_weights = (_scaled(g, scale) if needed else None for g, needed in zip(saved, ctx.needs))
         else:
             student, weights, labels, stats, *teachers = _saved(ctx)
             if grad_loss is None:
@@ -188,9 +199,156 @@ class Angle(torch.autograd.Function):
             student, teacher, row_mask = _saved(ctx)
             grads = ops.angle_bwd.default(grad_loss, student, teacher, row_mask, ctx.delta, ctx.eps, *ctx.needs)
         else:
-            grads = [g * grad_loss if needed else g for g, needed in zip(_saved(ctx), ctx.needs)]
+            grads = [_scaled(g, grad_loss) if needed else g for g, needed in zip(_saved(ctx), ctx.needs)]
         out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
         return *out, None, None, None, None, None, None
+
+
+class Distance(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        delta: float,
+        eps: float,
+        reduction: str,
+        need_student: bool,
+        need_teacher: bool,
+    ) -> Tensor:
+        ctx.needs = need_student, need_teacher
+        loss, *grads = ops.distance_fwd.default(student, teacher, delta, eps, reduction, *ctx.needs)
+        ctx.dtypes = student.dtype, teacher.dtype
+        _save(ctx, *grads, student, teacher)
+        return loss
+
+    @staticmethod
+    @_first_order("rkd_distance_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        grads = zip(_saved(ctx), ctx.dtypes, ctx.needs)
+        out = [_scaled(g, grad_loss).to(dtype) if needed else None for g, dtype, needed in grads]
+        return *out, None, None, None, None, None
+
+
+class Objective(NamedTuple):
+    """What ``WholeLoss`` adds up; ``kd`` are the settings of ``multi_teacher_kd_fwd`` after its tensors."""
+
+    kd: tuple
+    max_pool: bool
+    angle_weight: float
+    delta: float
+    eps: float
+    angle_trains_weights: bool
+    regularizer_weight: float
+    needs: tuple[bool, bool]  # a gradient to the student, and to whatever makes the weights
+
+
+class WholeLoss(torch.autograd.Function):
+    """Teacher weights, distillation, angle loss and regulariser as one node of the graph.
+
+    The weights come from ``features``, ``theta`` and ``v``, or are given (then those three are None, and so is the
+    regulariser). ``divisor`` divides the kd term. Returns loss, kd, ce, kl, angle, regularizer, weights: the loss alone
+    is differentiable. The soft targets of the distillation pass go straight into the angle loss.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor | None,
+        theta: Tensor | None,
+        v: Tensor | None,
+        weights: Tensor | None,
+        student: Tensor,
+        labels: Tensor | None,
+        row_mask: Tensor | None,
+        divisor: Tensor | int | None,
+        objective: Objective,
+        *teachers: Tensor,
+    ) -> tuple[Tensor, ...]:
+        need_student, need_weights = objective.needs
+        pooled = index = grad_probs = grad_targets = None
+        if features is not None:
+            wide = wide_dtype(features, theta, v)
+            factors = theta.to(wide), v.to(wide)  # type: ignore[union-attr]
+            weights, pooled, index = ops.teacher_weights_fwd.default(_as_map(features), *factors, objective.max_pool)
+        with_angle = objective.angle_weight != 0
+        row_weights = weights.to(wide_dtype(student, *teachers, weights))  # type: ignore[union-attr]
+        loss, ce, kl, probs, targets, stats, _, _ = ops.multi_teacher_kd_fwd.default(
+            student, teachers, row_weights, labels, *objective.kd, False, False, with_angle
+        )
+        if divisor is not None:
+            loss, ce, kl = loss / divisor, ce / divisor, kl / divisor
+        kd, angle, regularizer = loss, loss.new_zeros(()), loss.new_zeros(())
+        if with_angle:
+            need_targets = need_weights and objective.angle_trains_weights
+            angle, grad_probs, grad_targets = ops.angle_fwd.default(
+                probs, targets, row_mask, objective.delta, objective.eps, "mean", need_student, need_targets
+            )
+            grad_probs, grad_targets = _asked(grad_probs, need_student), _asked(grad_targets, need_targets)
+            loss = torch.add(kd, angle, alpha=objective.angle_weight)
+        if theta is not None and v is not None and objective.regularizer_weight != 0:
+            regularizer = v.square().sum() + theta.square().sum()
+            loss = torch.add(loss, regularizer, alpha=objective.regularizer_weight)
+        if loss is kd:
+            loss = kd.clone()
+        ctx.objective, ctx.divisor = objective, divisor
+        if features is None:  # it is the caller's, who has it
+            weights = loss.new_empty(0)
+        ctx.mark_non_differentiable(kd, ce, kl, angle, regularizer, weights)
+        ctx.set_materialize_grads(False)
+        made = (pooled, index, stats, grad_probs, grad_targets, row_weights)
+        _save(ctx, features, theta, v, *made, student, labels, *teachers)
+        return loss, kd, ce, kl, angle, regularizer, weights  # type: ignore[return-value]
+
+    @staticmethod
+    @_first_order("AMTMLLoss")
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple:
+        fixed = (None,) * (len(ctx.needs_input_grad) - 5)
+        if grad is None:
+            return None, None, None, None, None, *fixed
+        features, theta, v, *made, student, labels = _saved(ctx)[:11]
+        pooled, index, stats, grad_probs, grad_targets, weights = made
+        teachers = _saved(ctx)[11:]
+        objective: Objective = ctx.objective
+        need_student, need_weights = objective.needs
+        angle_grad = grad * objective.angle_weight
+        grad_student, grad_weights = ops.multi_teacher_kd_bwd.default(
+            grad if ctx.divisor is None else grad / ctx.divisor,
+            None if grad_probs is None else grad_probs * angle_grad,
+            None if grad_targets is None else grad_targets * angle_grad,
+            student, teachers, weights, labels, stats, *objective.kd, need_student, need_weights,
+        )  # fmt: skip
+        if features is None:
+            needed = ctx.needs_input_grad[3]
+            return None, None, None, _asked(grad_weights, needed), _asked(grad_student, need_student), *fixed
+        need_features, need_theta, need_v = ctx.needs_input_grad[:3]
+        grad_features = grad_theta = grad_v = None
+        if need_weights:
+            wide = pooled.dtype
+            maps = _as_map(features)
+            grad_features, grad_theta, grad_v = ops.teacher_weights_bwd.default(
+                grad_weights, maps, theta.to(wide), v.to(wide), pooled, index, objective.max_pool,
+                need_features, need_theta or need_v,
+            )  # fmt: skip
+            decay = 2 * objective.regularizer_weight
+            if decay != 0 and (need_theta or need_v):
+                grad_theta, grad_v = (
+                    torch.addcmul(g, p, grad, value=decay) for g, p in ((grad_theta, theta), (grad_v, v))
+                )
+            grad_theta, grad_v = grad_theta.to(theta.dtype), grad_v.to(v.dtype)
+            grad_features = grad_features.reshape(features.shape) if need_features else None
+        return (
+            grad_features,
+            _asked(grad_theta, need_theta),
+            _asked(grad_v, need_v),
+            None,
+            _asked(grad_student, need_student),
+            *fixed,
+        )
+
+
+def _as_map(features: Tensor) -> Tensor:
+    return features if features.dim() == 4 else features[:, :, None, None]
 
 
 class HintPool(torch.autograd.Function):
@@ -219,7 +377,7 @@ class HintMSE(torch.autograd.Function):
     @_first_order("hint_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         difference, *_ = _saved(ctx)
-        grad = difference * grad_loss
+        grad = _scaled(difference, grad_loss)
         need_prediction, need_target, _ = ctx.needs_input_grad
         return (
             grad.to(ctx.dtypes[0]) if need_prediction else None,

@@ -47,6 +47,37 @@ def same_shape(function: str, name: str, value: Tensor, like_name: str, like: Te
         raise ValueError(f"{function}: {name} must be {shape(like)} like {like_name}, got {shape(value)}")
 
 
+def two_sides(function: str, student: Tensor, teacher: Tensor) -> None:
+    """Rows of a relational loss."""
+    tensor(function, "student", student)
+    tensor(function, "teacher", teacher)
+    if student.dim() != 2:
+        raise ValueError(f"{function}: student must be [N, C], got {shape(student)}")
+    if teacher.dim() != 2 or teacher.shape[0] != student.shape[0]:
+        raise ValueError(f"{function}: teacher must be [{student.shape[0]}, C] like student, got {shape(teacher)}")
+    same_device(function, "teacher", teacher, "student", student)
+
+
+def adapter_arguments(function: str, features: Tensor, theta: Tensor, v: Tensor, pool: str) -> None:
+    tensor(function, "features", features)
+    if features.dim() not in (2, 4):
+        raise ValueError(f"{function}: features must be [N, d, H, W] or [N, d], got {shape(features)}")
+    if features.dim() == 4 and 0 in features.shape[2:]:
+        raise ValueError(f"{function}: features must have at least one pixel, got {shape(features)}")
+    channels = features.shape[1]
+    tensor(function, "theta", theta)
+    if theta.dim() != 2 or theta.shape[0] < 1 or theta.shape[1] != channels:
+        raise ValueError(
+            f"{function}: theta must be [T, {channels}] for features {shape(features)}, got {shape(theta)}"
+        )
+    tensor(function, "v", v)
+    if v.shape != (channels,):
+        raise ValueError(f"{function}: v must be [{channels}] like the columns of theta, got {shape(v)}")
+    one_of(function, "pool", pool, ("max", "avg"))
+    same_device(function, "theta", theta, "features", features)
+    same_device(function, "v", v, "features", features)
+
+
 def kd_arguments(
     function: str,
     student_logits: Tensor,
@@ -104,6 +135,15 @@ def kd_arguments(
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
     return rows, classes, teachers
+
+
+def weights_shape(function: str, got: tuple[int, ...], rows: int, teachers: int) -> None:
+    """The shape of an adapter's weights."""
+    if got != (rows, teachers):
+        raise ValueError(
+            f"{function}: the adapter must give weights [{rows}, {teachers}] for {rows} rows and {teachers} teachers, "
+            f"got {list(got)}"
+        )
 
 
 def num_items(function: str, num_items_in_batch: int | Tensor, reduction: str) -> None:

@@ -16,6 +16,7 @@ from amtml_fast.reference import KDTerms, wide_dtype
 MODES = ("mixture", "sum")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 ANGLE_REDUCTIONS = ("mean", "distinct", "sum", "none")
+DISTANCE_REDUCTIONS = ("mean", "distinct", "sum")
 DUAL_MODES = ("sequential", "product")
 
 
@@ -41,24 +42,7 @@ def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "
     Raises:
         ValueError, TypeError: a shape, dtype, device or ``pool`` that does not fit.
     """
-    name = "teacher_weights"
-    checks.tensor(name, "features", features)
-    if features.dim() not in (2, 4):
-        raise ValueError(f"{name}: features must be [N, d, H, W] or [N, d], got {checks.shape(features)}")
-    if features.dim() == 4 and 0 in features.shape[2:]:
-        raise ValueError(f"{name}: features must have at least one pixel, got {checks.shape(features)}")
-    channels = features.shape[1]
-    checks.tensor(name, "theta", theta)
-    if theta.dim() != 2 or theta.shape[0] < 1 or theta.shape[1] != channels:
-        raise ValueError(
-            f"{name}: theta must be [T, {channels}] for features {checks.shape(features)}, got {checks.shape(theta)}"
-        )
-    checks.tensor(name, "v", v)
-    if v.shape != (channels,):
-        raise ValueError(f"{name}: v must be [{channels}] like the columns of theta, got {checks.shape(v)}")
-    checks.one_of(name, "pool", pool, ("max", "avg"))
-    checks.same_device(name, "theta", theta, "features", features)
-    checks.same_device(name, "v", v, "features", features)
+    checks.adapter_arguments("teacher_weights", features, theta, v, pool)
     if backend.choose("teacher_weights", features) == "reference":
         return reference.teacher_weights(features, theta, v, pool=pool)
     wide = wide_dtype(features, theta, v)
@@ -186,17 +170,8 @@ def multi_teacher_kd(
         )
     if weights is not None:
         weights = weights.to(wide_dtype(student, *teachers, weights)).expand(student.shape[0], -1)
-    ce_weight, kl_weight = (0.0, 1.0) if labels is None else (1.0 - alpha, float(alpha))
-    kl_scale = float(temperature) ** 2 if t2_scale else 1.0
-    settings = (
-        float(temperature),
-        ce_weight,
-        kl_weight,
-        kl_scale,
-        mode,
-        reduction,
-        ignore_index,
-        float(label_smoothing),
+    settings = _kd_settings(
+        temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing, labels is not None
     )
     return KDTerms(
         *autograd.run(
@@ -212,6 +187,69 @@ def multi_teacher_kd(
             *teachers,
         )
     )
+
+
+def whole_loss(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    labels: Tensor | None,
+    features: Tensor | None,
+    theta: Tensor | None,
+    v: Tensor | None,
+    weights: Tensor | None,
+    divisor: int | Tensor | None,
+    *,
+    max_pool: bool,
+    temperature: float,
+    alpha: float,
+    mode: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    angle_weight: float,
+    delta: float,
+    angle_trains_weights: bool,
+    regularizer_weight: float,
+) -> tuple[Tensor, ...]:
+    """``AMTMLLoss`` without hints on checked rows, as one node of the graph: see ``autograd.WholeLoss``. Not public."""
+    kd = _kd_settings(temperature, alpha, mode, reduction, True, ignore_index, label_smoothing, labels is not None)
+    needs = _needs_grad(student), _needs_grad(features, theta, v, weights)
+    objective = autograd.Objective(
+        kd,
+        max_pool,
+        float(angle_weight),
+        float(delta),
+        1e-12,
+        angle_trains_weights,
+        float(regularizer_weight),
+        needs,
+    )
+    labels = None if labels is None else labels.long()
+    row_mask = None if labels is None or angle_weight == 0 else labels != ignore_index
+    tensors = (features, theta, v, weights, student, labels, row_mask, divisor)
+    return autograd.run(autograd.WholeLoss, any(needs), *tensors, objective, *teachers)
+
+
+def whole_loss_is_fused(student: Tensor) -> bool:
+    """Whether one backend has compiled kernels for every part of the whole loss here."""
+    chosen = {backend.choose(op, student) for op in ("teacher_weights", "multi_teacher_kd", "angle")}
+    return len(chosen) == 1 and "reference" not in chosen
+
+
+def _kd_settings(
+    temperature: float,
+    alpha: float,
+    mode: str,
+    reduction: str,
+    t2_scale: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    labelled: bool,
+) -> tuple:
+    """The scalars of ``multi_teacher_kd_fwd``, in its order."""
+    ce_weight, kl_weight = (1.0 - alpha, float(alpha)) if labelled else (0.0, 1.0)
+    kl_scale = float(temperature) ** 2 if t2_scale else 1.0
+    return float(temperature), ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, float(label_smoothing)
 
 
 def angle_loss(
@@ -235,14 +273,7 @@ def angle_loss(
     Raises:
         ValueError, TypeError: an argument that does not fit; nothing is computed then.
     """
-    name = "angle_loss"
-    checks.tensor(name, "student", student)
-    checks.tensor(name, "teacher", teacher)
-    if student.dim() != 2:
-        raise ValueError(f"{name}: student must be [N, C], got {checks.shape(student)}")
-    if teacher.dim() != 2 or teacher.shape[0] != student.shape[0]:
-        raise ValueError(f"{name}: teacher must be [{student.shape[0]}, C] like student, got {checks.shape(teacher)}")
-    checks.same_device(name, "teacher", teacher, "student", student)
+    checks.two_sides("angle_loss", student, teacher)
     return angle(student, teacher, None, delta=delta, reduction=reduction, eps=eps)
 
 
@@ -266,6 +297,37 @@ def angle(
     return autograd.run(
         autograd.Angle, any(needs), student, teacher, row_mask, float(delta), float(eps), reduction, *needs
     )
+
+
+def rkd_distance_loss(
+    student: Tensor, teacher: Tensor, *, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12
+) -> Tensor:
+    """Distance loss of Relational Knowledge Distillation (Park et al. 2019, Eq 4-6)::
+
+        psi(i, j) = |x_i - x_j| / mean of |x_a - x_b| over all pairs a != b
+        loss = sum_ij huber_delta(psi_student - psi_teacher)
+
+    Args:
+        student, teacher: [N, C] rows; widths may differ.
+        delta: > 0, where the Huber loss turns linear.
+        reduction: ``"mean"`` over N^2, ``"distinct"`` over N (N-1), or ``"sum"``.
+        eps: a pair closer than this is degenerate: its psi is 0, with gradient 0, and it is left out of the mean.
+
+    Returns:
+        Scalar; float32 (float64 if an input is). 0 where there is no pair. Gradients flow to both sides.
+
+    Raises:
+        ValueError, TypeError: an argument that does not fit; nothing is computed then.
+    """
+    name = "rkd_distance_loss"
+    checks.two_sides(name, student, teacher)
+    checks.number(name, "delta", delta, 0, float("inf"), above=True)
+    checks.number(name, "eps", eps, 0, float("inf"))
+    checks.one_of(name, "reduction", reduction, DISTANCE_REDUCTIONS)
+    if backend.choose("distance", student) == "reference":
+        return reference.rkd_distance_loss(student, teacher, delta=delta, reduction=reduction, eps=eps)
+    needs = _needs_grad(student), _needs_grad(teacher)
+    return autograd.run(autograd.Distance, any(needs), student, teacher, float(delta), float(eps), reduction, *needs)
 
 
 def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, normalize: bool = False) -> Tensor:
@@ -307,6 +369,13 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, norma
     height, width = (min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:]))
     prediction = reference.hint_conv(_hint_pool(student_map, height, width, normalize), weight)
     target = _hint_pool(teacher_map, height, width, normalize)
+    return hint_mse(prediction, target)
+
+
+def hint_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of two tensors of one shape; 0 where they are empty. Not public."""
+    if backend.choose("hint", prediction) == "reference":
+        return reference.hint_mse(prediction, target)
     needs_grad = _needs_grad(prediction, target)
     return autograd.run(autograd.HintMSE, needs_grad, prediction, target, needs_grad)
 

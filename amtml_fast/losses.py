@@ -109,6 +109,20 @@ class AngleLoss(nn.Module):
         return f"delta={self.delta}, reduction={self.reduction!r}, eps={self.eps}"
 
 
+class RKDDistanceLoss(nn.Module):
+    """Module form of ``rkd_distance_loss``."""
+
+    def __init__(self, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12):
+        super().__init__()
+        self.delta, self.reduction, self.eps = delta, reduction, eps
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return functional.rkd_distance_loss(student, teacher, delta=self.delta, reduction=self.reduction, eps=self.eps)
+
+    def extra_repr(self) -> str:
+        return f"delta={self.delta}, reduction={self.reduction!r}, eps={self.eps}"
+
+
 class DualSoftmax(nn.Module):
     """Module form of ``dual_softmax``."""
 
@@ -318,49 +332,113 @@ class AMTMLLoss(nn.Module):
                 f"got hints={'none' if self.hints is None else 'given'}, student_maps={'given' if given[0] else None}, "
                 f"teacher_maps={'given' if given[1] else None}"
             )
-        weights = self.adapter(features)
+        gather = self.gather_angle and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         rows, classes, teachers = checks.kd_arguments(
-            name, student_logits, teacher_logits, weights, labels, self.ignore_index
+            name, student_logits, teacher_logits, None, labels, self.ignore_index
         )
         if num_items_in_batch is not None:
             checks.num_items(name, num_items_in_batch, self.reduction)
-        labels = None if labels is None else labels.reshape(rows)
-        terms = functional.multi_teacher_kd(
-            student_logits.reshape(rows, classes),
-            [t.reshape(rows, classes) for t in teachers],
-            weights.reshape(rows, len(teachers)),
+        student = student_logits.reshape(rows, classes)
+        teachers = [t.reshape(rows, classes) for t in teachers]
+        if labels is not None:
+            labels = labels.reshape(rows)
+            if checks.values_are_free(labels):
+                checks.label_values(name, labels, classes, self.ignore_index)
+        if functional.whole_loss_is_fused(student) and not gather:
+            out = self._fused(student, teachers, labels, features, num_items_in_batch)
+        else:
+            out = self._composed(student, teachers, labels, features, num_items_in_batch, gather)
+        if self.hints is None:
+            return out
+        hint = self.hints(student_maps, teacher_maps)
+        return out._replace(loss=out.loss + self.hint_weight * hint, hint=hint.detach())
+
+    def _fused(
+        self,
+        student: Tensor,
+        teachers: list[Tensor],
+        labels: Tensor | None,
+        features: Tensor,
+        divisor: int | Tensor | None,
+    ) -> AMTMLOutput:
+        """One node of the graph over the kernels."""
+        adapter = self.adapter
+        plain = _is_plain(adapter)
+        if plain:
+            checks.adapter_arguments("teacher_weights", features, adapter.theta, adapter.v, adapter.pool)
+            checks.weights_shape(
+                "AMTMLLoss", (features.shape[0], adapter.theta.shape[0]), student.shape[0], len(teachers)
+            )
+            tensors: tuple[Any, ...] = (features, adapter.theta, adapter.v, None)
+        else:
+            tensors = (None, None, None, self._weights(features, student.shape[0], len(teachers)))
+        loss, kd, ce, kl, angle, regularizer, weights = functional.whole_loss(
+            student,
+            teachers,
             labels,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            mode=self.mode,
-            reduction=self.reduction if num_items_in_batch is None else "sum",
-            t2_scale=True,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            need_probs=self.angle_weight != 0,
+            *tensors,
+            divisor,
+            max_pool=plain and adapter.pool == "max",
+            regularizer_weight=self.regularizer_weight if plain else 0.0,
+            angle_weight=self.angle_weight,
+            delta=self.delta,
+            angle_trains_weights=self.angle_trains_weights,
+            **self._kd_options(divisor),
         )
+        if not plain:
+            weights = tensors[3].detach()
+            if self.regularizer_weight != 0:
+                term = adapter.regularizer()
+                loss, regularizer = loss + self.regularizer_weight * term, term.detach()
+        return AMTMLOutput(loss, kd, ce, kl, angle, kd.new_zeros(()), regularizer, weights)
+
+    def _composed(
+        self,
+        student: Tensor,
+        teachers: list[Tensor],
+        labels: Tensor | None,
+        features: Tensor,
+        divisor: int | Tensor | None,
+        gather: bool,
+    ) -> AMTMLOutput:
+        """From the single operators: what the reference backend does, and what a gathered angle loss needs."""
+        weights = self._weights(features, student.shape[0], len(teachers))
+        terms = functional.multi_teacher_kd(
+            student, teachers, weights, labels, t2_scale=True, need_probs=self.angle_weight != 0, **self._kd_options(divisor)
+        )  # fmt: skip
         kd, ce, kl = terms.loss, terms.ce, terms.kl
-        if num_items_in_batch is not None:
-            kd, ce, kl = kd / num_items_in_batch, ce / num_items_in_batch, kl / num_items_in_batch
+        if divisor is not None:
+            kd, ce, kl = kd / divisor, ce / divisor, kl / divisor
         loss = kd
         angle, hint, regularizer = kd.detach().new_zeros(3).unbind()
         if self.angle_weight != 0:
             row_mask = None if labels is None else labels != self.ignore_index
-            angle = self._angle(terms.student_probs, terms.soft_targets, row_mask)
+            angle = self._angle(terms.student_probs, terms.soft_targets, row_mask, gather)
             loss = loss + self.angle_weight * angle
-        if self.hints is not None:
-            hint = self.hints(student_maps, teacher_maps)
-            loss = loss + self.hint_weight * hint
         if self.regularizer_weight != 0:
             regularizer = self.adapter.regularizer()
             loss = loss + self.regularizer_weight * regularizer
-        parts = (t.detach() for t in (kd, ce, kl, angle, hint, regularizer, weights))
-        return AMTMLOutput(loss, *parts)
+        return AMTMLOutput(loss, *(t.detach() for t in (kd, ce, kl, angle, hint, regularizer, weights)))
 
-    def _angle(self, student_probs: Tensor, soft_targets: Tensor, row_mask: Tensor | None) -> Tensor:
+    def _weights(self, features: Tensor, rows: int, teachers: int) -> Tensor:
+        weights = self.adapter(features)
+        checks.weights_shape("AMTMLLoss", tuple(weights.shape), rows, teachers)
+        return weights
+
+    def _kd_options(self, divisor: int | Tensor | None) -> dict[str, Any]:
+        return dict(
+            temperature=self.temperature,
+            alpha=self.alpha,
+            mode=self.mode,
+            reduction=self.reduction if divisor is None else "sum",
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def _angle(self, student_probs: Tensor, soft_targets: Tensor, row_mask: Tensor | None, gather: bool) -> Tensor:
         if not self.angle_trains_weights:
             soft_targets = soft_targets.detach()
-        if self.gather_angle and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if gather:
             _check_same_everywhere(student_probs, row_mask)
             student_probs, soft_targets = _gather_rows(student_probs), _gather_rows(soft_targets)
             row_mask = None if row_mask is None else _gather_rows(row_mask)
@@ -371,6 +449,15 @@ class AMTMLLoss(nn.Module):
             f"temperature={self.temperature}, alpha={self.alpha}, mode={self.mode!r}, angle_weight={self.angle_weight}, "
             f"hint_weight={self.hint_weight}, regularizer_weight={self.regularizer_weight}, reduction={self.reduction!r}"
         )
+
+
+def _is_plain(adapter: nn.Module) -> bool:
+    """A TeacherAdapter whose call does nothing but ``teacher_weights``: no own forward, no hook, no parametrization."""
+    return (
+        type(adapter) is TeacherAdapter
+        and not (adapter._forward_hooks or adapter._forward_pre_hooks or adapter._backward_hooks)
+        and not adapter._backward_pre_hooks
+    )
 
 
 class _GatherRows(torch.autograd.Function):

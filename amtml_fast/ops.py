@@ -33,6 +33,9 @@ SCHEMAS = {
     "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor, Tensor)",
     "angle_bwd": "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? row_mask, float delta, float eps, "
     "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor)",
+    # loss and its gradients
+    "distance_fwd": "(Tensor student, Tensor teacher, float delta, float eps, str reduction, "
+    "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor, Tensor)",
     # pooled [N, c, height, width], norms [N, H, W] (if normalised)
     "hint_pool_fwd": "(Tensor feature_map, int height, int width, bool normalize) -> (Tensor, Tensor)",
     "hint_pool_bwd": "(Tensor grad, Tensor feature_map, Tensor norms, bool normalize) -> Tensor",
@@ -91,7 +94,7 @@ def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, s
     )
 
 
-def _angle_grads(student, teacher, need_student_grad, need_teacher_grad):
+def _pair_grads(student, teacher, need_student_grad, need_teacher_grad):
     wide = wide_dtype(student, teacher)
     return (
         _empty(student, need_student_grad, student.shape, wide),
@@ -103,12 +106,18 @@ def _angle_grads(student, teacher, need_student_grad, need_teacher_grad):
 def _(student, teacher, row_mask, delta, eps, reduction, need_student_grad, need_teacher_grad):
     none = reduction == "none"
     loss = student.new_empty(student.shape[:1] if none else (), dtype=wide_dtype(student, teacher))
-    return loss, *_angle_grads(student, teacher, need_student_grad and not none, need_teacher_grad and not none)
+    return loss, *_pair_grads(student, teacher, need_student_grad and not none, need_teacher_grad and not none)
 
 
 @torch.library.register_fake("amtml::angle_bwd")
 def _(grad_loss, student, teacher, row_mask, delta, eps, need_student_grad, need_teacher_grad):
-    return _angle_grads(student, teacher, need_student_grad, need_teacher_grad)
+    return _pair_grads(student, teacher, need_student_grad, need_teacher_grad)
+
+
+@torch.library.register_fake("amtml::distance_fwd")
+def _(student, teacher, delta, eps, reduction, need_student_grad, need_teacher_grad):
+    loss = student.new_empty((), dtype=wide_dtype(student, teacher))
+    return loss, *_pair_grads(student, teacher, need_student_grad, need_teacher_grad)
 
 
 @torch.library.register_fake("amtml::hint_pool_fwd")

@@ -187,6 +187,26 @@ def _at_least_one(count: int | Tensor) -> int | Tensor:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
 
+def rkd_distance_loss(
+    student: Tensor, teacher: Tensor, *, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12
+) -> Tensor:
+    """RKD's distance loss: distances over their mean, compared pair by pair. student, teacher [N, C] -> scalar."""
+    dtype = wide_dtype(student, teacher)
+    psi = [_normalized_distances(x.to(dtype), eps) for x in (student, teacher)]
+    total = F.huber_loss(psi[0], psi[1], delta=delta, reduction="sum")
+    n = len(student)
+    return total / {"mean": max(n**2, 1), "distinct": max(n * (n - 1), 1), "sum": 1}[reduction]
+
+
+def _normalized_distances(x: Tensor, eps: float) -> Tensor:
+    """[N, N] distances over the mean of those that are not degenerate (<= eps), which are 0 with gradient 0."""
+    squared = (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
+    regular = ~(squared.double() <= eps * eps)  # NaN is not degenerate: it stays NaN
+    distance = squared.masked_fill(~regular, 1).sqrt().masked_fill(~regular, 0)
+    mean = distance.sum() / _at_least_one(regular.sum())
+    return distance / mean.masked_fill(~regular.any(), 1)
+
+
 def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, normalize: bool = False) -> Tensor:
     """Eq 11 for one teacher: ``mean (u - F(v))^2`` with ``F`` the 1x1 convolution ``weight`` [c_t, c_s]."""
     size = [min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:])]

@@ -162,6 +162,16 @@ CASES = {
             lambda s, n, c: 4 * s * n * c,
         ),
         Case(
+            "distance",
+            functional.rkd_distance_loss,
+            reference.rkd_distance_loss,
+            _angle,
+            # n, C: empty; no pair; one pair; one width; less and more than a vector; several threads; wide
+            ((0, 3), (1, 3), (2, 3), (3, 1), (7, 5), (67, 10), (150, 20), (19, 300)),
+            ({}, {"reduction": "sum", "delta": 0.1}, {"reduction": "distinct", "eps": 0.0}),
+            lambda s, n, c: 4 * s * n * c,
+        ),
+        Case(
             "hint",
             functional.hint_loss,
             reference.hint_loss,

@@ -43,6 +43,9 @@ void dispatch(ScalarType dtype, const char* op, F&& run) {
   }
 }
 
+template <class A>
+constexpr ScalarType dtype_of = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
 // Calls run(A{}) with A float or double.
 template <class F>
 void dispatch_wide(ScalarType wide, F&& run) {

@@ -15,6 +15,7 @@ SMALL = {
     "teacher_weights": (3, 4, 2, 3, 2),
     "multi_teacher_kd": (6, 5, 3),
     "angle": (6, 4),
+    "distance": (6, 4),
     "hint": (2, 3, 4, 5, 2),
     "dual_softmax": (4, 6),
 }

@@ -14,6 +14,7 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
+constexpr int64_t kChunk = 1024;  // classes at a time after the exponentials: a chunk stays in the first-level cache
 
 struct Settings {
   double temperature, ce_weight, kl_weight, kl_scale;
@@ -42,30 +43,37 @@ struct Problem {
 inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 
 template <class A>
-struct Row {  // scratch of one thread
+struct Row {  // scratch of one thread: everything a row needs stays in cache until the row is done
   const Problem<A>& problem;
-  const bool keep_teachers;                                      // p_t of every teacher, not only their mixture
-  std::vector<A> student, teacher, log_q, q, q1, p, ratio, p_t;  // q1: softmax(z); ratio: log p - log q + 1
-  std::vector<A> kl_t, weight;
+  std::vector<A> student, e, e1;  // exp((z - max z) / tau), exp(z - max z)
+  std::vector<std::vector<A>> teacher, e_t;
+  std::vector<const A*> x;  // the teachers' logits
+  std::vector<A> weight, inverse, kl_t;
+  std::vector<double> dot;
+  std::vector<A> p, ratio, out;  // of one chunk
   const A* z = nullptr;
-  double log_sum1 = 0;      // of the student at temperature 1
-  double student_rest = 0;  // what rounding the student's log-sum to A cut off: it would bias every KL near 0
+  A total = 0;          // of the weights
+  A log_sum = 0;        // of the student at tau
+  double rest = 0;      // what rounding log_sum to A cut off: it would bias every KL near 0
+  double log_sum1 = 0;  // of the student at temperature 1
 
-  Row(const Problem<A>& pr, bool keep)
+  explicit Row(const Problem<A>& pr)
       : problem(pr),
-        keep_teachers(keep),
-        student(pr.classes),
-        teacher(pr.classes),
-        log_q(pr.classes),
-        q(pr.classes),
-        q1(pr.labels ? pr.classes : 0),
-        p(pr.classes),
-        ratio(pr.classes),
-        p_t(pr.classes * (keep ? pr.teachers : 1)),
+        student(pr.student.template in_place<A>() ? 0 : pr.classes),
+        e(pr.classes),
+        e1(pr.labels ? pr.classes : 0),
+        teacher(pr.teachers),
+        e_t(pr.teachers, std::vector<A>(pr.classes)),
+        x(pr.teachers),
+        weight(pr.teachers),
+        inverse(pr.teachers),
         kl_t(pr.teachers),
-        weight(pr.teachers) {}
-
-  A* teacher_probs(int64_t t) { return p_t.data() + (keep_teachers ? t * problem.classes : 0); }
+        dot(pr.teachers),
+        p(kChunk),
+        ratio(kChunk),
+        out(kChunk) {
+    for (int64_t t = 0; t < pr.teachers; ++t) teacher[t].resize(pr.teacher[t].template in_place<A>() ? 0 : pr.classes);
+  }
 };
 
 template <class A>
@@ -76,31 +84,18 @@ AMTML_INLINE A maximum(const A* z, int64_t n) {
   return m;
 }
 
-// e = exp((z - m) / tau), returns its sum; then e is divided by the sum.
+// e = exp((z - m) / tau); returns its sum.
 template <class A>
-AMTML_INLINE double softmax(const A* z, int64_t n, A m, A tau, A* e) {
-  const double sum = block_sum<A>(
-      n, [&](int64_t c) __attribute__((always_inline)) { return e[c] = exp_nonpositive((z[c] - m) / tau); });
-  const A inverse = static_cast<A>(1 / sum);
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) e[c] *= inverse;
-  return sum;
+AMTML_INLINE double exponentials(const A* z, int64_t n, A m, A per_tau, A* e) {
+  return block_sum<A>(
+      n, [&](int64_t c) __attribute__((always_inline)) { return e[c] = exp_nonpositive((z[c] - m) * per_tau); });
 }
 
-// The same from saved statistics.
+// The same where the sum is known already.
 template <class A>
-AMTML_INLINE void softmax_again(const A* z, int64_t n, A m, A inverse, A tau, A* e) {
+AMTML_INLINE void exponentials_again(const A* z, int64_t n, A m, A per_tau, A* e) {
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive((z[c] - m) / tau) * inverse;
-}
-
-// sum_c p (log p - log q) where p = 0 counts 0, with log p = (z - m) / tau - log_sum.
-template <class A>
-AMTML_INLINE double teacher_kl(const A* p, const A* z, int64_t n, A m, A log_sum, A tau, const A* log_q) {
-  return block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
-    const A term = p[c] * ((z[c] - m) / tau - log_sum - log_q[c]);
-    return p[c] == 0 ? A(0) : term;
-  });
+  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive((z[c] - m) * per_tau);
 }
 
 template <class A>
@@ -110,86 +105,61 @@ AMTML_INLINE A rounded(double value, double* rest) {
   return near;
 }
 
+// KL(p_t || q) where p_t = 0 counts 0.
+template <class A>
+AMTML_INLINE A teacher_kl(const Row<A>& row, int64_t t, const A* stats, double teacher_log_sum, A per_tau) {
+  const A *z = row.z, *x = row.x[t], *e = row.e_t[t].data();
+  const A m = stats[0], m_t = stats[3 + 2 * t], inverse = row.inverse[t], log_sum = row.log_sum;
+  double teacher_rest = 0;
+  const A log_sum_t = rounded<A>(teacher_log_sum, &teacher_rest);
+  const double sum = block_sum<A>(row.problem.classes, [&](int64_t c) __attribute__((always_inline)) {
+    const A term = e[c] * inverse * (((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum));
+    return e[c] == 0 ? A(0) : term;
+  });
+  return static_cast<A>(sum + row.rest - teacher_rest);
+}
+
 // Fills the scratch from row i. With `again` the statistics are read, else made.
 template <class A>
-AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again, bool need_kl_t) {
+AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
   const Problem<A>& pr = row.problem;
   const int64_t n = pr.classes;
-  const A tau = static_cast<A>(pr.set.temperature);
+  const A per_tau = static_cast<A>(1 / pr.set.temperature);
   const A* z = row.z = load_row(pr.student, i, n, row.student.data());
-  A *q = row.q.data(), *q1 = row.q1.data(), *log_q = row.log_q.data(), *p = row.p.data();
-  double log_sum_exact = 0;
+  double log_sum = 0;
   if (again) {
-    softmax_again(z, n, stats[0], stats[1], tau, q);
-    log_sum_exact = -std::log(static_cast<double>(stats[1]));
-    if (pr.labels) softmax_again(z, n, stats[0], stats[2], A(1), q1);
+    exponentials_again(z, n, stats[0], per_tau, row.e.data());
+    if (pr.labels) exponentials_again(z, n, stats[0], A(1), row.e1.data());
+    log_sum = -std::log(static_cast<double>(stats[1]));
   } else {
     stats[0] = maximum(z, n);
-    const double sum = softmax(z, n, stats[0], tau, q), sum1 = pr.labels ? softmax(z, n, stats[0], A(1), q1) : 1;
-    log_sum_exact = std::log(sum);
-    row.log_sum1 = std::log(sum1);
+    const double sum = exponentials(z, n, stats[0], per_tau, row.e.data());
+    const double sum1 = pr.labels ? exponentials(z, n, stats[0], A(1), row.e1.data()) : 1;
     stats[1] = static_cast<A>(1 / sum);
     stats[2] = static_cast<A>(1 / sum1);
+    log_sum = std::log(sum);
+    row.log_sum1 = std::log(sum1);
   }
-  const A m = stats[0], log_sum = rounded<A>(log_sum_exact, &row.student_rest);
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) {
-    log_q[c] = (z[c] - m) / tau - log_sum;
-    p[c] = 0;
-  }
+  row.log_sum = rounded<A>(log_sum, &row.rest);
+  row.total = 0;
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const A w = row.weight[t] = pr.weight(i, t);
-    const A* zt = load_row(pr.teacher[t], i, n, row.teacher.data());
-    A *pt = row.teacher_probs(t), *stat = stats + 3 + 2 * t;
-    double teacher_log_sum = 0, teacher_rest = 0;
+    const A* x = row.x[t] = load_row(pr.teacher[t], i, n, row.teacher[t].data());
+    A *e = row.e_t[t].data(), *stat = stats + 3 + 2 * t;
     if (again) {
-      softmax_again(zt, n, stat[0], stat[1], tau, pt);
-      teacher_log_sum = -std::log(static_cast<double>(stat[1]));
+      exponentials_again(x, n, stat[0], per_tau, e);
     } else {
-      stat[0] = maximum(zt, n);
-      const double sum = softmax(zt, n, stat[0], tau, pt);
-      stat[1] = static_cast<A>(1 / sum);
-      teacher_log_sum = std::log(sum);
+      stat[0] = maximum(x, n);
+      stat[1] = static_cast<A>(1 / exponentials(x, n, stat[0], per_tau, e));
     }
-    if (w == 0 && !(std::abs(stat[1]) < std::numeric_limits<A>::infinity())) std::fill_n(pt, n, A(0));  // 0 * NaN is 0
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) p[c] += w * pt[c];
-    if (need_kl_t) {
-      const A log_sum_t = rounded<A>(teacher_log_sum, &teacher_rest);
-      const double rest = row.student_rest - teacher_rest;
-      const A kl = static_cast<A>(teacher_kl(pt, zt, n, stat[0], log_sum_t, tau, log_q) + rest);
-      row.kl_t[t] = w == 0 && !(std::abs(kl) < std::numeric_limits<A>::infinity()) ? A(0) : kl;
-    }
+    row.total += w;
+    row.inverse[t] = stat[1];
+    const bool broken = !(std::abs(stat[1]) < std::numeric_limits<A>::infinity());
+    if (w == 0 && broken) std::fill_n(e, n, A(0)), row.inverse[t] = 0;  // 0 * NaN is 0
+    if (pr.set.mixture) continue;
+    const A kl = teacher_kl(row, t, stats, -std::log(static_cast<double>(stat[1])), per_tau);
+    row.kl_t[t] = w == 0 && !(std::abs(kl) < std::numeric_limits<A>::infinity()) ? A(0) : kl;
   }
-}
-
-// log p - log q + 1, and 0 where p is 0.
-template <class A>
-AMTML_INLINE void log_ratio(Row<A>& row) {
-  const A *p = row.p.data(), *log_q = row.log_q.data();
-  A* ratio = row.ratio.data();
-#pragma omp simd
-  for (int64_t c = 0; c < row.problem.classes; ++c) {
-    const A value = log_positive(p[c] == 0 ? A(1) : p[c]) - log_q[c] + 1;
-    ratio[c] = p[c] == 0 ? A(0) : value;
-  }
-}
-
-template <class A>
-AMTML_INLINE double row_kl(Row<A>& row) {
-  const int64_t n = row.problem.classes;
-  if (!row.problem.set.mixture) {
-    double sum = 0;
-    for (int64_t t = 0; t < row.problem.teachers; ++t) sum += row.weight[t] == 0 ? 0 : row.weight[t] * row.kl_t[t];
-    return sum;
-  }
-  const A *p = row.p.data(), *log_q = row.log_q.data();
-  double total = 0;
-  for (int64_t t = 0; t < row.problem.teachers; ++t) total += row.weight[t];
-  return (total == 0 ? 0 : total * row.student_rest) + block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
-           const A value = p[c] * (log_positive(p[c] == 0 ? A(1) : p[c]) - log_q[c]);
-           return p[c] == 0 ? A(0) : value;
-         });
 }
 
 // -(1 - s) log q1_y - s / C sum_c log q1_c
@@ -204,60 +174,107 @@ AMTML_INLINE double row_ce(const Row<A>& row, int64_t label, const A* stats) {
   return (1 - smoothing) * label_term + smoothing * (log_sum + below / static_cast<double>(n));
 }
 
-// ce_scale * dCE/dz + kl_scale * dKL/dz + the gradient that comes back through q; 0 at masked classes.
-template <class A>
-AMTML_INLINE void grad_student_row(const Row<A>& row, int64_t label, A ce_scale, A kl_scale, const A* grad_q, A* out) {
-  const Problem<A>& pr = row.problem;
-  const int64_t n = pr.classes;
-  const A tau = static_cast<A>(pr.set.temperature);
-  const A *z = row.z, *q = row.q.data(), *p = row.p.data(), *q1 = row.q1.data();
-  A total = 0;
-  for (int64_t t = 0; t < pr.teachers; ++t) total += row.weight[t];
-  const A kl_by_tau = kl_scale / tau;
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) {
-    const A value = kl_by_tau * (total * q[c] - p[c]);
-    out[c] = kl_by_tau == 0 ? A(0) : value;  // a teacher without weight in the loss may hold NaN
-  }
-  if (pr.labels) {
-    const A smoothing = static_cast<A>(pr.set.label_smoothing), even = smoothing / n;
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) out[c] += ce_scale * (q1[c] - even);
-    out[label] -= ce_scale * (1 - smoothing);
-  }
-  if (grad_q) {
-    const A inner =
-        static_cast<A>(block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return grad_q[c] * q[c]; }));
-#pragma omp simd
-    for (int64_t c = 0; c < n; ++c) out[c] += q[c] * (grad_q[c] - inner) / tau;
-  }
-  constexpr A masked = -std::numeric_limits<A>::infinity();
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) out[c] = z[c] == masked ? A(0) : out[c];
-}
+// What to make of a loaded row; null or false where it is not asked for.
+template <class A, class T>
+struct Wanted {
+  bool kl;  // its value
+  A *student_probs, *soft_targets;
+  T* grad_student;
+  A* grad_weights;
+  A ce_grad, kl_grad;        // d loss / d CE, d loss / d KL of this row
+  const A *grad_q, *grad_p;  // that come back through student_probs and soft_targets
+};
 
-// kl_scale * dKL/dw + the gradient that comes back through p.
-template <class A>
-AMTML_INLINE void grad_weights_row(Row<A>& row, A kl_scale, const A* grad_p, A* out) {
+// Everything that follows from the exponentials, in chunks that stay in the first-level cache. Returns the KL.
+template <class A, class T>
+AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wanted<A, T>& want) {
   const Problem<A>& pr = row.problem;
-  const A* ratio = row.ratio.data();
-  for (int64_t t = 0; t < pr.teachers; ++t) {
-    const A* pt = row.teacher_probs(t);
-    double sum = 0;
-    if (kl_scale != 0) {
-      sum = pr.set.mixture ? block_sum<A>(pr.classes,
-                                          [&](int64_t c) __attribute__((always_inline)) {
-                                            const A term = pt[c] * ratio[c];
-                                            return pt[c] == 0 ? A(0) : term;
-                                          })
-                           : row.kl_t[t];
-      sum *= kl_scale;
-    }
-    if (grad_p) {
-      sum += block_sum<A>(pr.classes, [&](int64_t c) __attribute__((always_inline)) { return grad_p[c] * pt[c]; });
-    }
-    out[t] = static_cast<A>(sum);
+  const int64_t classes = pr.classes, teachers = pr.teachers;
+  const bool mixture = pr.set.mixture;
+  const A per_tau = static_cast<A>(1 / pr.set.temperature), m = stats[0], inverse = stats[1], inverse1 = stats[2];
+  const A log_sum = row.log_sum, total = row.total, kl_grad = want.kl_grad * per_tau, ce_grad = want.ce_grad;
+  const A smoothing = static_cast<A>(pr.set.label_smoothing), even = smoothing / classes;
+  constexpr A masked = -std::numeric_limits<A>::infinity();
+  const bool need_log = mixture && (want.kl || want.grad_weights);
+  A *p = row.p.data(), *ratio = row.ratio.data(), *out = row.out.data();
+  double kl = 0, inner = 0;
+  if (want.grad_weights) std::fill(row.dot.begin(), row.dot.end(), 0.0);
+  if (want.grad_q) {
+    const A *e = row.e.data(), *back = want.grad_q;
+    inner = block_sum<A>(classes, [&](int64_t c) __attribute__((always_inline)) { return back[c] * (e[c] * inverse); });
   }
+  for (int64_t start = 0; start < classes; start += kChunk) {
+    const int64_t count = std::min(kChunk, classes - start);
+    const A *z = row.z + start, *e = row.e.data() + start;
+    std::fill_n(p, count, A(0));
+    for (int64_t t = 0; t < teachers; ++t) {
+      const A* e_t = row.e_t[t].data() + start;
+      const A factor = row.weight[t] * row.inverse[t];
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) p[c] += factor * e_t[c];
+    }
+    if (need_log) {  // log p - log q, and 0 where p is 0
+      kl += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
+        const A value = log_positive(p[c] == 0 ? A(1) : p[c]) - ((z[c] - m) * per_tau - log_sum);
+        ratio[c] = p[c] == 0 ? A(0) : value;
+        const A term = p[c] * value;
+        return p[c] == 0 ? A(0) : term;
+      });
+    }
+    for (int64_t t = 0; want.grad_weights && t < teachers; ++t) {
+      const A* e_t = row.e_t[t].data() + start;
+      double sum = 0;
+      if (mixture && want.kl_grad != 0) {
+        sum = want.kl_grad * block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
+                const A term = e_t[c] * (ratio[c] + 1);
+                return e_t[c] == 0 || p[c] == 0 ? A(0) : term;
+              });
+      }
+      if (want.grad_p) {
+        const A* back = want.grad_p + start;
+        sum += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) { return back[c] * e_t[c]; });
+      }
+      row.dot[t] += sum;
+    }
+    if (want.soft_targets) std::copy_n(p, count, want.soft_targets + start);
+    if (want.student_probs) {
+      A* q = want.student_probs + start;
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) q[c] = e[c] * inverse;
+    }
+    if (!want.grad_student) continue;
+    A* grad = out;
+    if constexpr (std::is_same_v<A, T>) grad = want.grad_student + start;
+    const A kl_q = kl_grad * total * inverse;
+    if (kl_grad == 0) std::fill_n(p, count, A(0));  // a teacher without weight in the loss may hold NaN
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) grad[c] = kl_q * e[c] - kl_grad * p[c];
+    if (pr.labels) {
+      const A* e1 = row.e1.data() + start;
+      const A ce_q = ce_grad * inverse1, flat = ce_grad * even;
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) grad[c] += ce_q * e1[c] - flat;
+      if (label >= start && label < start + count) grad[label - start] -= ce_grad * (1 - smoothing);
+    }
+    if (want.grad_q) {
+      const A *back = want.grad_q + start, mean = static_cast<A>(inner), by = inverse * per_tau;
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) grad[c] += by * e[c] * (back[c] - mean);
+    }
+#pragma omp simd
+    for (int64_t c = 0; c < count; ++c) grad[c] = z[c] == masked ? A(0) : grad[c];
+    if constexpr (!std::is_same_v<A, T>) {
+      for (int64_t c = 0; c < count; ++c) want.grad_student[start + c] = static_cast<T>(grad[c]);
+    }
+  }
+  for (int64_t t = 0; t < teachers; ++t) {
+    if (want.grad_weights) {
+      const double through_kl = mixture || want.kl_grad == 0 ? 0 : static_cast<double>(want.kl_grad) * row.kl_t[t];
+      want.grad_weights[t] = static_cast<A>(row.dot[t] * row.inverse[t] + through_kl);
+    }
+    if (!mixture) kl += row.weight[t] == 0 ? 0 : row.weight[t] * row.kl_t[t];
+  }
+  return mixture && total != 0 ? kl + total * row.rest : kl;
 }
 
 // Denominators of the two terms, from the reduction and the rows that count.
@@ -348,29 +365,30 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
       *dw = data(grad_weights);
     std::vector<double> ce_rows(n), kl_rows(n);
     torch::stable::parallel_for(0, n, grain(c * (num_teachers + 2)), [&](int64_t begin, int64_t end) {
-      Row<A> row(pr, need_weights_grad && set.mixture);
+      Row<A> row(pr);
       vectorized([&] AMTML_BODY() {
         for (int64_t i = begin; i < end; ++i) {
           A* s = stat + i * stats_size(num_teachers);
+          Wanted<A, A> want{true,
+                            need_probs ? q_out + i * c : nullptr,
+                            need_probs ? p_out + i * c : nullptr,
+                            need_student_grad ? dz + i * c : nullptr,
+                            need_weights_grad ? dw + i * num_teachers : nullptr,
+                            static_cast<A>(ce_weight * scale.ce),
+                            static_cast<A>(kl_weight * kl_scale * scale.kl),
+                            nullptr,
+                            nullptr};
           if (pr.ignored(i)) {
             std::fill_n(s, stats_size(num_teachers), A(0));
-            if (need_probs) std::fill_n(q_out + i * c, c, A(0)), std::fill_n(p_out + i * c, c, A(0));
-            if (need_student_grad) std::fill_n(dz + i * c, c, A(0));
-            if (need_weights_grad) std::fill_n(dw + i * num_teachers, num_teachers, A(0));
+            if (need_probs) std::fill_n(want.student_probs, c, A(0)), std::fill_n(want.soft_targets, c, A(0));
+            if (need_student_grad) std::fill_n(want.grad_student, c, A(0));
+            if (need_weights_grad) std::fill_n(want.grad_weights, num_teachers, A(0));
             continue;
           }
           const int64_t label = pr.labels ? pr.labels[i] : 0;
-          load(row, i, s, false, !set.mixture);
-          kl_rows[i] = kl_scale * row_kl(row);
+          load(row, i, s, false);
+          kl_rows[i] = kl_scale * finish(row, label, s, want);
           if (pr.labels) ce_rows[i] = row_ce(row, label, s);
-          if (need_probs) std::copy_n(row.q.data(), c, q_out + i * c), std::copy_n(row.p.data(), c, p_out + i * c);
-          const A ce_grad = static_cast<A>(ce_weight * scale.ce),
-                  kl_grad = static_cast<A>(kl_weight * kl_scale * scale.kl);
-          if (need_student_grad) grad_student_row<A>(row, label, ce_grad, kl_grad, nullptr, dz + i * c);
-          if (need_weights_grad) {
-            if (set.mixture) log_ratio(row);
-            grad_weights_row<A>(row, kl_grad, nullptr, dw + i * num_teachers);
-          }
         }
       });
     });
@@ -427,31 +445,30 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
       using T = decltype(element);
       T* dz = static_cast<T*>(grad_student.mutable_data_ptr());
       torch::stable::parallel_for(0, n, grain(c * (num_teachers + 2)), [&](int64_t begin, int64_t end) {
-        Row<A> row(pr, need_weights_grad);
-        std::vector<A> wide_row(c), q_row(c), p_row(c), s(stats_size(num_teachers));
+        Row<A> row(pr);
+        std::vector<A> q_row(c), p_row(c), s(stats_size(num_teachers));
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
+            const double g = up[none ? i : 0];
+            Wanted<A, T> want{false,
+                              nullptr,
+                              nullptr,
+                              need_student_grad ? dz + i * c : nullptr,
+                              need_weights_grad ? dw + i * num_teachers : nullptr,
+                              static_cast<A>(g * ce_weight * scale.ce),
+                              static_cast<A>(g * kl_weight * kl_scale * scale.kl),
+                              nullptr,
+                              nullptr};
             if (pr.ignored(i)) {
-              if (need_student_grad) std::fill_n(dz + i * c, c, T(0));
-              if (need_weights_grad) std::fill_n(dw + i * num_teachers, num_teachers, A(0));
+              if (need_student_grad) std::fill_n(want.grad_student, c, T(0));
+              if (need_weights_grad) std::fill_n(want.grad_weights, num_teachers, A(0));
               continue;
             }
             std::copy_n(saved + i * stats_size(num_teachers), stats_size(num_teachers), s.data());
-            load(row, i, s.data(), true, need_weights_grad && !set.mixture);
-            const double g = up[none ? i : 0];
-            const A kl_grad = static_cast<A>(g * kl_weight * kl_scale * scale.kl);
-            if (need_student_grad) {
-              const A* back = grad_q ? load_row(grad_q, i, c, q_row.data()) : nullptr;
-              A* out = wide_row.data();
-              grad_student_row<A>(row, pr.labels ? pr.labels[i] : 0, static_cast<A>(g * ce_weight * scale.ce), kl_grad,
-                                  back, out);
-              for (int64_t k = 0; k < c; ++k) dz[i * c + k] = static_cast<T>(out[k]);
-            }
-            if (need_weights_grad) {
-              if (set.mixture) log_ratio(row);
-              const A* back = grad_p ? load_row(grad_p, i, c, p_row.data()) : nullptr;
-              grad_weights_row<A>(row, kl_grad, back, dw + i * num_teachers);
-            }
+            load(row, i, s.data(), true);
+            if (grad_q) want.grad_q = load_row(grad_q, i, c, q_row.data());
+            if (grad_p) want.grad_p = load_row(grad_p, i, c, p_row.data());
+            finish(row, pr.labels ? pr.labels[i] : 0, s.data(), want);
           }
         });
       });

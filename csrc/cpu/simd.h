@@ -63,10 +63,10 @@ void vectorized(const Body& body) {
 }
 #endif
 
-// exp(x) for x <= 0, to 1 ulp; 0 below the smallest normal number; NaN stays NaN. Cody-Waite reduction, then the
-// minimax polynomial of Cephes' expf.
+// exp(x) for x <= 0, to 1 ulp; 0 below -87.7, about the smallest normal number; NaN stays NaN. Cody-Waite reduction,
+// then the minimax polynomial of Cephes' expf.
 AMTML_INLINE float exp_nonpositive(float x) {
-  constexpr float lowest = -87.33654f, shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float lowest = -88.0f, shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float y = x < lowest ? lowest : x;
   const float shifted = y * 1.44269504f + shift;
   const float n = shifted - shift;
@@ -80,10 +80,10 @@ AMTML_INLINE float exp_nonpositive(float x) {
   p = p * (r * r) + r + 1.0f;
   int32_t bits;
   std::memcpy(&bits, &shifted, 4);
-  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);  // 2^n: n sits in the low bits
+  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);  // 2^n: n sits in the low bits; 0 for -127
   float scale;
   std::memcpy(&scale, &bits, 4);
-  return x < lowest ? 0.0f : p * scale;
+  return p * scale;
 }
 AMTML_INLINE double exp_nonpositive(double x) { return std::exp(x); }
 
@@ -143,15 +143,13 @@ struct Matrix {
       : data(t.const_data_ptr()), dtype(t.scalar_type()), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
   explicit Matrix(const std::optional<Tensor>& t) : Matrix(t ? Matrix(*t) : Matrix()) {}
   explicit operator bool() const { return data != nullptr; }
-};
 
-template <class T>
-constexpr ScalarType dtype_of() {
-  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
-  if constexpr (std::is_same_v<T, Half>) return ScalarType::Half;
-  if constexpr (std::is_same_v<T, BFloat16>) return ScalarType::BFloat16;
-  return ScalarType::Float;
-}
+  // Whether a row is A's in memory already, so that load_row needs no scratch.
+  template <class A>
+  bool in_place() const {
+    return column_stride == 1 && dtype == dtype_of<A>;
+  }
+};
 
 // Row i as n contiguous values of type A: in place where it is that already, else converted into scratch.
 template <class A>

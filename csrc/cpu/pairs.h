@@ -1,0 +1,135 @@
+// Distances between the rows of a matrix, and the way back from their gradient to the rows.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <vector>
+
+#include "simd.h"
+
+namespace amtml {
+
+constexpr int64_t kLanes = 16;       // rows of the matrices are padded to this, with r = 0
+constexpr double kFixedOne = 1e9;    // the largest distance in fixed point: twice it fits into 32 bits
+constexpr double kFixedRange = 128;  // the largest ratio of distances for which fixed point is exact enough
+
+// The rows of one tensor that take part, and all their distances.
+template <class A>
+struct Side {
+  int64_t n, stride, width;
+  std::vector<double> x;         // [n, width]
+  std::vector<double> distance;  // [n, stride] squared
+  std::vector<int32_t> fixed;    // the same in units of `unit`, once quantize() has run
+  std::vector<A> r;              // [n, stride]
+  double nearest = std::numeric_limits<double>::infinity(), farthest = 0;  // of the pairs that are not degenerate
+  A unit = 1;
+
+  Side(const Tensor& t, const std::vector<int64_t>& kept, double eps)
+      : n(kept.size()),
+        stride((n + kLanes - 1) / kLanes * kLanes),
+        width(t.size(1)),
+        x(n * width),
+        distance(n * stride),
+        r(n * stride) {
+    const Matrix m(t);
+    for (int64_t i = 0; i < n; ++i) {
+      double* row = x.data() + i * width;
+      const double* loaded = load_row<double>(m, kept[i], width, row);
+      if (loaded != row) std::copy(loaded, loaded + width, row);
+    }
+    measure(eps);
+  }
+
+  // Row i and row n - 1 - i are one task: together they always have the same length.
+  void measure(double eps) {
+    const int64_t tasks = (n + 1) / 2;
+    std::vector<std::array<double, 2>> range(tasks);
+    torch::stable::parallel_for(0, tasks, grain(n * width), [&](int64_t begin, int64_t end) {
+      vectorized([&] AMTML_BODY() {
+        for (int64_t task = begin; task < end; ++task) {
+          range[task] = {nearest, farthest};
+          measure_row(task, eps, range[task]);
+          if (n - 1 - task != task) measure_row(n - 1 - task, eps, range[task]);
+        }
+      });
+    });
+    for (const auto& [low, high] : range) {
+      nearest = std::min(nearest, low);
+      farthest = high > farthest || high != high ? high : farthest;  // NaN stays
+    }
+  }
+
+  AMTML_INLINE void measure_row(int64_t i, double eps, std::array<double, 2>& range) {
+    const double* a = x.data() + i * width;
+    for (int64_t j = i + 1; j < n; ++j) {
+      const double* b = x.data() + j * width;
+      double sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < width; ++c) sum += (a[c] - b[c]) * (a[c] - b[c]);
+      const bool degenerate = sum <= eps * eps;  // NaN is not
+      distance[i * stride + j] = distance[j * stride + i] = sum;
+      r[i * stride + j] = r[j * stride + i] = degenerate ? A(0) : static_cast<A>(1 / std::sqrt(sum));
+      if (degenerate) continue;
+      range[0] = std::min(range[0], sum);
+      range[1] = sum > range[1] || sum != sum ? sum : range[1];
+    }
+  }
+
+  // Distances of similar size: NaN, infinities and sides without a regular pair are not.
+  bool fits_fixed_point() const {
+    return farthest <= kFixedRange * nearest && 1e-30 < nearest && nearest <= farthest && farthest < 1e30;
+  }
+
+  void quantize() {
+    fixed.resize(n * stride);
+    unit = static_cast<A>(farthest / kFixedOne);
+    const double per_unit = 1 / static_cast<double>(unit);
+    torch::stable::parallel_for(0, n * stride, grain(1), [&](int64_t begin, int64_t end) {
+      vectorized([&] AMTML_BODY() {
+        for (int64_t i = begin; i < end; ++i) fixed[i] = static_cast<int32_t>(distance[i] * per_unit + 0.5);
+      });
+    });
+    distance = {};
+  }
+
+  template <class D>
+  const D* distances() const {
+    if constexpr (std::is_same_v<D, int32_t>) {
+      return fixed.data();
+    } else {
+      return distance.data();
+    }
+  }
+};
+
+// scale * sum_j g_ij (x_i - x_j), g [n, stride] symmetric; rows that were left out get 0.
+template <class A>
+Tensor grad_rows(const Tensor& like, const std::vector<int64_t>& kept, const Side<A>& side, const double* g,
+                 double scale) {
+  const int64_t n = side.n, width = side.width;
+  Tensor grad = torch::stable::new_empty(like, {like.size(0), width}, dtype_of<A>);
+  A* out = static_cast<A*>(grad.mutable_data_ptr());
+  if (n < like.size(0)) std::fill_n(out, like.size(0) * width, A(0));
+  torch::stable::parallel_for(0, n, grain(n * width), [&](int64_t begin, int64_t end) {
+    std::vector<double> sum(width);
+    vectorized([&] AMTML_BODY() {
+      for (int64_t i = begin; i < end; ++i) {
+        std::fill(sum.begin(), sum.end(), 0.0);
+        const double* a = side.x.data() + i * width;
+        double* s = sum.data();
+        for (int64_t j = 0; j < n; ++j) {
+          if (i == j) continue;
+          const double* b = side.x.data() + j * width;
+          const double weight = scale * g[i * side.stride + j];
+#pragma omp simd
+          for (int64_t c = 0; c < width; ++c) s[c] += weight * (a[c] - b[c]);  // differences: the common offset cancels
+        }
+        for (int64_t c = 0; c < width; ++c) out[kept[i] * width + c] = static_cast<A>(s[c]);
+      }
+    });
+  });
+  return grad;
+}
+
+}  // namespace amtml

@@ -1,0 +1,318 @@
+"""Drawn cases against the float64 reference: shapes, dtypes, strides, temperatures, masks, extreme and degenerate rows.
+
+``make test`` runs the same 2,000 and more cases each time; ``make fuzz`` draws new ones, many times as many.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import amtml_fast as af
+from amtml_fast.testing import CASES, convert, tensors, value_and_grads
+
+FUZZ = int(os.environ.get("AMTML_FUZZ", "0"))  # how many times as many cases, drawn anew
+DTYPES = [torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
+STEP = {torch.float32: 2**-24, torch.float64: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """At these sizes a second thread only costs time; other tests run on all of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def drawn(cases):
+    return settings(
+        max_examples=cases * max(FUZZ, 1),
+        derandomize=not FUZZ,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def differences(got, want):
+    """Norm of the difference over the norm of ``want``, and the largest difference; both infinite unless infinities and
+    NaN stand in the same places."""
+    got, want = got.double(), want.double()
+    finite = want.isfinite()
+    if not torch.equal(got.isnan(), want.isnan()) or not torch.equal(got[~finite & ~want.isnan()], want[want.isinf()]):
+        return math.inf, math.inf
+    difference, size = (got - want)[finite], want[finite].norm().item()
+    if not difference.any():
+        return 0.0, 0.0
+    return difference.norm().item() / size if size else math.inf, difference.abs().max().item()
+
+
+def check(case, args, options, upstream=1.0, unit=1.0):
+    """Contract 1: within 1e-6 (losses) and 1e-5 (gradients) of float64, within twice the error of plain PyTorch in the
+    same dtype, or within the rounding of the terms where they cancel: a few steps of ``unit``, the size of those."""
+    exact = any(t.dtype == torch.float64 for t in tensors(args) if t.is_floating_point())
+    rounding = 32 * torch.finfo(torch.float64).eps if exact else 4 * torch.finfo(torch.float32).eps
+
+    def run(function, arguments):
+        with torch.no_grad():
+            out = function(*arguments, **options)
+        return value_and_grads(function, arguments, torch.full(out.shape, upstream), **options)
+
+    def agrees(got, want, eager, tolerance, size):
+        assert got.dtype == eager.dtype and got.shape == want.shape
+        want = want.to(got.dtype)
+        (ours, largest), (theirs, _) = differences(got, want), differences(eager, want)
+        fits = ours <= tolerance + STEP[got.dtype] or ours <= 2 * theirs or largest <= rounding * size
+        assert fits, f"error {ours} (at most {largest}), of plain torch {theirs}"
+
+    want, want_grads = run(case.reference, convert(args, dtype=torch.float64))
+    with af.use_backend("reference"):
+        eager, eager_grads = run(case.function, args)
+    with af.use_backend("cpp"):
+        got, grads = run(case.function, args)
+    agrees(got, want, eager, 1e-12 if exact else 1e-6, unit)
+    for grad, want_grad, eager_grad in zip(grads, want_grads, eager_grads, strict=True):
+        agrees(grad, want_grad, eager_grad, 1e-10 if exact else 1e-5, unit * abs(upstream))
+    assert [g.dtype for g in grads] == [t.dtype for t in tensors(args) if t.requires_grad]
+    return got
+
+
+def strided(t, kind):
+    """The same values in another layout."""
+    t = t.detach()
+    if kind == "transposed" and t.dim() > 1:
+        return t.mT.contiguous().mT
+    if kind == "channels_last" and t.dim() == 4:
+        return t.contiguous(memory_format=torch.channels_last)
+    if kind == "sliced":
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), math.nan, dtype=t.dtype)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+    if kind == "expanded" and len(t) > 0:
+        return t[:1].expand(t.shape)
+    return t.clone()
+
+
+LAYOUTS = st.sampled_from(["contiguous", "contiguous", "transposed", "sliced", "expanded"])
+
+
+def leaf(t, dtype, layout):
+    return strided(t.to(dtype), layout).requires_grad_()
+
+
+DISTILLATIONS = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 2**31),
+        n=st.integers(0, 9),
+        c=st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 1024, 1025, 1500])),
+        dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+        layouts=st.tuples(LAYOUTS, LAYOUTS),
+        logits=st.sampled_from([0.0, 0.01, 2.0, 2.0, 30.0, 1e4]),
+        teachers=st.lists(st.sampled_from(["other", "other", "same"]), min_size=1, max_size=4),
+        masked=st.sampled_from(["none", "none", "both", "student", "teacher"]),
+        ignored=st.sampled_from([None, 0.0, 0.3, 1.0]),
+        weights=st.sampled_from(["rows", "rows", "zeros", "row", "none", "large"]),
+        upstream=st.sampled_from([1.0, 1.0, -0.5, 1024.0]),
+        options=st.fixed_dictionaries(
+            dict(
+                temperature=st.sampled_from([0.01, 0.3, 1.0, 4.0, 4.0, 100.0]),
+                alpha=st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+                mode=st.sampled_from(["mixture", "sum"]),
+                reduction=st.sampled_from(["none", "sum", "mean", "batchmean"]),
+                t2_scale=st.booleans(),
+                label_smoothing=st.sampled_from([0.0, 0.0, 0.1]),
+            )
+        ),
+    )
+)
+
+
+@drawn(900)
+@given(DISTILLATIONS)
+def test_multi_teacher_kd(p):
+    g = torch.Generator().manual_seed(p["seed"])
+    n, c, teachers = p["n"], p["c"], len(p["teachers"])
+    z = p["logits"] * torch.randn(n, c, generator=g)
+    ts = [z if kind == "same" else p["logits"] * torch.randn(n, c, generator=g) for kind in p["teachers"]]
+    mask = torch.rand(n, c, generator=g) < 0.3
+    mask[:, int(torch.randint(0, c, (1,), generator=g))] = False
+    if p["masked"] in ("both", "student"):
+        z = z.masked_fill(mask, -math.inf)
+    if p["masked"] in ("both", "teacher"):
+        ts = [t.masked_fill(mask, -math.inf) for t in ts]
+    labels = None
+    if p["ignored"] is not None:
+        labels = torch.randint(0, c, (n,), generator=g)
+        labels[torch.rand(n, generator=g) < p["ignored"]] = -100
+    w = torch.rand(n, teachers, generator=g)
+    w = w / w.sum(1, keepdim=True)
+    if p["weights"] == "zeros":
+        w = w * (torch.rand(n, teachers, generator=g) < 0.5)
+    if p["weights"] == "row":
+        w = torch.rand(teachers, generator=g)
+    if p["weights"] == "large":
+        w = 10 * w
+    args = (
+        leaf(z, p["dtypes"][0], p["layouts"][0]),
+        [strided(t.to(p["dtypes"][1]), p["layouts"][1]) for t in ts],
+        None if p["weights"] == "none" else leaf(w, torch.float32, "contiguous"),
+        labels,
+    )
+    unit = max(1.0, p["options"]["temperature"] ** 2) * max(1.0, float(w.sum(-1).max()) if n else 1.0)
+    got = check(CASES["multi_teacher_kd"], args, p["options"], p["upstream"], unit)
+    if labels is None and p["weights"] in ("rows", "none") and got.isfinite().all():
+        assert (got >= -1e-6 * unit * max(n, 1)).all(), "a KL below 0"
+
+
+def rows_of(kind, n, c, g):
+    x = torch.randn(n, c, generator=g)
+    if kind == "probabilities":
+        return (2 * x).softmax(-1)
+    if kind.startswith("clustered"):  # what the rows of a trained network look like
+        margin = float(kind.removeprefix("clustered"))
+        labels = torch.randint(0, min(c, 5), (n,), generator=g)
+        return (margin * torch.nn.functional.one_hot(labels, c) + x).softmax(-1)
+    if kind == "duplicates" and n:
+        return x[torch.randint(0, (n + 1) // 2, (n,), generator=g)]
+    if kind == "equal":
+        return x[:1].expand(n, c).clone()
+    if kind == "small":
+        return 1e-6 * x
+    if kind == "offset":
+        return 1000 + x
+    if kind == "line":
+        return torch.arange(n).float().unsqueeze(1).expand(n, c).clone()
+    return x
+
+
+ROWS = st.sampled_from(
+    ["normal", "normal", "probabilities", "probabilities", "clustered3", "clustered10", "clustered20", "duplicates",
+     "equal", "small", "offset", "line"]
+)  # fmt: skip
+
+
+def relations(most_rows, reductions):
+    return st.fixed_dictionaries(
+        dict(
+            seed=st.integers(0, 2**31),
+            n=st.one_of(st.integers(0, 20), st.integers(0, most_rows)),
+            kinds=st.tuples(ROWS, ROWS),
+            widths=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+            dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+            layouts=st.tuples(LAYOUTS, LAYOUTS),
+            needs=st.sampled_from([(True, True), (True, False), (True, False), (False, True)]),
+            options=st.fixed_dictionaries(
+                dict(delta=st.sampled_from([1.0, 1.0, 0.1, 5.0]), reduction=st.sampled_from(reductions))
+            ),
+        )
+    )
+
+
+def check_relation(op, p):
+    g = torch.Generator().manual_seed(p["seed"])
+    sides = [
+        leaf(rows_of(kind, p["n"], width, g), dtype, layout)
+        for kind, width, dtype, layout in zip(p["kinds"], p["widths"], p["dtypes"], p["layouts"])
+    ]
+    for side, needed in zip(sides, p["needs"]):
+        side.requires_grad_(needed)
+    # Collinear rows have the same angles whatever moves, and equal rows no distances: the exact gradient can be 0, and what
+    # is left is rounding of 1 / distance. In float64 the law of cosines cannot do better than the ratio of distances.
+    distances = torch.cat([torch.pdist(x.detach().double()) for x in sides])
+    distances = distances[distances > 1e-12]
+    nearest, farthest = (distances.min().item(), distances.max().item()) if len(distances) else (1.0, 1.0)
+    unit = 1e-6
+    if torch.float64 in p["dtypes"]:
+        unit = max(1.0, farthest / nearest) * max(1.0, 1 / nearest)
+    elif 1 in p["widths"] or "expanded" in p["layouts"] or {"line", "equal", "duplicates"} & {*p["kinds"]}:
+        unit = max(1.0, 1 / nearest)
+    if p["options"]["reduction"] in ("sum", "none"):
+        unit *= max(p["n"], 1) ** 3
+    check(CASES[op], tuple(sides), p["options"], unit=unit)
+
+
+@drawn(500)
+@given(relations(140, ["mean", "mean", "distinct", "sum", "none"]))
+def test_angle(p):
+    check_relation("angle", p)
+
+
+@drawn(200)
+@given(relations(70, ["mean", "distinct", "sum"]))
+def test_distance(p):
+    check_relation("distance", p)
+
+
+@drawn(300)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(0, 9),
+    d=st.integers(1, 40),
+    teachers=st.integers(1, 4),
+    plane=st.one_of(st.none(), st.tuples(st.integers(1, 9), st.integers(1, 9))),
+    ties=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.one_of(LAYOUTS, st.just("channels_last")),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 10.0]),
+    pool=st.sampled_from(["max", "avg"]),
+)
+def test_teacher_weights(seed, n, d, teachers, plane, ties, dtype, layout, scale, pool):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, *(plane or ()), generator=g)
+    features = leaf(x.round() if ties else x, dtype, layout)
+    factors = [
+        leaf(scale * torch.randn(*size, generator=g), torch.float32, "contiguous") for size in ((teachers, d), (d,))
+    ]
+    check(CASES["teacher_weights"], (features, *factors), {"pool": pool})
+
+
+@drawn(100)
+@given(
+    seed=st.integers(0, 2**31),
+    n=st.integers(0, 4),
+    channels=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    planes=st.tuples(*[st.tuples(st.integers(1, 9), st.integers(1, 9))] * 2),
+    dead_pixels=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    layouts=st.tuples(LAYOUTS, LAYOUTS),
+    normalize=st.booleans(),
+)
+def test_hint(seed, n, channels, planes, dead_pixels, dtype, layouts, normalize):
+    g = torch.Generator().manual_seed(seed)
+    maps = [torch.randn(n, c, *plane, generator=g) for c, plane in zip(channels, planes)]
+    if dead_pixels:
+        maps = [m.masked_fill(torch.rand(m[:, :1].shape, generator=g) < 0.2, 0) for m in maps]
+    weight = leaf(torch.randn(channels[::-1], generator=g), torch.float32, "sliced")
+    args = *(leaf(m, dtype, layout) for m, layout in zip(maps, layouts)), weight
+    check(CASES["hint"], args, {"normalize": normalize}, unit=10.0)
+
+
+@drawn(100)
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.lists(st.integers(0, 9), min_size=2, max_size=4),
+    dims=st.permutations(range(2)),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    dtype=st.sampled_from(DTYPES),
+    layout=LAYOUTS,
+    mode=st.sampled_from(["sequential", "product"]),
+)
+def test_dual_softmax(seed, shape, dims, scale, dtype, layout, mode):
+    x = scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    options = {"dim1": dims[0] - 2, "dim2": dims[1] - 2, "mode": mode}
+    check(CASES["dual_softmax"], (leaf(x, dtype, layout),), options)
+
+
+def test_make_test_draws_at_least_two_thousand_cases():
+    tests = [test_multi_teacher_kd, test_angle, test_distance, test_teacher_weights, test_hint, test_dual_softmax]
+    cases = sum(t._hypothesis_internal_use_settings.max_examples for t in tests)
+    assert cases >= 2000
+
+
+if os.environ.get("AMTML_BACKEND", "auto") not in ("auto", "cpp"):
+    pytest.skip("these compare the C++ kernels", allow_module_level=True)
