@@ -247,8 +247,8 @@ class WholeLoss(torch.autograd.Function):
     """Teacher weights, distillation, angle loss and regulariser as one node of the graph.
 
     The weights come from ``features``, ``theta`` and ``v``, or are given (then those three are None, and so is the
-    regulariser). ``divisor`` divides the kd term. Returns loss, kd, ce, kl, angle, regularizer, weights: the loss alone
-    is differentiable. The soft targets of the distillation pass go straight into the angle loss.
+    regulariser). ``divisor`` divides the kd term. Returns loss, terms [5] (kd, ce, kl, angle, regulariser) and weights
+    (empty if they were given): the loss alone is differentiable.
     """
 
     @staticmethod
@@ -260,45 +260,22 @@ class WholeLoss(torch.autograd.Function):
         weights: Tensor | None,
         student: Tensor,
         labels: Tensor | None,
-        row_mask: Tensor | None,
-        divisor: Tensor | int | None,
+        divisor: Tensor | None,
         objective: Objective,
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
-        need_student, need_weights = objective.needs
-        pooled = index = grad_probs = grad_targets = None
-        if features is not None:
-            wide = wide_dtype(features, theta, v)
-            factors = theta.to(wide), v.to(wide)  # type: ignore[union-attr]
-            weights, pooled, index = ops.teacher_weights_fwd.default(_as_map(features), *factors, objective.max_pool)
-        with_angle = objective.angle_weight != 0
-        row_weights = weights.to(wide_dtype(student, *teachers, weights))  # type: ignore[union-attr]
-        loss, ce, kl, probs, targets, stats, _, _ = ops.multi_teacher_kd_fwd.default(
-            student, teachers, row_weights, labels, *objective.kd, False, False, with_angle
-        )
-        if divisor is not None:
-            loss, ce, kl = loss / divisor, ce / divisor, kl / divisor
-        kd, angle, regularizer = loss, loss.new_zeros(()), loss.new_zeros(())
-        if with_angle:
-            need_targets = need_weights and objective.angle_trains_weights
-            angle, grad_probs, grad_targets = ops.angle_fwd.default(
-                probs, targets, row_mask, objective.delta, objective.eps, "mean", need_student, need_targets
-            )
-            grad_probs, grad_targets = _asked(grad_probs, need_student), _asked(grad_targets, need_targets)
-            loss = torch.add(kd, angle, alpha=objective.angle_weight)
-        if theta is not None and v is not None and objective.regularizer_weight != 0:
-            regularizer = v.square().sum() + theta.square().sum()
-            loss = torch.add(loss, regularizer, alpha=objective.regularizer_weight)
-        if loss is kd:
-            loss = kd.clone()
-        ctx.objective, ctx.divisor = objective, divisor
-        if features is None:  # it is the caller's, who has it
-            weights = loss.new_empty(0)
-        ctx.mark_non_differentiable(kd, ce, kl, angle, regularizer, weights)
+        kd, max_pool, angle_weight, delta, eps, trains, regularizer_weight, (need_student, need_weights) = objective
+        loss, terms, made, *saved = ops.whole_loss_fwd.default(
+            features, theta, v, weights, student, teachers, labels, divisor, *kd, max_pool, angle_weight, delta, eps,
+            regularizer_weight, need_student, need_weights and trains,
+        )  # fmt: skip
+        ctx.objective = objective
+        ctx.mark_non_differentiable(terms, made)
         ctx.set_materialize_grads(False)
-        made = (pooled, index, stats, grad_probs, grad_targets, row_weights)
-        _save(ctx, features, theta, v, *made, student, labels, *teachers)
-        return loss, kd, ce, kl, angle, regularizer, weights  # type: ignore[return-value]
+        _save(
+            ctx, features, theta, v, made if weights is None else weights, student, labels, divisor, *saved, *teachers
+        )
+        return loss, terms, made
 
     @staticmethod
     @_first_order("AMTMLLoss")
@@ -306,49 +283,18 @@ class WholeLoss(torch.autograd.Function):
         fixed = (None,) * (len(ctx.needs_input_grad) - 5)
         if grad is None:
             return None, None, None, None, None, *fixed
-        features, theta, v, *made, student, labels = _saved(ctx)[:11]
-        pooled, index, stats, grad_probs, grad_targets, weights = made
-        teachers = _saved(ctx)[11:]
-        objective: Objective = ctx.objective
-        need_student, need_weights = objective.needs
-        angle_grad = grad * objective.angle_weight
-        grad_student, grad_weights = ops.multi_teacher_kd_bwd.default(
-            grad if ctx.divisor is None else grad / ctx.divisor,
-            None if grad_probs is None else grad_probs * angle_grad,
-            None if grad_targets is None else grad_targets * angle_grad,
-            student, teachers, weights, labels, stats, *objective.kd, need_student, need_weights,
-        )  # fmt: skip
-        if features is None:
-            needed = ctx.needs_input_grad[3]
-            return None, None, None, _asked(grad_weights, needed), _asked(grad_student, need_student), *fixed
+        features, theta, v, weights, student, labels, divisor, *rest = _saved(ctx)
+        pooled, index, stats, grad_probs, grad_targets, *teachers = rest
+        kd, max_pool, angle_weight, _, _, _, regularizer_weight, (need_student, need_weights) = ctx.objective
         need_features, need_theta, need_v = ctx.needs_input_grad[:3]
-        grad_features = grad_theta = grad_v = None
-        if need_weights:
-            wide = pooled.dtype
-            maps = _as_map(features)
-            grad_features, grad_theta, grad_v = ops.teacher_weights_bwd.default(
-                grad_weights, maps, theta.to(wide), v.to(wide), pooled, index, objective.max_pool,
-                need_features, need_theta or need_v,
-            )  # fmt: skip
-            decay = 2 * objective.regularizer_weight
-            if decay != 0 and (need_theta or need_v):
-                grad_theta, grad_v = (
-                    torch.addcmul(g, p, grad, value=decay) for g, p in ((grad_theta, theta), (grad_v, v))
-                )
-            grad_theta, grad_v = grad_theta.to(theta.dtype), grad_v.to(v.dtype)
-            grad_features = grad_features.reshape(features.shape) if need_features else None
-        return (
-            grad_features,
-            _asked(grad_theta, need_theta),
-            _asked(grad_v, need_v),
-            None,
-            _asked(grad_student, need_student),
-            *fixed,
-        )
-
-
-def _as_map(features: Tensor) -> Tensor:
-    return features if features.dim() == 4 else features[:, :, None, None]
+        grads = ops.whole_loss_bwd.default(
+            grad, features, theta, v, weights, pooled, index, student, teachers, labels, stats, grad_probs,
+            grad_targets, divisor, *kd, max_pool, angle_weight, regularizer_weight, need_student, need_weights,
+            need_features, need_theta or need_v,
+        )  # fmt: skip
+        grad_student, grad_weights, grad_features, grad_theta, grad_v = grads
+        out = (grad_features, grad_theta, grad_v, grad_weights, grad_student)
+        return *map(_asked, out, ctx.needs_input_grad), *fixed
 
 
 class HintPool(torch.autograd.Function):

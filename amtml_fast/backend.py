@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch  # before _C: it brings libtorch into the process
 
-OPS = ("teacher_weights", "multi_teacher_kd", "angle", "distance", "hint", "dual_softmax")
+OPS = ("teacher_weights", "multi_teacher_kd", "angle", "distance", "hint", "dual_softmax", "whole_loss")
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 DEVICE = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type that each compiled backend serves
 KERNELS = {"cpp": OPS, "cuda": (), "triton": ()}  # the operators that each of them has

@@ -46,8 +46,6 @@ def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "
     if backend.choose("teacher_weights", features) == "reference":
         return reference.teacher_weights(features, theta, v, pool=pool)
     wide = wide_dtype(features, theta, v)
-    if features.dim() == 2:
-        features = features[:, :, None, None]
     needs_grad = _needs_grad(features, theta, v)
     return autograd.run(autograd.TeacherWeights, needs_grad, features, theta.to(wide), v.to(wide), pool == "max")
 
@@ -193,10 +191,7 @@ def whole_loss(
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
-    features: Tensor | None,
-    theta: Tensor | None,
-    v: Tensor | None,
-    weights: Tensor | None,
+    sources: tuple[Tensor | None, ...],  # of the weights: features, theta, v, or the weights themselves
     divisor: int | Tensor | None,
     *,
     max_pool: bool,
@@ -213,7 +208,7 @@ def whole_loss(
 ) -> tuple[Tensor, ...]:
     """``AMTMLLoss`` without hints on checked rows, as one node of the graph: see ``autograd.WholeLoss``. Not public."""
     kd = _kd_settings(temperature, alpha, mode, reduction, True, ignore_index, label_smoothing, labels is not None)
-    needs = _needs_grad(student), _needs_grad(features, theta, v, weights)
+    needs = _needs_grad(student), _needs_grad(*sources)
     objective = autograd.Objective(
         kd,
         max_pool,
@@ -224,16 +219,15 @@ def whole_loss(
         float(regularizer_weight),
         needs,
     )
+    if divisor is not None:
+        divisor = torch.as_tensor(divisor, device=student.device)
     labels = None if labels is None else labels.long()
-    row_mask = None if labels is None or angle_weight == 0 else labels != ignore_index
-    tensors = (features, theta, v, weights, student, labels, row_mask, divisor)
-    return autograd.run(autograd.WholeLoss, any(needs), *tensors, objective, *teachers)
+    return autograd.run(autograd.WholeLoss, any(needs), *sources, student, labels, divisor, objective, *teachers)
 
 
 def whole_loss_is_fused(student: Tensor) -> bool:
-    """Whether one backend has compiled kernels for every part of the whole loss here."""
-    chosen = {backend.choose(op, student) for op in ("teacher_weights", "multi_teacher_kd", "angle")}
-    return len(chosen) == 1 and "reference" not in chosen
+    """Whether the whole loss runs as one node here."""
+    return backend.choose("whole_loss", student) != "reference"
 
 
 def _kd_settings(

@@ -338,8 +338,9 @@ class AMTMLLoss(nn.Module):
         )
         if num_items_in_batch is not None:
             checks.num_items(name, num_items_in_batch, self.reduction)
-        student = student_logits.reshape(rows, classes)
-        teachers = [t.reshape(rows, classes) for t in teachers]
+        student = student_logits
+        if student.dim() != 2:
+            student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
         if labels is not None:
             labels = labels.reshape(rows)
             if checks.values_are_free(labels):
@@ -369,14 +370,14 @@ class AMTMLLoss(nn.Module):
             checks.weights_shape(
                 "AMTMLLoss", (features.shape[0], adapter.theta.shape[0]), student.shape[0], len(teachers)
             )
-            tensors: tuple[Any, ...] = (features, adapter.theta, adapter.v, None)
+            sources: tuple[Any, ...] = (features, adapter.theta, adapter.v, None)
         else:
-            tensors = (None, None, None, self._weights(features, student.shape[0], len(teachers)))
-        loss, kd, ce, kl, angle, regularizer, weights = functional.whole_loss(
+            sources = (None, None, None, self._weights(features, student.shape[0], len(teachers)))
+        loss, terms, weights = functional.whole_loss(
             student,
             teachers,
             labels,
-            *tensors,
+            sources,
             divisor,
             max_pool=plain and adapter.pool == "max",
             regularizer_weight=self.regularizer_weight if plain else 0.0,
@@ -385,8 +386,9 @@ class AMTMLLoss(nn.Module):
             angle_trains_weights=self.angle_trains_weights,
             **self._kd_options(divisor),
         )
+        kd, ce, kl, angle, regularizer = terms.unbind()
         if not plain:
-            weights = tensors[3].detach()
+            weights = sources[3].detach()
             if self.regularizer_weight != 0:
                 term = adapter.regularizer()
                 loss, regularizer = loss + self.regularizer_weight * term, term.detach()

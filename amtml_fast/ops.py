@@ -36,6 +36,18 @@ SCHEMAS = {
     # loss and its gradients
     "distance_fwd": "(Tensor student, Tensor teacher, float delta, float eps, str reduction, "
     "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor, Tensor)",
+    # Teacher weights (of features, theta and v, or given), distillation, angle and regulariser in one. loss; terms [5]: kd,
+    # ce, kl, angle, regulariser; weights (unless given), pooled and index as above; stats; what the angle loss sends back
+    "whole_loss_fwd": "(Tensor? features, Tensor? theta, Tensor? v, Tensor? weights, Tensor student, Tensor[] teachers, "
+    f"Tensor? labels, Tensor? divisor, {_KD_SETTINGS}, bool max_pool, float angle_weight, float delta, float eps, "
+    "float regularizer_weight, bool need_student_grad, bool need_targets_grad) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # gradients to student, given weights, features, theta, v
+    "whole_loss_bwd": "(Tensor grad, Tensor? features, Tensor? theta, Tensor? v, Tensor weights, Tensor pooled, "
+    "Tensor index, Tensor student, Tensor[] teachers, Tensor? labels, Tensor stats, Tensor grad_probs, "
+    f"Tensor grad_targets, Tensor? divisor, {_KD_SETTINGS}, bool max_pool, float angle_weight, "
+    "float regularizer_weight, bool need_student, bool need_weights, bool need_features, bool need_parameters) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     # pooled [N, c, height, width], norms [N, H, W] (if normalised)
     "hint_pool_fwd": "(Tensor feature_map, int height, int width, bool normalize) -> (Tensor, Tensor)",
     "hint_pool_bwd": "(Tensor grad, Tensor feature_map, Tensor norms, bool normalize) -> Tensor",
@@ -118,6 +130,40 @@ def _(grad_loss, student, teacher, row_mask, delta, eps, need_student_grad, need
 def _(student, teacher, delta, eps, reduction, need_student_grad, need_teacher_grad):
     loss = student.new_empty((), dtype=wide_dtype(student, teacher))
     return loss, *_pair_grads(student, teacher, need_student_grad, need_teacher_grad)
+
+
+@torch.library.register_fake("amtml::whole_loss_fwd")
+def _(features, theta, v, weights, student, teachers, labels, divisor, *settings):
+    max_pool, angle_weight, *_, need_student_grad, need_targets_grad = settings[8:]
+    n, c = student.shape
+    made = [student.new_empty(0, dtype=torch.float32) for _ in range(3)]
+    if features is not None:
+        wide, d = wide_dtype(features, theta, v), features.shape[1]
+        weights = features.new_empty(n, theta.shape[0], dtype=wide)
+        index = _empty(features, max_pool, (n, d), torch.int32)
+        made = [weights, features.new_empty(n, d, dtype=wide), index]
+    wide = wide_dtype(student, *teachers, weights)
+    back = [
+        student.new_empty((n, c) if needed else (0,), dtype=wide if angle_weight != 0 else torch.float32)
+        for needed in (need_student_grad and angle_weight != 0, need_targets_grad and angle_weight != 0)
+    ]
+    stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
+    return student.new_empty((), dtype=wide), student.new_empty(5, dtype=wide), *made, stats, *back
+
+
+@torch.library.register_fake("amtml::whole_loss_bwd")
+def _(grad, features, theta, v, weights, pooled, index, student, teachers, *settings):
+    need_student, need_weights, need_features, need_parameters = settings[-4:]
+    given = features is None
+    grad_student = _empty(student, need_student, student.shape, student.dtype)
+    grads = [student.new_empty(0, dtype=torch.float32) for _ in range(4)]
+    if given:
+        grads[0] = _empty(weights, need_weights, weights.shape, weights.dtype)
+    elif need_weights:
+        grads[1] = torch.empty_like(features) if need_features else features.new_empty(0)
+        for i, t in ((2, theta), (3, v)):
+            grads[i] = t.new_empty(t.shape) if need_parameters else t.new_empty(0, dtype=pooled.dtype)
+    return grad_student, *grads
 
 
 @torch.library.register_fake("amtml::hint_pool_fwd")

@@ -11,7 +11,9 @@
 // in the first-level cache. Tiles that share no block run side by side, in an order that does not depend on the number
 // of threads. kernels/README.md has the derivation, the precision and the measurements.
 #include <algorithm>
+#include <memory>
 
+#include "ops.h"
 #include "pairs.h"
 
 namespace amtml {
@@ -19,133 +21,188 @@ namespace {
 
 constexpr char kOp[] = "angle_loss";
 constexpr int64_t kBlock = 64;  // rows of a block
-constexpr int64_t kFlush = 64;  // vertices between two additions of a tile's far sides to G
 
 // Two blocks of rows and a range of vertices.
 struct Tile {
   int64_t i_block, k_block, first_vertex, last_vertex;
 };
 
-// What a tile writes: G of either side [n, stride], and the loss per vertex.
-struct Sums {
-  double *grad_first, *grad_second, *vertex_loss;
+// Distances in units of Side::unit, which is 2 where they are not in fixed point.
+AMTML_INLINE int32_t in_units(int32_t distance) { return distance; }
+AMTML_INLINE double in_units(double distance) { return distance / 2; }
+
+// A block of rows over a range of vertices, copied together so that a tile's data stay in cache; and the sums that
+// belong to its arms. r is scaled by (unit / 2)^1/2, so that the product of two is h per unit of distance.
+template <class A, class D, class Sum, int kColumns, int kGrads>
+struct Block {
+  struct SideRows {
+    alignas(64) D distance[kBlock][kColumns];
+    alignas(64) A r[kBlock][kColumns];
+    alignas(64) Sum arm[kBlock][kColumns];  // sum g h
+    alignas(64) A psi[kBlock][kColumns];    // sum g psi
+  };
+  SideRows side[2];
+
+  AMTML_INLINE void load(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
+    for (int s = 0; s < 2; ++s) {
+      const D* distance = sides[s]->template distances<D>();
+      const A scale = std::sqrt(sides[s]->unit / 2);  // exact: see quantize
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t from = (i0 + i) * sides[s]->stride + j0;
+        for (int64_t j = 0; j < columns; ++j) side[s].distance[i][j] = in_units(distance[from + j]);
+        const A* r = sides[s]->r.data() + from;
+        for (int64_t j = 0; j < columns; ++j) side[s].r[i][j] = r[j] * scale;
+        if (s >= kGrads) continue;
+        std::fill_n(side[s].arm[i], columns, Sum(0));
+        std::fill_n(side[s].psi[i], columns, A(0));
+      }
+    }
+  }
+
+  // Adds the gradient of the arms to G of either side.
+  AMTML_INLINE void store(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t columns,
+                          const A* weight, double* const (&grad)[2]) const {
+    for (int s = 0; s < kGrads; ++s) {
+      const double per_unit = 1 / static_cast<double>(sides[s]->unit);
+      for (int64_t i = 0; i < rows; ++i) {
+        const Sum* arm = side[s].arm[i];
+        const A *r = side[s].r[i], *psi = side[s].psi[i];
+        double* g = grad[s] + (i0 + i) * sides[s]->stride + j0;
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) {
+          const double rj = r[j];
+          g[j] += weight[j] * per_unit * (arm[j] - rj * rj * psi[j]);
+        }
+      }
+    }
+  }
 };
 
-// Adds weight * the arms' gradient of vertex j to its row of G.
-template <class A, class Sum>
-AMTML_INLINE void add_arms(int64_t n, const A* r, const Sum* arm, const A* psi, double weight, double per_unit,
-                           double* grad) {
+template <int kLanes, class Sum>
+AMTML_INLINE double sum_lanes(Sum* x) {  // as a tree: in a chain each addition waits for the last
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) x[l] += x[l + half];
+  }
+  return static_cast<double>(x[0]);
+}
+
+// psi, g and what is summed of them for one triplet. The far distances are those of the pair.
+template <class A, class D>
+struct Triplet {
+  A loss, gh[2], gpsi[2];
+
+  AMTML_INLINE Triplet(const D (&arm_a)[2], const A (&r_a)[2], const D (&arm_b)[2], const A (&r_b)[2],
+                       const D (&far)[2], A delta) {
+    const A h[2] = {r_a[0] * r_b[0], r_a[1] * r_b[1]};
+    const A psi[2] = {static_cast<A>(arm_a[0] + arm_b[0] - far[0]) * h[0],
+                      static_cast<A>(arm_a[1] + arm_b[1] - far[1]) * h[1]};
+    const A x = psi[0] - psi[1];
+    const A above = x > delta ? delta : x;  // written so that NaN stays NaN
+    const A g = above < -delta ? -delta : above;
+    loss = g * (x - A(0.5) * g);
+    for (int s = 0; s < 2; ++s) gh[s] = g * h[s], gpsi[s] = g * psi[s];
+  }
+};
+
+// The vertices of the range for row i of a with rows k .. k + kRows - 1 of b. Vectors run over the vertices. One
+// rounded g h goes to the arms and to the far side: there they cancel exactly.
+template <int kLanes, int kRows, class A, class D, class Sum, int kColumns, int kGrads>
+AMTML_INLINE void pairs_loss(Block<A, D, Sum, kColumns, kGrads>& a, int64_t i, Block<A, D, Sum, kColumns, kGrads>& b,
+                             int64_t k, int64_t columns, const D (&far)[kRows][2], A delta, const A* weight, A* loss,
+                             const double (&per_unit)[2], double* const (&grad)[2]) {
+  auto &a0 = a.side[0], &a1 = a.side[1], &b0 = b.side[0], &b1 = b.side[1];
+  constexpr int kSums = kGrads > 0 ? kGrads : 1;
+  alignas(64) Sum far_sum[kRows][kSums][kLanes];
+  for (int row = 0; row < kRows; ++row) {
+    for (int s = 0; s < kSums; ++s) {
+      for (int l = 0; l < kLanes; ++l) far_sum[row][s][l] = 0;
+    }
+  }
+  for (int64_t start = 0; start < columns; start += kLanes) {
 #pragma omp simd
-  for (int64_t k = 0; k < n; ++k) {
-    const double rk = r[k];
-    grad[k] += weight * (per_unit * arm[k] - 0.5 * rk * rk * psi[k]);
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t j = start + l;
+      const D arm_a[2] = {a0.distance[i][j], a1.distance[i][j]};
+      const A r_a[2] = {a0.r[i][j], a1.r[i][j]};
+      const Sum w = static_cast<Sum>(weight[j]);
+      const Triplet<A, D> t0(arm_a, r_a, {b0.distance[k][j], b1.distance[k][j]}, {b0.r[k][j], b1.r[k][j]}, far[0],
+                             delta);
+      A total = t0.loss;
+      Sum gh[2] = {static_cast<Sum>(t0.gh[0]), static_cast<Sum>(t0.gh[1])};
+      A gpsi[2] = {t0.gpsi[0], t0.gpsi[1]};
+      auto add_b = [&](int64_t row, const Triplet<A, D>& t) __attribute__((always_inline)) {
+        if (kGrads > 0) b0.arm[k + row][j] += static_cast<Sum>(t.gh[0]), b0.psi[k + row][j] += t.gpsi[0];
+        if (kGrads > 1) b1.arm[k + row][j] += static_cast<Sum>(t.gh[1]), b1.psi[k + row][j] += t.gpsi[1];
+        if (kGrads > 0) far_sum[row][0][l] += w * static_cast<Sum>(t.gh[0]);
+        if (kGrads > 1) far_sum[row][kSums - 1][l] += w * static_cast<Sum>(t.gh[1]);
+      };
+      add_b(0, t0);
+      if constexpr (kRows > 1) {
+        const Triplet<A, D> t1(arm_a, r_a, {b0.distance[k + 1][j], b1.distance[k + 1][j]},
+                               {b0.r[k + 1][j], b1.r[k + 1][j]}, far[1], delta);
+        total += t1.loss;
+        for (int s = 0; s < 2; ++s) gh[s] += static_cast<Sum>(t1.gh[s]), gpsi[s] += t1.gpsi[s];
+        add_b(1, t1);
+      }
+      loss[j] += total;
+      if (kGrads > 0) a0.arm[i][j] += gh[0], a0.psi[i][j] += gpsi[0];
+      if (kGrads > 1) a1.arm[i][j] += gh[1], a1.psi[i][j] += gpsi[1];
+    }
+  }
+  for (int row = 0; row < kRows; ++row) {
+    for (int s = 0; s < kGrads; ++s) grad[s][row] -= per_unit[s] * sum_lanes<kLanes>(far_sum[row][s]);
   }
 }
 
 // Distances in D (double, or int32_t fixed point), sums that must cancel in Sum, the rest in A. kGrads: of how many
 // sides the gradient is asked for. Sums are made for the gradient of the first side; that of the second has the
 // opposite sign.
-template <class A, class D, class Sum, int kGrads>
-AMTML_INLINE void run_tile(const Side<A>& first, const Side<A>& second, const Tile& tile, A delta,
-                           const A* vertex_weight, const Sums& out) {
-  constexpr int64_t kStrip = sizeof(D) == 4 ? 32 : 16;  // rows of the block at a time: what the cache holds
-  const int64_t n = first.n, stride = first.stride;
-  const D *d1 = first.template distances<D>(), *d2 = second.template distances<D>();
-  const int64_t k0 = tile.k_block * kBlock, count = std::min(kBlock, stride - k0);  // padded
+template <int kLanes, class A, class D, class Sum, int kGrads>
+AMTML_INLINE void run_tile(const Side<A>* const (&sides)[2], const Tile& tile, A delta, const A* vertex_weight,
+                           double* const (&grad)[2], double* vertex_loss) {
+  constexpr int kColumns = sizeof(D) == 4 ? 64 : 32;  // vertices at a time,
+  constexpr int64_t kStrip = 8;                       // and rows of either block: what the first-level cache holds
+  using Rows = Block<A, D, Sum, kColumns, kGrads>;
+  const std::unique_ptr<Rows> own_i(new Rows), own_k(new Rows);  // not make_unique: that would fill them with zeros
   const bool diagonal = tile.i_block == tile.k_block;
-  const double per_unit1 = 1 / static_cast<double>(first.unit), per_unit2 = 1 / static_cast<double>(second.unit);
-  alignas(64) D far1[kStrip * kBlock], far2[kStrip * kBlock];
-  alignas(64) Sum far_sum1[kStrip * kBlock], far_sum2[kStrip * kBlock];
-  alignas(64) Sum arm1[kBlock], arm2[kBlock], arm_i1[kStrip], arm_i2[kStrip];
-  alignas(64) A psi1[kBlock], psi2[kBlock], psi_i1[kStrip], psi_i2[kStrip], rk1[kBlock], rk2[kBlock];
-  const int64_t i_end = std::min((tile.i_block + 1) * kBlock, n);
-  for (int64_t i0 = tile.i_block * kBlock; i0 < i_end; i0 += kStrip) {
-    const int64_t strip = std::min(kStrip, i_end - i0);
-    for (int64_t i = 0; i < strip; ++i) {
-      std::copy_n(d1 + (i0 + i) * stride + k0, count, far1 + i * kBlock);
-      std::copy_n(d2 + (i0 + i) * stride + k0, count, far2 + i * kBlock);
-    }
-    for (int64_t j0 = tile.first_vertex; j0 < tile.last_vertex; j0 += kFlush) {
-      if (kGrads > 0) std::fill_n(far_sum1, strip * kBlock, Sum(0));
-      if (kGrads > 1) std::fill_n(far_sum2, strip * kBlock, Sum(0));
-      for (int64_t j = j0; j < std::min(j0 + kFlush, tile.last_vertex); ++j) {
-        const D *dj1 = d1 + j * stride, *dj2 = d2 + j * stride;
-        const A *rj1 = first.r.data() + j * stride, *rj2 = second.r.data() + j * stride;
-        const D *dk1 = dj1 + k0, *dk2 = dj2 + k0;
-        std::copy_n(rj1 + k0, count, rk1);
-        std::copy_n(rj2 + k0, count, rk2);
-        if (kGrads > 0) std::fill_n(arm1, count, Sum(0)), std::fill_n(psi1, count, A(0));
-        if (kGrads > 1) std::fill_n(arm2, count, Sum(0)), std::fill_n(psi2, count, A(0));
-        const Sum weight = static_cast<Sum>(vertex_weight ? vertex_weight[j] : A(1));
-        double vertex = 0;
-        for (int64_t i = 0; i < strip; ++i) {
-          const A ri1 = rj1[i0 + i], ri2 = rj2[i0 + i];
-          int64_t start = 0;
-          if (diagonal) {  // pairs k <= i are counted at (k, i): without arms they add 0
-            const int64_t self = i0 + i - k0;
-            rk1[self] = rk2[self] = 0;
-            start = (self + 1) / kLanes * kLanes;
-          }
-          Sum arm_sum1 = 0, arm_sum2 = 0;
-          A psi_sum1 = 0, psi_sum2 = 0, loss = 0;
-          if (ri1 != 0 || ri2 != 0) {
-            const D dij1 = dj1[i0 + i], dij2 = dj2[i0 + i];
-            const A half1 = ri1 / 2 * first.unit, half2 = ri2 / 2 * second.unit;
-            const D *di1 = far1 + i * kBlock, *di2 = far2 + i * kBlock;
-            Sum *fi1 = far_sum1 + i * kBlock, *fi2 = far_sum2 + i * kBlock;
-#pragma omp simd reduction(+ : loss, arm_sum1, psi_sum1, arm_sum2, psi_sum2)
-            for (int64_t k = start; k < count; ++k) {
-              const A h1 = half1 * rk1[k], h2 = half2 * rk2[k];
-              const A p1 = static_cast<A>(dij1 + dk1[k] - di1[k]) * h1;
-              const A p2 = static_cast<A>(dij2 + dk2[k] - di2[k]) * h2;
-              const A x = p1 - p2;
-              const A above = x > delta ? delta : x;  // written so that NaN stays NaN
-              const A g = above < -delta ? -delta : above;
-              loss += g * (x - A(0.5) * g);
-              if (kGrads > 0) {  // one rounded g h for the arms and the far side: they cancel exactly
-                const Sum gh = static_cast<Sum>(g * h1);
-                arm1[k] += gh;
-                arm_sum1 += gh;
-                fi1[k] += weight * gh;
-                psi1[k] += g * p1;
-                psi_sum1 += g * p1;
-              }
-              if (kGrads > 1) {
-                const Sum gh = static_cast<Sum>(g * h2);
-                arm2[k] += gh;
-                arm_sum2 += gh;
-                fi2[k] += weight * gh;
-                psi2[k] += g * p2;
-                psi_sum2 += g * p2;
-              }
-            }
-          }
-          vertex += loss;
-          if (kGrads > 0) arm_i1[i] = arm_sum1, psi_i1[i] = psi_sum1;
-          if (kGrads > 1) arm_i2[i] = arm_sum2, psi_i2[i] = psi_sum2;
-        }
-        out.vertex_loss[j] += 2 * vertex;  // both orders of each pair
-        if (kGrads > 0) {
-          double* row = out.grad_first + j * stride;
-          add_arms(count, rj1 + k0, arm1, psi1, weight, per_unit1, row + k0);
-          add_arms(strip, rj1 + i0, arm_i1, psi_i1, weight, per_unit1, row + i0);
-        }
-        if (kGrads > 1) {
-          double* row = out.grad_second + j * stride;
-          add_arms(count, rj2 + k0, arm2, psi2, weight, per_unit2, row + k0);
-          add_arms(strip, rj2 + i0, arm_i2, psi_i2, weight, per_unit2, row + i0);
+  Rows &block_i = *own_i, &block_k = diagonal ? *own_i : *own_k;
+  const int64_t n = sides[0]->n, stride = sides[0]->stride;
+  const int64_t i0 = tile.i_block * kBlock, rows_i = std::min(kBlock, n - i0);
+  const int64_t k0 = tile.k_block * kBlock, rows_k = std::min(kBlock, n - k0);
+  const D *d0 = sides[0]->template distances<D>(), *d1 = sides[1]->template distances<D>();
+  const double per_unit[2] = {1 / static_cast<double>(sides[0]->unit), 1 / static_cast<double>(sides[1]->unit)};
+  for (int64_t j0 = tile.first_vertex; j0 < tile.last_vertex; j0 += kColumns) {
+    const int64_t columns = std::min<int64_t>(kColumns, tile.last_vertex - j0);
+    alignas(64) A weight[kColumns];
+    double loss[kColumns] = {};
+    for (int64_t j = 0; j < columns; ++j) weight[j] = vertex_weight && j0 + j < n ? vertex_weight[j0 + j] : A(1);
+    block_i.load(sides, i0, rows_i, j0, columns);
+    if (!diagonal) block_k.load(sides, k0, rows_k, j0, columns);
+    for (int64_t is = 0; is < rows_i; is += kStrip) {
+      for (int64_t ks = diagonal ? is : 0; ks < rows_k; ks += kStrip) {
+        for (int64_t i = is; i < std::min(is + kStrip, rows_i); ++i) {
+          alignas(64) A strip_loss[kColumns] = {};
+          auto pairs = [&](int64_t k, auto rows) __attribute__((always_inline)) {
+            constexpr int kRows = decltype(rows)::value;
+            const int64_t at = (i0 + i) * stride + k0 + k;
+            D far[kRows][2];
+            for (int row = 0; row < kRows; ++row)
+              far[row][0] = in_units(d0[at + row]), far[row][1] = in_units(d1[at + row]);
+            double* const g[2] = {kGrads > 0 ? grad[0] + at : nullptr, kGrads > 1 ? grad[1] + at : nullptr};
+            pairs_loss<kLanes, kRows>(block_i, i, block_k, k, columns, far, delta, weight, strip_loss, per_unit, g);
+          };
+          int64_t k = diagonal ? std::max(ks, i + 1) : ks;
+          const int64_t k_end = std::min(ks + kStrip, rows_k);
+          for (; k + 1 < k_end; k += 2) pairs(k, std::integral_constant<int, 2>{});
+          if (k < k_end) pairs(k, std::integral_constant<int, 1>{});
+          for (int64_t j = 0; j < columns; ++j) loss[j] += strip_loss[j];
         }
       }
-      auto add_far = [&](const Sum* sum, double per_unit, double* grad) __attribute__((always_inline)) {
-        for (int64_t i = 0; i < strip; ++i) {
-          double* row = grad + (i0 + i) * stride + k0;
-#pragma omp simd
-          for (int64_t k = 0; k < count; ++k) row[k] -= per_unit * sum[i * kBlock + k];
-        }
-      };
-      if (kGrads > 0) add_far(far_sum1, per_unit1, out.grad_first);
-      if (kGrads > 1) add_far(far_sum2, per_unit2, out.grad_second);
     }
+    block_i.store(sides, i0, rows_i, j0, columns, weight, grad);
+    if (!diagonal) block_k.store(sides, k0, rows_k, j0, columns, weight, grad);
+    for (int64_t j = 0; j < std::min(columns, n - j0); ++j)
+      vertex_loss[j0 + j] += 2 * loss[j];  // both orders of a pair
   }
 }
 
@@ -216,22 +273,25 @@ struct Task {
   Result<A> run(const Tensor& like_first, const Tensor& like_second) const {
     const int64_t n = first.n, stride = first.stride, blocks = (n + kBlock - 1) / kBlock;
     // Few blocks leave few tiles to run side by side; then the vertices are split, too, each part with a G of its own.
-    const int64_t parts = std::clamp<int64_t>(std::min(1024 / std::max<int64_t>(n, 1), n / 16), 1, 8);
+    const int64_t parts = std::clamp<int64_t>(std::min(1024 / std::max<int64_t>(n, 1), n / 64), 1, 8);
     const auto rounds = rounds_of(blocks);
     std::vector<double> g1(kGrads > 0 ? parts * n * stride : 0), g2(kGrads > 1 ? parts * n * stride : 0);
     std::vector<double> partial(std::max<int64_t>(blocks, 1) *
-                                n);  // of the vertices' losses, one row a place in a round
+                                n);  // losses of the vertices, a row each place in a round
+    const Side<A>* const sides[2] = {&first, &second};
     for (const auto& pairs : rounds) {
       const int64_t tasks = static_cast<int64_t>(pairs.size()) * parts;
       torch::stable::parallel_for(0, tasks, grain(kBlock * kBlock * n / parts), [&](int64_t begin, int64_t end) {
-        vectorized([&] AMTML_BODY() {
+        vectorized([&] AMTML_BODY(auto lanes) {
           for (int64_t task = begin; task < end; ++task) {
-            const int64_t place = task / parts, part = task % parts;
+            const int64_t place = task / parts, part = task % parts, columns = stride / kPadding;
             const auto [i_block, k_block] = pairs[place];
-            const Tile tile{i_block, k_block, part * n / parts, (part + 1) * n / parts};
-            const Sums out{g1.data() + (kGrads > 0 ? part * n * stride : 0),
-                           g2.data() + (kGrads > 1 ? part * n * stride : 0), partial.data() + place * n};
-            run_tile<A, D, Sum, kGrads>(first, second, tile, delta, vertex_weight, out);
+            const Tile tile{i_block, k_block, part * columns / parts * kPadding,
+                            (part + 1) * columns / parts * kPadding};
+            double* const grad[2] = {kGrads > 0 ? g1.data() + part * n * stride : nullptr,
+                                     kGrads > 1 ? g2.data() + part * n * stride : nullptr};
+            run_tile<decltype(lanes)::value, A, D, Sum, kGrads>(sides, tile, delta, vertex_weight, grad,
+                                                                partial.data() + place * n);
           }
         });
       });
@@ -309,6 +369,8 @@ struct Arguments {
   Tensor finish(const Tensor& t) const { return work == wide ? t : torch::stable::to(t, wide); }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor& teacher,
                                              std::optional<Tensor> row_mask, double delta, double eps,
                                              std::string reduction, bool need_student_grad, bool need_teacher_grad) {
@@ -367,5 +429,4 @@ STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
   m.impl("angle_bwd", TORCH_BOX(&angle_bwd));
 }
 
-}  // namespace
 }  // namespace amtml

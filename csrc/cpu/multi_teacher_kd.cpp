@@ -8,6 +8,7 @@
 // A row of every input is read once; its exponentials stay in cache until the row is done. Teachers are read in place.
 #include <algorithm>
 
+#include "ops.h"
 #include "simd.h"
 
 namespace amtml {
@@ -337,7 +338,7 @@ struct Inputs {  // owns what Problem points to
   }
 };
 
-using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+}  // namespace
 
 Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
@@ -482,5 +483,4 @@ STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
   m.impl("multi_teacher_kd_bwd", TORCH_BOX(&multi_teacher_kd_bwd));
 }
 
-}  // namespace
 }  // namespace amtml

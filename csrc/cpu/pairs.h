@@ -10,9 +10,8 @@
 
 namespace amtml {
 
-constexpr int64_t kLanes = 16;       // rows of the matrices are padded to this, with r = 0
-constexpr double kFixedOne = 1e9;    // the largest distance in fixed point: twice it fits into 32 bits
-constexpr double kFixedRange = 128;  // the largest ratio of distances for which fixed point is exact enough
+constexpr int64_t kPadding = 16;    // rows of the matrices are padded to a multiple of this, with r = 0
+constexpr double kFixedRange = 64;  // the largest ratio of squared distances for which fixed point is exact enough
 
 // The rows of one tensor that take part, and all their distances.
 template <class A>
@@ -21,13 +20,13 @@ struct Side {
   std::vector<double> x;         // [n, width]
   std::vector<double> distance;  // [n, stride] squared
   std::vector<int32_t> fixed;    // the same in units of `unit`, once quantize() has run
-  std::vector<A> r;              // [n, stride]
+  std::vector<A> r;              // [n, stride] 1 / distance, 0 where degenerate
   double nearest = std::numeric_limits<double>::infinity(), farthest = 0;  // of the pairs that are not degenerate
-  A unit = 1;
+  A unit = 2;
 
   Side(const Tensor& t, const std::vector<int64_t>& kept, double eps)
       : n(kept.size()),
-        stride((n + kLanes - 1) / kLanes * kLanes),
+        stride((n + kPadding - 1) / kPadding * kPadding),
         width(t.size(1)),
         x(n * width),
         distance(n * stride),
@@ -81,9 +80,11 @@ struct Side {
     return farthest <= kFixedRange * nearest && 1e-30 < nearest && nearest <= farthest && farthest < 1e30;
   }
 
+  // Distances to fixed point: the unit is 2^(2m + 1), the largest distance at most 2^30 of it, so that the sum of two
+  // fits into 32 bits.
   void quantize() {
     fixed.resize(n * stride);
-    unit = static_cast<A>(farthest / kFixedOne);
+    unit = static_cast<A>(std::exp2(2 * std::ceil((std::log2(farthest) - 31) / 2) + 1));
     const double per_unit = 1 / static_cast<double>(unit);
     torch::stable::parallel_for(0, n * stride, grain(1), [&](int64_t begin, int64_t end) {
       vectorized([&] AMTML_BODY() {

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../common.h"
 
@@ -16,17 +17,27 @@
 
 namespace amtml {
 
+// body(), or body(lanes) with the number of floats in a vector as a constant.
+template <int kLanes, class Body>
+AMTML_INLINE void call(const Body& body) {
+  if constexpr (std::is_invocable_v<Body>) {
+    body();
+  } else {
+    body(std::integral_constant<int, kLanes>{});
+  }
+}
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #define AMTML_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"
 #define AMTML_AVX2 "avx2,fma,f16c,bmi,bmi2"
 
 template <class Body>
 __attribute__((target(AMTML_AVX512))) void run_avx512(const Body& body) {
-  body();
+  call<16>(body);
 }
 template <class Body>
 __attribute__((target(AMTML_AVX2))) void run_avx2(const Body& body) {
-  body();
+  call<8>(body);
 }
 
 enum class Isa { baseline, avx2, avx512 };
@@ -53,13 +64,13 @@ void vectorized(const Body& body) {
     case Isa::avx2:
       return run_avx2(body);
     default:
-      return body();
+      return call<4>(body);
   }
 }
 #else
 template <class Body>
 void vectorized(const Body& body) {
-  body();
+  call<4>(body);
 }
 #endif
 

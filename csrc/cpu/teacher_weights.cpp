@@ -2,6 +2,7 @@
 //
 //   b = maxpool(B),  gamma_t = sum_d v_d theta_td b_d,  w = softmax_t gamma
 //   dgamma_t = w_t (g_t - sum_s g_s w_s),  db_d = sum_t dgamma_t theta_td v_d,  d(theta_t v) = sum_n dgamma_nt b_n
+#include "ops.h"
 #include "simd.h"
 
 namespace amtml {
@@ -9,18 +10,18 @@ namespace {
 
 constexpr char kOp[] = "teacher_weights";
 
-struct Map {  // [n, channels, height, width] with any strides
+struct Map {  // [n, channels, height, width] or [n, channels], with any strides
   int64_t n, channels, height, width;
   int64_t sn, sc, sh, sw;
   explicit Map(const Tensor& t)
       : n(t.size(0)),
         channels(t.size(1)),
-        height(t.size(2)),
-        width(t.size(3)),
+        height(t.dim() == 4 ? t.size(2) : 1),
+        width(t.dim() == 4 ? t.size(3) : 1),
         sn(t.stride(0)),
         sc(t.stride(1)),
-        sh(t.stride(2)),
-        sw(t.stride(3)) {}
+        sh(t.dim() == 4 ? t.stride(2) : 1),
+        sw(t.dim() == 4 ? t.stride(3) : 1) {}
   int64_t pixels() const { return height * width; }
   bool dense_plane() const { return (sw == 1 || width == 1) && (sh == width || height == 1); }
   int64_t offset(int64_t pixel) const { return pixel / width * sh + pixel % width * sw; }
@@ -86,8 +87,8 @@ AMTML_INLINE void avg_pool(const T* x, const Map& map, A* pooled) {
 }
 
 ScalarType check(const Tensor& features, const Tensor& theta, const Tensor& v) {
-  STD_TORCH_CHECK(features.dim() == 4 && features.size(2) * features.size(3) > 0, kOp,
-                  ": features must be [N, d, H, W] with at least one pixel");
+  STD_TORCH_CHECK(features.dim() == 2 || (features.dim() == 4 && features.size(2) * features.size(3) > 0), kOp,
+                  ": features must be [N, d], or [N, d, H, W] with at least one pixel");
   STD_TORCH_CHECK(theta.dim() == 2 && theta.size(0) > 0, kOp, ": theta must be [T, d] with T >= 1");
   check_shape(kOp, "theta", theta, {theta.size(0), features.size(1)});
   check_shape(kOp, "v", v, {features.size(1)});
@@ -128,6 +129,8 @@ AMTML_INLINE void weigh(const double* factors, const A* pooled, int64_t teachers
   for (int64_t t = 0; t < teachers; ++t) sum += weights[t] = std::exp(weights[t] - highest);
   for (int64_t t = 0; t < teachers; ++t) weights[t] /= sum;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, const Tensor& theta, const Tensor& v,
                                                        bool use_max) {
@@ -259,5 +262,4 @@ STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
   m.impl("teacher_weights_bwd", TORCH_BOX(&teacher_weights_bwd));
 }
 
-}  // namespace
 }  // namespace amtml
