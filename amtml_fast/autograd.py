@@ -76,14 +76,21 @@ def _first_order(op: str) -> Callable:
     return decorate
 
 
+_is_inference = torch.Tensor.is_inference
+
+
 def _save(ctx: Any, *tensors: Tensor | None) -> None:
     """save_for_backward that also takes inference tensors (a teacher's): autograd may not save those, nor need it."""
-    look = not torch.compiler.is_compiling()
-    ctx.inference = {i: t for i, t in enumerate(tensors) if look and t is not None and t.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+    ctx.inference = None
+    if not torch.compiler.is_compiling() and any(map(_is_inference, [t for t in tensors if t is not None])):
+        ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+        tensors = tuple(None if i in ctx.inference else t for i, t in enumerate(tensors))
+    ctx.save_for_backward(*tensors)
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
+    if not ctx.inference:
+        return ctx.saved_tensors
     return tuple(ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
 
 

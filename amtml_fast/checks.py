@@ -165,7 +165,7 @@ def label_values(function: str, labels: Tensor, classes: int, ignore_index: int)
     if labels.numel() == 0:
         return
     low, high = labels.aminmax()
-    if low >= 0 and high < classes:
+    if low.item() >= 0 and high.item() < classes:
         return
     bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
     if bad.any():

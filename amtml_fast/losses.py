@@ -366,11 +366,10 @@ class AMTMLLoss(nn.Module):
         adapter = self.adapter
         plain = _is_plain(adapter)
         if plain:
-            checks.adapter_arguments("teacher_weights", features, adapter.theta, adapter.v, adapter.pool)
-            checks.weights_shape(
-                "AMTMLLoss", (features.shape[0], adapter.theta.shape[0]), student.shape[0], len(teachers)
-            )
-            sources: tuple[Any, ...] = (features, adapter.theta, adapter.v, None)
+            theta, v = adapter.theta, adapter.v
+            checks.adapter_arguments("teacher_weights", features, theta, v, adapter.pool)
+            checks.weights_shape("AMTMLLoss", (features.shape[0], theta.shape[0]), student.shape[0], len(teachers))
+            sources: tuple[Any, ...] = (features, theta, v, None)
         else:
             sources = (None, None, None, self._weights(features, student.shape[0], len(teachers)))
         loss, terms, weights = functional.whole_loss(

@@ -229,7 +229,7 @@ def check_relation(op, p):
     unit = 1e-6
     if torch.float64 in p["dtypes"]:
         unit = max(1.0, farthest / nearest) * max(1.0, 1 / nearest)
-    elif 1 in p["widths"] or "expanded" in p["layouts"] or {"line", "equal", "duplicates"} & {*p["kinds"]}:
+    elif 1 in p["widths"] or "expanded" in p["layouts"] or {"line", "equal", "duplicates", "offset"} & {*p["kinds"]}:
         unit = max(1.0, 1 / nearest)
     if p["options"]["reduction"] in ("sum", "none"):
         unit *= max(p["n"], 1) ** 3

@@ -18,6 +18,7 @@ template <class A>
 struct Side {
   int64_t n, stride, width;
   std::vector<double> x;         // [n, width]
+  std::vector<double> columns;   // [width, stride], while distances are measured
   std::vector<double> distance;  // [n, stride] squared
   std::vector<int32_t> fixed;    // the same in units of `unit`, once quantize() has run
   std::vector<A> r;              // [n, stride] 1 / distance, 0 where degenerate
@@ -37,7 +38,12 @@ struct Side {
       const double* loaded = load_row<double>(m, kept[i], width, row);
       if (loaded != row) std::copy(loaded, loaded + width, row);
     }
+    columns.resize(width * stride);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t c = 0; c < width; ++c) columns[c * stride + i] = x[i * width + c];
+    }
     measure(eps);
+    columns = {};
   }
 
   // Row i and row n - 1 - i are one task: together they always have the same length.
@@ -45,11 +51,11 @@ struct Side {
     const int64_t tasks = (n + 1) / 2;
     std::vector<std::array<double, 2>> range(tasks);
     torch::stable::parallel_for(0, tasks, grain(n * width), [&](int64_t begin, int64_t end) {
-      vectorized([&] AMTML_BODY() {
+      vectorized([&] AMTML_BODY(auto lanes) {
         for (int64_t task = begin; task < end; ++task) {
           range[task] = {nearest, farthest};
-          measure_row(task, eps, range[task]);
-          if (n - 1 - task != task) measure_row(n - 1 - task, eps, range[task]);
+          measure_row<decltype(lanes)::value>(task, eps, range[task]);
+          if (n - 1 - task != task) measure_row<decltype(lanes)::value>(n - 1 - task, eps, range[task]);
         }
       });
     });
@@ -59,19 +65,37 @@ struct Side {
     }
   }
 
+  // Vectors run over j, so that nothing is summed across one. Each pair is written by the row of its lower index alone.
+  template <int kLanes>
   AMTML_INLINE void measure_row(int64_t i, double eps, std::array<double, 2>& range) {
+    constexpr int kDoubles = kLanes / 2, kVectors = kPadding / kDoubles;
+    using V = Vector<double, kDoubles>;
     const double* a = x.data() + i * width;
-    for (int64_t j = i + 1; j < n; ++j) {
-      const double* b = x.data() + j * width;
-      double sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < width; ++c) sum += (a[c] - b[c]) * (a[c] - b[c]);
-      const bool degenerate = sum <= eps * eps;  // NaN is not
-      distance[i * stride + j] = distance[j * stride + i] = sum;
-      r[i * stride + j] = r[j * stride + i] = degenerate ? A(0) : static_cast<A>(1 / std::sqrt(sum));
-      if (degenerate) continue;
-      range[0] = std::min(range[0], sum);
-      range[1] = sum > range[1] || sum != sum ? sum : range[1];
+    for (int64_t j0 = i / kPadding * kPadding; j0 < n; j0 += kPadding) {
+      alignas(64) double sum[kPadding];
+      alignas(64) A inverse[kPadding];
+      typename V::type sums[kVectors] = {};
+      for (int64_t c = 0; c < width; ++c) {
+        const double* b = columns.data() + c * stride + j0;
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+          const typename V::type difference = a[c] - *reinterpret_cast<const typename V::loaded*>(b + v * kDoubles);
+          sums[v] += difference * difference;
+        }
+      }
+      std::memcpy(sum, sums, sizeof(sum));
+#pragma omp simd
+      for (int64_t l = 0; l < kPadding; ++l) {  // NaN is not degenerate
+        inverse[l] = sum[l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[l]));
+      }
+      for (int64_t j = std::max(j0, i + 1); j < std::min(j0 + kPadding, n); ++j) {
+        const double d = sum[j - j0];
+        distance[i * stride + j] = distance[j * stride + i] = d;
+        r[i * stride + j] = r[j * stride + i] = inverse[j - j0];
+        if (inverse[j - j0] == 0) continue;
+        range[0] = std::min(range[0], d);
+        range[1] = d > range[1] || d != d ? d : range[1];
+      }
     }
   }
 
@@ -113,20 +137,32 @@ Tensor grad_rows(const Tensor& like, const std::vector<int64_t>& kept, const Sid
   A* out = static_cast<A*>(grad.mutable_data_ptr());
   if (n < like.size(0)) std::fill_n(out, like.size(0) * width, A(0));
   torch::stable::parallel_for(0, n, grain(n * width), [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(width);
-    vectorized([&] AMTML_BODY() {
+    vectorized([&] AMTML_BODY(auto lanes) {
+      constexpr int kDoubles = decltype(lanes)::value / 2, kVectors = kPadding / kDoubles;
+      using V = Vector<double, kDoubles>;
       for (int64_t i = begin; i < end; ++i) {
-        std::fill(sum.begin(), sum.end(), 0.0);
-        const double* a = side.x.data() + i * width;
-        double* s = sum.data();
-        for (int64_t j = 0; j < n; ++j) {
-          if (i == j) continue;
-          const double* b = side.x.data() + j * width;
-          const double weight = scale * g[i * side.stride + j];
-#pragma omp simd
-          for (int64_t c = 0; c < width; ++c) s[c] += weight * (a[c] - b[c]);  // differences: the common offset cancels
+        const double *a = side.x.data() + i * width, *weight = g + i * side.stride;
+        A* to = out + kept[i] * width;
+        int64_t c0 = 0;
+        for (; c0 + kPadding <= width; c0 += kPadding) {  // a vector of columns stays in registers
+          typename V::type sums[kVectors] = {}, own[kVectors];
+          std::memcpy(own, a + c0, sizeof(own));
+          for (int64_t j = 0; j < n; ++j) {
+            const double *b = side.x.data() + j * width + c0, by = j == i ? 0 : weight[j];
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) {  // differences: the common offset cancels
+              sums[v] += by * (own[v] - *reinterpret_cast<const typename V::loaded*>(b + v * kDoubles));
+            }
+          }
+          double sum[kPadding];
+          std::memcpy(sum, sums, sizeof(sum));
+          for (int64_t l = 0; l < kPadding; ++l) to[c0 + l] = static_cast<A>(scale * sum[l]);
         }
-        for (int64_t c = 0; c < width; ++c) out[kept[i] * width + c] = static_cast<A>(s[c]);
+        for (; c0 < width; ++c0) {
+          double sum = 0;
+          for (int64_t j = 0; j < n; ++j) sum += j == i ? 0 : weight[j] * (a[c0] - side.x[j * width + c0]);
+          to[c0] = static_cast<A>(scale * sum);
+        }
       }
     });
   });

@@ -74,6 +74,13 @@ void vectorized(const Body& body) {
 }
 #endif
 
+// kCount numbers in one register, for sums that a plain loop would keep in memory; `loaded` reads them from anywhere.
+template <class A, int kCount>
+struct Vector {
+  typedef A type __attribute__((vector_size(kCount * sizeof(A))));
+  typedef A loaded __attribute__((vector_size(kCount * sizeof(A)), aligned(alignof(A)), may_alias));
+};
+
 // exp(x) for x <= 0, to 1 ulp; 0 below -87.7, about the smallest normal number; NaN stays NaN. Cody-Waite reduction,
 // then the minimax polynomial of Cephes' expf.
 AMTML_INLINE float exp_nonpositive(float x) {

@@ -11,7 +11,9 @@ namespace {
 
 constexpr char kOp[] = "AMTMLLoss";
 
+// Each call into torch costs more than the loops here, so tensors that are float already are read as they are.
 double item(const Tensor& t) {
+  if (t.scalar_type() == ScalarType::Float) return *static_cast<const float*>(t.const_data_ptr());
   const Tensor wide = torch::stable::to(t, ScalarType::Double);
   return *static_cast<const double*>(wide.const_data_ptr());
 }
@@ -33,17 +35,25 @@ ScalarType factors_dtype(const Tensor& features, const Tensor& theta, const Tens
   return ScalarType::Float;
 }
 
+Tensor dense(const Tensor& t, ScalarType dtype) {
+  const Tensor converted = as(t, dtype);
+  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
+}
+
 double sum_of_squares(const Tensor& t) {
-  const Tensor wide = torch::stable::contiguous(torch::stable::to(t, ScalarType::Double));
-  const double* x = static_cast<const double*>(wide.const_data_ptr());
+  const ScalarType dtype = wide_dtype(t.scalar_type());
+  const Tensor flat = dense(t, dtype);
   double sum = 0;
-  for (int64_t i = 0; i < t.numel(); ++i) sum += x[i] * x[i];
+  dispatch_wide(dtype, [&](auto zero) {
+    const auto* x = static_cast<const decltype(zero)*>(flat.const_data_ptr());
+    for (int64_t i = 0; i < t.numel(); ++i) sum += static_cast<double>(x[i]) * x[i];
+  });
   return sum;
 }
 
 // grad + factor * parameter, in the dtype of the parameter.
 Tensor with_decay(const Tensor& grad, const Tensor& parameter, double factor) {
-  const Tensor flat = torch::stable::contiguous(as(parameter, grad.scalar_type()));
+  const Tensor flat = dense(parameter, grad.scalar_type());
   dispatch_wide(grad.scalar_type(), [&](auto zero) {
     using A = decltype(zero);
     A* g = static_cast<A*>(grad.mutable_data_ptr());
@@ -56,7 +66,7 @@ Tensor with_decay(const Tensor& grad, const Tensor& parameter, double factor) {
 // The rows that take part in the angle loss, or nothing if all do.
 std::optional<Tensor> row_mask(const std::optional<Tensor>& labels, int64_t ignore_index) {
   if (!labels) return std::nullopt;
-  const Tensor flat = torch::stable::contiguous(*labels);
+  const Tensor flat = dense(*labels, ScalarType::Long);
   const int64_t *y = static_cast<const int64_t*>(flat.const_data_ptr()), n = flat.numel();
   if (std::find(y, y + n, ignore_index) == y + n) return std::nullopt;
   Tensor mask = torch::stable::new_empty(*labels, {n}, ScalarType::Bool);
