@@ -64,9 +64,11 @@ def _first_order(op: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapped(ctx: Any, *grads: Tensor) -> Any:
+            if not torch.is_grad_enabled():  # always, unless a graph of this backward is asked for
+                return backward(ctx, *grads)
             with torch.no_grad():
                 out = backward(ctx, *grads)
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():
                 return out
             inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
             return tuple(_NoSecondDerivative.apply(op, g, *inputs) if isinstance(g, Tensor) else g for g in out)

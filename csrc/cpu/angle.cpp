@@ -27,9 +27,13 @@ struct Tile {
   int64_t i_block, k_block, first_vertex, last_vertex;
 };
 
-// Distances in units of Side::unit, which is 2 where they are not in fixed point.
-AMTML_INLINE int32_t in_units(int32_t distance) { return distance; }
-AMTML_INLINE double in_units(double distance) { return distance / 2; }
+// Squared distances as they enter sums, in units of Side::unit: 32-bit fixed point, or float64 with the unit 2, so that
+// the 1/2 of psi is in it.
+template <class D>
+AMTML_INLINE D in_units(double distance, double per_unit) {
+  if constexpr (std::is_same_v<D, int32_t>) return static_cast<int32_t>(distance * per_unit + 0.5);
+  return distance * per_unit;
+}
 
 // A block of rows over a range of vertices, copied together so that a tile's data stay in cache; and the sums that
 // belong to its arms. r is scaled by (unit / 2)^1/2, so that the product of two is h per unit of distance.
@@ -45,11 +49,13 @@ struct Block {
 
   AMTML_INLINE void load(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
     for (int s = 0; s < 2; ++s) {
-      const D* distance = sides[s]->template distances<D>();
-      const A scale = std::sqrt(sides[s]->unit / 2);  // exact: see quantize
+      const double *distance = sides[s]->distance.data(), per_unit = 1 / static_cast<double>(sides[s]->unit);
+      const A scale = std::sqrt(sides[s]->unit / 2);  // exact: a power of 2
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t from = (i0 + i) * sides[s]->stride + j0;
-        for (int64_t j = 0; j < columns; ++j) side[s].distance[i][j] = in_units(distance[from + j]);
+
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j) side[s].distance[i][j] = in_units<D>(distance[from + j], per_unit);
         const A* r = sides[s]->r.data() + from;
         for (int64_t j = 0; j < columns; ++j) side[s].r[i][j] = r[j] * scale;
         if (s >= kGrads) continue;
@@ -169,7 +175,7 @@ AMTML_INLINE void run_tile(const Side<A>* const (&sides)[2], const Tile& tile, A
   const int64_t n = sides[0]->n, stride = sides[0]->stride;
   const int64_t i0 = tile.i_block * kBlock, rows_i = std::min(kBlock, n - i0);
   const int64_t k0 = tile.k_block * kBlock, rows_k = std::min(kBlock, n - k0);
-  const D *d0 = sides[0]->template distances<D>(), *d1 = sides[1]->template distances<D>();
+  const double *d0 = sides[0]->distance.data(), *d1 = sides[1]->distance.data();
   const double per_unit[2] = {1 / static_cast<double>(sides[0]->unit), 1 / static_cast<double>(sides[1]->unit)};
   for (int64_t j0 = tile.first_vertex; j0 < tile.last_vertex; j0 += kColumns) {
     const int64_t columns = std::min<int64_t>(kColumns, tile.last_vertex - j0);
@@ -187,7 +193,8 @@ AMTML_INLINE void run_tile(const Side<A>* const (&sides)[2], const Tile& tile, A
             const int64_t at = (i0 + i) * stride + k0 + k;
             D far[kRows][2];
             for (int row = 0; row < kRows; ++row)
-              far[row][0] = in_units(d0[at + row]), far[row][1] = in_units(d1[at + row]);
+              far[row][0] = in_units<D>(d0[at + row], per_unit[0]),
+              far[row][1] = in_units<D>(d1[at + row], per_unit[1]);
             double* const g[2] = {kGrads > 0 ? grad[0] + at : nullptr, kGrads > 1 ? grad[1] + at : nullptr};
             pairs_loss<kLanes, kRows>(block_i, i, block_k, k, columns, far, delta, weight, strip_loss, per_unit, g);
           };
@@ -356,8 +363,8 @@ struct Arguments {
     if constexpr (std::is_same_v<A, float>) {
       fixed = task.first.fits_fixed_point() && task.second.fits_fixed_point();
       if (fixed) {
-        task.first.quantize();
-        task.second.quantize();
+        task.first.use_fixed_point();
+        task.second.use_fixed_point();
         result = task.template run<int32_t, float>(one, other, grads);
       }
     }

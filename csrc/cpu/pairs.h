@@ -17,13 +17,12 @@ constexpr double kFixedRange = 64;  // the largest ratio of squared distances fo
 template <class A>
 struct Side {
   int64_t n, stride, width;
-  std::vector<double> x;         // [n, width]
-  std::vector<double> columns;   // [width, stride], while distances are measured
-  std::vector<double> distance;  // [n, stride] squared
-  std::vector<int32_t> fixed;    // the same in units of `unit`, once quantize() has run
-  std::vector<A> r;              // [n, stride] 1 / distance, 0 where degenerate
+  std::vector<double> x;        // [n, width]
+  std::vector<double> columns;  // [width, stride], while distances are measured
+  Buffer<double> distance;      // [n, stride] squared
+  Buffer<A> r;                  // [n, stride] 1 / distance, 0 where degenerate
   double nearest = std::numeric_limits<double>::infinity(), farthest = 0;  // of the pairs that are not degenerate
-  A unit = 2;
+  A unit = 2;                                                              // of distances in sums: see angle.cpp
 
   Side(const Tensor& t, const std::vector<int64_t>& kept, double eps)
       : n(kept.size()),
@@ -71,6 +70,10 @@ struct Side {
     constexpr int kDoubles = kLanes / 2, kVectors = kPadding / kDoubles;
     using V = Vector<double, kDoubles>;
     const double* a = x.data() + i * width;
+    distance[i * stride + i] = 0;
+    r[i * stride + i] = 0;
+    std::fill(&distance[i * stride + n], &distance[i * stride] + stride, 0.0);
+    std::fill(&r[i * stride + n], &r[i * stride] + stride, A(0));
     for (int64_t j0 = i / kPadding * kPadding; j0 < n; j0 += kPadding) {
       alignas(64) double sum[kPadding];
       alignas(64) A inverse[kPadding];
@@ -86,7 +89,7 @@ struct Side {
       std::memcpy(sum, sums, sizeof(sum));
 #pragma omp simd
       for (int64_t l = 0; l < kPadding; ++l) {  // NaN is not degenerate
-        inverse[l] = sum[l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[l]));
+        inverse[l] = sum[l] <= eps * eps ? A(0) : 1 / std::sqrt(static_cast<A>(sum[l]));
       }
       for (int64_t j = std::max(j0, i + 1); j < std::min(j0 + kPadding, n); ++j) {
         const double d = sum[j - j0];
@@ -104,28 +107,9 @@ struct Side {
     return farthest <= kFixedRange * nearest && 1e-30 < nearest && nearest <= farthest && farthest < 1e30;
   }
 
-  // Distances to fixed point: the unit is 2^(2m + 1), the largest distance at most 2^30 of it, so that the sum of two
-  // fits into 32 bits.
-  void quantize() {
-    fixed.resize(n * stride);
-    unit = static_cast<A>(std::exp2(2 * std::ceil((std::log2(farthest) - 31) / 2) + 1));
-    const double per_unit = 1 / static_cast<double>(unit);
-    torch::stable::parallel_for(0, n * stride, grain(1), [&](int64_t begin, int64_t end) {
-      vectorized([&] AMTML_BODY() {
-        for (int64_t i = begin; i < end; ++i) fixed[i] = static_cast<int32_t>(distance[i] * per_unit + 0.5);
-      });
-    });
-    distance = {};
-  }
-
-  template <class D>
-  const D* distances() const {
-    if constexpr (std::is_same_v<D, int32_t>) {
-      return fixed.data();
-    } else {
-      return distance.data();
-    }
-  }
+  // The unit of fixed point is 2^(2m + 1), and the largest distance at most 2^30 of it: the sum of two fits into 32
+  // bits.
+  void use_fixed_point() { unit = static_cast<A>(std::exp2(2 * std::ceil((std::log2(farthest) - 31) / 2) + 1)); }
 };
 
 // scale * sum_j g_ij (x_i - x_j), g [n, stride] symmetric; rows that were left out get 0.

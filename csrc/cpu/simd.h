@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 #include "../common.h"
@@ -149,6 +150,20 @@ AMTML_INLINE double block_sum(int64_t n, const F& term) {
   }
   return total;
 }
+
+// An array that is not filled with zeros first.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(new T[std::max<int64_t>(n, 1)]) {}
+  T* data() { return data_.get(); }
+  const T* data() const { return data_.get(); }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  std::unique_ptr<T[]> data_;
+};
 
 // A strided matrix of any dtype, read a row at a time.
 struct Matrix {

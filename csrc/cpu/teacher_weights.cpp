@@ -27,6 +27,36 @@ struct Map {  // [n, channels, height, width] or [n, channels], with any strides
   int64_t offset(int64_t pixel) const { return pixel / width * sh + pixel % width * sw; }
 };
 
+// Where the maximum of a dense plane stands first; the first NaN, if there is one. Vectors keep one candidate a lane.
+template <class T, class A>
+AMTML_INLINE int64_t first_maximum(const T* plane, int64_t pixels) {
+  constexpr int kLanes = 8;
+  A best[kLanes];
+  int32_t at[kLanes];
+  for (int l = 0; l < kLanes; ++l) best[l] = static_cast<A>(plane[0]), at[l] = 0;
+  int64_t p = 0;
+  for (; p + kLanes <= pixels; p += kLanes) {
+#pragma omp simd
+    for (int l = 0; l < kLanes; ++l) {
+      const A value = static_cast<A>(plane[p + l]);
+      const bool better = !(value <= best[l]) && best[l] == best[l];  // NaN beats all but NaN
+      best[l] = better ? value : best[l];
+      at[l] = better ? static_cast<int32_t>(p) + l : at[l];
+    }
+  }
+  auto offer = [&](int l, A value, int32_t where) __attribute__((always_inline)) {  // without branches
+    const bool nan = value != value, held = best[l] != best[l], earlier = where < at[l];
+    const bool better = (nan & (!held | earlier)) | (!held & ((value > best[l]) | ((value == best[l]) & earlier)));
+    best[l] = better ? value : best[l];
+    at[l] = better ? where : at[l];
+  };
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) offer(l, best[l + half], at[l + half]);
+  }
+  for (; p < pixels; ++p) offer(0, static_cast<A>(plane[p]), static_cast<int32_t>(p));
+  return at[0];
+}
+
 // Maximum of each channel and the first place where it stands; NaN wins, as in torch's max_pool.
 template <class T, class A>
 AMTML_INLINE void max_pool(const T* x, const Map& map, A* pooled, int32_t* index) {
@@ -48,16 +78,7 @@ AMTML_INLINE void max_pool(const T* x, const Map& map, A* pooled, int32_t* index
   for (int64_t c = 0; c < map.channels; ++c) {
     const T* plane = x + c * map.sc;
     if (map.dense_plane()) {
-      A best = static_cast<A>(plane[0]);
-      int32_t nan = 0;
-#pragma omp simd reduction(max : best) reduction(| : nan)
-      for (int64_t p = 0; p < pixels; ++p) {
-        const A value = static_cast<A>(plane[p]);
-        best = value > best ? value : best;
-        nan |= static_cast<int32_t>(value != value);
-      }
-      int64_t p = 0;
-      while (p < pixels && (nan ? plane[p] == plane[p] : static_cast<A>(plane[p]) != best)) ++p;
+      const int64_t p = first_maximum<T, A>(plane, pixels);
       pooled[c] = static_cast<A>(plane[p]);
       index[c] = static_cast<int32_t>(p);
     } else {
