@@ -15,6 +15,10 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
+// Exponentials are kept times 2^24, so that a probability may be as small as float32 can hold: where a teacher without
+// weight stands alone, the gradient of its weight is the logarithm of what the others give that class.
+constexpr int kScale = 24;
+constexpr double kLogScale = kScale * 0.693147180559945309417;
 constexpr int64_t kChunk = 1024;  // classes at a time after the exponentials: a chunk stays in the first-level cache
 
 struct Settings {
@@ -85,18 +89,19 @@ AMTML_INLINE A maximum(const A* z, int64_t n) {
   return m;
 }
 
-// e = exp((z - m) / tau); returns its sum.
+// e = 2^kScale exp((z - m) / tau); returns its sum.
 template <class A>
 AMTML_INLINE double exponentials(const A* z, int64_t n, A m, A per_tau, A* e) {
-  return block_sum<A>(
-      n, [&](int64_t c) __attribute__((always_inline)) { return e[c] = exp_nonpositive((z[c] - m) * per_tau); });
+  return block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
+    return e[c] = exp_nonpositive<kScale>((z[c] - m) * per_tau);
+  });
 }
 
 // The same where the sum is known already.
 template <class A>
 AMTML_INLINE void exponentials_again(const A* z, int64_t n, A m, A per_tau, A* e) {
 #pragma omp simd
-  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive((z[c] - m) * per_tau);
+  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive<kScale>((z[c] - m) * per_tau);
 }
 
 template <class A>
@@ -114,8 +119,9 @@ AMTML_INLINE A teacher_kl(const Row<A>& row, int64_t t, const A* stats, double t
   double teacher_rest = 0;
   const A log_sum_t = rounded<A>(teacher_log_sum, &teacher_rest);
   const double sum = block_sum<A>(row.problem.classes, [&](int64_t c) __attribute__((always_inline)) {
-    const A term = e[c] * inverse * (((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum));
-    return e[c] == 0 ? A(0) : term;
+    const A p = e[c] * inverse;
+    const A term = p * (((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum));
+    return p == 0 ? A(0) : term;
   });
   return static_cast<A>(sum + row.rest - teacher_rest);
 }
@@ -131,15 +137,15 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
   if (again) {
     exponentials_again(z, n, stats[0], per_tau, row.e.data());
     if (pr.labels) exponentials_again(z, n, stats[0], A(1), row.e1.data());
-    log_sum = -std::log(static_cast<double>(stats[1]));
+    log_sum = -std::log(static_cast<double>(stats[1])) - kLogScale;
   } else {
     stats[0] = maximum(z, n);
     const double sum = exponentials(z, n, stats[0], per_tau, row.e.data());
     const double sum1 = pr.labels ? exponentials(z, n, stats[0], A(1), row.e1.data()) : 1;
     stats[1] = static_cast<A>(1 / sum);
     stats[2] = static_cast<A>(1 / sum1);
-    log_sum = std::log(sum);
-    row.log_sum1 = std::log(sum1);
+    log_sum = std::log(sum) - kLogScale;
+    row.log_sum1 = std::log(sum1) - kLogScale;
   }
   row.log_sum = rounded<A>(log_sum, &row.rest);
   row.total = 0;
@@ -158,7 +164,7 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
     const bool broken = !(std::abs(stat[1]) < std::numeric_limits<A>::infinity());
     if (w == 0 && broken) std::fill_n(e, n, A(0)), row.inverse[t] = 0;  // 0 * NaN is 0
     if (pr.set.mixture) continue;
-    const A kl = teacher_kl(row, t, stats, -std::log(static_cast<double>(stat[1])), per_tau);
+    const A kl = teacher_kl(row, t, stats, -std::log(static_cast<double>(stat[1])) - kLogScale, per_tau);
     row.kl_t[t] = w == 0 && !(std::abs(kl) < std::numeric_limits<A>::infinity()) ? A(0) : kl;
   }
 }

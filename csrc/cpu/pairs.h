@@ -89,7 +89,7 @@ struct Side {
       std::memcpy(sum, sums, sizeof(sum));
 #pragma omp simd
       for (int64_t l = 0; l < kPadding; ++l) {  // NaN is not degenerate
-        inverse[l] = sum[l] <= eps * eps ? A(0) : 1 / std::sqrt(static_cast<A>(sum[l]));
+        inverse[l] = sum[l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[l]));
       }
       for (int64_t j = std::max(j0, i + 1); j < std::min(j0 + kPadding, n); ++j) {
         const double d = sum[j - j0];
@@ -107,9 +107,8 @@ struct Side {
     return farthest <= kFixedRange * nearest && 1e-30 < nearest && nearest <= farthest && farthest < 1e30;
   }
 
-  // The unit of fixed point is 2^(2m + 1), and the largest distance at most 2^30 of it: the sum of two fits into 32
-  // bits.
-  void use_fixed_point() { unit = static_cast<A>(std::exp2(2 * std::ceil((std::log2(farthest) - 31) / 2) + 1)); }
+  // The unit of fixed point is 2^(2m + 1), the largest distance below 2^29.99 of it: the sum of two fits into 32 bits.
+  void use_fixed_point() { unit = static_cast<A>(std::exp2(2 * std::floor((std::log2(farthest) - 30.99) / 2) + 3)); }
 };
 
 // scale * sum_j g_ij (x_i - x_j), g [n, stride] symmetric; rows that were left out get 0.

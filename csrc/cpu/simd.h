@@ -82,10 +82,12 @@ struct Vector {
   typedef A loaded __attribute__((vector_size(kCount * sizeof(A)), aligned(alignof(A)), may_alias));
 };
 
-// exp(x) for x <= 0, to 1 ulp; 0 below -87.7, about the smallest normal number; NaN stays NaN. Cody-Waite reduction,
-// then the minimax polynomial of Cephes' expf.
+// 2^kScale exp(x) for x <= 0, to 1 ulp; 0 where that is below the smallest normal number; NaN stays NaN. Cody-Waite
+// reduction, then the minimax polynomial of Cephes' expf.
+template <int kScale = 0>
 AMTML_INLINE float exp_nonpositive(float x) {
-  constexpr float lowest = -88.0f, shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float lowest = -88.0f - kScale * 0.693147181f,
+                  shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float y = x < lowest ? lowest : x;
   const float shifted = y * 1.44269504f + shift;
   const float n = shifted - shift;
@@ -99,12 +101,15 @@ AMTML_INLINE float exp_nonpositive(float x) {
   p = p * (r * r) + r + 1.0f;
   int32_t bits;
   std::memcpy(&bits, &shifted, 4);
-  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u) << 23);  // 2^n: n sits in the low bits; 0 for -127
+  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u + kScale) << 23);  // 2^n: n sits in its low bits
   float scale;
   std::memcpy(&scale, &bits, 4);
   return p * scale;
 }
-AMTML_INLINE double exp_nonpositive(double x) { return std::exp(x); }
+template <int kScale = 0>
+AMTML_INLINE double exp_nonpositive(double x) {
+  return std::exp(x) * (1 << kScale);
+}
 
 // log(x) for finite x > 0, to 1 ulp; NaN stays NaN. Cephes' logf.
 AMTML_INLINE float log_positive(float x) {
