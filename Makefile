@@ -5,16 +5,28 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
 
-.PHONY: train test lint bench clean
+.PHONY: train test fuzz lint bench dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
 
+fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
+	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/test_properties.py
+
 bench: $(INSTALLED)
 	$(BIN)/pip install -q pytest-benchmark
 	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python benchmarks/table.py benchmarks/results/latest.json
+
+dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment and tested from outside the tree
+	$(BIN)/pip install -q build
+	rm -rf dist build/outside && $(BIN)/python -m build --no-isolation -o dist .
+	$(PYTHON) -m venv build/outside/venv
+	build/outside/venv/bin/pip install -q "$(TORCH)" numpy pytest hypothesis dist/*.whl
+	cp -r tests docs build/outside/
+	cd build/outside && venv/bin/python -m pytest -q tests/test_ops.py tests/test_contract.py tests/test_losses.py tests/test_dropin.py tests/test_properties.py
 
 lint: $(INSTALLED)
 	$(BIN)/pip install -q ruff mypy clang-format pre-commit
