@@ -231,6 +231,52 @@ def test_same_bits_twice(case):
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
 
 
+def _hint_without_convolution(student_map, teacher_map, weight):
+    pooled = [af.functional._hint_pool(m, 20, 20, True) for m in (student_map, teacher_map)]
+    return af.functional.hint_mse(*pooled) + weight.sum()
+
+
+@each_case
+def test_same_bits_from_one_thread_and_from_several(case):
+    """Work is cut the same way however many threads share it. (Of the hint loss, all but torch's own convolution.)"""
+    function = case.function if case.op != "hint" else _hint_without_convolution
+    size = {
+        "angle": (300, 10),
+        "distance": (300, 10),
+        "multi_teacher_kd": (300, 100, 3),
+        "teacher_weights": (64, 32, 8, 8, 3),
+        "hint": (9, 8, 32, 8, 32),
+        "dual_softmax": (300, 300),
+    }[case.op]
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with af.use_backend("cpp"):
+                runs.append(value_and_grads(function, case.inputs(*size)))
+    finally:
+        torch.set_num_threads(threads)
+    for value, grads in runs[1:]:
+        assert torch.equal(value, runs[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1]))
+
+
+@pytest.mark.parametrize("ratio", [60, 70, 1e4], ids=["fixed point", "past it", "far past it"])
+def test_angle_of_distances_that_differ_is_as_good_as_float64(ratio):
+    """Up to a ratio of 64 of the squared distances sums are made in 32-bit fixed point, beyond it in float64."""
+    n = 90
+    student = torch.eye(n, dtype=torch.float64) + 1e-3 * torch.randn(n, n, dtype=torch.float64)  # all distances 2^1/2
+    student[0] = torch.eye(n, dtype=torch.float64)[0] * (2 * ratio - 1) ** 0.5  # but those to one row far away
+    squared = torch.pdist(student).square()
+    assert squared.max() / squared.min() == pytest.approx(ratio, rel=0.05)
+    sides = student.float().requires_grad_(), torch.randn(n, 7, requires_grad=True)
+    want, want_grads = value_and_grads(reference.angle_loss, convert(sides, dtype=torch.float64))
+    with af.use_backend("cpp"):
+        got, grads = value_and_grads(af.angle_loss, sides)
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-6 for g, w in zip(grads, want_grads))
+
+
 @each_backend
 def test_mixed_dtypes_and_autocast(name):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 3)

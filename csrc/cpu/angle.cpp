@@ -39,13 +39,16 @@ AMTML_INLINE D in_units(double distance, double per_unit) {
 // belong to its arms. r is scaled by (unit / 2)^1/2, so that the product of two is h per unit of distance.
 template <class A, class D, class Sum, int kColumns, int kGrads>
 struct Block {
-  struct SideRows {
-    alignas(64) D distance[kBlock][kColumns];
-    alignas(64) A r[kBlock][kColumns];
-    alignas(64) Sum arm[kBlock][kColumns];  // sum g h
-    alignas(64) A psi[kBlock][kColumns];    // sum g psi
+  struct Part {
+    alignas(64) D distance[kColumns];
+    alignas(64) A r[kColumns];
+    alignas(64) Sum arm[kColumns];  // sum g h
+    alignas(64) A psi[kColumns];    // sum g psi
   };
-  SideRows side[2];
+  struct Row {  // all of a row together: arrays of their own would fall on the same few lines of the cache
+    Part side[2];
+  };
+  Row row[kBlock];
 
   AMTML_INLINE void load(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
     for (int s = 0; s < 2; ++s) {
@@ -55,12 +58,12 @@ struct Block {
         const int64_t from = (i0 + i) * sides[s]->stride + j0;
 
 #pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) side[s].distance[i][j] = in_units<D>(distance[from + j], per_unit);
+        for (int64_t j = 0; j < columns; ++j) row[i].side[s].distance[j] = in_units<D>(distance[from + j], per_unit);
         const A* r = sides[s]->r.data() + from;
-        for (int64_t j = 0; j < columns; ++j) side[s].r[i][j] = r[j] * scale;
+        for (int64_t j = 0; j < columns; ++j) row[i].side[s].r[j] = r[j] * scale;
         if (s >= kGrads) continue;
-        std::fill_n(side[s].arm[i], columns, Sum(0));
-        std::fill_n(side[s].psi[i], columns, A(0));
+        std::fill_n(row[i].side[s].arm, columns, Sum(0));
+        std::fill_n(row[i].side[s].psi, columns, A(0));
       }
     }
   }
@@ -71,8 +74,8 @@ struct Block {
     for (int s = 0; s < kGrads; ++s) {
       const double per_unit = 1 / static_cast<double>(sides[s]->unit);
       for (int64_t i = 0; i < rows; ++i) {
-        const Sum* arm = side[s].arm[i];
-        const A *r = side[s].r[i], *psi = side[s].psi[i];
+        const Sum* arm = row[i].side[s].arm;
+        const A *r = row[i].side[s].r, *psi = row[i].side[s].psi;
         double* g = grad[s] + (i0 + i) * sides[s]->stride + j0;
 #pragma omp simd
         for (int64_t j = 0; j < columns; ++j) {
@@ -116,7 +119,8 @@ template <int kLanes, int kRows, class A, class D, class Sum, int kColumns, int 
 AMTML_INLINE void pairs_loss(Block<A, D, Sum, kColumns, kGrads>& a, int64_t i, Block<A, D, Sum, kColumns, kGrads>& b,
                              int64_t k, int64_t columns, const D (&far)[kRows][2], A delta, const A* weight, A* loss,
                              const double (&per_unit)[2], double* const (&grad)[2]) {
-  auto &a0 = a.side[0], &a1 = a.side[1], &b0 = b.side[0], &b1 = b.side[1];
+  auto &a0 = a.row[i].side[0], &a1 = a.row[i].side[1];
+  auto* const rows = &b.row[k];
   constexpr int kSums = kGrads > 0 ? kGrads : 1;
   alignas(64) Sum far_sum[kRows][kSums][kLanes];
   for (int row = 0; row < kRows; ++row) {
@@ -128,31 +132,31 @@ AMTML_INLINE void pairs_loss(Block<A, D, Sum, kColumns, kGrads>& a, int64_t i, B
 #pragma omp simd
     for (int64_t l = 0; l < kLanes; ++l) {
       const int64_t j = start + l;
-      const D arm_a[2] = {a0.distance[i][j], a1.distance[i][j]};
-      const A r_a[2] = {a0.r[i][j], a1.r[i][j]};
+      const D arm_a[2] = {a0.distance[j], a1.distance[j]};
+      const A r_a[2] = {a0.r[j], a1.r[j]};
       const Sum w = static_cast<Sum>(weight[j]);
-      const Triplet<A, D> t0(arm_a, r_a, {b0.distance[k][j], b1.distance[k][j]}, {b0.r[k][j], b1.r[k][j]}, far[0],
-                             delta);
+      const Triplet<A, D> t0(arm_a, r_a, {rows[0].side[0].distance[j], rows[0].side[1].distance[j]},
+                             {rows[0].side[0].r[j], rows[0].side[1].r[j]}, far[0], delta);
       A total = t0.loss;
       Sum gh[2] = {static_cast<Sum>(t0.gh[0]), static_cast<Sum>(t0.gh[1])};
       A gpsi[2] = {t0.gpsi[0], t0.gpsi[1]};
       auto add_b = [&](int64_t row, const Triplet<A, D>& t) __attribute__((always_inline)) {
-        if (kGrads > 0) b0.arm[k + row][j] += static_cast<Sum>(t.gh[0]), b0.psi[k + row][j] += t.gpsi[0];
-        if (kGrads > 1) b1.arm[k + row][j] += static_cast<Sum>(t.gh[1]), b1.psi[k + row][j] += t.gpsi[1];
+        if (kGrads > 0) rows[row].side[0].arm[j] += static_cast<Sum>(t.gh[0]), rows[row].side[0].psi[j] += t.gpsi[0];
+        if (kGrads > 1) rows[row].side[1].arm[j] += static_cast<Sum>(t.gh[1]), rows[row].side[1].psi[j] += t.gpsi[1];
         if (kGrads > 0) far_sum[row][0][l] += w * static_cast<Sum>(t.gh[0]);
         if (kGrads > 1) far_sum[row][kSums - 1][l] += w * static_cast<Sum>(t.gh[1]);
       };
       add_b(0, t0);
       if constexpr (kRows > 1) {
-        const Triplet<A, D> t1(arm_a, r_a, {b0.distance[k + 1][j], b1.distance[k + 1][j]},
-                               {b0.r[k + 1][j], b1.r[k + 1][j]}, far[1], delta);
+        const Triplet<A, D> t1(arm_a, r_a, {rows[1].side[0].distance[j], rows[1].side[1].distance[j]},
+                               {rows[1].side[0].r[j], rows[1].side[1].r[j]}, far[1], delta);
         total += t1.loss;
         for (int s = 0; s < 2; ++s) gh[s] += static_cast<Sum>(t1.gh[s]), gpsi[s] += t1.gpsi[s];
         add_b(1, t1);
       }
       loss[j] += total;
-      if (kGrads > 0) a0.arm[i][j] += gh[0], a0.psi[i][j] += gpsi[0];
-      if (kGrads > 1) a1.arm[i][j] += gh[1], a1.psi[i][j] += gpsi[1];
+      if (kGrads > 0) a0.arm[j] += gh[0], a0.psi[j] += gpsi[0];
+      if (kGrads > 1) a1.arm[j] += gh[1], a1.psi[j] += gpsi[1];
     }
   }
   for (int row = 0; row < kRows; ++row) {
