@@ -214,3 +214,85 @@ def test_processes_with_different_rows_all_say_so(tmp_path, sizes, said):
     torch.multiprocessing.spawn(_uneven, (str(tmp_path), sizes), nprocs=2)
     for rank in range(2):
         assert said in torch.load(tmp_path / str(rank), weights_only=True)
+
+
+class _Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "amtml":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+class _OwnAdapter(af.TeacherAdapter):
+    """Not TeacherAdapter itself, so the loss has to call it."""
+
+    def forward(self, features):
+        return super().forward(features)
+
+
+def _plain_batch(dtype=torch.float32):
+    batch = {k: v for k, v in _batch().items() if not k.endswith("maps")}
+    return {
+        k: v.detach().to(dtype).requires_grad_() if k in ("student_logits", "features") else v for k, v in batch.items()
+    }
+
+
+@pytest.mark.parametrize("adapter", [af.TeacherAdapter, _OwnAdapter])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_whole_loss_is_one_node_and_passes_opcheck(adapter, dtype, on):
+    if on == "reference":
+        pytest.skip("the reference is composed of single operators")
+    for options in ({}, {"angle_weight": 0.0}, {"angle_trains_weights": True, "regularizer_weight": 0.0}):
+        batch = _plain_batch(dtype)
+        with _Recorder() as seen:
+            out = af.AMTMLLoss(adapter(D, T), **options)(**batch)
+            out.loss.backward()
+        names = [func.overloadpacket.__name__ for func, _ in seen.calls]
+        single = ["teacher_weights_fwd", "teacher_weights_bwd"] if adapter is _OwnAdapter else []
+        assert sorted(names) == sorted(["whole_loss_fwd", "whole_loss_bwd", *single])
+        for func, args in seen.calls:
+            torch.library.opcheck(func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+
+
+@pytest.mark.parametrize("adapter", ["own", "hooked"])
+def test_an_adapter_with_a_forward_of_its_own_is_called(adapter):
+    """The shortcut past the adapter's forward is for TeacherAdapter alone, without hooks; both ways agree."""
+    plain = af.AMTMLLoss(af.TeacherAdapter(D, T))
+    other = af.AMTMLLoss(_OwnAdapter(D, T) if adapter == "own" else af.TeacherAdapter(D, T))
+    other.load_state_dict(plain.state_dict())
+    called = []
+    if adapter == "hooked":
+        other.adapter.register_forward_hook(lambda *_: called.append(1))
+    batch = _plain_batch()
+    want, got = plain(**batch), other(**batch)
+    torch.testing.assert_close(tuple(got), tuple(want))
+    leaves = batch["student_logits"], batch["features"]
+    for a, b in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, leaves)):
+        torch.testing.assert_close(a, b)
+    assert (len(called) == 1) == (adapter == "hooked")
+
+
+def test_whole_loss_backward_twice_and_scaled():
+    loss, batch = af.AMTMLLoss(af.TeacherAdapter(D, T)), _plain_batch()
+    leaves = [batch["student_logits"], batch["features"], *loss.parameters()]
+    out = loss(**batch).loss
+    first = torch.autograd.grad(out, leaves, torch.tensor(3.0), retain_graph=True)
+    second = torch.autograd.grad(out, leaves, torch.tensor(3.0), retain_graph=True)
+    once = torch.autograd.grad(out, leaves)
+    for a, b, c in zip(first, second, once):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, 3 * c)
+
+
+def test_second_derivative_of_the_whole_loss_is_right_or_loud(on):
+    loss, batch = af.AMTMLLoss(af.TeacherAdapter(D, T)), _plain_batch()
+    (grad,) = torch.autograd.grad(loss(**batch).loss, batch["student_logits"], create_graph=True)
+    if on == "reference":
+        assert torch.autograd.grad(grad.square().sum(), batch["student_logits"])[0].norm() > 0
+    else:
+        with pytest.raises(RuntimeError, match=r"AMTMLLoss.*use_backend\(\"reference\"\)"):
+            grad.square().sum().backward()

@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> distance_fwd(const Tensor& student, const Ten
   std::vector<int64_t> all(n);
   for (int64_t i = 0; i < n; ++i) all[i] = i;
   Tensor loss = torch::stable::new_empty(student, {}, wide);
-  Tensor grad_student = empty_or_none(student, false, {}, wide), grad_teacher = grad_student;
+  Tensor grad_student = empty_or_none(student, false, {}, wide), grad_teacher = empty_or_none(student, false, {}, wide);
   // r = 1 / d passes float's range below distances of 1e-38; eps may allow them
   dispatch_wide(is_double || eps < 1e-18 ? ScalarType::Double : ScalarType::Float, [&](auto zero) {
     using A = decltype(zero);

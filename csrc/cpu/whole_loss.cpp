@@ -82,8 +82,8 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
                        int64_t ignore_index, double label_smoothing, bool max_pool, double angle_weight, double delta,
                        double eps, double regularizer_weight, bool need_student_grad, bool need_targets_grad) {
   STD_TORCH_CHECK(features.has_value() != given_weights.has_value(), kOp, ": either features or weights must be given");
-  const Tensor none = torch::stable::new_empty(student, {0}, ScalarType::Float);
-  Tensor weights = none, pooled = none, index = none, grad_probs = none, grad_targets = none;
+  auto none = [&] { return torch::stable::new_empty(student, {0}, ScalarType::Float); };  // outputs may not be shared
+  Tensor weights = none(), pooled = none(), index = none(), grad_probs = none(), grad_targets = none();
   double regularizer = 0;
   if (features) {
     const ScalarType dtype = factors_dtype(*features, *theta, *v);
@@ -101,7 +101,7 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   const double by = divisor ? 1 / item(*divisor) : 1, kd = item(loss) * by;
   double angle = 0;
   if (angle_weight != 0) {
-    Tensor value = none;
+    Tensor value = none();
     std::tie(value, grad_probs, grad_targets) = angle_fwd(probs, targets, row_mask(labels, ignore_index), delta, eps,
                                                           "mean", need_student_grad, need_targets_grad);
     angle = item(value);
@@ -113,7 +113,7 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   if (angle_weight != 0) total += angle_weight * angle;
   if (regularizer_weight != 0) total += regularizer_weight * regularizer;
   set(loss, 0, total);
-  return {loss, terms, features ? weights : none, pooled, index, stats, grad_probs, grad_targets};
+  return {loss, terms, features ? weights : none(), pooled, index, stats, grad_probs, grad_targets};
 }
 
 using Tensor5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -145,9 +145,9 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
       multi_teacher_kd_bwd(upstream, scaled(grad_probs), scaled(grad_targets), student, teachers, as(weights, wide),
                            labels, stats, temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index,
                            label_smoothing, need_student, need_weights);
-  const Tensor none = torch::stable::new_empty(student, {0}, ScalarType::Float);
-  if (!features) return {grad_student, as(grad_weights, weights.scalar_type()), none, none, none};
-  Tensor grad_features = none, grad_theta = none, grad_v = none;
+  auto none = [&] { return torch::stable::new_empty(student, {0}, ScalarType::Float); };
+  if (!features) return {grad_student, as(grad_weights, weights.scalar_type()), none(), none(), none()};
+  Tensor grad_features = none(), grad_theta = none(), grad_v = none();
   if (need_weights) {
     const ScalarType dtype = factors_dtype(*features, *theta, *v);
     std::tie(grad_features, grad_theta, grad_v) =
@@ -158,7 +158,7 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
       grad_v = with_decay(grad_v, *v, 2 * regularizer_weight * g);
     }
   }
-  return {grad_student, none, grad_features, grad_theta, grad_v};
+  return {grad_student, none(), grad_features, grad_theta, grad_v};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
