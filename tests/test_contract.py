@@ -1,5 +1,6 @@
 """The promises of docs/contract.md that hold for every operator: errors, masks, strides, autograd, compile, memory."""
 
+import os
 import subprocess
 import sys
 
@@ -70,6 +71,38 @@ def test_opcheck(case):
     assert {f.overloadpacket.__name__ for f, _ in seen} == {n for n in ops.SCHEMAS if n.startswith(case.op)}
     for func, args in seen:
         torch.library.opcheck(func, convert(args) if isinstance(args, tuple) else args)
+
+
+VECTORS = """
+import sys, torch
+import amtml_fast as af
+from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
+for case in CASES.values():
+    for size in case.sizes:
+        args = case.inputs(*size)
+        want, want_grads = value_and_grads(case.reference, convert(args, dtype=torch.float64))
+        got, grads = value_and_grads(case.function, args)
+        assert relative_error(got, want) <= 1e-6, (case.op, size)
+        assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads)), (case.op, size)
+        print(case.op, size, got.double().sum().item())
+"""
+
+
+def test_narrower_vectors_give_right_numbers_too():
+    """What a processor without AVX-512 or AVX2 runs: chosen at run time, from the same library."""
+    seen = {}
+    for vectors in ("baseline", "avx2"):
+        run = subprocess.run(
+            [sys.executable, "-c", VECTORS],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "AMTML_CPU_VECTORS": vectors, "AMTML_BACKEND": "cpp"},
+        )
+        assert run.returncode == 0, run.stderr
+        seen[vectors] = run.stdout
+    assert seen["baseline"].count("\n") == sum(len(case.sizes) for case in CASES.values())
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert seen["baseline"] != seen["avx2"]  # other roundings: the choice was taken
 
 
 # --- strides, ownership, autograd

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -43,17 +44,19 @@ __attribute__((target(AMTML_AVX2))) void run_avx2(const Body& body) {
 
 enum class Isa { baseline, avx2, avx512 };
 
+// The widest that this processor has, or less: AMTML_CPU_VECTORS=baseline or avx2 (for tests).
 inline Isa isa() {
-  static const Isa best = [] {
+  static const Isa chosen = [] {
     __builtin_cpu_init();
-    auto has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-    if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      return Isa::avx512;
-    }
-    return has_avx2 ? Isa::avx2 : Isa::baseline;
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const char* given = std::getenv("AMTML_CPU_VECTORS");
+    const std::string most = given ? given : "";
+    if (avx512 && most != "avx2" && most != "baseline") return Isa::avx512;
+    return avx2 && most != "baseline" ? Isa::avx2 : Isa::baseline;
   }();
-  return best;
+  return chosen;
 }
 
 // Runs body, an AMTML_BODY lambda, in the widest vectors that this processor has.
