@@ -352,7 +352,8 @@ class AMTMLLoss(nn.Module):
         if self.hints is None:
             return out
         hint = self.hints(student_maps, teacher_maps)
-        return out._replace(loss=out.loss + self.hint_weight * hint, hint=hint.detach())
+        loss, kd, ce, kl, angle, _, regularizer, weights = out  # no _replace: torch.compile 2.11 cannot trace it
+        return AMTMLOutput(loss + self.hint_weight * hint, kd, ce, kl, angle, hint.detach(), regularizer, weights)
 
     def _fused(
         self,
