@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
 
-.PHONY: train test fuzz lint bench dist clean
+.PHONY: train test fuzz sanitize lint bench dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
@@ -14,6 +14,16 @@ test: $(INSTALLED)
 
 fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/test_properties.py
+
+# The operators' tests on an extension built with the address and undefined-behaviour sanitisers, in a copy of the tree.
+sanitize: $(INSTALLED)
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/sanitize/ && rm -f build/sanitize/amtml_fast/*.so
+	cd build/sanitize && CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1" \
+	  ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_losses.py tests/test_properties.py
 
 bench: $(INSTALLED)
 	$(BIN)/pip install -q pytest-benchmark
