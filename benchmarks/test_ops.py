@@ -1,8 +1,9 @@
 """Forward + backward of every operator and of the whole loss, in pytest-benchmark groups.
 
 Run with ``make bench``. Providers: ``cpp``, ``eager`` (the plain PyTorch reference) and ``compile`` (torch.compile of it, warmed
-up). A case is timed only after its value and gradients have been found to match the float64 reference; where that does not
-fit into memory, one of its own gradients is checked against a smaller piece of the problem (see ``LARGE``).
+up). A case is timed only after its value and gradients have been found to match the float64 reference. Where the plain form does
+not fit into memory, a smaller size of the same case stands for it (the angle loss alone), or our own float64 kernels do (the
+whole loss at N = 512).
 """
 
 from collections.abc import Callable, Iterator
