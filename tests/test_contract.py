@@ -358,6 +358,23 @@ def _kd(*args, **options):
     return value_and_grads(af.multi_teacher_kd_loss, args, **options)
 
 
+@pytest.mark.parametrize("depth", [-86.0, -90.0, -100.0, -103.0, -104.0, -106.0])
+def test_probabilities_down_to_the_smallest_float32(on, depth):
+    """Below exp(-87) a float32 is subnormal, below exp(-103.3) it is 0. A teacher without weight meets the logarithm of such a
+    probability in the gradient of its weight; a masked student makes the loss infinite as long as there is one."""
+    low = torch.tensor([[0.0, depth]])
+    weights = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    args = (torch.zeros(1, 2), [low, low.flip(1)], weights)
+    _, (grad,) = _kd(*args, temperature=1.0)
+    exact = value_and_grads(reference.multi_teacher_kd_loss, convert(args, dtype=torch.float64), temperature=1.0)[1][0]
+    if depth > -103:  # the last bit of a subnormal number is a large part of it
+        assert relative_error(grad[:, 1], exact[:, 1]) <= (1e-6 if depth > -87 else 2e-3)
+    masked = torch.tensor([[0.0, -torch.inf]])
+    for mode in ("mixture", "sum"):
+        loss = af.multi_teacher_kd_loss(masked, [low], None, temperature=1.0, mode=mode)
+        assert loss == torch.inf if depth > -103 else not loss.isnan()
+
+
 def test_masked_classes_have_probability_0_and_gradient_0(on):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
     student, teachers = student.detach(), list(teachers)

@@ -287,8 +287,7 @@ struct Task {
     const int64_t parts = std::clamp<int64_t>(std::min(1024 / std::max<int64_t>(n, 1), n / 64), 1, 8);
     const auto rounds = rounds_of(blocks);
     std::vector<double> g1(kGrads > 0 ? parts * n * stride : 0), g2(kGrads > 1 ? parts * n * stride : 0);
-    std::vector<double> partial(std::max<int64_t>(blocks, 1) *
-                                n);  // losses of the vertices, a row each place in a round
+    std::vector<double> partial(blocks * n);  // losses of the vertices, a row for each place in a round
     const Side<A>* const sides[2] = {&first, &second};
     for (const auto& pairs : rounds) {
       const int64_t tasks = static_cast<int64_t>(pairs.size()) * parts;
