@@ -146,12 +146,7 @@ def multi_teacher_kd(
     ``student_probs`` and ``soft_targets`` [N, C] are differentiable, and empty unless ``need_probs``.
     """
     name = "multi_teacher_kd_loss"
-    checks.number(name, "temperature", temperature, 0, float("inf"), above=True)
-    checks.number(name, "alpha", alpha, 0, 1)
-    checks.number(name, "label_smoothing", label_smoothing, 0, 1)
-    checks.one_of(name, "mode", mode, MODES)
-    if labels is not None and checks.values_are_free(labels):
-        checks.label_values(name, labels, student.shape[1], ignore_index)
+    _check_kd(name, student, labels, temperature, alpha, mode, ignore_index, label_smoothing)
     if backend.choose("multi_teacher_kd", student) == "reference":
         return reference.multi_teacher_kd(
             student,
@@ -207,6 +202,9 @@ def whole_loss(
     regularizer_weight: float,
 ) -> tuple[Tensor, ...]:
     """``AMTMLLoss`` without hints on checked rows, as one node of the graph: see ``autograd.WholeLoss``. Not public."""
+    name = "AMTMLLoss"
+    _check_kd(name, student, labels, temperature, alpha, mode, ignore_index, label_smoothing)
+    checks.number(name, "delta", delta, 0, float("inf"), above=True)
     kd = _kd_settings(temperature, alpha, mode, reduction, True, ignore_index, label_smoothing, labels is not None)
     needs = _needs_grad(student), _needs_grad(*sources)
     objective = autograd.Objective(
@@ -228,6 +226,24 @@ def whole_loss(
 def whole_loss_is_fused(student: Tensor) -> bool:
     """Whether the whole loss runs as one node here."""
     return backend.choose("whole_loss", student) != "reference"
+
+
+def _check_kd(
+    name: str,
+    student: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    alpha: float,
+    mode: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    checks.number(name, "temperature", temperature, 0, float("inf"), above=True)
+    checks.number(name, "alpha", alpha, 0, 1)
+    checks.number(name, "label_smoothing", label_smoothing, 0, 1)
+    checks.one_of(name, "mode", mode, MODES)
+    if labels is not None and checks.values_are_free(labels):
+        checks.label_values(name, labels, student.shape[1], ignore_index)
 
 
 def _kd_settings(

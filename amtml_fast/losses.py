@@ -341,10 +341,7 @@ class AMTMLLoss(nn.Module):
         student = student_logits
         if student.dim() != 2:
             student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
-        if labels is not None:
-            labels = labels.reshape(rows)
-            if checks.values_are_free(labels):
-                checks.label_values(name, labels, classes, self.ignore_index)
+        labels = None if labels is None else labels.reshape(rows)
         if functional.whole_loss_is_fused(student) and not gather:
             out = self._fused(student, teachers, labels, features, num_items_in_batch)
         else:
@@ -372,7 +369,7 @@ class AMTMLLoss(nn.Module):
             checks.weights_shape("AMTMLLoss", (features.shape[0], theta.shape[0]), student.shape[0], len(teachers))
             sources: tuple[Any, ...] = (features, theta, v, None)
         else:
-            sources = (None, None, None, self._weights(features, student.shape[0], len(teachers)))
+            sources = (None, None, None, self._weights(features, student, len(teachers)))
         loss, terms, weights = functional.whole_loss(
             student,
             teachers,
@@ -404,7 +401,7 @@ class AMTMLLoss(nn.Module):
         gather: bool,
     ) -> AMTMLOutput:
         """From the single operators: what the reference backend does, and what a gathered angle loss needs."""
-        weights = self._weights(features, student.shape[0], len(teachers))
+        weights = self._weights(features, student, len(teachers))
         terms = functional.multi_teacher_kd(
             student, teachers, weights, labels, t2_scale=True, need_probs=self.angle_weight != 0, **self._kd_options(divisor)
         )  # fmt: skip
@@ -422,9 +419,12 @@ class AMTMLLoss(nn.Module):
             loss = loss + self.regularizer_weight * regularizer
         return AMTMLOutput(loss, *(t.detach() for t in (kd, ce, kl, angle, hint, regularizer, weights)))
 
-    def _weights(self, features: Tensor, rows: int, teachers: int) -> Tensor:
-        weights = self.adapter(features)
-        checks.weights_shape("AMTMLLoss", tuple(weights.shape), rows, teachers)
+    def _weights(self, features: Tensor, student: Tensor, teachers: int) -> Tensor:
+        """[rows, T] from an adapter that is called; it may give [B, S, T]."""
+        weights = checks.tensor("AMTMLLoss", "the adapter's weights", self.adapter(features))
+        weights = weights.flatten(0, 1) if weights.dim() == 3 else weights
+        checks.weights_shape("AMTMLLoss", tuple(weights.shape), student.shape[0], teachers)
+        checks.same_device("AMTMLLoss", "the adapter's weights", weights, "student_logits", student)
         return weights
 
     def _kd_options(self, divisor: int | Tensor | None) -> dict[str, Any]:

@@ -294,3 +294,34 @@ def test_second_derivative_of_the_whole_loss_is_right_or_loud(on):
     else:
         with pytest.raises(RuntimeError, match=r"AMTMLLoss.*use_backend\(\"reference\"\)"):
             grad.square().sum().backward()
+
+
+class _Cube(torch.nn.Module):
+    """An adapter over tokens: [B, S, d] -> [B, S, T]."""
+
+    def forward(self, features):
+        return features[..., :T].softmax(-1)
+
+    def regularizer(self):
+        return torch.zeros(())
+
+
+def test_an_adapter_may_weigh_tokens_and_is_checked():
+    loss, batch = af.AMTMLLoss(_Cube()), _plain_batch()
+    flat = {**batch, "features": torch.randn(N, D)}
+    cube = {**flat, "features": flat["features"].view(3, 4, D)}
+    torch.testing.assert_close(loss(**cube).loss, loss(**flat).loss)
+    loss.adapter = torch.nn.Sequential()  # gives the features back
+    with pytest.raises(ValueError, match=r"AMTMLLoss: the adapter must give weights \[12, 3\]"):
+        loss(**flat)
+    loss.adapter.forward = lambda features: None
+    with pytest.raises(TypeError, match="AMTMLLoss: the adapter's weights must be a tensor"):
+        loss(**flat)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("temperature", 0.0), ("alpha", 2.0), ("delta", -1.0), ("mode", "x")])
+def test_settings_changed_later_are_checked_too(attribute, value):
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T))
+    setattr(loss, attribute, value)
+    with pytest.raises(ValueError, match=f"{attribute} must be"):
+        loss(**_plain_batch())
