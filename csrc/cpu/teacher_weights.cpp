@@ -24,41 +24,75 @@ struct Map {  // [n, channels, height, width] or [n, channels], with any strides
         sw(t.dim() == 4 ? t.stride(3) : 1) {}
   int64_t pixels() const { return height * width; }
   bool dense_plane() const { return (sw == 1 || width == 1) && (sh == width || height == 1); }
-  int64_t offset(int64_t pixel) const { return pixel / width * sh + pixel % width * sw; }
+  int64_t offset(int64_t pixel) const {
+    return dense_plane() ? pixel : pixel / width * sh + pixel % width * sw;  // a division costs more than the rest
+  }
 };
 
-// Where the maximum of a dense plane stands first; the first NaN, if there is one. Vectors keep one candidate a lane.
-template <class T, class A>
-AMTML_INLINE int64_t first_maximum(const T* plane, int64_t pixels) {
-  constexpr int kLanes = 8;
-  A best[kLanes];
-  int32_t at[kLanes];
-  for (int l = 0; l < kLanes; ++l) best[l] = static_cast<A>(plane[0]), at[l] = 0;
-  int64_t p = 0;
-  for (; p + kLanes <= pixels; p += kLanes) {
+// out = kLanes values from x on.
+template <int kLanes, class A, class T>
+AMTML_INLINE void load_vector(const T* x, typename Vector<A, kLanes>::type& out) {
+  if constexpr (std::is_same_v<T, A>) {
+    out = *reinterpret_cast<const typename Vector<A, kLanes>::loaded*>(x);
+  } else {
+    alignas(64) A wide[kLanes];
 #pragma omp simd
-    for (int l = 0; l < kLanes; ++l) {
-      const A value = static_cast<A>(plane[p + l]);
-      const bool better = !(value <= best[l]) && best[l] == best[l];  // NaN beats all but NaN
-      best[l] = better ? value : best[l];
-      at[l] = better ? static_cast<int32_t>(p) + l : at[l];
+    for (int l = 0; l < kLanes; ++l) wide[l] = static_cast<A>(x[l]);
+    std::memcpy(&out, wide, sizeof(out));
+  }
+}
+
+// Where the maximum of a dense plane stands first; the first NaN, if there is one. First the maximum, in vertical
+// vectors, then its place, from the last vector to the first. The last vector may overlap the one before.
+template <int kLanes, class A, class T>
+AMTML_INLINE int64_t first_maximum(const T* plane, int64_t pixels) {
+  using Values = typename Vector<A, kLanes>::type;
+  using Place = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;  // as wide as A, for the selects
+  using Places = typename Vector<Place, kLanes>::type;
+  auto scalar = [&] {
+    int64_t at = 0;
+    for (int64_t p = 1; p < pixels; ++p) {
+      const A value = static_cast<A>(plane[p]), best = static_cast<A>(plane[at]);
+      if (value > best || (value != value && best == best)) at = p;
     }
-  }
-  auto offer = [&](int l, A value, int32_t where) __attribute__((always_inline)) {  // without branches
-    const bool nan = value != value, held = best[l] != best[l], earlier = where < at[l];
-    const bool better = (nan & (!held | earlier)) | (!held & ((value > best[l]) | ((value == best[l]) & earlier)));
-    best[l] = better ? value : best[l];
-    at[l] = better ? where : at[l];
+    return at;
   };
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) offer(l, best[l + half], at[l + half]);
-  }
-  for (; p < pixels; ++p) offer(0, static_cast<A>(plane[p]), static_cast<int32_t>(p));
-  return at[0];
+  if (pixels < kLanes) return scalar();
+  Values value, best;
+  load_vector<kLanes, A>(plane, best);
+  Places nan = best != best;
+  auto take = [&](int64_t p) __attribute__((always_inline)) {
+    load_vector<kLanes, A>(plane + p, value);
+    best = value > best ? value : best;
+    nan |= value != value;
+  };
+  int64_t last = kLanes;
+  for (; last + kLanes <= pixels; last += kLanes) take(last);
+  if (last < pixels) take(pixels - kLanes);
+  A highest = -std::numeric_limits<A>::infinity();
+  Place any = 0;
+#pragma omp simd reduction(max : highest)
+  for (int l = 0; l < kLanes; ++l) highest = best[l] > highest ? best[l] : highest;
+#pragma omp simd reduction(| : any)
+  for (int l = 0; l < kLanes; ++l) any |= nan[l];
+  if (any) return scalar();
+  Places at, lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = l, at[l] = std::numeric_limits<int32_t>::max();
+  auto find = [&](int64_t p) __attribute__((always_inline)) {
+    const Places place = lane + static_cast<Place>(p);
+    load_vector<kLanes, A>(plane + p, value);
+    at = value == highest ? place : at;
+  };
+  if (last < pixels) find(pixels - kLanes);
+  for (last -= kLanes; last >= 0; last -= kLanes) find(last);
+  Place first = std::numeric_limits<int32_t>::max();
+#pragma omp simd reduction(min : first)
+  for (int l = 0; l < kLanes; ++l) first = at[l] < first ? at[l] : first;
+  return first;
 }
 
 // Maximum of each channel and the first place where it stands; NaN wins, as in torch's max_pool.
-template <class T, class A>
+template <int kLanes, class T, class A>
 AMTML_INLINE void max_pool(const T* x, const Map& map, A* pooled, int32_t* index) {
   const int64_t pixels = map.pixels();
   if (map.sc == 1) {  // channels last: vectors run over channels
@@ -78,7 +112,7 @@ AMTML_INLINE void max_pool(const T* x, const Map& map, A* pooled, int32_t* index
   for (int64_t c = 0; c < map.channels; ++c) {
     const T* plane = x + c * map.sc;
     if (map.dense_plane()) {
-      const int64_t p = first_maximum<T, A>(plane, pixels);
+      const int64_t p = first_maximum<kLanes, A>(plane, pixels);
       pooled[c] = static_cast<A>(plane[p]);
       index[c] = static_cast<int32_t>(p);
     } else {
@@ -171,10 +205,10 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
       const T* x = static_cast<const T*>(features.const_data_ptr());
       torch::stable::parallel_for(0, map.n, grain(d * map.pixels()), [&](int64_t begin, int64_t end) {
         std::vector<double> gamma(teachers);
-        vectorized([&] AMTML_BODY() {
+        vectorized([&] AMTML_BODY(auto lanes) {
           for (int64_t i = begin; i < end; ++i) {
             if (use_max) {
-              max_pool<T, A>(x + i * map.sn, map, b + i * d, at + i * d);
+              max_pool<decltype(lanes)::value, T, A>(x + i * map.sn, map, b + i * d, at + i * d);
             } else {
               avg_pool<T, A>(x + i * map.sn, map, b + i * d);
             }
@@ -205,74 +239,73 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
     const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad, wide));
     const A* g = static_cast<const A*>(incoming.const_data_ptr());
     const A* b = static_cast<const A*>(pooled.const_data_ptr());
-    std::vector<double> score(n * teachers);  // dL/dgamma
-    torch::stable::parallel_for(0, n, grain(d * teachers), [&](int64_t begin, int64_t end) {
-      std::vector<double> w(teachers);
-      vectorized([&] AMTML_BODY() {
-        for (int64_t i = begin; i < end; ++i) {
-          weigh(factors.data(), b + i * d, teachers, d, w.data());
-          double inner = 0;
-          for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[t];
-          for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[t] * (g[i * teachers + t] - inner);
-        }
-      });
-    });
-    if (need_parameters) {
-      const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
-      const A *a = static_cast<const A*>(th.const_data_ptr()), *scale = static_cast<const A*>(vv.const_data_ptr());
-      A *da = static_cast<A*>(grad_theta.mutable_data_ptr()), *dv = static_cast<A*>(grad_v.mutable_data_ptr());
-      torch::stable::parallel_for(0, d, grain(n * teachers), [&](int64_t begin, int64_t end) {
-        const int64_t width = end - begin;
-        std::vector<double> sum(teachers * width);
-        vectorized([&] AMTML_BODY() {
-          for (int64_t i = 0; i < n; ++i) {
-            const A* row = b + i * d + begin;
-            for (int64_t t = 0; t < teachers; ++t) {
-              const double by = score[i * teachers + t];
-              double* s = sum.data() + t * width;
-#pragma omp simd
-              for (int64_t c = 0; c < width; ++c) s[c] += by * row[c];
-            }
-          }
-        });
-        for (int64_t c = 0; c < width; ++c) {
-          double total = 0;
-          for (int64_t t = 0; t < teachers; ++t) {
-            const int64_t at = t * d + begin + c;
-            da[at] = static_cast<A>(sum[t * width + c] * scale[begin + c]);
-            total += sum[t * width + c] * a[at];
-          }
-          dv[begin + c] = static_cast<A>(total);
-        }
-      });
-    }
-    if (!need_features) return;
-    const Map out(grad_features);  // its strides: those of features where they are dense
+    std::vector<double> score(n * teachers);                                          // dL/dgamma
+    const Map out(grad_features.dim() == features.dim() ? grad_features : features);  // where dense, features' strides
+    const int64_t size = d * map.pixels();
+    const bool together = n == 1 || out.sn == size;  // an example's gradient is one piece of memory
     const int32_t* at = static_cast<const int32_t*>(index.const_data_ptr());
     dispatch(features.scalar_type(), kOp, [&](auto element) {
       using T = decltype(element);
       T* dx = static_cast<T*>(grad_features.mutable_data_ptr());
-      if (use_max) {
-        torch::stable::parallel_for(0, n * d * map.pixels(), 1 << 16, [&](int64_t begin, int64_t end) {
-          std::memset(static_cast<void*>(dx + begin), 0, (end - begin) * sizeof(T));
-        });
-      }
-      torch::stable::parallel_for(
-          0, n, grain(d * (use_max ? teachers : map.pixels())), [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-              for (int64_t c = 0; c < d; ++c) {
-                double db = 0;
-                for (int64_t t = 0; t < teachers; ++t) db += score[i * teachers + t] * factors[t * d + c];
-                T* plane = dx + i * out.sn + c * out.sc;
-                if (use_max) {
-                  plane[out.offset(at[i * d + c])] = static_cast<T>(static_cast<A>(db));
-                } else {
-                  const T even = static_cast<T>(static_cast<A>(db / static_cast<double>(map.pixels())));
-                  for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
-                }
-              }
+      if (need_features && use_max && !together) std::memset(static_cast<void*>(dx), 0, n * size * sizeof(T));
+      torch::stable::parallel_for(0, n, grain(need_features ? size : d * teachers), [&](int64_t begin, int64_t end) {
+        std::vector<double> w(teachers), db(d);
+        vectorized([&] AMTML_BODY() {
+          for (int64_t i = begin; i < end; ++i) {
+            weigh(factors.data(), b + i * d, teachers, d, w.data());
+            double inner = 0;
+            for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[t];
+            for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[t] * (g[i * teachers + t] - inner);
+            if (!need_features) continue;
+            std::fill(db.begin(), db.end(), 0.0);
+            for (int64_t t = 0; t < teachers; ++t) {
+              const double by = score[i * teachers + t], *f = factors.data() + t * d;
+#pragma omp simd
+              for (int64_t c = 0; c < d; ++c) db[c] += by * f[c];
             }
-          });
+            if (use_max) {
+              if (together) std::memset(static_cast<void*>(dx + i * size), 0, size * sizeof(T));
+              for (int64_t c = 0; c < d; ++c) {
+                dx[i * out.sn + c * out.sc + out.offset(at[i * d + c])] = static_cast<T>(static_cast<A>(db[c]));
+              }
+              continue;
+            }
+            for (int64_t c = 0; c < d; ++c) {
+              const T even = static_cast<T>(static_cast<A>(db[c] / static_cast<double>(map.pixels())));
+              T* plane = dx + i * out.sn + c * out.sc;
+              for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
+            }
+          }
+        });
+      });
+    });
+    if (!need_parameters) return;
+    const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
+    const A *a = static_cast<const A*>(th.const_data_ptr()), *scale = static_cast<const A*>(vv.const_data_ptr());
+    A *da = static_cast<A*>(grad_theta.mutable_data_ptr()), *dv = static_cast<A*>(grad_v.mutable_data_ptr());
+    torch::stable::parallel_for(0, d, grain(n * teachers), [&](int64_t begin, int64_t end) {
+      const int64_t width = end - begin;
+      std::vector<double> sum(teachers * width);
+      vectorized([&] AMTML_BODY() {
+        for (int64_t i = 0; i < n; ++i) {
+          const A* row = b + i * d + begin;
+          for (int64_t t = 0; t < teachers; ++t) {
+            const double by = score[i * teachers + t];
+            double* s = sum.data() + t * width;
+#pragma omp simd
+            for (int64_t c = 0; c < width; ++c) s[c] += by * row[c];
+          }
+        }
+      });
+      for (int64_t c = 0; c < width; ++c) {
+        double total = 0;
+        for (int64_t t = 0; t < teachers; ++t) {
+          const int64_t at = t * d + begin + c;
+          da[at] = static_cast<A>(sum[t * width + c] * scale[begin + c]);
+          total += sum[t * width + c] * a[at];
+        }
+        dv[begin + c] = static_cast<A>(total);
+      }
     });
   });
   return {grad_features, grad_theta, grad_v};
