@@ -46,7 +46,7 @@ def extension() -> dict:
     # -ffp-contract=fast is GCC's default, stated for Clang. No -ffast-math: NaN and -inf are part of the contract; but
     # without -fno-trapping-math, which leaves values alone, GCC turns selects into branches and gives up vectors.
     flags = ["-O3", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"]
-    flags += ["-fno-trapping-math", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
+    flags += ["-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
     ext = CppExtension(
         "amtml_fast._C",
         sources,

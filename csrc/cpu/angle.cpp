@@ -35,183 +35,167 @@ AMTML_INLINE D in_units(double distance, double per_unit) {
   return distance * per_unit;
 }
 
-// A block of rows over a range of vertices, copied together so that a tile's data stay in cache; and the sums that
-// belong to its arms. r is scaled by (unit / 2)^1/2, so that the product of two is h per unit of distance.
-template <class A, class D, class Sum, int kColumns, int kGrads>
-struct Block {
-  struct Part {
-    alignas(64) D distance[kColumns];
-    alignas(64) A r[kColumns];
-    alignas(64) Sum arm[kColumns];  // sum g h
-    alignas(64) A psi[kColumns];    // sum g psi
-  };
-  struct Row {  // all of a row together: arrays of their own would fall on the same few lines of the cache
-    Part side[2];
-  };
-  Row row[kBlock];
+// One row at kLanes vertices: what its arms are, and the sums that belong to them. r is scaled by (unit / 2)^1/2, so
+// that the product of two is h per unit of distance.
+template <class A, class D, class Sum, int kLanes, int kGrads>
+struct alignas(64) Cell {
+  D distance[2][kLanes];
+  A r[2][kLanes];
+  Sum arm[kGrads][kLanes];  // sum g h
+  A psi[kGrads][kLanes];    // sum g psi
+};
 
-  AMTML_INLINE void load(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t columns) {
+// A block of rows over a range of vertices. The rows of one vector of vertices lie side by side: the order in which the
+// innermost loop meets them.
+template <class A, class D, class Sum, int kLanes, int kVectors, int kGrads>
+struct Block {
+  Cell<A, D, Sum, kLanes, kGrads> cell[kVectors][kBlock];
+
+  AMTML_INLINE void load(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t vectors) {
     for (int s = 0; s < 2; ++s) {
-      const double *distance = sides[s]->distance.data(), per_unit = 1 / static_cast<double>(sides[s]->unit);
+      const double per_unit = 1 / static_cast<double>(sides[s]->unit);
       const A scale = std::sqrt(sides[s]->unit / 2);  // exact: a power of 2
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t from = (i0 + i) * sides[s]->stride + j0;
-
+        for (int64_t v = 0; v < vectors; ++v) {
+          auto& c = cell[v][i];
+          const double* distance = sides[s]->distance.data() + from + v * kLanes;
+          const A* r = sides[s]->r.data() + from + v * kLanes;
 #pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) row[i].side[s].distance[j] = in_units<D>(distance[from + j], per_unit);
-        const A* r = sides[s]->r.data() + from;
-        for (int64_t j = 0; j < columns; ++j) row[i].side[s].r[j] = r[j] * scale;
-        if (s >= kGrads) continue;
-        std::fill_n(row[i].side[s].arm, columns, Sum(0));
-        std::fill_n(row[i].side[s].psi, columns, A(0));
+          for (int l = 0; l < kLanes; ++l) c.distance[s][l] = in_units<D>(distance[l], per_unit);
+#pragma omp simd
+          for (int l = 0; l < kLanes; ++l) c.r[s][l] = r[l] * scale;
+          for (int l = 0; s < kGrads && l < kLanes; ++l) c.arm[s][l] = 0, c.psi[s][l] = 0;
+        }
       }
     }
   }
 
   // Adds the gradient of the arms to G of either side.
-  AMTML_INLINE void store(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t columns,
+  AMTML_INLINE void store(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t vectors,
                           const A* weight, double* const (&grad)[2]) const {
     for (int s = 0; s < kGrads; ++s) {
       const double per_unit = 1 / static_cast<double>(sides[s]->unit);
       for (int64_t i = 0; i < rows; ++i) {
-        const Sum* arm = row[i].side[s].arm;
-        const A *r = row[i].side[s].r, *psi = row[i].side[s].psi;
-        double* g = grad[s] + (i0 + i) * sides[s]->stride + j0;
+        for (int64_t v = 0; v < vectors; ++v) {
+          const auto& c = cell[v][i];
+          double* g = grad[s] + (i0 + i) * sides[s]->stride + j0 + v * kLanes;
 #pragma omp simd
-        for (int64_t j = 0; j < columns; ++j) {
-          const double rj = r[j];
-          g[j] += weight[j] * per_unit * (arm[j] - rj * rj * psi[j]);
+          for (int l = 0; l < kLanes; ++l) {
+            const double r = c.r[s][l];
+            g[l] += weight[v * kLanes + l] * per_unit * (c.arm[s][l] - r * r * c.psi[s][l]);
+          }
         }
       }
     }
   }
 };
 
-template <int kLanes, class Sum>
-AMTML_INLINE double sum_lanes(Sum* x) {  // as a tree: in a chain each addition waits for the last
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) x[l] += x[l + half];
+// Row i, a cell of it, with the rows k of b: everything that is summed over k stays in registers. far_distance are the
+// D_ik of both sides, far_sum [k] what belongs to them. One rounded g h goes to the arms and to the far side: there
+// they cancel exactly.
+template <class A, class D, class Sum, int kLanes, int kGrads>
+AMTML_INLINE void sweep(Cell<A, D, Sum, kLanes, kGrads>& a, Cell<A, D, Sum, kLanes, kGrads>* b, int64_t k_begin,
+                        int64_t k_end, const D (&far_distance)[2][kBlock], Sum (*far_sum)[kBlock][kLanes], A delta,
+                        const A* weight, A* loss) {
+  constexpr int kParts = sizeof(Sum) / sizeof(A);  // registers of doubles for one of A
+  using Values = Lanes<A, kLanes, 1>;
+  using Distances = Lanes<D, kLanes, kParts>;
+  using Sums = Lanes<Sum, kLanes, kParts>;
+  const Distances distance[2] = {Distances::load(a.distance[0]), Distances::load(a.distance[1])};
+  const Values r[2] = {Values::load(a.r[0]), Values::load(a.r[1])}, half = Values::all(A(0.5));
+  const Values highest = Values::all(delta), lowest = Values::all(-delta);
+  const Sums w = Values::load(weight).template to<Sum, kParts>();
+  Values total = Values::all(0), psi_a[2] = {total, total};
+  const Sums zero = Sums::all(0);
+  Sums arm_a[2] = {zero, zero};
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    auto& c = b[k];
+    Values h[2], psi[2];
+    for (int s = 0; s < 2; ++s) {
+      const Distances u = distance[s] + Distances::load(c.distance[s]) - far_distance[s][k];
+      h[s] = r[s] * Values::load(c.r[s]);
+      psi[s] = u.template to<A, 1>() * h[s];
+    }
+    const Values x = psi[0] - psi[1];
+    const Values g = most(lowest, least(highest, x));  // NaN stays NaN
+    total = total + g * (x - half * g);
+    for (int s = 0; s < kGrads; ++s) {  // that of the second side has the opposite sign
+      const Values gpsi = g * psi[s];
+      const Sums gh = (g * h[s]).template to<Sum, kParts>();
+      arm_a[s] = arm_a[s] + gh;
+      psi_a[s] = psi_a[s] + gpsi;
+      gh.add_to(c.arm[s]);
+      gpsi.add_to(c.psi[s]);
+      (w * gh).add_to(far_sum[s][k]);
+    }
   }
-  return static_cast<double>(x[0]);
+  for (int s = 0; s < kGrads; ++s) arm_a[s].add_to(a.arm[s]), psi_a[s].add_to(a.psi[s]);
+  total.add_to(loss);
 }
 
-// psi, g and what is summed of them for one triplet. The far distances are those of the pair.
-template <class A, class D>
-struct Triplet {
-  A loss, gh[2], gpsi[2];
-
-  AMTML_INLINE Triplet(const D (&arm_a)[2], const A (&r_a)[2], const D (&arm_b)[2], const A (&r_b)[2],
-                       const D (&far)[2], A delta) {
-    const A h[2] = {r_a[0] * r_b[0], r_a[1] * r_b[1]};
-    const A psi[2] = {static_cast<A>(arm_a[0] + arm_b[0] - far[0]) * h[0],
-                      static_cast<A>(arm_a[1] + arm_b[1] - far[1]) * h[1]};
-    const A x = psi[0] - psi[1];
-    const A above = x > delta ? delta : x;  // written so that NaN stays NaN
-    const A g = above < -delta ? -delta : above;
-    loss = g * (x - A(0.5) * g);
-    for (int s = 0; s < 2; ++s) gh[s] = g * h[s], gpsi[s] = g * psi[s];
-  }
-};
-
-// The vertices of the range for row i of a with rows k .. k + kRows - 1 of b. Vectors run over the vertices. One
-// rounded g h goes to the arms and to the far side: there they cancel exactly.
-template <int kLanes, int kRows, class A, class D, class Sum, int kColumns, int kGrads>
-AMTML_INLINE void pairs_loss(Block<A, D, Sum, kColumns, kGrads>& a, int64_t i, Block<A, D, Sum, kColumns, kGrads>& b,
-                             int64_t k, int64_t columns, const D (&far)[kRows][2], A delta, const A* weight, A* loss,
-                             const double (&per_unit)[2], double* const (&grad)[2]) {
-  auto &a0 = a.row[i].side[0], &a1 = a.row[i].side[1];
-  auto* const rows = &b.row[k];
-  constexpr int kSums = kGrads > 0 ? kGrads : 1;
-  alignas(64) Sum far_sum[kRows][kSums][kLanes];
-  for (int row = 0; row < kRows; ++row) {
-    for (int s = 0; s < kSums; ++s) {
-      for (int l = 0; l < kLanes; ++l) far_sum[row][s][l] = 0;
+// grad[k] -= per_unit * the sum over the lanes of far_sum[k]. As a tree: in a chain each addition waits for the last.
+template <int kLanes, class Sum>
+AMTML_INLINE void reduce_far(Sum (*far_sum)[kLanes], int64_t k_begin, int64_t k_end, double per_unit, double* grad) {
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+      for (int l = 0; l < half; ++l) far_sum[k][l] += far_sum[k][l + half];
     }
-  }
-  for (int64_t start = 0; start < columns; start += kLanes) {
-#pragma omp simd
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const int64_t j = start + l;
-      const D arm_a[2] = {a0.distance[j], a1.distance[j]};
-      const A r_a[2] = {a0.r[j], a1.r[j]};
-      const Sum w = static_cast<Sum>(weight[j]);
-      const Triplet<A, D> t0(arm_a, r_a, {rows[0].side[0].distance[j], rows[0].side[1].distance[j]},
-                             {rows[0].side[0].r[j], rows[0].side[1].r[j]}, far[0], delta);
-      A total = t0.loss;
-      Sum gh[2] = {static_cast<Sum>(t0.gh[0]), static_cast<Sum>(t0.gh[1])};
-      A gpsi[2] = {t0.gpsi[0], t0.gpsi[1]};
-      auto add_b = [&](int64_t row, const Triplet<A, D>& t) __attribute__((always_inline)) {
-        if (kGrads > 0) rows[row].side[0].arm[j] += static_cast<Sum>(t.gh[0]), rows[row].side[0].psi[j] += t.gpsi[0];
-        if (kGrads > 1) rows[row].side[1].arm[j] += static_cast<Sum>(t.gh[1]), rows[row].side[1].psi[j] += t.gpsi[1];
-        if (kGrads > 0) far_sum[row][0][l] += w * static_cast<Sum>(t.gh[0]);
-        if (kGrads > 1) far_sum[row][kSums - 1][l] += w * static_cast<Sum>(t.gh[1]);
-      };
-      add_b(0, t0);
-      if constexpr (kRows > 1) {
-        const Triplet<A, D> t1(arm_a, r_a, {rows[1].side[0].distance[j], rows[1].side[1].distance[j]},
-                               {rows[1].side[0].r[j], rows[1].side[1].r[j]}, far[1], delta);
-        total += t1.loss;
-        for (int s = 0; s < 2; ++s) gh[s] += static_cast<Sum>(t1.gh[s]), gpsi[s] += t1.gpsi[s];
-        add_b(1, t1);
-      }
-      loss[j] += total;
-      if (kGrads > 0) a0.arm[j] += gh[0], a0.psi[j] += gpsi[0];
-      if (kGrads > 1) a1.arm[j] += gh[1], a1.psi[j] += gpsi[1];
-    }
-  }
-  for (int row = 0; row < kRows; ++row) {
-    for (int s = 0; s < kGrads; ++s) grad[s][row] -= per_unit[s] * sum_lanes<kLanes>(far_sum[row][s]);
+    grad[k] -= per_unit * static_cast<double>(far_sum[k][0]);
   }
 }
 
 // Distances in D (double, or int32_t fixed point), sums that must cancel in Sum, the rest in A. kGrads: of how many
-// sides the gradient is asked for. Sums are made for the gradient of the first side; that of the second has the
-// opposite sign.
+// sides the gradient is asked for.
 template <int kLanes, class A, class D, class Sum, int kGrads>
 AMTML_INLINE void run_tile(const Side<A>* const (&sides)[2], const Tile& tile, A delta, const A* vertex_weight,
                            double* const (&grad)[2], double* vertex_loss) {
-  constexpr int kColumns = sizeof(D) == 4 ? 64 : 32;  // vertices at a time,
-  constexpr int64_t kStrip = 8;                       // and rows of either block: what the first-level cache holds
-  using Rows = Block<A, D, Sum, kColumns, kGrads>;
+  constexpr int kColumns = 64, kVectors = kColumns / kLanes;  // vertices at a time
+  constexpr int64_t kStrip = 4;                               // rows i at a time: their far sums stay in cache
+  using Rows = Block<A, D, Sum, kLanes, kVectors, kGrads>;
   const std::unique_ptr<Rows> own_i(new Rows), own_k(new Rows);  // not make_unique: that would fill them with zeros
   const bool diagonal = tile.i_block == tile.k_block;
   Rows &block_i = *own_i, &block_k = diagonal ? *own_i : *own_k;
   const int64_t n = sides[0]->n, stride = sides[0]->stride;
   const int64_t i0 = tile.i_block * kBlock, rows_i = std::min(kBlock, n - i0);
   const int64_t k0 = tile.k_block * kBlock, rows_k = std::min(kBlock, n - k0);
-  const double *d0 = sides[0]->distance.data(), *d1 = sides[1]->distance.data();
   const double per_unit[2] = {1 / static_cast<double>(sides[0]->unit), 1 / static_cast<double>(sides[1]->unit)};
   for (int64_t j0 = tile.first_vertex; j0 < tile.last_vertex; j0 += kColumns) {
-    const int64_t columns = std::min<int64_t>(kColumns, tile.last_vertex - j0);
+    const int64_t columns = std::min<int64_t>(kColumns, tile.last_vertex - j0), vectors = columns / kLanes;
     alignas(64) A weight[kColumns];
     double loss[kColumns] = {};
     for (int64_t j = 0; j < columns; ++j) weight[j] = vertex_weight && j0 + j < n ? vertex_weight[j0 + j] : A(1);
-    block_i.load(sides, i0, rows_i, j0, columns);
-    if (!diagonal) block_k.load(sides, k0, rows_k, j0, columns);
+    block_i.load(sides, i0, rows_i, j0, vectors);
+    if (!diagonal) block_k.load(sides, k0, rows_k, j0, vectors);
     for (int64_t is = 0; is < rows_i; is += kStrip) {
-      for (int64_t ks = diagonal ? is : 0; ks < rows_k; ks += kStrip) {
-        for (int64_t i = is; i < std::min(is + kStrip, rows_i); ++i) {
-          alignas(64) A strip_loss[kColumns] = {};
-          auto pairs = [&](int64_t k, auto rows) __attribute__((always_inline)) {
-            constexpr int kRows = decltype(rows)::value;
-            const int64_t at = (i0 + i) * stride + k0 + k;
-            D far[kRows][2];
-            for (int row = 0; row < kRows; ++row)
-              far[row][0] = in_units<D>(d0[at + row], per_unit[0]),
-              far[row][1] = in_units<D>(d1[at + row], per_unit[1]);
-            double* const g[2] = {kGrads > 0 ? grad[0] + at : nullptr, kGrads > 1 ? grad[1] + at : nullptr};
-            pairs_loss<kLanes, kRows>(block_i, i, block_k, k, columns, far, delta, weight, strip_loss, per_unit, g);
-          };
-          int64_t k = diagonal ? std::max(ks, i + 1) : ks;
-          const int64_t k_end = std::min(ks + kStrip, rows_k);
-          for (; k + 1 < k_end; k += 2) pairs(k, std::integral_constant<int, 2>{});
-          if (k < k_end) pairs(k, std::integral_constant<int, 1>{});
-          for (int64_t j = 0; j < columns; ++j) loss[j] += strip_loss[j];
+      const int64_t i_end = std::min(is + kStrip, rows_i);
+      alignas(64) A strip_loss[kColumns] = {};
+      alignas(64) D far_distance[kStrip][2][kBlock];
+      alignas(64) Sum far_sum[kStrip][kGrads > 0 ? kGrads : 1][kBlock][kLanes];
+      for (int64_t i = is; i < i_end; ++i) {
+        for (int s = 0; s < 2; ++s) {
+          const double* d = sides[s]->distance.data() + (i0 + i) * stride + k0;
+          for (int64_t k = 0; k < rows_k; ++k) far_distance[i - is][s][k] = in_units<D>(d[k], per_unit[s]);
+          if (s < kGrads) std::memset(far_sum[i - is][s], 0, rows_k * sizeof(far_sum[0][0][0]));
         }
       }
+      for (int64_t v = 0; v < vectors; ++v) {
+        for (int64_t i = is; i < i_end; ++i) {
+          sweep<A, D, Sum, kLanes, kGrads>(block_i.cell[v][i], block_k.cell[v], diagonal ? i + 1 : 0, rows_k,
+                                           far_distance[i - is], far_sum[i - is], delta, weight + v * kLanes,
+                                           strip_loss + v * kLanes);
+        }
+      }
+      for (int64_t i = is; i < i_end; ++i) {
+        for (int s = 0; s < kGrads; ++s) {
+          reduce_far<kLanes>(far_sum[i - is][s], diagonal ? i + 1 : 0, rows_k, per_unit[s],
+                             grad[s] + (i0 + i) * stride + k0);
+        }
+      }
+      for (int64_t j = 0; j < columns; ++j) loss[j] += strip_loss[j];
     }
-    block_i.store(sides, i0, rows_i, j0, columns, weight, grad);
-    if (!diagonal) block_k.store(sides, k0, rows_k, j0, columns, weight, grad);
+    block_i.store(sides, i0, rows_i, j0, vectors, weight, grad);
+    if (!diagonal) block_k.store(sides, k0, rows_k, j0, vectors, weight, grad);
     for (int64_t j = 0; j < std::min(columns, n - j0); ++j)
       vertex_loss[j0 + j] += 2 * loss[j];  // both orders of a pair
   }
@@ -236,7 +220,7 @@ std::vector<std::vector<Pair>> rounds_of(int64_t blocks) {
   return rounds;
 }
 
-// G + G^T, summed over the parts, in the first of them.
+// G + G^T, summed over the parts, in the first of them; 0 on the diagonal.
 void symmetrize(const std::vector<std::vector<Pair>>& rounds, int64_t n, int64_t stride, int64_t parts, double* g) {
   for (const auto& pairs : rounds) {
     const int64_t tasks = static_cast<int64_t>(pairs.size());
@@ -247,7 +231,7 @@ void symmetrize(const std::vector<std::vector<Pair>>& rounds, int64_t n, int64_t
           for (int64_t j = std::max(j0, i); j < std::min(j0 + kBlock, n); ++j) {
             double sum = 0;
             for (int64_t p = 0; p < parts; ++p) sum += g[(p * n + i) * stride + j] + g[(p * n + j) * stride + i];
-            g[i * stride + j] = g[j * stride + i] = sum;
+            g[i * stride + j] = g[j * stride + i] = i == j ? 0 : sum;
           }
         }
       }
@@ -300,8 +284,8 @@ struct Task {
                             (part + 1) * columns / parts * kPadding};
             double* const grad[2] = {kGrads > 0 ? g1.data() + part * n * stride : nullptr,
                                      kGrads > 1 ? g2.data() + part * n * stride : nullptr};
-            run_tile<decltype(lanes)::value, A, D, Sum, kGrads>(sides, tile, delta, vertex_weight, grad,
-                                                                partial.data() + place * n);
+            constexpr int kWidth = decltype(lanes)::value * 4 / sizeof(A);
+            run_tile<kWidth, A, D, Sum, kGrads>(sides, tile, delta, vertex_weight, grad, partial.data() + place * n);
           }
         });
       });

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <vector>
 
@@ -13,93 +12,119 @@ namespace amtml {
 constexpr int64_t kPadding = 16;    // rows of the matrices are padded to a multiple of this, with r = 0
 constexpr double kFixedRange = 64;  // the largest ratio of squared distances for which fixed point is exact enough
 
+inline int64_t padded(int64_t n, int64_t to = kPadding) { return (n + to - 1) / to * to; }
+
 // The rows of one tensor that take part, and all their distances.
 template <class A>
 struct Side {
-  int64_t n, stride, width;
-  std::vector<double> x;        // [n, width]
-  std::vector<double> columns;  // [width, stride], while distances are measured
-  Buffer<double> distance;      // [n, stride] squared
-  Buffer<A> r;                  // [n, stride] 1 / distance, 0 where degenerate
+  static constexpr int64_t kRows = 4;  // rows at a time while distances are measured
+  int64_t n, stride, width, pitch;
+  std::vector<double> x;    // [n, pitch], rows and columns of padding are 0
+  Buffer<double> distance;  // [n, stride] squared
+  Buffer<A> r;              // [n, stride] 1 / distance, 0 where degenerate
   double nearest = std::numeric_limits<double>::infinity(), farthest = 0;  // of the pairs that are not degenerate
   A unit = 2;                                                              // of distances in sums: see angle.cpp
 
   Side(const Tensor& t, const std::vector<int64_t>& kept, double eps)
       : n(kept.size()),
-        stride((n + kPadding - 1) / kPadding * kPadding),
+        stride(padded(n)),
         width(t.size(1)),
-        x(n * width),
+        pitch(padded(width)),
+        x(padded(n, kRows) * pitch),
         distance(n * stride),
         r(n * stride) {
     const Matrix m(t);
-    for (int64_t i = 0; i < n; ++i) {
-      double* row = x.data() + i * width;
-      const double* loaded = load_row<double>(m, kept[i], width, row);
-      if (loaded != row) std::copy(loaded, loaded + width, row);
-    }
-    columns.resize(width * stride);
-    for (int64_t i = 0; i < n; ++i) {
-      for (int64_t c = 0; c < width; ++c) columns[c * stride + i] = x[i * width + c];
-    }
+    torch::stable::parallel_for(0, n, grain(width), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        double* row = x.data() + i * pitch;
+        const double* loaded = load_row<double>(m, kept[i], width, row);
+        if (loaded != row) std::copy(loaded, loaded + width, row);
+      }
+    });
     measure(eps);
-    columns = {};
   }
 
-  // Row i and row n - 1 - i are one task: together they always have the same length.
   void measure(double eps) {
-    const int64_t tasks = (n + 1) / 2;
-    std::vector<std::array<double, 2>> range(tasks);
-    torch::stable::parallel_for(0, tasks, grain(n * width), [&](int64_t begin, int64_t end) {
+    std::vector<double> columns(width * stride);  // x transposed
+    torch::stable::parallel_for(0, width, grain(n), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int64_t i = 0; i < n; ++i) columns[c * stride + i] = x[i * pitch + c];
+      }
+    });
+    // A group of rows from the start and one from the end are a task: together they always have the same length.
+    const int64_t groups = padded(n, kRows) / kRows, tasks = (groups + 1) / 2;
+    std::vector<Range> ranges(tasks);
+    torch::stable::parallel_for(0, tasks, grain(kRows * n * width), [&](int64_t begin, int64_t end) {
       vectorized([&] AMTML_BODY(auto lanes) {
         for (int64_t task = begin; task < end; ++task) {
-          range[task] = {nearest, farthest};
-          measure_row<decltype(lanes)::value>(task, eps, range[task]);
-          if (n - 1 - task != task) measure_row<decltype(lanes)::value>(n - 1 - task, eps, range[task]);
+          const int64_t other = groups - 1 - task;
+          measure_rows<decltype(lanes)::value>(task * kRows, columns.data(), eps, ranges[task]);
+          if (other != task) measure_rows<decltype(lanes)::value>(other * kRows, columns.data(), eps, ranges[task]);
         }
       });
     });
-    for (const auto& [low, high] : range) {
-      nearest = std::min(nearest, low);
-      farthest = high > farthest || high != high ? high : farthest;  // NaN stays
+    for (const Range& range : ranges) {
+      nearest = std::min(nearest, range.nearest);
+      farthest = std::max(farthest, range.nan ? std::numeric_limits<double>::infinity() : range.farthest);
     }
   }
 
-  // Vectors run over j, so that nothing is summed across one. Each pair is written by the row of its lower index alone.
+  struct Range {
+    double nearest = std::numeric_limits<double>::infinity(), farthest = 0;
+    bool nan = false;
+  };
+
+  // Vectors run over j, so that nothing is summed across one, for kRows rows at once: they share the loads. Each pair
+  // is written by the row of its lower index alone.
   template <int kLanes>
-  AMTML_INLINE void measure_row(int64_t i, double eps, std::array<double, 2>& range) {
-    constexpr int kDoubles = kLanes / 2, kVectors = kPadding / kDoubles;
+  AMTML_INLINE void measure_rows(int64_t i0, const double* columns, double eps, Range& range) {
+    constexpr int kDoubles = kLanes / 2, kVectors = 2, kCount = kVectors * kDoubles;
     using V = Vector<double, kDoubles>;
-    const double* a = x.data() + i * width;
-    distance[i * stride + i] = 0;
-    r[i * stride + i] = 0;
-    std::fill(&distance[i * stride + n], &distance[i * stride] + stride, 0.0);
-    std::fill(&r[i * stride + n], &r[i * stride] + stride, A(0));
-    for (int64_t j0 = i / kPadding * kPadding; j0 < n; j0 += kPadding) {
-      alignas(64) double sum[kPadding];
-      alignas(64) A inverse[kPadding];
-      typename V::type sums[kVectors] = {};
-      for (int64_t c = 0; c < width; ++c) {
-        const double* b = columns.data() + c * stride + j0;
+    const int64_t rows = std::min(kRows, n - i0);
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+      distance[i * stride + i] = 0;
+      r[i * stride + i] = 0;
+      std::fill(&distance[i * stride + n], &distance[i * stride] + stride, 0.0);
+      std::fill(&r[i * stride + n], &r[i * stride] + stride, A(0));
+    }
+    double nearest_row = range.nearest, farthest_row = range.farthest;
+    int nans = 0;
+    for (int64_t j0 = i0 / kCount * kCount; j0 < n; j0 += kCount) {
+      typename V::type sums[kRows][kVectors] = {};
+      const double *a = x.data() + i0 * pitch, *b = columns + j0;
+      for (int64_t c = 0; c < width; ++c, ++a, b += stride) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-          const typename V::type difference = a[c] - *reinterpret_cast<const typename V::loaded*>(b + v * kDoubles);
-          sums[v] += difference * difference;
+          const typename V::type other = V::at(b + v * kDoubles);
+#pragma GCC unroll 8
+          for (int row = 0; row < kRows; ++row) {
+            const typename V::type difference = a[row * pitch] - other;
+            sums[row][v] += difference * difference;
+          }
         }
       }
-      std::memcpy(sum, sums, sizeof(sum));
+      for (int64_t row = 0; row < rows; ++row) {
+        alignas(64) double sum[kCount];
+        alignas(64) A inverse[kCount];
+        std::memcpy(sum, sums[row], sizeof(sum));
 #pragma omp simd
-      for (int64_t l = 0; l < kPadding; ++l) {  // NaN is not degenerate
-        inverse[l] = sum[l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[l]));
-      }
-      for (int64_t j = std::max(j0, i + 1); j < std::min(j0 + kPadding, n); ++j) {
-        const double d = sum[j - j0];
-        distance[i * stride + j] = distance[j * stride + i] = d;
-        r[i * stride + j] = r[j * stride + i] = inverse[j - j0];
-        if (inverse[j - j0] == 0) continue;
-        range[0] = std::min(range[0], d);
-        range[1] = d > range[1] || d != d ? d : range[1];
+        for (int64_t l = 0; l < kCount; ++l) {  // NaN is not degenerate
+          inverse[l] = sum[l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[l]));
+        }
+        const int64_t i = i0 + row, first = std::max(j0, i + 1) - j0, last = std::min<int64_t>(kCount, n - j0);
+        double *d = &distance[i * stride + j0], *d_back = &distance[j0 * stride + i];
+        A *to = &r[i * stride + j0], *r_back = &r[j0 * stride + i];
+        for (int64_t l = first; l < last; ++l) {
+          d[l] = d_back[l * stride] = sum[l];
+          to[l] = r_back[l * stride] = inverse[l];
+          const bool regular = inverse[l] != 0;
+          nearest_row = regular && sum[l] < nearest_row ? sum[l] : nearest_row;
+          farthest_row = regular && sum[l] > farthest_row ? sum[l] : farthest_row;
+          nans += sum[l] != sum[l];
+        }
       }
     }
+    range = {nearest_row, farthest_row, range.nan || nans > 0};
   }
 
   // Distances of similar size: NaN, infinities and sides without a regular pair are not.
@@ -111,7 +136,7 @@ struct Side {
   void use_fixed_point() { unit = static_cast<A>(std::exp2(2 * std::floor((std::log2(farthest) - 30.99) / 2) + 3)); }
 };
 
-// scale * sum_j g_ij (x_i - x_j), g [n, stride] symmetric; rows that were left out get 0.
+// scale * sum_j g_ij (x_i - x_j), g [n, stride] symmetric with a diagonal of 0; rows that were left out get 0.
 template <class A>
 Tensor grad_rows(const Tensor& like, const std::vector<int64_t>& kept, const Side<A>& side, const double* g,
                  double scale) {
@@ -119,32 +144,38 @@ Tensor grad_rows(const Tensor& like, const std::vector<int64_t>& kept, const Sid
   Tensor grad = torch::stable::new_empty(like, {like.size(0), width}, dtype_of<A>);
   A* out = static_cast<A*>(grad.mutable_data_ptr());
   if (n < like.size(0)) std::fill_n(out, like.size(0) * width, A(0));
-  torch::stable::parallel_for(0, n, grain(n * width), [&](int64_t begin, int64_t end) {
+  constexpr int64_t kRows = 2, kSums = 2;  // rows at a time, and sums of each: one sum would wait for itself
+  const int64_t groups = padded(n, kRows) / kRows;
+  torch::stable::parallel_for(0, groups, grain(kRows * n * width), [&](int64_t begin, int64_t end) {
     vectorized([&] AMTML_BODY(auto lanes) {
-      constexpr int kDoubles = decltype(lanes)::value / 2, kVectors = kPadding / kDoubles;
+      constexpr int kDoubles = decltype(lanes)::value / 2, kVectors = 2, kCount = kVectors * kDoubles;
       using V = Vector<double, kDoubles>;
-      for (int64_t i = begin; i < end; ++i) {
-        const double *a = side.x.data() + i * width, *weight = g + i * side.stride;
-        A* to = out + kept[i] * width;
-        int64_t c0 = 0;
-        for (; c0 + kPadding <= width; c0 += kPadding) {  // a vector of columns stays in registers
-          typename V::type sums[kVectors] = {}, own[kVectors];
-          std::memcpy(own, a + c0, sizeof(own));
-          for (int64_t j = 0; j < n; ++j) {
-            const double *b = side.x.data() + j * width + c0, by = j == i ? 0 : weight[j];
+      for (int64_t group = begin; group < end; ++group) {
+        const int64_t i = group * kRows, rows = std::min(kRows, n - i);
+        const double *a = side.x.data() + i * side.pitch, *weight = g + i * side.stride;
+        const int64_t next = rows > 1 ? side.stride : 0;  // of a last row alone, both are the same
+        for (int64_t c0 = 0; c0 < width; c0 += kCount) {
+          typename V::type own[kRows][kVectors], sums[kSums][kRows][kVectors] = {};
+          for (int row = 0; row < kRows; ++row) std::memcpy(own[row], a + row * side.pitch + c0, sizeof(own[row]));
+          auto add = [&](int64_t j, auto& sum) __attribute__((always_inline)) {  // differences: a common offset cancels
+            const double* b = side.x.data() + j * side.pitch + c0;
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) {  // differences: the common offset cancels
-              sums[v] += by * (own[v] - *reinterpret_cast<const typename V::loaded*>(b + v * kDoubles));
+            for (int v = 0; v < kVectors; ++v) {
+              const typename V::type other = V::at(b + v * kDoubles);
+#pragma GCC unroll 8
+              for (int row = 0; row < kRows; ++row) sum[row][v] += weight[row * next + j] * (own[row][v] - other);
             }
+          };
+          int64_t j = 0;
+          for (; j + 1 < n; j += kSums) add(j, sums[0]), add(j + 1, sums[1]);
+          if (j < n) add(j, sums[0]);
+          for (int64_t row = 0; row < rows; ++row) {
+            double sum[kSums][kCount];
+            for (int s = 0; s < kSums; ++s) std::memcpy(sum[s], sums[s][row], sizeof(sum[s]));
+            A* to = out + kept[i + row] * width + c0;
+            const int64_t count = std::min<int64_t>(kCount, width - c0);
+            for (int64_t l = 0; l < count; ++l) to[l] = static_cast<A>(scale * (sum[0][l] + sum[1][l]));
           }
-          double sum[kPadding];
-          std::memcpy(sum, sums, sizeof(sum));
-          for (int64_t l = 0; l < kPadding; ++l) to[c0 + l] = static_cast<A>(scale * sum[l]);
-        }
-        for (; c0 < width; ++c0) {
-          double sum = 0;
-          for (int64_t j = 0; j < n; ++j) sum += j == i ? 0 : weight[j] * (a[c0] - side.x[j * width + c0]);
-          to[c0] = static_cast<A>(scale * sum);
         }
       }
     });

@@ -78,11 +78,70 @@ void vectorized(const Body& body) {
 }
 #endif
 
-// kCount numbers in one register, for sums that a plain loop would keep in memory; `loaded` reads them from anywhere.
+// kCount numbers in one register, for sums that a plain loop would keep in memory; `at` is those that start at x.
 template <class A, int kCount>
 struct Vector {
   typedef A type __attribute__((vector_size(kCount * sizeof(A))));
   typedef A loaded __attribute__((vector_size(kCount * sizeof(A)), aligned(alignof(A)), may_alias));
+  static AMTML_INLINE const loaded& at(const A* x) { return *reinterpret_cast<const loaded*>(x); }
+  static AMTML_INLINE loaded& at(A* x) { return *reinterpret_cast<loaded*>(x); }
+};
+
+// kCount numbers in kParts registers: floats in one, and as many doubles beside them in two. GCC keeps vectors that are
+// wider than a register in memory.
+template <class T, int kCount, int kParts>
+struct Lanes {
+  static constexpr int kEach = kCount / kParts;
+  using V = Vector<T, kEach>;
+  typename V::type part[kParts];
+
+  static AMTML_INLINE Lanes load(const T* x) {
+    Lanes out;
+    for (int p = 0; p < kParts; ++p) out.part[p] = V::at(x + p * kEach);
+    return out;
+  }
+  static AMTML_INLINE Lanes all(T x) {
+    Lanes out;
+    for (int p = 0; p < kParts; ++p) out.part[p] = typename V::type{} + x;
+    return out;
+  }
+  AMTML_INLINE void add_to(T* x) const {
+    for (int p = 0; p < kParts; ++p) V::at(x + p * kEach) += part[p];
+  }
+  friend AMTML_INLINE Lanes operator+(Lanes a, const Lanes& b) {
+    for (int p = 0; p < kParts; ++p) a.part[p] += b.part[p];
+    return a;
+  }
+  friend AMTML_INLINE Lanes operator-(Lanes a, const Lanes& b) {
+    for (int p = 0; p < kParts; ++p) a.part[p] -= b.part[p];
+    return a;
+  }
+  friend AMTML_INLINE Lanes operator-(Lanes a, T b) {
+    for (int p = 0; p < kParts; ++p) a.part[p] -= b;
+    return a;
+  }
+  friend AMTML_INLINE Lanes operator*(Lanes a, const Lanes& b) {
+    for (int p = 0; p < kParts; ++p) a.part[p] *= b.part[p];
+    return a;
+  }
+  // The smaller of the two, and the larger; the second if one is NaN.
+  friend AMTML_INLINE Lanes least(Lanes a, const Lanes& b) {
+    for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] < b.part[p] ? a.part[p] : b.part[p];
+    return a;
+  }
+  friend AMTML_INLINE Lanes most(Lanes a, const Lanes& b) {
+    for (int p = 0; p < kParts; ++p) a.part[p] = a.part[p] > b.part[p] ? a.part[p] : b.part[p];
+    return a;
+  }
+  template <class U, int kInto>
+  AMTML_INLINE Lanes<U, kCount, kInto> to() const {
+    alignas(64) T from[kCount];
+    alignas(64) U into[kCount];
+    for (int p = 0; p < kParts; ++p) V::at(from + p * kEach) = part[p];
+#pragma omp simd
+    for (int l = 0; l < kCount; ++l) into[l] = static_cast<U>(from[l]);
+    return Lanes<U, kCount, kInto>::load(into);
+  }
 };
 
 // 2^kScale exp(x) for x <= 0, to 1 ulp; 0 where that is below the smallest normal number; NaN stays NaN. Cody-Waite

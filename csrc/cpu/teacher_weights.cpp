@@ -33,7 +33,7 @@ struct Map {  // [n, channels, height, width] or [n, channels], with any strides
 template <int kLanes, class A, class T>
 AMTML_INLINE void load_vector(const T* x, typename Vector<A, kLanes>::type& out) {
   if constexpr (std::is_same_v<T, A>) {
-    out = *reinterpret_cast<const typename Vector<A, kLanes>::loaded*>(x);
+    out = Vector<A, kLanes>::at(x);
   } else {
     alignas(64) A wide[kLanes];
 #pragma omp simd
