@@ -147,15 +147,14 @@ AMTML_INLINE void reduce_far(Sum (*far_sum)[kLanes], int64_t k_begin, int64_t k_
 
 // Distances in D (double, or int32_t fixed point), sums that must cancel in Sum, the rest in A. kGrads: of how many
 // sides the gradient is asked for.
-template <int kLanes, class A, class D, class Sum, int kGrads>
+template <int kLanes, int kVectors, class A, class D, class Sum, int kGrads>
 AMTML_INLINE void run_tile(const Side<A>* const (&sides)[2], const Tile& tile, A delta, const A* vertex_weight,
-                           double* const (&grad)[2], double* vertex_loss) {
-  constexpr int kColumns = 64, kVectors = kColumns / kLanes;  // vertices at a time
-  constexpr int64_t kStrip = 4;                               // rows i at a time: their far sums stay in cache
-  using Rows = Block<A, D, Sum, kLanes, kVectors, kGrads>;
-  const std::unique_ptr<Rows> own_i(new Rows), own_k(new Rows);  // not make_unique: that would fill them with zeros
+                           Block<A, D, Sum, kLanes, kVectors, kGrads>* blocks, double* const (&grad)[2],
+                           double* vertex_loss) {
+  constexpr int kColumns = kLanes * kVectors;  // vertices at a time
+  constexpr int64_t kStrip = 4;                // rows i at a time: their far sums stay in cache
   const bool diagonal = tile.i_block == tile.k_block;
-  Rows &block_i = *own_i, &block_k = diagonal ? *own_i : *own_k;
+  auto &block_i = blocks[0], &block_k = blocks[diagonal ? 0 : 1];
   const int64_t n = sides[0]->n, stride = sides[0]->stride;
   const int64_t i0 = tile.i_block * kBlock, rows_i = std::min(kBlock, n - i0);
   const int64_t k0 = tile.k_block * kBlock, rows_k = std::min(kBlock, n - k0);
@@ -277,6 +276,9 @@ struct Task {
       const int64_t tasks = static_cast<int64_t>(pairs.size()) * parts;
       torch::stable::parallel_for(0, tasks, grain(kBlock * kBlock * n / parts), [&](int64_t begin, int64_t end) {
         vectorized([&] AMTML_BODY(auto lanes) {
+          constexpr int kLanes = decltype(lanes)::value * 4 / sizeof(A), kVectors = 64 / kLanes;
+          using Rows = Block<A, D, Sum, kLanes, kVectors, kGrads>;
+          const std::unique_ptr<Rows[]> blocks(new Rows[2]);  // not make_unique: that would fill them with zeros
           for (int64_t task = begin; task < end; ++task) {
             const int64_t place = task / parts, part = task % parts, columns = stride / kPadding;
             const auto [i_block, k_block] = pairs[place];
@@ -284,8 +286,7 @@ struct Task {
                             (part + 1) * columns / parts * kPadding};
             double* const grad[2] = {kGrads > 0 ? g1.data() + part * n * stride : nullptr,
                                      kGrads > 1 ? g2.data() + part * n * stride : nullptr};
-            constexpr int kWidth = decltype(lanes)::value * 4 / sizeof(A);
-            run_tile<kWidth, A, D, Sum, kGrads>(sides, tile, delta, vertex_weight, grad, partial.data() + place * n);
+            run_tile(sides, tile, delta, vertex_weight, blocks.get(), grad, partial.data() + place * n);
           }
         });
       });

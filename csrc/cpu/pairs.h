@@ -103,24 +103,33 @@ struct Side {
           }
         }
       }
-      for (int64_t row = 0; row < rows; ++row) {
-        alignas(64) double sum[kCount];
-        alignas(64) A inverse[kCount];
-        std::memcpy(sum, sums[row], sizeof(sum));
+      alignas(64) double sum[kRows][kCount];
+      alignas(64) A inverse[kRows][kCount];
+      std::memcpy(sum, sums, sizeof(sum));
+      for (int64_t row = 0; row < kRows; ++row) {
 #pragma omp simd
         for (int64_t l = 0; l < kCount; ++l) {  // NaN is not degenerate
-          inverse[l] = sum[l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[l]));
+          inverse[row][l] = sum[row][l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[row][l]));
         }
-        const int64_t i = i0 + row, first = std::max(j0, i + 1) - j0, last = std::min<int64_t>(kCount, n - j0);
-        double *d = &distance[i * stride + j0], *d_back = &distance[j0 * stride + i];
-        A *to = &r[i * stride + j0], *r_back = &r[j0 * stride + i];
+      }
+      const bool whole = j0 >= i0 + kRows && j0 + kCount <= n;
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t i = i0 + row, first = whole ? 0 : std::max(j0, i + 1) - j0;
+        const int64_t last = whole ? kCount : std::min<int64_t>(kCount, n - j0);
+        std::copy(sum[row] + first, sum[row] + last, &distance[i * stride + j0 + first]);
+        std::copy(inverse[row] + first, inverse[row] + last, &r[i * stride + j0 + first]);
         for (int64_t l = first; l < last; ++l) {
-          d[l] = d_back[l * stride] = sum[l];
-          to[l] = r_back[l * stride] = inverse[l];
-          const bool regular = inverse[l] != 0;
-          nearest_row = regular && sum[l] < nearest_row ? sum[l] : nearest_row;
-          farthest_row = regular && sum[l] > farthest_row ? sum[l] : farthest_row;
-          nans += sum[l] != sum[l];
+          distance[(j0 + l) * stride + i] = sum[row][l];
+          r[(j0 + l) * stride + i] = inverse[row][l];
+        }
+#pragma omp simd reduction(min : nearest_row) reduction(max : farthest_row) reduction(+ : nans)
+        for (int64_t l = 0; l < kCount; ++l) {
+          const bool regular = inverse[row][l] != 0 && l >= first && l < last;
+          const double low = regular ? sum[row][l] : std::numeric_limits<double>::infinity();
+          const double high = regular ? sum[row][l] : 0;
+          nearest_row = low < nearest_row ? low : nearest_row;
+          farthest_row = high > farthest_row ? high : farthest_row;
+          nans += high != high;
         }
       }
     }
