@@ -234,7 +234,7 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
       if (mixture && want.kl_grad != 0) {
         sum = want.kl_grad * block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
                 const A term = e_t[c] * (ratio[c] + 1);
-                return e_t[c] == 0 || p[c] == 0 ? A(0) : term;
+                return (e_t[c] == 0) | (p[c] == 0) ? A(0) : term;  // without a branch
               });
       }
       if (want.grad_p) {
