@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -69,8 +70,34 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
                   ", got ", text(t.dim(), [&](size_t d) { return t.size(d); }));
 }
 
+// A new contiguous tensor on the device of `like`. By way of torch's C interface: a call through the dispatcher costs
+// five times as much, and a small loss makes a dozen tensors.
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(shape[d], 1);
+  }
+  int32_t device_type = 0, device_index = 0;
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                         strides.data(), type, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+// t in another dtype, and contiguous as well: t itself where it is that already.
+inline Tensor converted(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t, ScalarType dtype) { return dense(converted(t, dtype)); }
+
 inline Tensor empty_or_none(const Tensor& like, bool wanted, const Shape& shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, wanted ? shape : Shape{0}, dtype);
+  return empty(like, wanted ? shape : Shape{0}, dtype);
 }
 
 }  // namespace amtml

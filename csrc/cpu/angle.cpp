@@ -291,8 +291,7 @@ struct Task {
         });
       });
     }
-    Result<A> result{std::vector<double>(n), torch::stable::new_empty(like_first, {0}, dtype_of<A>),
-                     torch::stable::new_empty(like_first, {0}, dtype_of<A>)};
+    Result<A> result{std::vector<double>(n), empty(like_first, {0}, dtype_of<A>), empty(like_first, {0}, dtype_of<A>)};
     for (int64_t j = 0; j < n; ++j) {
       double sum = diagonal_loss(first, second, j, delta);
       for (int64_t place = 0; place < blocks; ++place) sum += partial[place * n + j];
@@ -331,7 +330,7 @@ struct Arguments {
       check_shape(kOp, "row_mask", *row_mask, {student.size(0)});
       STD_TORCH_CHECK(row_mask->scalar_type() == ScalarType::Bool, kOp, ": row_mask must be bool");
     }
-    const Tensor mask = row_mask ? torch::stable::contiguous(*row_mask) : student;
+    const Tensor mask = row_mask ? dense(*row_mask) : student;
     const bool* keep = row_mask ? static_cast<const bool*>(mask.const_data_ptr()) : nullptr;
     for (int64_t i = 0; i < student.size(0); ++i) {
       if (!keep || keep[i]) kept.push_back(i);
@@ -361,7 +360,7 @@ struct Arguments {
     return result;
   }
 
-  Tensor finish(const Tensor& t) const { return work == wide ? t : torch::stable::to(t, wide); }
+  Tensor finish(const Tensor& t) const { return converted(t, wide); }
 };
 
 }  // namespace
@@ -377,7 +376,7 @@ std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor
   if (reduction == "distinct") count = m * (m - 1) * (m - 2);
   if (none) count = m * m;
   const double scale = reduction == "distinct" && m < 3 ? 0 : 1 / std::max(count, 1.0);  // no triplet: 0
-  Tensor loss = torch::stable::new_empty(student, none ? Shape{student.size(0)} : Shape{}, args.work);
+  Tensor loss = empty(student, none ? Shape{student.size(0)} : Shape{}, args.work);
   Tensor grad_student, grad_teacher;
   dispatch_wide(args.work, [&](auto zero) {
     using A = decltype(zero);
@@ -407,7 +406,7 @@ std::tuple<Tensor, Tensor> angle_bwd(const Tensor& grad_loss, const Tensor& stud
   Tensor grad_student, grad_teacher;
   dispatch_wide(args.work, [&](auto zero) {
     using A = decltype(zero);
-    const Tensor incoming = torch::stable::to(torch::stable::contiguous(grad_loss), args.work);
+    const Tensor incoming = dense(grad_loss, args.work);
     const A* all = static_cast<const A*>(incoming.const_data_ptr());
     std::vector<A> weight;
     for (const int64_t row : args.kept) weight.push_back(all[row]);

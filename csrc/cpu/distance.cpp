@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> distance_fwd(const Tensor& student, const Ten
   const double scale = 1 / std::max(count, 1.0);
   std::vector<int64_t> all(n);
   for (int64_t i = 0; i < n; ++i) all[i] = i;
-  Tensor loss = torch::stable::new_empty(student, {}, wide);
+  Tensor loss = empty(student, {}, wide);
   Tensor grad_student = empty_or_none(student, false, {}, wide), grad_teacher = empty_or_none(student, false, {}, wide);
   // r = 1 / d passes float's range below distances of 1e-38; eps may allow them
   dispatch_wide(is_double || eps < 1e-18 ? ScalarType::Double : ScalarType::Float, [&](auto zero) {
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> distance_fwd(const Tensor& student, const Ten
     auto back = [&](const Tensor& like, const Normalized<A>& side, double g_psi, double sign) {
       const std::vector<double> weight = side.grad(g, g_psi);
       const Tensor grad = grad_rows(like, all, side.side, weight.data(), sign * 2 * scale);
-      return dtype_of<A> == wide ? grad : torch::stable::to(grad, wide);
+      return converted(grad, wide);
     };
     if (need_student_grad) grad_student = back(student, ns, sum_of(g_psi_s), 1);
     if (need_teacher_grad) grad_teacher = back(teacher, nt, sum_of(g_psi_t), -1);

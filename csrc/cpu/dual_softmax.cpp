@@ -51,12 +51,12 @@ AMTML_INLINE A row_max(const T* x, int64_t n) {
 
 std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::string mode) {
   STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
-  const Tensor input = torch::stable::contiguous(scores);
+  const Tensor input = dense(scores);
   const Sizes size(input);
   const ScalarType wide = wide_dtype(input.scalar_type());
-  Tensor out = torch::stable::new_empty(input, {size.batch, size.rows, size.columns});
-  Tensor column_stats = torch::stable::new_empty(input, {size.batch, 2, size.columns}, wide);
-  Tensor row_stats = torch::stable::new_empty(input, {size.batch, size.rows, 2}, wide);
+  Tensor out = empty(input, {size.batch, size.rows, size.columns}, input.scalar_type());
+  Tensor column_stats = empty(input, {size.batch, 2, size.columns}, wide);
+  Tensor row_stats = empty(input, {size.batch, size.rows, 2}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
     for_mode(mode, [&](auto is_sequential) {
@@ -114,15 +114,15 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
 Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& column_stats, const Tensor& row_stats,
                         std::string mode) {
   STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
-  const Tensor input = torch::stable::contiguous(scores);
+  const Tensor input = dense(scores);
   const Sizes size(input);
   check_shape(kOp, "grad", grad, {size.batch, size.rows, size.columns});
   check_shape(kOp, "column_stats", column_stats, {size.batch, 2, size.columns});
   check_shape(kOp, "row_stats", row_stats, {size.batch, size.rows, 2});
   const ScalarType wide = wide_dtype(input.scalar_type());
   const bool sequential = mode == "sequential";
-  const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad, wide));
-  Tensor grad_scores = torch::stable::new_empty(input, {size.batch, size.rows, size.columns});
+  const Tensor incoming = dense(grad, wide);
+  Tensor grad_scores = empty(input, {size.batch, size.rows, size.columns}, input.scalar_type());
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
     const A* g = static_cast<const A*>(incoming.const_data_ptr());

@@ -22,8 +22,8 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
   STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= h && width <= w, kOp, ": cannot pool [", h, ", ", w, "] to [",
                   height, ", ", width, "]");
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
-  const Tensor x = torch::stable::contiguous(feature_map);
-  Tensor pooled = torch::stable::new_empty(x, {n, channels, height, width}, wide);
+  const Tensor x = dense(feature_map);
+  Tensor pooled = empty(x, {n, channels, height, width}, wide);
   Tensor norms = empty_or_none(x, normalize, {n, h, w}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
@@ -86,9 +86,9 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
                 w = feature_map.size(3), height = grad.size(2), width = grad.size(3), plane = h * w;
   check_shape(kOp, "grad", grad, {n, channels, height, width});
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
-  const Tensor x = torch::stable::contiguous(feature_map);
-  const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad, wide));
-  Tensor grad_map = torch::stable::new_empty(x, {n, channels, h, w});
+  const Tensor x = dense(feature_map);
+  const Tensor incoming = dense(grad, wide);
+  Tensor grad_map = empty(x, {n, channels, h, w}, x.scalar_type());
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
     const A *g = static_cast<const A*>(incoming.const_data_ptr()),
@@ -152,9 +152,9 @@ std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& 
   check_shape(kOp, "target", target, shape);
   const bool is_double = prediction.scalar_type() == ScalarType::Double || target.scalar_type() == ScalarType::Double;
   const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
-  const Tensor u = torch::stable::contiguous(prediction), v = torch::stable::contiguous(target);
+  const Tensor u = dense(prediction), v = dense(target);
   const int64_t n = u.numel();
-  Tensor loss = torch::stable::new_empty(u, {}, wide), grad = empty_or_none(u, need_grad, shape, wide);
+  Tensor loss = empty(u, {}, wide), grad = empty_or_none(u, need_grad, shape, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
     constexpr int64_t block = 8192;  // fixed blocks: the same sum at any thread count

@@ -36,6 +36,11 @@ struct Problem {
   const int64_t* labels;
   Settings set;
 
+  bool in_place() const {  // whether no teacher needs to be converted
+    bool all = true;
+    for (const Matrix& m : teacher) all &= m.template in_place<A>();
+    return all;
+  }
   bool ignored(int64_t i) const { return labels && labels[i] == set.ignore_index; }
   A weight(int64_t i, int64_t t) const {
     if (!weights) return A(1) / A(teachers);
@@ -50,12 +55,13 @@ inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 template <class A>
 struct Row {  // scratch of one thread: everything a row needs stays in cache until the row is done
   const Problem<A>& problem;
-  std::vector<A> student, e, e1;  // exp((z - max z) / tau), exp(z - max z)
-  std::vector<std::vector<A>> teacher, e_t;
-  std::vector<const A*> x;  // the teachers' logits
+  Buffer<A> student, e, e1;  // exp((z - max z) / tau), exp(z - max z)
+  int64_t teacher_pitch;     // classes, or 0 where the teachers are read in place
+  Buffer<A> teacher, e_t;    // [teachers, classes]
+  std::vector<const A*> x;   // the teachers' logits
   std::vector<A> weight, inverse, kl_t;
   std::vector<double> dot;
-  std::vector<A> p, ratio, out;  // of one chunk
+  Buffer<A> p, ratio, out;  // of one chunk
   const A* z = nullptr;
   A total = 0;          // of the weights
   A log_sum = 0;        // of the student at tau
@@ -67,18 +73,17 @@ struct Row {  // scratch of one thread: everything a row needs stays in cache un
         student(pr.student.template in_place<A>() ? 0 : pr.classes),
         e(pr.classes),
         e1(pr.labels ? pr.classes : 0),
-        teacher(pr.teachers),
-        e_t(pr.teachers, std::vector<A>(pr.classes)),
+        teacher_pitch(pr.in_place() ? 0 : pr.classes),
+        teacher(pr.teachers * teacher_pitch),
+        e_t(pr.teachers * pr.classes),
         x(pr.teachers),
         weight(pr.teachers),
         inverse(pr.teachers),
         kl_t(pr.teachers),
         dot(pr.teachers),
-        p(kChunk),
-        ratio(kChunk),
-        out(kChunk) {
-    for (int64_t t = 0; t < pr.teachers; ++t) teacher[t].resize(pr.teacher[t].template in_place<A>() ? 0 : pr.classes);
-  }
+        p(std::min(pr.classes, kChunk)),
+        ratio(std::min(pr.classes, kChunk)),
+        out(std::min(pr.classes, kChunk)) {}
 };
 
 template <class A>
@@ -114,7 +119,7 @@ AMTML_INLINE A rounded(double value, double* rest) {
 // KL(p_t || q) where p_t = 0 counts 0.
 template <class A>
 AMTML_INLINE A teacher_kl(const Row<A>& row, int64_t t, const A* stats, double teacher_log_sum, A per_tau) {
-  const A *z = row.z, *x = row.x[t], *e = row.e_t[t].data();
+  const A *z = row.z, *x = row.x[t], *e = row.e_t.data() + t * row.problem.classes;
   const A m = stats[0], m_t = stats[3 + 2 * t], inverse = row.inverse[t], log_sum = row.log_sum;
   double teacher_rest = 0;
   const A log_sum_t = rounded<A>(teacher_log_sum, &teacher_rest);
@@ -151,8 +156,8 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
   row.total = 0;
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const A w = row.weight[t] = pr.weight(i, t);
-    const A* x = row.x[t] = load_row(pr.teacher[t], i, n, row.teacher[t].data());
-    A *e = row.e_t[t].data(), *stat = stats + 3 + 2 * t;
+    const A* x = row.x[t] = load_row(pr.teacher[t], i, n, row.teacher.data() + (row.teacher_pitch * t));
+    A *e = row.e_t.data() + t * row.problem.classes, *stat = stats + 3 + 2 * t;
     if (again) {
       exponentials_again(x, n, stat[0], per_tau, e);
     } else {
@@ -215,7 +220,7 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
     const A *z = row.z + start, *e = row.e.data() + start;
     std::fill_n(p, count, A(0));
     for (int64_t t = 0; t < teachers; ++t) {
-      const A* e_t = row.e_t[t].data() + start;
+      const A* e_t = row.e_t.data() + t * row.problem.classes + start;
       const A factor = row.weight[t] * row.inverse[t];
 #pragma omp simd
       for (int64_t c = 0; c < count; ++c) p[c] += factor * e_t[c];
@@ -229,7 +234,7 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
       });
     }
     for (int64_t t = 0; want.grad_weights && t < teachers; ++t) {
-      const A* e_t = row.e_t[t].data() + start;
+      const A* e_t = row.e_t.data() + t * row.problem.classes + start;
       double sum = 0;
       if (mixture && want.kl_grad != 0) {
         sum = want.kl_grad * block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
@@ -320,7 +325,7 @@ struct Inputs {  // owns what Problem points to
     if (!given_labels) return;
     check_shape(kOp, "labels", *given_labels, {n});
     STD_TORCH_CHECK(given_labels->scalar_type() == ScalarType::Long, kOp, ": labels must be int64");
-    labels = torch::stable::contiguous(*given_labels);
+    labels = dense(*given_labels);
     const int64_t* y = static_cast<const int64_t*>(labels->const_data_ptr());
     for (int64_t i = 0; i < n; ++i) {
       STD_TORCH_CHECK(y[i] == set.ignore_index || (y[i] >= 0 && y[i] < c), kOp, ": labels[", i, "] must be in [0, ", c,
@@ -357,12 +362,12 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
                   ": the forward gradient of a 16-bit student is made in backward");
   const bool none = reduction == "none";
   const Shape value_shape = none ? Shape{n} : Shape{};
-  auto empty = [&](const Shape& shape) { return torch::stable::new_empty(student, shape, inputs.wide); };
-  Tensor loss = empty(value_shape), ce = empty(value_shape), kl = empty(value_shape);
-  Tensor probs = empty(need_probs ? Shape{n, c} : Shape{0}), targets = empty(need_probs ? Shape{n, c} : Shape{0});
-  Tensor stats = empty({n, stats_size(num_teachers)});
-  Tensor grad_student = empty(need_student_grad ? Shape{n, c} : Shape{0});
-  Tensor grad_weights = empty(need_weights_grad ? Shape{n, num_teachers} : Shape{0});
+  auto make = [&](const Shape& shape) { return empty(student, shape, inputs.wide); };
+  Tensor loss = make(value_shape), ce = make(value_shape), kl = make(value_shape);
+  Tensor probs = make(need_probs ? Shape{n, c} : Shape{0}), targets = make(need_probs ? Shape{n, c} : Shape{0});
+  Tensor stats = make({n, stats_size(num_teachers)});
+  Tensor grad_student = make(need_student_grad ? Shape{n, c} : Shape{0});
+  Tensor grad_weights = make(need_weights_grad ? Shape{n, num_teachers} : Shape{0});
   dispatch_wide(inputs.wide, [&](auto zero) {
     using A = decltype(zero);
     const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
@@ -443,7 +448,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
     using A = decltype(zero);
     const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
     const Scale scale = reduction_scale(pr, reduction);
-    const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad_loss, inputs.wide));
+    const Tensor incoming = dense(grad_loss, inputs.wide);
     const A* up = static_cast<const A*>(incoming.const_data_ptr());
     const A* saved = static_cast<const A*>(stats.const_data_ptr());
     const Matrix grad_q(grad_probs), grad_p(grad_targets);

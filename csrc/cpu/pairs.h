@@ -19,7 +19,7 @@ template <class A>
 struct Side {
   static constexpr int64_t kRows = 4;  // rows at a time while distances are measured
   int64_t n, stride, width, pitch;
-  std::vector<double> x;    // [n, pitch], rows and columns of padding are 0
+  Buffer<double> x;         // [n, pitch], rows and columns of padding are 0
   Buffer<double> distance;  // [n, stride] squared
   Buffer<A> r;              // [n, stride] 1 / distance, 0 where degenerate
   double nearest = std::numeric_limits<double>::infinity(), farthest = 0;  // of the pairs that are not degenerate
@@ -39,16 +39,19 @@ struct Side {
         double* row = x.data() + i * pitch;
         const double* loaded = load_row<double>(m, kept[i], width, row);
         if (loaded != row) std::copy(loaded, loaded + width, row);
+        std::fill(row + width, row + pitch, 0.0);
       }
     });
+    std::fill(x.data() + n * pitch, x.data() + padded(n, kRows) * pitch, 0.0);
     measure(eps);
   }
 
   void measure(double eps) {
-    std::vector<double> columns(width * stride);  // x transposed
+    Buffer<double> columns(width * stride);  // x transposed
     torch::stable::parallel_for(0, width, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         for (int64_t i = 0; i < n; ++i) columns[c * stride + i] = x[i * pitch + c];
+        std::fill(&columns[c * stride + n], &columns[c * stride] + stride, 0.0);
       }
     });
     // A group of rows from the start and one from the end are a task: together they always have the same length.
@@ -150,7 +153,7 @@ template <class A>
 Tensor grad_rows(const Tensor& like, const std::vector<int64_t>& kept, const Side<A>& side, const double* g,
                  double scale) {
   const int64_t n = side.n, width = side.width;
-  Tensor grad = torch::stable::new_empty(like, {like.size(0), width}, dtype_of<A>);
+  Tensor grad = empty(like, {like.size(0), width}, dtype_of<A>);
   A* out = static_cast<A*>(grad.mutable_data_ptr());
   if (n < like.size(0)) std::fill_n(out, like.size(0) * width, A(0));
   constexpr int64_t kRows = 2, kSums = 2;  // rows at a time, and sums of each: one sum would wait for itself

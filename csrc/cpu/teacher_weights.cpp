@@ -158,7 +158,7 @@ ScalarType check(const Tensor& features, const Tensor& theta, const Tensor& v) {
 // theta_t * v, [T, d].
 template <class A>
 std::vector<double> effective(const Tensor& theta, const Tensor& v) {
-  const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
+  const Tensor th = dense(theta), vv = dense(v);
   const A *a = static_cast<const A*>(th.const_data_ptr()), *b = static_cast<const A*>(vv.const_data_ptr());
   const int64_t teachers = theta.size(0), d = theta.size(1);
   std::vector<double> out(teachers * d);
@@ -192,8 +192,8 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
   const ScalarType wide = check(features, theta, v);
   const Map map(features);
   const int64_t teachers = theta.size(0), d = map.channels;
-  Tensor weights = torch::stable::new_empty(theta, {map.n, teachers}, wide);
-  Tensor pooled = torch::stable::new_empty(theta, {map.n, d}, wide);
+  Tensor weights = empty(theta, {map.n, teachers}, wide);
+  Tensor pooled = empty(theta, {map.n, d}, wide);
   Tensor index = empty_or_none(theta, use_max, {map.n, d}, ScalarType::Int);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
@@ -230,13 +230,14 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
   const int64_t n = map.n, teachers = theta.size(0), d = map.channels;
   check_shape(kOp, "grad", grad, {n, teachers});
   check_shape(kOp, "pooled", pooled, {n, d});
-  Tensor grad_features = need_features ? torch::stable::empty_like(features) : torch::stable::new_empty(features, {0});
+  Tensor grad_features =
+      need_features ? torch::stable::empty_like(features) : empty(features, {0}, features.scalar_type());
   Tensor grad_theta = empty_or_none(theta, need_parameters, {teachers, d}, wide);
   Tensor grad_v = empty_or_none(theta, need_parameters, {d}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
     const std::vector<double> factors = effective<A>(theta, v);
-    const Tensor incoming = torch::stable::contiguous(torch::stable::to(grad, wide));
+    const Tensor incoming = dense(grad, wide);
     const A* g = static_cast<const A*>(incoming.const_data_ptr());
     const A* b = static_cast<const A*>(pooled.const_data_ptr());
     std::vector<double> score(n * teachers);                                          // dL/dgamma
@@ -280,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
       });
     });
     if (!need_parameters) return;
-    const Tensor th = torch::stable::contiguous(theta), vv = torch::stable::contiguous(v);
+    const Tensor th = dense(theta), vv = dense(v);
     const A *a = static_cast<const A*>(th.const_data_ptr()), *scale = static_cast<const A*>(vv.const_data_ptr());
     A *da = static_cast<A*>(grad_theta.mutable_data_ptr()), *dv = static_cast<A*>(grad_v.mutable_data_ptr());
     torch::stable::parallel_for(0, d, grain(n * teachers), [&](int64_t begin, int64_t end) {

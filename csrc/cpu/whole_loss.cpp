@@ -14,7 +14,7 @@ constexpr char kOp[] = "AMTMLLoss";
 // Each call into torch costs more than the loops here, so tensors that are float already are read as they are.
 double item(const Tensor& t) {
   if (t.scalar_type() == ScalarType::Float) return *static_cast<const float*>(t.const_data_ptr());
-  const Tensor wide = torch::stable::to(t, ScalarType::Double);
+  const Tensor wide = converted(t, ScalarType::Double);
   return *static_cast<const double*>(wide.const_data_ptr());
 }
 
@@ -26,18 +26,11 @@ void set(Tensor& t, int64_t i, double value) {
   }
 }
 
-Tensor as(const Tensor& t, ScalarType dtype) { return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype); }
-
 ScalarType factors_dtype(const Tensor& features, const Tensor& theta, const Tensor& v) {
   for (const Tensor* t : {&features, &theta, &v}) {
     if (t->scalar_type() == ScalarType::Double) return ScalarType::Double;
   }
   return ScalarType::Float;
-}
-
-Tensor dense(const Tensor& t, ScalarType dtype) {
-  const Tensor converted = as(t, dtype);
-  return converted.is_contiguous() ? converted : torch::stable::contiguous(converted);
 }
 
 double sum_of_squares(const Tensor& t) {
@@ -60,7 +53,7 @@ Tensor with_decay(const Tensor& grad, const Tensor& parameter, double factor) {
     const A* p = static_cast<const A*>(flat.const_data_ptr());
     for (int64_t i = 0; i < grad.numel(); ++i) g[i] += static_cast<A>(factor * p[i]);
   });
-  return as(grad, parameter.scalar_type());
+  return converted(grad, parameter.scalar_type());
 }
 
 // The rows that take part in the angle loss, or nothing if all do.
@@ -69,7 +62,7 @@ std::optional<Tensor> row_mask(const std::optional<Tensor>& labels, int64_t igno
   const Tensor flat = dense(*labels, ScalarType::Long);
   const int64_t *y = static_cast<const int64_t*>(flat.const_data_ptr()), n = flat.numel();
   if (std::find(y, y + n, ignore_index) == y + n) return std::nullopt;
-  Tensor mask = torch::stable::new_empty(*labels, {n}, ScalarType::Bool);
+  Tensor mask = empty(*labels, {n}, ScalarType::Bool);
   bool* keep = static_cast<bool*>(mask.mutable_data_ptr());
   for (int64_t i = 0; i < n; ++i) keep[i] = y[i] != ignore_index;
   return mask;
@@ -82,12 +75,13 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
                        int64_t ignore_index, double label_smoothing, bool max_pool, double angle_weight, double delta,
                        double eps, double regularizer_weight, bool need_student_grad, bool need_targets_grad) {
   STD_TORCH_CHECK(features.has_value() != given_weights.has_value(), kOp, ": either features or weights must be given");
-  auto none = [&] { return torch::stable::new_empty(student, {0}, ScalarType::Float); };  // outputs may not be shared
+  auto none = [&] { return empty(student, {0}, ScalarType::Float); };  // outputs may not be shared
   Tensor weights = none(), pooled = none(), index = none(), grad_probs = none(), grad_targets = none();
   double regularizer = 0;
   if (features) {
     const ScalarType dtype = factors_dtype(*features, *theta, *v);
-    std::tie(weights, pooled, index) = teacher_weights_fwd(*features, as(*theta, dtype), as(*v, dtype), max_pool);
+    std::tie(weights, pooled, index) =
+        teacher_weights_fwd(*features, converted(*theta, dtype), converted(*v, dtype), max_pool);
     if (regularizer_weight != 0) regularizer = sum_of_squares(*theta) + sum_of_squares(*v);
   } else {
     weights = *given_weights;
@@ -96,8 +90,8 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   for (const Tensor& t : teachers) is_double |= t.scalar_type() == ScalarType::Double;
   const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
   auto [loss, ce, kl, probs, targets, stats, unused_student, unused_weights] =
-      multi_teacher_kd_fwd(student, teachers, as(weights, wide), labels, temperature, ce_weight, kl_weight, kl_scale,
-                           mode, reduction, ignore_index, label_smoothing, false, false, angle_weight != 0);
+      multi_teacher_kd_fwd(student, teachers, converted(weights, wide), labels, temperature, ce_weight, kl_weight,
+                           kl_scale, mode, reduction, ignore_index, label_smoothing, false, false, angle_weight != 0);
   const double by = divisor ? 1 / item(*divisor) : 1, kd = item(loss) * by;
   double angle = 0;
   if (angle_weight != 0) {
@@ -106,7 +100,7 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
                                                           "mean", need_student_grad, need_targets_grad);
     angle = item(value);
   }
-  Tensor terms = torch::stable::new_empty(student, {5}, wide);
+  Tensor terms = empty(student, {5}, wide);
   const double values[5] = {kd, item(ce) * by, item(kl) * by, angle, regularizer};
   for (int i = 0; i < 5; ++i) set(terms, i, values[i]);
   double total = kd;  // not 0 * infinity
@@ -130,7 +124,7 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
   const double g = item(grad);
   auto scaled = [&](const Tensor& t) -> std::optional<Tensor> {
     if (t.numel() == 0) return std::nullopt;
-    Tensor out = torch::stable::new_empty(t, {t.size(0), t.size(1)}, t.scalar_type());
+    Tensor out = empty(t, {t.size(0), t.size(1)}, t.scalar_type());
     dispatch_wide(t.scalar_type(), [&](auto zero) {
       using A = decltype(zero);
       const A *from = static_cast<const A*>(t.const_data_ptr()), by = static_cast<A>(g * angle_weight);
@@ -139,20 +133,20 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
     });
     return out;
   };
-  Tensor upstream = torch::stable::new_empty(student, {}, wide);
+  Tensor upstream = empty(student, {}, wide);
   set(upstream, 0, divisor ? g / item(*divisor) : g);
   auto [grad_student, grad_weights] =
-      multi_teacher_kd_bwd(upstream, scaled(grad_probs), scaled(grad_targets), student, teachers, as(weights, wide),
-                           labels, stats, temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index,
-                           label_smoothing, need_student, need_weights);
-  auto none = [&] { return torch::stable::new_empty(student, {0}, ScalarType::Float); };
-  if (!features) return {grad_student, as(grad_weights, weights.scalar_type()), none(), none(), none()};
+      multi_teacher_kd_bwd(upstream, scaled(grad_probs), scaled(grad_targets), student, teachers,
+                           converted(weights, wide), labels, stats, temperature, ce_weight, kl_weight, kl_scale, mode,
+                           reduction, ignore_index, label_smoothing, need_student, need_weights);
+  auto none = [&] { return empty(student, {0}, ScalarType::Float); };
+  if (!features) return {grad_student, converted(grad_weights, weights.scalar_type()), none(), none(), none()};
   Tensor grad_features = none(), grad_theta = none(), grad_v = none();
   if (need_weights) {
     const ScalarType dtype = factors_dtype(*features, *theta, *v);
     std::tie(grad_features, grad_theta, grad_v) =
-        teacher_weights_bwd(grad_weights, *features, as(*theta, dtype), as(*v, dtype), pooled, index, max_pool,
-                            need_features, need_parameters);
+        teacher_weights_bwd(grad_weights, *features, converted(*theta, dtype), converted(*v, dtype), pooled, index,
+                            max_pool, need_features, need_parameters);
     if (need_parameters) {
       grad_theta = with_decay(grad_theta, *theta, 2 * regularizer_weight * g);
       grad_v = with_decay(grad_v, *v, 2 * regularizer_weight * g);
