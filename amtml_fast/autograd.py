@@ -9,13 +9,11 @@ Arguments ``need_*`` are decided by the caller: inside ``forward`` grad mode is 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from amtml_fast.reference import wide_dtype
 
 ops = torch.ops.amtml
 
@@ -100,13 +98,13 @@ def _asked(grad: Tensor | None, needed: bool) -> Tensor | None:
     return grad if needed else None
 
 
-def _scaled(grad: Tensor, by: Tensor) -> Tensor:
-    """``grad * by`` of a gradient that forward has saved, without a second buffer where no second backward can come."""
+def _scaled(grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
+    """``grad * by`` of gradients that forward has saved, without a second buffer where no second backward can come."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * by
-    if type(by) is Tensor and by.device.type == "cpu" and by.dim() == 0 and by.item() == 1:
-        return grad
-    return grad.mul_(by)
+        return [None if g is None else g * by for g in grads]
+    if type(by) is Tensor and by.dim() == 0 and by.device.type == "cpu" and by.item() == 1:
+        return list(grads)
+    return [None if g is None else g.mul_(by) for g in grads]
 
 
 class TeacherWeights(torch.autograd.Function):
@@ -126,7 +124,10 @@ class TeacherWeights(torch.autograd.Function):
 
 
 class MultiTeacherKD(torch.autograd.Function):
-    """Returns loss, ce, kl, student_probs, soft_targets: the last two differentiable, ce and kl not."""
+    """Returns the loss, or with ``need_terms`` what ``KDTerms`` holds: ce and kl are not differentiable, the rest is.
+
+    ``needs``: a gradient to the student, and to the weights; ``wide``: the dtype of sums.
+    """
 
     @staticmethod
     def forward(
@@ -135,46 +136,49 @@ class MultiTeacherKD(torch.autograd.Function):
         weights: Tensor | None,
         labels: Tensor | None,
         settings: tuple,
-        need_student: bool,
-        need_weights: bool,
-        need_probs: bool,
+        needs: tuple[bool, bool],
+        wide: torch.dtype,
+        need_terms: bool,
         *teachers: Tensor,
-    ) -> tuple[Tensor, ...]:
-        # With probabilities asked for, backward has to add what comes back through them: it recomputes the rest too.
-        in_forward = student.dtype == wide_dtype(student, weights, *teachers) and not need_probs
-        now = need_student and in_forward, need_weights and in_forward
-        out = ops.multi_teacher_kd_fwd.default(student, teachers, weights, labels, *settings, *now, need_probs)
+    ) -> Any:
+        # With probabilities given out, backward has to add what comes back through them: it recomputes the rest too.
+        in_forward = student.dtype == wide and not need_terms
+        now = needs if in_forward else (False, False)
+        out = ops.multi_teacher_kd_fwd.default(student, teachers, weights, labels, *settings, *now, need_terms)
         loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights = out
-        ctx.in_forward, ctx.settings, ctx.needs = in_forward, settings, (need_student, need_weights)
-        ctx.need_probs = need_probs
-        ctx.mark_non_differentiable(ce, kl)
+        ctx.in_forward, ctx.settings, ctx.needs, ctx.loss_shape = in_forward, settings, needs, loss.shape
         ctx.set_materialize_grads(False)
-        if not need_probs:
-            ctx.mark_non_differentiable(student_probs, soft_targets)
         if in_forward:
-            _save(ctx, grad_student, grad_weights, student, weights)
+            ctx.save_for_backward(  # what needs a gradient cannot be an inference tensor
+                grad_student if needs[0] else None,
+                grad_weights if needs[1] else None,
+                student if needs[0] else None,
+                weights if needs[1] else None,
+            )
         else:
             _save(ctx, student, weights, labels, stats, *teachers)
+        if not need_terms:
+            return loss
+        ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl, student_probs, soft_targets
 
     @staticmethod
     @_first_order("multi_teacher_kd_loss")
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple:
-        need_student, need_weights = ctx.needs
-        if ctx.in_forward:
-            saved = _saved(ctx)
-            scale = saved[0].new_zeros(()) if grad_loss is None else grad_loss
-            scale = scale.unsqueeze(-1) if scale.dim() else scale  # one value a row
-            grad_student, grad_weights = (_scaled(g, scale) if needed else None for g, needed in zip(saved, ctx.needs))
-        else:
-            student, weights, labels, stats, *teachers = _saved(ctx)
-            if grad_loss is None:
-                grad_loss = stats.new_zeros(())
-            through_probs = grads[2:4] if ctx.need_probs else (None, None)
-            grad_student, grad_weights = ops.multi_teacher_kd_bwd.default(
-                grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
-            )
         fixed = (None,) * (len(ctx.needs_input_grad) - 2)
+        if ctx.in_forward:
+            if grad_loss is None:
+                return None, None, *fixed
+            scale = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss  # one value a row
+            return *_scaled(ctx.saved_tensors[:2], scale), *fixed
+        need_student, need_weights = ctx.needs
+        student, weights, labels, stats, *teachers = _saved(ctx)
+        if grad_loss is None:
+            grad_loss = stats.new_zeros(ctx.loss_shape)
+        through_probs = grads[2:4] or (None, None)
+        grad_student, grad_weights = ops.multi_teacher_kd_bwd.default(
+            grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
+        )
         return _asked(grad_student, need_student), _asked(grad_weights, need_weights), *fixed
 
 
@@ -208,7 +212,7 @@ class Angle(torch.autograd.Function):
             student, teacher, row_mask = _saved(ctx)
             grads = ops.angle_bwd.default(grad_loss, student, teacher, row_mask, ctx.delta, ctx.eps, *ctx.needs)
         else:
-            grads = [_scaled(g, grad_loss) if needed else g for g, needed in zip(_saved(ctx), ctx.needs)]
+            grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
         out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
         return *out, None, None, None, None, None, None
 
@@ -234,8 +238,8 @@ class Distance(torch.autograd.Function):
     @staticmethod
     @_first_order("rkd_distance_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        grads = zip(_saved(ctx), ctx.dtypes, ctx.needs)
-        out = [_scaled(g, grad_loss).to(dtype) if needed else None for g, dtype, needed in grads]
+        grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
+        out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
         return *out, None, None, None, None, None
 
 
@@ -256,7 +260,7 @@ class WholeLoss(torch.autograd.Function):
     """Teacher weights, distillation, angle loss and regulariser as one node of the graph.
 
     The weights come from ``features``, ``theta`` and ``v``, or are given (then those three are None, and so is the
-    regulariser). ``divisor`` divides the kd term. Returns loss, terms [5] (kd, ce, kl, angle, regulariser) and weights
+    regulariser). ``divisor`` divides the kd term. Returns loss, terms [6] (kd, ce, kl, angle, 0 for the hint, regulariser) and weights
     (empty if they were given): the loss alone is differentiable.
     """
 
@@ -332,7 +336,7 @@ class HintMSE(torch.autograd.Function):
     @_first_order("hint_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         difference, *_ = _saved(ctx)
-        grad = _scaled(difference, grad_loss)
+        (grad,) = _scaled([difference], grad_loss)
         need_prediction, need_target, _ = ctx.needs_input_grad
         return (
             grad.to(ctx.dtypes[0]) if need_prediction else None,

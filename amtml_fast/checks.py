@@ -1,6 +1,7 @@
 """Argument checks shared by all operators: each raises before anything runs, and names the function and the argument.
 
 Messages read ``function: argument must be ..., got ...``. Checks of values look only where that costs no device sync.
+At a small batch the checks are a good part of what a loss costs: they look first, and put words together only for a message.
 """
 
 import math
@@ -14,11 +15,14 @@ def shape(t: Tensor) -> list[int]:
     return list(t.shape)
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def tensor(function: str, name: str, value: object) -> Tensor:
     """A floating-point tensor of a dtype the kernels take."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    if value.dtype not in DTYPES:
         raise TypeError(f"{function}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     return value
 
@@ -30,6 +34,8 @@ def one_of(function: str, name: str, value: object, allowed: Sequence[str]) -> N
 
 def number(function: str, name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     """A finite real in [low, high], or in (low, high] with ``above``."""
+    if type(value) is float and low <= value <= high and value < math.inf and not (above and value == low):
+        return
     wanted = f"a number in {'(' if above else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: {name} must be {wanted}, got {value!r}")
@@ -104,21 +110,30 @@ def kd_arguments(
         raise TypeError(f"{function}: teacher_logits must be a list of tensors, got {type(teacher_logits).__name__}")
     if len(teachers) == 0:
         raise ValueError(f"{function}: teacher_logits must hold at least one teacher, got none")
+    wanted_shape, device = student_logits.shape, student_logits.device
     for i, teacher in enumerate(teachers):
+        if (
+            isinstance(teacher, Tensor)
+            and teacher.dtype in DTYPES
+            and teacher.shape == wanted_shape
+            and teacher.device == device
+            and not teacher.requires_grad
+        ):
+            continue
         argument = f"teacher_logits[{i}]"
         tensor(function, argument, teacher)
         same_shape(function, argument, teacher, "student_logits", student_logits)
         same_device(function, argument, teacher, "student_logits", student_logits)
         if teacher.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{function}: {argument} requires grad, but teachers are frozen here: pass it detached")
-    classes = student_logits.shape[-1]
+    classes = wanted_shape[-1]
     rows = student_logits.numel() // classes
     if teacher_weights is not None:
         tensor(function, "teacher_weights", teacher_weights)
         wanted = [(len(teachers),), (rows, len(teachers))]
-        if student_logits.dim() == 3:
-            wanted.append((*student_logits.shape[:2], len(teachers)))
-        if tuple(teacher_weights.shape) not in wanted:
+        if len(wanted_shape) == 3:
+            wanted.append((*wanted_shape[:2], len(teachers)))
+        if teacher_weights.shape not in wanted:
             raise ValueError(
                 f"{function}: teacher_weights must be {' or '.join(str(list(w)) for w in wanted)} for {len(teachers)} teachers, "
                 f"got {shape(teacher_weights)}"
@@ -128,9 +143,10 @@ def kd_arguments(
         if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"{function}: labels must be an int64 or int32 tensor, got {got}")
-        if labels.shape != student_logits.shape[:-1]:
-            wanted_shape = list(student_logits.shape[:-1])
-            raise ValueError(f"{function}: labels must be {wanted_shape} like student_logits, got {shape(labels)}")
+        if labels.shape != wanted_shape[:-1]:
+            raise ValueError(
+                f"{function}: labels must be {list(wanted_shape[:-1])} like student_logits, got {shape(labels)}"
+            )
         same_device(function, "labels", labels, "student_logits", student_logits)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
@@ -161,7 +177,7 @@ def num_items(function: str, num_items_in_batch: int | Tensor, reduction: str) -
 
 
 def label_values(function: str, labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Labels in [0, classes) or ignore_index. Compiled code skips this; there the C++ kernel looks before it reads."""
+    """Labels in [0, classes) or ignore_index. The C++ kernels look for themselves, before they write anything."""
     if labels.numel() == 0:
         return
     low, high = labels.aminmax()

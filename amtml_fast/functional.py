@@ -5,7 +5,9 @@ mixture and with any strides; sums, products and exponentials are made in float3
 gradient comes back in its input's dtype.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,14 +106,20 @@ def multi_teacher_kd_loss(
     checks.one_of(name, "reduction", reduction, REDUCTIONS)
     if num_items_in_batch is not None:
         checks.num_items(name, num_items_in_batch, reduction)
-    weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(teachers))
-    if weights is not None and checks.values_are_free(weights):
-        checks.weight_values(name, weights)
-    terms = multi_teacher_kd(
-        student_logits if student_logits.dim() == 2 else student_logits.reshape(rows, classes),
-        [t if t.dim() == 2 else t.reshape(rows, classes) for t in teachers],
+    student, weights = student_logits, teacher_weights
+    if weights is not None:
+        if weights.dim() != 2:
+            weights = weights.reshape(-1, len(teachers))
+        if checks.values_are_free(weights):
+            checks.weight_values(name, weights)
+    if student.dim() != 2:
+        student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
+        labels = None if labels is None else labels.reshape(rows)
+    loss = _multi_teacher_kd(
+        student,
+        teachers,
         weights,
-        None if labels is None else labels.reshape(rows),
+        labels,
         temperature=temperature,
         alpha=alpha,
         mode=mode,
@@ -119,14 +127,21 @@ def multi_teacher_kd_loss(
         t2_scale=t2_scale,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
-        need_probs=False,
+        need_terms=False,
     )
     if num_items_in_batch is not None:
-        return terms.loss / num_items_in_batch
-    return terms.loss.reshape(student_logits.shape[:-1]) if reduction == "none" else terms.loss
+        return loss / num_items_in_batch
+    return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
 
 
 def multi_teacher_kd(
+    student: Tensor, teachers: Sequence[Tensor], weights: Tensor | None, labels: Tensor | None, **options: Any
+) -> KDTerms:
+    """``multi_teacher_kd_loss`` on checked rows [N, C], with its parts: what ``AMTMLLoss`` builds on. Not public."""
+    return KDTerms(*_multi_teacher_kd(student, teachers, weights, labels, need_terms=True, **options))
+
+
+def _multi_teacher_kd(
     student: Tensor,
     teachers: Sequence[Tensor],
     weights: Tensor | None,
@@ -139,16 +154,14 @@ def multi_teacher_kd(
     t2_scale: bool,
     ignore_index: int,
     label_smoothing: float,
-    need_probs: bool,
-) -> KDTerms:
-    """``multi_teacher_kd_loss`` on checked rows [N, C], with its parts: what ``AMTMLLoss`` builds on. Not public.
-
-    ``student_probs`` and ``soft_targets`` [N, C] are differentiable, and empty unless ``need_probs``.
-    """
+    need_terms: bool,
+) -> Any:
+    """The loss, or with ``need_terms`` what ``KDTerms`` holds, of which loss and probabilities are differentiable."""
     name = "multi_teacher_kd_loss"
-    _check_kd(name, student, labels, temperature, alpha, mode, ignore_index, label_smoothing)
+    _check_kd(name, temperature, alpha, mode, label_smoothing)
     if backend.choose("multi_teacher_kd", student) == "reference":
-        return reference.multi_teacher_kd(
+        _check_labels(name, labels, student.shape[1], ignore_index)
+        terms = reference.multi_teacher_kd(
             student,
             list(teachers),
             weights,
@@ -161,25 +174,20 @@ def multi_teacher_kd(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
         )
+        return terms if need_terms else terms.loss
+    wide = wide_dtype(student, *teachers, weights)
     if weights is not None:
-        weights = weights.to(wide_dtype(student, *teachers, weights)).expand(student.shape[0], -1)
+        weights = weights if weights.dtype == wide else weights.to(wide)
+        weights = weights if weights.shape[0] == student.shape[0] else weights.expand(student.shape[0], -1)
     settings = _kd_settings(
         temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing, labels is not None
     )
-    return KDTerms(
-        *autograd.run(
-            autograd.MultiTeacherKD,
-            _needs_grad(student, weights),
-            student,
-            weights,
-            None if labels is None else labels.long(),
-            settings,
-            _needs_grad(student),
-            _needs_grad(weights),
-            need_probs,
-            *teachers,
-        )
-    )
+    needs = _needs_grad(student), _needs_grad(weights)
+    labels = _as_long(labels)
+    return _run(
+        name, labels, student.shape[1], ignore_index, autograd.MultiTeacherKD, any(needs),
+        student, weights, labels, settings, needs, wide, need_terms, *teachers,
+    )  # fmt: skip
 
 
 def whole_loss(
@@ -203,8 +211,8 @@ def whole_loss(
 ) -> tuple[Tensor, ...]:
     """``AMTMLLoss`` without hints on checked rows, as one node of the graph: see ``autograd.WholeLoss``. Not public."""
     name = "AMTMLLoss"
-    _check_kd(name, student, labels, temperature, alpha, mode, ignore_index, label_smoothing)
-    checks.number(name, "delta", delta, 0, float("inf"), above=True)
+    _check_kd(name, temperature, alpha, mode, label_smoothing)
+    checks.number(name, "delta", delta, 0, math.inf, above=True)
     kd = _kd_settings(temperature, alpha, mode, reduction, True, ignore_index, label_smoothing, labels is not None)
     needs = _needs_grad(student), _needs_grad(*sources)
     objective = autograd.Objective(
@@ -219,8 +227,11 @@ def whole_loss(
     )
     if divisor is not None:
         divisor = torch.as_tensor(divisor, device=student.device)
-    labels = None if labels is None else labels.long()
-    return autograd.run(autograd.WholeLoss, any(needs), *sources, student, labels, divisor, objective, *teachers)
+    labels = _as_long(labels)
+    return _run(
+        name, labels, student.shape[1], ignore_index, autograd.WholeLoss, any(needs),
+        *sources, student, labels, divisor, objective, *teachers,
+    )  # fmt: skip
 
 
 def whole_loss_is_fused(student: Tensor) -> bool:
@@ -228,22 +239,31 @@ def whole_loss_is_fused(student: Tensor) -> bool:
     return backend.choose("whole_loss", student) != "reference"
 
 
-def _check_kd(
-    name: str,
-    student: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    alpha: float,
-    mode: str,
-    ignore_index: int,
-    label_smoothing: float,
-) -> None:
-    checks.number(name, "temperature", temperature, 0, float("inf"), above=True)
+def _check_kd(name: str, temperature: float, alpha: float, mode: str, label_smoothing: float) -> None:
+    checks.number(name, "temperature", temperature, 0, math.inf, above=True)
     checks.number(name, "alpha", alpha, 0, 1)
     checks.number(name, "label_smoothing", label_smoothing, 0, 1)
     checks.one_of(name, "mode", mode, MODES)
+
+
+def _check_labels(name: str, labels: Tensor | None, classes: int, ignore_index: int) -> None:
     if labels is not None and checks.values_are_free(labels):
-        checks.label_values(name, labels, student.shape[1], ignore_index)
+        checks.label_values(name, labels, classes, ignore_index)
+
+
+def _run(
+    name: str, labels: Tensor | None, classes: int, ignore_index: int, function: Any, needs_grad: bool, *args: Any
+) -> Any:
+    """``autograd.run``. The kernels refuse a wrong label by a RuntimeError; it becomes the ValueError of every backend."""
+    try:
+        return autograd.run(function, needs_grad, *args)
+    except RuntimeError:
+        _check_labels(name, labels, classes, ignore_index)
+        raise
+
+
+def _as_long(labels: Tensor | None) -> Tensor | None:
+    return labels if labels is None or labels.dtype == torch.int64 else labels.long()
 
 
 def _kd_settings(
@@ -298,8 +318,8 @@ def angle(
 ) -> Tensor:
     """``angle_loss`` of the rows where ``row_mask`` [N] bool is true; the others take no part. Not public."""
     name = "angle_loss"
-    checks.number(name, "delta", delta, 0, float("inf"), above=True)
-    checks.number(name, "eps", eps, 0, float("inf"))
+    checks.number(name, "delta", delta, 0, math.inf, above=True)
+    checks.number(name, "eps", eps, 0, math.inf)
     checks.one_of(name, "reduction", reduction, ANGLE_REDUCTIONS)
     if backend.choose("angle", student) == "reference":
         return reference.angle(student, teacher, row_mask, delta=delta, reduction=reduction, eps=eps)
@@ -331,8 +351,8 @@ def rkd_distance_loss(
     """
     name = "rkd_distance_loss"
     checks.two_sides(name, student, teacher)
-    checks.number(name, "delta", delta, 0, float("inf"), above=True)
-    checks.number(name, "eps", eps, 0, float("inf"))
+    checks.number(name, "delta", delta, 0, math.inf, above=True)
+    checks.number(name, "eps", eps, 0, math.inf)
     checks.one_of(name, "reduction", reduction, DISTANCE_REDUCTIONS)
     if backend.choose("distance", student) == "reference":
         return reference.rkd_distance_loss(student, teacher, delta=delta, reduction=reduction, eps=eps)

@@ -332,7 +332,13 @@ class AMTMLLoss(nn.Module):
                 f"got hints={'none' if self.hints is None else 'given'}, student_maps={'given' if given[0] else None}, "
                 f"teacher_maps={'given' if given[1] else None}"
             )
-        gather = self.gather_angle and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        gather = (
+            self.gather_angle
+            and self.angle_weight != 0
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        )
         rows, classes, teachers = checks.kd_arguments(
             name, student_logits, teacher_logits, None, labels, self.ignore_index
         )
@@ -341,7 +347,7 @@ class AMTMLLoss(nn.Module):
         student = student_logits
         if student.dim() != 2:
             student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
-        labels = None if labels is None else labels.reshape(rows)
+            labels = None if labels is None else labels.reshape(rows)
         if functional.whole_loss_is_fused(student) and not gather:
             out = self._fused(student, teachers, labels, features, num_items_in_batch)
         else:
@@ -383,13 +389,13 @@ class AMTMLLoss(nn.Module):
             angle_trains_weights=self.angle_trains_weights,
             **self._kd_options(divisor),
         )
-        kd, ce, kl, angle, regularizer = terms.unbind()
+        kd, ce, kl, angle, hint, regularizer = terms.unbind()
         if not plain:
             weights = sources[3].detach()
             if self.regularizer_weight != 0:
                 term = adapter.regularizer()
                 loss, regularizer = loss + self.regularizer_weight * term, term.detach()
-        return AMTMLOutput(loss, kd, ce, kl, angle, kd.new_zeros(()), regularizer, weights)
+        return AMTMLOutput(loss, kd, ce, kl, angle, hint, regularizer, weights)
 
     def _composed(
         self,
@@ -403,7 +409,7 @@ class AMTMLLoss(nn.Module):
         """From the single operators: what the reference backend does, and what a gathered angle loss needs."""
         weights = self._weights(features, student, len(teachers))
         terms = functional.multi_teacher_kd(
-            student, teachers, weights, labels, t2_scale=True, need_probs=self.angle_weight != 0, **self._kd_options(divisor)
+            student, teachers, weights, labels, t2_scale=True, **self._kd_options(divisor)
         )  # fmt: skip
         kd, ce, kl = terms.loss, terms.ce, terms.kl
         if divisor is not None:

@@ -36,8 +36,8 @@ SCHEMAS = {
     # loss and its gradients
     "distance_fwd": "(Tensor student, Tensor teacher, float delta, float eps, str reduction, "
     "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor, Tensor)",
-    # Teacher weights (of features, theta and v, or given), distillation, angle and regulariser in one. loss; terms [5]: kd,
-    # ce, kl, angle, regulariser; weights (unless given), pooled and index as above; stats; what the angle loss sends back
+    # Teacher weights (of features, theta and v, or given), distillation, angle and regulariser in one. loss; terms [6]: kd,
+    # ce, kl, angle, 0 for the hint, regulariser; weights (unless given), pooled and index as above; stats; what the angle loss sends back
     "whole_loss_fwd": "(Tensor? features, Tensor? theta, Tensor? v, Tensor? weights, Tensor student, Tensor[] teachers, "
     f"Tensor? labels, Tensor? divisor, {_KD_SETTINGS}, bool max_pool, float angle_weight, float delta, float eps, "
     "float regularizer_weight, bool need_student_grad, bool need_targets_grad) "
@@ -148,7 +148,7 @@ def _(features, theta, v, weights, student, teachers, labels, divisor, *settings
         for needed in (need_student_grad and angle_weight != 0, need_targets_grad and angle_weight != 0)
     ]
     stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
-    return student.new_empty((), dtype=wide), student.new_empty(5, dtype=wide), *made, stats, *back
+    return student.new_empty((), dtype=wide), student.new_empty(6, dtype=wide), *made, stats, *back
 
 
 @torch.library.register_fake("amtml::whole_loss_bwd")

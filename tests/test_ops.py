@@ -56,7 +56,7 @@ def test_figure_4_of_the_paper(op):
         with af.use_backend(name):
             terms = af.functional.multi_teacher_kd(
                 torch.zeros(3, 2), teachers, weights, None, temperature=1.0, alpha=0.7, mode="mixture",
-                reduction="none", t2_scale=True, ignore_index=-100, label_smoothing=0.0, need_probs=True,
+                reduction="none", t2_scale=True, ignore_index=-100, label_smoothing=0.0,
             )  # fmt: skip
         assert [round(p, 2) for p in terms.soft_targets[:, 0].tolist()] == printed
 
@@ -80,18 +80,17 @@ def test_gradcheck(case, name):
                 torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("need_probs", [False, True])
 @pytest.mark.parametrize("mode", ["mixture", "sum"])
-def test_gradcheck_through_the_probabilities(mode, need_probs):
+def test_gradcheck_through_the_probabilities(mode):
     """The extra outputs that the angle loss of AMTMLLoss is fed with are differentiable, together with the loss."""
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(4, 5, 2, dtype=torch.float64)
 
     def parts(z, w):
         terms = af.functional.multi_teacher_kd(
             z, teachers, w, labels, temperature=2.0, alpha=0.7, mode=mode, reduction="batchmean", t2_scale=True,
-            ignore_index=-100, label_smoothing=0.1, need_probs=need_probs,
+            ignore_index=-100, label_smoothing=0.1,
         )  # fmt: skip
-        return (terms.loss, terms.student_probs, terms.soft_targets) if need_probs else terms.loss
+        return terms.loss, terms.student_probs, terms.soft_targets
 
     with af.use_backend("cpp"):
         torch.autograd.gradcheck(parts, (student, weights))

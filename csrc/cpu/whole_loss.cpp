@@ -100,9 +100,9 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
                                                           "mean", need_student_grad, need_targets_grad);
     angle = item(value);
   }
-  Tensor terms = empty(student, {5}, wide);
-  const double values[5] = {kd, item(ce) * by, item(kl) * by, angle, regularizer};
-  for (int i = 0; i < 5; ++i) set(terms, i, values[i]);
+  Tensor terms = empty(student, {6}, wide);
+  const double values[6] = {kd, item(ce) * by, item(kl) * by, angle, 0, regularizer};
+  for (int i = 0; i < 6; ++i) set(terms, i, values[i]);
   double total = kd;  // not 0 * infinity
   if (angle_weight != 0) total += angle_weight * angle;
   if (regularizer_weight != 0) total += regularizer_weight * regularizer;
