@@ -192,6 +192,7 @@ def label_values(function: str, labels: Tensor, classes: int, ignore_index: int)
 
 
 def weight_values(function: str, weights: Tensor) -> None:
+    """Finite and not negative. Like the labels."""
     if weights.numel() == 0:
         return
     low, high = (float(x) for x in weights.detach().aminmax())

@@ -107,11 +107,8 @@ def multi_teacher_kd_loss(
     if num_items_in_batch is not None:
         checks.num_items(name, num_items_in_batch, reduction)
     student, weights = student_logits, teacher_weights
-    if weights is not None:
-        if weights.dim() != 2:
-            weights = weights.reshape(-1, len(teachers))
-        if checks.values_are_free(weights):
-            checks.weight_values(name, weights)
+    if weights is not None and weights.dim() != 2:
+        weights = weights.reshape(-1, len(teachers))
     if student.dim() != 2:
         student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
         labels = None if labels is None else labels.reshape(rows)
@@ -160,7 +157,7 @@ def _multi_teacher_kd(
     name = "multi_teacher_kd_loss"
     _check_kd(name, temperature, alpha, mode, label_smoothing)
     if backend.choose("multi_teacher_kd", student) == "reference":
-        _check_labels(name, labels, student.shape[1], ignore_index)
+        _check_values(name, labels, student.shape[1], ignore_index, None if need_terms else weights)
         terms = reference.multi_teacher_kd(
             student,
             list(teachers),
@@ -185,7 +182,7 @@ def _multi_teacher_kd(
     needs = _needs_grad(student), _needs_grad(weights)
     labels = _as_long(labels)
     return _run(
-        name, labels, student.shape[1], ignore_index, autograd.MultiTeacherKD, any(needs),
+        (name, labels, student.shape[1], ignore_index, None if need_terms else weights), autograd.MultiTeacherKD, any(needs),
         student, weights, labels, settings, needs, wide, need_terms, *teachers,
     )  # fmt: skip
 
@@ -229,7 +226,7 @@ def whole_loss(
         divisor = torch.as_tensor(divisor, device=student.device)
     labels = _as_long(labels)
     return _run(
-        name, labels, student.shape[1], ignore_index, autograd.WholeLoss, any(needs),
+        (name, labels, student.shape[1], ignore_index, None), autograd.WholeLoss, any(needs),
         *sources, student, labels, divisor, objective, *teachers,
     )  # fmt: skip
 
@@ -246,19 +243,20 @@ def _check_kd(name: str, temperature: float, alpha: float, mode: str, label_smoo
     checks.one_of(name, "mode", mode, MODES)
 
 
-def _check_labels(name: str, labels: Tensor | None, classes: int, ignore_index: int) -> None:
+def _check_values(name: str, labels: Tensor | None, classes: int, ignore_index: int, weights: Tensor | None) -> None:
     if labels is not None and checks.values_are_free(labels):
         checks.label_values(name, labels, classes, ignore_index)
+    if weights is not None and checks.values_are_free(weights):
+        checks.weight_values(name, weights)
 
 
-def _run(
-    name: str, labels: Tensor | None, classes: int, ignore_index: int, function: Any, needs_grad: bool, *args: Any
-) -> Any:
-    """``autograd.run``. The kernels refuse a wrong label by a RuntimeError; it becomes the ValueError of every backend."""
+def _run(values: tuple, function: Any, needs_grad: bool, *args: Any) -> Any:
+    """``autograd.run``. The C++ kernels refuse a wrong value by a RuntimeError, before they write anything; here it
+    becomes the ValueError that every backend raises. ``values``: what ``_check_values`` takes."""
     try:
         return autograd.run(function, needs_grad, *args)
     except RuntimeError:
-        _check_labels(name, labels, classes, ignore_index)
+        _check_values(*values)
         raise
 
 

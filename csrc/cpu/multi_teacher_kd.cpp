@@ -489,8 +489,34 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
   return {grad_student, grad_weights};
 }
 
+namespace {
+
+// The operator, whose weights are the caller's: a wrong value there is an error. Those of an adapter (in AMTMLLoss, or
+// with need_probs) may be NaN in a step that diverges, and then so is the loss.
+Tensor8 checked_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
+                    std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
+                    double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
+                    double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
+  if (weights && weights->dim() == 2 && !need_probs) {
+    const Matrix m(*weights);
+    std::vector<double> scratch(weights->size(1));
+    for (int64_t i = 0; i < (m.row_stride == 0 ? 1 : weights->size(0)); ++i) {
+      const double* w = load_row<double>(m, i, weights->size(1), scratch.data());
+      for (int64_t t = 0; t < weights->size(1); ++t) {
+        STD_TORCH_CHECK(w[t] >= 0 && w[t] < std::numeric_limits<double>::infinity(), kOp,
+                        ": teacher_weights must be finite and not negative, got ", w[t]);
+      }
+    }
+  }
+  return multi_teacher_kd_fwd(student, std::move(teachers), std::move(weights), std::move(labels), temperature,
+                              ce_weight, kl_weight, kl_scale, std::move(mode), std::move(reduction), ignore_index,
+                              label_smoothing, need_student_grad, need_weights_grad, need_probs);
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
-  m.impl("multi_teacher_kd_fwd", TORCH_BOX(&multi_teacher_kd_fwd));
+  m.impl("multi_teacher_kd_fwd", TORCH_BOX(&checked_fwd));
   m.impl("multi_teacher_kd_bwd", TORCH_BOX(&multi_teacher_kd_bwd));
 }
 
