@@ -348,8 +348,8 @@ class HintMSE(torch.autograd.Function):
 class DualSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, mode: str) -> Tensor:
-        out, column_stats, row_stats = ops.dual_softmax_fwd.default(scores, mode)
-        _save(ctx, scores, column_stats, row_stats)
+        out, first, row_stats = ops.dual_softmax_fwd.default(scores, mode)
+        _save(ctx, scores, first, row_stats)
         ctx.mode = mode
         return out
 

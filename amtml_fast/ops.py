@@ -53,9 +53,9 @@ SCHEMAS = {
     "hint_pool_bwd": "(Tensor grad, Tensor feature_map, Tensor norms, bool normalize) -> Tensor",
     # loss, d loss / d prediction = -d loss / d target
     "hint_mse_fwd": "(Tensor prediction, Tensor target, bool need_grad) -> (Tensor, Tensor)",
-    # scores [B, R, K]; softmax over R first. stats: column maxima and sums [B, 2, K], row maxima and sums [B, R, 2]
+    # scores [B, R, K]. result; the softmax over R, in the wide dtype; maxima and sums of the softmax over K [B, R, 2]
     "dual_softmax_fwd": "(Tensor scores, str mode) -> (Tensor, Tensor, Tensor)",
-    "dual_softmax_bwd": "(Tensor grad, Tensor scores, Tensor column_stats, Tensor row_stats, str mode) -> Tensor",
+    "dual_softmax_bwd": "(Tensor grad, Tensor scores, Tensor first, Tensor row_stats, str mode) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -188,9 +188,9 @@ def _(prediction, target, need_grad):
 def _(scores, mode):
     b, r, k = scores.shape
     wide = wide_dtype(scores)
-    return scores.new_empty(b, r, k), scores.new_empty(b, 2, k, dtype=wide), scores.new_empty(b, r, 2, dtype=wide)
+    return scores.new_empty(b, r, k), scores.new_empty(b, r, k, dtype=wide), scores.new_empty(b, r, 2, dtype=wide)
 
 
 @torch.library.register_fake("amtml::dual_softmax_bwd")
-def _(grad, scores, column_stats, row_stats, mode):
+def _(grad, scores, first, row_stats, mode):
     return torch.empty_like(scores, memory_format=torch.contiguous_format)

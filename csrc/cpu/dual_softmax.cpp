@@ -54,44 +54,48 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
   const Tensor input = dense(scores);
   const Sizes size(input);
   const ScalarType wide = wide_dtype(input.scalar_type());
-  Tensor out = empty(input, {size.batch, size.rows, size.columns}, input.scalar_type());
-  Tensor column_stats = empty(input, {size.batch, 2, size.columns}, wide);
+  const Shape shape = {size.batch, size.rows, size.columns};
+  Tensor out = empty(input, shape, input.scalar_type()), first = empty(input, shape, wide);
   Tensor row_stats = empty(input, {size.batch, size.rows, 2}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
+    Buffer<A> column_max(size.batch * size.columns), column_sum(size.batch * size.columns);
     for_mode(mode, [&](auto is_sequential) {
       dispatch(input.scalar_type(), kOp, [&](auto element) {
         constexpr bool kSequential = decltype(is_sequential)::value;
         using T = decltype(element);
         const T* x = static_cast<const T*>(input.const_data_ptr());
         T* y = static_cast<T*>(out.mutable_data_ptr());
-        A *column = static_cast<A*>(column_stats.mutable_data_ptr()),
-          *row = static_cast<A*>(row_stats.mutable_data_ptr());
-        for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
-          A *m = column + b * 2 * size.columns, *sum = m + size.columns;
-          const T* matrix = x + b * size.rows * size.columns;
-          std::fill(m + first, m + end, -std::numeric_limits<A>::infinity());
-          std::fill(sum + first, sum + end, A(0));
-          for (int64_t r = 0; r < size.rows; ++r) {
-            const T* v = matrix + r * size.columns;
+        A *softmax = static_cast<A*>(first.mutable_data_ptr()), *row = static_cast<A*>(row_stats.mutable_data_ptr());
+        for_columns(size, [&] AMTML_BODY(int64_t b, int64_t begin, int64_t end) {
+          A *m = &column_max[b * size.columns], *sum = &column_sum[b * size.columns];
+          std::fill(m + begin, m + end, -std::numeric_limits<A>::infinity());
+          std::fill(sum + begin, sum + end, A(0));
+          const int64_t start = b * size.rows * size.columns, stop = start + size.rows * size.columns;
+          for (int64_t at = start; at < stop; at += size.columns) {
+            const T* v = x + at;
 #pragma omp simd
-            for (int64_t k = first; k < end; ++k) m[k] = static_cast<A>(v[k]) > m[k] ? static_cast<A>(v[k]) : m[k];
+            for (int64_t k = begin; k < end; ++k) m[k] = static_cast<A>(v[k]) > m[k] ? static_cast<A>(v[k]) : m[k];
           }
-          for (int64_t r = 0; r < size.rows; ++r) {
-            const T* v = matrix + r * size.columns;
+          for (int64_t at = start; at < stop; at += size.columns) {
+            const T* v = x + at;
+            A* e = softmax + at;
 #pragma omp simd
-            for (int64_t k = first; k < end; ++k) sum[k] += exp_nonpositive(static_cast<A>(v[k]) - m[k]);
+            for (int64_t k = begin; k < end; ++k) {
+              e[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]);
+              sum[k] += e[k];
+            }
           }
         });
         torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
-          std::vector<A> first(size.columns), second(size.columns);
+          Buffer<A> scratch(size.columns);
           vectorized([&] AMTML_BODY() {
             for (int64_t i = begin; i < end; ++i) {
-              const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
+              const A* sum = &column_sum[i / size.rows * size.columns];
               const T* v = x + i * size.columns;
-              A *a = first.data(), *e = second.data();
+              A *a = softmax + i * size.columns, *e = scratch.data();
 #pragma omp simd
-              for (int64_t k = 0; k < size.columns; ++k) a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
+              for (int64_t k = 0; k < size.columns; ++k) a[k] /= sum[k];
               const A highest = kSequential ? row_max<A>(a, size.columns) : row_max<A>(v, size.columns);
               const A total = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
                 return e[k] = exp_nonpositive((kSequential ? a[k] : static_cast<A>(v[k])) - highest);
@@ -108,16 +112,16 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
       });
     });
   });
-  return {out, column_stats, row_stats};
+  return {out, first, row_stats};
 }
 
-Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& column_stats, const Tensor& row_stats,
+Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& first, const Tensor& row_stats,
                         std::string mode) {
   STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
   const Tensor input = dense(scores);
   const Sizes size(input);
   check_shape(kOp, "grad", grad, {size.batch, size.rows, size.columns});
-  check_shape(kOp, "column_stats", column_stats, {size.batch, 2, size.columns});
+  check_shape(kOp, "first", first, {size.batch, size.rows, size.columns});
   check_shape(kOp, "row_stats", row_stats, {size.batch, size.rows, 2});
   const ScalarType wide = wide_dtype(input.scalar_type());
   const bool sequential = mode == "sequential";
@@ -126,11 +130,14 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
     const A* g = static_cast<const A*>(incoming.const_data_ptr());
-    const A *column = static_cast<const A*>(column_stats.const_data_ptr()),
+    const A *softmax = static_cast<const A*>(first.const_data_ptr()),
             *row = static_cast<const A*>(row_stats.const_data_ptr());
     const int64_t numel = size.batch * size.rows * size.columns;
-    // Where the column sums start from: da (sequential), or g y and the part of dx that is already whole (product).
-    std::vector<A> weighted(numel), rest(sequential ? 0 : numel);
+    // Where the column sums start from: da (sequential), or g y and the part of dx that is already whole (product). da
+    // lies where dx will.
+    const bool in_place = dtype_of<A> == input.scalar_type();
+    Buffer<A> apart(in_place ? 0 : numel), rest(sequential ? 0 : numel);
+    A* weighted = in_place ? static_cast<A*>(grad_scores.mutable_data_ptr()) : apart.data();
     for_mode(mode, [&](auto is_sequential) {
       dispatch(input.scalar_type(), kOp, [&](auto element) {
         constexpr bool kSequential = decltype(is_sequential)::value;
@@ -138,29 +145,21 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
         const T* x = static_cast<const T*>(input.const_data_ptr());
         T* dx = static_cast<T*>(grad_scores.mutable_data_ptr());
         torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
-          std::vector<A> first(size.columns), second(size.columns);
+          Buffer<A> scratch(size.columns);
           vectorized([&] AMTML_BODY() {
             for (int64_t i = begin; i < end; ++i) {
-              const A *m = column + i / size.rows * 2 * size.columns, *sum = m + size.columns;
-              const A highest = row[2 * i], total = row[2 * i + 1];
-              const T* v = x + i * size.columns;
-              const A* up = g + i * size.columns;
-              A *a = first.data(), *e = second.data(), *d = weighted.data() + i * size.columns;
-#pragma omp simd
-              for (int64_t k = 0; k < size.columns; ++k) {
-                a[k] = exp_nonpositive(static_cast<A>(v[k]) - m[k]) / sum[k];
-                e[k] = exp_nonpositive((kSequential ? a[k] : static_cast<A>(v[k])) - highest) / total;
-              }
+              const int64_t at = i * size.columns;
+              const A highest = row[2 * i], total = row[2 * i + 1], *a = softmax + at, *up = g + at;
+              A *e = scratch.data(), *d = weighted + at, *whole = rest.data() + (kSequential ? 0 : at);
               const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+                e[k] = exp_nonpositive((kSequential ? a[k] : static_cast<A>(x[at + k])) - highest) / total;
                 return up[k] * e[k] * (kSequential ? A(1) : a[k]);
               }));
-              if constexpr (kSequential) {
 #pragma omp simd
-                for (int64_t k = 0; k < size.columns; ++k) d[k] = e[k] * (up[k] - inner);
-              } else {
-                A* whole = rest.data() + i * size.columns;
-#pragma omp simd
-                for (int64_t k = 0; k < size.columns; ++k) {
+              for (int64_t k = 0; k < size.columns; ++k) {
+                if constexpr (kSequential) {
+                  d[k] = e[k] * (up[k] - inner);
+                } else {
                   d[k] = up[k] * e[k] * a[k];
                   whole[k] = 2 * d[k] - e[k] * inner;
                 }
@@ -168,26 +167,20 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
             }
           });
         });
-        for_columns(size, [&] AMTML_BODY(int64_t b, int64_t first, int64_t end) {
-          const A *m = column + b * 2 * size.columns, *sum = m + size.columns;
-          const int64_t start = b * size.rows * size.columns;
+        for_columns(size, [&] AMTML_BODY(int64_t b, int64_t begin, int64_t end) {
+          const int64_t start = b * size.rows * size.columns, stop = start + size.rows * size.columns;
           A totals[kColumns] = {};
-          for (int64_t r = 0; r < size.rows; ++r) {
-            const int64_t at = start + r * size.columns;
+          for (int64_t at = start; at < stop; at += size.columns) {
+            const A *d = weighted + at, *a = softmax + at;
 #pragma omp simd
-            for (int64_t k = first; k < end; ++k) {
-              const A a = kSequential ? exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k] : A(1);
-              totals[k - first] += weighted[at + k] * a;
-            }
+            for (int64_t k = begin; k < end; ++k) totals[k - begin] += d[k] * (kSequential ? a[k] : A(1));
           }
-          for (int64_t r = 0; r < size.rows; ++r) {
-            const int64_t at = start + r * size.columns;
+          for (int64_t at = start; at < stop; at += size.columns) {
+            const A *d = weighted + at, *a = softmax + at, *whole = rest.data() + (kSequential ? 0 : at);
 #pragma omp simd
-            for (int64_t k = first; k < end; ++k) {
-              const A a = exp_nonpositive(static_cast<A>(x[at + k]) - m[k]) / sum[k];
-              const A value =
-                  kSequential ? a * (weighted[at + k] - totals[k - first]) : rest[at + k] - a * totals[k - first];
-              dx[at + k] = static_cast<T>(value);
+            for (int64_t k = begin; k < end; ++k) {
+              const A total = totals[k - begin];
+              dx[at + k] = static_cast<T>(kSequential ? a[k] * (d[k] - total) : whole[k] - a[k] * total);
             }
           }
         });
