@@ -11,6 +11,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -70,6 +72,31 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
                   ", got ", text(t.dim(), [&](size_t d) { return t.size(d); }));
 }
 
+inline size_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Bool:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+// Fills new memory with NaN (and integers with -1) where AMTML_FILL_MEMORY=1, for tests: an element that a kernel
+// leaves unwritten is seen then.
+inline void fill_for_tests(void* data, size_t bytes) {
+  static const bool fill = [] {
+    const char* given = std::getenv("AMTML_FILL_MEMORY");
+    return given && std::string(given) == "1";
+  }();
+  if (fill && bytes > 0) std::memset(data, 0xff, bytes);
+}
+
 // A new contiguous tensor on the device of `like`. By way of torch's C interface: a call through the dispatcher costs
 // five times as much, and a small loss makes a dozen tensors.
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
@@ -86,7 +113,11 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
                                                          strides.data(), type, device_type, device_index, &handle));
-  return Tensor(handle);
+  const Tensor made(handle);
+  if (device_type == aoti_torch_device_type_cpu()) {
+    fill_for_tests(made.mutable_data_ptr(), made.numel() * element_size(dtype));
+  }
+  return made;
 }
 
 // t in another dtype, and contiguous as well: t itself where it is that already.

@@ -1,7 +1,11 @@
 """Shared by all tests: uninitialised memory is NaN, so that a kernel that leaves an element unwritten is seen."""
 
+import os
+
 import pytest
 import torch
+
+os.environ["AMTML_FILL_MEMORY"] = "1"  # what the C++ kernels take from the system; the fixture is for torch's own
 
 
 @pytest.fixture(autouse=True)

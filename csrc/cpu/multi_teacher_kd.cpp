@@ -500,7 +500,8 @@ Tensor8 checked_fwd(const Tensor& student, std::vector<Tensor> teachers, std::op
   if (weights && weights->dim() == 2 && !need_probs) {
     const Matrix m(*weights);
     std::vector<double> scratch(weights->size(1));
-    for (int64_t i = 0; i < (m.row_stride == 0 ? 1 : weights->size(0)); ++i) {
+    const int64_t rows = std::min<int64_t>(weights->size(0), m.row_stride == 0 ? 1 : weights->size(0));  // expanded
+    for (int64_t i = 0; i < rows; ++i) {
       const double* w = load_row<double>(m, i, weights->size(1), scratch.data());
       for (int64_t t = 0; t < weights->size(1); ++t) {
         STD_TORCH_CHECK(w[t] >= 0 && w[t] < std::numeric_limits<double>::infinity(), kOp,

@@ -222,7 +222,9 @@ AMTML_INLINE double block_sum(int64_t n, const F& term) {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(new T[std::max<int64_t>(n, 1)]) {}
+  explicit Buffer(int64_t n) : data_(new T[std::max<int64_t>(n, 1)]) {
+    fill_for_tests(data_.get(), std::max<int64_t>(n, 1) * sizeof(T));
+  }
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
   T& operator[](int64_t i) { return data_[i]; }
