@@ -126,6 +126,28 @@ def test_max_pool_ties_go_to_the_first_maximum():
             assert (grad[:, :, 0, 0] != 0).all() and grad.flatten(2)[:, :, 1:].count_nonzero() == 0
 
 
+@pytest.mark.parametrize(
+    "plane", [(1, 1), (1, 3), (2, 2), (1, 5), (3, 3), (1, 15), (4, 4), (1, 17), (7, 7), (8, 8), (9, 11)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_max_pool_of_any_plane(plane, dtype):
+    """Few distinct values, infinities and NaN: the first maximum, or the first NaN, wherever vectors begin and end."""
+    d, pixels = 64, plane[0] * plane[1]
+    features = torch.randint(-3, 3, (5, d, pixels)).to(dtype)
+    features[1, ::3] = -torch.inf
+    features[2][torch.rand(d, pixels) < 0.2] = torch.inf
+    features[3][torch.rand(d, pixels) < 0.1] = torch.nan
+    features[4] = torch.nan
+    factors = torch.ones(2, d, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    want = torch.from_numpy(features.float().numpy().argmax(2))  # the first; a NaN counts as the maximum
+    dense = features.view(5, d, *plane)
+    strided = torch.stack([dense, dense], -1)[..., 0]
+    for x in (dense, dense.contiguous(memory_format=torch.channels_last), strided):
+        _, pooled, index = torch.ops.amtml.teacher_weights_fwd(x, factors, factors[0], True)
+        assert torch.equal(index.long(), want)
+        torch.testing.assert_close(pooled, features.gather(2, want[..., None])[..., 0].to(pooled.dtype), equal_nan=True)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_teacher_weights_in_either_layout(memory_format):
     args = CASES["teacher_weights"].inputs(5, 24, 7, 6, 3)
