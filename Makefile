@@ -23,7 +23,7 @@ sanitize: $(INSTALLED)
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_losses.py tests/test_properties.py
+	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_losses.py tests/test_whole_loss.py tests/test_properties.py
 
 bench: $(INSTALLED)
 	$(BIN)/pip install -q pytest-benchmark
@@ -36,7 +36,7 @@ dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment 
 	$(PYTHON) -m venv build/outside/venv
 	build/outside/venv/bin/pip install -q "$(TORCH)" numpy pytest hypothesis dist/*.whl
 	cp -r tests docs build/outside/
-	cd build/outside && venv/bin/python -m pytest -q tests/test_ops.py tests/test_contract.py tests/test_losses.py tests/test_dropin.py tests/test_properties.py
+	cd build/outside && venv/bin/python -m pytest -q tests/test_ops.py tests/test_contract.py tests/test_losses.py tests/test_whole_loss.py tests/test_dropin.py tests/test_properties.py
 
 lint: $(INSTALLED)
 	$(BIN)/pip install -q ruff mypy clang-format pre-commit
