@@ -102,7 +102,7 @@ def _scaled(grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
     """``grad * by`` of gradients that forward has saved, without a second buffer where no second backward can come."""
     if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
         return [None if g is None else g * by for g in grads]
-    if type(by) is Tensor and by.dim() == 0 and by.device.type == "cpu" and by.item() == 1:
+    if type(by) is Tensor and by.dim() == 0 and by.is_cpu and by.item() == 1:
         return list(grads)
     return [None if g is None else g.mul_(by) for g in grads]
 

@@ -94,7 +94,8 @@ def kd_arguments(
 ) -> tuple[int, int, list[Tensor]]:
     """Rows, classes and the list of teachers of arguments that fit together."""
     tensor(function, "student_logits", student_logits)
-    if student_logits.dim() not in (2, 3) or student_logits.shape[-1] < 1:
+    wanted_shape, device = student_logits.shape, student_logits.device
+    if len(wanted_shape) not in (2, 3) or wanted_shape[-1] < 1:
         raise ValueError(
             f"{function}: student_logits must be [N, C] or [B, S, C] with C >= 1, got {shape(student_logits)}"
         )
@@ -110,7 +111,6 @@ def kd_arguments(
         raise TypeError(f"{function}: teacher_logits must be a list of tensors, got {type(teacher_logits).__name__}")
     if len(teachers) == 0:
         raise ValueError(f"{function}: teacher_logits must hold at least one teacher, got none")
-    wanted_shape, device = student_logits.shape, student_logits.device
     for i, teacher in enumerate(teachers):
         if (
             isinstance(teacher, Tensor)

@@ -25,7 +25,10 @@ class KDTerms(NamedTuple):
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype that products, exponentials and sums are made in: float64 if any input is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    for t in tensors:
+        if t is not None and t.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "max") -> Tensor:

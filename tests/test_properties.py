@@ -40,17 +40,20 @@ def drawn(cases):
 
 
 def differences(got, exact):
-    """Norm of the difference over the norm of ``exact`` (before it is rounded to the dtype of ``got``, where its largest
-    elements may be infinite), and the largest difference; both infinite unless infinities and NaN stand in the same
-    places."""
-    got, want = got.double(), exact.to(got.dtype).double()
-    finite = want.isfinite()
-    if not torch.equal(got.isnan(), want.isnan()) or not torch.equal(got[~finite & ~want.isnan()], want[want.isinf()]):
+    """Norm of the difference over the norm of ``exact``, and the largest difference; both infinite unless infinities and
+    NaN stand in the same places. In the dtype of ``got`` large elements of ``exact`` may be infinite, small ones 0, and
+    one in the middle of two numbers may be either: of ``exact`` and what it rounds to, the nearer counts."""
+    got, exact, rounded = got.double(), exact.double(), exact.to(got.dtype).double()
+    finite = rounded.isfinite()
+    if not torch.equal(got.isnan(), rounded.isnan()):
         return math.inf, math.inf
-    difference, size = (got - want)[finite], exact[exact.isfinite()].norm().item()
+    if not torch.equal(got[~finite & ~rounded.isnan()], rounded[rounded.isinf()]):
+        return math.inf, math.inf
+    difference = torch.minimum((got - exact).abs(), (got - rounded).abs())[finite]
     if not difference.any():
         return 0.0, 0.0
-    return difference.norm().item() / size if size else math.inf, difference.abs().max().item()
+    size = exact[exact.isfinite()].norm().item()
+    return difference.norm().item() / size if size else math.inf, difference.max().item()
 
 
 def check(case, args, options, upstream=1.0, unit=1.0, grad_unit=None):
