@@ -35,8 +35,14 @@ def _name(size: tuple[int, ...]) -> str:
 
 
 def _step(function: Callable[..., Any], args: tuple) -> Callable[[], object]:
+    """Forward and backward; a loss as it is, as in a training loop, anything else by its sum."""
     leaves = [t for t in tensors(args) if t.requires_grad]
-    return lambda: torch.autograd.grad(function(*args).sum(), leaves)
+
+    def step() -> object:
+        out = function(*args)
+        return torch.autograd.grad(out if out.dim() == 0 else out.sum(), leaves)
+
+    return step
 
 
 def _time(benchmark: Any, step: Callable[[], object], seconds: float = 2.0) -> None:
