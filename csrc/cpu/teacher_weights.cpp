@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
     dispatch(features.scalar_type(), kOp, [&](auto element) {
       using T = decltype(element);
       T* dx = static_cast<T*>(grad_features.mutable_data_ptr());
-      if (need_features && use_max && !together) std::memset(static_cast<void*>(dx), 0, n * size * sizeof(T));
+      if (need_features && use_max && !together) std::fill_n(dx, n * size, T(0));
       torch::stable::parallel_for(0, n, grain(need_features ? size : d * teachers), [&](int64_t begin, int64_t end) {
         std::vector<double> w(teachers), db(d);
         vectorized([&] AMTML_BODY() {
@@ -265,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
               for (int64_t c = 0; c < d; ++c) db[c] += by * f[c];
             }
             if (use_max) {
-              if (together) std::memset(static_cast<void*>(dx + i * size), 0, size * sizeof(T));
+              if (together) std::fill_n(dx + i * size, size, T(0));
               for (int64_t c = 0; c < d; ++c) {
                 dx[i * out.sn + c * out.sc + out.offset(at[i * d + c])] = static_cast<T>(static_cast<A>(db[c]));
               }
