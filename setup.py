@@ -1,16 +1,22 @@
 """Builds amtml_fast._C, one stable-ABI library for every torch from 2.11 on. Metadata lives in pyproject.toml.
 
-AMTML_BUILD_EXT=1 makes a failed build fatal, =0 skips it. Otherwise a machine without torch's headers or a working
-compiler gets the pure-Python package with a notice; it then runs on the reference backend.
+C++ always, CUDA too where nvcc is found: neither a GPU nor a CUDA build of torch is needed to build it or to load it.
+AMTML_BUILD_EXT=1 makes a failed build fatal, =0 skips it; AMTML_BUILD_CUDA=1 and =0 do the same for its CUDA part.
+Otherwise a machine without torch's headers or a working compiler gets the pure-Python package with a notice; it then
+runs on the reference backend. TORCH_CUDA_ARCH_LIST chooses the GPUs (default: 8.0, 9.0 and PTX for later ones).
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 WANTED = os.environ.get("AMTML_BUILD_EXT", "auto")
+CUDA_WANTED = os.environ.get("AMTML_BUILD_CUDA", "auto")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 
 
@@ -22,6 +28,40 @@ def give_up(reason: object) -> None:
     print(f"\n*** amtml_fast: built WITHOUT its C++ extension ({reason}).", file=sys.stderr)
     print("*** It will run on the slow reference backend. Install torch and a C++ compiler, then", file=sys.stderr)
     print("*** pip install --no-build-isolation --force-reinstall --no-deps amtml-fast\n", file=sys.stderr)
+
+
+def cuda_home() -> str | None:
+    """The CUDA toolkit's folder. Asks nvcc where it is: the one on the PATH may be a link or a script."""
+    if CUDA_WANTED == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is not None:
+        plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        if top := re.search(r"^#\$ TOP=(.+)$", plan, re.M):
+            return str(Path(top[1]).resolve())
+    if CUDA_WANTED == "1":
+        raise SystemExit("amtml_fast: CUDA kernels were asked for (AMTML_BUILD_CUDA=1) but nvcc is not found")
+    return None
+
+
+def cuda_part(home: str, flags: list[str]) -> dict:
+    """What the CUDA sources add to the extension's keywords. The CUDA runtime is linked in, so that no driver is
+    needed to load the library."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = home  # None in a CPU build of torch
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # torch would ask a GPU that may not be there
+    host = [f for flag in flags for f in ("-Xcompiler", flag)]
+    nvcc = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", "--expt-extended-lambda", *host, STABLE_ABI]
+    library = next(str(p) for p in (Path(home, "lib64"), Path(home, "lib")) if p.exists())
+    return {
+        "sources": sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+        "nvcc": nvcc,
+        "include_dirs": [f"{home}/include"],
+        "library_dirs": [library],
+        "libraries": ["cudart_static", "dl", "rt", "pthread"],
+    }
 
 
 def extension() -> dict:
@@ -42,17 +82,22 @@ def extension() -> dict:
                 give_up(error)
                 self.extensions.clear()
 
-    sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     # -ffp-contract=fast is GCC's default, stated for Clang. No -ffast-math: NaN and -inf are part of the contract; but
     # without -fno-trapping-math, which leaves values alone, GCC turns selects into branches and gives up vectors.
+    hidden = ["-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
     flags = ["-O3", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"]
-    flags += ["-fno-trapping-math", "-Wno-psabi", "-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
+    flags += ["-fno-trapping-math", "-Wno-psabi", *hidden]
+    sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    home = cuda_home()
+    cuda = cuda_part(home, hidden) if home else {"sources": [], "nvcc": []}
+    nvcc = cuda.pop("nvcc")
     ext = CppExtension(
         "amtml_fast._C",
-        sources,
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        sources + cuda.pop("sources"),
+        depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])),
         py_limited_api=True,
-        extra_compile_args={"cxx": [*flags, "-Wall", STABLE_ABI]},
+        extra_compile_args={"cxx": [*flags, "-Wall", STABLE_ABI], "nvcc": nvcc},
+        **cuda,
     )
     return {"ext_modules": [ext], "cmdclass": {"build_ext": BuildOrGoOn}}
 

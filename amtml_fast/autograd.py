@@ -15,7 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-ops = torch.ops.amtml
+ops, triton_ops = torch.ops.amtml, torch.ops.amtml_triton
+
+
+def _kernels(backend: str) -> Any:
+    """The operators of a backend; those of ``amtml`` go by the device of their tensors."""
+    return triton_ops if backend == "triton" else ops
 
 
 class _NoContext:
@@ -109,18 +114,20 @@ def _scaled(grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
 
 class TeacherWeights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> Tensor:
-        weights, pooled, index = ops.teacher_weights_fwd.default(features, theta, v, max_pool)
+    def forward(ctx: Any, backend: str, features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> Tensor:
+        weights, pooled, index = _kernels(backend).teacher_weights_fwd.default(features, theta, v, max_pool)
         _save(ctx, features, theta, v, pooled, index)
-        ctx.max_pool = max_pool
+        ctx.max_pool, ctx.backend = max_pool, backend
         return weights
 
     @staticmethod
     @_first_order("teacher_weights")
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        need_features, need_theta, need_v, _ = ctx.needs_input_grad
-        grads = ops.teacher_weights_bwd.default(grad, *_saved(ctx), ctx.max_pool, need_features, need_theta or need_v)
-        return _asked(grads[0], need_features), _asked(grads[1], need_theta), _asked(grads[2], need_v), None
+        _, need_features, need_theta, need_v, _ = ctx.needs_input_grad
+        grads = _kernels(ctx.backend).teacher_weights_bwd.default(
+            grad, *_saved(ctx), ctx.max_pool, need_features, need_theta or need_v
+        )
+        return None, _asked(grads[0], need_features), _asked(grads[1], need_theta), _asked(grads[2], need_v), None
 
 
 class MultiTeacherKD(torch.autograd.Function):
@@ -132,6 +139,7 @@ class MultiTeacherKD(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         student: Tensor,
         weights: Tensor | None,
         labels: Tensor | None,
@@ -144,9 +152,12 @@ class MultiTeacherKD(torch.autograd.Function):
         # With probabilities given out, backward has to add what comes back through them: it recomputes the rest too.
         in_forward = student.dtype == wide and not need_terms
         now = needs if in_forward else (False, False)
-        out = ops.multi_teacher_kd_fwd.default(student, teachers, weights, labels, *settings, *now, need_terms)
+        out = _kernels(backend).multi_teacher_kd_fwd.default(
+            student, teachers, weights, labels, *settings, *now, need_terms
+        )
         loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights = out
         ctx.in_forward, ctx.settings, ctx.needs, ctx.loss_shape = in_forward, settings, needs, loss.shape
+        ctx.backend = backend
         ctx.set_materialize_grads(False)
         if in_forward:
             ctx.save_for_backward(  # what needs a gradient cannot be an inference tensor
@@ -165,27 +176,28 @@ class MultiTeacherKD(torch.autograd.Function):
     @staticmethod
     @_first_order("multi_teacher_kd_loss")
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple:
-        fixed = (None,) * (len(ctx.needs_input_grad) - 2)
+        fixed = (None,) * (len(ctx.needs_input_grad) - 3)
         if ctx.in_forward:
             if grad_loss is None:
-                return None, None, *fixed
+                return None, None, None, *fixed
             scale = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss  # one value a row
-            return *_scaled(ctx.saved_tensors[:2], scale), *fixed
+            return None, *_scaled(ctx.saved_tensors[:2], scale), *fixed
         need_student, need_weights = ctx.needs
         student, weights, labels, stats, *teachers = _saved(ctx)
         if grad_loss is None:
             grad_loss = stats.new_zeros(ctx.loss_shape)
         through_probs = grads[2:4] or (None, None)
-        grad_student, grad_weights = ops.multi_teacher_kd_bwd.default(
+        grad_student, grad_weights = _kernels(ctx.backend).multi_teacher_kd_bwd.default(
             grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
         )
-        return _asked(grad_student, need_student), _asked(grad_weights, need_weights), *fixed
+        return None, _asked(grad_student, need_student), _asked(grad_weights, need_weights), *fixed
 
 
 class Angle(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         student: Tensor,
         teacher: Tensor,
         row_mask: Tensor | None,
@@ -195,8 +207,10 @@ class Angle(torch.autograd.Function):
         need_student: bool,
         need_teacher: bool,
     ) -> Tensor:
-        ctx.needs = need_student, need_teacher
-        loss, *grads = ops.angle_fwd.default(student, teacher, row_mask, delta, eps, reduction, *ctx.needs)
+        ctx.needs, ctx.backend = (need_student, need_teacher), backend
+        loss, *grads = _kernels(backend).angle_fwd.default(
+            student, teacher, row_mask, delta, eps, reduction, *ctx.needs
+        )
         ctx.reduction, ctx.delta, ctx.eps = reduction, delta, eps
         ctx.dtypes = student.dtype, teacher.dtype
         if reduction == "none":  # the gradient depends on each vertex' incoming gradient
@@ -210,17 +224,20 @@ class Angle(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         if ctx.reduction == "none":
             student, teacher, row_mask = _saved(ctx)
-            grads = ops.angle_bwd.default(grad_loss, student, teacher, row_mask, ctx.delta, ctx.eps, *ctx.needs)
+            grads = _kernels(ctx.backend).angle_bwd.default(
+                grad_loss, student, teacher, row_mask, ctx.delta, ctx.eps, *ctx.needs
+            )
         else:
             grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
         out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
-        return *out, None, None, None, None, None, None
+        return None, *out, None, None, None, None, None, None
 
 
 class Distance(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        backend: str,
         student: Tensor,
         teacher: Tensor,
         delta: float,
@@ -229,8 +246,8 @@ class Distance(torch.autograd.Function):
         need_student: bool,
         need_teacher: bool,
     ) -> Tensor:
-        ctx.needs = need_student, need_teacher
-        loss, *grads = ops.distance_fwd.default(student, teacher, delta, eps, reduction, *ctx.needs)
+        ctx.needs, ctx.backend = (need_student, need_teacher), backend
+        loss, *grads = _kernels(backend).distance_fwd.default(student, teacher, delta, eps, reduction, *ctx.needs)
         ctx.dtypes = student.dtype, teacher.dtype
         _save(ctx, *grads, student, teacher)
         return loss
@@ -240,7 +257,7 @@ class Distance(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
         out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
-        return *out, None, None, None, None, None
+        return None, *out, None, None, None, None, None
 
 
 class Objective(NamedTuple):
@@ -260,8 +277,8 @@ class WholeLoss(torch.autograd.Function):
     """Teacher weights, distillation, angle loss and regulariser as one node of the graph.
 
     The weights come from ``features``, ``theta`` and ``v``, or are given (then those three are None, and so is the
-    regulariser). ``divisor`` divides the kd term. Returns loss, terms [6] (kd, ce, kl, angle, 0 for the hint, regulariser) and weights
-    (empty if they were given): the loss alone is differentiable.
+    regulariser). ``divisor`` divides the kd term. Returns loss, terms [6] (kd, ce, kl, angle, 0 for the hint,
+    regulariser) and weights (empty if they were given): the loss alone is differentiable.
     """
 
     @staticmethod
@@ -312,22 +329,23 @@ class WholeLoss(torch.autograd.Function):
 
 class HintPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
-        pooled, norms = ops.hint_pool_fwd.default(feature_map, height, width, normalize)
+    def forward(ctx: Any, backend: str, feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+        pooled, norms = _kernels(backend).hint_pool_fwd.default(feature_map, height, width, normalize)
         _save(ctx, feature_map, norms)
-        ctx.normalize = normalize
+        ctx.normalize, ctx.backend = normalize, backend
         return pooled
 
     @staticmethod
     @_first_order("hint_loss")
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ops.hint_pool_bwd.default(grad, *_saved(ctx), ctx.normalize), None, None, None
+        grad = _kernels(ctx.backend).hint_pool_bwd.default(grad, *_saved(ctx), ctx.normalize)
+        return None, grad, None, None, None
 
 
 class HintMSE(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, target: Tensor, need_grad: bool) -> Tensor:
-        loss, difference = ops.hint_mse_fwd.default(prediction, target, need_grad)
+    def forward(ctx: Any, backend: str, prediction: Tensor, target: Tensor, need_grad: bool) -> Tensor:
+        loss, difference = _kernels(backend).hint_mse_fwd.default(prediction, target, need_grad)
         _save(ctx, difference, prediction, target)
         ctx.dtypes = prediction.dtype, target.dtype
         return loss
@@ -337,8 +355,9 @@ class HintMSE(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         difference, *_ = _saved(ctx)
         (grad,) = _scaled([difference], grad_loss)
-        need_prediction, need_target, _ = ctx.needs_input_grad
+        _, need_prediction, need_target, _ = ctx.needs_input_grad
         return (
+            None,
             grad.to(ctx.dtypes[0]) if need_prediction else None,
             grad.neg().to(ctx.dtypes[1]) if need_target else None,
             None,
@@ -347,13 +366,13 @@ class HintMSE(torch.autograd.Function):
 
 class DualSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, mode: str) -> Tensor:
-        out, first, row_stats = ops.dual_softmax_fwd.default(scores, mode)
+    def forward(ctx: Any, backend: str, scores: Tensor, mode: str) -> Tensor:
+        out, first, row_stats = _kernels(backend).dual_softmax_fwd.default(scores, mode)
         _save(ctx, scores, first, row_stats)
-        ctx.mode = mode
+        ctx.mode, ctx.backend = mode, backend
         return out
 
     @staticmethod
     @_first_order("dual_softmax")
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return ops.dual_softmax_bwd.default(grad, *_saved(ctx), ctx.mode), None
+        return None, _kernels(ctx.backend).dual_softmax_bwd.default(grad, *_saved(ctx), ctx.mode), None

@@ -6,6 +6,7 @@ a backend chosen by name runs or raises.
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,9 +16,14 @@ import torch  # before _C: it brings libtorch into the process
 
 OPS = ("teacher_weights", "multi_teacher_kd", "angle", "distance", "hint", "dual_softmax", "whole_loss")
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
-DEVICE = {"cpp": "cpu", "cuda": "cuda", "triton": "cuda"}  # the device type that each compiled backend serves
-KERNELS = {"cpp": OPS, "cuda": (), "triton": ()}  # the operators that each of them has
-AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}  # first choice first; then the reference
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on the CPU
+# The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.
+DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
+# The operators that each of them has. Without whole_loss AMTMLLoss is composed of the others.
+KERNELS = {"cpp": OPS, "cuda": OPS, "triton": OPS[:-1]}
+# What "auto" takes: first choice first, the reference last. No GPU backend has been timed against the other yet, so
+# that the order on GPUs is a guess: C++/CUDA has the whole loss in one node and needs no compilation at run time.
+AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 try:
     importlib.import_module("amtml_fast._C")  # registers the kernels
@@ -26,6 +32,8 @@ except ImportError as error:
     WHY_NO_EXTENSION = str(error)  # kept: "not built" and "undefined symbol" are different problems
 
 HAS_EXTENSION = WHY_NO_EXTENSION is None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+HAS_CUDA = HAS_EXTENSION and torch._C._dispatch_has_kernel_for_dispatch_key("amtml::multi_teacher_kd_fwd", "CUDA")
 
 
 class BackendStatus(NamedTuple):
@@ -76,7 +84,8 @@ def backends() -> list[BackendStatus]:
     rows = []
     for op in OPS:
         for name in BACKENDS[1:]:
-            reason = why_not(op, name, DEVICE.get(name, "cpu"))
+            device_type = DEVICES[name][0] if name in DEVICES else "cpu"
+            reason = why_not(op, name, device_type) or _no_device(device_type)
             rows.append(BackendStatus(op, name, reason is None, reason or ""))
     return rows
 
@@ -87,24 +96,50 @@ def why_not(op: str, name: str, device_type: str) -> str | None:
         return None
     if op not in KERNELS[name]:
         return f"this version has no {name} kernel for {op}"
-    if not HAS_EXTENSION:
+    if name == "triton":
+        if not HAS_TRITON:
+            return "Triton is not installed"
+    elif not HAS_EXTENSION:
         return f"the C++ extension does not load ({WHY_NO_EXTENSION})"
-    if device_type != DEVICE[name]:
-        return f"it needs {DEVICE[name]} tensors, got {device_type}"
+    elif name == "cuda" and not HAS_CUDA:
+        return "the C++ extension was built without CUDA (no nvcc was found)"
+    if device_type not in DEVICES[name]:
+        return f"it needs {' or '.join(DEVICES[name])} tensors, got {device_type}"
     return None
 
 
-def choose(op: str, *tensors: torch.Tensor) -> str:
+def _no_device(device_type: str) -> str | None:
+    if device_type == "cpu" or torch.get_device_module(device_type).is_available():
+        return None
+    return f"PyTorch sees no {device_type} device"
+
+
+def _takes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Why backend ``name`` does not take these dtypes; None if it does. GPU kernels compute in float32."""
+    if name in ("cuda", "triton") and any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return "its kernels compute in float32, got a float64 tensor"
+    return None
+
+
+def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether a compiled backend runs ``op`` on these tensors; the chosen one may lack a kernel for it."""
+    if _active != "auto" and op not in KERNELS.get(_active, ()):
+        return False
+    return choose(op, first, *others) != "reference"
+
+
+def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     """The backend that runs ``op`` on these tensors: never ``auto``, raises if the chosen one cannot."""
-    device_type = tensors[0].device.type
+    tensors, device_type = (first, *others), first.device.type
     plain = None if torch.compiler.is_compiling() else _needs_plain_torch()
     if _active == "auto":
         if plain is None:
             for name in AUTO.get(device_type, ()):
-                if why_not(op, name, device_type) is None:
+                if why_not(op, name, device_type) is None and _takes(name, tensors) is None:
                     return name
         return "reference"
-    reason = why_not(op, _active, device_type) or (plain if _active != "reference" else None)
+    reason = why_not(op, _active, device_type) or _takes(_active, tensors)
+    reason = reason or (plain if _active != "reference" else None)
     if reason is not None:
         raise RuntimeError(f'{op}: backend "{_active}" cannot run here: {reason}. use_backend("reference") always runs')
     return _active

@@ -49,11 +49,14 @@ def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "
         ValueError, TypeError: a shape, dtype, device or ``pool`` that does not fit.
     """
     checks.adapter_arguments("teacher_weights", features, theta, v, pool)
-    if backend.choose("teacher_weights", features) == "reference":
+    chosen = backend.choose("teacher_weights", features, theta, v)
+    if chosen == "reference":
         return reference.teacher_weights(features, theta, v, pool=pool)
     wide = wide_dtype(features, theta, v)
     needs_grad = _needs_grad(features, theta, v)
-    return autograd.run(autograd.TeacherWeights, needs_grad, features, theta.to(wide), v.to(wide), pool == "max")
+    return autograd.run(
+        autograd.TeacherWeights, needs_grad, chosen, features, theta.to(wide), v.to(wide), pool == "max"
+    )
 
 
 def multi_teacher_kd_loss(
@@ -160,8 +163,10 @@ def _multi_teacher_kd(
     """The loss, or with ``need_terms`` what ``KDTerms`` holds, of which loss and probabilities are differentiable."""
     name = "multi_teacher_kd_loss"
     _check_kd(name, temperature, alpha, mode, label_smoothing)
-    if backend.choose("multi_teacher_kd", student) == "reference":
+    chosen = backend.choose("multi_teacher_kd", student, weights, *teachers)
+    if chosen != "cpp":  # whose kernel looks for itself
         _check_values(name, labels, student.shape[1], ignore_index, None if need_terms else weights)
+    if chosen == "reference":
         terms = reference.multi_teacher_kd(
             student,
             list(teachers),
@@ -187,7 +192,7 @@ def _multi_teacher_kd(
     labels = _as_long(labels)
     return _run(
         (name, labels, student.shape[1], ignore_index, None if need_terms else weights), autograd.MultiTeacherKD, any(needs),
-        student, weights, labels, settings, needs, wide, need_terms, *teachers,
+        chosen, student, weights, labels, settings, needs, wide, need_terms, *teachers,
     )  # fmt: skip
 
 
@@ -227,7 +232,8 @@ def whole_loss(
         needs,
     )
     if divisor is not None:
-        divisor = torch.as_tensor(divisor, device=student.device)
+        given_on_device = isinstance(divisor, Tensor) and divisor.device == student.device
+        divisor = divisor if given_on_device else torch.full((), float(divisor), device=student.device)  # no sync
     labels = _as_long(labels)
     return _run(
         (name, labels, student.shape[1], ignore_index, None), autograd.WholeLoss, any(needs),
@@ -235,9 +241,9 @@ def whole_loss(
     )  # fmt: skip
 
 
-def whole_loss_is_fused(student: Tensor) -> bool:
-    """Whether the whole loss runs as one node here."""
-    return backend.choose("whole_loss", student) != "reference"
+def whole_loss_is_fused(student: Tensor, *others: Tensor | None) -> bool:
+    """Whether the whole loss runs as one node on these tensors; else it is composed of the other operators."""
+    return backend.runs("whole_loss", student, *others)
 
 
 def _check_kd(name: str, temperature: float, alpha: float, mode: str, label_smoothing: float) -> None:
@@ -323,11 +329,12 @@ def angle(
     checks.number(name, "delta", delta, 0, math.inf, above=True)
     checks.number(name, "eps", eps, 0, math.inf)
     checks.one_of(name, "reduction", reduction, ANGLE_REDUCTIONS)
-    if backend.choose("angle", student) == "reference":
+    chosen = backend.choose("angle", student, teacher)
+    if chosen == "reference":
         return reference.angle(student, teacher, row_mask, delta=delta, reduction=reduction, eps=eps)
     needs = _needs_grad(student), _needs_grad(teacher)
     return autograd.run(
-        autograd.Angle, any(needs), student, teacher, row_mask, float(delta), float(eps), reduction, *needs
+        autograd.Angle, any(needs), chosen, student, teacher, row_mask, float(delta), float(eps), reduction, *needs
     )
 
 
@@ -356,10 +363,13 @@ def rkd_distance_loss(
     checks.number(name, "delta", delta, 0, math.inf, above=True)
     checks.number(name, "eps", eps, 0, math.inf)
     checks.one_of(name, "reduction", reduction, DISTANCE_REDUCTIONS)
-    if backend.choose("distance", student) == "reference":
+    chosen = backend.choose("distance", student, teacher)
+    if chosen == "reference":
         return reference.rkd_distance_loss(student, teacher, delta=delta, reduction=reduction, eps=eps)
     needs = _needs_grad(student), _needs_grad(teacher)
-    return autograd.run(autograd.Distance, any(needs), student, teacher, float(delta), float(eps), reduction, *needs)
+    return autograd.run(
+        autograd.Distance, any(needs), chosen, student, teacher, float(delta), float(eps), reduction, *needs
+    )
 
 
 def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, normalize: bool = False) -> Tensor:
@@ -396,26 +406,28 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, norma
         )
     checks.same_device(name, "teacher_map", teacher_map, "student_map", student_map)
     checks.same_device(name, "weight", weight, "student_map", student_map)
-    if backend.choose("hint", student_map) == "reference":
+    chosen = backend.choose("hint", student_map, teacher_map, weight)
+    if chosen == "reference":
         return reference.hint_loss(student_map, teacher_map, weight, normalize=normalize)
     height, width = (min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:]))
-    prediction = reference.hint_conv(_hint_pool(student_map, height, width, normalize), weight)
-    target = _hint_pool(teacher_map, height, width, normalize)
+    prediction = reference.hint_conv(_hint_pool(chosen, student_map, height, width, normalize), weight)
+    target = _hint_pool(chosen, teacher_map, height, width, normalize)
     return hint_mse(prediction, target)
 
 
 def hint_mse(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean squared error of two tensors of one shape; 0 where they are empty. Not public."""
-    if backend.choose("hint", prediction) == "reference":
+    chosen = backend.choose("hint", prediction, target)
+    if chosen == "reference":
         return reference.hint_mse(prediction, target)
     needs_grad = _needs_grad(prediction, target)
-    return autograd.run(autograd.HintMSE, needs_grad, prediction, target, needs_grad)
+    return autograd.run(autograd.HintMSE, needs_grad, chosen, prediction, target, needs_grad)
 
 
-def _hint_pool(feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
+def _hint_pool(chosen: str, feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
     if not normalize and feature_map.shape[2:] == (height, width):
         return feature_map
-    return autograd.run(autograd.HintPool, _needs_grad(feature_map), feature_map, height, width, normalize)
+    return autograd.run(autograd.HintPool, _needs_grad(feature_map), chosen, feature_map, height, width, normalize)
 
 
 def dual_softmax(scores: Tensor, dim1: int = -2, dim2: int = -1, *, mode: str = "sequential") -> Tensor:
@@ -444,9 +456,10 @@ def dual_softmax(scores: Tensor, dim1: int = -2, dim2: int = -1, *, mode: str = 
     if dim1 % dims == dim2 % dims:
         raise ValueError(f"{name}: dim1 and dim2 must differ, got {dim1} and {dim2} of {dims} dimensions")
     checks.one_of(name, "mode", mode, DUAL_MODES)
-    if backend.choose("dual_softmax", scores) == "reference":
+    chosen = backend.choose("dual_softmax", scores)
+    if chosen == "reference":
         return reference.dual_softmax(scores, dim1, dim2, mode=mode)
     moved = scores.movedim((dim1, dim2), (-2, -1))
     matrices = moved.reshape(moved.shape[:-2].numel(), *moved.shape[-2:])
-    out = autograd.run(autograd.DualSoftmax, _needs_grad(matrices), matrices, mode)
+    out = autograd.run(autograd.DualSoftmax, _needs_grad(matrices), chosen, matrices, mode)
     return out.reshape(moved.shape).movedim((-2, -1), (dim1, dim2))

@@ -348,7 +348,9 @@ class AMTMLLoss(nn.Module):
         if student.dim() != 2:
             student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
             labels = None if labels is None else labels.reshape(rows)
-        if functional.whole_loss_is_fused(student) and not gather:
+        if not gather and functional.whole_loss_is_fused(
+            student, *teachers, features if isinstance(features, Tensor) else None
+        ):
             out = self._fused(student, teachers, labels, features, num_items_in_batch)
         else:
             out = self._composed(student, teachers, labels, features, num_items_in_batch, gather)

@@ -1,9 +1,14 @@
 """Every operator's schema and fake implementation: the only file that talks to ``torch.library``.
 
-Implementations are registered elsewhere under the same names (csrc/cpu for the CPU), so every backend has these
-signatures. There are no default arguments: autograd.Function would drop trailing ones. Outputs not asked for are empty
-tensors of shape [0].
+Two namespaces with the same schemas: ``amtml``, which csrc/cpu and csrc/cuda implement, and ``amtml_triton``, which
+kernels/ implements. So every backend has these signatures. There are no default arguments: autograd.Function would drop
+trailing ones. Outputs not asked for are empty tensors of shape [0].
 """
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +41,9 @@ SCHEMAS = {
     # loss and its gradients
     "distance_fwd": "(Tensor student, Tensor teacher, float delta, float eps, str reduction, "
     "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor, Tensor)",
-    # Teacher weights (of features, theta and v, or given), distillation, angle and regulariser in one. loss; terms [6]: kd,
-    # ce, kl, angle, 0 for the hint, regulariser; weights (unless given), pooled and index as above; stats; what the angle loss sends back
+    # Teacher weights (of features, theta and v, or given), distillation, angle and regulariser in one. loss; terms [6]:
+    # kd, ce, kl, angle, 0 for the hint, regulariser; weights (unless given), pooled and index as above; stats; what the
+    # angle loss sends back
     "whole_loss_fwd": "(Tensor? features, Tensor? theta, Tensor? v, Tensor? weights, Tensor student, Tensor[] teachers, "
     f"Tensor? labels, Tensor? divisor, {_KD_SETTINGS}, bool max_pool, float angle_weight, float delta, float eps, "
     "float regularizer_weight, bool need_student_grad, bool need_targets_grad) "
@@ -58,22 +64,57 @@ SCHEMAS = {
     "dual_softmax_bwd": "(Tensor grad, Tensor scores, Tensor first, Tensor row_stats, str mode) -> Tensor",
 }
 
+TRITON = {  # schema -> its file in kernels/
+    name: next(
+        op
+        for op in ("teacher_weights", "multi_teacher_kd", "angle", "distance", "hint", "dual_softmax")
+        if name.startswith(op)
+    )
+    for name in SCHEMAS
+    if not name.startswith("whole_loss")
+}
+
+
+def _launch(name: str, *args: Any) -> Any:
+    """The Triton kernel, on the device of its tensors. Imported here: Triton is optional."""
+    launcher = getattr(importlib.import_module(f"amtml_fast.kernels.{TRITON[name]}"), name)
+    device = args[0].device
+    if device.type == "cpu":  # the interpreter
+        return launcher(*args)
+    with torch.get_device_module(device).device(device):
+        return launcher(*args)
+
+
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"amtml::{_name}", _schema)
+    if _name in TRITON:
+        torch.library.define(f"amtml_triton::{_name}", _schema)
+        for _key in ("CPU", "CUDA", "XPU"):
+            torch.library.impl(f"amtml_triton::{_name}", _key)(functools.partial(_launch, _name))
+
+
+def _fake(name: str) -> Callable:
+    def register(function: Callable) -> Callable:
+        torch.library.register_fake(f"amtml::{name}", function)
+        if name in TRITON:
+            torch.library.register_fake(f"amtml_triton::{name}", function)
+        return function
+
+    return register
 
 
 def _empty(like: Tensor, wanted: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
     return like.new_empty(shape if wanted else (0,), dtype=dtype)
 
 
-@torch.library.register_fake("amtml::teacher_weights_fwd")
+@_fake("teacher_weights_fwd")
 def _(features, theta, v, max_pool):
     n, d, wide = features.shape[0], features.shape[1], wide_dtype(features, theta)
     index = _empty(features, max_pool, (n, d), torch.int32)
     return features.new_empty(n, theta.shape[0], dtype=wide), features.new_empty(n, d, dtype=wide), index
 
 
-@torch.library.register_fake("amtml::teacher_weights_bwd")
+@_fake("teacher_weights_bwd")
 def _(grad, features, theta, v, pooled, index, max_pool, need_features, need_parameters):
     grad_features = torch.empty_like(features) if need_features else features.new_empty(0)
     return (
@@ -83,7 +124,7 @@ def _(grad, features, theta, v, pooled, index, max_pool, need_features, need_par
     )
 
 
-@torch.library.register_fake("amtml::multi_teacher_kd_fwd")
+@_fake("multi_teacher_kd_fwd")
 def _(student, teachers, weights, labels, *settings):
     reduction = settings[5]
     need_student_grad, need_weights_grad, need_probs = settings[-3:]
@@ -97,7 +138,7 @@ def _(student, teachers, weights, labels, *settings):
     return *value, *probs, stats, grad_student, grad_weights
 
 
-@torch.library.register_fake("amtml::multi_teacher_kd_bwd")
+@_fake("multi_teacher_kd_bwd")
 def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, stats, *settings):
     need_student_grad, need_weights_grad = settings[-2:]
     return (
@@ -114,25 +155,25 @@ def _pair_grads(student, teacher, need_student_grad, need_teacher_grad):
     )
 
 
-@torch.library.register_fake("amtml::angle_fwd")
+@_fake("angle_fwd")
 def _(student, teacher, row_mask, delta, eps, reduction, need_student_grad, need_teacher_grad):
     none = reduction == "none"
     loss = student.new_empty(student.shape[:1] if none else (), dtype=wide_dtype(student, teacher))
     return loss, *_pair_grads(student, teacher, need_student_grad and not none, need_teacher_grad and not none)
 
 
-@torch.library.register_fake("amtml::angle_bwd")
+@_fake("angle_bwd")
 def _(grad_loss, student, teacher, row_mask, delta, eps, need_student_grad, need_teacher_grad):
     return _pair_grads(student, teacher, need_student_grad, need_teacher_grad)
 
 
-@torch.library.register_fake("amtml::distance_fwd")
+@_fake("distance_fwd")
 def _(student, teacher, delta, eps, reduction, need_student_grad, need_teacher_grad):
     loss = student.new_empty((), dtype=wide_dtype(student, teacher))
     return loss, *_pair_grads(student, teacher, need_student_grad, need_teacher_grad)
 
 
-@torch.library.register_fake("amtml::whole_loss_fwd")
+@_fake("whole_loss_fwd")
 def _(features, theta, v, weights, student, teachers, labels, divisor, *settings):
     max_pool, angle_weight, *_, need_student_grad, need_targets_grad = settings[8:]
     n, c = student.shape
@@ -151,7 +192,7 @@ def _(features, theta, v, weights, student, teachers, labels, divisor, *settings
     return student.new_empty((), dtype=wide), student.new_empty(6, dtype=wide), *made, stats, *back
 
 
-@torch.library.register_fake("amtml::whole_loss_bwd")
+@_fake("whole_loss_bwd")
 def _(grad, features, theta, v, weights, pooled, index, student, teachers, *settings):
     need_student, need_weights, need_features, need_parameters = settings[-4:]
     given = features is None
@@ -166,31 +207,31 @@ def _(grad, features, theta, v, weights, pooled, index, student, teachers, *sett
     return grad_student, *grads
 
 
-@torch.library.register_fake("amtml::hint_pool_fwd")
+@_fake("hint_pool_fwd")
 def _(feature_map, height, width, normalize):
     n, c, h, w = feature_map.shape
     wide = wide_dtype(feature_map)
     return feature_map.new_empty(n, c, height, width, dtype=wide), _empty(feature_map, normalize, (n, h, w), wide)
 
 
-@torch.library.register_fake("amtml::hint_pool_bwd")
+@_fake("hint_pool_bwd")
 def _(grad, feature_map, norms, normalize):
     return torch.empty_like(feature_map, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("amtml::hint_mse_fwd")
+@_fake("hint_mse_fwd")
 def _(prediction, target, need_grad):
     wide = wide_dtype(prediction, target)
     return prediction.new_empty((), dtype=wide), _empty(prediction, need_grad, prediction.shape, wide)
 
 
-@torch.library.register_fake("amtml::dual_softmax_fwd")
+@_fake("dual_softmax_fwd")
 def _(scores, mode):
     b, r, k = scores.shape
     wide = wide_dtype(scores)
     return scores.new_empty(b, r, k), scores.new_empty(b, r, k, dtype=wide), scores.new_empty(b, r, 2, dtype=wide)
 
 
-@torch.library.register_fake("amtml::dual_softmax_bwd")
+@_fake("dual_softmax_bwd")
 def _(grad, scores, first, row_stats, mode):
     return torch.empty_like(scores, memory_format=torch.contiguous_format)

@@ -33,9 +33,10 @@ class Case:
     variants: tuple[dict[str, Any], ...]
     bytes: Callable[..., int] = field(repr=False)
 
-    def inputs(self, *size: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> tuple:
+    def inputs(self, *size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple:
+        """Arguments of this size, on the default device; the numbers are the same on all."""
         args = self.make(torch.Generator().manual_seed(seed), *size)
-        return convert(args, dtype=dtype, device=device)
+        return convert(args, dtype=dtype, device=torch.get_default_device())
 
 
 def tensors(args: Any) -> Iterator[Tensor]:
@@ -47,7 +48,7 @@ def tensors(args: Any) -> Iterator[Tensor]:
             yield from tensors(a)
 
 
-def convert(args: Any, *, dtype: torch.dtype | None = None, device: str | None = None) -> Any:
+def convert(args: Any, *, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
     """The same arguments as fresh leaves; only floating tensors change dtype."""
 
     def one(a: Any) -> Any:
@@ -69,7 +70,7 @@ def value_and_grads(
     out = function(*args, **options)
     if upstream is None:
         upstream = (
-            torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).half().bfloat16()
+            torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").half().bfloat16()
         )  # exact in any dtype
     leaves = [t for t in tensors(args) if t.requires_grad]
     grads = torch.autograd.grad(out, leaves, upstream.to(out), allow_unused=True)
@@ -78,13 +79,13 @@ def value_and_grads(
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Norm of the difference over the norm of ``want``; over 1 where ``want`` itself is only rounding (below 1e-6)."""
-    want = want.double()
+    got, want = (t.detach().to("cpu", torch.float64) for t in (got, want))
     scale = want.norm().item()
-    return ((got.double() - want).norm() / (scale if scale > 1e-6 else 1)).item()
+    return ((got - want).norm() / (scale if scale > 1e-6 else 1)).item()
 
 
 def _randn(g: torch.Generator, *size: int) -> Tensor:
-    return torch.randn(size, generator=g)
+    return torch.randn(size, generator=g, device="cpu")
 
 
 def _teacher_weights(g: torch.Generator, n: int, d: int, h: int, w: int, t: int) -> tuple:
@@ -93,7 +94,7 @@ def _teacher_weights(g: torch.Generator, n: int, d: int, h: int, w: int, t: int)
 
 
 def _multi_teacher_kd(g: torch.Generator, n: int, c: int, t: int) -> tuple:
-    labels = torch.randint(0, c, (n,), generator=g)
+    labels = torch.randint(0, c, (n,), generator=g, device="cpu")
     labels[1::5] = -100  # some rows ignored
     weights = _randn(g, n, t).softmax(-1)
     return (

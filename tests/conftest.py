@@ -1,11 +1,23 @@
 """Shared by all tests: uninitialised memory is NaN, so that a kernel that leaves an element unwritten is seen."""
 
 import os
+import sys
 
 import pytest
 import torch
 
 os.environ["AMTML_FILL_MEMORY"] = "1"  # what the C++ kernels take from the system; the fixture is for torch's own
+if os.environ.get("AMTML_TEST_BACKENDS") != "gpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+if os.environ.get("AMTML_TEST_BACKENDS") == "emulated":
+    from cuda_emulator import build
+
+    sys.modules["amtml_fast._C"] = build.load()  # its CUDA kernels serve CPU tensors
+    from amtml_fast import backend
+
+    backend.HAS_CUDA, backend.DEVICES["cuda"], backend.KERNELS["cpp"] = True, ("cpu",), ()
+
+from backends import BACKENDS, FUSED, run_on
 
 
 @pytest.fixture(autouse=True)
@@ -19,3 +31,17 @@ def nan_filled_empties():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=FUSED)
+def fused(request):
+    """Each compiled backend that runs here."""
+    with run_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=BACKENDS)
+def on(request):
+    """Each of them, and the reference."""
+    with run_on(request.param):
+        yield request.param

@@ -1,17 +1,20 @@
 """The promises of docs/contract.md that hold for every operator: errors, masks, strides, autograd, compile, memory."""
 
+import importlib
+import inspect
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, takes
 
 import amtml_fast as af
 from amtml_fast import backend, ops, reference
 from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
 
-BACKENDS = ["cpp", "reference"]
 SMALL = {
     "teacher_weights": (3, 4, 2, 3, 2),
     "multi_teacher_kd": (6, 5, 3),
@@ -21,13 +24,6 @@ SMALL = {
     "dual_softmax": (4, 6),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
-each_backend = pytest.mark.parametrize("name", BACKENDS)
-
-
-@pytest.fixture(params=BACKENDS)
-def on(request):
-    with af.use_backend(request.param):
-        yield request.param
 
 
 # --- the parts of an operator
@@ -38,14 +34,29 @@ def test_every_operator_has_all_its_parts(case):
     assert case.op in backend.OPS and hasattr(reference, case.reference.__name__)
     schemas = [name for name in ops.SCHEMAS if name.startswith(case.op)]
     assert any(name.endswith("_fwd") for name in schemas)
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in schemas:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"amtml::{name}", "CPU"), f"csrc/cpu lacks {name}"
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"amtml::{name}", "Meta"), f"ops.py lacks {name}'s fake"
+        assert has_kernel(f"amtml::{name}", "CPU"), f"csrc/cpu lacks {name}"
+        assert has_kernel(f"amtml::{name}", "Meta"), f"ops.py lacks {name}'s fake"
+        assert has_kernel(f"amtml::{name}", "CUDA") or not backend.HAS_CUDA or CHOSEN == "emulated", (
+            f"csrc/cuda lacks {name}"
+        )
+
+
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize("name", ops.TRITON)
+def test_triton_launchers_have_the_signature_of_their_schema(name):
+    launcher = getattr(importlib.import_module(f"amtml_fast.kernels.{ops.TRITON[name]}"), name)
+    schema = getattr(torch.ops.amtml_triton, name).default._schema
+    assert list(inspect.signature(launcher).parameters) == [a.name for a in schema.arguments]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_cuda_kernels_are_built_where_nvcc_is():
+    assert backend.HAS_CUDA
 
 
 def test_reference_signatures_are_the_public_ones():
-    import inspect
-
     for case in CASES.values():
         public, plain = (inspect.signature(f).parameters for f in (case.function, case.reference))
         assert list(public) == list(plain)
@@ -53,22 +64,23 @@ def test_reference_signatures_are_the_public_ones():
 
 
 @each_case
-def test_opcheck(case):
+def test_opcheck(case, fused):
     """Schemas, fakes and dynamic shapes of every raw op, on the calls that the public function makes."""
     seen = []
 
     class Record(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "amtml":
+            if func.namespace in ("amtml", "amtml_triton"):
                 seen.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    with af.use_backend("cpp"), Record():
+    with Record():
         for options in case.variants:
             if options.get("dim1") != 0:
                 value_and_grads(case.function, case.inputs(*SMALL[case.op]), **options)
                 value_and_grads(case.function, case.inputs(*SMALL[case.op], dtype=torch.bfloat16), **options)
     assert {f.overloadpacket.__name__ for f, _ in seen} == {n for n in ops.SCHEMAS if n.startswith(case.op)}
+    assert {f.namespace for f, _ in seen} == {"amtml_triton" if fused == "triton" else "amtml"}
     for func, args in seen:
         torch.library.opcheck(func, convert(args) if isinstance(args, tuple) else args)
 
@@ -76,6 +88,7 @@ def test_opcheck(case):
 VECTORS = """
 import sys, torch
 import amtml_fast as af
+from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, run_on, takes
 from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
 for case in CASES.values():
     for size in case.sizes:
@@ -88,6 +101,7 @@ for case in CASES.values():
 """
 
 
+@cpu_only
 def test_narrower_vectors_give_right_numbers_too():
     """What a processor without AVX-512 or AVX2 runs: chosen at run time, from the same library."""
     seen = {}
@@ -108,12 +122,10 @@ def test_narrower_vectors_give_right_numbers_too():
 # --- strides, ownership, autograd
 
 
-@each_backend
 @each_case
-def test_strides_do_not_matter_and_inputs_are_not_written(case, name):
+def test_strides_do_not_matter_and_inputs_are_not_written(case, on):
     args = case.inputs(*SMALL[case.op])
-    with af.use_backend(name):
-        want, want_grads = value_and_grads(case.function, args)
+    want, want_grads = value_and_grads(case.function, args)
 
     def strided(t):
         wide = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), 7, dtype=t.dtype)
@@ -122,15 +134,14 @@ def test_strides_do_not_matter_and_inputs_are_not_written(case, name):
 
     views = tuple([strided(x) for x in a] if isinstance(a, list) else strided(a) for a in args)
     before = [t.detach().clone() for t in tensors(views)]
-    with af.use_backend(name):
-        got, grads = value_and_grads(case.function, views)
+    got, grads = value_and_grads(case.function, views)
     assert relative_error(got, want) <= 1e-6
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
     assert all(torch.equal(t, b) for t, b in zip(tensors(views), before))
 
 
 @each_case
-def test_expanded_and_transposed_inputs(case):
+def test_expanded_and_transposed_inputs(case, fused):
     args = case.inputs(*SMALL[case.op])
 
     def expanded(t):
@@ -138,55 +149,48 @@ def test_expanded_and_transposed_inputs(case):
 
     for change in (expanded, lambda t: t.detach().mT.contiguous().mT if t.dim() > 1 else t.detach()):
         same = tuple([change(x) for x in a] if isinstance(a, list) else change(a) for a in args)
-        with af.use_backend("cpp"):
-            got = case.function(*same)
+        got = case.function(*same)
         want = case.reference(*convert(same, dtype=torch.float64))
         assert relative_error(got, want) <= 1e-6
 
 
-@each_backend
 @each_case
-def test_backward_twice_gives_the_same(case, name):
+def test_backward_twice_gives_the_same(case, on):
     args = case.inputs(*SMALL[case.op])
     leaves = [t for t in tensors(args) if t.requires_grad]
-    with af.use_backend(name):
-        out = case.function(*args).sum()
-        first = torch.autograd.grad(out, leaves, torch.tensor(3.0), retain_graph=True)
-        second = torch.autograd.grad(out, leaves, torch.tensor(3.0))
+    out = case.function(*args).sum()
+    first = torch.autograd.grad(out, leaves, torch.tensor(3.0), retain_graph=True)
+    second = torch.autograd.grad(out, leaves, torch.tensor(3.0))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-@each_backend
 @each_case
-def test_gradient_exactly_where_it_is_required(case, name):
+def test_gradient_exactly_where_it_is_required(case, on):
     args = case.inputs(*SMALL[case.op])
-    with af.use_backend(name):
-        _, all_grads = value_and_grads(case.function, args)
+    _, all_grads = value_and_grads(case.function, args)
     leaves = [t for t in tensors(args) if t.requires_grad]
     for chosen, want in zip(leaves, all_grads):
         for t in leaves:
             t.requires_grad_(t is chosen)
-        with af.use_backend(name):
-            _, (got,) = value_and_grads(case.function, args)
+        _, (got,) = value_and_grads(case.function, args)
         assert relative_error(got, want) <= 1e-5
-    with af.use_backend(name), torch.no_grad():
+    with torch.no_grad():
         assert not case.function(*args).requires_grad
 
 
 @each_case
-def test_second_derivative_is_right_or_loud(case):
+def test_second_derivative_is_right_or_loud(case, fused):
     args = case.inputs(*SMALL[case.op])
     leaves = [t for t in tensors(args) if t.requires_grad]
     for options in ({}, {"reduction": "none"}) if case.op in ("angle", "multi_teacher_kd") else ({},):
-        with af.use_backend("cpp"):
-            out = case.function(*args, **options)
-            grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
-            with pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
-                torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        out = case.function(*args, **options)
+        grads = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        with pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
+            torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
 
 
 @each_case
-def test_functorch_and_forward_mode_run_on_the_reference_or_say_why_not(case):
+def test_functorch_and_forward_mode_run_on_the_reference_or_say_why_not(case, fused):
     args = case.inputs(*SMALL[case.op])
     first = args[0].detach()
 
@@ -194,19 +198,21 @@ def test_functorch_and_forward_mode_run_on_the_reference_or_say_why_not(case):
         return case.function(x, *rest).sum()
 
     rest = [([x.detach() for x in a] if isinstance(a, list) else a.detach()) for a in args[1:]]
-    want = torch.autograd.grad(function(leaf := first.clone().requires_grad_()), leaf)[0]
-    torch.testing.assert_close(torch.func.grad(function)(first), want)
-    _, tangent = torch.func.jvp(function, (first,), (torch.ones_like(first),))
-    torch.testing.assert_close(tangent, want.sum(), check_dtype=False)  # torch widens scalars' tangents
-    with torch.autograd.forward_ad.dual_level():
-        out = function(torch.autograd.forward_ad.make_dual(first, torch.ones_like(first)))
-        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, want.sum(), check_dtype=False)
-    with af.use_backend("cpp"), pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
+    with pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
         torch.func.grad(function)(first)
+    want = torch.autograd.grad(function(leaf := first.clone().requires_grad_()), leaf)[0]
+    with af.use_backend("auto"):
+        torch.testing.assert_close(torch.func.grad(function)(first), want)
+        _, tangent = torch.func.jvp(function, (first,), (torch.ones_like(first),))
+        torch.testing.assert_close(tangent, want.sum(), check_dtype=False)  # torch widens scalars' tangents
+        with torch.autograd.forward_ad.dual_level():
+            out = function(torch.autograd.forward_ad.make_dual(first, torch.ones_like(first)))
+            tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+        torch.testing.assert_close(tangent, want.sum(), check_dtype=False)
 
 
 @each_case
-def test_compiles_without_a_graph_break(case):
+def test_compiles_without_a_graph_break(case, fused):
     torch._dynamo.reset()
     for options in case.variants[:2]:
         args = case.inputs(*SMALL[case.op])
@@ -222,7 +228,7 @@ def test_compiles_without_a_graph_break(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kd_compiles_with_any_of_its_arguments_missing(dtype):
+def test_kd_compiles_with_any_of_its_arguments_missing(dtype, fused):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 3, dtype=dtype)
     for learned in ((student, weights), (student.detach(), weights), (student, weights.detach()), (student, None)):
         for y in (None, labels):
@@ -232,7 +238,7 @@ def test_kd_compiles_with_any_of_its_arguments_missing(dtype):
             torch.testing.assert_close(value_and_grads(compiled, args), value_and_grads(af.multi_teacher_kd_loss, args))
 
 
-def test_a_schedule_of_the_temperature_compiles():
+def test_a_schedule_of_the_temperature_compiles(fused):
     torch._dynamo.reset()
     compiled = torch.compile(af.multi_teacher_kd_loss, fullgraph=True, backend="aot_eager")
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 3)
@@ -257,18 +263,20 @@ def test_teachers_from_inference_mode(on):
 
 
 @each_case
-def test_same_bits_twice(case):
+def test_same_bits_twice(case, fused):
     size = {"angle": (70, 10), "multi_teacher_kd": (300, 100, 3), "teacher_weights": (64, 32, 8, 8, 3)}.get(case.op)
+    size = size if fused == "cpp" or CHOSEN == "gpu" else None  # an interpreter's time
     runs = [value_and_grads(case.function, case.inputs(*(size or SMALL[case.op]))) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
 
 
 def _hint_without_convolution(student_map, teacher_map, weight):
-    pooled = [af.functional._hint_pool(m, 20, 20, True) for m in (student_map, teacher_map)]
+    pooled = [af.functional._hint_pool("cpp", m, 20, 20, True) for m in (student_map, teacher_map)]
     return af.functional.hint_mse(*pooled) + weight.sum()
 
 
+@cpu_only
 @each_case
 def test_same_bits_from_one_thread_and_from_several(case):
     """Work is cut the same way however many threads share it. (Of the hint loss, all but torch's own convolution.)"""
@@ -295,27 +303,26 @@ def test_same_bits_from_one_thread_and_from_several(case):
 
 
 @pytest.mark.parametrize("ratio", [60, 70, 1e4], ids=["fixed point", "past it", "far past it"])
-def test_angle_of_distances_that_differ_is_as_good_as_float64(ratio):
+def test_angle_of_distances_that_differ_is_as_good_as_float64(ratio, fused):
     """Up to a ratio of 64 of the squared distances sums are made in 32-bit fixed point, beyond it in float64."""
-    n = 90
+    n = 90 if fused == "cpp" or CHOSEN == "gpu" else 40  # an interpreter's time
     student = torch.eye(n, dtype=torch.float64) + 1e-3 * torch.randn(n, n, dtype=torch.float64)  # all distances 2^1/2
     student[0] = torch.eye(n, dtype=torch.float64)[0] * (2 * ratio - 1) ** 0.5  # but those to one row far away
     squared = torch.pdist(student).square()
     assert squared.max() / squared.min() == pytest.approx(ratio, rel=0.05)
     sides = student.float().requires_grad_(), torch.randn(n, 7, requires_grad=True)
     want, want_grads = value_and_grads(reference.angle_loss, convert(sides, dtype=torch.float64))
-    with af.use_backend("cpp"):
-        got, grads = value_and_grads(af.angle_loss, sides)
+    got, grads = value_and_grads(af.angle_loss, sides)
     assert relative_error(got, want) <= 1e-6
     assert all(relative_error(g, w) <= 1e-6 for g, w in zip(grads, want_grads))
 
 
-@each_backend
-def test_mixed_dtypes_and_autocast(name):
+def test_mixed_dtypes_and_autocast(on):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 3)
-    narrow = [teachers[0].bfloat16(), teachers[1].half(), teachers[2].double()]
+    third = teachers[2].double() if takes(on, torch.float64) else teachers[2]
+    narrow = [teachers[0].bfloat16(), teachers[1].half(), third]
     want, want_grads = value_and_grads(af.reference.multi_teacher_kd_loss, (student, narrow, weights, labels))
-    with af.use_backend(name), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got, grads = value_and_grads(af.multi_teacher_kd_loss, (student, narrow, weights, labels))
         angle = af.angle_loss(student.detach().softmax(1), teachers[0].softmax(1))
     assert relative_error(got, want) <= 1e-6
@@ -324,21 +331,21 @@ def test_mixed_dtypes_and_autocast(name):
     assert relative_error(angle, exact) <= 1e-6
 
 
-def test_16_bit_gradients_do_not_underflow_under_a_loss_scale():
+def test_16_bit_gradients_do_not_underflow_under_a_loss_scale(fused):
     """Most elements of this gradient are below half's smallest number until the scale is applied."""
     student = torch.zeros(1, 60000, dtype=torch.half, requires_grad=True)
     teacher = torch.zeros(1, 60000, dtype=torch.half)
     teacher[0, 0] = 5
     scale = 2.0**22
-    with af.use_backend("cpp"):
-        (grad,) = torch.autograd.grad(scale * af.multi_teacher_kd_loss(student, [teacher], None), student)
+    (grad,) = torch.autograd.grad(scale * af.multi_teacher_kd_loss(student, [teacher], None), student)
     exact = (teacher.double() / 4).softmax(1)
     want = scale * 4 * (1 / 60000 - exact)
     assert (want[0, 1:] / scale).abs().max() < 5e-8  # it would underflow
     torch.testing.assert_close(grad[0, 1:].double(), want[0, 1:], rtol=1e-2, atol=0)
 
 
-def test_two_rows_past_2_31_elements():
+@in_memory_of_the_cpu
+def test_two_rows_past_2_31_elements(fused):
     stride = 2**31 + 64
     storage = torch.UntypedStorage(4 * (stride + 8), device="cpu")  # untouched pages cost nothing
     rows = torch.empty(0).set_(storage, 0, (2, 8), (stride, 1))
@@ -525,10 +532,13 @@ def test_distinct_without_three_rows_is_0(on):
         assert af.angle_loss(torch.ones(n, 3), torch.eye(3)[:n], reduction="distinct") == 0
 
 
-def test_shifting_all_rows_leaves_the_angle_loss_alone(on):
+@cpu_only
+@pytest.mark.parametrize("name", ["cpp", "reference"])
+def test_shifting_all_rows_leaves_the_angle_loss_alone(name):
     student, teacher = (x.detach().double() for x in CASES["angle"].inputs(20, 5))
-    want = af.angle_loss(student, teacher)
-    torch.testing.assert_close(af.angle_loss(student * 3 + 7, teacher - 2), want, rtol=1e-9, atol=0)
+    with af.use_backend(name):
+        want = af.angle_loss(student, teacher)
+        torch.testing.assert_close(af.angle_loss(student * 3 + 7, teacher - 2), want, rtol=1e-9, atol=0)
 
 
 def test_angle_of_masked_rows_is_that_of_the_others(on):
@@ -548,6 +558,7 @@ def test_angle_of_masked_rows_is_that_of_the_others(on):
             assert (g[~mask] == 0).all()
 
 
+@cpu_only
 @pytest.mark.slow
 def test_angle_memory_is_quadratic_and_small():
     """Peak memory of a child process over what it had before: a quarter of the gigabyte promised at 4096 rows."""
@@ -665,18 +676,23 @@ BAD = [  # one call a line
 # fmt: on
 
 
+@pytest.mark.skipif(CHOSEN == "gpu", reason="the same checks, on tensors of the CPU")
 @pytest.mark.parametrize(("call", "message"), BAD, ids=[m for _, m in BAD])
 def test_bad_input_is_named(on, call, message):
     with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
         call()
 
 
-def test_compiled_code_still_refuses_labels_out_of_range():
+@cpu_only
+def test_compiled_code_still_refuses_wrong_values():
     """Checks of values cannot be traced, so the kernel itself looks before it reads."""
     torch._dynamo.reset()
     compiled = torch.compile(af.multi_teacher_kd_loss, fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"labels\[0\] must be in \[0, 5\)"):
         compiled(Z, T2, W, Y + 5)
+    for wrong in (-W, W * torch.nan, W * torch.inf):
+        with pytest.raises(RuntimeError, match="teacher_weights must be finite and not negative"):
+            compiled(Z, T2, wrong, Y)
 
 
 # --- backends
@@ -686,16 +702,17 @@ def test_backends_tell_why_not():
     rows = {(r.op, r.backend): r for r in af.backends()}
     assert set(rows) == {(op, b) for op in backend.OPS for b in backend.BACKENDS[1:]}
     assert all(r.available != bool(r.why_not) for r in rows.values())
-    assert all(rows[op, "cpp"].available and rows[op, "reference"].available for op in backend.OPS)
+    assert all(rows[op, "reference"].available for op in backend.OPS)
+    assert CHOSEN or all(rows[op, "cpp"].available for op in backend.OPS)
 
 
+@cpu_only
 def test_a_chosen_backend_runs_or_says_why_not():
-    for name in ("cuda", "triton"):
-        with (
-            af.use_backend(name),
-            pytest.raises(RuntimeError, match=f'angle: backend "{name}" cannot run here: .* kernel'),
-        ):
-            af.angle_loss(Z, Z)
+    with (
+        af.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r'angle: backend "cuda" cannot run here: .*(cuda|CUDA)'),
+    ):
+        af.angle_loss(Z, Z)
     with af.use_backend("cpp"), pytest.raises(RuntimeError, match="needs cpu tensors, got meta"):
         af.angle_loss(Z.to("meta"), Z.to("meta"))
     assert backend._active == "auto"

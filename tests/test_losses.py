@@ -12,10 +12,7 @@ N, C, T, D = 12, 7, 3, 6
 GROUPS = {"low": 4, "mid": 5, "high": D}
 
 
-@pytest.fixture(params=["cpp", "reference"], autouse=True)
-def on(request):
-    with af.use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("on")
 
 
 def _batch():
@@ -251,7 +248,7 @@ def test_whole_loss_is_one_node_and_passes_opcheck(adapter, dtype, on):
             out.loss.backward()
         names = [func.overloadpacket.__name__ for func, _ in seen.calls]
         single = ["teacher_weights_fwd", "teacher_weights_bwd"] if adapter is _OwnAdapter else []
-        assert sorted(names) == (sorted(["whole_loss_fwd", "whole_loss_bwd", *single]) if on == "cpp" else [])
+        assert sorted(names) == (sorted(["whole_loss_fwd", "whole_loss_bwd", *single]) if on in ("cpp", "cuda") else [])
         for func, args in seen.calls:
             torch.library.opcheck(func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 

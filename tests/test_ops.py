@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from backends import BACKENDS, CHOSEN, FUSED, cpu_only, run_on, takes
 
 import amtml_fast as af
-from amtml_fast import backend
+from amtml_fast import autograd, backend
 from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
 
-BACKENDS = [b for b in ("cpp", "triton", "reference") if any(s.available for s in af.backends() if s.backend == b)]
 GRID = [
     pytest.param(case, size, options, id=f"{case.op}-{'x'.join(map(str, size))}-{i}")
     for case in CASES.values()
@@ -23,9 +23,14 @@ STEP = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2**-8, torch.float16
 @pytest.mark.parametrize("dtype", STEP, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("case", "size", "options"), GRID)
 def test_matches_the_float64_reference(case, size, options, dtype, name):
-    args = case.inputs(*size, dtype=dtype)
+    if not takes(name, dtype):
+        with run_on(name), pytest.raises(RuntimeError, match="its kernels compute in float32, got a float64 tensor"):
+            case.function(*case.inputs(*size, dtype=dtype), **options)
+        return
+    with run_on(name):
+        args = case.inputs(*size, dtype=dtype)
     want, want_grads = value_and_grads(case.reference, convert(args, dtype=torch.float64), **options)
-    with af.use_backend(name):
+    with run_on(name):
         got, grads = value_and_grads(case.function, args, **options)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert got.dtype == (dtype if case.op == "dual_softmax" else wide)
@@ -37,8 +42,11 @@ def test_matches_the_float64_reference(case, size, options, dtype, name):
         assert relative_error(grad, want_grad.to(dtype)) <= (1e-11 if exact else 1e-5) + step
 
 
-def test_the_compiled_backend_is_under_test():
-    assert "cpp" in BACKENDS, backend.WHY_NO_EXTENSION
+def test_the_compiled_backends_are_under_test():
+    assert "cpp" in FUSED or CHOSEN
+    for name in FUSED:
+        why_not = {op: backend.why_not(op, name, backend.DEVICES[name][0]) for op in backend.KERNELS[name]}
+        assert why_not and not any(why_not.values()), why_not
 
 
 @pytest.mark.parametrize("op", ["teacher_weights", "multi_teacher_kd"])
@@ -61,7 +69,8 @@ def test_figure_4_of_the_paper(op):
         assert [round(p, 2) for p in terms.soft_targets[:, 0].tolist()] == printed
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@cpu_only
+@pytest.mark.parametrize("name", ["cpp", "reference"])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_gradcheck(case, name):
     size = {"teacher_weights": (2, 3, 2, 3, 2), "multi_teacher_kd": (4, 5, 2), "angle": (5, 3), "hint": (2, 2, 3, 3, 2)}
@@ -80,6 +89,7 @@ def test_gradcheck(case, name):
                 torch.autograd.gradgradcheck(function, leaves)
 
 
+@cpu_only
 @pytest.mark.parametrize("mode", ["mixture", "sum"])
 def test_gradcheck_through_the_probabilities(mode):
     """The extra outputs that the angle loss of AMTMLLoss is fed with are differentiable, together with the loss."""
@@ -98,7 +108,7 @@ def test_gradcheck_through_the_probabilities(mode):
 
 @pytest.mark.parametrize("margin", [3, 10, 20, 40])
 @pytest.mark.parametrize("tau", [0.5, 1.0, 4.0])
-def test_angle_gradient_on_rows_of_a_trained_network(margin, tau):
+def test_angle_gradient_on_rows_of_a_trained_network(margin, tau, fused):
     """Clustered rows, where float32 distances and sums cancel: within 1e-6, or twice the error of plain float32."""
     label = torch.randint(0, 100, (64,))
     args = tuple(
@@ -109,29 +119,28 @@ def test_angle_gradient_on_rows_of_a_trained_network(margin, tau):
     )
     _, want = value_and_grads(af.reference.angle_loss, convert(args, dtype=torch.float64))
     _, plain = value_and_grads(af.reference.angle_loss, args)
-    with af.use_backend("cpp"):
-        _, got = value_and_grads(af.angle_loss, args)
+    _, got = value_and_grads(af.angle_loss, args)
     for g, p, w in zip(got, plain, want):
         assert g.isfinite().all()
         assert relative_error(g, w) <= max(1e-6, 2 * relative_error(p, w))
 
 
-def test_max_pool_ties_go_to_the_first_maximum():
+def test_max_pool_ties_go_to_the_first_maximum(on):
     features = torch.zeros(2, 3, 2, 2, requires_grad=True)
     theta, v = torch.randn(2, 3), torch.randn(3)
     for layout in (features, features.to(memory_format=torch.channels_last), features.transpose(2, 3)):
-        for name in BACKENDS:
-            with af.use_backend(name):
-                (grad,) = torch.autograd.grad(af.teacher_weights(layout, theta, v)[:, 0].sum(), features)
-            assert (grad[:, :, 0, 0] != 0).all() and grad.flatten(2)[:, :, 1:].count_nonzero() == 0
+        (grad,) = torch.autograd.grad(af.teacher_weights(layout, theta, v)[:, 0].sum(), features)
+        assert (grad[:, :, 0, 0] != 0).all() and grad.flatten(2)[:, :, 1:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize(
     "plane", [(1, 1), (1, 3), (2, 2), (1, 5), (3, 3), (1, 15), (4, 4), (1, 17), (7, 7), (8, 8), (9, 11)]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_max_pool_of_any_plane(plane, dtype):
+def test_max_pool_of_any_plane(plane, dtype, fused):
     """Few distinct values, infinities and NaN: the first maximum, or the first NaN, wherever vectors begin and end."""
+    if not takes(fused, dtype):
+        pytest.skip("float64")
     d, pixels = 64, plane[0] * plane[1]
     features = torch.randint(-3, 3, (5, d, pixels)).to(dtype)
     features[1, ::3] = -torch.inf
@@ -139,29 +148,28 @@ def test_max_pool_of_any_plane(plane, dtype):
     features[3][torch.rand(d, pixels) < 0.1] = torch.nan
     features[4] = torch.nan
     factors = torch.ones(2, d, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    want = torch.from_numpy(features.float().numpy().argmax(2))  # the first; a NaN counts as the maximum
+    want = torch.from_numpy(features.float().cpu().numpy().argmax(2)).to(features.device)  # a NaN counts as the maximum
     dense = features.view(5, d, *plane)
     strided = torch.stack([dense, dense], -1)[..., 0]
     for x in (dense, dense.contiguous(memory_format=torch.channels_last), strided):
-        _, pooled, index = torch.ops.amtml.teacher_weights_fwd(x, factors, factors[0], True)
+        _, pooled, index = autograd._kernels(fused).teacher_weights_fwd(x, factors, factors[0], True)
         assert torch.equal(index.long(), want)
         torch.testing.assert_close(pooled, features.gather(2, want[..., None])[..., 0].to(pooled.dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_teacher_weights_in_either_layout(memory_format):
+def test_teacher_weights_in_either_layout(memory_format, fused):
     args = CASES["teacher_weights"].inputs(5, 24, 7, 6, 3)
     want, want_grads = value_and_grads(af.reference.teacher_weights, convert(args, dtype=torch.float64))
     features = args[0].detach().to(memory_format=memory_format).requires_grad_()
-    with af.use_backend("cpp"):
-        got, grads = value_and_grads(af.teacher_weights, (features, *args[1:]))
+    got, grads = value_and_grads(af.teacher_weights, (features, *args[1:]))
     assert grads[0].is_contiguous(memory_format=memory_format)
     assert relative_error(got, want) <= 1e-6
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
 
 
 @pytest.mark.parametrize("margin", [10, 15, 20])
-def test_angle_gradient_of_soft_rows_beside_tight_pairs(margin):
+def test_angle_gradient_of_soft_rows_beside_tight_pairs(margin, fused):
     """Two confident rows of a class are very close: their 1/distance must cancel in the gradient of every other row."""
     label = torch.arange(64) % 10
     scale = torch.full((64, 1), float(margin))
@@ -173,7 +181,6 @@ def test_angle_gradient_of_soft_rows_beside_tight_pairs(margin):
         return [q * (g - (g * q).sum(1, keepdim=True)) for g, q in zip(grads, (p.detach().double() for p in probs))]
 
     _, want = value_and_grads(af.reference.angle_loss, convert(probs, dtype=torch.float64))
-    with af.use_backend("cpp"):
-        _, got = value_and_grads(af.angle_loss, probs)
+    _, got = value_and_grads(af.angle_loss, probs)
     for g, w in zip(through_softmax(got), through_softmax(want)):
         assert relative_error(g[::4], w[::4]) <= 1e-6

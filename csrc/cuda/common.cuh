@@ -1,0 +1,240 @@
+// What the CUDA kernels share: the stream, launches, shared memory, clusters, reductions, wide loads.
+//
+// tests/cuda_emulator has a cuda_runtime.h that runs these kernels on the CPU; what it replaces is in the #ifdefs here.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../common.h"
+
+#ifdef AMTML_EMULATED_CUDA
+#define AMTML_CUDA_KEY CPU
+#else
+#include <cooperative_groups.h>
+#include <torch/csrc/stable/accelerator.h>
+#define AMTML_CUDA_KEY CUDA
+// Weak: a CPU build of torch lacks it, and this library loads there too. Where a CUDA tensor exists it is there.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace amtml {
+
+constexpr int kWarp = 32;
+
+// The device of a tensor and its current stream, while this object lives.
+class OnDevice {
+ public:
+#ifdef AMTML_EMULATED_CUDA
+  explicit OnDevice(const Tensor&) {}
+  unsigned largest_cluster(unsigned wanted) const { return wanted; }
+#else
+  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
+    void* handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+  // Blocks of a cluster: 1 before compute capability 9.0.
+  unsigned largest_cluster(unsigned wanted) const {
+    int device = 0, major = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    return major >= 9 ? wanted : 1;
+  }
+#endif
+  cudaStream_t stream = nullptr;
+
+#ifndef AMTML_EMULATED_CUDA
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+};
+
+// How a kernel is spread: blocks, threads of a block, blocks of a cluster (more than 1 on compute capability 9.0 and
+// later only), bytes of shared memory.
+struct Spread {
+  dim3 grid, block;
+  unsigned cluster = 1;
+  size_t shared_bytes = 0;
+};
+
+// kernel(args...) on the stream; a grid without blocks launches nothing.
+template <class... Parameters, class... Args>
+void launch(void (*kernel)(Parameters...), const Spread& spread, const OnDevice& on, Args&&... args) {
+  if (spread.grid.x == 0 || spread.grid.y == 0 || spread.grid.z == 0) return;
+#ifdef AMTML_EMULATED_CUDA
+  emulation::run(spread.grid, spread.block, spread.cluster, spread.shared_bytes, [&] { kernel(args...); });
+#else
+  cudaLaunchConfig_t config = {};
+  config.gridDim = spread.grid;
+  config.blockDim = spread.block;
+  config.dynamicSmemBytes = spread.shared_bytes;
+  config.stream = on.stream;
+  cudaLaunchAttribute cluster[1] = {};
+  if (spread.cluster > 1) {
+    cluster[0].id = cudaLaunchAttributeClusterDimension;
+    cluster[0].val.clusterDim.x = spread.cluster;
+    cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
+    config.attrs = cluster;
+    config.numAttrs = 1;
+  }
+  cudaError_t error = cudaSuccess;
+  if (spread.shared_bytes > (48 << 10)) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(spread.shared_bytes));
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  STD_TORCH_CHECK(error == cudaSuccess, "amtml_fast: a CUDA kernel was not launched: ", cudaGetErrorString(error));
+#endif
+}
+
+// The block's shared memory, as what the kernel keeps there. Its size is sizeof(T) or more in the launch.
+template <class T>
+__device__ __forceinline__ T& shared() {
+#ifdef AMTML_EMULATED_CUDA
+  return *reinterpret_cast<T*>(emulation::machine().thread->block->shared.get());
+#else
+  extern __shared__ __align__(16) unsigned char memory[];
+  return *reinterpret_cast<T*>(memory);
+#endif
+}
+
+// Where CUDA has `assert`: stops the kernel and says what was wrong. Such a value must not be used as an index even so.
+#ifdef AMTML_EMULATED_CUDA
+#define AMTML_DEVICE_CHECK(right, what) \
+  if (!(right)) emulation::machine().failure = what
+#else
+#define AMTML_DEVICE_CHECK(right, what) assert((right) && what)
+#endif
+
+// --- clusters: blocks that see each other's shared memory
+
+__device__ __forceinline__ unsigned cluster_size() {
+#ifdef AMTML_EMULATED_CUDA
+  return static_cast<unsigned>(emulation::machine().cluster.blocks.size());
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().num_blocks();
+#else
+  return 1;
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_rank() {
+#ifdef AMTML_EMULATED_CUDA
+  return static_cast<unsigned>(emulation::machine().thread->block - emulation::machine().cluster.blocks.data());
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().block_rank();
+#else
+  return 0;
+#endif
+}
+
+// A barrier of all threads of the cluster: of the block, where there are none.
+__device__ __forceinline__ void cluster_sync() {
+#ifdef AMTML_EMULATED_CUDA
+  emulation::wait(emulation::machine().cluster.barrier);
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cooperative_groups::this_cluster().sync();
+#else
+  __syncthreads();
+#endif
+}
+
+// The same place of shared memory in another block of the cluster.
+template <class T>
+__device__ __forceinline__ T* in_block(T* mine, unsigned rank) {
+#ifdef AMTML_EMULATED_CUDA
+  emulation::Machine& m = emulation::machine();
+  unsigned char* const base = m.thread->block->shared.get();
+  return reinterpret_cast<T*>(m.cluster.blocks[rank].shared.get() + (reinterpret_cast<unsigned char*>(mine) - base));
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+#else
+  return mine;
+#endif
+}
+
+// --- sums; every thread gets the result, and the order does not depend on timing
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T x) {
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) x += __shfl_xor_sync(0xffffffffu, x, by);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {  // NaN is left out
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by));
+  return x;
+}
+
+// The sum over the block. `scratch` [32] is in shared memory and free again when the next barrier has passed.
+template <class T>
+__device__ __forceinline__ T block_sum(T x, T* scratch) {
+  const unsigned warps = (blockDim.x + kWarp - 1) / kWarp, lane = threadIdx.x % kWarp;
+  x = warp_sum(x);
+  if (warps == 1) return x;
+  if (lane == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  return warp_sum(lane < warps ? scratch[lane] : T(0));
+}
+
+// --- loads and stores of kCount neighbours, as wide as the hardware has them
+
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T at[kCount];
+};
+
+template <int kCount, class T>
+__device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
+  const Pack<T, kCount> pack = *reinterpret_cast<const Pack<T, kCount>*>(from);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = static_cast<float>(pack.at[i]);
+}
+
+template <int kCount, class T>
+__device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
+  Pack<T, kCount> pack;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) pack.at[i] = static_cast<T>(from[i]);
+  *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
+}
+
+// Elements of whatever dtype, one at a time: for what is read once, in several dtypes. The branch is the same for a
+// whole launch.
+struct Values {
+  const void* data;
+  ScalarType dtype;
+
+  explicit Values(const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {}
+  __device__ __forceinline__ float operator[](int64_t i) const {
+    if (dtype == ScalarType::Half) return static_cast<float>(static_cast<const Half*>(data)[i]);
+    if (dtype == ScalarType::BFloat16) return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
+    return static_cast<const float*>(data)[i];
+  }
+};
+
+__device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline unsigned blocks_for(int64_t items, int64_t per_block) {
+  return static_cast<unsigned>((items + per_block - 1) / per_block);
+}
+
+// Calls run(T{}) with T the element type of dtype: those that the GPU serves.
+template <class F>
+void dispatch_gpu(ScalarType dtype, const char* op, F&& run) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Half:
+      return run(Half{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, op, ": the CUDA kernels take float32, float16 and bfloat16");
+  }
+}
+
+}  // namespace amtml

@@ -1,0 +1,723 @@
+// Weighted multi-teacher distillation: cross-entropy, weighted KL and their gradients, a row for each cluster of
+// blocks.
+//
+//   q = softmax(z / tau), p_t = softmax(z_t / tau), p = sum_t w_t p_t; csrc/cpu/multi_teacher_kd.cpp has the formulas.
+//
+// student [N, C] and T teachers [N, C], read in place. Two sweeps over a row: the first makes maxima and sums of all
+// T + 1 softmaxes online, the second everything else. A row of a long vocabulary is spread over a cluster of up to 8
+// blocks, so that few rows are under way at a time and the second sweep finds them in the second-level cache.
+//
+// Traffic: T + 1 rows in (twice, the second time from cache), one out where the gradient is made. Exponentials: T + 2
+// in the first sweep, T + 1 (and one for the labels) in the second, and T more for the gradient of the weights.
+#include <cfloat>
+
+#include "../arithmetic.h"
+#include "ops.cuh"
+
+namespace amtml::gpu {
+namespace {
+
+constexpr char kOp[] = "multi_teacher_kd_loss";
+constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp, kMaxTeachers = 32, kMaxCluster = 8;
+// As on the CPU: exponentials of the second sweep are kept times 2^24, so that a probability may be as small as float32
+// can hold.
+constexpr float kScale = 24;
+constexpr double kLogScale = 24 * 0.693147180559945309417;
+constexpr int64_t kCountInline = 1024;  // up to so many labels each block counts them for itself
+
+struct Rows {  // [N, C], dense along C
+  const void* data;
+  int64_t stride;
+  ScalarType dtype;
+
+  Rows() = default;
+  explicit Rows(const Tensor& t) : data(t.const_data_ptr()), stride(t.stride(0)), dtype(t.scalar_type()) {}
+};
+
+struct AnyType {
+};  // an element type that is known when the kernel runs, for teachers of another dtype than the student
+
+template <int kPack, class T>
+__device__ __forceinline__ void load_row(const Rows& rows, int64_t i, int64_t c, float (&to)[kPack]) {
+  if constexpr (!std::is_same_v<T, AnyType>) {
+    load(static_cast<const T*>(rows.data) + i * rows.stride + c, to);
+  } else if (rows.dtype == ScalarType::Half) {
+    load_row<kPack, Half>(rows, i, c, to);
+  } else if (rows.dtype == ScalarType::BFloat16) {
+    load_row<kPack, BFloat16>(rows, i, c, to);
+  } else {
+    load_row<kPack, float>(rows, i, c, to);
+  }
+}
+
+struct Problem {
+  int64_t rows, classes;
+  int teachers;
+  Rows student, teacher[kMaxTeachers];
+  const float* weights;  // null: uniform
+  int64_t weights_row, weights_column;
+  const int64_t* labels;  // null: none
+  int64_t ignore_index;
+  float temperature, ce_weight, kl_weight, kl_scale, label_smoothing;
+  bool mixture, mean_rows, mean_classes;  // mean_*: what the reduction divides by
+  const int64_t* counted;                 // rows that count, or null: found inline
+
+  __device__ bool ignored(int64_t i) const { return labels && labels[i] == ignore_index; }
+  __device__ float weight(int64_t i, int t) const {
+    return weights ? weights[i * weights_row + t * weights_column] : 1.0f / static_cast<float>(teachers);
+  }
+};
+
+// What to make; null where it is not asked for.
+struct Wanted {
+  double *ce_rows, *kl_rows;       // [N] times kl_scale, before the reduction
+  float *loss, *ce, *kl;           // [N], instead, for the reduction "none"
+  float *student_probs, *targets;  // [N, C]
+  float* stats;                    // [N, 3 + 2T]: maximum, inverse sums at tau and at 1; maximum, inverse sum a teacher
+  void* grad_student;              // [N, C]
+  float* grad_weights;             // [N, T]
+};
+
+// What comes back, for backward.
+struct Incoming {
+  const float* grad_loss;  // [N] or one
+  bool each_row;
+  const float *grad_probs, *grad_targets;  // [N, C] dense, or null
+};
+
+struct Online {  // maximum, and sums of exponentials below it
+  float max, sum, sum1;
+};
+
+struct Scratch {
+  Online part[kMaxTeachers + 1][kMaxWarps], whole[kMaxTeachers + 1];  // of this block
+  float max[kMaxTeachers + 1], inverse[kMaxTeachers + 1], weight[kMaxTeachers];
+  float log_sum[kMaxTeachers + 1], inverse1, log_sum1, total;
+  double rest[kMaxTeachers + 1];
+  double sums[kWarp], totals[4];  // totals: kl, -sum z, inner product, of this block
+  float teacher_totals[2][kMaxTeachers];
+  float partial[1];  // [2 or 1][T][threads], to the end
+};
+
+// Sums of several parts: each is scaled from its own maximum to the common one.
+__device__ __forceinline__ float rescaled(float sum, float from, float to, float per_unit) {
+  return from == -INFINITY ? 0.0f : sum * exp2f((from - to) * per_unit);
+}
+
+template <int kPack, class T>
+__device__ __forceinline__ Online sweep(const Rows& rows, int64_t i, int64_t begin, int64_t end, float per_tau,
+                                        bool second) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  const float unit = per_tau * kLog2e;
+  Online o{-INFINITY, 0, 0};
+  for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
+    float x[kPack];
+    load_row<kPack, T>(rows, i, c, x);
+    float most = x[0];
+#pragma unroll
+    for (int k = 1; k < kPack; ++k) most = fmaxf(most, x[k]);
+    if (most > o.max) {
+      o.sum = rescaled(o.sum, o.max, most, unit);
+      if (second) o.sum1 = rescaled(o.sum1, o.max, most, kLog2e);
+      o.max = most;
+    }
+    const float shift = o.max == -INFINITY ? 0.0f : o.max;
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      o.sum += exp2f((x[k] - shift) * unit);
+      if (second) o.sum1 += exp2f((x[k] - shift) * kLog2e);
+    }
+  }
+  return o;
+}
+
+__device__ __forceinline__ Online combined(Online a, Online b, float unit, float unit1) {
+  const float most = fmaxf(a.max, b.max);
+  if (most == -INFINITY) return {most, a.sum + b.sum, a.sum1 + b.sum1};  // NaN stays
+  return {most, rescaled(a.sum, a.max, most, unit) + rescaled(b.sum, b.max, most, unit),
+          rescaled(a.sum1, a.max, most, unit1) + rescaled(b.sum1, b.max, most, unit1)};
+}
+
+// Softmax statistics of the row: of the slice, then of the block, then of the cluster.
+template <class S, class E, int kPack>
+__device__ void make_stats(const Problem& pr, int64_t i, int64_t begin, int64_t end, Scratch& s, float* stats) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e;
+  const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  for (int t = 0; t <= pr.teachers; ++t) {
+    Online o = t == 0 ? sweep<kPack, S>(pr.student, i, begin, end, per_tau, pr.labels != nullptr)
+                      : sweep<kPack, E>(pr.teacher[t - 1], i, begin, end, per_tau, false);
+#pragma unroll
+    for (int by = kWarp / 2; by > 0; by /= 2) {
+      const Online other{__shfl_xor_sync(~0u, o.max, by), __shfl_xor_sync(~0u, o.sum, by),
+                         __shfl_xor_sync(~0u, o.sum1, by)};
+      o = combined(o, other, unit, kLog2e);
+    }
+    if (lane == 0) s.part[t][warp] = o;
+  }
+  __syncthreads();
+  for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
+    Online o = s.part[t][0];
+    for (unsigned w = 1; w < warps; ++w) o = combined(o, s.part[t][w], unit, kLog2e);
+    s.whole[t] = o;
+  }
+  cluster_sync();
+  for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
+    Online o = *in_block(&s.whole[t], 0);
+    for (unsigned rank = 1; rank < cluster_size(); ++rank) o = combined(o, *in_block(&s.whole[t], rank), unit, kLog2e);
+    if (o.max == -INFINITY) o.sum = o.sum1 = NAN;  // no class has a probability
+    s.max[t] = o.max;
+    s.inverse[t] = exp2f(-kScale) / o.sum;
+    if (t == 0) {
+      s.inverse1 = exp2f(-kScale) / (pr.labels ? o.sum1 : 1.0f);
+      s.log_sum1 = static_cast<float>(log(static_cast<double>(o.sum1)));
+    }
+  }
+  __syncthreads();
+  if (cluster_rank() != 0) return;
+  for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
+    float* out = stats + i * (3 + 2 * pr.teachers) + (t == 0 ? 0 : 1 + 2 * t);
+    out[0] = s.max[t];
+    out[1] = s.inverse[t];
+    if (t == 0) out[2] = s.inverse1;
+  }
+}
+
+__device__ inline void read_stats(const Problem& pr, int64_t i, Scratch& s, const float* stats) {
+  for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
+    const float* in = stats + i * (3 + 2 * pr.teachers) + (t == 0 ? 0 : 1 + 2 * t);
+    s.max[t] = in[0];
+    s.inverse[t] = in[1];
+    if (t == 0) s.inverse1 = in[2];
+  }
+  __syncthreads();
+}
+
+// Weights, their sum, and the log-sums with what rounding them to float32 cuts off, which would bias every KL near 0.
+// A teacher without weight may hold NaN: its inverse sum becomes 0, and it is left out.
+__device__ inline void make_factors(const Problem& pr, int64_t i, Scratch& s) {
+  for (int t = threadIdx.x; t < pr.teachers; t += blockDim.x) {
+    const float w = pr.weight(i, t);
+    s.weight[t] = w;
+    if (w == 0 && !(fabsf(s.inverse[t + 1]) < INFINITY)) s.inverse[t + 1] = 0;
+  }
+  for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
+    const double log_sum = -log(static_cast<double>(s.inverse[t])) - kLogScale;
+    s.log_sum[t] = static_cast<float>(log_sum);
+    s.rest[t] = log_sum - s.log_sum[t];
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float total = 0;
+    for (int t = 0; t < pr.teachers; ++t) total += s.weight[t];
+    s.total = total;
+  }
+  __syncthreads();
+}
+
+// The sum over the cluster, in its first block (elsewhere the block's own).
+__device__ inline void sum_totals(Scratch& s, int count, int teacher_sums, int teachers) {
+  for (int k = 0; k < teacher_sums * teachers; ++k) {
+    const float sum = block_sum(s.partial[k * blockDim.x + threadIdx.x], reinterpret_cast<float*>(s.sums));
+    if (threadIdx.x == 0) s.teacher_totals[k / teachers][k % teachers] = sum;
+    __syncthreads();
+  }
+  if (cluster_size() == 1) return;
+  cluster_sync();
+  if (cluster_rank() == 0) {
+    for (unsigned rank = 1; rank < cluster_size(); ++rank) {
+      for (int k = threadIdx.x; k < count; k += blockDim.x) s.totals[k] += in_block(s.totals, rank)[k];
+      for (int k = threadIdx.x; k < teacher_sums * teachers; k += blockDim.x) {
+        s.teacher_totals[k / teachers][k % teachers] +=
+            in_block(&s.teacher_totals[0][0], rank)[k / teachers * kMaxTeachers + k % teachers];
+      }
+    }
+    __syncthreads();
+  }
+  cluster_sync();  // nobody leaves while others read
+}
+
+// How much of d loss / d CE and d loss / d KL a row has, before the incoming gradient.
+__device__ inline void gradient_scales(const Problem& pr, Scratch& s, float* ce, float* kl) {
+  double rows = 1;
+  if (pr.mean_rows) {
+    int64_t count = pr.rows;
+    if (pr.counted) {
+      count = *pr.counted;
+    } else if (pr.labels) {
+      int mine = 0;
+      for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) mine += !pr.ignored(i);
+      count = block_sum(mine, reinterpret_cast<int*>(s.sums));
+      __syncthreads();
+    }
+    rows = count > 0 ? static_cast<double>(count) : 1;
+  }
+  *ce = static_cast<float>(pr.ce_weight / rows);
+  *kl = static_cast<float>(static_cast<double>(pr.kl_weight) * pr.kl_scale /
+                           (pr.mean_classes ? rows * static_cast<double>(pr.classes) : rows));
+}
+
+// The second sweep: whatever is wanted of the row, in this block's slice.
+template <class S, class E, int kPack>
+__device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in, int64_t i, int64_t begin, int64_t end,
+                       float ce_grad, float kl_grad, Scratch& s) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  const int64_t label = pr.labels ? pr.labels[i] : -1;
+  const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e, m = s.max[0];
+  const float even = pr.label_smoothing / static_cast<float>(pr.classes);
+  const bool value = want.kl_rows || want.kl, need_q = want.grad_student || want.student_probs;
+  const bool need_ratio = pr.mixture && (value || (want.grad_weights && kl_grad != 0));
+  const float *back_q = in.grad_probs ? in.grad_probs + i * pr.classes : nullptr,
+              *back_p = in.grad_targets ? in.grad_targets + i * pr.classes : nullptr;
+  float* const through_kl = s.partial + threadIdx.x;  // [T] apart by the number of threads
+  float* const through_p = through_kl + pr.teachers * blockDim.x;
+  for (int t = 0; want.grad_weights && t < pr.teachers; ++t) {
+    through_kl[t * blockDim.x] = 0;
+    if (back_p) through_p[t * blockDim.x] = 0;
+  }
+  double kl = 0, below = 0;
+  const float inner = static_cast<float>(s.totals[2]);
+  for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
+    float z[kPack], p[kPack], log_q[kPack], ratio[kPack] = {};
+    load_row<kPack, S>(pr.student, i, c, z);
+    float part = 0;
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      p[k] = 0;
+      log_q[k] = (z[k] - m) * per_tau - s.log_sum[0];
+    }
+    for (int t = 0; t < pr.teachers; ++t) {
+      const float inverse = s.inverse[t + 1], factor = s.weight[t] * inverse, top = s.max[t + 1];
+      if (inverse == 0) continue;
+      float x[kPack];
+      load_row<kPack, E>(pr.teacher[t], i, c, x);
+      float sum = 0;
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) {
+        const float e = exp2f((x[k] - top) * unit + kScale);
+        p[k] += factor * e;
+        const float log_ratio = ((x[k] - top) * per_tau - s.log_sum[t + 1]) - log_q[k];
+        if (!pr.mixture) sum += if_mass(e * inverse, e * inverse * log_ratio);
+      }
+      if (pr.mixture) continue;
+      if (s.weight[t] != 0) part += s.weight[t] * sum;
+      if (want.grad_weights) through_kl[t * blockDim.x] += sum;
+    }
+    if (need_ratio) {
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) {
+        ratio[k] = if_mass(p[k], logf(p[k] == 0 ? 1.0f : p[k]) - log_q[k]);
+        part += if_mass(p[k], p[k] * ratio[k]);
+      }
+    }
+    kl += part;
+    if (want.grad_weights && (need_ratio || back_p)) {
+      float back[kPack];
+      if (back_p) load(back_p + c, back);
+      for (int t = 0; t < pr.teachers; ++t) {
+        const float inverse = s.inverse[t + 1], top = s.max[t + 1];
+        if (inverse == 0) continue;
+        float x[kPack];
+        load_row<kPack, E>(pr.teacher[t], i, c, x);
+        float of_kl = 0, of_p = 0;
+#pragma unroll
+        for (int k = 0; k < kPack; ++k) {
+          const float e = exp2f((x[k] - top) * unit + kScale);
+          if (need_ratio) of_kl += e == 0 || p[k] == 0 ? 0.0f : e * inverse * (ratio[k] + 1);
+          if (back_p) of_p += back[k] * (e * inverse);
+        }
+        if (need_ratio) through_kl[t * blockDim.x] += of_kl;
+        if (back_p) through_p[t * blockDim.x] += of_p;
+      }
+    }
+    if (want.targets) store(want.targets + i * pr.classes + c, p);
+    if (pr.label_smoothing != 0 && value) {
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) below += m - z[k];
+    }
+    if (!need_q) continue;
+    float q[kPack];
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) q[k] = exp2f((z[k] - m) * unit + kScale) * s.inverse[0];
+    if (want.student_probs) store(want.student_probs + i * pr.classes + c, q);
+    if (!want.grad_student) continue;
+    float back[kPack], grad[kPack];
+    if (back_q) load(back_q + c, back);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) {
+      // a teacher without weight in the loss may hold NaN
+      float g = kl_grad == 0 ? 0.0f : kl_grad * per_tau * (s.total * q[k] - p[k]);
+      if (pr.labels) {
+        const float q1 = exp2f((z[k] - m) * kLog2e + kScale) * s.inverse1;
+        g += ce_grad * (q1 - even - (c + k == label ? 1 - pr.label_smoothing : 0.0f));
+      }
+      if (back_q) g += per_tau * q[k] * (back[k] - inner);
+      grad[k] = z[k] == -INFINITY ? 0.0f : g;
+    }
+    store(static_cast<S*>(want.grad_student) + i * pr.classes + c, grad);
+  }
+  kl = block_sum(kl, s.sums);
+  __syncthreads();
+  below = block_sum(below, s.sums);
+  __syncthreads();
+  if (threadIdx.x == 0) s.totals[0] = kl, s.totals[1] = below;
+  __syncthreads();
+  sum_totals(s, 2, want.grad_weights ? (back_p ? 2 : 1) : 0, pr.teachers);
+}
+
+// inner product of what comes back through the student's probabilities with them
+template <class S, int kPack>
+__device__ void make_inner(const Problem& pr, const float* grad_probs, int64_t i, int64_t begin, int64_t end,
+                           Scratch& s) {
+  constexpr float kLog2e = 1.4426950408889634f;
+  const float unit = kLog2e / pr.temperature;
+  double inner = 0;
+  for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
+    float z[kPack], back[kPack], part = 0;
+    load_row<kPack, S>(pr.student, i, c, z);
+    load(grad_probs + i * pr.classes + c, back);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) part += back[k] * (exp2f((z[k] - s.max[0]) * unit + kScale) * s.inverse[0]);
+    inner += part;
+  }
+  inner = block_sum(inner, s.sums);
+  __syncthreads();
+  if (threadIdx.x == 0) s.totals[3] = inner;
+  cluster_sync();
+  if (threadIdx.x == 0) {
+    double sum = 0;
+    for (unsigned rank = 0; rank < cluster_size(); ++rank) sum += in_block(s.totals, rank)[3];
+    s.totals[2] = sum;
+  }
+  __syncthreads();
+}
+
+template <class S>
+__device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i, int64_t begin, int64_t end,
+                              bool again) {
+  for (int64_t c = i * pr.classes + begin + threadIdx.x; c < i * pr.classes + end; c += blockDim.x) {
+    if (want.student_probs) want.student_probs[c] = 0;
+    if (want.targets) want.targets[c] = 0;
+    if (want.grad_student) static_cast<S*>(want.grad_student)[c] = S(0.0f);
+  }
+  if (cluster_rank() != 0) return;
+  for (int t = threadIdx.x; t < 3 + 2 * pr.teachers; t += blockDim.x) {
+    if (!again) want.stats[i * (3 + 2 * pr.teachers) + t] = 0;
+    if (want.grad_weights && t < pr.teachers) want.grad_weights[i * pr.teachers + t] = 0;
+  }
+  if (threadIdx.x != 0) return;
+  if (want.kl_rows) want.kl_rows[i] = want.ce_rows[i] = 0;
+  if (want.kl) want.kl[i] = want.ce[i] = want.loss[i] = 0;
+}
+
+__device__ inline double weighted(const Problem& pr, double ce, double kl) {  // not 0 * infinity
+  return (pr.ce_weight == 0 ? 0 : pr.ce_weight * ce) + (pr.kl_weight == 0 ? 0 : pr.kl_weight * kl);
+}
+
+// The row's scalars and the gradient of its weights, from sums over all classes: in the first block of the cluster.
+template <class S>
+__device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, float kl_grad, bool through_targets,
+                          Scratch& s) {
+  for (int t = threadIdx.x; want.grad_weights && t < pr.teachers; t += blockDim.x) {
+    float through = s.teacher_totals[0][t];
+    if (!pr.mixture && s.inverse[t + 1] != 0) through += static_cast<float>(s.rest[0] - s.rest[t + 1]);
+    if (!pr.mixture && s.weight[t] == 0 && !(fabsf(through) < INFINITY)) through = 0;
+    float grad = kl_grad == 0 ? 0 : kl_grad * through;
+    if (through_targets) grad += s.teacher_totals[1][t];
+    want.grad_weights[i * pr.teachers + t] = grad;
+  }
+  if (threadIdx.x != 0 || !(want.kl_rows || want.kl)) return;
+  double kl = s.totals[0], ce = 0;
+  for (int t = 0; t < pr.teachers; ++t) {
+    if (s.weight[t] != 0) kl += s.weight[t] * (pr.mixture ? s.rest[0] : s.rest[0] - s.rest[t + 1]);
+  }
+  kl *= pr.kl_scale;
+  const int64_t label = pr.labels ? pr.labels[i] : 0;
+  const bool known = label >= 0 && label < pr.classes;
+  AMTML_DEVICE_CHECK(known, "multi_teacher_kd_loss: labels must be in [0, C) or ignore_index");
+  if (pr.labels && known) {
+    const S* z = static_cast<const S*>(pr.student.data) + i * pr.student.stride;
+    ce = static_cast<double>(s.log_sum1) - (static_cast<float>(z[label]) - s.max[0]);
+    if (pr.label_smoothing != 0) {  // not 0 * infinity
+      ce = (1 - pr.label_smoothing) * ce +
+           pr.label_smoothing * (s.log_sum1 + s.totals[1] / static_cast<double>(pr.classes));
+    }
+  }
+  if (want.kl_rows) want.kl_rows[i] = kl, want.ce_rows[i] = ce;
+  if (!want.kl) return;
+  want.kl[i] = static_cast<float>(kl);
+  want.ce[i] = static_cast<float>(ce);
+  want.loss[i] = static_cast<float>(weighted(pr, ce, kl));
+}
+
+// again: the statistics are there already (backward), else they are made.
+template <class S, class E, int kPack, bool kAgain>
+__global__ void __launch_bounds__(kMaxThreads)
+    rows_kernel(const __grid_constant__ Problem pr, const Wanted want, const Incoming in, const float* stats) {
+  Scratch& s = shared<Scratch>();
+  const int64_t i = blockIdx.x / cluster_size();
+  const int64_t packs = (pr.classes + kPack - 1) / kPack, slice = (packs + cluster_size() - 1) / cluster_size() * kPack;
+  const int64_t begin = least(cluster_rank() * slice, pr.classes), end = least(begin + slice, pr.classes);
+  if (pr.ignored(i)) return write_ignored<S>(pr, want, i, begin, end, kAgain);
+  float ce_grad, kl_grad;
+  gradient_scales(pr, s, &ce_grad, &kl_grad);
+  if (kAgain) {
+    read_stats(pr, i, s, stats);
+    const float g = in.grad_loss[in.each_row ? i : 0];
+    ce_grad *= g;
+    kl_grad *= g;
+    if (in.grad_probs) make_inner<S, kPack>(pr, in.grad_probs, i, begin, end, s);
+  } else {
+    make_stats<S, E, kPack>(pr, i, begin, end, s, want.stats);
+  }
+  make_factors(pr, i, s);
+  finish<S, E, kPack>(pr, want, in, i, begin, end, ce_grad, kl_grad, s);
+  if (cluster_rank() == 0) write_row<S>(pr, want, i, kl_grad, in.grad_targets != nullptr, s);
+}
+
+// Rows that are not ignored.
+__global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* counted) {
+  int64_t mine = 0;
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) mine += labels[i] != ignore_index;
+  const int64_t count = block_sum(mine, &shared<int64_t>());
+  if (threadIdx.x == 0) *counted = count;
+}
+
+__global__ void reduce_kernel(Problem pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce,
+                              float* kl) {
+  double* scratch = &shared<double>();
+  double sums[3] = {};
+  for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) {
+    sums[0] += ce_rows[i];
+    sums[1] += kl_rows[i];
+    sums[2] += !pr.ignored(i);
+  }
+  for (double& sum : sums) {
+    sum = block_sum(sum, scratch);
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  const double rows = pr.mean_rows ? fmax(sums[2], 1.0) : 1;
+  const double of_ce = sums[0] / rows, of_kl = sums[1] / (pr.mean_classes ? rows * pr.classes : rows);
+  *ce = static_cast<float>(of_ce);
+  *kl = static_cast<float>(of_kl);
+  *loss = static_cast<float>(weighted(pr, of_ce, of_kl));
+}
+
+// --- the host's side
+
+// Copies of what the kernels do not read in place, and the problem that points into them.
+struct Inputs {
+  Tensor student;
+  std::vector<Tensor> teachers;
+  std::optional<Tensor> weights, labels, counted;
+  Problem pr;
+  bool same = true;  // the teachers' dtypes and the student's
+  int pack;
+
+  Inputs(const Tensor& student_, const std::vector<Tensor>& teachers_, const std::optional<Tensor>& weights_,
+         const std::optional<Tensor>& labels_, const KDSettings& set, const OnDevice& on)
+      : student(dense_rows(student_)), weights(weights_) {
+    STD_TORCH_CHECK(student_.dim() == 2 && student_.size(1) > 0, kOp, ": student must be [N, C] with C >= 1");
+    STD_TORCH_CHECK(!teachers_.empty(), kOp, ": teachers must hold at least one teacher");
+    STD_TORCH_CHECK(teachers_.size() <= kMaxTeachers, kOp, ": the CUDA kernels take at most ", kMaxTeachers,
+                    " teachers, got ", teachers_.size());
+    const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers_.size());
+    for (const Tensor& t : teachers_) {
+      check_shape(kOp, "teacher", t, {n, c});
+      same &= t.scalar_type() == student.scalar_type();
+      teachers.push_back(dense_rows(t));
+    }
+    pr = Problem{n,
+                 c,
+                 static_cast<int>(count),
+                 Rows(student),
+                 {},
+                 nullptr,
+                 0,
+                 0,
+                 nullptr,
+                 set.ignore_index,
+                 static_cast<float>(set.temperature),
+                 static_cast<float>(set.ce_weight),
+                 static_cast<float>(set.kl_weight),
+                 static_cast<float>(set.kl_scale),
+                 static_cast<float>(set.label_smoothing),
+                 set.mode == "mixture",
+                 set.reduction == "mean" || set.reduction == "batchmean",
+                 set.reduction == "mean",
+                 nullptr};
+    for (int64_t t = 0; t < count; ++t) pr.teacher[t] = Rows(teachers[t]);
+    if (weights) {
+      check_shape(kOp, "weights", *weights, {n, count});
+      STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float, kOp, ": weights must be float32");
+      pr.weights = static_cast<const float*>(weights->const_data_ptr());
+      pr.weights_row = weights->stride(0), pr.weights_column = weights->stride(1);
+    }
+    if (labels_) {
+      check_shape(kOp, "labels", *labels_, {n});
+      STD_TORCH_CHECK(labels_->scalar_type() == ScalarType::Long, kOp, ": labels must be int64");
+      labels = dense(*labels_);
+      pr.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+      if (pr.mean_rows && n > kCountInline) {
+        counted = empty(student, {1}, ScalarType::Long);
+        int64_t* out = static_cast<int64_t*>(counted->mutable_data_ptr());
+        launch(count_kernel, {1, 1024, 1, kWarp * sizeof(int64_t)}, on, pr.labels, n, set.ignore_index, out);
+        pr.counted = out;
+      }
+    }
+    pack = common_pack();
+  }
+
+  static Tensor dense_rows(const Tensor& t) {
+    return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+  }
+
+  // Classes at a time: as many as fit 16 bytes, if every row starts at such an address.
+  int common_pack() const {
+    const int wide = same ? static_cast<int>(16 / student.element_size()) : 4;
+    auto fits = [&](const Tensor& t) {
+      return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (wide * t.element_size()) == 0 &&
+             (t.size(0) <= 1 || t.stride(0) % wide == 0);
+    };
+    bool all = pr.classes % wide == 0 && fits(student);
+    for (const Tensor& t : teachers) all &= fits(t);
+    return all ? wide : 1;
+  }
+
+  // Few rows under way at a time: what they hold should fit the second-level cache, for the second sweep.
+  unsigned cluster(const OnDevice& on) const {
+#ifdef AMTML_EMULATED_CUDA  // so that small rows are spread, too
+    constexpr int64_t kCache = 1 << 16, kBlocksUnderWay = 264, kLeast = 64;
+#else
+    constexpr int64_t kCache = 24 << 20, kBlocksUnderWay = 264, kLeast = 4096;
+#endif
+    int64_t bytes = static_cast<int64_t>(student.element_size());
+    for (const Tensor& t : teachers) bytes += static_cast<int64_t>(t.element_size());
+    bytes *= pr.classes;
+    unsigned size = 1;
+    while (size < on.largest_cluster(kMaxCluster) && bytes * kBlocksUnderWay / size > kCache &&
+           pr.classes / size >= kLeast) {
+      size *= 2;
+    }
+    return size;
+  }
+};
+
+template <bool kAgain>
+void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, const float* stats, const OnDevice& on) {
+  const Problem& pr = inputs.pr;
+  const unsigned cluster = inputs.cluster(on);
+  const int64_t packs = (pr.classes / cluster + inputs.pack - 1) / inputs.pack;
+  unsigned threads = kWarp;
+  while (threads < packs && threads < kMaxThreads) threads *= 2;
+  const size_t sums = want.grad_weights ? pr.teachers * (in.grad_targets ? 2 : 1) : 0;
+  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster,
+                      sizeof(Scratch) + sums * threads * sizeof(float)};
+  dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
+    using S = decltype(element);
+    constexpr int wide = 16 / sizeof(S);
+    auto* const kernel =
+        inputs.same ? (inputs.pack == 1 ? rows_kernel<S, S, 1, kAgain> : rows_kernel<S, S, wide, kAgain>)
+                    : (inputs.pack == 1 ? rows_kernel<S, AnyType, 1, kAgain> : rows_kernel<S, AnyType, 4, kAgain>);
+    launch(kernel, spread, on, pr, want, in, stats);
+  });
+}
+
+float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+
+}  // namespace
+
+KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& teachers,
+                             const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
+                             const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
+                             bool reduce, const OnDevice& on) {
+  STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == ScalarType::Float, kOp,
+                  ": the forward gradient of a 16-bit student is made in backward");
+  const Inputs inputs(student, teachers, weights, labels, set, on);
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  const bool none = set.reduction == "none";
+  auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, ScalarType::Float); };
+  const Shape value = none ? Shape{n} : Shape{};
+  KDRows out{make(true, value),
+             make(true, value),
+             make(true, value),
+             make(need_probs, {n, c}),
+             make(need_probs, {n, c}),
+             make(true, {n, 3 + 2 * count}),
+             make(need_student_grad, {n, c}),
+             make(need_weights_grad, {n, count}),
+             empty(student, {2, none ? 0 : n}, ScalarType::Double)};
+  Wanted want{};
+  if (none) {
+    want.loss = data(out.loss), want.ce = data(out.ce), want.kl = data(out.kl);
+  } else {
+    want.ce_rows = static_cast<double*>(out.values.mutable_data_ptr());
+    want.kl_rows = want.ce_rows + n;
+  }
+  want.student_probs = data(out.student_probs), want.targets = data(out.soft_targets), want.stats = data(out.stats);
+  want.grad_student = data(out.grad_student), want.grad_weights = data(out.grad_weights);
+  run_rows<false>(inputs, want, {}, nullptr, on);
+  if (reduce && !none) {
+    launch(reduce_kernel, {1, 256, 1, kWarp * sizeof(double)}, on, inputs.pr, want.ce_rows, want.kl_rows,
+           data(out.loss), data(out.ce), data(out.kl));
+  }
+  return out;
+}
+
+namespace {
+
+using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
+                             std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
+                             double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
+                             double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
+  const OnDevice on(student);
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
+  KDRows out = multi_teacher_kd_rows(student, teachers, weights, labels, set, need_student_grad, need_weights_grad,
+                                     need_probs, true, on);
+  return {out.loss, out.ce, out.kl, out.student_probs, out.soft_targets, out.stats, out.grad_student, out.grad_weights};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::optional<Tensor> grad_probs,
+                                                std::optional<Tensor> grad_targets, const Tensor& student,
+                                                std::vector<Tensor> teachers, std::optional<Tensor> weights,
+                                                std::optional<Tensor> labels, const Tensor& stats, double temperature,
+                                                double ce_weight, double kl_weight, double kl_scale, std::string mode,
+                                                std::string reduction, int64_t ignore_index, double label_smoothing,
+                                                bool need_student_grad, bool need_weights_grad) {
+  const OnDevice on(student);
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
+  const Inputs inputs(student, teachers, weights, labels, set, on);
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  const bool none = reduction == "none";
+  check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});
+  check_shape(kOp, "stats", stats, {n, 3 + 2 * count});
+  const Tensor upstream = dense(grad_loss, ScalarType::Float), saved = dense(stats);
+  std::optional<Tensor> back_q, back_p;
+  if (grad_probs) check_shape(kOp, "grad_probs", *grad_probs, {n, c}), back_q = dense(*grad_probs, ScalarType::Float);
+  if (grad_targets)
+    check_shape(kOp, "grad_targets", *grad_targets, {n, c}), back_p = dense(*grad_targets, ScalarType::Float);
+  Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
+  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, ScalarType::Float);
+  Wanted want{};
+  if (need_student_grad) want.grad_student = grad_student.mutable_data_ptr();
+  want.grad_weights = data(grad_weights);
+  auto values = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  const Incoming in{static_cast<const float*>(upstream.const_data_ptr()), none,
+                    need_student_grad ? values(back_q) : nullptr, need_weights_grad ? values(back_p) : nullptr};
+  run_rows<true>(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), on);
+  return {grad_student, grad_weights};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {
+  m.impl("multi_teacher_kd_fwd", TORCH_BOX(&multi_teacher_kd_fwd));
+  m.impl("multi_teacher_kd_bwd", TORCH_BOX(&multi_teacher_kd_bwd));
+}
+
+}  // namespace amtml::gpu

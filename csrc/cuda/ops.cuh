@@ -1,0 +1,57 @@
+// The kernels that others build on; amtml_fast/ops.py has what they take and give.
+#pragma once
+
+#include "common.cuh"
+
+namespace amtml::gpu {  // apart from the CPU's of the same name
+
+struct KDSettings {
+  double temperature, ce_weight, kl_weight, kl_scale;
+  std::string mode, reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+};
+
+struct KDRows {
+  Tensor loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights;
+  Tensor values;  // [2, N] float64: each row's cross-entropy and KL before the reduction, unless that is "none"
+};
+
+// The forward pass; loss, ce and kl are written only with `reduce`, or for the reduction "none".
+KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& teachers,
+                             const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
+                             const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
+                             bool reduce, const OnDevice& on);
+std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::optional<Tensor> grad_probs,
+                                                std::optional<Tensor> grad_targets, const Tensor& student,
+                                                std::vector<Tensor> teachers, std::optional<Tensor> weights,
+                                                std::optional<Tensor> labels, const Tensor& stats, double temperature,
+                                                double ce_weight, double kl_weight, double kl_scale, std::string mode,
+                                                std::string reduction, int64_t ignore_index, double label_smoothing,
+                                                bool need_student_grad, bool need_weights_grad);
+
+// As csrc/cpu/ops.h has them. With `upstream`, one float on the device, backward adds factor * upstream * parameter to
+// the gradients of theta and v.
+std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, const Tensor& theta, const Tensor& v,
+                                                       bool use_max);
+std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const Tensor& features, const Tensor& theta,
+                                                       const Tensor& v, const Tensor& pooled, const Tensor& index,
+                                                       bool use_max, bool need_features, bool need_parameters,
+                                                       const float* upstream = nullptr, double factor = 0);
+
+// What the angle loss is made of. Rows where row_mask is false, or whose label is ignore_index, take no part, whatever
+// they hold: one of the two or none is given.
+struct AngleRows {
+  const Tensor &student, &teacher;  // [N, C]
+  std::optional<Tensor> row_mask;   // [N] bool
+  std::optional<Tensor> labels;     // [N] int32 or int64 (others are converted)
+  int64_t ignore_index;
+};
+
+// The loss, and its gradients to student and teacher [N, C] float32, or [0] where not needed. Three launches for N of up
+// to 128, one more up to 1024 or so.
+std::tuple<Tensor, Tensor, Tensor> angle_rows(const AngleRows& rows, double delta, double eps,
+                                              const std::string& reduction, bool need_student_grad,
+                                              bool need_teacher_grad);
+
+}  // namespace amtml::gpu
