@@ -5,12 +5,22 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
 
-.PHONY: train test fuzz sanitize lint bench dist clean
+.PHONY: train test emulated gpu fuzz sanitize lint bench dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
+	$(MAKE) emulated
+
+# The operators' tests on the CUDA kernels, compiled for the CPU against an emulator of CUDA: needs neither nvcc nor a GPU.
+emulated: $(INSTALLED)
+	AMTML_TEST_BACKENDS=emulated $(BIN)/python -m pytest $(or $(TESTS),$(EMULATED_TESTS))
+EMULATED_TESTS := tests/test_ops.py tests/test_contract.py tests/test_losses.py tests/test_whole_loss.py tests/test_properties.py
+
+# Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --part $(or $(PART),all)
 
 fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/test_properties.py
@@ -41,9 +51,9 @@ dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment 
 lint: $(INSTALLED)
 	$(BIN)/pip install -q ruff mypy clang-format pre-commit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/cuda_emulator/*.h
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -q "setuptools>=77" ninja numpy "$(TORCH)"
 	$(BIN)/pip install -q --no-build-isolation -e ".[train,test]"

@@ -19,6 +19,11 @@ if os.environ.get("AMTML_TEST_BACKENDS") == "emulated":
 
 from backends import BACKENDS, FUSED, run_on
 
+if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in FUSED:
+    import triton_interpreter
+
+    triton_interpreter.round_to_bfloat16()
+
 
 @pytest.fixture(autouse=True)
 def nan_filled_empties():

@@ -82,7 +82,15 @@ struct Wanted {
 struct Incoming {
   const float* grad_loss;  // [N] or one
   bool each_row;
+  const float* divisor;                    // of the loss, or null
   const float *grad_probs, *grad_targets;  // [N, C] dense, or null
+  float probs_factor;                      // if not NaN, they count that times grad_loss
+
+  __device__ float of_loss(int64_t i) const {
+    const float g = grad_loss[each_row ? i : 0];
+    return divisor ? g / *divisor : g;
+  }
+  __device__ float of_probs() const { return probs_factor == probs_factor ? probs_factor * *grad_loss : 1.0f; }
 };
 
 struct Online {  // maximum, and sums of exponentials below it
@@ -276,7 +284,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
     if (back_p) through_p[t * blockDim.x] = 0;
   }
   double kl = 0, below = 0;
-  const float inner = static_cast<float>(s.totals[2]);
+  const float inner = static_cast<float>(s.totals[2]), by = back_q || back_p ? in.of_probs() : 1.0f;
   for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
     float z[kPack], p[kPack], log_q[kPack], ratio[kPack] = {};
     load_row<kPack, S>(pr.student, i, c, z);
@@ -324,7 +332,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
         for (int k = 0; k < kPack; ++k) {
           const float e = exp2f((x[k] - top) * unit + kScale);
           if (need_ratio) of_kl += e == 0 || p[k] == 0 ? 0.0f : e * inverse * (ratio[k] + 1);
-          if (back_p) of_p += back[k] * (e * inverse);
+          if (back_p) of_p += by * back[k] * (e * inverse);
         }
         if (need_ratio) through_kl[t * blockDim.x] += of_kl;
         if (back_p) through_p[t * blockDim.x] += of_p;
@@ -351,7 +359,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
         const float q1 = exp2f((z[k] - m) * kLog2e + kScale) * s.inverse1;
         g += ce_grad * (q1 - even - (c + k == label ? 1 - pr.label_smoothing : 0.0f));
       }
-      if (back_q) g += per_tau * q[k] * (back[k] - inner);
+      if (back_q) g += per_tau * q[k] * (by * back[k] - inner);
       grad[k] = z[k] == -INFINITY ? 0.0f : g;
     }
     store(static_cast<S*>(want.grad_student) + i * pr.classes + c, grad);
@@ -367,20 +375,19 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
 
 // inner product of what comes back through the student's probabilities with them
 template <class S, int kPack>
-__device__ void make_inner(const Problem& pr, const float* grad_probs, int64_t i, int64_t begin, int64_t end,
-                           Scratch& s) {
+__device__ void make_inner(const Problem& pr, const Incoming& in, int64_t i, int64_t begin, int64_t end, Scratch& s) {
   constexpr float kLog2e = 1.4426950408889634f;
   const float unit = kLog2e / pr.temperature;
   double inner = 0;
   for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
     float z[kPack], back[kPack], part = 0;
     load_row<kPack, S>(pr.student, i, c, z);
-    load(grad_probs + i * pr.classes + c, back);
+    load(in.grad_probs + i * pr.classes + c, back);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) part += back[k] * (exp2f((z[k] - s.max[0]) * unit + kScale) * s.inverse[0]);
     inner += part;
   }
-  inner = block_sum(inner, s.sums);
+  inner = in.of_probs() * block_sum(inner, s.sums);
   __syncthreads();
   if (threadIdx.x == 0) s.totals[3] = inner;
   cluster_sync();
@@ -463,10 +470,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   gradient_scales(pr, s, &ce_grad, &kl_grad);
   if (kAgain) {
     read_stats(pr, i, s, stats);
-    const float g = in.grad_loss[in.each_row ? i : 0];
+    const float g = in.of_loss(i);
     ce_grad *= g;
     kl_grad *= g;
-    if (in.grad_probs) make_inner<S, kPack>(pr, in.grad_probs, i, begin, end, s);
+    if (in.grad_probs) make_inner<S, kPack>(pr, in, i, begin, end, s);
   } else {
     make_stats<S, E, kPack>(pr, i, begin, end, s, want.stats);
   }
@@ -682,6 +689,43 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
 
 }  // namespace
 
+std::tuple<Tensor, Tensor> multi_teacher_kd_back(const KDIncoming& incoming, const Tensor& student,
+                                                 const std::vector<Tensor>& teachers,
+                                                 const std::optional<Tensor>& weights,
+                                                 const std::optional<Tensor>& labels, const Tensor& stats,
+                                                 const KDSettings& set, bool need_student_grad, bool need_weights_grad,
+                                                 const OnDevice& on) {
+  const Inputs inputs(student, teachers, weights, labels, set, on);
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  const bool none = set.reduction == "none";
+  check_shape(kOp, "grad_loss", incoming.grad_loss, none ? Shape{n} : Shape{});
+  check_shape(kOp, "stats", stats, {n, 3 + 2 * count});
+  if (incoming.grad_probs) check_shape(kOp, "grad_probs", *incoming.grad_probs, {n, c});
+  if (incoming.grad_targets) check_shape(kOp, "grad_targets", *incoming.grad_targets, {n, c});
+  auto as_float = [](const std::optional<Tensor>& t, bool wanted) -> std::optional<Tensor> {
+    if (!t || !wanted) return std::nullopt;
+    return dense(*t, ScalarType::Float);
+  };
+  auto values = [](const std::optional<Tensor>& t) {
+    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+  };
+  const auto grad_loss = as_float(incoming.grad_loss, true), divisor = as_float(incoming.divisor, true);
+  const auto back_q = as_float(incoming.grad_probs, need_student_grad);
+  const auto back_p = as_float(incoming.grad_targets, need_weights_grad);
+  const Tensor saved = dense(stats);
+  Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
+  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, ScalarType::Float);
+  Wanted want{};
+  if (need_student_grad) want.grad_student = grad_student.mutable_data_ptr();
+  want.grad_weights = data(grad_weights);
+  const Incoming in{values(grad_loss), none,           values(divisor),
+                    values(back_q),    values(back_p), static_cast<float>(incoming.probs_factor.value_or(NAN))};
+  run_rows<true>(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), on);
+  return {grad_student, grad_weights};
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::optional<Tensor> grad_probs,
                                                 std::optional<Tensor> grad_targets, const Tensor& student,
                                                 std::vector<Tensor> teachers, std::optional<Tensor> weights,
@@ -691,29 +735,12 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
                                                 bool need_student_grad, bool need_weights_grad) {
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
-  const Inputs inputs(student, teachers, weights, labels, set, on);
-  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
-  const bool none = reduction == "none";
-  check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});
-  check_shape(kOp, "stats", stats, {n, 3 + 2 * count});
-  const Tensor upstream = dense(grad_loss, ScalarType::Float), saved = dense(stats);
-  std::optional<Tensor> back_q, back_p;
-  if (grad_probs) check_shape(kOp, "grad_probs", *grad_probs, {n, c}), back_q = dense(*grad_probs, ScalarType::Float);
-  if (grad_targets)
-    check_shape(kOp, "grad_targets", *grad_targets, {n, c}), back_p = dense(*grad_targets, ScalarType::Float);
-  Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
-  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, ScalarType::Float);
-  Wanted want{};
-  if (need_student_grad) want.grad_student = grad_student.mutable_data_ptr();
-  want.grad_weights = data(grad_weights);
-  auto values = [](const std::optional<Tensor>& t) {
-    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-  };
-  const Incoming in{static_cast<const float*>(upstream.const_data_ptr()), none,
-                    need_student_grad ? values(back_q) : nullptr, need_weights_grad ? values(back_p) : nullptr};
-  run_rows<true>(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), on);
-  return {grad_student, grad_weights};
+  const KDIncoming incoming{grad_loss, grad_probs, grad_targets, std::nullopt, std::nullopt};
+  return multi_teacher_kd_back(incoming, student, teachers, weights, labels, stats, set, need_student_grad,
+                               need_weights_grad, on);
 }
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {
   m.impl("multi_teacher_kd_fwd", TORCH_BOX(&multi_teacher_kd_fwd));

@@ -22,13 +22,22 @@ KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& t
                              const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
                              const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
                              bool reduce, const OnDevice& on);
-std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::optional<Tensor> grad_probs,
-                                                std::optional<Tensor> grad_targets, const Tensor& student,
-                                                std::vector<Tensor> teachers, std::optional<Tensor> weights,
-                                                std::optional<Tensor> labels, const Tensor& stats, double temperature,
-                                                double ce_weight, double kl_weight, double kl_scale, std::string mode,
-                                                std::string reduction, int64_t ignore_index, double label_smoothing,
-                                                bool need_student_grad, bool need_weights_grad);
+
+// What comes back to the distillation.
+struct KDIncoming {
+  Tensor grad_loss;                                // scalar, or [N] for the reduction "none"
+  std::optional<Tensor> grad_probs, grad_targets;  // [N, C], through student_probs and soft_targets
+  std::optional<Tensor> divisor;                   // scalar: of the loss
+  std::optional<double> probs_factor;  // with it, grad_probs and grad_targets count factor * grad_loss times
+};
+
+// Gradients to student [N, C] and weights [N, T].
+std::tuple<Tensor, Tensor> multi_teacher_kd_back(const KDIncoming& incoming, const Tensor& student,
+                                                 const std::vector<Tensor>& teachers,
+                                                 const std::optional<Tensor>& weights,
+                                                 const std::optional<Tensor>& labels, const Tensor& stats,
+                                                 const KDSettings& set, bool need_student_grad, bool need_weights_grad,
+                                                 const OnDevice& on);
 
 // As csrc/cpu/ops.h has them. With `upstream`, one float on the device, backward adds factor * upstream * parameter to
 // the gradients of theta and v.
@@ -48,8 +57,8 @@ struct AngleRows {
   int64_t ignore_index;
 };
 
-// The loss, and its gradients to student and teacher [N, C] float32, or [0] where not needed. Three launches for N of up
-// to 128, one more up to 1024 or so.
+// The loss, and its gradients to student and teacher [N, C] float32, or [0] where not needed. Three launches for N of
+// up to 128, one more up to 1024 or so.
 std::tuple<Tensor, Tensor, Tensor> angle_rows(const AngleRows& rows, double delta, double eps,
                                               const std::string& reduction, bool need_student_grad,
                                               bool need_teacher_grad);

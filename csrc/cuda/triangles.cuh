@@ -1,0 +1,418 @@
+// All triangles of rows, each once: the three angles of both sides, their Huber loss, and its gradient to the
+// distances.
+//
+// A triangle j, i, k has an angle at each corner. With E and r as in pairs.cuh, for the corner j
+//
+//   h_j = r_ji r_jk,  psi_j = h_j (E_ji + E_jk - E_ik),  x_j = psi_j (one side) - psi_j (other),  g_j = clamp(x_j,
+//   +-delta) loss: g_j (x_j - g_j / 2)
+//
+// and with d r / d E = -r^3 every edge gets from the triangle
+//
+//   to W_ji:  (g h)_j + (g h)_i - (g h)_k - r_ji^2 [(g psi)_j + (g psi)_i]
+//
+// that is plus at its ends, where it is an arm, minus opposite; likewise W_jk and W_ik. Both orders of an angle's arms:
+// all of it counts twice. The rounded float g h goes to all three edges, where 1 / distance then cancels exactly: two
+// rows at distance e put +-1/e into two elements of W that meet in a third row's gradient. Hence E, its sums and those
+// of g h are float64 (T; on other GPUs pairs of floats), all else float32 (A).
+//
+// Cubes. Rows are cut into blocks; a cube is three blocks J <= I <= K. Those with J + I + K = p modulo the number of
+// blocks are phase p: any two blocks determine the third, so that in a phase every tile of W belongs to one cube alone.
+// Phases run one after another, in one matrix W; or side by side, as many as there are slots with a W of their own.
+// Nothing is summed in an order that depends on timing.
+//
+// triangles_kernel, grid (tiles, slots): the block of tile (J, I) leaves at once unless K >= I. It goes over corners of
+// 16 x 16 pairs (i, k); every warp takes rows j of its own. A lane has 4 x 2 pairs of the corner in registers: E and r
+// of both sides, and the sums that belong to (i, k), to be added over the warps at the end of the corner. What a row j
+// adds to (j, i) and (j, k) is summed over the lanes by shuffles and kept in shared memory, where one warp alone
+// touches row j. Where blocks coincide the whole cube is made all the same: each triangle then comes up in all orders,
+// two (six) times, every sum over the third row is complete in any of them, and only i = k, say, must be left out.
+//
+// Work for a triangle with one gradient: 18 float64 additions, 9 conversions from or to float64 and 36 float32
+// instructions; around them about 8 for loads and lane sums. Traffic: 3 tiles of E and r, 3 of W read and written: 3.8
+// bytes a triangle at kBlock = 32.
+#pragma once
+
+#include "pairs.cuh"
+
+namespace amtml::gpu {
+
+enum class Kind {
+  kLoss,
+  kGradient,    // of the first kPlanes sides, and the loss
+  kWeighted,    // the same with a weight for each vertex; no loss
+  kVertexLoss,  // losses instead of gradients: plane 0 of a pair (a, b) with a before b is for row a, plane 1 for row b
+};
+
+template <class Tile_, Kind kKind_, int kPlanes_>
+struct Config {
+  using Tile = Tile_;
+  using T = typename Tile::T;
+  using A = typename Tile::A;
+  static constexpr Kind kKind = kKind_;
+  static constexpr int kBlock = Tile::kBlock, kArea = Tile::kArea, kPlanes = kPlanes_;
+  static constexpr int kI = sizeof(A) == 8 ? 2 : 4, kK = 2;           // pairs of a lane
+  static constexpr int kLanesI = 4, kLanesK = kWarp / kLanesI;        // lanes of a corner
+  static constexpr int kRowsI = kI * kLanesI, kRowsK = kK * kLanesK;  // rows of a corner
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr int kResident = sizeof(A) == 4 && kPlanes <= 1 ? 3 : 2;  // blocks of a multiprocessor
+};
+
+template <class Tile>
+struct Triangles {
+  const Tile* tiles;
+  const float* weight;     // [blocks, kBlock], or null
+  typename Tile::T* sums;  // [planes, slots, tiles, kArea]
+  double* loss;            // [slots, tiles], or null
+  int64_t tile_count;
+  int64_t plane;      // elements of a plane of sums
+  int blocks, phase;  // of slot 0
+  bool first;         // of the launches: sums are not added to what is there
+  typename Tile::A delta;
+};
+
+// The numbers of three blocks and of the tiles between them.
+struct Cube {
+  int j, i, k;
+  int ji, jk, ik;
+
+  __device__ __forceinline__ Cube(int tile, int phase, int blocks) : ji(tile) {
+    const BlockPair at = blocks_of(tile);
+    j = at.x, i = at.y, k = (phase + 2 * blocks - j - i) % blocks;
+    jk = k * (k + 1) / 2 + j, ik = k * (k + 1) / 2 + i;
+  }
+  __device__ __forceinline__ bool exists() const { return k >= i; }
+  __device__ __forceinline__ bool diagonal() const { return j == i || i == k; }
+  // In how many orders each triangle comes up.
+  __device__ __forceinline__ int orders() const { return j == k ? 6 : diagonal() ? 2 : 1; }
+  // Of an angle, how much of its loss to take each time: of three equal blocks, the tile (j, i) is not stored.
+  __device__ __forceinline__ double share() const { return j == k ? 0.25 : 1.0 / orders(); }
+};
+
+// --- sums of an edge
+
+// Of a gradient: the two parts of W.
+template <class T, class A>
+struct alignas(16) GradientSum {
+  T gh;
+  A gpsi;
+
+  __device__ __forceinline__ void operator+=(const GradientSum& b) { gh += b.gh, gpsi += b.gpsi; }
+  __device__ __forceinline__ GradientSum from(int by) const { return {from_lane(gh, by), from_lane(gpsi, by)}; }
+  __device__ __forceinline__ T total(A r) const {
+    if constexpr (std::is_same_v<T, double>) return gh - static_cast<double>(r) * r * gpsi;
+    return gh + static_cast<T>(-(r * r) * gpsi);
+  }
+};
+
+template <class T, class A>
+struct LossSum {
+  A loss;
+
+  __device__ __forceinline__ void operator+=(const LossSum& b) { loss += b.loss; }
+  __device__ __forceinline__ LossSum from(int by) const { return {from_lane(loss, by)}; }
+  __device__ __forceinline__ T total(A) const { return static_cast<T>(loss); }
+};
+
+template <class C>
+using SumOf = std::conditional_t<C::kKind == Kind::kVertexLoss, LossSum<typename C::T, typename C::A>,
+                                 GradientSum<typename C::T, typename C::A>>;
+
+// Which of kCount sums sum_over_lanes leaves to a lane.
+template <int kCount>
+__device__ __forceinline__ int left_to(int lane, int by) {
+  int at = 0;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, by *= 2) at += lane & by ? half : 0;
+  return at;
+}
+
+// Sums over the kLanes lanes that differ in the bits from `by` on: each time half of the lanes take over half of the
+// sums. The total of the one that is left to this lane.
+template <int kCount, int kLanes, class Sum>
+__device__ __forceinline__ Sum sum_over_lanes(Sum (&sums)[kCount], int lane, int by) {
+  const int end = by * kLanes;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2, by *= 2) {
+    const bool upper = lane & by;
+#pragma unroll
+    for (int m = 0; m < half; ++m) {
+      const Sum given = upper ? sums[m] : sums[m + half];
+      if (upper) sums[m] = sums[m + half];
+      sums[m] += given.from(by);
+    }
+  }
+#pragma unroll
+  for (; by < end; by *= 2) sums[0] += sums[0].from(by);
+  return sums[0];
+}
+
+template <class C>
+struct CubeScratch {
+  static constexpr int kPlanes = C::kPlanes > 0 ? C::kPlanes : 1;
+  SumOf<C> ji[kPlanes][C::kBlock][C::kBlock], jk[kPlanes][C::kBlock][C::kBlock];  // row j of either belongs to a warp
+  SumOf<C> ik[C::kWarps][C::kI][C::kK][kWarp];                                    // of every lane
+  double loss[kWarp];
+  Cube cube;             // here because registers are scarce
+  double* partial_loss;  // likewise
+};
+
+// --- one triangle
+
+template <class T, class A>
+struct Edge {
+  T e;
+  A r;
+};
+
+// NaN stays NaN.
+__device__ __forceinline__ float clamped(float x, float limit) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(limit));
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(-limit));
+  return x;
+#else
+  const float low = x > limit ? limit : x;
+  return low < -limit ? -limit : low;
+#endif
+}
+__device__ __forceinline__ double clamped(double x, double limit) {
+  const double low = x > limit ? limit : x;
+  return low < -limit ? -limit : low;
+}
+
+// Not to be contracted with what it is added to: a product that goes to several places must be the same in all of them.
+__device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
+
+// At j, i and k.
+template <class T, class A>
+__device__ __forceinline__ void angles(const Edge<T, A>& ji, const Edge<T, A>& jk, const Edge<T, A>& ik, A (&h)[3],
+                                       A (&psi)[3]) {
+  const T difference = ji.e - jk.e;
+  h[0] = product(ji.r, jk.r), h[1] = product(ji.r, ik.r), h[2] = product(jk.r, ik.r);
+  psi[0] = product(static_cast<A>(ji.e + jk.e - ik.e), h[0]);
+  psi[1] = product(static_cast<A>(ik.e + difference), h[1]);
+  psi[2] = product(static_cast<A>(ik.e - difference), h[2]);
+}
+
+// What a triangle adds to its edges; g and h at j, i and k.
+template <class T, class A>
+__device__ __forceinline__ void add_gradient(const A (&g)[3], const A (&h)[3], const A (&psi)[3], GradientSum<T, A>& ji,
+                                             GradientSum<T, A>& jk, GradientSum<T, A>& ik) {
+  const T at_j = static_cast<T>(product(g[0], h[0])), at_i = static_cast<T>(product(g[1], h[1]));
+  const T at_k = static_cast<T>(product(g[2], h[2])), difference = at_i - at_k;
+  ji.gh += at_j + difference;
+  jk.gh += at_j - difference;
+  ik.gh += at_i + at_k - at_j;
+  ji.gpsi += g[0] * psi[0], ji.gpsi += g[1] * psi[1];
+  jk.gpsi += g[0] * psi[0], jk.gpsi += g[2] * psi[2];
+  ik.gpsi += g[1] * psi[1], ik.gpsi += g[2] * psi[2];
+}
+
+// --- one corner of a cube
+
+// What a lane keeps of it in registers.
+template <class C>
+struct Corner {
+  using Tile = typename C::Tile;
+  using T = typename C::T;
+  using A = typename C::A;
+  static constexpr int kPlanes = CubeScratch<C>::kPlanes;
+
+  int i, k;  // of the lane's first pair, within their blocks
+  Edge<T, A> edge[2][C::kI][C::kK];
+  SumOf<C> sum[kPlanes][C::kI][C::kK];
+  A weight_i[C::kI], weight_k[C::kK];
+
+  __device__ __forceinline__ Corner(const Triangles<Tile>& all, const Cube& cube, int i0, int k0, int lane)
+      : i(i0 + lane / C::kLanesK * C::kI), k(k0 + lane % C::kLanesK * C::kK) {
+#pragma unroll
+    for (int p = 0; p < C::kI; ++p) {
+      load_edges<C::kK>(all.tiles[cube.ik], 0, (i + p) * C::kBlock + k, edge[0][p]);
+      load_edges<C::kK>(all.tiles[cube.ik], 1, (i + p) * C::kBlock + k, edge[1][p]);
+#pragma unroll
+      for (int q = 0; q < C::kK; ++q) {
+#pragma unroll
+        for (int s = 0; s < kPlanes; ++s) sum[s][p][q] = {};
+      }
+      if constexpr (C::kKind == Kind::kWeighted) weight_i[p] = all.weight[cube.i * C::kBlock + i + p];
+    }
+    if constexpr (C::kKind == Kind::kWeighted) {
+#pragma unroll
+      for (int q = 0; q < C::kK; ++q) weight_k[q] = all.weight[cube.k * C::kBlock + k + q];
+    }
+  }
+
+  template <int kCount>
+  static __device__ __forceinline__ void load_edges(const Tile& tile, int side, int at, Edge<T, A> (&to)[kCount]) {
+    const auto e = *reinterpret_cast<const Pack<T, kCount>*>(&tile.e[side][at]);
+    const auto r = *reinterpret_cast<const Pack<A, kCount>*>(&tile.r[side][at]);
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) to[m] = {e.at[m], r.at[m]};
+  }
+
+  // All triangles of row j of its block with the lane's pairs. kDiagonal: where blocks coincide, a row may be met
+  // twice.
+  template <bool kDiagonal>
+  __device__ __forceinline__ A add_row(const Triangles<Tile>& all, int j, int lane, CubeScratch<C>& scratch) {
+    const Cube& cube = scratch.cube;
+    Edge<T, A> ji[2][C::kI], jk[2][C::kK];
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      load_edges<C::kI>(all.tiles[cube.ji], s, j * C::kBlock + i, ji[s]);
+      load_edges<C::kK>(all.tiles[cube.jk], s, j * C::kBlock + k, jk[s]);
+    }
+    SumOf<C> sum_ji[kPlanes][C::kI] = {}, sum_jk[kPlanes][C::kK] = {};
+    A weight_j = 1, loss = 0;
+    if constexpr (C::kKind == Kind::kWeighted) weight_j = all.weight[cube.j * C::kBlock + j];
+#pragma unroll
+    for (int q = 0; q < C::kK; ++q) {
+#pragma unroll
+      for (int p = 0; p < C::kI; ++p) {
+        A h[2][3], psi[2][3], g[3], value[3];
+#pragma unroll
+        for (int s = 0; s < 2; ++s) angles(ji[s][p], jk[s][q], edge[s][p][q], h[s], psi[s]);
+#pragma unroll
+        for (int m = 0; m < 3; ++m) {
+          const A x = psi[0][m] - psi[1][m];
+          g[m] = clamped(x, all.delta);
+          if constexpr (kDiagonal) {
+            if (same_arms(cube, m, j, i + p, k + q)) g[m] = 0;
+          }
+          value[m] = x - g[m] * A(0.5);
+        }
+        if constexpr (C::kKind == Kind::kVertexLoss) {
+          const A share = static_cast<A>(cube.share());
+          sum_ji[0][p].loss += share * g[0] * value[0];
+          sum[0][p][q].loss += share * g[1] * value[1];
+          sum[1][p][q].loss += share * g[2] * value[2];
+        } else {
+          if constexpr (C::kKind == Kind::kWeighted) {
+            g[0] *= weight_j, g[1] *= weight_i[p], g[2] *= weight_k[q];
+          } else {
+#pragma unroll
+            for (int m = 0; m < 3; ++m) loss += g[m] * value[m];
+          }
+#pragma unroll
+          for (int s = 0; s < C::kPlanes; ++s) add_gradient(g, h[s], psi[s], sum_ji[s][p], sum_jk[s][q], sum[s][p][q]);
+        }
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < C::kPlanes; ++s) {
+      const SumOf<C> of_ji = sum_over_lanes<C::kI, C::kLanesK>(sum_ji[s], lane, 1);
+      const SumOf<C> of_jk = sum_over_lanes<C::kK, C::kLanesI>(sum_jk[s], lane, C::kLanesK);
+      const int at_i = i + left_to<C::kI>(lane, 1), at_k = k + left_to<C::kK>(lane, C::kLanesK);
+      if (lane % C::kLanesK < C::kI) add(scratch.ji[s][j][at_i], of_ji, k < C::kRowsK);
+      if (lane / C::kLanesK < C::kK) add(scratch.jk[s][j][at_k], of_jk, i < C::kRowsI);
+    }
+    return loss;
+  }
+
+  // Whether corner m's two arms are one.
+  static __device__ __forceinline__ bool same_arms(const Cube& cube, int m, int j, int i, int k) {
+    if (m == 0) return cube.i == cube.k && i == k;
+    if (m == 1) return cube.j == cube.k && j == k;
+    return cube.j == cube.i && j == i;
+  }
+  static __device__ __forceinline__ void add(SumOf<C>& to, SumOf<C> sum, bool first) {
+    if (!first) sum += to;
+    to = sum;
+  }
+};
+
+// --- a cube
+
+// One element of W, or adds to it.
+template <class C>
+__device__ __forceinline__ void store_sum(const Triangles<typename C::Tile>& all, int plane, int64_t tile, int at,
+                                          const SumOf<C>& sum) {
+  auto* to = all.sums + plane * all.plane + (blockIdx.y * all.tile_count + tile) * C::kArea + at;
+  const auto total = sum.total(all.tiles[tile].r[plane][at]);
+  *to = all.first ? total : *to + total;
+}
+
+// Adds a corner's sums over the warps.
+template <class C>
+__device__ __forceinline__ void store_corner(const Triangles<typename C::Tile>& all, const Corner<C>& corner, int i0,
+                                             int k0, CubeScratch<C>& scratch) {
+#pragma unroll
+  for (int s = 0; s < C::kPlanes; ++s) {
+#pragma unroll
+    for (int p = 0; p < C::kI; ++p) {
+#pragma unroll
+      for (int q = 0; q < C::kK; ++q) {
+        scratch.ik[threadIdx.x / kWarp][p][q][threadIdx.x % kWarp] = corner.sum[s][p][q];
+      }
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < C::kRowsI * C::kRowsK; e += C::kThreads) {
+      const int i = e / C::kRowsK, k = e % C::kRowsK, lane = i / C::kI * C::kLanesK + k / C::kK;
+      SumOf<C> sum = scratch.ik[0][i % C::kI][k % C::kK][lane];
+#pragma unroll
+      for (int warp = 1; warp < C::kWarps; ++warp) sum += scratch.ik[warp][i % C::kI][k % C::kK][lane];
+      store_sum<C>(all, s, scratch.cube.ik, (i0 + i) * C::kBlock + k0 + k, sum);
+    }
+    __syncthreads();
+  }
+}
+
+// The sums of (j, i) and (j, k), each warp those of its own rows j. Of two tiles that are one, one is enough.
+template <class C>
+__device__ __forceinline__ void store_rows(const Triangles<typename C::Tile>& all, const CubeScratch<C>& scratch) {
+  const Cube& cube = scratch.cube;
+  const bool keep_ji = cube.j != cube.k, keep_jk = cube.j != cube.i && cube.i != cube.k;
+  __syncwarp();
+#pragma unroll
+  for (int s = 0; s < C::kPlanes; ++s) {
+#pragma unroll 1
+    for (int j = threadIdx.x / kWarp; j < C::kBlock; j += C::kWarps) {
+#pragma unroll 1
+      for (int e = threadIdx.x % kWarp; e < C::kBlock; e += kWarp) {
+        if (keep_ji) store_sum<C>(all, s, cube.ji, j * C::kBlock + e, scratch.ji[s][j][e]);
+        if (keep_jk) store_sum<C>(all, s, cube.jk, j * C::kBlock + e, scratch.jk[s][j][e]);
+      }
+    }
+  }
+}
+
+// The loss of the thread's share.
+template <class C, bool kDiagonal>
+__device__ __forceinline__ double sweep(const Triangles<typename C::Tile>& all, CubeScratch<C>& scratch) {
+  const int lane = threadIdx.x % kWarp;
+  double loss = 0;
+  for (int i0 = 0; i0 < C::kBlock; i0 += C::kRowsI) {
+    for (int k0 = 0; k0 < C::kBlock; k0 += C::kRowsK) {
+      Corner<C> corner(all, scratch.cube, i0, k0, lane);
+#pragma unroll 1
+      for (int n = 0; n < C::kBlock; n += C::kWarps) {  // as many for every warp: the compiler sees that none diverges
+        loss += corner.template add_row<kDiagonal>(all, n + threadIdx.x / kWarp, lane, scratch);
+      }
+      store_corner(all, corner, i0, k0, scratch);
+    }
+  }
+  store_rows(all, scratch);
+  return loss;
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Triangles<typename C::Tile> all) {
+  const int phase = all.phase + blockIdx.y;
+  if (phase >= all.blocks) return;
+  const Cube cube(blockIdx.x, phase, all.blocks);
+  double* const partial_loss = all.loss ? all.loss + blockIdx.y * all.tile_count + blockIdx.x : nullptr;
+  if (!cube.exists()) {
+    if (threadIdx.x == 0 && partial_loss && all.first) *partial_loss = 0;
+    return;
+  }
+  auto& scratch = shared<CubeScratch<C>>();
+  if (threadIdx.x == 0) scratch.cube = cube, scratch.partial_loss = partial_loss;
+  __syncthreads();
+  double loss = cube.diagonal() ? sweep<C, true>(all, scratch) : sweep<C, false>(all, scratch);
+  if (!scratch.partial_loss) return;
+  loss = block_sum(loss, scratch.loss) / scratch.cube.orders();
+  if (threadIdx.x == 0) *scratch.partial_loss = all.first ? loss : *scratch.partial_loss + loss;
+}
+
+}  // namespace amtml::gpu

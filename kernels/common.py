@@ -1,0 +1,42 @@
+"""What several kernels share: what the compiler may know about sizes, and where the pixels of a map lie."""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def alignment(*numbers: int) -> int:
+    """The largest power of 2 up to 16 that divides all of them."""
+    return math.gcd(16, *numbers)
+
+
+def power_of_2(n: int, most: int) -> int:
+    """The smallest power of 2 from n on, but not above ``most`` and not below 1."""
+    return min(triton.next_power_of_2(max(n, 1)), max(most, 1))
+
+
+def plane_strides(t: Tensor) -> tuple[int, int, bool]:
+    """Strides of the rows and columns of [N, c, H, W], and whether pixel p lies p columns from the first."""
+    height, width = t.shape[2:]
+    down, along = t.stride()[2:]
+    if width == 1:
+        along = down
+    return down, along, height == 1 or width == 1 or down == width * along
+
+
+@triton.jit
+def aligned(n, ALIGN: tl.constexpr):
+    """n, which ALIGN divides: so the compiler learns it, and moves up to 16 bytes at a time."""
+    return n // ALIGN * ALIGN
+
+
+@triton.jit
+def pixel_offset(p, width, down, along, FLAT: tl.constexpr):
+    """Where pixel p of a plane lies."""
+    if FLAT:
+        offset = p.to(tl.int64) * along
+    else:
+        offset = (p // width).to(tl.int64) * down + (p % width).to(tl.int64) * along
+    return offset

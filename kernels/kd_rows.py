@@ -1,0 +1,310 @@
+"""The rows of multi_teacher_kd: their softmax sums, mixture, logarithms and gradients, as pieces of a kernel.
+
+A tile is [rows, classes] float32, -inf outside; what there is of every row is [rows, 1], of every teacher a tuple. A
+row has the maximum and the sum of exp((x - maximum) / tau) of the student (m, s; s1 with tau = 1) and of every teacher
+(maxima, sums). rate is log2(e) / (2 tau), rate1 log2(e), and half is half of log2 exp((x - maximum) / tau).
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from .common import aligned
+
+FLOOR: tl.constexpr = tl.constexpr(2.0**-64)  # least exponential that a ratio is taken to; ``half`` has the rest
+LN2: tl.constexpr = tl.constexpr(math.log(2))
+SQRT_HALF: tl.constexpr = tl.constexpr(0x3F3504F3)  # its bits
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def find_rows(n, labels, label_stride, ignore_index, c, ROWS: tl.constexpr):
+    """The rows of this program, which of them exist, which count, and their labels."""
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    inside = rows < n
+    used = inside
+    label = None
+    if labels is not None:
+        label = tl.load(labels + rows * label_stride, mask=inside, other=ignore_index)
+        used = inside & (label != ignore_index)
+        tl.device_assert(((label >= 0) & (label < c)) | (label == ignore_index), "a label is out of range")
+    return rows, inside, used, label
+
+
+@triton.jit
+def load(matrix, rows, stride, cols, keep, ALIGN: tl.constexpr, OTHER: tl.constexpr):
+    """Elements in float32, OTHER where they are not to be kept."""
+    return tl.load(matrix + rows * aligned(stride, ALIGN) + cols, mask=keep, other=OTHER).to(tl.float32)
+
+
+@triton.jit
+def load_all(matrices, rows, strides, cols, keep, ALIGN: tl.constexpr):
+    out = ()
+    for t in tl.static_range(len(matrices)):
+        out = out + (load(matrices[t], rows, strides[t], cols, keep, ALIGN, -float("inf")),)
+    return out
+
+
+@triton.jit
+def load_weights(weights, rows, row_stride, stride, used, T: tl.constexpr):
+    """The weights of rows, uniform if there are none, and their sum."""
+    out = ()
+    total = tl.zeros(rows.shape, tl.float32)
+    for t in tl.static_range(T):
+        if weights is None:
+            w = tl.full(rows.shape, 1.0 / T, tl.float32)
+        else:
+            w = tl.load(weights + rows * row_stride + t * stride, mask=used, other=0.0).to(tl.float32)
+        total += w
+        out = out + (w,)
+    return out, total
+
+
+@triton.jit
+def square(x):
+    """2^y from x = 2^(y/2): down to the smallest float32, where Triton's exp2 flushes to 0 below 2^-126."""
+    return x * x
+
+
+@triton.jit
+def held_sums(x, rate, rate1):
+    """Maximum of rows in registers, and their sums of exponentials at tau and, if rate1 is not None, at 1."""
+    m = tl.max(x, axis=1, keep_dims=True)
+    s = tl.sum(square(tl.exp2((x - m) * rate)), axis=1, keep_dims=True)
+    s1 = s
+    if rate1 is not None:
+        s1 = tl.sum(tl.exp2((x - m) * rate1), axis=1, keep_dims=True)
+    return m, s, s1
+
+
+@triton.jit
+def streamed_sums(x, rows, stride, c, used, rate, rate1, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    """The same of a row that is read in chunks: every lane has its own maximum, and one exponential an element."""
+    m = tl.full([1, BLOCK], LOWEST, tl.float32)  # finite: -inf - m is no NaN
+    s = tl.zeros([1, BLOCK], tl.float32)
+    s1 = tl.zeros([1, BLOCK], tl.float32)
+    for step in range(STEPS):
+        cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+        value = load(x, rows, stride, cols, used & (cols < c), ALIGN, -float("inf"))
+        rises = value > m
+        below = -tl.abs(value - m)  # a NaN does not rise and makes the sum NaN
+        e = square(tl.exp2(below * rate))
+        s = tl.where(rises, s * e + 1.0, s + e)
+        if rate1 is not None:
+            e1 = tl.exp2(below * rate1)
+            s1 = tl.where(rises, s1 * e1 + 1.0, s1 + e1)
+        m = tl.where(rises, value, m)
+    top = tl.max(m, axis=1, keep_dims=True)
+    total = tl.sum(s * square(tl.exp2((m - top) * rate)), axis=1, keep_dims=True)
+    total = tl.where(total == 0, float("nan"), total)  # a row of -inf
+    total1 = total
+    if rate1 is not None:
+        total1 = tl.sum(s1 * tl.exp2((m - top) * rate1), axis=1, keep_dims=True)
+    return top, total, total1
+
+
+@triton.jit
+def softmax_sums(
+    x, rows, stride, c, used, rate, rate1,
+    HELD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Maximum and sums of rows, where x is what they hold or where they are."""
+    if HELD:
+        out = held_sums(x, rate, rate1)
+    else:
+        out = streamed_sums(x, rows, stride, c, used, rate, rate1, ALIGN, BLOCK, STEPS)
+    return out
+
+
+@triton.jit
+def store_stats(stats, rows, inside, used, m, s, s1, maxima, sums):
+    """Rows of stats [N, 3 + 2T]: maximum and sums (at tau, at 1) of the student, maximum and sum of every teacher."""
+    T: tl.constexpr = len(sums)
+    at = stats + rows * (3 + 2 * T)
+    tl.store(at, tl.where(used, m, 0.0), mask=inside)
+    tl.store(at + 1, tl.where(used, s, 0.0), mask=inside)
+    tl.store(at + 2, tl.where(used, s1, 0.0), mask=inside)
+    for t in tl.static_range(T):
+        tl.store(at + 3 + 2 * t, tl.where(used, maxima[t], 0.0), mask=inside)
+        tl.store(at + 4 + 2 * t, tl.where(used, sums[t], 0.0), mask=inside)
+
+
+@triton.jit
+def load_stats(stats, rows, used, T: tl.constexpr):
+    at = stats + rows * (3 + 2 * T)
+    maxima = ()
+    sums = ()
+    for t in tl.static_range(T):
+        maxima = maxima + (tl.load(at + 3 + 2 * t, mask=used, other=0.0),)
+        sums = sums + (tl.load(at + 4 + 2 * t, mask=used, other=1.0),)
+    m = tl.load(at, mask=used, other=0.0)
+    s = tl.load(at + 1, mask=used, other=1.0)
+    s1 = tl.load(at + 2, mask=used, other=1.0)
+    return m, s, s1, maxima, sums
+
+
+@triton.jit
+def inverses_of(sums, weights):
+    """1 / sum of every teacher; 0 where a teacher without weight has no softmax: 0 * NaN is 0."""
+    out = ()
+    for t in tl.static_range(len(sums)):
+        dead = (weights[t] == 0) & (sums[t] != sums[t])
+        out = out + (tl.where(dead, 0.0, 1.0 / sums[t]),)
+    return out
+
+
+@triton.jit
+def log_ratios_of(sums, s, MIXTURE: tl.constexpr):
+    """log sum_t / sum of every teacher, which mode ``sum`` needs."""
+    out = ()
+    for t in tl.static_range(0 if MIXTURE else len(sums)):
+        out = out + (tl.log(sums[t] / s),)
+    return out
+
+
+@triton.jit
+def mix(xs, maxima, inverses, weights, rate):
+    """Of every teacher half and exponential; and the mixture p = sum_t w_t p_t."""
+    halves = ()
+    exps = ()
+    p = tl.zeros(xs[0].shape, tl.float32)
+    for t in tl.static_range(len(xs)):
+        half = (xs[t] - maxima[t]) * rate
+        e = tl.where(inverses[t] == 0, 0.0, square(tl.exp2(half)))
+        p += (weights[t] * inverses[t]) * e
+        halves = halves + (half,)
+        exps = exps + (e,)
+    return halves, exps, p
+
+
+@triton.jit
+def log_ratio(p, e, half, ratio):
+    """log(p / (ratio e)), 0 where p is 0, and p - ratio e. Loses a NaN; ``slopes`` brings it back."""
+    base = ratio * tl.maximum(e, FLOOR)
+    difference = p - base
+    inverse = 1.0 / base
+    quotient = (p * 16777216.0) * inverse  # 2^24: a subnormal p becomes normal
+    bits = quotient.to(tl.int32, bitcast=True) - (SQRT_HALF + 24 * 8388608)
+    exponent = bits >> 23
+    mantissa = ((bits & 0x7FFFFF) + SQRT_HALF).to(tl.float32, bitcast=True)  # from 2^-1/2 to 2^1/2
+    f = tl.where(exponent == 0, difference * inverse, mantissa - 1.0)
+    g = f * 0.0897955596446991 - 0.14426901936531067  # log(1 + f) = f + f^2 g(f) to 1e-7
+    g = g * f + 0.14883683621883392
+    g = g * f - 0.16551785171031952
+    g = g * f + 0.19963476061820984
+    g = g * f - 0.25002583861351013
+    g = g * f + 0.3333393335342407
+    g = g * f - 0.4999998211860657
+    log = g * (f * f) + f
+    log = exponent.to(tl.float32) * LN2 + log
+    log += tl.maximum(half * (-2 * LN2) - 64 * LN2, 0.0)
+    return tl.where(p == 0, 0.0, log), difference
+
+
+@triton.jit
+def folded(x, FOLD: tl.constexpr, ALIGN: tl.constexpr):
+    """Sums by FOLD of what a thread holds, neighbours where it reads vectors: whole tiles would fill its registers."""
+    if FOLD > 1:
+        if ALIGN == 1:
+            x = tl.sum(tl.reshape(x, [x.shape[0], FOLD, x.shape[1] // FOLD]), axis=1)
+        else:
+            x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // FOLD, FOLD]), axis=2)
+    return x
+
+
+@triton.jit
+def add(sums, terms, FOLD: tl.constexpr, ALIGN: tl.constexpr):
+    out = ()
+    for t in tl.static_range(len(sums)):
+        out = out + (sums[t] + folded(terms[t], FOLD, ALIGN),)
+    return out
+
+
+@triton.jit
+def times(terms, by):
+    out = ()
+    for t in tl.static_range(len(terms)):
+        out = out + (terms[t] * by,)
+    return out
+
+
+@triton.jit
+def divergence_terms(e, half, halves, exps, p, s, total, sums, log_ratios, MIXTURE: tl.constexpr):
+    """What a class adds to the KL of the mixture; and, times sum_t, to d KL / d w_t or (mode sum) to KL_t."""
+    value = p
+    out = ()
+    if MIXTURE:
+        log, difference = log_ratio(p, e, half, total / s)
+        value = p * log - difference
+        by = log + (1.0 + tl.log(total))
+        for t in tl.static_range(len(exps)):  # p_t = 0 and p = 0 count 0, whatever the logarithm is
+            out = out + (tl.where((exps[t] == 0) | (p == 0), 0.0, exps[t] * by),)
+    else:
+        for t in tl.static_range(len(exps)):
+            log = (halves[t] - half) * (2 * LN2) - log_ratios[t]
+            out = out + (tl.where(exps[t] == 0, 0.0, exps[t] * log) - (exps[t] - e * (sums[t] / s)),)
+    return value, out
+
+
+@triton.jit
+def slopes(dots, weights, inverses, ratio, MIXTURE: tl.constexpr):
+    """d KL / d w_t, which for ``sum`` is KL_t, from the sums of ``divergence_terms``."""
+    poison = 0.0 * ratio
+    for t in tl.static_range(len(inverses)):
+        poison += 0.0 * inverses[t]
+    out = ()
+    for t in tl.static_range(len(dots)):
+        dot = tl.sum(dots[t], axis=1, keep_dims=True) * inverses[t]
+        if MIXTURE:
+            dot += poison
+        else:  # without weight a teacher counts only if it has a KL
+            dot = tl.where((weights[t] == 0) & ((inverses[t] == 0) | (tl.abs(dot) == float("inf"))), 0.0, dot)
+        out = out + (dot,)
+    return out
+
+
+@triton.jit
+def student_grad(z, e, p, cols, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even):
+    """d loss / d z of a tile, from d loss / d CE and d loss / d KL of its rows."""
+    b = kl_grad * per_tau
+    a = tl.where(b == 0, 0.0, b * total) / s
+    grad = a * e - tl.where(b == 0, 0.0, b * p)  # where the KL has no weight a teacher may hold NaN
+    if label is not None:
+        e1 = e
+        if rate1 is not None:
+            e1 = tl.exp2((z - m) * rate1)
+        grad += (ce_grad / s1) * e1 - ce_grad * even
+        grad -= tl.where(cols == label, ce_grad * (1.0 - smoothing), 0.0)
+    return grad
+
+
+@triton.jit
+def cross_entropy(z, label, used, c, m, s1, below, smoothing, SMOOTH: tl.constexpr):
+    """-(1 - smoothing) log q1_label - smoothing / C sum_c log q1_c; z points to rows, below is sum_c m - z_c."""
+    log_sum = tl.log(s1)
+    at_label = tl.load(z + label, mask=used & (label >= 0) & (label < c), other=float("nan")).to(tl.float32)
+    ce = log_sum - (at_label - m)
+    if SMOOTH:
+        ce = (1.0 - smoothing) * ce + smoothing * (log_sum + below / c)
+    return ce
+
+
+@triton.jit
+def weighted(ce, kl, ce_weight, kl_weight):
+    """ce_weight ce + kl_weight kl, in which 0 * infinity is 0."""
+    return tl.where(ce_weight == 0, 0.0, ce_weight * ce) + tl.where(kl_weight == 0, 0.0, kl_weight * kl)
+
+
+@triton.jit
+def per_row(counts, stride, num_counts, ignore_index, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / how many rows count: of their labels (COUNT "labels"), of partial counts ("parts"), or 1."""
+    out = tl.full([1, 1], 1.0, tl.float32)
+    if COUNT != "none":
+        i = tl.arange(0, BLOCK)
+        if COUNT == "labels":
+            count = tl.load(counts + i * stride, mask=i < num_counts, other=ignore_index) != ignore_index
+        else:
+            count = tl.load(counts + i, mask=i < num_counts, other=0)
+        out /= tl.maximum(tl.sum(count.to(tl.int32), axis=0), 1).to(tl.float32)
+    return out

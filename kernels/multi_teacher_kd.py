@@ -1,0 +1,464 @@
+"""Weighted multi-teacher distillation: cross-entropy, weighted KL and their gradients.
+
+    q = softmax(z / tau), p_t = softmax(z_t / tau), p = sum_t w_t p_t, W = sum_t w_t      per row
+    KL = sum_c p (log p - log q)   (mixture)    or    sum_t w_t sum_c p_t (log p_t - log q)   (sum)
+    dKL/dz = (W q - p) / tau
+    dKL/dw_t = sum_c p_t (log p - log q + 1)    or    sum_c p_t (log p_t - log q)
+
+Shapes   student z [N, C] and T teachers z_t [N, C] in float32|bfloat16|float16, each its own, read in place where C is
+         dense; weights [N, T] float32; labels [N] int64 -> losses [] or [N], stats [N, 3 + 2T] and gradients, float32
+         (backward: the student's in its dtype)
+Grid     one program for a tile of whole rows. Tiles of up to HELD_BYTES are read once and stay in registers; a longer
+         row is read twice, in chunks: first for maxima and sums (each lane its own, so that the loop has no barrier),
+         then for all that follows from them. Backward has those in stats and reads every row once. One or two small
+         kernels more count the rows and add them up
+Traffic  (T + 1) N C elements in, and one out where there is a gradient; twice that in for long rows, the second time
+         from L2 where that holds them. Memory should bind in float32; in 16 bits arithmetic comes close: T + 2
+         exponentials and a division an element, and T + 2 exponentials more for long rows
+
+A KL near 0 is made of terms that cancel, so each class adds p log(p / W q) - (p - W q), in which p and q are the
+numbers that the gradient is made of: what approximate exponentials and rounded sums leave of sum p = W and sum q = 1
+then counts in second order only. The logarithm is a polynomial of (p - W q) / W q where the two are close. It and the
+exponential (a square: 2^x = (2^(x/2))^2) reach down to the smallest float32, where Triton's own flush to 0.
+
+A label out of range is an error only with TRITON_DEBUG=1: to look would cost a synchronisation. Without, it makes the
+loss of its row NaN, and nothing outside of the row is read or written. Weights are not looked at.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import aligned, alignment
+from .kd_rows import (
+    add,
+    cross_entropy,
+    divergence_terms,
+    find_rows,
+    folded,
+    inverses_of,
+    load,
+    load_all,
+    load_stats,
+    load_weights,
+    log_ratios_of,
+    mix,
+    per_row,
+    slopes,
+    softmax_sums,
+    square,
+    store_stats,
+    student_grad,
+    times,
+    weighted,
+)
+
+HELD_BYTES = 40960  # what a tile may keep in registers, T + 2 numbers a class: two programs share a multiprocessor
+CHUNK_BYTES = 4096  # of an input at a time in longer rows
+INLINE = 1024  # rows whose labels every program counts itself
+SPAN = 4096  # rows that one program adds up
+# Elements that a program takes, and the programs to have before that. An interpreted one is slow, whatever it takes.
+TILE, PROGRAMS = (65536, 3) if triton.knobs.runtime.interpret else (1024, 128)
+OPTIONS = dict(enable_fp_fusion=True)  # the default differs between versions of Triton
+
+
+@triton.jit(do_not_specialize=["n"])
+def _count_rows_kernel(labels, label_stride, parts, n, ignore_index, SPAN: tl.constexpr):
+    """How many of SPAN rows count."""
+    rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+    count = tl.load(labels + rows * label_stride, mask=rows < n, other=ignore_index) != ignore_index
+    tl.store(parts + tl.program_id(0), tl.sum(count.to(tl.int32), axis=0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _add_rows_kernel(
+    values, parts, loss, ce, kl, n, ce_weight, kl_weight, classes, FINAL: tl.constexpr, SPAN: tl.constexpr
+):
+    """Sums of values [3, n] (CE, KL, rows that count) by SPAN rows into parts [3, programs], or at last the losses.
+
+    classes divides the KL; 0 stands for sums instead of means.
+    """
+    rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+    ce_sum = tl.sum(tl.load(values + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
+    kl_sum = tl.sum(tl.load(values + n + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
+    count = tl.sum(tl.load(values + n + n + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
+    if FINAL:
+        by = tl.where(classes == 0, 1.0, tl.maximum(count, 1.0))
+        ce_sum = ce_sum / by
+        kl_sum = kl_sum / (by * tl.where(classes == 0, 1.0, classes))
+        tl.store(ce, ce_sum.to(tl.float32))
+        tl.store(kl, kl_sum.to(tl.float32))
+        tl.store(loss, weighted(ce_sum, kl_sum, ce_weight, kl_weight).to(tl.float32))
+    else:
+        at = parts + tl.program_id(0)
+        tl.store(at, ce_sum)
+        tl.store(at + tl.num_programs(0), kl_sum)
+        tl.store(at + 2 * tl.num_programs(0), count)
+
+
+@triton.jit(do_not_specialize=["n", "num_counts"])
+def _kd_forward_kernel(
+    student, teachers, weights, labels, counts, stats, ce_out, kl_out, last_out, probs_out, targets_out, grad_out,
+    slopes_out, n, c, stride, teacher_strides, weight_stride, weight_along, label_stride, num_counts, ignore_index,
+    rate, rate1, per_tau, ce_weight, kl_weight, kl_scale, ce_grad, kl_grad, smoothing, even,
+    MIXTURE: tl.constexpr, NONE: tl.constexpr, COUNT: tl.constexpr, COUNT_BLOCK: tl.constexpr, SMOOTH: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Losses of rows, and whatever else has a place to go. last_out: the loss if NONE, else 1 for a row that counts."""
+    T: tl.constexpr = len(teachers)
+    HELD: tl.constexpr = STEPS == 1
+    c = aligned(c, ALIGN)
+    rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
+    w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
+    z, xs = student, teachers
+    if HELD:
+        cols = tl.arange(0, BLOCK)[None, :]
+        z = load(student, rows, stride, cols, used & (cols < c), ALIGN, -float("inf"))
+        xs = load_all(teachers, rows, teacher_strides, cols, used & (cols < c), ALIGN)
+    m, s, s1 = softmax_sums(z, rows, stride, c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS)
+    maxima = ()
+    sums = ()
+    for t in tl.static_range(T):
+        m_t, s_t, _ = softmax_sums(xs[t], rows, teacher_strides[t], c, used, rate, None, HELD, ALIGN, BLOCK, STEPS)
+        maxima = maxima + (m_t,)
+        sums = sums + (s_t,)
+    store_stats(stats, rows, inside, used, m, s, s1, maxima, sums)
+    inverses = inverses_of(sums, w)
+    log_ratios = log_ratios_of(sums, s, MIXTURE)
+    by = per_row(counts, label_stride, num_counts, ignore_index, COUNT, COUNT_BLOCK)
+    ce_grad = ce_grad * by
+    kl_grad = kl_grad * by
+
+    kl_sums = tl.zeros([ROWS, BLOCK // FOLD], tl.float32)
+    below = tl.zeros([ROWS, BLOCK // FOLD], tl.float32)
+    dots = (tl.zeros([ROWS, BLOCK // FOLD], tl.float32),) * (0 if MIXTURE and slopes_out is None else T)
+    for step in range(STEPS):
+        cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+        real = cols < c
+        if HELD:
+            z_tile, x_tiles = z, xs
+        else:
+            z_tile = load(student, rows, stride, cols, used & real, ALIGN, -float("inf"))
+            x_tiles = load_all(teachers, rows, teacher_strides, cols, used & real, ALIGN)
+        half = (z_tile - m) * rate
+        e = square(tl.exp2(half))
+        halves, exps, p = mix(x_tiles, maxima, inverses, w, rate)
+        value, terms = divergence_terms(e, half, halves, exps, p, s, total, sums, log_ratios, MIXTURE)
+        kl_sums += folded(value, FOLD, ALIGN)
+        dots = add(dots, terms, FOLD, ALIGN)
+        if SMOOTH:
+            below += folded(tl.where(real, m - z_tile, 0.0), FOLD, ALIGN)
+        at = rows * c + cols
+        if probs_out is not None:
+            tl.store(probs_out + at, tl.where(used, e / s, 0.0), mask=inside & real)
+            tl.store(targets_out + at, tl.where(used, p, 0.0), mask=inside & real)
+        if grad_out is not None:
+            grad = student_grad(
+                z_tile, e, p, cols, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even
+            )
+            tl.store(grad_out + at, tl.where(used & (z_tile != -float("inf")), grad, 0.0), mask=inside & real)
+
+    slope = slopes(dots, w, inverses, total / s, MIXTURE)
+    if MIXTURE:
+        kl = tl.sum(kl_sums, axis=1, keep_dims=True) + tl.where(total == 0, 0.0, total * tl.log(total))
+    else:
+        kl = tl.zeros([ROWS, 1], tl.float32)
+        for t in tl.static_range(T):
+            kl += tl.where(w[t] == 0, 0.0, w[t] * slope[t])
+    if slopes_out is not None:
+        for t in tl.static_range(T):
+            grad = tl.where(used & (kl_grad != 0), kl_grad * slope[t], 0.0)
+            tl.store(slopes_out + rows * T + t, grad, mask=inside)
+    ce = tl.zeros([ROWS, 1], tl.float32)
+    if labels is not None:
+        z_rows = student + rows * aligned(stride, ALIGN)
+        below_row = tl.sum(below, axis=1, keep_dims=True)
+        ce = cross_entropy(z_rows, label, used, c, m, s1, below_row, smoothing, SMOOTH)
+    ce = tl.where(used, ce, 0.0)
+    kl = tl.where(used, kl_scale * kl, 0.0)
+    last = used.to(tl.float32)
+    if NONE:
+        last = weighted(ce, kl, ce_weight, kl_weight)
+    tl.store(ce_out + rows, ce, mask=inside)
+    tl.store(kl_out + rows, kl, mask=inside)
+    tl.store(last_out + rows, last, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "num_counts"])
+def _kd_backward_kernel(
+    grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, counts, stats, grad_out, slopes_out, n, c,
+    loss_stride, probs_stride, targets_stride, stride, teacher_strides, weight_stride, weight_along, label_stride,
+    num_counts, ignore_index, rate, rate1, per_tau, ce_grad, kl_grad, smoothing, even,
+    MIXTURE: tl.constexpr, COUNT: tl.constexpr, COUNT_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    BACK_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Gradients from what comes back to loss, probabilities and soft targets, and from the stats of forward."""
+    T: tl.constexpr = len(teachers)
+    c = aligned(c, ALIGN)
+    rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
+    w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
+    m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
+    inverses = inverses_of(sums, w)
+    log_ratios = log_ratios_of(sums, s, MIXTURE)
+    by = per_row(counts, label_stride, num_counts, ignore_index, COUNT, COUNT_BLOCK)
+    by *= tl.load(grad_loss + rows * loss_stride, mask=used, other=0.0).to(tl.float32)
+    ce_grad = ce_grad * by
+    kl_grad = kl_grad * by
+
+    inner = tl.zeros([ROWS, BLOCK // FOLD], tl.float32)  # of q and what comes back to it
+    if grad_probs is not None:
+        for step in range(STEPS):
+            cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+            keep = used & (cols < c)
+            z = load(student, rows, stride, cols, keep, ALIGN, -float("inf"))
+            back = load(grad_probs, rows, probs_stride, cols, keep, BACK_ALIGN, 0.0)
+            inner += folded(square(tl.exp2((z - m) * rate)) * back, FOLD, ALIGN)
+    inner = tl.sum(inner, axis=1, keep_dims=True) / s
+
+    dots = (tl.zeros([ROWS, BLOCK // FOLD], tl.float32),) * (0 if slopes_out is None else T)
+    backs = (tl.zeros([ROWS, BLOCK // FOLD], tl.float32),) * (0 if grad_targets is None else T)
+    for step in range(STEPS):
+        cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+        keep = used & (cols < c)
+        z = load(student, rows, stride, cols, keep, ALIGN, -float("inf"))
+        xs = load_all(teachers, rows, teacher_strides, cols, keep, ALIGN)
+        half = (z - m) * rate
+        e = square(tl.exp2(half))
+        halves, exps, p = mix(xs, maxima, inverses, w, rate)
+        _, terms = divergence_terms(e, half, halves, exps, p, s, total, sums, log_ratios, MIXTURE)
+        dots = add(dots, terms, FOLD, ALIGN)
+        if grad_targets is not None:
+            back = load(grad_targets, rows, targets_stride, cols, keep, BACK_ALIGN, 0.0)
+            backs = add(backs, times(exps, back), FOLD, ALIGN)
+        if grad_out is not None:
+            grad = student_grad(
+                z, e, p, cols, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even
+            )
+            if grad_probs is not None:
+                back = load(grad_probs, rows, probs_stride, cols, keep, BACK_ALIGN, 0.0)
+                grad += (per_tau / s) * e * (back - inner)
+            grad = tl.where(used & (z != -float("inf")), grad, 0.0)
+            tl.store(grad_out + rows * c + cols, grad.to(grad_out.dtype.element_ty), mask=inside & (cols < c))
+
+    slope = slopes(dots, w, inverses, total / s, MIXTURE)
+    for t in tl.static_range(len(dots)):
+        grad = tl.where(kl_grad != 0, kl_grad * slope[t], 0.0)
+        if grad_targets is not None:
+            grad += tl.sum(backs[t], axis=1, keep_dims=True) * inverses[t]
+        tl.store(slopes_out + rows * T + t, tl.where(used, grad, 0.0), mask=inside)
+
+
+def _dense(t: Tensor) -> Tensor:
+    """t with neighbouring columns: itself where that is so."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int) -> dict[str, int]:
+    """Rows and classes of a tile, how many make a row, and warps: 16 numbers of an input a thread, or 16 bytes in chunks."""
+    block = triton.next_power_of_2(c)
+    if block * (inputs + 1) * itemsize > HELD_BYTES:
+        block, vector = CHUNK_BYTES // itemsize, 16 // itemsize
+        fold = vector if align == 1 else min(vector, align)
+        return dict(ROWS=1, BLOCK=block, STEPS=triton.cdiv(c, block), FOLD=fold, num_warps=8, **OPTIONS)
+    rows = max(1, TILE // block)
+    while rows > 1 and triton.cdiv(n, rows) < PROGRAMS:
+        rows //= 2
+    return dict(ROWS=rows, BLOCK=block, STEPS=1, FOLD=1, num_warps=min(16, max(1, rows * block // 512)), **OPTIONS)
+
+
+def _counts(labels: Tensor | None, ignore_index: int, needed: bool) -> dict:
+    """What a kernel counts the rows by."""
+    if not needed:
+        return dict(counts=None, num_counts=0, COUNT="none", COUNT_BLOCK=1)
+    n, parts, kind = labels.shape[0], labels, "labels"
+    if n > INLINE:
+        n, kind = triton.cdiv(n, SPAN), "parts"
+        parts = labels.new_empty(n, dtype=torch.int32)
+        _count_rows_kernel[(n,)](
+            labels, labels.stride(0), parts, labels.shape[0], ignore_index, SPAN=SPAN, num_warps=8, **OPTIONS
+        )
+    return dict(counts=parts, num_counts=n, COUNT=kind, COUNT_BLOCK=max(256, triton.next_power_of_2(n)))
+
+
+def _arguments(
+    student: Tensor,
+    teachers: list[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    kl_scale: float,
+    mode: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    need_grad: bool,
+) -> dict:
+    """What forward and backward give their kernels alike."""
+    n, c = student.shape
+    mean = reduction in ("mean", "batchmean")
+    rows = max(n, 1) if mean and labels is None else 1
+    student, teachers = _dense(student), tuple(_dense(t) for t in teachers)
+    align = alignment(c, *(t.stride(0) for t in (student, *teachers)))
+    log2_e = math.log2(math.e)
+    return dict(
+        student=student,
+        teachers=teachers,
+        weights=weights,
+        labels=labels,
+        n=n,
+        c=c,
+        stride=student.stride(0),
+        teacher_strides=tuple(t.stride(0) for t in teachers),
+        weight_stride=0 if weights is None else weights.stride(0),
+        weight_along=0 if weights is None else weights.stride(1),
+        label_stride=0 if labels is None else labels.stride(0),
+        ignore_index=ignore_index,
+        rate=0.5 * log2_e / temperature,
+        rate1=None if labels is None or temperature == 1 else log2_e,
+        per_tau=1 / temperature,
+        ce_grad=ce_weight / rows,
+        kl_grad=kl_weight * kl_scale / (rows * c if reduction == "mean" else rows),
+        smoothing=float(label_smoothing),
+        even=label_smoothing / c,
+        MIXTURE=mode == "mixture",
+        **_counts(labels, ignore_index, need_grad and mean and labels is not None),
+        ALIGN=align,
+        **_tiles(n, c, align, 1 + len(teachers), max(t.element_size() for t in (student, *teachers))),
+    )
+
+
+def _add_rows(values: Tensor, outputs: list[Tensor], ce_weight: float, kl_weight: float, classes: float) -> None:
+    """Loss, CE and KL from values [3, N]: CE, KL and whether a row counts."""
+    while values.shape[1] > SPAN:
+        n = values.shape[1]
+        parts = values.new_empty(3, triton.cdiv(n, SPAN), dtype=torch.float64)
+        _add_rows_kernel[(parts.shape[1],)](
+            values, parts, *outputs, n, ce_weight, kl_weight, classes, FINAL=False, SPAN=SPAN, num_warps=8, **OPTIONS
+        )
+        values = parts
+    _add_rows_kernel[(1,)](
+        values,
+        values,
+        *outputs,
+        values.shape[1],
+        ce_weight,
+        kl_weight,
+        classes,
+        FINAL=True,
+        SPAN=SPAN,
+        num_warps=8,
+        **OPTIONS,
+    )
+
+
+def multi_teacher_kd_fwd(
+    student: Tensor,
+    teachers: list[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    kl_scale: float,
+    mode: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    need_student_grad: bool,
+    need_weights_grad: bool,
+    need_probs: bool,
+) -> tuple[Tensor, ...]:
+    """loss, ce, kl (scalars, or [N] for "none"), student_probs, soft_targets, stats, grad_student, grad_weights."""
+    (n, c), count, none = student.shape, len(teachers), reduction == "none"
+
+    def make(wanted: bool, *shape: int) -> Tensor:
+        return student.new_empty(shape if wanted else (0,), dtype=torch.float32)
+
+    values = [make(True, *((n,) if none else ())) for _ in range(3)]
+    probs, targets, grad = make(need_probs, n, c), make(need_probs, n, c), make(need_student_grad, n, c)
+    stats, slopes = make(True, n, 3 + 2 * count), make(need_weights_grad, n, count)
+    out = *values, probs, targets, stats, grad, slopes
+    if n == 0:
+        for v in values:
+            v.zero_()
+        return out
+    arguments = _arguments(
+        student, teachers, weights, labels, temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index,
+        label_smoothing, need_student_grad or need_weights_grad,
+    )  # fmt: skip
+    loss, ce, kl = values
+    rows = make(not none, 3, n)
+    _kd_forward_kernel[(triton.cdiv(n, arguments["ROWS"]),)](
+        **arguments,
+        stats=stats,
+        ce_out=ce if none else rows[0],
+        kl_out=kl if none else rows[1],
+        last_out=loss if none else rows[2],
+        probs_out=probs if need_probs else None,
+        targets_out=targets if need_probs else None,
+        grad_out=grad if need_student_grad else None,
+        slopes_out=slopes if need_weights_grad else None,
+        ce_weight=float(ce_weight),
+        kl_weight=float(kl_weight),
+        kl_scale=float(kl_scale),
+        NONE=none,
+        SMOOTH=label_smoothing != 0 and labels is not None,
+    )
+    if not none:
+        classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
+        _add_rows(rows, values, float(ce_weight), float(kl_weight), classes)
+    return out
+
+
+def multi_teacher_kd_bwd(
+    grad_loss: Tensor,
+    grad_probs: Tensor | None,
+    grad_targets: Tensor | None,
+    student: Tensor,
+    teachers: list[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    kl_scale: float,
+    mode: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    need_student_grad: bool,
+    need_weights_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the student, in its dtype, and to the weights."""
+    n, c = student.shape
+    grad = student.new_empty((n, c) if need_student_grad else (0,))
+    slopes = stats.new_empty((n, len(teachers)) if need_weights_grad else (0,))
+    if n == 0 or not (need_student_grad or need_weights_grad):
+        return grad, slopes
+    arguments = _arguments(
+        student, teachers, weights, labels, temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index,
+        label_smoothing, True,
+    )  # fmt: skip
+    back_q = _dense(grad_probs) if grad_probs is not None and need_student_grad else None
+    back_p = _dense(grad_targets) if grad_targets is not None and need_weights_grad else None
+    strides = [0 if t is None else t.stride(0) for t in (back_q, back_p)]
+    _kd_backward_kernel[(triton.cdiv(n, arguments["ROWS"]),)](
+        **arguments,
+        grad_loss=grad_loss,
+        grad_probs=back_q,
+        grad_targets=back_p,
+        stats=stats,
+        grad_out=grad if need_student_grad else None,
+        slopes_out=slopes if need_weights_grad else None,
+        loss_stride=grad_loss.stride(0) if reduction == "none" else 0,
+        probs_stride=strides[0],
+        targets_stride=strides[1],
+        BACK_ALIGN=alignment(c, *strides),
+    )
+    return grad, slopes

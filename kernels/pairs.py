@@ -1,0 +1,171 @@
+"""What the losses over pairs of rows share: all distances of both sides, and the way back from pairs to rows.
+
+    D_ij = |x_i - x_j|^2,  r_ij = D_ij^-1/2, or 0 where sqrt(D_ij) <= eps (degenerate)
+    dL/dx_i = factor * sum_j w_ij (x_i - x_j)
+
+x [N, C] of float32, bfloat16 or float16 with any strides; D, w and every sum in float64: differences first, so that
+what the rows have in common cancels exactly. Matrices of pairs are [P, P], N rounded up to whole tiles of 32: a row
+that takes no part (padding, or False in row_mask) has D = r = 0 with every other, whatever it holds, and no kernel that
+works on pairs needs a mask for it.
+
+distances_kernel: a program makes one tile of the upper triangle of one side and stores it twice; grid
+(P / 32, P / 32, 2), the programs below the diagonal leave at once. Reads the rows P / 32 times (from L2), writes 12 P^2
+bytes a side. Bound by arithmetic from C of a few dozen on: for a column and a pair one conversion to float64, one
+subtraction, one multiply-add.
+row_gradient: a program owns 4 rows and 32 columns and walks over all rows j. Reads w once for 32 columns and the rows
+N / 4 times (from L2), writes 4 N C bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TILE = 32  # rows and columns of a tile of pairs; matrices of pairs are padded to a multiple
+ROWS, COLUMNS = 4, 32  # of the gradient that a program of row_gradient owns
+
+
+@triton.jit
+def taking_part(rows, row_mask, mask_stride, n):
+    keep = rows < n
+    if row_mask is not None:
+        keep = keep & (tl.load(row_mask + rows.to(tl.int64) * mask_stride, mask=keep, other=0) != 0)
+    return keep
+
+
+@triton.jit
+def count_taking_part(row_mask, mask_stride, n):
+    count = n.to(tl.float64)
+    if row_mask is not None:
+        seen = tl.zeros([1024], tl.int32)
+        for first in range(0, n, 1024):
+            seen += taking_part(first + tl.arange(0, 1024), row_mask, mask_stride, n).to(tl.int32)
+        count = tl.sum(seen).to(tl.float64)
+    return count
+
+
+@triton.jit
+def total(values, count):
+    """Sum of ``count`` numbers of float64."""
+    sums = tl.zeros([1024], tl.float64)
+    for first in range(0, count, 1024):
+        at = first + tl.arange(0, 1024)
+        sums += tl.load(values + at, mask=at < count, other=0.0)
+    return tl.sum(sums)
+
+
+@triton.jit
+def _squared_distances(x, row_stride, column_stride, width, i, j, keep_i, keep_j, TILE: tl.constexpr):
+    """[TILE, TILE] between rows i and j. Columns in order for every pair: D_ij and D_ji are the same bits."""
+    x_i, x_j = x + i.to(tl.int64) * row_stride, x + j.to(tl.int64) * row_stride
+    squared = tl.zeros([TILE, TILE], tl.float64)
+    for _ in tl.range(0, width, 1, loop_unroll_factor=4):
+        a = tl.load(x_i, mask=keep_i, other=0.0).to(tl.float64)
+        b = tl.load(x_j, mask=keep_j, other=0.0).to(tl.float64)
+        difference = a[:, None] - b[None, :]
+        squared = tl.fma(difference, difference, squared)
+        x_i += column_stride
+        x_j += column_stride
+    return squared
+
+
+@triton.jit(do_not_specialize=["n"])
+def distances_kernel(
+    student, student_row, student_column, student_width,
+    teacher, teacher_row, teacher_column, teacher_width,
+    row_mask, mask_stride,
+    distance,  # [2, P, P] float64
+    r,  # [2, P, P] float32 or float64
+    sums,  # [2, 2, (P / TILE)^2] float64: of the distances (not squared) that are not degenerate, how many; or None
+    n, p,
+    eps: tl.float64,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    i_block, j_block, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tiles = tl.num_programs(0) * tl.num_programs(1)
+    tile = 2 * side * tiles + i_block * tl.num_programs(1) + j_block
+    if i_block > j_block:
+        if sums is not None:
+            tl.store(sums + tile, 0.0)
+            tl.store(sums + tile + tiles, 0.0)
+        return
+    i, j = i_block * TILE + tl.arange(0, TILE), j_block * TILE + tl.arange(0, TILE)
+    keep_i, keep_j = taking_part(i, row_mask, mask_stride, n), taking_part(j, row_mask, mask_stride, n)
+    if side == 0:
+        d = _squared_distances(student, student_row, student_column, student_width, i, j, keep_i, keep_j, TILE)
+    else:
+        d = _squared_distances(teacher, teacher_row, teacher_column, teacher_width, i, j, keep_i, keep_j, TILE)
+    pair = keep_i[:, None] & keep_j[None, :] & (i[:, None] != j[None, :])
+    d = tl.where(pair, d, 0.0)
+    limit = tl.full([1, 1], eps, tl.float64)
+    regular = pair & ((d > limit * limit) | (d != d))  # NaN is not degenerate: it stays NaN
+    root = tl.sqrt(tl.where(regular, d, 1.0))
+    inverse = tl.where(regular, 1.0 / root, 0.0).to(r.dtype.element_ty)
+    here = side.to(tl.int64) * p * p + i.to(tl.int64)[:, None] * p + j[None, :]
+    mirrored = side.to(tl.int64) * p * p + j.to(tl.int64)[None, :] * p + i[:, None]
+    tl.store(distance + here, d)
+    tl.store(r + here, inverse)
+    if i_block != j_block:
+        tl.store(distance + mirrored, d)
+        tl.store(r + mirrored, inverse)
+    if sums is not None:
+        both = tl.where(i_block == j_block, 1.0, 2.0).to(tl.float64)
+        tl.store(sums + tile, both * tl.sum(tl.where(regular, root, 0.0)))
+        tl.store(sums + tile + tiles, both * tl.sum(regular.to(tl.float64)))
+
+
+def padded(n: int) -> int:
+    return triton.cdiv(n, TILE) * TILE
+
+
+def distances(
+    student: Tensor, teacher: Tensor, row_mask: Tensor | None, eps: float, want_sums: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """D [2, P, P], r [2, P, P] and, if wanted, the sums of every tile, see above. N > 0."""
+    n = student.shape[0]
+    p = padded(n)
+    blocks = p // TILE
+    distance = student.new_empty(2, p, p, dtype=torch.float64)
+    # The product of two r passes float32's range below distances of 1e-19, which a smaller eps allows.
+    r = student.new_empty(2, p, p, dtype=torch.float64 if eps < 1e-18 else torch.float32)
+    sums = student.new_empty(2, 2, blocks * blocks, dtype=torch.float64) if want_sums else None
+    distances_kernel[(blocks, blocks, 2)](
+        student, *student.stride(), student.shape[1], teacher, *teacher.stride(), teacher.shape[1],
+        row_mask, 0 if row_mask is None else row_mask.stride(0), distance, r, sums, n, p, eps, TILE,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return distance, r, sums
+
+
+@triton.jit
+def row_gradient(
+    x, row_stride, column_stride, width, row_mask, mask_stride,
+    weight,  # [PARTS, P, P] float64
+    r,  # [P, P], or None
+    level,  # with r: the weights are (weight - level) * r, or 0 where r is
+    factor,  # float64
+    out,  # [n, width]
+    n, p,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    i, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.arange(0, PARTS).to(tl.int64)[:, None, None] * p * p
+    keep = taking_part(i, row_mask, mask_stride, n)
+    column = c.to(tl.int64) * column_stride
+    own = x + i.to(tl.int64)[:, None] * row_stride + column[None, :]
+    own = tl.load(own, mask=keep[:, None] & (c < width)[None, :], other=0.0).to(tl.float64)
+    sums = tl.zeros([ROWS, TILE, COLUMNS], tl.float64)
+    for first in range(0, n, TILE):
+        j = first + tl.arange(0, TILE)
+        other = x + j.to(tl.int64)[:, None] * row_stride + column[None, :]
+        used = taking_part(j, row_mask, mask_stride, n)[:, None] & (c < width)[None, :]
+        other = tl.load(other, mask=used, other=0.0).to(tl.float64)
+        pair = i.to(tl.int64)[:, None] * p + j[None, :]
+        w = tl.sum(tl.load(weight + part + pair[None, :, :]), axis=0)
+        if r is not None:
+            inverse = tl.load(r + pair).to(tl.float64)
+            w = tl.where(inverse == 0, 0.0, (w - level) * inverse)
+        sums = tl.fma(w[:, :, None], own[:, None, :] - other[None, :, :], sums)
+    gradient = tl.where(keep[:, None], factor * tl.sum(sums, axis=1), 0.0)
+    at = out + i.to(tl.int64)[:, None] * width + c[None, :]
+    tl.store(at, gradient.to(out.dtype.element_ty), mask=(i < n)[:, None] & (c < width)[None, :])
