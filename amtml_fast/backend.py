@@ -20,7 +20,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter 
 # The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
 # The operators that each of them has. Without whole_loss AMTMLLoss is composed of the others.
-KERNELS = {"cpp": OPS, "cuda": tuple(op for op in OPS if not HAS_CUDA or _in_cuda(op)), "triton": OPS[:-1]}
+KERNELS = {"cpp": OPS, "cuda": OPS, "triton": OPS[:-1]}
 # What "auto" takes: first choice first, the reference last. No GPU backend has been timed against the other yet, so
 # that the order on GPUs is a guess: C++/CUDA has the whole loss in one node and needs no compilation at run time.
 AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
@@ -33,14 +33,7 @@ except ImportError as error:
 
 HAS_EXTENSION = WHY_NO_EXTENSION is None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _in_cuda(op: str) -> bool:
-    schema = f"amtml::{'hint_pool' if op == 'hint' else op}_fwd"
-    return HAS_EXTENSION and torch._C._dispatch_has_kernel_for_dispatch_key(schema, "CUDA")
-
-
-HAS_CUDA = _in_cuda("multi_teacher_kd")
+HAS_CUDA = HAS_EXTENSION and torch._C._dispatch_has_kernel_for_dispatch_key("amtml::whole_loss_fwd", "CUDA")
 
 
 class BackendStatus(NamedTuple):

@@ -64,17 +64,13 @@ __global__ void __launch_bounds__(1024)
   const int64_t b = blockIdx.x / tiles / splits;
   const int share = (size.rows + splits - 1) / splits, first = split * share;
   const int end = static_cast<int>(least(first + share, size.rows)), k = tile * kWarp + lane;
-  const T* column = scores + size.row(b, 0) + k;
+  const int64_t step = static_cast<int64_t>(warps) * size.columns;  // from a row of this thread to the next
+  const T* from = scores + size.row(b, first + warp) + k;
   Online mine;
-  for (int r = first + warp; r < end; r += kRows * warps) {
+  for (int r = k < size.columns ? first + warp : end; r < end; r += kRows * warps, from += kRows * step) {
     float x[kRows], highest = kNone;
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) {
-      x[u] = kNone;
-      if (r + u * warps < end && k < size.columns) {
-        x[u] = static_cast<float>(column[static_cast<int64_t>(r + u * warps) * size.columns]);
-      }
-    }
+    for (int u = 0; u < kRows; ++u) x[u] = r + u * warps < end ? static_cast<float>(from[u * step]) : kNone;
 #pragma unroll
     for (int u = 0; u < kRows; ++u) highest = fmaxf(highest, x[u]);
     mine.raise(highest);
