@@ -14,7 +14,7 @@
 // of it along memory; bandwidth binds, for small matrices the two launches each way.
 #include "common.cuh"
 
-namespace amtml {
+namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "dual_softmax";
@@ -56,7 +56,7 @@ struct ColumnScratch {
 
 // Maxima and sums of 32 columns over a share of the rows: partial [B, splits, K].
 template <class T>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(1024, 1)
     column_kernel(const T* __restrict__ scores, Sizes size, int splits, float2* partial) {
   ColumnScratch& scratch = shared<ColumnScratch>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -452,4 +452,4 @@ STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {
 }
 
 }  // namespace
-}  // namespace amtml
+}  // namespace amtml::gpu

@@ -16,7 +16,7 @@
 #include "../arithmetic.h"
 #include "common.cuh"
 
-namespace amtml {
+namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "hint_loss";
@@ -310,4 +310,4 @@ STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {
 }
 
 }  // namespace
-}  // namespace amtml
+}  // namespace amtml::gpu

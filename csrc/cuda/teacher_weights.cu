@@ -17,10 +17,8 @@
 #include "float_pair.cuh"
 #include "ops.cuh"
 
-namespace amtml {
+namespace amtml::gpu {
 namespace {
-
-using gpu::FloatPair;
 
 constexpr char kOp[] = "teacher_weights";
 constexpr int kVectors = 4;                     // loads that a thread has under way, if there is that much to do
@@ -212,7 +210,7 @@ __device__ __forceinline__ void weigh(const Factors& factors, const float* poole
       score += product(theta[c], factors.v[c], pooled[c]);
     }
 #pragma unroll
-    for (int by = kWarp / 2; by > 0; by /= 2) score += gpu::from_lane(score, by);
+    for (int by = kWarp / 2; by > 0; by /= 2) score += from_lane(score, by);
     if (lane == 0) kept.partial[job] = score;
   }
   __syncthreads();
@@ -439,8 +437,6 @@ float* floats(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 }  // namespace
 
-namespace gpu {
-
 std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, const Tensor& theta, const Tensor& v,
                                                        bool use_max) {
   check(features, theta, v);
@@ -506,20 +502,18 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
   return {grad_features, grad_theta, grad_v};
 }
 
-}  // namespace gpu
-
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const Tensor& features, const Tensor& theta,
-                                                       const Tensor& v, const Tensor& pooled, const Tensor& index,
-                                                       bool use_max, bool need_features, bool need_parameters) {
-  return gpu::teacher_weights_bwd(grad, features, theta, v, pooled, index, use_max, need_features, need_parameters);
+std::tuple<Tensor, Tensor, Tensor> without_decay(const Tensor& grad, const Tensor& features, const Tensor& theta,
+                                                 const Tensor& v, const Tensor& pooled, const Tensor& index,
+                                                 bool use_max, bool need_features, bool need_parameters) {
+  return teacher_weights_bwd(grad, features, theta, v, pooled, index, use_max, need_features, need_parameters);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {
-  m.impl("teacher_weights_fwd", TORCH_BOX(&gpu::teacher_weights_fwd));
-  m.impl("teacher_weights_bwd", TORCH_BOX(&teacher_weights_bwd));
+  m.impl("teacher_weights_fwd", TORCH_BOX(&teacher_weights_fwd));
+  m.impl("teacher_weights_bwd", TORCH_BOX(&without_decay));
 }
 
 }  // namespace
-}  // namespace amtml
+}  // namespace amtml::gpu

@@ -184,15 +184,17 @@ __device__ __forceinline__ double clamped(double x, double limit) {
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
-// At j, i and k.
-template <class T, class A>
+// At j, i and k. kDiagonal: the triangle comes up in other orders, too, and gives the same bits in all of them.
+template <bool kDiagonal, class T, class A>
 __device__ __forceinline__ void angles(const Edge<T, A>& ji, const Edge<T, A>& jk, const Edge<T, A>& ik, A (&h)[3],
                                        A (&psi)[3]) {
   const T difference = ji.e - jk.e;
+  const T at_i = kDiagonal ? ji.e + ik.e - jk.e : ik.e + difference;
+  const T at_k = kDiagonal ? jk.e + ik.e - ji.e : ik.e - difference;
   h[0] = product(ji.r, jk.r), h[1] = product(ji.r, ik.r), h[2] = product(jk.r, ik.r);
   psi[0] = product(static_cast<A>(ji.e + jk.e - ik.e), h[0]);
-  psi[1] = product(static_cast<A>(ik.e + difference), h[1]);
-  psi[2] = product(static_cast<A>(ik.e - difference), h[2]);
+  psi[1] = product(static_cast<A>(at_i), h[1]);
+  psi[2] = product(static_cast<A>(at_k), h[2]);
 }
 
 // What a triangle adds to its edges; g and h at j, i and k.
@@ -271,7 +273,7 @@ struct Corner {
       for (int p = 0; p < C::kI; ++p) {
         A h[2][3], psi[2][3], g[3], value[3];
 #pragma unroll
-        for (int s = 0; s < 2; ++s) angles(ji[s][p], jk[s][q], edge[s][p][q], h[s], psi[s]);
+        for (int s = 0; s < 2; ++s) angles<kDiagonal>(ji[s][p], jk[s][q], edge[s][p][q], h[s], psi[s]);
 #pragma unroll
         for (int m = 0; m < 3; ++m) {
           const A x = psi[0][m] - psi[1][m];
