@@ -257,7 +257,7 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int) -> dict[str, int]:
-    """Rows and classes of a tile, how many make a row, and warps: 16 numbers of an input a thread, or 16 bytes in chunks."""
+    """A tile: rows, classes and warps (16 numbers of an input a thread, 16 bytes of a long row); how many make a row."""
     block = triton.next_power_of_2(c)
     if block * (inputs + 1) * itemsize > HELD_BYTES:
         block, vector = CHUNK_BYTES // itemsize, 16 // itemsize
