@@ -57,7 +57,8 @@ from .kd_rows import (
 )
 
 HELD_BYTES = 40960  # what a tile may keep in registers, T + 2 numbers a class: two programs share a multiprocessor
-CHUNK_BYTES = 4096  # of an input at a time in longer rows
+LONG_WARPS = 8  # share a longer row, with 16 bytes of an input a thread at a time
+THREAD_NUMBERS = 80  # that a thread may hold, T + 2 a class, or it spills registers
 INLINE = 1024  # rows whose labels every program counts itself
 SPAN = 4096  # rows that one program adds up
 # Elements that a program takes, and the programs to have before that. An interpreted one is slow, whatever it takes.
@@ -257,16 +258,18 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int) -> dict[str, int]:
-    """A tile: rows, classes and warps (16 numbers of an input a thread, 16 bytes of a long row); how many make a row."""
+    """Rows and classes of a tile, how many tiles make a row, and warps."""
     block = triton.next_power_of_2(c)
+    share = 1 << max(THREAD_NUMBERS // (inputs + 1), 1).bit_length() - 1  # of each input
     if block * (inputs + 1) * itemsize > HELD_BYTES:
-        block, vector = CHUNK_BYTES // itemsize, 16 // itemsize
-        fold = vector if align == 1 else min(vector, align)
-        return dict(ROWS=1, BLOCK=block, STEPS=triton.cdiv(c, block), FOLD=fold, num_warps=8, **OPTIONS)
+        vector = min(16 // itemsize, share)
+        block, fold = LONG_WARPS * 32 * vector, vector if align == 1 else min(vector, align)
+        return dict(ROWS=1, BLOCK=block, STEPS=triton.cdiv(c, block), FOLD=fold, num_warps=LONG_WARPS, **OPTIONS)
     rows = max(1, TILE // block)
     while rows > 1 and triton.cdiv(n, rows) < PROGRAMS:
         rows //= 2
-    return dict(ROWS=rows, BLOCK=block, STEPS=1, FOLD=1, num_warps=min(16, max(1, rows * block // 512)), **OPTIONS)
+    warps = rows * block // (32 * min(share, 16 if rows == 1 else 8))  # a thread has numbers of each of its rows, too
+    return dict(ROWS=rows, BLOCK=block, STEPS=1, FOLD=1, num_warps=min(16, max(1, warps)), **OPTIONS)
 
 
 def _counts(labels: Tensor | None, ignore_index: int, needed: bool) -> dict:

@@ -19,7 +19,9 @@ if os.environ.get("AMTML_TEST_BACKENDS") == "emulated":
 
 from backends import BACKENDS, FUSED, run_on
 
-if os.environ.get("TRITON_INTERPRET") == "1" and "triton" in FUSED:
+from amtml_fast import backend
+
+if os.environ.get("TRITON_INTERPRET") == "1" and backend.HAS_TRITON:
     import triton_interpreter
 
     triton_interpreter.round_to_bfloat16()

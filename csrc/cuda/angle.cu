@@ -18,9 +18,8 @@ namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "angle_loss";
-constexpr int kSmallBlocksUpTo = 320;  // rows: small blocks give more cubes, and of few rows all cubes run at once
-constexpr int kCubesOfLaunch = 2800;   // enough to keep every multiprocessor busy to the end
-constexpr int kFoldFrom = 9;           // slots: fewer are summed by the kernel that reads them
+constexpr int kCubesOfLaunch = 2800;  // enough to keep every multiprocessor busy to the end
+constexpr int kFoldFrom = 9;          // slots: fewer are summed by the kernel that reads them
 constexpr int kFoldThreads = 256;
 
 enum class Reduction { kMean, kDistinct, kSum, kNone };
@@ -89,6 +88,8 @@ struct SumOfSlots {
 struct Finish {
   Reduction reduction;
   double delta;
+  int64_t n;
+  const bool* kept;
   const double* count;
   const double* partial;  // [partials] losses, or null
   int64_t partials;
@@ -121,8 +122,7 @@ __device__ __forceinline__ void finish_loss(const Finish& finish, double* scratc
 // Grid: (columns / 32, blocks of rows, sides with a gradient, and one more for the loss).
 template <class T, int kBlock>
 __global__ void __launch_bounds__(kGradientThreads, 2)
-    finish_kernel(Rows first, Rows second, TakingPart takes_part, SumOfSlots<T> weight, int64_t plane, int sides,
-                  Finish finish) {
+    finish_kernel(Rows first, Rows second, SumOfSlots<T> weight, int64_t plane, int sides, Finish finish) {
   const int side = blockIdx.z;
   if (side == sides) {
     if (blockIdx.x + blockIdx.y == 0) finish_loss(finish, shared<FinishScratch<kBlock>>().sums);
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const double factor = 2 * scale_of(finish.reduction, *finish.count);
   weight.sums += side * plane;
   const Rows rows = side == 0 ? first : second;
-  row_gradient<kBlock>(rows, takes_part, finish.blocks, weight, side == 0 ? factor : -factor,
+  row_gradient<kBlock>(rows, finish.n, finish.kept, finish.blocks, weight, side == 0 ? factor : -factor,
                        side == 0 ? finish.grad_first : finish.grad_second);
 }
 
@@ -139,8 +139,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 // to the second.
 template <class Tile>
 __global__ void __launch_bounds__(kGradientThreads)
-    vertices_kernel(TakingPart takes_part, SumOfSlots<typename Tile::T> sums, int64_t plane, const Tile* tiles,
-                    Finish finish) {
+    vertices_kernel(SumOfSlots<typename Tile::T> sums, int64_t plane, const Tile* tiles, Finish finish) {
   constexpr int kBlock = Tile::kBlock, kGroups = kGradientThreads / kBlock;
   auto& scratch = shared<double[kGroups][kBlock]>();
   const int own = threadIdx.x % kBlock, group = threadIdx.x / kBlock, own_block = blockIdx.x;
@@ -160,18 +159,13 @@ __global__ void __launch_bounds__(kGradientThreads)
   scratch[group][own] = sum;
   __syncthreads();
   const int64_t row = static_cast<int64_t>(own_block) * kBlock + own;
-  if (group != 0 || row >= takes_part.n) return;
+  if (group != 0 || row >= finish.n) return;
   for (int g = 1; g < kGroups; ++g) sum += scratch[g][own];
   const double scale = scale_of(finish.reduction, *finish.count);
-  finish.loss[row] = takes_part(row) ? static_cast<float>(scale * sum) : 0.0f;
+  finish.loss[row] = finish.kept[row] ? static_cast<float>(scale * sum) : 0.0f;
 }
 
 // --- host
-
-template <class T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
 
 // What a call computes. `one` and `other` are the sides; a gradient to the second side alone makes them change places.
 struct Call {
@@ -244,24 +238,22 @@ void run(const Call& call, const OnDevice& on) {
   auto doubles = [&](size_t bytes) { return empty(call.one, {static_cast<int64_t>(bytes / 8)}, ScalarType::Double); };
   const Tensor pairs = doubles(tiles * sizeof(Tile)), sums = doubles(planes * plane * sizeof(T));
   const Tensor summaries = doubles(tiles * sizeof(Summary)), count = doubles(8);
+  const Tensor kept = empty(call.one, {tiling.blocks * kBlock}, ScalarType::Bool);
   const Tensor partial = doubles(one_loss ? slots.count * tiles * 8 : 0);
   const Tensor weight = empty(call.one, {weighted ? tiling.blocks * kBlock : 0}, ScalarType::Float);
 
   const Rows one(call.one), other(call.other);
-  const Distances<Tile> distances{data<Tile>(pairs), data<Summary>(summaries), data<double>(count),
-                                  weighted ? data<float>(weight) : nullptr, call.vertex_weight};
-  measure(one, other, call.takes_part, tiling, call.eps, distances, on);
+  Distances<Tile> found;
+  found.tiles = data<Tile>(pairs), found.summaries = data<Summary>(summaries);
+  found.kept = data<bool>(kept), found.count = data<double>(count);
+  found.weight = weighted ? data<float>(weight) : nullptr, found.given = call.vertex_weight;
+  measure(one, other, call.takes_part, tiling, call.eps, found, on);
 
-  const Triangles<Tile> all{distances.tiles,
-                            distances.weight,
-                            data<T>(sums),
-                            one_loss ? data<double>(partial) : nullptr,
-                            tiles,
-                            plane,
-                            tiling.blocks,
-                            0,
-                            true,
-                            static_cast<typename Tile::A>(call.delta)};
+  Triangles<Tile> all;
+  all.tiles = found.tiles, all.tile_count = tiles, all.blocks = tiling.blocks;
+  all.sums = data<T>(sums), all.plane = plane;
+  all.weight = found.weight, all.delta = static_cast<typename Tile::A>(call.delta);
+  all.loss = one_loss ? data<double>(partial) : nullptr;
   run_triangles(all, call, slots, on);
 
   SumOfSlots<T> folded{all.sums, slots.count, elements};
@@ -270,37 +262,33 @@ void run(const Call& call, const OnDevice& on) {
            elements, plane);
     folded.slots = 1;
   }
-  const Finish finish{call.reduction,
-                      call.delta,
-                      distances.count,
-                      all.loss,
-                      slots.count * tiles,
-                      distances.summaries,
-                      tiles,
-                      tiling.blocks,
-                      data<float>(call.grad_one),
-                      data<float>(call.grad_other),
-                      data<float>(call.loss)};
+
+  Finish finish;
+  finish.reduction = call.reduction, finish.delta = call.delta, finish.n = call.takes_part.n;
+  finish.kept = found.kept, finish.count = found.count, finish.blocks = tiling.blocks;
+  finish.partial = all.loss, finish.partials = slots.count * tiles;
+  finish.summaries = found.summaries, finish.tiles = tiles;
+  finish.grad_first = data<float>(call.grad_one), finish.grad_second = data<float>(call.grad_other);
+  finish.loss = data<float>(call.loss);
   const unsigned blocks = tiling.blocks;
   if (kind == Kind::kVertexLoss) {
-    launch(vertices_kernel<Tile>, {blocks, kGradientThreads, 1, kGradientThreads * sizeof(double)}, on, call.takes_part,
-           folded, plane, static_cast<const Tile*>(distances.tiles), finish);
+    launch(vertices_kernel<Tile>, {blocks, kGradientThreads, 1, kGradientThreads * sizeof(double)}, on, folded, plane,
+           all.tiles, finish);
     return;
   }
   const int64_t widest = call.gradients == 2 ? std::max(one.width, other.width) : one.width;
   const unsigned columns = std::max(blocks_for(widest, kColumns), 1u), parts = call.gradients + one_loss;
   const dim3 grid = call.gradients > 0 ? dim3(columns, blocks, parts) : dim3(1, 1, parts);
-  launch(finish_kernel<T, kBlock>, {grid, kGradientThreads, 1, sizeof(FinishScratch<kBlock>)}, on, one, other,
-         call.takes_part, folded, plane, call.gradients, finish);
+  launch(finish_kernel<T, kBlock>, {grid, kGradientThreads, 1, sizeof(FinishScratch<kBlock>)}, on, one, other, folded,
+         plane, call.gradients, finish);
 }
 
 void run(const Call& call) {
   const OnDevice on(call.one);
-  const int64_t block = test_setting("AMTML_EMULATED_BLOCK", call.takes_part.n <= kSmallBlocksUpTo ? 16 : 32);
   auto with = [&](auto sum, auto value) {
     using T = decltype(sum);
     using A = decltype(value);
-    block == 16 ? run<PairTile<T, A, 16>>(call, on) : run<PairTile<T, A, 32>>(call, on);
+    small_blocks(call.takes_part.n) ? run<PairTile<T, A, 16>>(call, on) : run<PairTile<T, A, 32>>(call, on);
   };
   if (call.eps < 1e-18) return with(double{}, double{});
   has_fast_double(call.one) ? with(double{}, float{}) : with(FloatPair{}, float{});
@@ -325,14 +313,6 @@ TakingPart taking_part(const AngleRows& rows, Tensor& labels) {
   return takes_part;
 }
 
-void check(const AngleRows& rows) {
-  for (const Tensor* t : {&rows.student, &rows.teacher}) {
-    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == rows.student.size(0), kOp,
-                    ": student and teacher must be [N, C] with the same N");
-    dispatch_gpu(t->scalar_type(), kOp, [](auto) {});
-  }
-}
-
 // Gradients to student and teacher; `loss` is filled if it is wanted.
 std::tuple<Tensor, Tensor> run(const AngleRows& rows, const float* vertex_weight, double delta, double eps,
                                Reduction reduction, bool need_student, bool need_teacher, const Tensor& loss,
@@ -344,18 +324,11 @@ std::tuple<Tensor, Tensor> run(const AngleRows& rows, const float* vertex_weight
   auto gradient = [&](const Tensor& like, bool wanted) {
     return empty_or_none(like, wanted, {like.size(0), like.size(1)}, ScalarType::Float);
   };
-  Call call{one,
-            other,
-            taking_part(rows, labels),
-            vertex_weight,
-            delta,
-            eps,
-            reduction,
-            gradients,
-            loss,
-            gradient(one, gradients > 0),
-            gradient(other, gradients > 1),
-            want_loss};
+  Call call{one, other};
+  call.takes_part = taking_part(rows, labels), call.vertex_weight = vertex_weight;
+  call.delta = delta, call.eps = eps, call.reduction = reduction, call.gradients = gradients;
+  call.loss = loss, call.want_loss = want_loss;
+  call.grad_one = gradient(one, gradients > 0), call.grad_other = gradient(other, gradients > 1);
   run(call);
   if (swap) return {call.grad_other, call.grad_one};
   return {call.grad_one, call.grad_other};
@@ -372,7 +345,7 @@ std::tuple<Tensor, Tensor> angle_bwd(const Tensor& grad_loss, const Tensor& stud
                                      std::optional<Tensor> row_mask, double delta, double eps, bool need_student_grad,
                                      bool need_teacher_grad) {
   const AngleRows rows{student, teacher, row_mask, std::nullopt, 0};
-  check(rows);
+  check_sides(kOp, rows.student, rows.teacher);
   check_shape(kOp, "grad_loss", grad_loss, {student.size(0)});
   const Tensor incoming = dense(grad_loss, ScalarType::Float), none = empty(student, {0}, ScalarType::Float);
   return run(rows, static_cast<const float*>(incoming.const_data_ptr()), delta, eps, Reduction::kNone,
@@ -384,7 +357,7 @@ std::tuple<Tensor, Tensor> angle_bwd(const Tensor& grad_loss, const Tensor& stud
 std::tuple<Tensor, Tensor, Tensor> angle_rows(const AngleRows& rows, double delta, double eps,
                                               const std::string& reduction, bool need_student_grad,
                                               bool need_teacher_grad) {
-  check(rows);
+  check_sides(kOp, rows.student, rows.teacher);
   const Reduction how = reduction_of(reduction);
   const bool none = how == Reduction::kNone;
   const Tensor loss = empty(rows.student, none ? Shape{rows.student.size(0)} : Shape{}, ScalarType::Float);

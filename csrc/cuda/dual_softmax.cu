@@ -56,21 +56,21 @@ struct ColumnScratch {
 
 // Maxima and sums of 32 columns over a share of the rows: partial [B, splits, K].
 template <class T>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(1024, 1)
     column_kernel(const T* __restrict__ scores, Sizes size, int splits, float2* partial) {
   ColumnScratch& scratch = shared<ColumnScratch>();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int tiles = (size.columns + kWarp - 1) / kWarp, tile = blockIdx.x % tiles, split = blockIdx.x / tiles % splits;
   const int64_t b = blockIdx.x / tiles / splits;
   const int share = (size.rows + splits - 1) / splits, first = split * share;
   const int end = static_cast<int>(least(first + share, size.rows)), k = tile * kWarp + lane;
-  const int64_t step = static_cast<int64_t>(kWarps) * size.columns;  // from a row of this thread to the next
+  const int64_t step = static_cast<int64_t>(warps) * size.columns;  // from a row of this thread to the next
   const T* from = scores + size.row(b, first + warp) + k;
   Online mine;
-  for (int r = k < size.columns ? first + warp : end; r < end; r += kRows * kWarps, from += kRows * step) {
+  for (int r = k < size.columns ? first + warp : end; r < end; r += kRows * warps, from += kRows * step) {
     float x[kRows], highest = kNone;
 #pragma unroll
-    for (int u = 0; u < kRows; ++u) x[u] = r + u * kWarps < end ? static_cast<float>(from[u * step]) : kNone;
+    for (int u = 0; u < kRows; ++u) x[u] = r + u * warps < end ? static_cast<float>(from[u * step]) : kNone;
 #pragma unroll
     for (int u = 0; u < kRows; ++u) highest = fmaxf(highest, x[u]);
     mine.raise(highest);
@@ -80,9 +80,9 @@ __global__ void __launch_bounds__(1024)
   }
   scratch.max[warp][lane] = mine.max, scratch.sum[warp][lane] = mine.sum;
   __syncthreads();
-  for (int c = warp; c < kWarp; c += kWarps) {  // a warp for a column, a lane for what a warp has found
+  for (int c = warp; c < kWarp; c += warps) {  // a warp for a column, a lane for what a warp has found
     Online all;
-    all.max = scratch.max[lane][c], all.sum = scratch.sum[lane][c];
+    if (lane < warps) all.max = scratch.max[lane][c], all.sum = scratch.sum[lane][c];
     all.raise(warp_max(all.max));
     all.sum = warp_sum(all.sum);
     if (lane == 0 && tile * kWarp + c < size.columns) {

@@ -34,13 +34,46 @@ inline int64_t test_setting([[maybe_unused]] const char* name, int64_t otherwise
   return otherwise;
 }
 
+// Whether to use blocks of 16 rows instead of 32: more of them, so that of few rows all work can run at once.
+inline bool small_blocks(int64_t n) { return test_setting("AMTML_EMULATED_BLOCK", n <= 320 ? 16 : 32) == 16; }
+
+inline void check_sides(const char* op, const Tensor& student, const Tensor& teacher) {
+  for (const Tensor* t : {&student, &teacher}) {
+    STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == student.size(0), op,
+                    ": student and teacher must be [N, C] with the same N");
+    dispatch_gpu(t->scalar_type(), op, [](auto) {});
+  }
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 struct Rows {
-  Values values;
+  const void* data;
+  ScalarType dtype;
   int64_t row_stride, column_stride, width;
 
-  explicit Rows(const Tensor& t) : values(t), row_stride(t.stride(0)), column_stride(t.stride(1)), width(t.size(1)) {}
-  __device__ __forceinline__ double at(int64_t row, int64_t column) const {
-    return static_cast<double>(values[row * row_stride + column * column_stride]);
+  explicit Rows(const Tensor& t)
+      : data(t.const_data_ptr()),
+        dtype(t.scalar_type()),
+        row_stride(t.stride(0)),
+        column_stride(t.stride(1)),
+        width(t.size(1)) {}
+
+  // use(at) where at(row, column) is an element: loads that follow one another then lie between no branches.
+  template <class Use>
+  __device__ __forceinline__ void read(const Use& use) const {
+    if (dtype == ScalarType::Float) return use(reader<float>());
+    if (dtype == ScalarType::Half) return use(reader<Half>());
+    use(reader<BFloat16>());
+  }
+  template <class T>
+  __device__ __forceinline__ auto reader() const {
+    return [this](int64_t row, int64_t column) {
+      return static_cast<float>(static_cast<const T*>(data)[row * row_stride + column * column_stride]);
+    };
   }
 };
 
@@ -108,7 +141,8 @@ template <class Tile>
 struct Distances {
   Tile* tiles;
   Summary* summaries;  // [tiles]
-  double* count;       // [1] of the rows that take part
+  bool* kept;          // [blocks, kBlock] which rows take part
+  double* count;       // [1] how many they are
   float* weight;       // [blocks, kBlock] `given`, and 0 for the rows that take no part; or null
   const float* given;  // [N]
 };
@@ -132,12 +166,18 @@ __device__ __forceinline__ void squared_distances(const Rows& rows, BlockPair at
   auto& x = scratch.x[side];
   for (int64_t c0 = 0; c0 < widest; c0 += kChunk) {
     const int columns = static_cast<int>(least(kChunk, rows.width - c0));  // negative beyond the narrower side
-    for (int row = thread / kWarp; row < 2 * kBlock; row += kSideThreads / kWarp) {
-      const int which = row / kBlock, i = row % kBlock;
-      const int64_t from = static_cast<int64_t>(which == 0 ? at.x : at.y) * kBlock + i;
-      const bool keep = scratch.takes_part[which][i];
-      for (int c = lane; c < columns; c += kWarp) x[which][c][i] = keep ? rows.at(from, c0 + c) : 0;
-    }
+    rows.read([&](const auto& at_element) {
+#pragma unroll
+      for (int row = thread / kWarp; row < 2 * kBlock; row += kSideThreads / kWarp) {
+        const int which = row / kBlock, i = row % kBlock;
+        const int64_t from = static_cast<int64_t>(which == 0 ? at.x : at.y) * kBlock + i;
+        const bool keep = scratch.takes_part[which][i];
+#pragma unroll
+        for (int c = lane; c < kChunk; c += kWarp) {
+          if (c < columns) x[which][c][i] = keep ? static_cast<double>(at_element(from, c0 + c)) : 0;
+        }
+      }
+    });
     __syncthreads();
     for (int c = 0; c < columns; ++c) {
       double a[kPer], b[kPer];
@@ -177,13 +217,14 @@ __device__ __forceinline__ void summarize(double distance, int regular, int one_
   summary = total;
 }
 
-// How many rows take part, and the weights without those of the others.
+// Which rows take part and how many they are, and the weights without those of the others.
 template <class Tile>
 __device__ __forceinline__ void look_at_rows(const TakingPart& takes_part, int64_t padded, const Distances<Tile>& out) {
   int64_t count = 0;
   for (int64_t i = threadIdx.x; i < padded; i += 2 * kSideThreads) {
     const bool keep = takes_part(i);
     count += keep;
+    out.kept[i] = keep;
     if (out.weight) out.weight[i] = keep ? out.given[i] : 0;
   }
   __syncthreads();
@@ -193,7 +234,7 @@ __device__ __forceinline__ void look_at_rows(const TakingPart& takes_part, int64
 }
 
 template <class Tile>
-__global__ void __launch_bounds__(2 * kSideThreads)
+__global__ void __launch_bounds__(2 * kSideThreads, 2)
     measure_kernel(Rows first, Rows second, TakingPart takes_part, int64_t padded, double eps, Distances<Tile> out) {
   constexpr int kBlock = Tile::kBlock, kPer = kBlock / 16;
   auto& scratch = shared<MeasureScratch<kBlock>>();
@@ -249,26 +290,41 @@ struct GradientScratch {
   double weight[kGradientRows][kBlock + 2];  // row j, row i; two more against bank conflicts
 };
 
-// Writes factor * sum_j W_ij (x_i - x_j) for rows of block blockIdx.y and columns of blockIdx.x; 0 for rows that take
-// no part. weight(at, w) sets w to two elements of W, from `at` on. kGradientThreads threads, lanes along columns.
+// Writes factor * sum_j W_ij (x_i - x_j) for rows of block blockIdx.y and columns of blockIdx.x; 0 for rows that are
+// not kept. weight(at, w) sets w to two elements of W, from `at` on. kGradientThreads threads, lanes along columns.
 template <int kBlock, class Weight>
-__device__ __forceinline__ void row_gradient(const Rows& rows, const TakingPart& takes_part, int blocks,
+__device__ __forceinline__ void row_gradient(const Rows& rows, int64_t n, const bool* kept, int blocks,
                                              const Weight& weight, double factor, float* out) {
   constexpr int kWarps = kGradientThreads / kWarp, kOwn = kBlock / kWarps, kArea = kBlock * kBlock;
   auto& scratch = shared<GradientScratch<kBlock>>();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, own_block = blockIdx.y;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + lane;
-  auto load = [&](int64_t row) { return column < rows.width && takes_part(row) ? rows.at(row, column) : 0.0; };
   const int64_t i0 = static_cast<int64_t>(own_block) * kBlock + warp * kOwn;
   double own[kOwn], sum[kOwn] = {};
+  const bool in_width = column < rows.width;
+  // Rows from `first` on, `step` apart: all loads before the first use.
+  auto load = [&](auto& to, int64_t first, int step) {
+    constexpr int kCount = sizeof(to) / sizeof(to[0]);
+    rows.read([&](const auto& at_element) {
+      bool keep[kCount];
+      float value[kCount];
 #pragma unroll
-  for (int p = 0; p < kOwn; ++p) own[p] = load(i0 + p);
+      for (int m = 0; m < kCount; ++m) {
+        const int64_t row = first + m * step;
+        keep[m] = row < n && kept[row];
+        value[m] = row < n && in_width ? at_element(row, column) : 0;
+      }
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) to[m] = keep[m] ? static_cast<double>(value[m]) : 0;
+    });
+  };
+  load(own, i0, 1);
   for (int first_block = 0; first_block < blocks; first_block += kGradientRows / kBlock) {
     const int count = static_cast<int>(least(kGradientRows, static_cast<int64_t>(blocks - first_block) * kBlock));
-#pragma unroll 4
-    for (int j = warp; j < count; j += kWarps) {
-      scratch.x[j][lane] = load(static_cast<int64_t>(first_block) * kBlock + j);
-    }
+    double x[kGradientRows / kWarps];
+    load(x, static_cast<int64_t>(first_block) * kBlock + warp, kWarps);
+#pragma unroll
+    for (int m = 0; m < kGradientRows / kWarps; ++m) scratch.x[warp + m * kWarps][lane] = x[m];
 #pragma unroll 2
     for (int e = 2 * threadIdx.x; e < count * kBlock; e += 2 * kGradientThreads) {  // in the order of memory
       const int other = first_block + e / kArea, row = e % kArea / kBlock, column = e % kBlock;
@@ -291,8 +347,8 @@ __device__ __forceinline__ void row_gradient(const Rows& rows, const TakingPart&
   }
 #pragma unroll
   for (int p = 0; p < kOwn; ++p) {
-    if (i0 + p < takes_part.n && column < rows.width) {
-      out[(i0 + p) * rows.width + column] = takes_part(i0 + p) ? static_cast<float>(factor * sum[p]) : 0.0f;
+    if (i0 + p < n && in_width) {
+      out[(i0 + p) * rows.width + column] = kept[i0 + p] ? static_cast<float>(factor * sum[p]) : 0.0f;
     }
   }
 }

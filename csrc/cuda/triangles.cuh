@@ -50,11 +50,12 @@ struct Config {
   using A = typename Tile::A;
   static constexpr Kind kKind = kKind_;
   static constexpr int kBlock = Tile::kBlock, kArea = Tile::kArea, kPlanes = kPlanes_;
-  static constexpr int kI = sizeof(A) == 8 ? 2 : 4, kK = 2;           // pairs of a lane
-  static constexpr int kLanesI = 4, kLanesK = kWarp / kLanesI;        // lanes of a corner
-  static constexpr int kRowsI = kI * kLanesI, kRowsK = kK * kLanesK;  // rows of a corner
-  static constexpr int kWarps = 4, kThreads = kWarps * kWarp;
-  static constexpr int kResident = sizeof(A) == 4 && kPlanes <= 1 ? 3 : 2;  // blocks of a multiprocessor
+  static constexpr int kI = sizeof(A) == 8 ? 2 : 4, kK = 2;              // pairs of a lane
+  static constexpr int kLanesI = 4, kLanesK = kWarp / kLanesI;           // lanes of a corner
+  static constexpr int kRowsI = kI * kLanesI, kRowsK = kK * kLanesK;     // rows of a corner
+  static constexpr int kWarps = kBlock == 16 && sizeof(A) == 4 ? 8 : 4;  // few rows: all that can run at once should
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kResident = kWarps == 8 ? 1 : sizeof(A) == 4 && kPlanes <= 1 ? 3 : 2;  // on a multiprocessor
 };
 
 template <class Tile>
@@ -152,8 +153,9 @@ struct CubeScratch {
   SumOf<C> ji[kPlanes][C::kBlock][C::kBlock], jk[kPlanes][C::kBlock][C::kBlock];  // row j of either belongs to a warp
   SumOf<C> ik[C::kWarps][C::kI][C::kK][kWarp];                                    // of every lane
   double loss[kWarp];
-  Cube cube;             // here because registers are scarce
-  double* partial_loss;  // likewise
+  double thread_loss[C::kThreads];  // this and what follows is here because registers are scarce
+  Cube cube;
+  double* partial_loss;
 };
 
 // --- one triangle
@@ -325,13 +327,21 @@ struct Corner {
 
 // --- a cube
 
-// One element of W, or adds to it.
-template <class C>
-__device__ __forceinline__ void store_sum(const Triangles<typename C::Tile>& all, int plane, int64_t tile, int at,
-                                          const SumOf<C>& sum) {
-  auto* to = all.sums + plane * all.plane + (blockIdx.y * all.tile_count + tile) * C::kArea + at;
-  const auto total = sum.total(all.tiles[tile].r[plane][at]);
-  *to = all.first ? total : *to + total;
+// Stores kCount elements of W, or adds to them. place(m) is where the m-th lies in its tile, sum(m) what it gets. All
+// that is read is read before anything is written, so that one latency is waited for and not kCount.
+template <class C, int kCount, class Place, class Sum>
+__device__ __forceinline__ void store_sums(const Triangles<typename C::Tile>& all, int plane, int64_t tile,
+                                           const Place& place, const Sum& sum) {
+  auto* const to = all.sums + plane * all.plane + (blockIdx.y * all.tile_count + tile) * C::kArea;
+  const auto& r = all.tiles[tile].r[plane];
+  typename C::T total[kCount];
+#pragma unroll
+  for (int m = 0; m < kCount; ++m) {
+    total[m] = sum(m).total(r[place(m)]);
+    if (!all.first) total[m] += to[place(m)];
+  }
+#pragma unroll
+  for (int m = 0; m < kCount; ++m) to[place(m)] = total[m];
 }
 
 // Adds a corner's sums over the warps.
@@ -348,14 +358,17 @@ __device__ __forceinline__ void store_corner(const Triangles<typename C::Tile>& 
       }
     }
     __syncthreads();
-#pragma unroll 1
-    for (int e = threadIdx.x; e < C::kRowsI * C::kRowsK; e += C::kThreads) {
-      const int i = e / C::kRowsK, k = e % C::kRowsK, lane = i / C::kI * C::kLanesK + k / C::kK;
-      SumOf<C> sum = scratch.ik[0][i % C::kI][k % C::kK][lane];
+    auto row = [](int m) { return static_cast<int>(m * C::kThreads + threadIdx.x) / C::kRowsK; };
+    const int k = threadIdx.x % C::kRowsK;
+    store_sums<C, C::kRowsI * C::kRowsK / C::kThreads>(
+        all, s, scratch.cube.ik, [&](int m) { return (i0 + row(m)) * C::kBlock + k0 + k; },
+        [&](int m) {
+          const int i = row(m), lane = i / C::kI * C::kLanesK + k / C::kK;
+          SumOf<C> sum = scratch.ik[0][i % C::kI][k % C::kK][lane];
 #pragma unroll
-      for (int warp = 1; warp < C::kWarps; ++warp) sum += scratch.ik[warp][i % C::kI][k % C::kK][lane];
-      store_sum<C>(all, s, scratch.cube.ik, (i0 + i) * C::kBlock + k0 + k, sum);
-    }
+          for (int warp = 1; warp < C::kWarps; ++warp) sum += scratch.ik[warp][i % C::kI][k % C::kK][lane];
+          return sum;
+        });
     __syncthreads();
   }
 }
@@ -363,39 +376,41 @@ __device__ __forceinline__ void store_corner(const Triangles<typename C::Tile>& 
 // The sums of (j, i) and (j, k), each warp those of its own rows j. Of two tiles that are one, one is enough.
 template <class C>
 __device__ __forceinline__ void store_rows(const Triangles<typename C::Tile>& all, const CubeScratch<C>& scratch) {
+  constexpr int kCount = C::kArea / C::kThreads;
   const Cube& cube = scratch.cube;
   const bool keep_ji = cube.j != cube.k, keep_jk = cube.j != cube.i && cube.i != cube.k;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, column = lane % C::kBlock;
+  auto row = [&](int m) { return (m * kWarp + lane) / C::kBlock * C::kWarps + warp; };
+  auto place = [&](int m) { return row(m) * C::kBlock + column; };
   __syncwarp();
 #pragma unroll
   for (int s = 0; s < C::kPlanes; ++s) {
-#pragma unroll 1
-    for (int j = threadIdx.x / kWarp; j < C::kBlock; j += C::kWarps) {
-#pragma unroll 1
-      for (int e = threadIdx.x % kWarp; e < C::kBlock; e += kWarp) {
-        if (keep_ji) store_sum<C>(all, s, cube.ji, j * C::kBlock + e, scratch.ji[s][j][e]);
-        if (keep_jk) store_sum<C>(all, s, cube.jk, j * C::kBlock + e, scratch.jk[s][j][e]);
-      }
+    if (keep_ji) {
+      store_sums<C, kCount>(all, s, cube.ji, place, [&](int m) { return scratch.ji[s][row(m)][column]; });
+    }
+    if (keep_jk) {
+      store_sums<C, kCount>(all, s, cube.jk, place, [&](int m) { return scratch.jk[s][row(m)][column]; });
     }
   }
 }
 
-// The loss of the thread's share.
 template <class C, bool kDiagonal>
-__device__ __forceinline__ double sweep(const Triangles<typename C::Tile>& all, CubeScratch<C>& scratch) {
+__device__ __forceinline__ void sweep(const Triangles<typename C::Tile>& all, CubeScratch<C>& scratch) {
   const int lane = threadIdx.x % kWarp;
-  double loss = 0;
+  scratch.thread_loss[threadIdx.x] = 0;
   for (int i0 = 0; i0 < C::kBlock; i0 += C::kRowsI) {
     for (int k0 = 0; k0 < C::kBlock; k0 += C::kRowsK) {
       Corner<C> corner(all, scratch.cube, i0, k0, lane);
+      typename C::A loss = 0;
 #pragma unroll 1
       for (int n = 0; n < C::kBlock; n += C::kWarps) {  // as many for every warp: the compiler sees that none diverges
         loss += corner.template add_row<kDiagonal>(all, n + threadIdx.x / kWarp, lane, scratch);
       }
+      scratch.thread_loss[threadIdx.x] += static_cast<double>(loss);
       store_corner(all, corner, i0, k0, scratch);
     }
   }
   store_rows(all, scratch);
-  return loss;
 }
 
 template <class C>
@@ -411,9 +426,13 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Tr
   auto& scratch = shared<CubeScratch<C>>();
   if (threadIdx.x == 0) scratch.cube = cube, scratch.partial_loss = partial_loss;
   __syncthreads();
-  double loss = cube.diagonal() ? sweep<C, true>(all, scratch) : sweep<C, false>(all, scratch);
+  if (cube.diagonal()) {
+    sweep<C, true>(all, scratch);
+  } else {
+    sweep<C, false>(all, scratch);
+  }
   if (!scratch.partial_loss) return;
-  loss = block_sum(loss, scratch.loss) / scratch.cube.orders();
+  const double loss = block_sum(scratch.thread_loss[threadIdx.x], scratch.loss) / scratch.cube.orders();
   if (threadIdx.x == 0) *scratch.partial_loss = all.first ? loss : *scratch.partial_loss + loss;
 }
 
