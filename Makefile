@@ -11,7 +11,6 @@ train: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
-	$(MAKE) emulated
 
 # The operators' tests on the CUDA kernels, compiled for the CPU against an emulator of CUDA: needs neither nvcc nor a GPU.
 emulated: $(INSTALLED)

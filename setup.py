@@ -1,7 +1,7 @@
 """Builds amtml_fast._C, one stable-ABI library for every torch from 2.11 on. Metadata lives in pyproject.toml.
 
-C++ always, CUDA too where nvcc is found: neither a GPU nor a CUDA build of torch is needed to build it or to load it.
-AMTML_BUILD_EXT=1 makes a failed build fatal, =0 skips it; AMTML_BUILD_CUDA=1 and =0 do the same for its CUDA part.
+AMTML_BUILD_CUDA=1 adds the CUDA kernels, with nvcc: neither a GPU nor a CUDA build of torch is needed to build the library or to
+load it. (Not by default: these kernels have not run on a GPU yet.) AMTML_BUILD_EXT=1 makes a failed build fatal, =0 skips it.
 Otherwise a machine without torch's headers or a working compiler gets the pure-Python package with a notice; it then
 runs on the reference backend. TORCH_CUDA_ARCH_LIST chooses the GPUs (default: 8.0, 9.0 and PTX for later ones).
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 WANTED = os.environ.get("AMTML_BUILD_EXT", "auto")
-CUDA_WANTED = os.environ.get("AMTML_BUILD_CUDA", "auto")
+CUDA_WANTED = os.environ.get("AMTML_BUILD_CUDA", "0")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 
 
@@ -32,7 +32,7 @@ def give_up(reason: object) -> None:
 
 def cuda_home() -> str | None:
     """The CUDA toolkit's folder. Asks nvcc where it is: the one on the PATH may be a link or a script."""
-    if CUDA_WANTED == "0":
+    if CUDA_WANTED != "1":
         return None
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
@@ -40,9 +40,7 @@ def cuda_home() -> str | None:
         plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
         if top := re.search(r"^#\$ TOP=(.+)$", plan, re.M):
             return str(Path(top[1]).resolve())
-    if CUDA_WANTED == "1":
-        raise SystemExit("amtml_fast: CUDA kernels were asked for (AMTML_BUILD_CUDA=1) but nvcc is not found")
-    return None
+    raise SystemExit("amtml_fast: CUDA kernels were asked for (AMTML_BUILD_CUDA=1) but nvcc is not found")
 
 
 def cuda_part(home: str, flags: list[str]) -> dict:

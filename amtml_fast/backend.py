@@ -102,7 +102,7 @@ def why_not(op: str, name: str, device_type: str) -> str | None:
     elif not HAS_EXTENSION:
         return f"the C++ extension does not load ({WHY_NO_EXTENSION})"
     elif name == "cuda" and not HAS_CUDA:
-        return "the C++ extension was built without CUDA (no nvcc was found)"
+        return "the C++ extension was built without CUDA (AMTML_BUILD_CUDA=1 builds it)"
     if device_type not in DEVICES[name]:
         return f"it needs {' or '.join(DEVICES[name])} tensors, got {device_type}"
     return None

@@ -18,12 +18,13 @@ namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "dual_softmax";
-constexpr int kWarps = 32;        // most of a block
-constexpr int kPer = 8;           // columns of a thread, where rows are taken in turn
-constexpr int kRows = 8;          // loads that a thread has under way where columns are
-constexpr int kRowsOfGrad = 2;    // the same in backward, which loads several numbers a row
+constexpr int kWarps = 32;                      // most of a block
+constexpr int kPer = 8;                         // columns of a thread, where rows are taken in turn
+constexpr int kRows = 8;                        // loads that a thread has under way where columns are
+constexpr int kGradWarps = 8, kRowsOfGrad = 2;  // the same in backward, which loads several numbers a row
 constexpr int kBlocks = 128;      // that columns are cut into, at least, if there are rows enough: one a multiprocessor
 constexpr int kThreads = 270336;  // that a GPU of 132 multiprocessors holds
+constexpr int64_t kMostInt = 1 << 30;
 constexpr float kNone = -INFINITY;
 
 struct Sizes {
@@ -278,10 +279,10 @@ __global__ void __launch_bounds__(1024)
 }
 
 struct GradScratch {
-  float sum[kPer][4 * kWarp];  // by warp and column
+  float sum[kGradWarps][4 * kWarp];  // by warp and column
 };
 
-// dx of 32 kWide columns and a share of the rows: kPer warps take the rows in turn.
+// dx of 32 kWide columns and a share of the rows: kGradWarps warps take the rows in turn.
 template <class T, int kWide, bool kSequential>
 __global__ void back_column_kernel(const T* __restrict__ grad, const T* __restrict__ scores,
                                    const float* __restrict__ first, const float2* __restrict__ row_stats,
@@ -296,7 +297,7 @@ __global__ void back_column_kernel(const T* __restrict__ grad, const T* __restri
   float total[kWide] = {};
   if (k < size.columns) {
 #pragma unroll 4
-    for (int part = warp; part < per; part += kPer) {
+    for (int part = warp; part < per; part += kGradWarps) {
       float sum[kWide];
       load<kWide>(partial + (b * per + part) * size.columns + k, sum);
 #pragma unroll
@@ -311,21 +312,21 @@ __global__ void back_column_kernel(const T* __restrict__ grad, const T* __restri
   for (int e = 0; e < kWide; ++e) {
     total[e] = 0;
 #pragma unroll
-    for (int w = 0; w < kPer; ++w) total[e] += scratch.sum[w][lane * kWide + e];
+    for (int w = 0; w < kGradWarps; ++w) total[e] += scratch.sum[w][lane * kWide + e];
   }
-  for (int r = start + warp; r < end; r += kRowsOfGrad * kPer) {
+  for (int r = start + warp; r < end; r += kRowsOfGrad * kGradWarps) {
     float g[kRowsOfGrad][kWide], a[kRowsOfGrad][kWide], x[kRowsOfGrad][kWide];
 #pragma unroll
     for (int u = 0; u < kRowsOfGrad; ++u) {
-      const int64_t at = size.row(b, static_cast<int>(least(r + u * kPer, end - 1))) + k;
+      const int64_t at = size.row(b, static_cast<int>(least(r + u * kGradWarps, end - 1))) + k;
       load<kWide>(grad + at, g[u]);
       load<kWide>(first + at, a[u]);
       if (!kSequential) load<kWide>(scores + at, x[u]);
     }
 #pragma unroll
     for (int u = 0; u < kRowsOfGrad; ++u) {
-      if (r + u * kPer >= end) continue;
-      const int64_t row = b * size.rows + r + u * kPer;
+      if (r + u * kGradWarps >= end) continue;
+      const int64_t row = b * size.rows + r + u * kGradWarps;
       const RowSoftmax softmax(row_stats[row]);
       float dx[kWide];
 #pragma unroll
@@ -334,7 +335,7 @@ __global__ void back_column_kernel(const T* __restrict__ grad, const T* __restri
         dx[e] = kSequential ? a[u][e] * (y * (g[u][e] - inner[row]) - total[e])
                             : 2 * g[u][e] * a[u][e] * y - y * inner[row] - a[u][e] * total[e];
       }
-      store<kWide>(out + size.row(b, r + u * kPer) + k, dx);
+      store<kWide>(out + size.row(b, r + u * kGradWarps) + k, dx);
     }
   }
 }
@@ -371,13 +372,19 @@ int blocks_of_each(int64_t wanted, int64_t matrices, int64_t most) {
   return static_cast<int>(std::max<int64_t>(std::min(wanted / std::max<int64_t>(matrices, 1), most), 1));
 }
 
+void check(const Tensor& scores) {
+  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
+  STD_TORCH_CHECK(scores.size(1) < kMostInt && scores.size(2) < kMostInt, kOp,
+                  ": the CUDA kernels take fewer than 2^30 rows and columns");
+}
+
 template <class T>
 T* data(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
 std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::string mode) {
-  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
+  check(scores);
   const OnDevice on(scores);
   const Tensor input = dense(scores);
   const Sizes size(input);
@@ -407,7 +414,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
 
 Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& first, const Tensor& row_stats,
                         std::string mode) {
-  STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
+  check(scores);
   if (grad.scalar_type() != scores.scalar_type() && scores.scalar_type() != ScalarType::Float) {
     const Tensor wide = converted(scores, ScalarType::Float);
     return converted(dual_softmax_bwd(grad, wide, first, row_stats, mode), scores.scalar_type());
@@ -440,8 +447,8 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
     const int64_t tiles = blocks_for(size.columns, kWarp * kWide);
     const int splits = blocks_of_each(2 * kBlocks, tiles * size.batch, blocks_for(size.rows, kWarp));
     launch(&back_column_kernel<T, kWide, kSequential>,
-           {static_cast<unsigned>(tiles * splits * size.batch), kPer * kWarp, 1, sizeof(GradScratch)}, on, g, x, a,
-           rows, data<float>(inner), data<float>(partial), size, per, splits, data<T>(grad_scores));
+           {static_cast<unsigned>(tiles * splits * size.batch), kGradWarps * kWarp, 1, sizeof(GradScratch)}, on, g, x,
+           a, rows, data<float>(inner), data<float>(partial), size, per, splits, data<T>(grad_scores));
   });
   return grad_scores;
 }

@@ -99,7 +99,7 @@ __global__ void pool_kernel(const T* features, Map map, int height, int width, i
   const int64_t n = blockIdx.x / bands;
   const int outputs = (first + rows < height ? rows : height - first) * width;
   const T* example = features + n * map.sn;
-  float* scale = scales + n * map.height * map.width;
+  float* scale = kNormalize ? scales + n * map.height * map.width : nullptr;
   if (kNormalize) {
     const int begin = window(first, map.height, height).begin,
               end = window(first + outputs / width - 1, map.height, height).end;

@@ -429,6 +429,8 @@ void check(const Tensor& features, const Tensor& theta, const Tensor& v) {
   check_shape(kOp, "v", v, {features.size(1)});
   STD_TORCH_CHECK(theta.scalar_type() == ScalarType::Float && v.scalar_type() == ScalarType::Float, kOp,
                   ": the CUDA kernels take theta and v in float32");
+  STD_TORCH_CHECK(features.dim() == 2 || features.size(2) * features.size(3) < 1 << 30, kOp,
+                  ": the CUDA kernels take fewer than 2^30 pixels");
   STD_TORCH_CHECK(theta.size(0) <= kMaxTeachers, kOp, ": the CUDA kernels take at most ", kMaxTeachers, " teachers");
 }
 
