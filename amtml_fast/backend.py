@@ -32,7 +32,10 @@ except ImportError as error:
     WHY_NO_EXTENSION = str(error)  # kept: "not built" and "undefined symbol" are different problems
 
 HAS_EXTENSION = WHY_NO_EXTENSION is None
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+try:
+    HAS_TRITON = importlib.util.find_spec("triton") is not None
+except ImportError:  # an import hook that forbids it
+    HAS_TRITON = False
 HAS_CUDA = HAS_EXTENSION and torch._C._dispatch_has_kernel_for_dispatch_key("amtml::whole_loss_fwd", "CUDA")
 
 
