@@ -9,6 +9,7 @@ share of a limit measured in the same run: of the copy bandwidth, or of the rate
 """
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -182,7 +183,12 @@ def replayed_median(step: Callable[[], object], repeat: int = 50) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return flushed_median(lambda: [graph.replay() for _ in range(10)], repeat) / 10
+
+    def replays() -> None:
+        for _ in range(10):
+            graph.replay()
+
+    return flushed_median(replays, repeat) / 10
 
 
 def limits() -> dict[str, float]:
@@ -197,7 +203,7 @@ def limits() -> dict[str, float]:
     torch.backends.cuda.matmul.allow_tf32 = False
     for name, dtype, n in (("float32_flops", torch.float32, 8192), ("float64_flops", torch.float64, 4096)):
         a = torch.randn(n, n, device="cuda", dtype=dtype)
-        found[name] = 2 * n**3 / flushed_median(lambda a=a: a @ a, 5)
+        found[name] = 2 * n**3 / flushed_median(functools.partial(torch.matmul, a, a), 5)
     print({k: f"{v:.3g}" for k, v in found.items()}, flush=True)
     return found
 

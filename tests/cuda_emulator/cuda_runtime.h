@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, for tests: csrc/cuda/*.cu compiled as C++ against this header instead of CUDA's own.
 //
-// Every CUDA thread is a fiber with a stack of its own; barriers and warp shuffles switch between fibers. Blocks run one
-// after another (those of a cluster together), with threads in rising order in one and in falling order in the next, so
-// that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. What it cannot show:
-// speed, the rounding of the GPU's own exp2f and logf, races inside a warp.
+// Every CUDA thread is a fiber with a stack of its own; barriers and warp shuffles switch between fibers. Blocks run
+// one after another (those of a cluster together), with threads in rising order in one and in falling order in the
+// next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. What it cannot
+// show: speed, the rounding of the GPU's own exp2f and logf, races inside a warp.
 #pragma once
 
 #include <setjmp.h>
@@ -31,13 +31,15 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-#define AMTML_VECTOR_TYPES(T, name)                      \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };     \
+#define AMTML_VECTOR_TYPES(T, name)                  \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; }; \
   struct alignas(16) name##4 { T x, y, z, w; };
 AMTML_VECTOR_TYPES(float, float)
 AMTML_VECTOR_TYPES(int, int)
 AMTML_VECTOR_TYPES(unsigned, uint)
-struct alignas(16) double2 { double x, y; };
+struct alignas(16) double2 {
+  double x, y;
+};
 #undef AMTML_VECTOR_TYPES
 
 using cudaStream_t = void*;
@@ -164,7 +166,8 @@ inline void resume(Thread& t) {
 }
 
 // Runs the blocks of one cluster, whose indices start at `first`.
-inline void run_cluster(unsigned first, unsigned size, size_t shared_bytes, std::vector<Thread>& threads, bool falling) {
+inline void run_cluster(unsigned first, unsigned size, size_t shared_bytes, std::vector<Thread>& threads,
+                        bool falling) {
   Machine& m = machine();
   const unsigned per_block = m.block.x * m.block.y * m.block.z;
   m.cluster.blocks = std::vector<Block>(size);
