@@ -5,12 +5,14 @@
 // student, teacher [N, C] float32, bfloat16 or float16 with any strides; loss [] or [N], gradients [N, C], all float32.
 // Four kernels, one after another:
 //   measure_kernel    distances of both sides, which rows take part and how many they are (pairs.cuh)
-//   triangles_kernel  the loss and the gradient to the distances (triangles.cuh), in one launch for N <= 1024 or so
-//   fold_kernel       where the gradient lies in many matrices: their sum. Bandwidth
+//   triangles_kernel  the loss and the gradient to the distances (triangles.cuh): one launch up to N = 800, 2 at
+//                     1024, 13 at 2048, 64 at 4096
+//   fold_kernel       for N > 128, where the gradient lies in many matrices: their sum. Bandwidth
 //   finish_kernel     the gradient of the rows (pairs.cuh) and, in one more block, the loss
 // The count of rows stays on the device: the last kernel divides by it.
-// Memory: E and r of both sides take 12 N^2 bytes, each matrix of each gradient 4 N^2, and for N > 1024 a slot or a few
-// are enough. With eps below 1e-18 the product of two r can pass float32's range; all is float64 then.
+// Memory: E and r of both sides 12 N^2 bytes; 4 N^2 for each slot of each gradient, of which there are about
+// 16800 / (N / 32)^2, and at least one. With eps below 1e-18 the product of two r can pass float32's range; all is
+// float64 then.
 #include "ops.cuh"
 #include "triangles.cuh"
 

@@ -57,8 +57,8 @@ struct AngleRows {
   int64_t ignore_index;
 };
 
-// The loss, and its gradients to student and teacher [N, C] float32, or [0] where not needed. Three launches for N of
-// up to 128, one more up to 1024 or so.
+// The loss, and its gradients to student and teacher [N, C] float32, or [0] where not needed. Three launches up to
+// N = 128, four up to 800.
 std::tuple<Tensor, Tensor, Tensor> angle_rows(const AngleRows& rows, double delta, double eps,
                                               const std::string& reduction, bool need_student_grad,
                                               bool need_teacher_grad);
