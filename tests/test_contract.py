@@ -82,7 +82,6 @@ def test_opcheck(case, fused):
 VECTORS = """
 import sys, torch
 import amtml_fast as af
-from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, run_on, takes
 from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
 for case in CASES.values():
     for size in case.sizes:
