@@ -4,17 +4,21 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
+export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
+OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py whole_loss.py dropin.py properties.py)
 
-.PHONY: train test emulated gpu fuzz sanitize lint bench dist clean
+.PHONY: train test triton emulated gpu fuzz sanitize lint bench dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests
+	$(MAKE) -j2 --output-sync=target triton emulated
 
-# The operators' tests on the CUDA kernels, compiled for the CPU against an emulator of CUDA: needs neither nvcc nor a GPU.
-emulated: $(INSTALLED)
-	AMTML_TEST_BACKENDS=emulated $(BIN)/python -m pytest $(or $(TESTS),tests/test_ops.py)
+# The operators' tests on Triton's kernels, through its interpreter, and on the CUDA kernels, compiled for the CPU against an
+# emulator of CUDA: need neither a GPU nor nvcc.
+triton emulated: $(INSTALLED)
+	OMP_NUM_THREADS=1 AMTML_TEST_BACKENDS=$@ $(BIN)/python -m pytest $(or $(TESTS),$(OPERATORS))
 
 # Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
 gpu:
@@ -27,7 +31,7 @@ fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times 
 sanitize: $(INSTALLED)
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/sanitize/ && rm -f build/sanitize/amtml_fast/*.so
-	cd build/sanitize && CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1" \
+	cd build/sanitize && AMTML_BUILD_CUDA=0 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1" \
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \

@@ -1,7 +1,7 @@
 """Which backends the tests run, and on which device: set by AMTML_TEST_BACKENDS.
 
-Unset: the CPU's kernels, and in test_ops.py Triton's too, through its interpreter. ``triton``: the interpreter everywhere, which takes
-its time. ``emulated``: the CUDA kernels, compiled for the CPU against tests/cuda_emulator. ``gpu``: CUDA and Triton on a GPU.
+Unset: the CPU's kernels. ``triton``: Triton's, through its interpreter. ``emulated``: the CUDA kernels, compiled for the CPU against
+tests/cuda_emulator. ``gpu``: CUDA and Triton on a GPU.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from amtml_fast import backend
 CHOSEN = os.environ.get("AMTML_TEST_BACKENDS", "")
 DEVICE = "cuda" if CHOSEN == "gpu" else "cpu"
 FUSED = {"": ["cpp"], "triton": ["triton"], "emulated": ["cuda"], "gpu": ["cuda", "triton"]}[CHOSEN]
-OPS_FUSED = [*FUSED, "triton"] if CHOSEN == "" and backend.HAS_TRITON else FUSED  # what test_ops.py runs
 BACKENDS = [*FUSED, "reference"]
 
 cpu_only = pytest.mark.skipif(CHOSEN != "", reason="about the CPU's kernels")

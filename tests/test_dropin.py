@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import BACKENDS
 
 import amtml_fast as af
 from amtml_fast import dropin
@@ -112,7 +113,7 @@ def gradients(function, args):
     return out.detach(), torch.autograd.grad(out.sum(), leaves)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", KINDS)
 def test_values_and_gradients_are_those_of_the_formula(name, backend):
     ours, plain, args = KINDS[name]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from backends import takes
 
 import amtml_fast as af
 from amtml_fast import reference
@@ -241,6 +242,8 @@ def _plain_batch(dtype=torch.float32):
 @pytest.mark.parametrize("adapter", [af.TeacherAdapter, _OwnAdapter])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_whole_loss_is_one_node_and_passes_opcheck(adapter, dtype, on):
+    if not takes(on, dtype):
+        pytest.skip("the backend takes no float64")
     for options in ({}, {"angle_weight": 0.0}, {"angle_trains_weights": True, "regularizer_weight": 0.0}):
         batch = _plain_batch(dtype)
         with _Recorder() as seen:
@@ -248,7 +251,10 @@ def test_whole_loss_is_one_node_and_passes_opcheck(adapter, dtype, on):
             out.loss.backward()
         names = [func.overloadpacket.__name__ for func, _ in seen.calls]
         single = ["teacher_weights_fwd", "teacher_weights_bwd"] if adapter is _OwnAdapter else []
-        assert sorted(names) == (sorted(["whole_loss_fwd", "whole_loss_bwd", *single]) if on in ("cpp", "cuda") else [])
+        if on in ("cpp", "cuda"):
+            assert sorted(names) == sorted(["whole_loss_fwd", "whole_loss_bwd", *single])
+        else:
+            assert not any(name.startswith("whole_loss") for name in names)
         for func, args in seen.calls:
             torch.library.opcheck(func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
@@ -289,7 +295,8 @@ def test_second_derivative_of_the_whole_loss_is_right_or_loud(on):
     if on == "reference":
         assert torch.autograd.grad(grad.square().sum(), batch["student_logits"])[0].norm() > 0
     else:
-        with pytest.raises(RuntimeError, match=r"AMTMLLoss.*use_backend\(\"reference\"\)"):
+        of = "AMTMLLoss" if on in ("cpp", "cuda") else ""  # the others are made of several operators
+        with pytest.raises(RuntimeError, match=rf"{of}.*use_backend\(\"reference\"\)"):
             grad.square().sum().backward()
 
 

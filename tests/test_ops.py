@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import CHOSEN, OPS_FUSED, cpu_only, run_on, takes
+from backends import CHOSEN, FUSED, cpu_only, run_on, takes
 
 import amtml_fast as af
 from amtml_fast import autograd, backend
@@ -18,7 +18,7 @@ GRID = [
 
 # What Triton's interpreter and the CUDA emulator leave out for the sake of time: 16-bit dtypes of all but the first variant, and all
 # but the first variant of sizes that only fill more threads.
-SLOW = [] if CHOSEN == "gpu" else [name for name in OPS_FUSED if name != "cpp"]
+SLOW = [] if CHOSEN == "gpu" else ["triton", "cuda"]
 MANY = {(256, 257, 5), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300)}
 
 
@@ -37,7 +37,7 @@ STEP = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 2**-8, torch.float16
         pytest.param(*grid.values, dtype, name, id=f"{grid.id}-{str(dtype).removeprefix('torch.')}-{name}")
         for grid in GRID
         for dtype in STEP
-        for name in (*OPS_FUSED, "reference")
+        for name in (*FUSED, "reference")
         if _runs(name, *grid.values, dtype)
     ],
 )
@@ -62,8 +62,8 @@ def test_matches_the_float64_reference(case, size, options, dtype, name):
 
 
 def test_the_compiled_backends_are_under_test():
-    assert "cpp" in OPS_FUSED or CHOSEN
-    for name in OPS_FUSED:
+    assert "cpp" in FUSED or CHOSEN
+    for name in FUSED:
         why_not = {op: backend.why_not(op, name, backend.DEVICES[name][0]) for op in backend.KERNELS[name]}
         assert why_not and not any(why_not.values()), why_not
 
@@ -79,7 +79,7 @@ def test_figure_4_of_the_paper(op):
         torch.testing.assert_close(got, weights / weights.sum(1, keepdim=True))
         return
     teachers = [torch.stack([p, 1 - p], 1).log() for p in probs.unbind(1)]
-    for name in (*OPS_FUSED, "reference"):
+    for name in (*FUSED, "reference"):
         with af.use_backend(name):
             terms = af.functional.multi_teacher_kd(
                 torch.zeros(3, 2), teachers, weights, None, temperature=1.0, alpha=0.7, mode="mixture",

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "../arithmetic.h"
 #include "ops.h"
 #include "pairs.h"
 
@@ -83,7 +84,7 @@ struct Block {
 #pragma omp simd
           for (int l = 0; l < kLanes; ++l) {
             const double r = c.r[s][l];
-            g[l] += weight[v * kLanes + l] * per_unit * (c.arm[s][l] - r * r * c.psi[s][l]);
+            g[l] += weight[v * kLanes + l] * per_unit * arm_gradient<double>(c.arm[s][l], r, c.psi[s][l]);
           }
         }
       }
@@ -113,13 +114,13 @@ AMTML_INLINE void sweep(Cell<A, D, Sum, kLanes, kGrads>& a, Cell<A, D, Sum, kLan
     auto& c = b[k];
     Values h[2], psi[2];
     for (int s = 0; s < 2; ++s) {
-      const Distances u = distance[s] + Distances::load(c.distance[s]) - far_distance[s][k];
+      const Distances u = between_arms(distance[s], Distances::load(c.distance[s]), far_distance[s][k]);
       h[s] = r[s] * Values::load(c.r[s]);
       psi[s] = u.template to<A, 1>() * h[s];
     }
     const Values x = psi[0] - psi[1];
     const Values g = most(lowest, least(highest, x));  // NaN stays NaN
-    total = total + g * (x - half * g);
+    total = total + huber(x, g, half);
     for (int s = 0; s < kGrads; ++s) {  // that of the second side has the opposite sign
       const Values gpsi = g * psi[s];
       const Sums gh = (g * h[s]).template to<Sum, kParts>();
@@ -244,8 +245,7 @@ double diagonal_loss(const Side<A>& first, const Side<A>& second, int64_t j, A d
   const A *r1 = first.r.data() + j * first.stride, *r2 = second.r.data() + j * first.stride;
   int64_t one_sided = 0;
   for (int64_t i = 0; i < first.n; ++i) one_sided += (r1[i] == 0) != (r2[i] == 0);
-  const double g = std::min(A(1), delta);
-  return static_cast<double>(one_sided) * (g * (1 - g / 2));
+  return static_cast<double>(one_sided) * one_sided_huber<double>(delta);
 }
 
 template <class A>

@@ -4,6 +4,7 @@
 //   L = sum_ij huber_delta(psi_s - psi_t),  g = clamp(psi_s - psi_t, -delta, delta)
 //   dL/dd_ij = (g_ij - (sum g psi) / K) / mu,  dL/dx_i = 2 sum_j dL/dd_ij (x_i - x_j) / d_ij
 // Degenerate pairs have psi 0 and no gradient. All in float64: beside the distances themselves it costs nothing.
+#include "../arithmetic.h"
 #include "pairs.h"
 
 namespace amtml {
@@ -95,12 +96,11 @@ std::tuple<Tensor, Tensor, Tensor> distance_fwd(const Tensor& student, const Ten
     for_rows(n, [&] AMTML_BODY(int64_t i) {
       double sum = 0, sum_s = 0, sum_t = 0;
       for (int64_t j = 0; j < n; ++j) {
-        const double ps = ns.psi(i, j), pt = nt.psi(i, j), x = ps - pt;
-        const double above = x > delta ? delta : x, clamped = above < -delta ? -delta : above;  // NaN stays NaN
-        sum += clamped * (x - clamped / 2);
-        sum_s += clamped * ps;
-        sum_t += clamped * pt;
-        if (need_grad) g[i * s.stride + j] = clamped;
+        const double ps = ns.psi(i, j), pt = nt.psi(i, j), x = ps - pt, slope = clamped(x, delta);
+        sum += huber(x, slope, 0.5);
+        sum_s += slope * ps;
+        sum_t += slope * pt;
+        if (need_grad) g[i * s.stride + j] = slope;
       }
       total[i] = sum;
       g_psi_s[i] = sum_s;

@@ -8,6 +8,7 @@
 // A row of every input is read once; its exponentials stay in cache until the row is done. Teachers are read in place.
 #include <algorithm>
 
+#include "../arithmetic.h"
 #include "ops.h"
 #include "simd.h"
 
@@ -84,6 +85,9 @@ struct Row {  // scratch of one thread: everything a row needs stays in cache un
         p(std::min(pr.classes, kChunk)),
         ratio(std::min(pr.classes, kChunk)),
         out(std::min(pr.classes, kChunk)) {}
+
+  A* of_teacher(int64_t t) { return e_t.data() + t * problem.classes; }  // its exponentials
+  const A* of_teacher(int64_t t) const { return e_t.data() + t * problem.classes; }
 };
 
 template <class A>
@@ -119,14 +123,13 @@ AMTML_INLINE A rounded(double value, double* rest) {
 // KL(p_t || q) where p_t = 0 counts 0.
 template <class A>
 AMTML_INLINE A teacher_kl(const Row<A>& row, int64_t t, const A* stats, double teacher_log_sum, A per_tau) {
-  const A *z = row.z, *x = row.x[t], *e = row.e_t.data() + t * row.problem.classes;
+  const A *z = row.z, *x = row.x[t], *e = row.of_teacher(t);
   const A m = stats[0], m_t = stats[3 + 2 * t], inverse = row.inverse[t], log_sum = row.log_sum;
   double teacher_rest = 0;
   const A log_sum_t = rounded<A>(teacher_log_sum, &teacher_rest);
   const double sum = block_sum<A>(row.problem.classes, [&](int64_t c) __attribute__((always_inline)) {
     const A p = e[c] * inverse;
-    const A term = p * (((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum));
-    return p == 0 ? A(0) : term;
+    return if_mass(p, p * (((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum)));
   });
   return static_cast<A>(sum + row.rest - teacher_rest);
 }
@@ -157,7 +160,7 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const A w = row.weight[t] = pr.weight(i, t);
     const A* x = row.x[t] = load_row(pr.teacher[t], i, n, row.teacher.data() + (row.teacher_pitch * t));
-    A *e = row.e_t.data() + t * row.problem.classes, *stat = stats + 3 + 2 * t;
+    A *e = row.of_teacher(t), *stat = stats + 3 + 2 * t;
     if (again) {
       exponentials_again(x, n, stat[0], per_tau, e);
     } else {
@@ -220,26 +223,23 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
     const A *z = row.z + start, *e = row.e.data() + start;
     std::fill_n(p, count, A(0));
     for (int64_t t = 0; t < teachers; ++t) {
-      const A* e_t = row.e_t.data() + t * row.problem.classes + start;
+      const A* e_t = row.of_teacher(t) + start;
       const A factor = row.weight[t] * row.inverse[t];
 #pragma omp simd
       for (int64_t c = 0; c < count; ++c) p[c] += factor * e_t[c];
     }
     if (need_log) {  // log p - log q, and 0 where p is 0
       kl += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
-        const A value = log_positive(p[c] == 0 ? A(1) : p[c]) - ((z[c] - m) * per_tau - log_sum);
-        ratio[c] = p[c] == 0 ? A(0) : value;
-        const A term = p[c] * value;
-        return p[c] == 0 ? A(0) : term;
+        ratio[c] = if_mass(p[c], log_positive(p[c] == 0 ? A(1) : p[c]) - ((z[c] - m) * per_tau - log_sum));
+        return if_mass(p[c], p[c] * ratio[c]);
       });
     }
     for (int64_t t = 0; want.grad_weights && t < teachers; ++t) {
-      const A* e_t = row.e_t.data() + t * row.problem.classes + start;
+      const A* e_t = row.of_teacher(t) + start;
       double sum = 0;
       if (mixture && want.kl_grad != 0) {
         sum = want.kl_grad * block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
-                const A term = e_t[c] * (ratio[c] + 1);
-                return (e_t[c] == 0) | (p[c] == 0) ? A(0) : term;  // without a branch
+                return mixture_gradient(e_t[c], p[c], ratio[c]);
               });
       }
       if (want.grad_p) {
@@ -257,10 +257,9 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
     if (!want.grad_student) continue;
     A* grad = out;
     if constexpr (std::is_same_v<A, T>) grad = want.grad_student + start;
-    const A kl_q = kl_grad * total * inverse;
     if (kl_grad == 0) std::fill_n(p, count, A(0));  // a teacher without weight in the loss may hold NaN
 #pragma omp simd
-    for (int64_t c = 0; c < count; ++c) grad[c] = kl_q * e[c] - kl_grad * p[c];
+    for (int64_t c = 0; c < count; ++c) grad[c] = kl_gradient(kl_grad, total, e[c] * inverse, p[c]);
     if (pr.labels) {
       const A* e1 = row.e1.data() + start;
       const A ce_q = ce_grad * inverse1, flat = ce_grad * even;
@@ -271,7 +270,7 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
     if (want.grad_q) {
       const A *back = want.grad_q + start, mean = static_cast<A>(inner), by = inverse * per_tau;
 #pragma omp simd
-      for (int64_t c = 0; c < count; ++c) grad[c] += by * e[c] * (back[c] - mean);
+      for (int64_t c = 0; c < count; ++c) grad[c] += softmax_gradient(by * e[c], back[c], mean);
     }
 #pragma omp simd
     for (int64_t c = 0; c < count; ++c) grad[c] = z[c] == masked ? A(0) : grad[c];
@@ -281,7 +280,8 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
   }
   for (int64_t t = 0; t < teachers; ++t) {
     if (want.grad_weights) {
-      const double through_kl = mixture || want.kl_grad == 0 ? 0 : static_cast<double>(want.kl_grad) * row.kl_t[t];
+      const double slope = mixture ? row.inverse[t] != 0 : row.kl_t[t];
+      const double through_kl = want.kl_grad == 0 ? 0 : want.kl_grad * slope;
       want.grad_weights[t] = static_cast<A>(row.dot[t] * row.inverse[t] + through_kl);
     }
     if (!mixture) kl += row.weight[t] == 0 ? 0 : row.weight[t] * row.kl_t[t];

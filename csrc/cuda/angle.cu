@@ -42,12 +42,6 @@ __device__ __forceinline__ double scale_of(Reduction reduction, double m) {
   return count < 1 ? 1 : 1 / count;
 }
 
-// i = k: psi is 1, or 0 where degenerate. That counts where one side alone is degenerate.
-__device__ __forceinline__ double one_sided_loss(double delta) {
-  const double g = delta < 1 ? delta : 1;
-  return g * (1 - g / 2);
-}
-
 // --- kernels
 
 // sums [planes, slots, elements]: all slots into the first.
@@ -112,7 +106,7 @@ __device__ __forceinline__ void finish_loss(const Finish& finish, double* scratc
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < finish.partials; i += kGradientThreads) sum += finish.partial[i];
   sum *= 2;  // both orders of an angle's arms
-  const double one_sided = one_sided_loss(finish.delta);
+  const double one_sided = one_sided_huber(finish.delta);
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < finish.tiles; i += kGradientThreads) {
     sum += one_sided * finish.summaries[i].one_sided;
@@ -140,13 +134,13 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 // Losses of the vertices: grid, a block of rows each. Plane 0 of the sums belongs to the first row of a pair, plane 1
 // to the second.
 template <class Tile>
-__global__ void __launch_bounds__(kGradientThreads)
+__global__ void __launch_bounds__(kGradientThreads, 2)
     vertices_kernel(SumOfSlots<typename Tile::T> sums, int64_t plane, const Tile* tiles, Finish finish) {
   constexpr int kBlock = Tile::kBlock, kGroups = kGradientThreads / kBlock;
   auto& scratch = shared<double[kGroups][kBlock]>();
   const int own = threadIdx.x % kBlock, group = threadIdx.x / kBlock, own_block = blockIdx.x;
   const SumOfSlots<typename Tile::T> columns{sums.sums + plane, sums.slots, sums.elements};
-  const double one_sided = one_sided_loss(finish.delta);
+  const double one_sided = one_sided_huber(finish.delta);
   double sum = 0;
   for (int other = 0; other < finish.blocks; ++other) {
     const int64_t tile = tile_number(own_block, other);
@@ -292,7 +286,7 @@ void run(const Call& call) {
     using A = decltype(value);
     small_blocks(call.takes_part.n) ? run<PairTile<T, A, 16>>(call, on) : run<PairTile<T, A, 32>>(call, on);
   };
-  if (call.eps < 1e-18) return with(double{}, double{});
+  if (call.eps < 1e-18) return run<PairTile<double, double, 16>>(call, on);  // rare: one size does
   has_fast_double(call.one) ? with(double{}, float{}) : with(FloatPair{}, float{});
 }
 

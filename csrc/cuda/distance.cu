@@ -50,8 +50,7 @@ struct Pairs {
       c.psi[s] = r == 0 ? 0 : 2 * tiles[tile].e[s][at] * r / norm.side[s].mean;
     }
     c.x = c.psi[0] - c.psi[1];
-    const double above = c.x > delta ? delta : c.x;
-    c.g = above < -delta ? -delta : above;  // NaN stays NaN
+    c.g = clamped(c.x, delta);
     return c;
   }
 };
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kCompareThreads, 4)
     const double ordered = at.x == at.y ? 1 : 2;
     for (int e = threadIdx.x; e < Tile::kArea; e += kCompareThreads) {
       const auto c = pairs.compare(norm, tile, e);
-      sums[0] += ordered * c.g * (c.x - c.g / 2);
+      sums[0] += ordered * huber(c.x, c.g, 0.5);
       sums[1] += ordered * c.g * c.psi[0];
       sums[2] += ordered * c.g * c.psi[1];
     }

@@ -331,7 +331,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
           const float e = exp2f((x[k] - top) * unit + kScale);
-          if (need_ratio) of_kl += e == 0 || p[k] == 0 ? 0.0f : e * inverse * (ratio[k] + 1);
+          if (need_ratio) of_kl += inverse * mixture_gradient(e, p[k], ratio[k]);
           if (back_p) of_p += by * back[k] * (e * inverse);
         }
         if (need_ratio) through_kl[t * blockDim.x] += of_kl;
@@ -354,12 +354,12 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       // a teacher without weight in the loss may hold NaN
-      float g = kl_grad == 0 ? 0.0f : kl_grad * per_tau * (s.total * q[k] - p[k]);
+      float g = kl_grad == 0 ? 0.0f : kl_gradient(kl_grad * per_tau, s.total, q[k], p[k]);
       if (pr.labels) {
         const float q1 = exp2f((z[k] - m) * kLog2e + kScale) * s.inverse1;
         g += ce_grad * (q1 - even - (c + k == label ? 1 - pr.label_smoothing : 0.0f));
       }
-      if (back_q) g += per_tau * q[k] * (by * back[k] - inner);
+      if (back_q) g += per_tau * softmax_gradient(q[k], by * back[k], inner);
       grad[k] = z[k] == -INFINITY ? 0.0f : g;
     }
     store(static_cast<S*>(want.grad_student) + i * pr.classes + c, grad);
@@ -427,7 +427,7 @@ __device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, floa
                           Scratch& s) {
   for (int t = threadIdx.x; want.grad_weights && t < pr.teachers; t += blockDim.x) {
     float through = s.teacher_totals[0][t];
-    if (!pr.mixture && s.inverse[t + 1] != 0) through += static_cast<float>(s.rest[0] - s.rest[t + 1]);
+    if (s.inverse[t + 1] != 0) through += pr.mixture ? 1.0f : static_cast<float>(s.rest[0] - s.rest[t + 1]);
     if (!pr.mixture && s.weight[t] == 0 && !(fabsf(through) < INFINITY)) through = 0;
     float grad = kl_grad == 0 ? 0 : kl_grad * through;
     if (through_targets) grad += s.teacher_totals[1][t];
@@ -459,7 +459,7 @@ __device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, floa
 
 // again: the statistics are there already (backward), else they are made.
 template <class S, class E, int kPack, bool kAgain>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kPack == 8 ? 2 : 3)
     rows_kernel(const __grid_constant__ Problem pr, const Wanted want, const Incoming in, const float* stats) {
   Scratch& s = shared<Scratch>();
   const int64_t i = blockIdx.x / cluster_size();

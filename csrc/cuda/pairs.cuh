@@ -17,6 +17,7 @@
 //   N / kBlock times the rows (both from L2), writes 4 N C bytes; N^2 C subtractions and multiply-adds a side.
 #pragma once
 
+#include "../arithmetic.h"
 #include "float_pair.cuh"
 
 namespace amtml::gpu {
@@ -167,7 +168,7 @@ __device__ __forceinline__ void squared_distances(const Rows& rows, BlockPair at
   for (int64_t c0 = 0; c0 < widest; c0 += kChunk) {
     const int columns = static_cast<int>(least(kChunk, rows.width - c0));  // negative beyond the narrower side
     rows.read([&](const auto& at_element) {
-#pragma unroll
+#pragma unroll 4
       for (int row = thread / kWarp; row < 2 * kBlock; row += kSideThreads / kWarp) {
         const int which = row / kBlock, i = row % kBlock;
         const int64_t from = static_cast<int64_t>(which == 0 ? at.x : at.y) * kBlock + i;
@@ -325,7 +326,7 @@ __device__ __forceinline__ void row_gradient(const Rows& rows, int64_t n, const 
     load(x, static_cast<int64_t>(first_block) * kBlock + warp, kWarps);
 #pragma unroll
     for (int m = 0; m < kGradientRows / kWarps; ++m) scratch.x[warp + m * kWarps][lane] = x[m];
-#pragma unroll 2
+#pragma unroll 1
     for (int e = 2 * threadIdx.x; e < count * kBlock; e += 2 * kGradientThreads) {  // in the order of memory
       const int other = first_block + e / kArea, row = e % kArea / kBlock, column = e % kBlock;
       double w[2];

@@ -100,7 +100,7 @@ struct alignas(16) GradientSum {
   __device__ __forceinline__ void operator+=(const GradientSum& b) { gh += b.gh, gpsi += b.gpsi; }
   __device__ __forceinline__ GradientSum from(int by) const { return {from_lane(gh, by), from_lane(gpsi, by)}; }
   __device__ __forceinline__ T total(A r) const {
-    if constexpr (std::is_same_v<T, double>) return gh - static_cast<double>(r) * r * gpsi;
+    if constexpr (std::is_same_v<T, double>) return arm_gradient<double>(gh, r, gpsi);
     return gh + static_cast<T>(-(r * r) * gpsi);
   }
 };
@@ -166,22 +166,6 @@ struct Edge {
   A r;
 };
 
-// NaN stays NaN.
-__device__ __forceinline__ float clamped(float x, float limit) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(limit));
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(x), "f"(-limit));
-  return x;
-#else
-  const float low = x > limit ? limit : x;
-  return low < -limit ? -limit : low;
-#endif
-}
-__device__ __forceinline__ double clamped(double x, double limit) {
-  const double low = x > limit ? limit : x;
-  return low < -limit ? -limit : low;
-}
-
 // Not to be contracted with what it is added to: a product that goes to several places must be the same in all of them.
 __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
@@ -194,7 +178,7 @@ __device__ __forceinline__ void angles(const Edge<T, A>& ji, const Edge<T, A>& j
   const T at_i = kDiagonal ? ji.e + ik.e - jk.e : ik.e + difference;
   const T at_k = kDiagonal ? jk.e + ik.e - ji.e : ik.e - difference;
   h[0] = product(ji.r, jk.r), h[1] = product(ji.r, ik.r), h[2] = product(jk.r, ik.r);
-  psi[0] = product(static_cast<A>(ji.e + jk.e - ik.e), h[0]);
+  psi[0] = product(static_cast<A>(between_arms(ji.e, jk.e, ik.e)), h[0]);
   psi[1] = product(static_cast<A>(at_i), h[1]);
   psi[2] = product(static_cast<A>(at_k), h[2]);
 }
@@ -283,19 +267,19 @@ struct Corner {
           if constexpr (kDiagonal) {
             if (same_arms(cube, m, j, i + p, k + q)) g[m] = 0;
           }
-          value[m] = x - g[m] * A(0.5);
+          value[m] = huber(x, g[m], A(0.5));
         }
         if constexpr (C::kKind == Kind::kVertexLoss) {
           const A share = static_cast<A>(cube.share());
-          sum_ji[0][p].loss += share * g[0] * value[0];
-          sum[0][p][q].loss += share * g[1] * value[1];
-          sum[1][p][q].loss += share * g[2] * value[2];
+          sum_ji[0][p].loss += share * value[0];
+          sum[0][p][q].loss += share * value[1];
+          sum[1][p][q].loss += share * value[2];
         } else {
           if constexpr (C::kKind == Kind::kWeighted) {
             g[0] *= weight_j, g[1] *= weight_i[p], g[2] *= weight_k[q];
           } else {
 #pragma unroll
-            for (int m = 0; m < 3; ++m) loss += g[m] * value[m];
+            for (int m = 0; m < 3; ++m) loss += value[m];
           }
 #pragma unroll
           for (int s = 0; s < C::kPlanes; ++s) add_gradient(g, h[s], psi[s], sum_ji[s][p], sum_jk[s][q], sum[s][p][q]);
