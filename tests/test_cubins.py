@@ -23,9 +23,10 @@ def _tool(name: str) -> str:
     return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _sass(cubin: Path) -> dict[str, str]:
+def _sass(cubin: Path, *options: str) -> dict[str, str]:
     """Kernel name -> its instructions."""
-    text = subprocess.run([_tool("cuobjdump"), "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    command = [_tool("cuobjdump"), "-sass", *options, cubin]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2]))
 
@@ -43,22 +44,29 @@ def test_triton_kernels_compile_and_do_not_spill(capability, tmp_path):
     source = "".join(p.read_text() for p in (Path(backend.__file__).parents[1] / "kernels").glob("*.py"))
     missing = set(re.findall(r"def (\w+_kernel)\(", source)) - seen
     assert not missing, f"no launcher ran {missing}"
-    spilling = {}
+    spilling, wide = {}, set()
     for path in cubins:
+        kernel = path.stem.rsplit("-", 1)[0]
         for instructions in _sass(path).values():
-            if _spills(instructions) and path.stem.rsplit("-", 1)[0] not in MAY_SPILL:
+            if "LDG.E.128" in instructions:
+                wide.add(kernel)
+            if _spills(instructions) and kernel not in MAY_SPILL:
                 spilling[path.stem] = _spills(instructions)
     assert not spilling
-    wide = {p.stem.rsplit("-", 1)[0] for p in cubins if any("LDG.E.128" in text for text in _sass(p).values())}
     assert {"_kd_forward_kernel", "_kd_backward_kernel"} <= wide  # whole rows of multi_teacher_kd: 16 bytes at a time
 
 
 @pytest.mark.skipif(not backend.HAS_CUDA, reason="the extension was built without CUDA")
 def test_cuda_kernels_do_not_spill_and_load_16_bytes_at_a_time():
     library = Path(importlib.util.find_spec("amtml_fast._C").origin)
-    kernels = _sass(library)
-    assert any("rows_kernel" in name for name in kernels)
-    assert {name: _spills(text) for name, text in kernels.items() if _spills(text)} == {}
-    for name, text in kernels.items():
-        if "rows_kernel" in name and re.search(r"Li[48]E", name):  # whole packs of 16 bytes
-            assert "LDG.E.128" in text or "AnyType" in name, name
+    usage = subprocess.run([_tool("cuobjdump"), "-res-usage", library], check=True, capture_output=True, text=True)
+    stack = re.findall(r"Function (\S+):\n.* STACK:(\d+) ", usage.stdout + usage.stderr)  # in it lies what is spilled
+    assert len(stack) > 200 and [name for name, size in stack if size != "0"] == []
+    whole_packs = {
+        name: text
+        for name, text in _sass(library, "-arch", "sm_90").items()
+        if re.search(r"11rows_kernelI.*Li[48]E", name) and "AnyType" not in name
+    }
+    assert len(whole_packs) == 6  # three dtypes, forward and backward
+    for name, text in whole_packs.items():
+        assert "LDG.E.128" in text, name

@@ -181,6 +181,29 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:
     assert run.finished() and [row["epoch"] for row in metrics(run)] == list(range(1, 16))
 
 
+def test_a_stop_waits_for_the_end_of_the_step_and_a_second_one_does_not() -> None:
+    mine = signal.getsignal(signal.SIGINT)
+    with loop.Stop() as stop:
+        stop.check()
+        signal.raise_signal(signal.SIGINT)  # would be raised here
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is mine
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_signals_alone_that_nobody_handles(number: int) -> None:
+    mine = signal.signal(number, signal.SIG_IGN)
+    try:
+        with loop.Stop() as stop:
+            signal.raise_signal(number)
+            stop.check()
+    finally:
+        signal.signal(number, mine)
+
+
 def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C right after this epoch's checkpoint, in this process."""
     save = loop._Trainer.save

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +33,37 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, job: Job, done: int) -> None:
         super().__init__(f"{job.title}: stopped; {done} of {job.train.epochs} epochs are safe in {job.folder}")
         self.job, self.done = job, done
+
+
+class Stop:
+    """While it is open, Ctrl-C (and SIGTERM, where the caller handles it) is raised by ``check()`` alone, between steps.
+
+    Raised anywhere, KeyboardInterrupt can come in the middle of another library's lock and leave it locked for good:
+    TensorBoard's writer then waits for ever. A second Ctrl-C is raised at once.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self.previous = False, dict[int, Any]()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if callable(signal.getsignal(number)):  # neither ignored nor left to the system
+                    self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 def make_optimizer(train: TrainConfig, module: Distiller) -> torch.optim.Optimizer:
@@ -139,18 +172,20 @@ def train(
         run.clear()
         accelerator.wait_for_everyone()
     trainer = _Trainer(job, run, accelerator, data.to(accelerator.device), teachers, display)
-    try:
-        trainer.restore()
-        run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
-        trainer.fit()
-        trainer.finish(recipe)
-    except KeyboardInterrupt:
-        raise Interrupted(job, trainer.done) from None
-    finally:
-        # Not end_training(): it would also end the process group, which the next run needs.
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.free_memory()
+    with Stop() as stop:
+        try:
+            trainer.restore()
+            run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
+            trainer.fit(stop)
+            trainer.finish(recipe)
+            stop.check()
+        except KeyboardInterrupt:
+            raise Interrupted(job, trainer.done) from None
+        finally:
+            # Not end_training(): it would also end the process group, which the next run needs.
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            accelerator.free_memory()
     accelerator.wait_for_everyone()
     return run
 
@@ -299,7 +334,7 @@ class _Trainer:
             }
         )
 
-    def fit(self) -> None:
+    def fit(self, stop: Stop) -> None:
         job, n = self.job, self.steps * self.job.train.batch_size
         if self.done:
             self.display.say(f"{job.title}: continuing after epoch {self.done} of {job.train.epochs}")
@@ -309,7 +344,7 @@ class _Trainer:
             bar.add(n * self.done)
             for epoch in range(self.done + 1, job.train.epochs + 1):
                 began = time.perf_counter()
-                row = self.epoch(epoch, bar)
+                row = self.epoch(epoch, bar, stop)
                 row["val_accuracy"] = frozen.accuracy(self.bare.student, self.data.val, self.data)
                 self.seconds += time.perf_counter() - began
                 self.check(row)
@@ -317,9 +352,10 @@ class _Trainer:
                 self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
                 self.done = epoch
                 self.save()
+                stop.check()
                 bar.note(f"epoch {epoch}/{job.train.epochs}, validation {100 * row['val_accuracy']:.1f} %")
 
-    def epoch(self, epoch: int, bar: Bar) -> dict[str, Any]:
+    def epoch(self, epoch: int, bar: Bar, stop: Stop) -> dict[str, Any]:
         """One pass over the training split; returns its row of metrics.jsonl without the validation accuracy."""
         job, accelerator = self.job, self.accelerator
         began, sums = time.perf_counter(), Sums(accelerator.device)
@@ -347,6 +383,7 @@ class _Trainer:
                 self.optimizer.zero_grad()
             sums.add(out, logits, batch.labels)
             bar.add(len(batch.labels) * accelerator.num_processes)
+            stop.check()
         row = {"epoch": epoch, "lr": lr, **sums.means(accelerator)}
         row["seconds"] = time.perf_counter() - began
         return row
