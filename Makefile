@@ -5,6 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
 export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
+PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py whole_loss.py dropin.py properties.py)
 
 .PHONY: train test triton emulated gpu fuzz sanitize lint bench dist clean
@@ -12,13 +13,13 @@ train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest tests
-	$(MAKE) -j2 --output-sync=target triton emulated
+	$(PYTEST) tests
+	$(MAKE) triton emulated
 
 # The operators' tests on Triton's kernels, through its interpreter, and on the CUDA kernels, compiled for the CPU against an
 # emulator of CUDA: need neither a GPU nor nvcc.
 triton emulated: $(INSTALLED)
-	OMP_NUM_THREADS=1 AMTML_TEST_BACKENDS=$@ $(BIN)/python -m pytest $(or $(TESTS),$(OPERATORS))
+	AMTML_TEST_BACKENDS=$@ OMP_NUM_THREADS=1 $(PYTEST) $(or $(TESTS),$(OPERATORS))
 
 # Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
 gpu:

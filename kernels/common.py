@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Of a launch: products and sums are contracted to multiply-adds. The default differs between versions of Triton.
+OPTIONS = {"enable_fp_fusion": True}
+
 
 def alignment(*numbers: int) -> int:
     """The largest power of 2 up to 16 that divides all of them."""

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import OPTIONS
 from .pairs import COLUMNS, ROWS, TILE, distances, padded, row_gradient, total
 
 BLOCK = 8, 128  # rows, and columns at a time, of a program of compare_kernel
@@ -130,7 +131,7 @@ def distance_fwd(
     pair_grad = distance.new_empty(p, p) if any(needs) else None
     means, partial = distance.new_empty(2, 2), distance.new_empty(3, programs)
     compare_kernel[(programs,)](
-        distance, r, sums, means, pair_grad, partial, tiles, p, delta, *BLOCK, num_warps=8, enable_fp_fusion=True
+        distance, r, sums, means, pair_grad, partial, tiles, p, delta, *BLOCK, num_warps=8, **OPTIONS
     )
     widest = max((x.shape[1] for x, needed in zip((student, teacher), needs) if needed), default=1)
     grid = triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1), 1 + sum(needs)

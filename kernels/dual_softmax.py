@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import aligned, alignment, power_of_2
+from .common import OPTIONS, aligned, alignment, power_of_2
 
 TILE = 4096  # elements that a program holds at once; half where they move one by one and each has its own address
 ROW = 2048  # most columns of a tile of rows
@@ -127,14 +127,14 @@ def _row_sums_kernel(
     columns, grad_row, x_row = aligned(columns, ALIGN), aligned(grad_row, ALIGN), aligned(x_row, ALIGN)
     grad_ptr += b * aligned(grad_matrix, ALIGN)
     x_ptr += b * aligned(x_matrix, ALIGN)
-    total = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
     for start in range(0, columns, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         grad, a, y = _load_backward(
             grad_ptr, x_ptr, first_ptr, row_stats_ptr, b, r, k, rows, columns, grad_row, x_row, SEQUENTIAL
         )
-        total += grad * y if SEQUENTIAL else grad * y * a
-    tl.store(sums_ptr + b * rows + r, tl.sum(total, axis=1), mask=r < rows)
+        total += tl.sum(grad * y if SEQUENTIAL else grad * y * a, axis=1)
+    tl.store(sums_ptr + b * rows + r, total, mask=r < rows)
 
 
 @triton.jit
@@ -189,14 +189,14 @@ def _column_blocks(scores: Tensor, align: int) -> tuple[int, dict[str, int]]:
         block_k //= 2
     block_k = power_of_2(columns, block_k)
     block_r = power_of_2(rows, _tile(align) // block_k)
-    return triton.cdiv(columns, block_k), {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 8}
+    return triton.cdiv(columns, block_k), {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 8, **OPTIONS}
 
 
 def _row_blocks(scores: Tensor, align: int) -> tuple[int, dict[str, int]]:
     rows, columns = scores.shape[1:]
     block_k = power_of_2(columns, ROW)
     block_r = power_of_2(rows, _tile(align) // block_k)
-    return triton.cdiv(rows, block_r), {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 8}
+    return triton.cdiv(rows, block_r), {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 8, **OPTIONS}
 
 
 def dual_softmax_fwd(scores: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor]:

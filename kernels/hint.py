@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import aligned, alignment, pixel_offset, plane_strides, power_of_2
+from .common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
 
 SMALLEST_NORM = tl.constexpr(1e-12)  # as torch.nn.functional.normalize has it
 TILE = 2048  # elements that a program holds at once
@@ -201,7 +201,7 @@ def hint_pool_fwd(feature_map: Tensor, height: int, width: int, normalize: bool)
         down, along, flat = plane_strides(feature_map)
         _norms_kernel[(n, triton.cdiv(h * w, blocks["BLOCK_P"]))](
             feature_map, norms, pooled, c, h * w, w, *strides[:2], down, along,
-            WRITE=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides[:2]), **blocks,
+            WRITE=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides[:2]), **blocks, **OPTIONS,
         )  # fmt: skip
     if n and not (normalize and same):
         # The longest window: one more than the quotient, rounded up, where windows do not divide the map evenly.
@@ -211,7 +211,7 @@ def hint_pool_fwd(feature_map: Tensor, height: int, width: int, normalize: bool)
         block_c = power_of_2(c, TILE // (block_k * block_o))
         _pool_kernel[(n, triton.cdiv(c, block_c), triton.cdiv(height * width, block_o))](
             feature_map, norms, pooled, c, h, w, height, width, *window, *strides,
-            NORMALIZE=normalize, BLOCK_C=block_c, BLOCK_O=block_o, BLOCK_K=block_k,
+            NORMALIZE=normalize, BLOCK_C=block_c, BLOCK_O=block_o, BLOCK_K=block_k, **OPTIONS,
         )  # fmt: skip
     return pooled, norms
 
@@ -228,7 +228,7 @@ def hint_pool_bwd(grad: Tensor, feature_map: Tensor, norms: Tensor, normalize: b
         _pool_backward_kernel[(n, triton.cdiv(h * w, blocks["BLOCK_P"]))](
             grad.contiguous(), feature_map, norms, out, c, h, w, height, width, *strides, down, along,
             NORMALIZE=normalize, SAME=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides),
-            ROWS=1 + (h % height > 0), COLUMNS=1 + (w % width > 0), **blocks,
+            ROWS=1 + (h % height > 0), COLUMNS=1 + (w % width > 0), **blocks, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -243,8 +243,8 @@ def hint_mse_fwd(prediction: Tensor, target: Tensor, need_grad: bool) -> tuple[T
     if n:
         _error_kernel[(programs,)](
             prediction.contiguous(), target.contiguous(), sums, grad, n, run, 2 / n,
-            NEED_GRAD=need_grad, ALIGN=alignment(n), BLOCK=RUN, num_warps=8,
+            NEED_GRAD=need_grad, ALIGN=alignment(n), BLOCK=RUN, num_warps=8, **OPTIONS,
         )  # fmt: skip
-        _mean_kernel[(1,)](sums, loss, programs, n, BLOCK=RUNS)
+        _mean_kernel[(1,)](sums, loss, programs, n, BLOCK=RUNS, **OPTIONS)
         return loss, grad
     return loss.zero_(), grad

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import aligned, alignment
+from .common import OPTIONS, aligned, alignment
 from .kd_rows import (
     add,
     cross_entropy,
@@ -63,7 +63,6 @@ INLINE = 1024  # rows whose labels every program counts itself
 SPAN = 4096  # rows that one program adds up
 # Elements that a program takes, and the programs to have before that. An interpreted one is slow, whatever it takes.
 TILE, PROGRAMS = (65536, 3) if triton.knobs.runtime.interpret else (1024, 128)
-OPTIONS = dict(enable_fp_fusion=True)  # the default differs between versions of Triton
 
 
 @triton.jit(do_not_specialize=["n"])

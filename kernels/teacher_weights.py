@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import aligned, alignment, pixel_offset, plane_strides, power_of_2
+from .common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
 
 TILE = 4096  # elements that a program holds at once
 SLOPES = 2048  # most elements of a tile of teachers by channels
@@ -227,7 +227,7 @@ def teacher_weights_fwd(features: Tensor, theta: Tensor, v: Tensor, max_pool: bo
         _forward_kernel[(n,)](
             features, theta, v, weights, pooled, index, d, pixels, width, teachers,
             *strides, *theta.stride(), *v.stride(),
-            MAX=max_pool, FLAT=flat, ALIGN=align, WHOLE=pixels <= blocks["BLOCK_P"], **blocks,
+            MAX=max_pool, FLAT=flat, ALIGN=align, WHOLE=pixels <= blocks["BLOCK_P"], **blocks, **OPTIONS,
         )  # fmt: skip
     return weights, pooled, index
 
@@ -255,13 +255,13 @@ def teacher_weights_bwd(
             grad, theta, v, pooled, index, slopes, grad_features, d, pixels, width, teachers,
             *grad.stride(), *theta.stride(), *v.stride(), *strides,
             MAX=max_pool, NEED_FEATURES=need_features, NEED_PARAMETERS=need_parameters, FLAT=flat, ALIGN=align,
-            **blocks,
+            **blocks, **OPTIONS,
         )  # fmt: skip
     if not need_parameters:
         return grad_features, theta.new_empty(0), v.new_empty(0)
     grad_theta, grad_v = theta.new_empty(theta.shape), v.new_empty(v.shape)
     _parameters_kernel[(triton.cdiv(d, 16),)](
         slopes, theta, v, pooled, grad_theta, grad_v, n, d, teachers, *theta.stride(), *v.stride(),
-        BLOCK_N=128, BLOCK_C=16,
+        BLOCK_N=128, BLOCK_C=16, **OPTIONS,
     )  # fmt: skip
     return grad_features, grad_theta, grad_v

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import amtml_fast as af
-from amtml_fast import backend
 
 CHOSEN = os.environ.get("AMTML_TEST_BACKENDS", "")
 DEVICE = "cuda" if CHOSEN == "gpu" else "cpu"

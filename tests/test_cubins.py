@@ -1,5 +1,5 @@
 """What the compilers make of the GPU kernels, read without a GPU: every Triton kernel as its launcher would run it on compute
-capability 8.0, 9.0 and 10.0, and the CUDA kernels in the built library. None but those named may spill registers to local memory."""
+capability 8.0, 9.0 and 10.0, and the CUDA kernels in the built library. None may spill registers to local memory."""
 
 import importlib.util
 import re
@@ -12,8 +12,6 @@ import pytest
 from amtml_fast import backend
 
 pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton (whose package has the tools) is not installed")
-# Not spill-free yet: two instructions on 9.0, in the variant for matrices of 512 x 512 or of long rows.
-MAY_SPILL = {"_row_sums_kernel"}
 COMPILE = Path(__file__).parent / "compile_triton.py"
 
 
@@ -39,6 +37,9 @@ def _spills(instructions: str) -> int:
 def test_triton_kernels_compile_and_do_not_spill(capability, tmp_path):
     run = subprocess.run([sys.executable, COMPILE, str(capability), tmp_path], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+    assert (
+        "FP_FUSION" not in run.stderr
+    )  # a launch that leaves contraction to a default, which changes with Triton 3.10
     cubins = sorted(tmp_path.glob("*.cubin"))
     seen = {path.stem.rsplit("-", 1)[0] for path in cubins}
     source = "".join(p.read_text() for p in (Path(backend.__file__).parents[1] / "kernels").glob("*.py"))
@@ -50,7 +51,7 @@ def test_triton_kernels_compile_and_do_not_spill(capability, tmp_path):
         for instructions in _sass(path).values():
             if "LDG.E.128" in instructions:
                 wide.add(kernel)
-            if _spills(instructions) and kernel not in MAY_SPILL:
+            if _spills(instructions):
                 spilling[path.stem] = _spills(instructions)
     assert not spilling
     assert {"_kd_forward_kernel", "_kd_backward_kernel"} <= wide  # whole rows of multi_teacher_kd: 16 bytes at a time

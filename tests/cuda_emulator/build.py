@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ def library() -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    print("compiling the CUDA kernels for the emulator, for about a minute", file=sys.stderr)
     include = [HERE, *include_paths(), sysconfig.get_path("include")]
     compiler = [os.environ.get("CXX", "g++"), *flags, *(f"-I{path}" for path in include)]
     objects = [folder / f"{source.name}.o" for source in sources]
