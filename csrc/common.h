@@ -72,21 +72,6 @@ inline void check_shape(const char* op, const char* name, const Tensor& t, const
                   ", got ", text(t.dim(), [&](size_t d) { return t.size(d); }));
 }
 
-inline size_t element_size(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-    case ScalarType::Long:
-      return 8;
-    case ScalarType::Float:
-    case ScalarType::Int:
-      return 4;
-    case ScalarType::Bool:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
 // Fills new memory with NaN (and integers with -1) where AMTML_FILL_MEMORY=1, for tests: an element that a kernel
 // leaves unwritten is seen then.
 inline void fill_for_tests(void* data, size_t bytes) {
@@ -115,7 +100,7 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
                                                          strides.data(), type, device_type, device_index, &handle));
   const Tensor made(handle);
   if (device_type == aoti_torch_device_type_cpu()) {
-    fill_for_tests(made.mutable_data_ptr(), made.numel() * element_size(dtype));
+    fill_for_tests(made.mutable_data_ptr(), made.numel() * made.element_size());
   }
   return made;
 }

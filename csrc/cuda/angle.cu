@@ -305,7 +305,7 @@ TakingPart taking_part(const AngleRows& rows, Tensor& labels) {
   takes_part.labels = labels.const_data_ptr();
   takes_part.stride = labels.stride(0);
   takes_part.skip = rows.row_mask ? 0 : rows.ignore_index;
-  takes_part.size = element_size(labels.scalar_type());
+  takes_part.size = labels.element_size();
   return takes_part;
 }
 
