@@ -59,6 +59,8 @@ def cuda_part(home: str, flags: list[str]) -> dict:
         "include_dirs": [f"{home}/include"],
         "library_dirs": [library],
         "libraries": ["cudart_static", "dl", "rt", "pthread"],
+        # The linker would drop libtorch.so, and with it a CUDA build's libtorch_cuda.so, where the current stream is asked.
+        "extra_link_args": ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"],
     }
 
 

@@ -18,6 +18,10 @@
 #include <tuple>
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace amtml {
 
 using torch::headeronly::ScalarType;

@@ -40,9 +40,10 @@ def _norms_kernel(
     WRITE: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(pixels, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
     pixels, x_channel = aligned(pixels, ALIGN), aligned(x_channel, X_ALIGN)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     example = x_ptr + n * aligned(x_example, X_ALIGN) + pixel_offset(p, width, down, along, FLAT)[None, :]
     squares = tl.zeros([BLOCK_C, BLOCK_P], tl.float32)
     for start in range(0, channels, BLOCK_C):
@@ -130,9 +131,10 @@ def _pool_backward_kernel(
     NORMALIZE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr, ALIGN: tl.constexpr, X_ALIGN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(height * width, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
     pixels, x_channel = aligned(height * width, ALIGN), aligned(x_channel, X_ALIGN)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     example = x_ptr + n * aligned(x_example, X_ALIGN) + pixel_offset(p, width, down, along, FLAT)[None, :]
     grad = grad_ptr + n * channels * (pixels if SAME else out_height * out_width)
     if NORMALIZE:
@@ -199,7 +201,7 @@ def hint_pool_fwd(feature_map: Tensor, height: int, width: int, normalize: bool)
     if n and normalize:
         blocks = _blocks(c, h * w)
         down, along, flat = plane_strides(feature_map)
-        _norms_kernel[(n, triton.cdiv(h * w, blocks["BLOCK_P"]))](
+        _norms_kernel[(n * triton.cdiv(h * w, blocks["BLOCK_P"]),)](
             feature_map, norms, pooled, c, h * w, w, *strides[:2], down, along,
             WRITE=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides[:2]), **blocks, **OPTIONS,
         )  # fmt: skip
@@ -225,7 +227,7 @@ def hint_pool_bwd(grad: Tensor, feature_map: Tensor, norms: Tensor, normalize: b
         blocks = _blocks(c, h * w, TILE if same else TILE // 2)
         down, along, flat = plane_strides(feature_map)
         strides = feature_map.stride()[:2]
-        _pool_backward_kernel[(n, triton.cdiv(h * w, blocks["BLOCK_P"]))](
+        _pool_backward_kernel[(n * triton.cdiv(h * w, blocks["BLOCK_P"]),)](
             grad.contiguous(), feature_map, norms, out, c, h, w, height, width, *strides, down, along,
             NORMALIZE=normalize, SAME=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides),
             ROWS=1 + (h % height > 0), COLUMNS=1 + (w % width > 0), **blocks, **OPTIONS,

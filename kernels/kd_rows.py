@@ -24,7 +24,7 @@ def find_rows(n, labels, label_stride, ignore_index, c, ROWS: tl.constexpr):
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     inside = rows < n
     used = inside
-    label = None
+    label = rows  # a compiled function returns no None; without labels nobody looks
     if labels is not None:
         label = tl.load(labels + rows * label_stride, mask=inside, other=ignore_index)
         used = inside & (label != ignore_index)
@@ -265,12 +265,12 @@ def slopes(dots, weights, inverses, ratio, MIXTURE: tl.constexpr):
 
 
 @triton.jit
-def student_grad(z, e, p, cols, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even):
+def student_grad(z, e, p, cols, labels, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even):
     """d loss / d z of a tile, from d loss / d CE and d loss / d KL of its rows."""
     b = kl_grad * per_tau
     a = tl.where(b == 0, 0.0, b * total) / s
     grad = a * e - tl.where(b == 0, 0.0, b * p)  # where the KL has no weight a teacher may hold NaN
-    if label is not None:
+    if labels is not None:
         e1 = e
         if rate1 is not None:
             e1 = tl.exp2((z - m) * rate1)
@@ -303,7 +303,7 @@ def per_row(counts, stride, num_counts, ignore_index, COUNT: tl.constexpr, BLOCK
     if COUNT != "none":
         i = tl.arange(0, BLOCK)
         if COUNT == "labels":
-            count = tl.load(counts + i * stride, mask=i < num_counts, other=ignore_index) != ignore_index
+            count = tl.load(counts + i.to(tl.int64) * stride, mask=i < num_counts, other=ignore_index) != ignore_index
         else:
             count = tl.load(counts + i, mask=i < num_counts, other=0)
         out /= tl.maximum(tl.sum(count.to(tl.int32), axis=0), 1).to(tl.float32)

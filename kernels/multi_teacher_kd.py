@@ -157,7 +157,7 @@ def _kd_forward_kernel(
             tl.store(targets_out + at, tl.where(used, p, 0.0), mask=inside & real)
         if grad_out is not None:
             grad = student_grad(
-                z_tile, e, p, cols, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even
+                z_tile, e, p, cols, labels, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even
             )
             tl.store(grad_out + at, tl.where(used & (z_tile != -float("inf")), grad, 0.0), mask=inside & real)
 
@@ -235,7 +235,7 @@ def _kd_backward_kernel(
             backs = add(backs, times(exps, back), FOLD, ALIGN)
         if grad_out is not None:
             grad = student_grad(
-                z, e, p, cols, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even
+                z, e, p, cols, labels, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even
             )
             if grad_probs is not None:
                 back = load(grad_probs, rows, probs_stride, cols, keep, BACK_ALIGN, 0.0)

@@ -68,6 +68,9 @@ def main(capability: int, folder: Path) -> None:
             for options, dtype in zip(case.variants, (torch.bfloat16, torch.float32)):
                 with af.use_backend("triton"):
                     value_and_grads(case.function, case.inputs(*size, dtype=dtype), **options)
+    student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
+    with af.use_backend("triton"):  # no case lacks its labels
+        value_and_grads(af.multi_teacher_kd_loss, (student, teachers, weights, None))
     for name, cubin in compiled.items():
         (folder / f"{name}.cubin").write_bytes(cubin)
     print(len(compiled), "kernels")

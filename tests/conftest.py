@@ -1,7 +1,9 @@
 """Shared by all tests: uninitialised memory is NaN, so that a kernel that leaves an element unwritten is seen."""
 
+import importlib.util
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,14 +21,24 @@ if os.environ.get("AMTML_TEST_BACKENDS") == "emulated":
 
 from backends import BACKENDS, FUSED, run_on
 
+import amtml_fast
 from amtml_fast import backend
 
+if (
+    importlib.util.find_spec("amtml_fast.kernels") is None
+):  # not installed, but built in place: setup.py maps it to here
+    amtml_fast.__path__.append(str(Path(__file__).parents[1]))
 if os.environ.get("AMTML_TEST_BACKENDS") == "triton" and not backend.HAS_TRITON:
     pytest.exit("Triton is not installed: nothing to test", returncode=0)
 if os.environ.get("TRITON_INTERPRET") == "1" and backend.HAS_TRITON:
     import triton_interpreter
 
     triton_interpreter.round_to_bfloat16()
+
+
+if os.environ.get("AMTML_TEST_BACKENDS") == "gpu":
+    torch.backends.cudnn.allow_tf32 = False  # on by default: a convolution would be right to 1e-3
+    torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)

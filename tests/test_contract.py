@@ -1,10 +1,11 @@
 """The promises of docs/contract.md that hold for every operator: errors, masks, strides, autograd, compile, memory."""
 
-import importlib
+import importlib.util
 import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -437,6 +438,54 @@ def test_nan_stays_in_its_row(on):
             torch.testing.assert_close(loss[others], clean[others])
             for got, want in zip(grads, clean_grads):
                 torch.testing.assert_close(got[others], want[others])
+
+
+@pytest.mark.parametrize("mode", ["mixture", "sum"])
+@pytest.mark.parametrize("classes", [10, 100, 1030])
+def test_one_nan_among_numbers_makes_the_row_nan(classes, mode, on):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(3, classes, 2)
+    labels = labels.clamp(min=0)
+    for at in (0, 3, classes - 1):
+        for alpha in (0.0, 0.5):
+            spoiled = student.detach().clone()
+            spoiled[1, at] = torch.nan
+            loss, (grad, _) = _kd(
+                spoiled.requires_grad_(), teachers, weights, labels, alpha=alpha, mode=mode, reduction="none"
+            )
+            assert loss[1].isnan() and grad[1].isnan().all() and loss[[0, 2]].isfinite().all()
+            assert grad[[0, 2]].isfinite().all()
+        spoiled = teachers[1].clone()
+        spoiled[1, at] = torch.nan
+        loss, _ = _kd(student, [teachers[0], spoiled], weights, labels, mode=mode, reduction="none")
+        assert loss.isnan().tolist() == [False, True, False]
+        only = torch.tensor([[1.0, 0.0]] * 3)
+        got = _kd(student, [teachers[0], spoiled], only, labels, mode=mode)
+        torch.testing.assert_close(got, _kd(student, teachers[:1], None, labels, mode=mode))
+
+
+def test_what_comes_back_may_start_at_any_address(on):
+    """A view into a larger tensor, one element on: no reason for a wide load to fail."""
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(4, 100, 2)
+
+    def grads(shift):
+        terms = af.functional.multi_teacher_kd(
+            student, teachers, weights, labels, temperature=2.0, alpha=0.7, mode="mixture", reduction="batchmean",
+            t2_scale=True, ignore_index=-100, label_smoothing=0.0,
+        )  # fmt: skip
+        outputs = terms.loss, terms.student_probs, terms.soft_targets
+        back = [torch.ones_like(terms.loss)]
+        for out in outputs[1:]:
+            whole = torch.linspace(-1, 1, out.numel(), device=out.device)
+            back.append(torch.cat([whole.new_zeros(shift), whole])[shift:].view_as(out))
+        return torch.autograd.grad(outputs, (student, weights), back)
+
+    torch.testing.assert_close(grads(1), grads(0))
+
+
+@pytest.mark.skipif(not backend.HAS_CUDA or CHOSEN == "emulated", reason="the extension was built without CUDA")
+def test_the_library_reaches_the_current_stream():
+    """It needs libtorch.so, through which a CUDA build of torch brings libtorch_cuda.so: else the first launch would fail."""
+    assert b"\0libtorch.so\0" in Path(importlib.util.find_spec("amtml_fast._C").origin).read_bytes()
 
 
 def test_ignored_rows_give_0_whatever_they_hold(on):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backends import CHOSEN, FUSED, cpu_only, run_on, takes
+from backends import CHOSEN, DEVICE, FUSED, cpu_only, run_on, takes
 
 import amtml_fast as af
 from amtml_fast import autograd, backend
@@ -80,9 +80,9 @@ def test_figure_4_of_the_paper(op):
         return
     teachers = [torch.stack([p, 1 - p], 1).log() for p in probs.unbind(1)]
     for name in (*FUSED, "reference"):
-        with af.use_backend(name):
+        with run_on(name):
             terms = af.functional.multi_teacher_kd(
-                torch.zeros(3, 2), teachers, weights, None, temperature=1.0, alpha=0.7, mode="mixture",
+                torch.zeros(3, 2), [t.to(DEVICE) for t in teachers], weights.to(DEVICE), None, temperature=1.0, alpha=0.7, mode="mixture",
                 reduction="none", t2_scale=True, ignore_index=-100, label_smoothing=0.0,
             )  # fmt: skip
         assert [round(p, 2) for p in terms.soft_targets[:, 0].tolist()] == printed

@@ -13,7 +13,8 @@
 #include <cooperative_groups.h>
 #include <torch/csrc/stable/accelerator.h>
 #define AMTML_CUDA_KEY CUDA
-// Weak: a CPU build of torch lacks it, and this library loads there too. Where a CUDA tensor exists it is there.
+// Weak: a CPU build of torch lacks it, and this library loads there too. A CUDA build has it behind libtorch.so, which
+// setup.py makes this library need.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
@@ -26,19 +27,25 @@ class OnDevice {
  public:
 #ifdef AMTML_EMULATED_CUDA
   explicit OnDevice(const Tensor&) {}
-  unsigned largest_cluster(unsigned wanted) const { return wanted; }
+  template <class Kernel>
+  unsigned largest_cluster(Kernel*, unsigned wanted) const {
+    return wanted;
+  }
 #else
   explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
     void* handle = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "amtml_fast: this torch has no CUDA");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &handle));
     stream = static_cast<cudaStream_t>(handle);
   }
-  // Blocks of a cluster: 1 before compute capability 9.0.
-  unsigned largest_cluster(unsigned wanted) const {
-    int device = 0, major = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    return major >= 9 ? wanted : 1;
+  // Blocks of a cluster: 1 where the kernel was not compiled for compute capability 9.0 or later, be it that such a
+  // device runs it from older PTX.
+  template <class Kernel>
+  unsigned largest_cluster(Kernel* kernel, unsigned wanted) const {
+    cudaFuncAttributes compiled = {};
+    const cudaError_t error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
+    STD_TORCH_CHECK(error == cudaSuccess, "amtml_fast: no CUDA kernel for this device: ", cudaGetErrorString(error));
+    return compiled.ptxVersion >= 90 ? wanted : 1;
   }
 #endif
   cudaStream_t stream = nullptr;
@@ -187,8 +194,17 @@ struct alignas(sizeof(T) * kCount) Pack {
   T at[kCount];
 };
 
+// A GPU stops at an address that is not a multiple of what is moved; so does the emulator.
+template <class T, int kCount>
+__device__ __forceinline__ void check_alignment([[maybe_unused]] const T* address) {
+#ifdef AMTML_EMULATED_CUDA
+  AMTML_DEVICE_CHECK(reinterpret_cast<uintptr_t>(address) % alignof(Pack<T, kCount>) == 0, "misaligned address");
+#endif
+}
+
 template <int kCount, class T>
 __device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
+  check_alignment<T, kCount>(from);
   const Pack<T, kCount> pack = *reinterpret_cast<const Pack<T, kCount>*>(from);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) to[i] = static_cast<float>(pack.at[i]);
@@ -199,6 +215,7 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
   Pack<T, kCount> pack;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) pack.at[i] = static_cast<T>(from[i]);
+  check_alignment<T, kCount>(to);
   *reinterpret_cast<Pack<T, kCount>*>(to) = pack;
 }
 

@@ -107,9 +107,10 @@ struct Scratch {
   float partial[1];  // [2 or 1][T][threads], to the end
 };
 
-// Sums of several parts: each is scaled from its own maximum to the common one.
+// Sums of several parts: each is scaled from its own maximum to the common one. Without a maximum the sum is 0, or NaN,
+// which stays.
 __device__ __forceinline__ float rescaled(float sum, float from, float to, float per_unit) {
-  return from == -INFINITY ? 0.0f : sum * exp2f((from - to) * per_unit);
+  return from == -INFINITY ? sum : sum * exp2f((from - to) * per_unit);
 }
 
 template <int kPack, class T>
@@ -209,6 +210,7 @@ __device__ inline void make_factors(const Problem& pr, int64_t i, Scratch& s) {
     s.weight[t] = w;
     if (w == 0 && !(fabsf(s.inverse[t + 1]) < INFINITY)) s.inverse[t + 1] = 0;
   }
+  __syncthreads();
   for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
     const double log_sum = -log(static_cast<double>(s.inverse[t])) - kLogScale;
     s.log_sum[t] = static_cast<float>(log_sum);
@@ -580,6 +582,11 @@ struct Inputs {
     return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
   }
 
+  // One class at a time where float32 rows that come back do not start at such addresses as the packs need.
+  void must_fit(const std::optional<Tensor>& rows) {
+    if (rows && reinterpret_cast<uintptr_t>(rows->const_data_ptr()) % (pack * sizeof(float)) != 0) pack = 1;
+  }
+
   // Classes at a time: as many as fit 16 bytes, if every row starts at such an address.
   int common_pack() const {
     const int wide = same ? static_cast<int>(16 / student.element_size()) : 4;
@@ -603,11 +610,8 @@ struct Inputs {
     for (const Tensor& t : teachers) bytes += static_cast<int64_t>(t.element_size());
     bytes *= pr.classes;
     unsigned size = 1;
-    while (size < on.largest_cluster(kMaxCluster) && bytes * kBlocksUnderWay / size > kCache &&
-           pr.classes / size >= kLeast) {
-      size *= 2;
-    }
-    return size;
+    while (size < kMaxCluster && bytes * kBlocksUnderWay / size > kCache && pr.classes / size >= kLeast) size *= 2;
+    return size == 1 ? 1 : on.largest_cluster(count_kernel, size);
   }
 };
 
@@ -695,7 +699,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_back(const KDIncoming& incoming, con
                                                  const std::optional<Tensor>& labels, const Tensor& stats,
                                                  const KDSettings& set, bool need_student_grad, bool need_weights_grad,
                                                  const OnDevice& on) {
-  const Inputs inputs(student, teachers, weights, labels, set, on);
+  Inputs inputs(student, teachers, weights, labels, set, on);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
   const bool none = set.reduction == "none";
   check_shape(kOp, "grad_loss", incoming.grad_loss, none ? Shape{n} : Shape{});
@@ -712,6 +716,8 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_back(const KDIncoming& incoming, con
   const auto grad_loss = as_float(incoming.grad_loss, true), divisor = as_float(incoming.divisor, true);
   const auto back_q = as_float(incoming.grad_probs, need_student_grad);
   const auto back_p = as_float(incoming.grad_targets, need_weights_grad);
+  inputs.must_fit(back_q);
+  inputs.must_fit(back_p);
   const Tensor saved = dense(stats);
   Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
   Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, ScalarType::Float);

@@ -153,7 +153,7 @@ struct CubeScratch {
   SumOf<C> ji[kPlanes][C::kBlock][C::kBlock], jk[kPlanes][C::kBlock][C::kBlock];  // row j of either belongs to a warp
   SumOf<C> ik[C::kWarps][C::kI][C::kK][kWarp];                                    // of every lane
   double loss[kWarp];
-  double thread_loss[C::kThreads];  // this and what follows is here because registers are scarce
+  typename C::A thread_loss[C::kThreads];  // this and what follows is here because registers are scarce
   Cube cube;
   double* partial_loss;
 };
@@ -390,7 +390,7 @@ __device__ __forceinline__ void sweep(const Triangles<typename C::Tile>& all, Cu
       for (int n = 0; n < C::kBlock; n += C::kWarps) {  // as many for every warp: the compiler sees that none diverges
         loss += corner.template add_row<kDiagonal>(all, n + threadIdx.x / kWarp, lane, scratch);
       }
-      scratch.thread_loss[threadIdx.x] += static_cast<double>(loss);
+      scratch.thread_loss[threadIdx.x] += loss;
       store_corner(all, corner, i0, k0, scratch);
     }
   }
@@ -416,7 +416,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Tr
     sweep<C, false>(all, scratch);
   }
   if (!scratch.partial_loss) return;
-  const double loss = block_sum(scratch.thread_loss[threadIdx.x], scratch.loss) / scratch.cube.orders();
+  const double loss =
+      block_sum(static_cast<double>(scratch.thread_loss[threadIdx.x]), scratch.loss) / scratch.cube.orders();
   if (threadIdx.x == 0) *scratch.partial_loss = all.first ? loss : *scratch.partial_loss + loss;
 }
 
