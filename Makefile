@@ -8,7 +8,7 @@ export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py whole_loss.py dropin.py properties.py)
 
-.PHONY: train test triton emulated gpu fuzz sanitize lint bench dist clean
+.PHONY: train test triton emulated gpu fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
@@ -38,10 +38,15 @@ sanitize: $(INSTALLED)
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_losses.py tests/test_whole_loss.py tests/test_properties.py
 
-bench: $(INSTALLED)
-	$(BIN)/pip install -q pytest-benchmark
-	$(BIN)/python -m pytest benchmarks -p no:cacheprovider --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=benchmarks/results/latest.json
-	$(BIN)/python benchmarks/table.py benchmarks/results/latest.json
+# The suite, its tables and its pictures, into RESULTS. bench-quick: in three minutes on two cores, with smaller cases.
+RESULTS ?= benchmarks/results/latest
+bench-quick: QUICK := -m quick
+bench bench-quick: $(INSTALLED)
+	$(BIN)/pip install -q pytest-benchmark matplotlib
+	mkdir -p $(RESULTS)
+	$(BIN)/python -m pytest benchmarks $(QUICK) -v -p no:cacheprovider -p no:xdist --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/results.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json
+	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json --out $(RESULTS)
 
 dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment and tested from outside the tree
 	$(BIN)/pip install -q build

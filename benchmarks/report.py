@@ -1,48 +1,433 @@
-"""Turn a pytest-benchmark JSON into Markdown tables: ``python benchmarks/table.py results.json``."""
+"""Tables and pictures from the suite's JSON files.
 
+    python benchmarks/report.py RESULTS.json...                 # Markdown on the terminal
+    python benchmarks/report.py RESULTS.json... --out FOLDER     # report.md and PNGs in the folder
+    python benchmarks/report.py RESULTS.json... --readme README.md   # the block between its markers
+    python benchmarks/report.py --compare BEFORE.json AFTER.json [--most 0.25]
+
+Several files are one report: of rows that both have, the later file's counts. --compare divides every time by that of eager PyTorch
+in the same file, and exits with 1 if that ratio grew by more than the given share anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
 import json
+import math
 import sys
-from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
+OURS = ("cpp", "cuda", "triton", "our losses")
+BASE = ("eager", "the same with plain losses")
 
 
-def main(path: str) -> None:
-    with open(path) as file:
-        data = json.load(file)
-    cpu = data["machine_info"]["cpu"]
-    commit = data["commit_info"]["id"][:7] + (" with changes" if data["commit_info"]["dirty"] else "")
-    groups: dict[str, dict] = defaultdict(dict)
-    for case in data["benchmarks"]:
-        groups[case["group"]][case["extra_info"]["provider"]] = (case["stats"]["median"], case["extra_info"])
-    threads = data["benchmarks"][0]["extra_info"]["threads"]
-    print(
-        f"{cpu.get('brand_raw', 'unknown CPU')}, {threads} threads, commit {commit}; medians, forward and backward.\n"
+@dataclass
+class Results:
+    """Everything that the files hold. rows: (group, provider, axis value or None) -> median seconds and facts."""
+
+    rows: dict[tuple[str, str, Any], tuple[float, dict]] = field(default_factory=dict)
+    memory: dict[tuple[str, str], int] = field(default_factory=dict)
+    not_run: dict[tuple[str, str], str] = field(default_factory=dict)
+    limits: dict[str, float] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    commit: str = ""
+
+    def groups(self, *, axis: bool = False) -> list[str]:
+        return list(dict.fromkeys(g for (g, _, value) in self.rows if (value is not None) == axis))
+
+    def providers(self, group: str) -> list[str]:
+        return list(dict.fromkeys(p for (g, p, _) in self.rows if g == group))
+
+    def seconds(self, group: str, provider: str, value: Any = None) -> float | None:
+        return self.rows.get((group, provider, value), (None,))[0]
+
+    def line(self, group: str, provider: str) -> list[tuple[float, float, int | None]]:
+        """(axis value, seconds, bytes), sorted."""
+        found = [(v, s, f.get("extra_bytes")) for (g, p, v), (s, f) in self.rows.items() if (g, p) == (group, provider)]
+        return sorted(found)
+
+    def best(self, group: str) -> str | None:
+        """The fastest of ours."""
+        ours = [p for p in self.providers(group) if p in OURS]
+        return min(ours, key=lambda p: self.rows[group, p, None][0], default=None)
+
+    def share(self, group: str, provider: str) -> tuple[float, str] | None:
+        """How much of the machine's limit, and which limit binds."""
+        seconds, facts = self.rows[group, provider, None]
+        if "bytes" not in facts or not self.limits:
+            return None
+        by_bytes = facts["bytes"] / self.limits["bytes_per_s"] / seconds
+        by_flops = facts["flops"] / self.limits["flops_per_s"] / seconds
+        return max((by_bytes, "bytes"), (by_flops, "flops"))
+
+
+def load(paths: Sequence[str | Path]) -> Results:
+    results = Results()
+    for path in paths:
+        data = json.loads(Path(path).read_text())
+        for row in data["benchmarks"]:
+            facts = row["extra_info"]
+            results.rows[row["group"], facts["provider"], facts.get("value")] = (row["stats"]["median"], facts)
+        for row in data.get("memory", ()):
+            if row["bytes"] is not None:
+                results.memory[row["group"], row["provider"]] = row["bytes"]
+        results.not_run |= {(row["group"], row["provider"]): row["reason"] for row in data.get("not_run", ())}
+        results.limits |= data.get("limits", {})
+        results.machine |= data.get("machine", {})
+        commit = data["commit_info"]
+        results.commit = commit["id"][:7] + (" with changes" if commit["dirty"] else "")
+    return results
+
+
+# --- numbers as people read them
+
+
+def time_text(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def bytes_text(count: float | None) -> str:
+    if count is None:
+        return ""
+    return (
+        f"{count / 1e9:.3g} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.3g} MB"
+        if count >= 1e6
+        else f"{count / 1e3:.3g} kB"
     )
-    bandwidth = None
-    if "limit" in groups:
-        seconds, info = groups.pop("limit")["copy"]
-        bandwidth = info["bytes"] / seconds
-        print(f"Copy bandwidth: {bandwidth / 1e9:.1f} GB/s.\n")
-    print("| case | fused | eager | compile | vs eager | vs compile | share of copy bandwidth |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, providers in groups.items():
-        if "cpp" not in providers:
+
+
+def ratio_text(ratio: float | None) -> str:
+    return (
+        ""
+        if ratio is None
+        else f"{ratio:.0f}x"
+        if ratio >= 10
+        else f"{ratio:.1f}x"
+        if ratio >= 1
+        else f"**{ratio:.2f}x**"
+    )
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+# --- tables
+
+
+def head(results: Results) -> str:
+    machine, limits = results.machine, results.limits
+    where = f"{machine.get('name', 'unknown machine')}, "
+    where += "one GPU" if machine.get("device") == "cuda" else f"{machine.get('threads', '?')} threads"
+    text = f"{where}, PyTorch {machine.get('torch', '?').partition('+')[0]}, commit {results.commit}; medians."
+    if limits:
+        text += (
+            f" In the same run a copy moved {limits['bytes_per_s'] / 1e9:,.1f} GB/s and a float32 matrix product made "
+        )
+        text += f"{limits['flops_per_s'] / 1e9:,.0f} GFLOP/s."
+    return text
+
+
+def operators(results: Results) -> str:
+    rows = []
+    for group in results.groups():
+        ours = results.best(group)
+        if ours is None or "op" not in results.rows[group, ours, None][1]:
             continue
-        (ours, info), others = providers["cpp"], [providers.get(p, (None,))[0] for p in ("eager", "compile")]
-        times = [_milliseconds(t) for t in (ours, *others)]
-        ratios = ["" if t is None else f"{t / ours:.1f}x" for t in others]
-        share = f"{info['bytes'] / ours / bandwidth:.0%}" if bandwidth and "bytes" in info else ""
-        print("|", " | ".join([name, *times, *ratios, share]), "|")
-    print("\n| case | time | triplets a second |\n|---|---:|---:|")
-    for name, providers in groups.items():
-        for provider, (seconds, info) in providers.items():
-            if "cpp" not in providers:
-                rate = f"{info['triplets'] / seconds / 1e9:.2f} G" if "triplets" in info else ""
-                print(f"| {name}: {provider} | {_milliseconds(seconds)} | {rate} |")
+        mine = results.seconds(group, ours)
+        eager, compiled = (results.seconds(group, p) for p in ("eager", "compile"))
+        others = [p for p in results.providers(group) if p not in (*OURS, "eager", "compile")]
+        share = results.share(group, ours)
+        rows.append([
+            group, f"{time_text(mine)} ({ours})", *(_time_or_reason(results, group, p) for p in ("eager", "compile")),
+            "; ".join(f"{p} {time_text(results.seconds(group, p))}" for p in others),
+            *(ratio_text(other and mine and other / mine) for other in (eager, compiled)),
+            f"{share[0]:.0%} ({share[1]})" if share else "",
+        ])  # fmt: skip
+    header = [
+        "forward + backward",
+        "ours",
+        "eager",
+        "torch.compile",
+        "others",
+        "vs eager",
+        "vs compile",
+        "of the limit",
+    ]
+    return markdown_table(header, rows)
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.3g} ms"
+def _time_or_reason(results: Results, group: str, provider: str) -> str:
+    seconds = results.seconds(group, provider)
+    return time_text(seconds) if seconds is not None else results.not_run.get((group, provider), "")
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The slope of log y over log x, by least squares over the larger half of the points."""
+    upper = [(math.log(x), math.log(y)) for x, y in points[len(points) // 2 :] if y > 0]
+    if len(upper) < 2:
+        return None
+    mean_x, mean_y = (sum(column) / len(upper) for column in zip(*upper))
+    across = sum((x - mean_x) ** 2 for x, _ in upper)
+    return sum((x - mean_x) * (y - mean_y) for x, y in upper) / across if across else None
+
+
+def scaling(results: Results) -> str:
+    parts = []
+    for group in results.groups(axis=True):
+        axis, providers = group.rpartition(" ")[2], results.providers(group)
+        lines = {p: {v: (s, b) for v, s, b in results.line(group, p)} for p in providers}
+        rows = []
+        for value in sorted({v for line in lines.values() for v in line}):
+            cells = [f"{axis} = {value:,}"]
+            for p in providers:
+                seconds, taken = lines[p].get(value, (None, None))
+                reason = results.not_run.get((f"{group}, {axis} = {value}", p), "")
+                cells += [time_text(seconds) or reason, bytes_text(taken)]
+            rows.append(cells)
+        fitted = ["grows like"]
+        for p in providers:
+            line = results.line(group, p)
+            for points in ([(v, s) for v, s, _ in line], [(v, b) for v, _, b in line if b]):
+                power = exponent(points)
+                fitted.append("" if power is None else f"{axis}^{power:.2f}")
+        header = [group, *(x for p in providers for x in (p, "memory"))]
+        parts.append(markdown_table(header, [*rows, fitted]))
+    return "\n\n".join(parts)
+
+
+def steps(results: Results) -> str:
+    rows = []
+    for group in (g for g in results.groups() if g.startswith("step")):
+        base = results.seconds(group, "a loop as published")
+        for provider in [*results.providers(group), *(p for g, p in results.not_run if g == group)]:
+            seconds, facts = results.rows.get((group, provider, None), (None, {}))
+            if seconds is None:
+                rows.append([group, provider, results.not_run[group, provider], "", ""])
+                continue
+            share = f"{facts['losses_seconds'] / seconds:.1%}" if "losses_seconds" in facts else ""
+            rows.append(
+                [group, provider, f"{facts['images'] / seconds:,.1f}", share, ratio_text(base and base / seconds)]
+            )
+    return markdown_table(["training step", "losses", "images/s", "share of the losses", "vs published loop"], rows)
+
+
+def memory(results: Results) -> str:
+    groups = list(dict.fromkeys(g for g, _ in results.memory))
+    providers = list(dict.fromkeys(p for _, p in results.memory))
+    rows = [[g, *(bytes_text(results.memory.get((g, p))) for p in providers)] for g in groups]
+    return markdown_table(["memory beside the inputs", *providers], rows)
+
+
+def triplets(results: Results) -> str:
+    rows = []
+    for group in results.groups():
+        for provider in results.providers(group):
+            seconds, facts = results.rows[group, provider, None]
+            if "triplets" in facts:
+                rows.append([group, provider, time_text(seconds), f"{facts['triplets'] / seconds / 1e9:.2f} G"])
+    return markdown_table(["case", "provider", "time", "triplets a second"], rows)
+
+
+def report(results: Results) -> str:
+    parts = ["# Benchmarks", head(results), "Forward and backward together. Bold: slower than the baseline."]
+    parts += ["## Operators", operators(results), "![speed-up](speedup.png)", "![roofline](roofline.png)"]
+    parts += ["## Memory", memory(results), "![memory](memory.png)"]
+    parts += ["## Growth", scaling(results), "![growth](scaling.png)", "## Angle loss", triplets(results)]
+    parts += ["## Training step", steps(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme(results: Results, folder: str) -> str:
+    """What the README says about speed, whole."""
+    text = [head(results), operators(results), "Bold: slower than the baseline."]
+    grown = "angle against N"
+    if grown in results.groups(axis=True):
+        for provider in (p for p in results.providers(grown) if p in OURS):
+            n, seconds, taken = results.line(grown, provider)[-1]
+            text.append(
+                f"The angle loss takes {time_text(seconds)} and {bytes_text(taken)} at N = {n:,}, where each [N, N, N] tensor of the "
+                f"plain form would take {bytes_text(4 * n**3)}."
+            )
+    if any(g.startswith("step") for g in results.groups()):
+        text += ["A whole training step on 32 x 32 images:", steps(results)]
+    text.append(f"![Speed-up of every operator over eager PyTorch and torch.compile]({folder}/speedup.png)")
+    text.append(
+        f"[The whole report]({folder}/report.md): memory, growth with N, C and T, rooflines. Yours: `make bench`."
+    )
+    return "\n\n".join(text)
+
+
+# --- pictures
+
+
+def pictures(results: Results, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+    plt.rcParams.update({"grid.color": "#dddddd", "axes.axisbelow": True, "figure.dpi": 130})
+    colors = {"cpp": "#1b6ca8", "cuda": "#1b6ca8", "triton": "#3aa66b", "eager": "#b8b8b8", "compile": "#e08b3e"}
+
+    def save(figure: Any, name: str) -> None:
+        figure.tight_layout()
+        figure.savefig(folder / f"{name}.png")
+        plt.close(figure)
+
+    groups = [g for g in results.groups() if results.best(g) and results.seconds(g, "eager")]
+    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(groups)))
+    for row, group in enumerate(reversed(groups)):
+        mine = results.rows[group, str(results.best(group)), None][0]
+        for shift, other in ((0.2, "eager"), (-0.2, "compile")):
+            seconds = results.seconds(group, other)
+            if seconds:
+                axes.barh(
+                    row + shift, seconds / mine, 0.36, color=colors[other], label=f"vs {other}" if row == 0 else None
+                )
+                axes.text(
+                    seconds / mine * 1.05, row + shift, ratio_text(seconds / mine).strip("*"), va="center", fontsize=7
+                )
+    axes.set_yticks(range(len(groups)), list(reversed(groups)))
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times faster, forward + backward (left of 1: slower)")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower right", frameon=False)
+    save(figure, "speedup")
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    points = [(g, p, *results.rows[g, p, None]) for g in groups for p in results.providers(g) if p in (*OURS, "eager")]
+    intensity = [f["flops"] / f["bytes"] for *_, f in points]
+    if points and results.limits:
+        low, high = min(intensity) / 2, max(intensity) * 4
+        ridge = results.limits["flops_per_s"] / results.limits["bytes_per_s"]
+        roof = sorted({low, min(max(ridge, low), high), high})
+        axes.plot(
+            roof,
+            [min(x * results.limits["bytes_per_s"], results.limits["flops_per_s"]) / 1e9 for x in roof],
+            "k-",
+            lw=1,
+        )
+        for provider in dict.fromkeys(p for _, p, *_ in points):
+            dots = [(f["flops"] / f["bytes"], f["flops"] / t / 1e9, g) for g, p, t, f in points if p == provider]
+            xs, ys, _ = zip(*dots)
+            axes.scatter(xs, ys, color=colors.get(provider), label=provider, s=28, zorder=3)
+            if provider in OURS:
+                for x, y, g in dots:
+                    axes.annotate(g.removesuffix(" float32"), (x, y), (3, 4), textcoords="offset points", fontsize=6)
+        axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="G operations / s")
+        axes.legend(frameon=False)
+    save(figure, "roofline")
+
+    lines = results.groups(axis=True)
+    figure, grid = plt.subplots(2, max(1, len(lines)), figsize=(3.6 * max(1, len(lines)), 5.2), squeeze=False)
+    for column, group in enumerate(lines):
+        for provider in results.providers(group):
+            line = results.line(group, provider)
+            style = {"color": colors.get(provider), "marker": "o", "markersize": 3, "label": provider}
+            grid[0][column].plot([v for v, *_ in line], [s for _, s, _ in line], **style)
+            known = [(v, b / 1e6) for v, _, b in line if b]
+            if known:
+                grid[1][column].plot([v for v, _ in known], [b for _, b in known], **style)
+        grid[0][column].set(title=group, xscale="log", yscale="log", ylabel="seconds")
+        grid[1][column].set(xscale="log", yscale="log", ylabel="MB beside the inputs", xlabel=group.rpartition(" ")[2])
+        grid[1][column].set_visible(bool(grid[1][column].lines))
+        grid[0][column].legend(frameon=False)
+    save(figure, "scaling")
+
+    held = list(dict.fromkeys(g for g, _ in results.memory))
+    names = list(dict.fromkeys(p for _, p in results.memory))
+    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.5 * len(held)))
+    for row, group in enumerate(reversed(held)):
+        for k, provider in enumerate(names):
+            taken = results.memory.get((group, provider))
+            if taken:
+                at, height = row + 0.4 - 0.8 * (k + 0.5) / len(names), 0.72 / len(names)
+                axes.barh(at, taken / 1e6, height, color=colors.get(provider), label=provider if row == 0 else None)
+                axes.text(taken / 1e6 * 1.05, at, bytes_text(taken), va="center", fontsize=7)
+    axes.set_yticks(range(len(held)), list(reversed(held)))
+    axes.set(xscale="log", xlabel="MB beside the inputs, forward + backward")
+    axes.grid(axis="y", visible=False)
+    axes.legend(frameon=False)
+    save(figure, "memory")
+
+
+# --- two commits
+
+
+def compare(before: Results, after: Results, most: float) -> tuple[str, bool]:
+    """A table of ours over eager in both, and whether nothing lost more than ``most``."""
+    rows, fine = [], True
+    for (group, provider, value), (seconds, _) in after.rows.items():
+        base = next((b for b in BASE if (group, b, value) in after.rows and (group, b, value) in before.rows), None)
+        if provider not in OURS or base is None or (group, provider, value) not in before.rows:
+            continue
+        old = before.rows[group, provider, value][0] / before.rows[group, base, value][0]
+        new = seconds / after.rows[group, base, value][0]
+        lost = new / old - 1
+        fine &= lost <= most
+        case = group if value is None else f"{group}, {value}"
+        rows.append(
+            [
+                case,
+                provider,
+                ratio_text(1 / old),
+                ratio_text(1 / new),
+                f"{lost:+.0%}" + ("" if lost <= most else " LOST"),
+            ]
+        )
+    header = ["case", "provider", f"{before.commit}: vs eager", f"{after.commit}: vs eager", "time against eager"]
+    return markdown_table(header, rows), fine
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path)
+    parser.add_argument("--out", type=Path, help="folder for report.md and the pictures")
+    parser.add_argument("--readme", type=Path, help="file whose block between the markers is replaced")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"))
+    parser.add_argument("--most", type=float, default=0.25, help="share that a case may lose (default 0.25)")
+    options = parser.parse_args(arguments)
+    wanted = [*options.results, *(options.compare or ())]
+    if not wanted:
+        parser.error("name at least one JSON file of results")
+    for path in wanted:
+        if not path.is_file():
+            parser.error(f"{path}: there is no such file; `make bench` writes one")
+    if options.compare:
+        table, fine = compare(load(options.compare[:1]), load(options.compare[1:]), options.most)
+        print(table)
+        return 0 if fine else 1
+    results = load(options.results)
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "report.md").write_text(report(results))
+        pictures(results, options.out)
+        print(f"Written: {options.out}/report.md and its pictures")
+    if options.readme:
+        page = options.readme.read_text()
+        if page.count(BEGIN) != 1 or page.count(END) != 1:
+            parser.error(f"{options.readme}: the lines {BEGIN!r} and {END!r} wanted, once each")
+        folder = (options.out or options.results[-1].parent).resolve().relative_to(options.readme.resolve().parent)
+        before, rest = page.split(BEGIN)
+        options.readme.write_text(f"{before}{BEGIN}\n{readme(results, folder.as_posix())}\n{END}{rest.split(END)[1]}")
+    if not options.out and not options.readme:
+        print(report(results))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main())

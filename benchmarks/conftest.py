@@ -1,0 +1,93 @@
+"""How the suite times, and what its JSON holds beside pytest-benchmark's own: ``limits``, ``machine``, ``memory`` and ``not_run``."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from . import machine, memory
+from .providers import PLAIN
+from .workloads import Workload
+
+REMEMBERED: pytest.StashKey[Any] = pytest.StashKey()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "quick: part of the three-minute run (make bench-quick)")
+    config.stash[REMEMBERED] = {"memory": [], "not_run": []}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=machine.clock))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    output_json |= config.stash[REMEMBERED]
+    output_json["limits"] = machine.limits()
+    output_json["machine"] = {
+        "name": machine.name(),
+        "device": machine.DEVICE.type,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": "quick" in config.option.markexpr,
+    }
+
+
+@functools.cache
+def _bytes_of_plain_angle() -> int | None:
+    return memory.of("angle 128x100 float32", "eager")["eager"]
+
+
+def predicted_bytes(workload: Workload, provider: str) -> float:
+    """Of the plain forms that grow with N^3, from what the small one takes; else 0."""
+    if provider not in PLAIN or workload.op not in ("angle", "whole_loss") or workload.size[0] <= 256:
+        return 0
+    return (_bytes_of_plain_angle() or 0) * (workload.size[0] / 128) ** 3
+
+
+@pytest.fixture
+def remembered(request: pytest.FixtureRequest) -> dict[str, list]:
+    return request.config.stash[REMEMBERED]
+
+
+@pytest.fixture
+def leave_out(remembered: dict[str, list]) -> Callable[..., None]:
+    """Skips a row and keeps the reason for the table."""
+
+    def skip(group: str, provider: str, reason: str) -> None:
+        remembered["not_run"].append({"group": group, "provider": provider, "reason": reason})
+        pytest.skip(f"{group}, {provider}: {reason}")
+
+    return skip
+
+
+@pytest.fixture
+def refuse_too_large(leave_out: Callable[..., None]) -> Callable[..., None]:
+    """Leaves a baseline out whose predicted memory is not there."""
+
+    def check(workload: Workload, provider: str, group: str) -> None:
+        wanted, free = predicted_bytes(workload, provider), machine.free_bytes()
+        if wanted > 0.8 * free:
+            leave_out(group, provider, f"would take about {wanted / 1e9:,.0f} GB, {free / 1e9:,.0f} GB are free")
+
+    return check
+
+
+@pytest.fixture
+def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """timed(step, group, provider, **facts): a benchmark of at least 5 rounds after a warm-up, or of one if it is long."""
+    quick = "quick" in request.config.option.markexpr
+
+    def run(step: Callable[[], object], group: str, provider: str, **facts: Any) -> None:
+        benchmark.group = group
+        benchmark.extra_info.update(provider=provider, **facts)
+        step()
+        once, budget = machine.seconds(step), 0.5 if quick else 2.0
+        rounds = 1 if once > 4 * budget else max(5, min(200, int(budget / max(once, 1e-5))))
+        benchmark.pedantic(step, setup=machine.flush_cache, rounds=rounds, warmup_rounds=0)
+
+    return run

@@ -1,0 +1,60 @@
+"""Who computes: our backends, the plain PyTorch reference, torch.compile of it, and other libraries where they have it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import amtml_fast as af
+from amtml_fast import backend
+
+from .machine import DEVICE
+from .workloads import Task, Workload
+
+OURS = ("cuda", "triton") if DEVICE.type == "cuda" else ("cpp",)
+PLAIN = ("eager", "compile")
+PEERS = ("F.kl_div", "Liger")  # of "kl" alone: these libraries have no weighted form
+ALL = (*OURS, *PLAIN, *PEERS)
+
+
+def why_not(name: str, workload: Workload) -> str | None:
+    """Why a provider does not run a workload here, or None. An empty answer: it has nothing of the kind."""
+    if name in OURS:
+        ops = {"kl": ["multi_teacher_kd"], "whole_loss": ["teacher_weights", "multi_teacher_kd", "angle"]}
+        reasons = (backend.why_not(op, name, DEVICE.type) for op in ops.get(workload.op, [workload.op]))
+        return next((reason for reason in reasons if reason), None)
+    if name in PEERS and workload.op != "kl":
+        return ""
+    if name == "Liger":
+        if DEVICE.type == "cpu":
+            return "it runs on GPUs alone"
+        try:
+            import liger_kernel  # noqa: F401
+        except ImportError:
+            return "not installed"
+    return None
+
+
+def function_of(name: str, task: Task) -> Callable[..., Tensor]:
+    """The task's function, computed by this provider."""
+    if name == "F.kl_div":
+        return lambda z, x: F.kl_div(z.log_softmax(-1), x.softmax(-1), reduction="batchmean")
+    if name == "Liger":
+        from liger_kernel.transformers import LigerKLDIVLoss
+
+        loss = LigerKLDIVLoss(reduction="batchmean")
+        return lambda z, x: loss(z.log_softmax(-1), x.softmax(-1))
+    if name == "compile":
+        torch._dynamo.reset()
+        return _on("reference", torch.compile(task.function))
+    return _on("reference" if name == "eager" else name, task.function)
+
+
+def _on(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any) -> Tensor:
+        with af.use_backend(name):
+            return function(*args)
+
+    return call

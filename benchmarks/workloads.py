@@ -1,0 +1,185 @@
+"""What is measured: operators of amtml_fast.testing.CASES at sizes that people use, and the whole loss."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import amtml_fast as af
+from amtml_fast.testing import CASES, convert, relative_error, tensors
+
+from .machine import DEVICE, GPU
+
+# Operations (additions, multiplications, comparisons, exponentials and logarithms count one each) of forward and backward:
+# what the formulas need at least, by which the share of the machine's peak is counted.
+FLOPS: dict[str, Callable[..., float]] = {
+    "teacher_weights": lambda n, d, h, w, t: n * d * (max(h * w, 1) + 8 * t),
+    "multi_teacher_kd": lambda n, c, t: n * c * (7 * t + 20),
+    "kl": lambda n, c: n * c * 12,
+    "angle": lambda n, c: 10.0 * n**3 + 12.0 * n * n * c,  # 20 a vertex and unordered pair; distances and back
+    "distance": lambda n, c: 15.0 * n * n + 12.0 * n * n * c,
+    "hint": lambda n, c_s, h_s, c_t, h_t: n * (6.0 * c_s * c_t * h_t * (h_t + 1) + 4 * c_s * h_s**2),
+    "dual_softmax": lambda *size: 16.0 * math.prod(size),
+    "whole_loss": lambda n, c, t: 10.0 * n**3 + 24.0 * n * n * c + n * c * (7 * t + 20) + n * 64 * (64 + 8 * t),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table: an operator, a size and a dtype. quick: part of the three-minute run."""
+
+    op: str
+    size: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {'x'.join(map(str, self.size))} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def bytes(self) -> float:
+        """Each input read once and each result written once, by forward and backward together."""
+        item = torch.empty((), dtype=self.dtype).element_size()
+        if self.op == "kl":
+            return 3.0 * item * math.prod(self.size)
+        if self.op == "whole_loss":
+            n, c, t = self.size
+            return CASES["multi_teacher_kd"].bytes(item, n, c, t) + CASES["teacher_weights"].bytes(item, n, 64, 8, 8, t)
+        return float(CASES[self.op].bytes(item, *self.size))
+
+    @property
+    def flops(self) -> float:
+        return float(FLOPS[self.op](*self.size))
+
+    def task(self) -> "Task":
+        return MAKERS.get(self.op, _operator)(self)
+
+
+@dataclass
+class Task:
+    """A workload's tensors: ``function(*args)`` is what is timed, with the gradient to ``leaves``.
+
+    exact: gradients of the float64 reference; None where no machine could hold it, and a smaller size stands for it.
+    """
+
+    function: Callable[..., Tensor]
+    args: tuple
+    leaves: list[Tensor]
+    exact: Callable[[], list[Tensor]] | None = None
+
+    def step(self, function: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        """Forward and backward; a loss as it is, as in a training loop, anything else by its sum."""
+
+        def step() -> tuple[Tensor, ...]:
+            out = function(*self.args)
+            return torch.autograd.grad(out if out.dim() == 0 else out.sum(), self.leaves)
+
+        return step
+
+    def check(self, step: Callable[[], tuple[Tensor, ...]], tolerance: float) -> None:
+        """Raises unless the gradients are those of the reference."""
+        if self.exact is None:
+            return
+        for got, want in zip(step(), self.exact(), strict=True):
+            error = relative_error(got, want)
+            if not error <= tolerance:
+                raise AssertionError(f"relative error {error:.2g} of a gradient, at most {tolerance:g} wanted")
+
+
+def _leaves(args: Any) -> list[Tensor]:
+    return [t for t in tensors(args) if t.requires_grad]
+
+
+def _gradients(function: Callable[..., Tensor], args: tuple) -> list[Tensor]:
+    out = function(*args)
+    return list(torch.autograd.grad(out if out.dim() == 0 else out.sum(), _leaves(args)))
+
+
+def _operator(workload: Workload) -> Task:
+    case = CASES[workload.op]
+    args = convert(case.inputs(*workload.size, dtype=workload.dtype), device=DEVICE)
+    cubic = workload.op == "angle" and workload.size[0] > 256
+    exact = None if cubic else lambda: _gradients(case.reference, convert(args, dtype=torch.float64))
+    return Task(case.function, args, _leaves(args), exact)
+
+
+def _kl(workload: Workload) -> Task:
+    """KL alone from one teacher at temperature 1: what other libraries have."""
+    g = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(workload.size, generator=g).to(DEVICE, workload.dtype) for _ in range(2))
+    args = (student.requires_grad_(), teacher)
+
+    def kl(z: Tensor, x: Tensor) -> Tensor:
+        return af.multi_teacher_kd_loss(z, [x], None, temperature=1.0, alpha=1.0)
+
+    def plain(z: Tensor, x: Tensor) -> Tensor:
+        return torch.nn.functional.kl_div(z.log_softmax(-1), x.softmax(-1), reduction="batchmean")
+
+    return Task(kl, args, [student], lambda: _gradients(plain, convert(args, dtype=torch.float64)))
+
+
+def _whole_loss(workload: Workload) -> Task:
+    """AMTMLLoss without hints: weights from [N, 64, 8, 8], KL + CE, angle."""
+    n, c, t = workload.size
+    student, teachers, _, labels = convert(
+        CASES["multi_teacher_kd"].inputs(n, c, t, dtype=workload.dtype), device=DEVICE
+    )
+    features = torch.randn(n, 64, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, workload.dtype)
+    torch.manual_seed(0)
+    loss, labels = af.AMTMLLoss(af.TeacherAdapter(64, t)).to(DEVICE), labels.clamp(min=0)
+    args = (student, teachers, labels, features.requires_grad_())
+
+    def whole(*inputs: Any) -> Tensor:
+        return loss(*inputs).loss
+
+    def exact() -> list[Tensor]:
+        # From 256 rows on the plain form does not fit in float64; the CPU's float64 kernels are tested against it.
+        with af.use_backend("cpp" if n > 256 else "reference"):
+            wide = af.AMTMLLoss(af.TeacherAdapter(64, t)).double()
+            wide.load_state_dict(loss.state_dict())
+            inputs = convert(args, dtype=torch.float64, device=torch.device("cpu"))
+            return list(torch.autograd.grad(wide(*inputs).loss, [*_leaves(inputs), *wide.parameters()]))
+
+    return Task(whole, args, [student, features, *loss.parameters()], exact)
+
+
+MAKERS = {"kl": _kl, "whole_loss": _whole_loss}
+
+_BF16 = torch.bfloat16
+_CPU = (
+    Workload("whole_loss", (128, 100, 3), quick=True),
+    Workload("whole_loss", (512, 200, 3)),
+    Workload("multi_teacher_kd", (128, 100, 3), quick=True),
+    Workload("multi_teacher_kd", (1024, 32000, 3)),
+    Workload("multi_teacher_kd", (1024, 32000, 3), _BF16),
+    Workload("kl", (1024, 32000)),
+    Workload("kl", (128, 1000), quick=True),
+    Workload("angle", (128, 100), quick=True),
+    Workload("angle", (256, 100)),
+    Workload("distance", (512, 100), quick=True),
+    Workload("hint", (128, 16, 16, 64, 8), quick=True),
+    Workload("teacher_weights", (128, 64, 8, 8, 3), quick=True),
+    Workload("teacher_weights", (128, 64, 8, 8, 3), _BF16),
+    Workload("dual_softmax", (512, 512), quick=True),
+)
+_GPU = (
+    Workload("whole_loss", (128, 100, 3), quick=True),
+    Workload("whole_loss", (512, 200, 3)),
+    Workload("multi_teacher_kd", (128, 100, 3), quick=True),
+    Workload("multi_teacher_kd", (4096, 32000, 3), _BF16),
+    Workload("multi_teacher_kd", (4096, 128256, 3), _BF16),
+    Workload("kl", (4096, 128256), _BF16),
+    Workload("kl", (1024, 32000), quick=True),
+    Workload("angle", (128, 100), quick=True),
+    Workload("angle", (1024, 100)),
+    Workload("distance", (1024, 100), quick=True),
+    Workload("hint", (128, 16, 16, 64, 8), quick=True),
+    Workload("teacher_weights", (128, 64, 8, 8, 3), quick=True),
+    Workload("teacher_weights", (128, 2048, 7, 7, 3), _BF16),
+    Workload("dual_softmax", (512, 512), quick=True),
+)
+WORKLOADS = _GPU if GPU else _CPU

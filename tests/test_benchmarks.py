@@ -1,0 +1,134 @@
+"""The benchmark suite runs, untimed, on one case of every operator; its report says what the JSON says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+pytest.importorskip("pytest_benchmark")
+matplotlib = pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).parents[1]
+
+
+def result(group, provider, seconds, **facts):
+    return {"group": group, "stats": {"median": seconds}, "extra_info": {"provider": provider, **facts}}
+
+
+def write(path, scale=1.0, commit="a" * 40):
+    op = {"op": "angle", "bytes": 1e6, "flops": 1e9}
+    rows = [
+        result("angle 128x100 float32", "cpp", 1e-3 * scale, **op),
+        result("angle 128x100 float32", "eager", 4e-2, **op),
+        result("angle 128x100 float32", "compile", 5e-4, **op),
+        *(
+            result("angle against N", p, s * (n / 64) ** k, axis="N", value=n, extra_bytes=n**k, flops=1.0, bytes=1.0)
+            for n in (64, 128, 256, 512)
+            for p, s, k in (("cpp", 1e-4 * scale, 2), ("eager", 1e-2, 3))
+        ),
+        result("step, small", "our losses", 0.5, images=64, losses_seconds=0.005),
+        result("step, small", "a loop as published", 1.0, images=64),
+    ]
+    path.write_text(
+        json.dumps(
+            {
+                "benchmarks": rows,
+                "memory": [{"group": "angle 128x100 float32", "provider": "cpp", "bytes": 3_000_000}],
+                "not_run": [
+                    {"group": "angle against N, N = 512", "provider": "eager", "reason": "would take about 99 GB"}
+                ],
+                "limits": {"bytes_per_s": 1e10, "flops_per_s": 4e12},
+                "machine": {"name": "A processor", "device": "cpu", "threads": 2, "torch": "2.13.0+cpu"},
+                "commit_info": {"id": commit, "dirty": False},
+            }
+        )
+    )
+    return path
+
+
+def test_every_operator_runs_in_the_suite():
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/test_ops.py",
+        "-m",
+        "quick",
+        "-k",
+        "cpp",
+        "--benchmark-disable",
+    ]
+    run = subprocess.run(
+        [*command, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "8 passed" in run.stdout, run.stdout[-3000:]
+
+
+def test_tables_hold_what_was_measured_and_what_was_not(tmp_path):
+    text = report.report(report.load([write(tmp_path / "a.json")]))
+    (row,) = [line for line in text.splitlines() if line.startswith("| angle 128x100 float32 | 1 ms")]
+    assert "| 40 ms | 500 µs |" in row and "| 40x | **0.50x** | 25% (flops) |" in row  # slower: bold
+    assert "N^2.00 | N^2.00 | N^3.00 | N^3.00" in text
+    assert "A processor, 2 threads, PyTorch 2.13.0, commit aaaaaaa" in text and "10.0 GB/s" in text
+    assert "| step, small | our losses | 128.0 | 1.0% | 2.0x |" in text
+    assert "| angle 128x100 float32 | 3 MB |" in text
+
+
+def test_a_row_that_was_not_run_says_why(tmp_path):
+    path = write(tmp_path / "a.json")
+    data = json.loads(path.read_text())
+    data["benchmarks"] = [
+        r for r in data["benchmarks"] if r["extra_info"].get("value") != 512 or r["extra_info"]["provider"] != "eager"
+    ]
+    path.write_text(json.dumps(data))
+    assert "| N = 512 | 6.4 ms | 262 kB | would take about 99 GB |  |" in report.report(report.load([path]))
+
+
+def test_of_several_files_the_last_counts(tmp_path):
+    paths = [write(tmp_path / "a.json"), write(tmp_path / "b.json", scale=3)]
+    assert report.load(paths).seconds("angle 128x100 float32", "cpp") == pytest.approx(3e-3)
+
+
+def test_pictures_and_the_readme_are_written(tmp_path):
+    path, page = write(tmp_path / "a.json"), tmp_path / "README.md"
+    page.write_text(f"before\n{report.BEGIN}\nwhat was said\n{report.END}\nafter\n")
+    assert report.main([str(path), "--out", str(tmp_path / "out"), "--readme", str(page)]) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "report.md", "speedup.png", "roofline.png", "scaling.png", "memory.png",
+    }  # fmt: skip
+    text = page.read_text()
+    assert (
+        text.startswith("before\n")
+        and text.endswith("after\n")
+        and "what was said" not in text
+        and "out/speedup.png" in text
+    )
+    page.write_text("no markers")
+    with pytest.raises(SystemExit):
+        report.main([str(path), "--readme", str(page)])
+
+
+def test_compare_goes_by_ratios_and_fails_on_a_loss(tmp_path, capsys):
+    before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json", scale=1.5, commit="b" * 40)
+    assert report.main(["--compare", str(before), str(after)]) == 1
+    assert "+50% LOST" in capsys.readouterr().out
+    assert report.main(["--compare", str(before), str(after), "--most", "0.6"]) == 0
+    assert report.main(["--compare", str(after), str(before)]) == 0
+
+
+def test_a_missing_file_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path / "none.json")])
+    assert "none.json: there is no such file" in capsys.readouterr().err
+
+
+def test_what_the_readme_says_about_speed_comes_from_the_committed_results():
+    page = (ROOT / "README.md").read_text()
+    folders = sorted(p for p in (ROOT / "benchmarks" / "results").glob("*/results.json") if p.parent.name != "latest")
+    assert len(folders) == 1
+    said = page.split(report.BEGIN)[1].split(report.END)[0].strip()
+    assert said == report.readme(report.load(folders), folders[0].parent.relative_to(ROOT).as_posix())
