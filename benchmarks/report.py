@@ -79,7 +79,9 @@ def load(paths: Sequence[str | Path]) -> Results:
         results.limits |= data.get("limits", {})
         results.machine |= data.get("machine", {})
         commit = data["commit_info"]
-        results.commit = commit["id"][:7] + (" with changes" if commit["dirty"] else "")
+        named = commit["id"][:7] + (" with changes" if commit["dirty"] else "")
+        if named not in results.commit.split(", "):
+            results.commit += f"{', ' if results.commit else ''}{named}"
     return results
 
 
@@ -97,6 +99,8 @@ def time_text(seconds: float | None) -> str:
 def bytes_text(count: float | None) -> str:
     if count is None:
         return ""
+    if count < 1e5:
+        return "< 0.1 MB"  # pages of the system, not what was asked for
     return (
         f"{count / 1e9:.3g} GB"
         if count >= 1e9
@@ -240,12 +244,23 @@ def triplets(results: Results) -> str:
     return markdown_table(["case", "provider", "time", "triplets a second"], rows)
 
 
+def overhead(results: Results) -> str:
+    rows = [[p, time_text(s)] for (_, p, _), (s, facts) in results.rows.items() if "overhead" in facts]
+    return markdown_table(["Python and dispatch of AMTMLLoss at N = 128", "time"], rows)
+
+
 def report(results: Results) -> str:
     parts = ["# Benchmarks", head(results), "Forward and backward together. Bold: slower than the baseline."]
     parts += ["## Operators", operators(results), "![speed-up](speedup.png)", "![roofline](roofline.png)"]
     parts += ["## Memory", memory(results), "![memory](memory.png)"]
-    parts += ["## Growth", scaling(results), "![growth](scaling.png)", "## Angle loss", triplets(results)]
-    parts += ["## Training step", steps(results)]
+    parts += ["## Growth", scaling(results), "![growth](scaling.png)"]
+    for title, table in (
+        ("## Angle loss", triplets(results)),
+        ("## Overhead", overhead(results)),
+        ("## Training step", steps(results)),
+    ):
+        if table.count("\n") > 1:
+            parts += [title, table]
     return "\n\n".join(parts) + "\n"
 
 
@@ -277,10 +292,18 @@ def pictures(results: Results, folder: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     plt.rcParams.update({"grid.color": "#dddddd", "axes.axisbelow": True, "figure.dpi": 130})
     colors = {"cpp": "#1b6ca8", "cuda": "#1b6ca8", "triton": "#3aa66b", "eager": "#b8b8b8", "compile": "#e08b3e"}
+
+    def plain_ticks(axis: Any, text: str, at: Sequence[float] | None = None) -> None:
+        """Numbers as they are written, on a logarithmic axis; `at` these places alone."""
+        if at is not None:
+            axis.set_major_locator(matplotlib.ticker.FixedLocator(list(at)))
+        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: text.format(x)))
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
     def save(figure: Any, name: str) -> None:
         figure.tight_layout()
@@ -303,6 +326,7 @@ def pictures(results: Results, folder: Path) -> None:
     axes.set_yticks(range(len(groups)), list(reversed(groups)))
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
+    plain_ticks(axes.xaxis, "{:g}x")
     axes.set_xlabel("times faster, forward + backward (left of 1: slower)")
     axes.grid(axis="y", visible=False)
     axes.legend(loc="lower right", frameon=False)
@@ -329,6 +353,9 @@ def pictures(results: Results, folder: Path) -> None:
                 for x, y, g in dots:
                     axes.annotate(g.removesuffix(" float32"), (x, y), (3, 4), textcoords="offset points", fontsize=6)
         axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="G operations / s")
+        axes.set_title("the line: what the machine can do", fontsize=9)
+        plain_ticks(axes.xaxis, "{:g}")
+        plain_ticks(axes.yaxis, "{:g}")
         axes.legend(frameon=False)
     save(figure, "roofline")
 
@@ -344,6 +371,9 @@ def pictures(results: Results, folder: Path) -> None:
                 grid[1][column].plot([v for v, _ in known], [b for _, b in known], **style)
         grid[0][column].set(title=group, xscale="log", yscale="log", ylabel="seconds")
         grid[1][column].set(xscale="log", yscale="log", ylabel="MB beside the inputs", xlabel=group.rpartition(" ")[2])
+        values = sorted({v for p in results.providers(group) for v, *_ in results.line(group, p)})
+        for row in grid:
+            plain_ticks(row[column].xaxis, "{:,.0f}", values[::2] if len(values) > 5 else values)
         grid[1][column].set_visible(bool(grid[1][column].lines))
         grid[0][column].legend(frameon=False)
     save(figure, "scaling")
@@ -360,8 +390,9 @@ def pictures(results: Results, folder: Path) -> None:
                 axes.text(taken / 1e6 * 1.05, at, bytes_text(taken), va="center", fontsize=7)
     axes.set_yticks(range(len(held)), list(reversed(held)))
     axes.set(xscale="log", xlabel="MB beside the inputs, forward + backward")
+    plain_ticks(axes.xaxis, "{:g}")
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=max(1, len(names)), loc="lower left", bbox_to_anchor=(0, 1))
     save(figure, "memory")
 
 
