@@ -374,6 +374,7 @@ def pictures(results: Results, folder: Path) -> None:
         values = sorted({v for p in results.providers(group) for v, *_ in results.line(group, p)})
         for row in grid:
             plain_ticks(row[column].xaxis, "{:,.0f}", values[::2] if len(values) > 5 else values)
+            row[column].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         grid[1][column].set_visible(bool(grid[1][column].lines))
         grid[0][column].legend(frameon=False)
     save(figure, "scaling")
