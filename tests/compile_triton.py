@@ -1,12 +1,14 @@
 """Compiles what the Triton launchers would launch, without a GPU: ``python compile_triton.py CAPABILITY FOLDER``.
 
 A driver that only knows the target stands in for CUDA's, launches stop after compilation, and the launchers are called with
-empty tensors of the CPU. One cubin a variant, named after its kernel.
+empty tensors of the CPU. One cubin a variant, named after its kernel, and a JSON file with its warps and shared memory.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -54,12 +56,12 @@ class Driver:
 def main(capability: int, folder: Path) -> None:
     triton.runtime.driver.set_active(Driver(capability))
     backend.DEVICES["triton"] = ("cpu",)
-    compiled: dict[str, bytes] = {}
+    compiled: dict[str, Any] = {}
     launch = JITFunction.run
 
     def only_compile(self: JITFunction, *args: object, grid: object, warmup: bool = False, **options: object) -> object:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled[f"{self.__name__}-{kernel.hash[:12]}"] = kernel.asm["cubin"]
+        compiled[f"{self.__name__}-{kernel.hash[:12]}"] = kernel
         return kernel
 
     JITFunction.run = only_compile  # type: ignore[method-assign]
@@ -71,8 +73,10 @@ def main(capability: int, folder: Path) -> None:
     student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
     with af.use_backend("triton"):  # no case lacks its labels
         value_and_grads(af.multi_teacher_kd_loss, (student, teachers, weights, None))
-    for name, cubin in compiled.items():
-        (folder / f"{name}.cubin").write_bytes(cubin)
+    for name, kernel in compiled.items():
+        (folder / f"{name}.cubin").write_bytes(kernel.asm["cubin"])
+        sizes = {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}
+        (folder / f"{name}.json").write_text(json.dumps(sizes))
     print(len(compiled), "kernels")
 
 

@@ -2,6 +2,7 @@
 capability 8.0, 9.0 and 10.0, and the CUDA kernels in the built library. None may spill registers to local memory."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import pytest
 from amtml_fast import backend
 
 pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton (whose package has the tools) is not installed")
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a block may have
+REGISTERS = 1 << 16  # of a multiprocessor
 COMPILE = Path(__file__).parent / "compile_triton.py"
 
 
@@ -27,6 +30,15 @@ def _sass(cubin: Path, *options: str) -> dict[str, str]:
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2]))
+
+
+def _resources(binary: Path, kind: str) -> dict[str, int]:
+    """Kernel name -> registers ("REG") or bytes of local memory ("STACK"), the most of all architectures."""
+    run = subprocess.run([_tool("cuobjdump"), "-res-usage", binary], check=True, capture_output=True, text=True)
+    used: dict[str, int] = {}
+    for name, size in re.findall(rf"Function (\S+):\n.*?\b{kind}:(\d+)", run.stdout + run.stderr):
+        used[name] = max(int(size), used.get(name, 0))
+    return used
 
 
 def _spills(instructions: str) -> int:
@@ -54,15 +66,18 @@ def test_triton_kernels_compile_and_do_not_spill(capability, tmp_path):
             if _spills(instructions):
                 spilling[path.stem] = _spills(instructions)
     assert not spilling
+    for path in cubins:  # what a launch may ask for
+        sizes, (registers,) = json.loads(path.with_suffix(".json").read_text()), _resources(path, "REG").values()
+        assert sizes["shared_bytes"] <= SHARED_BYTES[capability], path.stem
+        assert registers * 32 * sizes["warps"] <= REGISTERS, path.stem
     assert {"_kd_forward_kernel", "_kd_backward_kernel"} <= wide  # whole rows of multi_teacher_kd: 16 bytes at a time
 
 
 @pytest.mark.skipif(not backend.HAS_CUDA, reason="the extension was built without CUDA")
 def test_cuda_kernels_do_not_spill_and_load_16_bytes_at_a_time():
     library = Path(importlib.util.find_spec("amtml_fast._C").origin)
-    usage = subprocess.run([_tool("cuobjdump"), "-res-usage", library], check=True, capture_output=True, text=True)
-    stack = re.findall(r"Function (\S+):\n.* STACK:(\d+) ", usage.stdout + usage.stderr)  # in it lies what is spilled
-    assert len(stack) > 200 and [name for name, size in stack if size != "0"] == []
+    stack = _resources(library, "STACK")  # in it lies what is spilled
+    assert len(stack) > 100 and {name for name, size in stack.items() if size} == set()
     whole_packs = {
         name: text
         for name, text in _sass(library, "-arch", "sm_90").items()
