@@ -71,7 +71,10 @@ def load(paths: Sequence[str | Path]) -> Results:
         data = json.loads(Path(path).read_text())
         for row in data["benchmarks"]:
             facts = row["extra_info"]
-            results.rows[row["group"], facts["provider"], facts.get("value")] = (row["stats"]["median"], facts)
+            stats = row["stats"]
+            if "iqr" in stats and stats.get("rounds", 0) >= 5:
+                facts["spread"] = stats["iqr"] / stats["median"]
+            results.rows[row["group"], facts["provider"], facts.get("value")] = (stats["median"], facts)
         for row in data.get("memory", ()):
             if row["bytes"] is not None:
                 results.memory[row["group"], row["provider"]] = row["bytes"]
@@ -140,6 +143,10 @@ def head(results: Results) -> str:
             f" In the same run a copy moved {limits['bytes_per_s'] / 1e9:,.1f} GB/s and a float32 matrix product made "
         )
         text += f"{limits['flops_per_s'] / 1e9:,.0f} GFLOP/s."
+    spreads = sorted(facts["spread"] for _, facts in results.rows.values() if "spread" in facts)
+    if spreads:
+        text += f" The middle half of a row's repetitions spans {spreads[len(spreads) // 2]:.0%} of its median, in the noisiest row "
+        text += f"{spreads[-1]:.0%}; between two runs on a shared machine single ratios can move by more."
     return text
 
 
