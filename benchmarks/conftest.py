@@ -1,15 +1,12 @@
 """How the suite times, and what its JSON holds beside pytest-benchmark's own: ``limits``, ``machine``, ``memory`` and ``not_run``."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from . import machine, memory
-from .providers import PLAIN
-from .workloads import Workload
+from . import machine
 
 REMEMBERED: pytest.StashKey[Any] = pytest.StashKey()
 
@@ -37,18 +34,6 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
     }
 
 
-@functools.cache
-def _bytes_of_plain_angle() -> int | None:
-    return memory.of("angle 128x100 float32", "eager")["eager"]
-
-
-def predicted_bytes(workload: Workload, provider: str) -> float:
-    """Of the plain forms that grow with N^3, from what the small one takes; else 0."""
-    if provider not in PLAIN or workload.op not in ("angle", "whole_loss") or workload.size[0] <= 256:
-        return 0
-    return (_bytes_of_plain_angle() or 0) * (workload.size[0] / 128) ** 3
-
-
 @pytest.fixture
 def remembered(request: pytest.FixtureRequest) -> dict[str, list]:
     return request.config.stash[REMEMBERED]
@@ -67,11 +52,11 @@ def leave_out(remembered: dict[str, list]) -> Callable[..., None]:
 
 @pytest.fixture
 def refuse_too_large(leave_out: Callable[..., None]) -> Callable[..., None]:
-    """Leaves a baseline out whose predicted memory is not there."""
+    """refuse_too_large(bytes, group, provider): leaves a row out whose predicted memory is not there."""
 
-    def check(workload: Workload, provider: str, group: str) -> None:
-        wanted, free = predicted_bytes(workload, provider), machine.free_bytes()
-        if wanted > 0.8 * free:
+    def check(wanted: float, group: str, provider: str) -> None:
+        free = machine.free_bytes()
+        if wanted > machine.MOST * free:
             leave_out(group, provider, f"would take about {wanted / 1e9:,.0f} GB, {free / 1e9:,.0f} GB are free")
 
     return check

@@ -11,6 +11,7 @@ import torch
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
+MOST = 0.8  # of the free memory, that a baseline may take
 
 
 class EventClock:

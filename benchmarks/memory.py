@@ -4,11 +4,18 @@ Prints a JSON object: provider -> bytes above the inputs. On the CPU it is the h
 is told to take large blocks from the system and to give them back at once.
 """
 
+import functools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+from .machine import peak_bytes
+from .providers import PLAIN, function_of
+from .workloads import Workload
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,13 +30,19 @@ def of(workload: str, *providers: str) -> dict[str, int | None]:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@functools.cache
+def _of_plain_angle() -> int:
+    return of("angle 128x100 float32", "eager")["eager"] or 0
+
+
+def predicted(workload: Workload, provider: str) -> float:
+    """Bytes of the plain forms that grow with N^3, from what a small one takes; 0 for all others."""
+    if provider not in PLAIN or workload.op not in ("angle", "whole_loss") or workload.size[0] <= 256:
+        return 0
+    return _of_plain_angle() * (workload.size[0] / 128) ** 3
+
+
 def main(name: str, *providers: str) -> None:
-    import torch
-
-    from .machine import peak_bytes
-    from .providers import function_of
-    from .workloads import Workload
-
     op, size, dtype = name.split()
     task = Workload(op, tuple(map(int, size.split("x"))), getattr(torch, dtype)).task()
     print(json.dumps({p: peak_bytes(task.step(function_of(p, task))) for p in providers}))

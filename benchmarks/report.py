@@ -104,25 +104,19 @@ def bytes_text(count: float | None) -> str:
         return ""
     if count < 1e5:
         return "< 0.1 MB"  # pages of the system, not what was asked for
-    return (
-        f"{count / 1e9:.3g} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.3g} MB"
-        if count >= 1e6
-        else f"{count / 1e3:.3g} kB"
-    )
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return f"{count / 1e3:.3g} kB"
 
 
 def ratio_text(ratio: float | None) -> str:
-    return (
-        ""
-        if ratio is None
-        else f"{ratio:.0f}x"
-        if ratio >= 10
-        else f"{ratio:.1f}x"
-        if ratio >= 1
-        else f"**{ratio:.2f}x**"
-    )
+    """Bold below 1."""
+    if ratio is None:
+        return ""
+    if ratio < 1:
+        return f"**{ratio:.2f}x**"
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

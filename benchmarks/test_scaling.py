@@ -5,8 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import amtml_fast as af
+
 from . import memory
-from .machine import GPU
+from .machine import DEVICE, GPU
 from .providers import OURS, function_of, why_not
 from .workloads import Workload
 
@@ -37,7 +39,7 @@ def test_scaling(
     row = f"{group}, {axis} = {value}"
     if reason := why_not(provider, workload):
         leave_out(row, provider, reason)
-    refuse_too_large(workload, provider, row)
+    refuse_too_large(memory.predicted(workload, provider), row, provider)
     task = workload.task()
     step = task.step(function_of(provider, task))
     task.check(step, 1e-4)
@@ -61,10 +63,6 @@ def _rows(kind: str, n: int, c: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", [512, 4096])
 def test_angle_of_rows_of_either_kind(n: int, kind: str, provider: str, timed: Callable) -> None:
     """The angle loss with the gradient to the student alone: triplets a second."""
-    import amtml_fast as af
-
-    from .machine import DEVICE
-
     student, teacher = (_rows(k, n, c).to(DEVICE) for k, c in ((kind, 100), ("even", 101)))
     student.requires_grad_()
 

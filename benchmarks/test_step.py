@@ -9,7 +9,8 @@ import torch
 
 import amtml_fast as af
 
-from .machine import DEVICE, free_bytes, seconds
+from . import memory
+from .machine import DEVICE, seconds
 from .paper_loop import Images, PaperLoss, batches
 from .workloads import Workload
 
@@ -123,16 +124,11 @@ PUBLISHED, SMALL = (20, (32, 56, 110)), (8, (8, 14))
     ids=["small-64", "published-128", "published-1024"],
 )
 def test_step(
-    nets: tuple[int, tuple[int, ...]], batch: int, provider: str, timed: Callable, leave_out: Callable
+    nets: tuple[int, tuple[int, ...]], batch: int, provider: str, timed: Callable, refuse_too_large: Callable
 ) -> None:
     group = f"step, ResNet{nets[0]} from ResNet{'/'.join(map(str, nets[1]))}, batch {batch}"
-    wanted = 0.0 if provider == OURS else _plain_angle_bytes(batch)
-    if wanted > 0.8 * free_bytes():
-        leave_out(
-            group,
-            provider,
-            f"its angle loss would take about {wanted / 1e9:,.0f} GB, {free_bytes() / 1e9:,.0f} GB are free",
-        )
+    plain_angle = memory.predicted(Workload("angle", (batch, 100)), "eager")
+    refuse_too_large(0 if provider == OURS else plain_angle, group, provider)
     setting = Setting(*nets, batch)
     facts: dict[str, float] = {"images": batch}
     if provider == PAPER:
@@ -142,9 +138,3 @@ def test_step(
         losses()
         facts["losses_seconds"] = min(seconds(losses) for _ in range(3))
     timed(step, group, provider, **facts)
-
-
-def _plain_angle_bytes(batch: int) -> float:
-    from .conftest import predicted_bytes
-
-    return predicted_bytes(Workload("angle", (batch, 100)), "eager")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,7 +45,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked, self.previous = False, dict[int, Any]()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if callable(signal.getsignal(number)):  # neither ignored nor left to the system

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -43,7 +42,7 @@ class Display:
             speed_estimate_period=10.0,
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Display:
         self.progress.start()
         return self
 
