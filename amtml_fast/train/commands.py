@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from ..cli import backends_table
-from .config import Config, ConfigError, load
+from .config import Config, ConfigError, changed, load
 from .progress import Display
 from .run import Run, RunError, read_json
 
@@ -58,8 +59,10 @@ def teach(
 def distill(
     config: Source,
     overrides: Overrides = None,
-    method: Annotated[str, typer.Option(help="student, avg_mkd or amtml_kd.")] = "amtml_kd",
+    method: Annotated[str, typer.Option(help="A name that `amtml-fast methods` lists.")] = "amtml_kd",
     seed: Annotated[int | None, typer.Option(help="The run's seed; the configuration's if not given.")] = None,
+    student: Annotated[str | None, typer.Option(help="One of compare.students, by name.")] = None,
+    teachers: Annotated[int | None, typer.Option(help="Only the first so many teachers.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     fresh: Fresh = False,
 ) -> None:
@@ -69,7 +72,8 @@ def distill(
         from . import compare as work
 
         seed = settings.seed if seed is None else seed
-        run = work.distill(settings, work.load_data(settings), method, seed, display, resume=resume, fresh=fresh)
+        data, size = work.load_data(settings), {"student": student, "teachers": teachers}
+        run = work.distill(settings, data, method, seed, display, **size, resume=resume, fresh=fresh)
         show_result(run, display)
         display.say(f"wrote {run.folder}/student.safetensors (a plain state dict), metrics.jsonl and run.json")
 
@@ -98,7 +102,7 @@ def evaluate(
 
 @app.command()
 def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Train every method x seed at equal epochs; print the table, draw the pictures, say what came out.
+    """Train methods x students x numbers of teachers x seeds at equal epochs; tables, pictures, what came out.
 
     Finished runs are skipped and killed ones continued: call it again after an interruption.
     """
@@ -109,13 +113,35 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
 
         outcome = work.compare(settings, display, fresh=fresh)
         title = f"{settings.name}: {settings.distill.epochs} epochs"
-        display.console.print(table(outcome.rows, outcome.teachers, title=title))
-        display.say(outcome.finding)
+        display.console.print(table(outcome.found.main, outcome.found.teachers, title=title))
+        display.say(outcome.found.sentence)
         display.say(f"Tables: {settings.folder}/results.md, results.csv, results.json")
         display.say(
             f"Pictures: {settings.folder}/figures/ ({', '.join(f.name for f in outcome.files if f.suffix == '.png')})"
         )
         display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
+
+
+@app.command()
+def methods(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="Also lists its teachers and variants.")
+    ] = None,
+) -> None:
+    """The training methods that `distill --method` and compare.methods know, and what each needs."""
+    with friendly() as display:
+        from .config import Config
+        from .methods import METHODS, known
+
+        settings = Config() if config is None else load(config)
+        found = METHODS if config is None else known(settings)
+        listing = Table("name", "method", "needs", box=None, pad_edge=False)
+        for method in found.values():
+            needs = method.needs(changed(settings, method.settings(settings), method.name).loss)
+            listing.add_row(method.name, method.label, ", ".join(needs) or "-")
+        display.console.print(listing)
+        if config is None:
+            display.say("okd stands for okd-<teacher> for every teacher; variants are the configuration's own.")
 
 
 @app.command()

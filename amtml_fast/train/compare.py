@@ -1,255 +1,205 @@
-"""Methods x seeds at equal epochs: trains what is missing, then table, pictures and one sentence of what came out."""
+"""Methods x students x numbers of teachers x seeds at equal epochs: trains what is missing, then says what came out."""
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from statistics import fmean
-from typing import Any, cast
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from . import data as datasets
-from . import report
+from . import methods as registry
+from . import results, workers
 from . import teachers as frozen
-from .config import Config, ConfigError, to_dict
+from .config import Config, ConfigError
 from .features import FeatureExtractor
-from .jobs import FEATURES, Job, make_distiller, student_job, teacher_job
-from .loop import make_accelerator, train
-from .methods import METHODS
+from .jobs import Job, student_job, teacher_job
+from .loop import finished, make_accelerator, train
 from .models import build
 from .progress import Display
-from .run import Run, read_json, versions, write_atomic
+from .run import Diverged, Run, read_json
+from .zoo import brings_weights
 
-GALLERY = 6  # images in the picture of the paper's Figure 4
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What `compare` found: rows for the table, and the files it wrote."""
-
-    rows: list[report.Row]
-    teachers: list[report.Row]
-    finding: str
-    files: list[Path]
-    seconds: float
+TEACH, DISTILL = "teach", "distill"
 
 
 def load_data(config: Config) -> datasets.ImageData:
     """The configured data set on the device that training uses."""
     device = make_accelerator(config.engine, config.folder).device
-    root = config.data.root
-    data = datasets.load(config.data.name, root, val_fraction=config.data.val_fraction, seed=config.seed)
-    return data.to(device)
+    data, asked = config.data, config.data.download
+    loaded = datasets.load(data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=asked)
+    return loaded.to(device)
+
+
+def plan(config: Config) -> list[Job]:
+    """Every student to train, each once: those of one seed before those of the next."""
+    asked = config.compare
+    if not asked.methods or not asked.seeds:
+        raise ConfigError(
+            f"config: compare: at least one method and one seed wanted, got {asked.methods} and {asked.seeds}"
+        )
+    chosen, numbers = registry.chosen(config, asked.methods), asked.teachers or [len(config.teachers)]
+    jobs: dict[Path, Job] = {}
+    for seed in asked.seeds:
+        for student in (config.student, *asked.students):
+            for number in numbers:
+                for method in chosen:
+                    job = student_job(config, method, seed, student=student, teachers=number)
+                    jobs.setdefault(job.folder, job)
+    return list(jobs.values())
+
+
+class Session:
+    """The jobs of a configuration, and what is loaded once for all of them: the data and the teachers."""
+
+    def __init__(self, config: Config, display: Display, *, fresh: bool = False) -> None:
+        self.config, self.display, self.fresh = config, display, fresh
+        self.jobs = {
+            TEACH: [teacher_job(config, teacher) for teacher in config.teachers if not brings_weights(teacher.model)],
+            DISTILL: plan(config),
+        }
+
+    @cached_property
+    def data(self) -> datasets.ImageData:
+        return load_data(self.config)
+
+    @cached_property
+    def teachers(self) -> frozen.Teachers | None:
+        """For every job of the comparison, with their outputs cached where that is right."""
+        return load_teachers(self.config, self.data, self.jobs[DISTILL], self.display)
+
+    def train(self, phase: str, position: int) -> None:
+        """One job. A student that diverges is left out of the tables; a teacher that does is an error."""
+        job = self.jobs[phase][position]
+        teachers = self.teachers if job.method.needs_teachers else None
+        try:
+            say_result(job, train(job, self.data, teachers, self.display, fresh=self.fresh), self.display)
+        except Diverged as error:
+            if phase == TEACH:
+                raise
+            self.display.warn(f"{error} The comparison goes on without {job.method.label}.")
+
+    def waiting(self, phase: str) -> list[workers.Task]:
+        """What is not finished yet. RunError, before anything is trained, for a folder that holds something else."""
+        jobs = enumerate(self.jobs[phase])
+        return [workers.Task(phase, i, job.title) for i, job in jobs if self.fresh or not finished(job)]
+
+    def run(self, phase: str) -> None:
+        """Trains what is missing, side by side where the configuration or the machine has more than one place for it."""
+        tasks = self.waiting(phase)
+        if not tasks:
+            return
+        several = min(workers.count(self.config), len(tasks)) > 1
+        with self.display.bar(
+            f"{len(tasks)} {'teachers' if phase == TEACH else 'students'}", len(tasks), "runs"
+        ) as bar:
+
+            def done(task: workers.Task) -> None:
+                bar.add(1)
+                bar.flush()
+
+            if several:
+                workers.run(self.config, tasks, self.display, fresh=self.fresh, done=done)
+            else:
+                for task in tasks:
+                    self.train(phase, task.position)
+                    done(task)
+
+
+def say_result(job: Job, run: Run, display: Display) -> None:
+    result = read_json(run.result)
+    validation = "" if job.student else f"validation {100 * result['val_accuracy']:.2f} %, "
+    display.say(f"{job.title}: {validation}test {100 * result['test_accuracy']:.2f} %")
 
 
 def teach(
     config: Config, data: datasets.ImageData, display: Display, *, resume: bool = True, fresh: bool = False
 ) -> list[Run]:
-    """Trains every teacher that has no weights of its own; finished ones are skipped."""
+    """Trains every teacher that brings no weights of its own; finished ones are skipped."""
     runs = []
     for teacher in config.teachers:
-        if teacher.model.weights is not None:
-            display.say(f"teacher {teacher.name}: weights from {teacher.model.weights}")
+        if brings_weights(teacher.model):
+            display.say(f"teacher {teacher.name}: brings its weights")
             continue
-        run = train(teacher_job(config, teacher), data, None, display, resume=resume, fresh=fresh)
-        result = read_json(run.result)
-        display.say(
-            f"teacher {teacher.name}: validation {100 * result['val_accuracy']:.2f} %, "
-            f"test {100 * result['test_accuracy']:.2f} %"
-        )
-        runs.append(run)
+        job = teacher_job(config, teacher)
+        runs.append(train(job, data, None, display, resume=resume, fresh=fresh))
+        say_result(job, runs[-1], display)
     return runs
 
 
 def load_teachers(
-    config: Config, data: datasets.ImageData, methods: list[str], display: Display
+    config: Config, data: datasets.ImageData, jobs: Sequence[Job], display: Display
 ) -> frozen.Teachers | None:
-    """The teachers that these methods need, with their outputs cached where that is right; None if none need any."""
-    needed = [METHODS[name] for name in methods if METHODS[name].needs_teachers]
-    if not needed:
+    """The teachers that these jobs need, with their outputs cached where that is right; None if none need any."""
+    if not any(job.method.needs_teachers for job in jobs):
         return None
-    hints = any(method.needs_hints(config.loss) for method in needed)
-    teachers = frozen.load(config, data, hints=hints, channels_last=config.engine.channels_last)
+    teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
     if frozen.wants_cache(config, teachers, data, display):
         teachers.fill_cache(data, display)
     return teachers
 
 
+def need_hints(jobs: Sequence[Job]) -> bool:
+    return any(job.method.hints(job.config.loss) for job in jobs)
+
+
 def distill(
-    config: Config, data: datasets.ImageData, method: str, seed: int, display: Display, *, resume: bool, fresh: bool
+    config: Config,
+    data: datasets.ImageData,
+    method: str,
+    seed: int,
+    display: Display,
+    *,
+    student: str | None = None,
+    teachers: int | None = None,
+    resume: bool,
+    fresh: bool,
 ) -> Run:
     """Trains one student; the teachers must be there."""
-    job = student_job(config, method, seed)
-    teachers = load_teachers(config, data, [method], display)
-    return train(job, data, teachers, display, resume=resume, fresh=fresh)
+    job = one_job(config, method, seed, student, teachers)
+    return train(job, data, load_teachers(config, data, [job], display), display, resume=resume, fresh=fresh)
+
+
+def one_job(config: Config, method: str, seed: int, student: str | None = None, teachers: int | None = None) -> Job:
+    """The job that these names mean."""
+    students = {each.name: each for each in (config.student, *config.compare.students)}
+    if student is not None and student not in students:
+        raise ConfigError(f"--student: one of {', '.join(students)} wanted, got {student!r}")
+    if teachers is not None and not 1 <= teachers <= len(config.teachers):
+        raise ConfigError(f"--teachers: 1 to {len(config.teachers)} wanted, got {teachers}")
+    return student_job(config, method, seed, student=students.get(student or config.student.name), teachers=teachers)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `compare` found, and the files it wrote."""
+
+    found: results.Found
+    files: list[Path]
+    seconds: float
 
 
 def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome:
-    """Trains the teachers and every method x seed that is not finished yet, and writes table and pictures."""
+    """Trains the teachers and every student that is not finished yet, and writes tables and pictures."""
     began = time.perf_counter()
-    methods, seeds = config.compare.methods, config.compare.seeds
-    if not methods or not seeds:
-        raise ConfigError(f"config: compare: at least one method and one seed wanted, got {methods} and {seeds}")
-    data = load_data(config)
-    teach(config, data, display, fresh=fresh)
-    jobs = [student_job(config, method, seed) for seed in seeds for method in methods]
-    teachers = load_teachers(config, data, methods, display)
-    with display.bar(f"{len(jobs)} students", len(jobs), unit="runs") as bar:
-        for job in jobs:
-            run = train(job, data, teachers, display, fresh=fresh)
-            display.say(f"{job.title}: test {100 * read_json(run.result)['test_accuracy']:.2f} %")
-            bar.add(1)
-            bar.flush()
-    folders = {method: [Run(job.folder) for job in jobs if job.method == method] for method in methods}
-    rows = [row(method, METHODS[method].label, runs) for method, runs in folders.items()]
-    teacher_rows = [teacher_row(config, i, teachers, data) for i in range(len(config.teachers))]
-    found = finding(rows)
+    session = Session(config, display, fresh=fresh)
+    for phase in (TEACH, DISTILL):
+        try:
+            session.run(phase)
+        except KeyboardInterrupt as stop:
+            jobs = session.jobs[phase]
+            done = sum(Run(job.folder).finished() for job in jobs)
+            what = "teachers" if phase == TEACH else "students"
+            raise KeyboardInterrupt(str(stop) or f"stopped; {done} of {len(jobs)} {what} are finished") from None
+    jobs, data = session.jobs[DISTILL], session.data
+    teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
+    found = results.collect(config, jobs, teachers, data)
     files: list[Path] = []
     if make_accelerator(config.engine, config.folder).is_main_process:
-        seconds = time.perf_counter() - began
-        files += write_tables(config, rows, teacher_rows, found, seconds)
-        files += write_figures(config, jobs, folders, teachers, data)
-    return Outcome(rows, teacher_rows, found, files, time.perf_counter() - began)
-
-
-def row(method: str, label: str, runs: list[Run]) -> report.Row:
-    """A line of the table from finished runs, in the order of the seeds."""
-    epochs = [epoch["seconds"] for run in runs for epoch in run.read_metrics()]
-    return report.Row(
-        method=method,
-        label=label,
-        parameters=runs[0].read_record()["parameters"],
-        accuracies=[read_json(run.result)["test_accuracy"] for run in runs],
-        seconds_per_epoch=fmean(epochs),
-    )
-
-
-def teacher_row(config: Config, i: int, teachers: frozen.Teachers | None, data: datasets.ImageData) -> report.Row:
-    """A teacher's line: from its run, or measured now where its weights came from elsewhere."""
-    teacher = config.teachers[i]
-    if teacher.model.weights is None:
-        return row(teacher.name, teacher.name, [Run(config.folder / "teachers" / teacher.name)])
-    if teachers is None:
-        teachers = frozen.load(config, data, hints=False)
-    accuracy = frozen.accuracy(teachers.models[i], data.test, data)
-    return report.Row(teacher.name, teacher.name, teachers.parameters[i], [accuracy])
-
-
-def finding(rows: list[report.Row]) -> str:
-    """One plain sentence: AMTML-KD (or else the last method) against each other method, seed by seed."""
-    if len(rows) == 1:
-        return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the test set."
-    main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
-    others = sorted((row for row in rows if row is not main), key=lambda row: row.method == "student")
-    parts = [against(main, other) for other in others]
-    return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
-
-
-def against(main: report.Row, other: report.Row) -> str:
-    """How `main` compares with `other`, measured by the spread of the differences over the seeds."""
-    difference = report.paired_difference(main, other)
-    points, label = 100 * difference.mean, f"{other.label} ({100 * other.mean:.2f} %)"
-    if difference.std is None:
-        where = f"is {abs(points):.2f} points {'above' if points >= 0 else 'below'} {label}"
-        return f"{where}, but one seed cannot tell that from chance"
-    spread = 100 * difference.std
-    measured = f"{points:+.2f} ± {spread:.2f} points over {difference.n} seeds"
-    if abs(points) <= spread:
-        return f"cannot be told from {label}: {measured}, which is within the seeds' spread"
-    verb = "beats" if points > 0 else "falls behind"
-    return f"{verb} {label}: {measured}, which is more than the seeds' spread"
-
-
-def write_tables(
-    config: Config, rows: list[report.Row], teachers: list[report.Row], found: str, seconds: float
-) -> list[Path]:
-    """results.csv, results.md and results.json in the comparison's folder."""
-    whole: dict[str, Any] = {
-        "name": config.name,
-        "finding": found,
-        "rows": report.records(rows, teachers),
-        "epochs": config.distill.epochs,
-        "seeds": config.compare.seeds,
-        "seconds": seconds,
-        "versions": versions(),
-        "config": to_dict(config),
-    }
-    title = f"# {config.name}: {config.distill.epochs} epochs, seeds {', '.join(map(str, config.compare.seeds))}\n\n"
-    contents = {
-        "results.csv": report.csv(rows, teachers),
-        "results.md": title + report.markdown(rows, teachers) + f"\n{found}\n",
-        "results.json": json.dumps(whole, indent=2) + "\n",
-    }
-    for name, text in contents.items():
-        write_atomic(config.folder / name, text.encode())
-    return [config.folder / name for name in contents]
-
-
-def write_figures(
-    config: Config,
-    jobs: list[Job],
-    folders: dict[str, list[Run]],
-    teachers: frozen.Teachers | None,
-    data: datasets.ImageData,
-) -> list[Path]:
-    """The pictures; those of the teacher weights come from the first seed of the first method that has weights."""
-    place = config.folder / "figures"
-    place.mkdir(parents=True, exist_ok=True)
-    histories = {METHODS[method].label: [run.read_metrics() for run in runs] for method, runs in folders.items()}
-    files = [place / "curves.png"]
-    report.curves(histories, files[0])
-    weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
-    job = next((job for job in jobs if METHODS[job.method].label in weighted), None)
-    if job is None or teachers is None:
-        return files
-    report.entropy(weighted, place / "entropy.png", teachers.names)
-    chosen, probs, weights = examples(job, teachers, data)
-    pictures, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
-    names = list(data.classes)
-    report.soft_targets(
-        pictures[0],
-        names,
-        probs[0].numpy(),
-        weights[0].numpy(),
-        labels[0],
-        place / "soft_targets.png",
-        teachers.names,
-    )
-    gallery = place / "weights_gallery.png"
-    report.weights_gallery(pictures, names, probs.numpy(), weights.numpy(), labels, gallery, teachers.names)
-    return [*files, place / "entropy.png", place / "soft_targets.png", gallery]
-
-
-@torch.no_grad()
-def examples(job: Job, teachers: frozen.Teachers, data: datasets.ImageData) -> tuple[Tensor, Tensor, Tensor]:
-    """Validation images for the pictures: positions [n], tempered soft targets [n, T, C], weights [n, T], on the CPU.
-
-    The images on which the teachers disagree most (entropy of the equal mixture less the teachers' mean entropy), at
-    most one a class. The choice does not look at the weights, so the pictures flatter no adapter.
-    """
-    distiller = make_distiller(job, data, teachers)
-    distiller.student.model.load_state_dict(load_file(job.folder / job.file))
-    distiller.objective.load_state_dict(load_file(job.folder / "objective.safetensors"))
-    device = data.val.images.device
-    distiller.to(device).eval()
-    adapter = cast(nn.Module, distiller.objective.adapter)
-    probs, weights = [], []
-    for batch in datasets.Loader(data.val, data, frozen.EVAL_BATCH):
-        logits = torch.stack(teachers.live(batch.images).logits, 1)  # [n, T, C]
-        probs.append((logits / job.config.loss.temperature).softmax(-1))
-        weights.append(adapter(distiller.student(batch.images)[1][FEATURES]))
-    p, w = torch.cat(probs).cpu(), torch.cat(weights).cpu()
-    disagreement = torch.special.entr(p.mean(1)).sum(-1) - torch.special.entr(p).sum(-1).mean(-1)
-    chosen: dict[int, int] = {}
-    for i in disagreement.argsort(descending=True, stable=True).tolist():
-        chosen.setdefault(int(data.val.labels[i]), i)
-    keep = torch.tensor(list(chosen.values())[:GALLERY])
-    return keep, p[keep], w[keep]
+        files += results.write_tables(config, found, time.perf_counter() - began)
+        files += results.write_figures(config, found, teachers, data)
+    return Outcome(found, files, time.perf_counter() - began)
 
 
 def evaluate(config: Config, data: datasets.ImageData, folder: Path, split: str) -> tuple[Path, float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -27,8 +27,9 @@ class ConfigError(ValueError):
 
 @dataclass
 class DataConfig:
-    name: str = "digits"  # digits | fashion_mnist | cifar10 | cifar100 | image_folder | package.module:factory
+    name: str = "digits"  # a name in readers.DATASETS or package.module:factory
     root: str | None = None
+    download: bool = False  # fetch CIFAR through torchvision where its files are missing
     val_fraction: float = 0.1
     augment: bool = False
 
@@ -38,6 +39,9 @@ class ModelConfig:
     factory: str = "small_cnn"  # a name in models.MODELS or package.module:factory
     args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None  # a state dict: .safetensors, or .pt read with weights_only
+    # What its training images were normalised by, for weights from elsewhere; null: what the net says, else as the data.
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
 
 @dataclass
@@ -45,11 +49,13 @@ class TeacherConfig:
     name: str = "teacher"
     model: ModelConfig = field(default_factory=ModelConfig)
     hint: str | None = None  # dotted path of the module whose output is the hint map u_t
+    classes: list[int] | None = None  # a specialist: trained on the images of these classes alone; null: on all
     train: dict[str, Any] = field(default_factory=dict)  # this teacher's overrides of `teach`
 
 
 @dataclass
 class StudentConfig:
+    name: str = "student"
     factory: str = "small_cnn"
     args: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
@@ -77,27 +83,60 @@ class LossConfig:
     temperature: float = 4.0
     alpha: float = 0.7
     mode: str = "mixture"
-    angle_weight: float = 1.0
-    hint_weight: float = 1.0
-    regularizer_weight: float = 1e-3
+    reduction: str = "batchmean"  # batchmean | mean: the KL is also divided by the number of classes
+    kl_scale: float = 1.0  # on the KL term alone
+    label_smoothing: float = 0.0
+    # The adapter
+    adapter: str = "learned"  # learned | uniform: the same weight for every teacher
     init_scale: float | None = None
+    adapter_seed: int | None = None  # draws theta and v from a seed of their own
     pool: str = "max"
+    regularizer_weight: float = 1e-3
+    adapter_label_weight: float = 0.0  # on -log of the true class's probability in the mixture
+    # The angle loss
+    angle_weight: float = 1.0
+    delta: float = 1.0
+    angle_trains_weights: bool = False
+    angle_on: str = "probabilities"  # probabilities | logits: the student's side of angle and distance
+    distance_weight: float = 0.0  # of RKD's distance loss beside the angle loss
+    # The hints
+    hint_weight: float = 1.0
     mapping: Any = "best_high"  # best_high | best_low | random | {teacher name: group name}
     normalize_hints: bool = False
-    angle_trains_weights: bool = False
-    delta: float = 1.0
-    label_smoothing: float = 0.0
+    pool_teacher_hints: bool = False  # each teacher's map is its mean over the positions
+    hint_bound: float | None = None  # the projections F_t start as U(-bound, bound)
+    train_hints: bool = True
+    # Other methods
+    fitnet_weight: float = 1.0
+    at_weight: float = 1000.0
+    rkd_distance_weight: float = 25.0
+    rkd_angle_weight: float = 50.0
 
 
 @dataclass
 class StagesConfig:
     adapter_epochs: int | None = None  # the adapter is frozen after this many epochs; null: never
+    adapter_lr: float | None = None  # the adapter's own constant learning rate; null: the student's
+    adapter_milestones: list[int] = field(default_factory=list)  # epochs after which it is multiplied by 0.1
+
+
+@dataclass
+class VariantConfig:
+    """A method of one's own: another method with other values of `loss` and `stages`."""
+
+    method: str = "amtml_kd"
+    label: str | None = None
+    loss: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class CompareConfig:
     methods: list[str] = field(default_factory=lambda: ["student", "avg_mkd", "amtml_kd"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    teachers: list[int] = field(default_factory=list)  # numbers of teachers: the first n of them; empty: all
+    students: list[StudentConfig] = field(default_factory=list)  # further students, beside `student`
+    workers: int | None = None  # trainings side by side; null: one a GPU, else one
 
 
 @dataclass
@@ -122,6 +161,7 @@ class Config:
     distill: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
+    variants: dict[str, VariantConfig] = field(default_factory=dict)
     compare: CompareConfig = field(default_factory=CompareConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     cache_teachers: str = "auto"  # auto: when augmentation is off | always | never
@@ -137,13 +177,66 @@ def two_stage(config: Config) -> dict[str, Any]:
     return {"stages": {"adapter_epochs": max(1, round(config.distill.epochs * 80 / 280))}}
 
 
+def paper_code(config: Config) -> dict[str, Any]:
+    """What the authors' notebooks do, as far as it differs; docs/method.md has the list. 280 epochs with them, of which
+    80 train the adapter; other numbers of epochs are scaled."""
+
+    def scaled(epoch: int) -> int:
+        return max(1, round(config.distill.epochs * epoch / 280))
+
+    groups = list(config.student.groups)
+    return {
+        "loss": {
+            "reduction": "mean",
+            "kl_scale": 2.0,
+            "alpha": 0.7,
+            "temperature": 5.0,
+            "pool": "avg",
+            "init_scale": 1.0,
+            "adapter_seed": 1,
+            "regularizer_weight": 0.1,
+            "angle_on": "logits",
+            "distance_weight": 1.0,
+            "normalize_hints": True,
+            "pool_teacher_hints": True,
+            "hint_bound": 0.005,
+            "train_hints": False,
+            # Of three teachers the first two give hints.
+            "mapping": {t.name: g for t, g in list(zip(config.teachers, groups, strict=False))[:2]} or "best_high",
+        },
+        "stages": {
+            "adapter_epochs": scaled(80),
+            "adapter_lr": 0.1,
+            "adapter_milestones": [scaled(40), scaled(50)],
+        },
+        "distill": {
+            "optimizer": "sgd",
+            "lr": 0.1,
+            "momentum": 0.9,
+            "nesterov": False,
+            "weight_decay": 5e-4,
+            "schedule": "step",
+            "warmup": 0.0,
+            "milestones": [scaled(180), scaled(230)],
+            "gamma": 0.1,
+        },
+    }
+
+
 # A preset sees the configuration without it and returns the values that it sets; an explicit key beats it.
-PRESETS: dict[str, Callable[[Config], dict[str, Any]]] = {"default": lambda config: {}, "two_stage": two_stage}
+PRESETS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "default": lambda config: {},
+    "two_stage": two_stage,
+    "paper_code": paper_code,
+}
 
 CHOICES = {
     "preset": tuple(PRESETS),
     "loss.mode": ("mixture", "sum"),
     "loss.pool": ("max", "avg"),
+    "loss.reduction": ("batchmean", "mean"),
+    "loss.adapter": ("learned", "uniform"),
+    "loss.angle_on": ("probabilities", "logits"),
     "engine.mixed_precision": ("no", "fp16", "bf16"),
     "engine.device": ("auto", "cpu"),
     "cache_teachers": ("auto", "always", "never"),
@@ -169,23 +262,35 @@ def find(source: str | Path) -> Path:
         return CONFIG_FOLDER / f"{source}.yaml"
     raise ConfigError(
         f"config: {str(source)!r} is neither a YAML file, nor a run folder with a config.yaml, "
-        f"nor a packaged name ({', '.join(packaged())}){_nearest(str(source), packaged())}"
+        f"nor a packaged name ({', '.join(packaged())}){nearest(str(source), packaged())}"
     )
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """The configuration in `source` (file, run folder or packaged name) with `key=value` overrides applied."""
     path, overrides = find(source), list(overrides)
-    try:
-        written = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config: {path} is not readable YAML: {error}") from None
+    written = _read(path)
     plain = _merge({}, written, overrides, str(path))
     if plain.preset not in PRESETS:
         raise ConfigError(_bad_choice("preset", plain.preset, tuple(PRESETS)))
     config = _merge(PRESETS[plain.preset](plain), written, overrides, str(path))
     _check(config)
     return config
+
+
+def _read(path: Path, inner: tuple[Path, ...] = ()) -> Any:
+    """What a file says, over what the file that its `base` names says."""
+    if path in inner:
+        raise ConfigError(f"config: base: files that name each other: {' -> '.join(map(str, (*inner, path)))}")
+    try:
+        written = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"config: {path} is not readable YAML: {error}") from None
+    if not isinstance(written, DictConfig) or "base" not in written:
+        return written
+    base = str(written.pop("base"))
+    beside = path.parent / base
+    return OmegaConf.merge(_read(beside if beside.is_file() else find(base), (*inner, path)), written)
 
 
 def to_yaml(config: Config) -> str:
@@ -196,6 +301,17 @@ def to_yaml(config: Config) -> str:
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain containers, for JSON."""
     return dataclasses.asdict(config)
+
+
+def changed(config: Config, settings: Mapping[str, Any], source: str) -> Config:
+    """The configuration with a method's own values in it, checked like a file; `source` is named in errors."""
+    with _errors(Config, "", source):
+        merged = OmegaConf.merge(OmegaConf.structured(config), dict(settings))
+        if isinstance(mapping := settings.get("loss", {}).get("mapping"), Mapping):
+            OmegaConf.update(merged, "loss.mapping", dict(mapping), merge=False)
+        result = typing.cast(Config, OmegaConf.to_object(merged))
+    _check_values(result)
+    return result
 
 
 def teacher_train(config: Config, teacher: TeacherConfig) -> TrainConfig:
@@ -251,8 +367,8 @@ class _errors:
         place = f" (in {self.source})" if self.source else ""
         if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
             names = _keys(self.schema)
-            nearest = _nearest(re.sub(r"\.\d+(?=\.)", "", key), names)
-            raise ConfigError(f"config: {shown}: no such key{nearest}{place}") from None
+            near = nearest(re.sub(r"\.\d+(?=\.)", "", key), names)
+            raise ConfigError(f"config: {shown}: no such key{near}{place}") from None
         wanted = _wanted(self.schema, key) if isinstance(error, ValidationError) else ""
         came = str(error).splitlines()[0]
         raise ConfigError(f"config: {shown}: {f'{wanted} wanted: ' if wanted else ''}{came}{place}") from None
@@ -308,7 +424,7 @@ def _wanted(schema: type, key: str) -> str:
     return f"{name} or null" if optional else name
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """`; did you mean ...?` for the closest of `names`, by the whole dotted key first, by its last part second."""
     names = list(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
@@ -320,11 +436,16 @@ def _nearest(name: str, names: Iterable[str]) -> str:
 
 def _bad_choice(key: str, value: Any, choices: Iterable[str]) -> str:
     choices = list(choices)
-    return f"config: {key}: one of {', '.join(choices)} wanted, got {value!r}{_nearest(str(value), choices)}"
+    return f"config: {key}: one of {', '.join(choices)} wanted, got {value!r}{nearest(str(value), choices)}"
 
 
 def _check(config: Config) -> None:
     """Everything that types do not say."""
+    _check_values(config)
+    _check_compare(config)
+
+
+def _check_values(config: Config) -> None:
     # YAML reads a bare `no` as false, which becomes the string "False" in a text field.
     if config.engine.mixed_precision == "False":
         config.engine.mixed_precision = "no"
@@ -336,7 +457,6 @@ def _check(config: Config) -> None:
             raise ConfigError(_bad_choice(key, value, choices))
     if not isinstance(config.loss.mapping, Mapping) and config.loss.mapping not in MAPPINGS:
         raise ConfigError(_bad_choice("loss.mapping", config.loss.mapping, MAPPINGS) + " (or teacher: group pairs)")
-    _check_methods(config.compare.methods)
     _check_train("distill", config.distill)
     names = [teacher.name for teacher in config.teachers]
     for name in names:
@@ -344,6 +464,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"config: teachers.name: unique names of letters, digits, - and _ wanted, got {names}")
     for teacher in config.teachers:
         _check_train(f"teachers.{teacher.name}.train", teacher_train(config, teacher))
+        _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
     if not 0.0 <= config.loss.alpha <= 1.0:
         raise ConfigError(f"config: loss.alpha: a number in [0, 1] wanted, got {config.loss.alpha}")
     if not config.loss.temperature > 0.0:
@@ -357,12 +478,49 @@ def _check(config: Config) -> None:
         raise ConfigError(f"config: data.val_fraction: a number in (0, 1) wanted, got {config.data.val_fraction}")
 
 
-def _check_methods(methods: list[str]) -> None:
-    from .methods import METHODS
+def _check_compare(config: Config) -> None:
+    from .methods import chosen
 
-    for method in methods:
-        if method not in METHODS:
-            raise ConfigError(_bad_choice("compare.methods", method, METHODS))
+    asked = config.compare
+    for method in chosen(config, asked.methods):
+        epochs = changed(config, method.settings(config), f"the method {method.name}").distill.epochs
+        if epochs != config.distill.epochs:
+            raise ConfigError(
+                f"config: {method.name}: the same {config.distill.epochs} epochs for all wanted, got {epochs}"
+            )
+    for name in config.variants:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ConfigError(f"config: variants: names of letters, digits, - and _ wanted, got {name!r}")
+    for number in asked.teachers:
+        if not 1 <= number <= len(config.teachers):
+            raise ConfigError(
+                f"config: compare.teachers: 1 to {len(config.teachers)} (the teachers) wanted, got {number}"
+            )
+    names = [config.student.name, *(student.name for student in asked.students)]
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
+            raise ConfigError(
+                f"config: compare.students.name: unique names of letters, digits, - and _ wanted, got {names}"
+            )
+    if asked.workers is not None and asked.workers < 1:
+        raise ConfigError(f"config: compare.workers: 1 or more wanted, got {asked.workers}")
+
+
+def _check_statistics(where: str, model: ModelConfig) -> None:
+    """A teacher's own mean and std, which only make sense beside weights that were trained elsewhere."""
+    from .zoo import brings_weights
+
+    if model.mean is None and model.std is None:
+        return
+    if model.mean is None or model.std is None or len(model.mean) != len(model.std) or min(model.std, default=0) <= 0:
+        raise ConfigError(
+            f"config: {where}: mean and std of equal length wanted, std above 0, got mean={model.mean}, std={model.std}"
+        )
+    if not brings_weights(model):
+        raise ConfigError(
+            f"config: {where}.mean: weights from elsewhere wanted beside it (weights, or a pretrained net), got none: "
+            "what teach trains sees images normalised by the data's own mean and std"
+        )
 
 
 def _check_train(where: str, train: TrainConfig) -> None:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from amtml_fast.train.models import import_factory, near_names
-from amtml_fast.train.readers import DATASETS, Arrays, read_dataset, stratified
+from amtml_fast.train.names import import_factory, near_names
+from amtml_fast.train.readers import DATASETS, DOWNLOADS, Arrays, read_dataset, stratified
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,20 +59,31 @@ class ImageData:
         return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
 
 
-def load(name: str, root: str | Path | None = None, *, val_fraction: float = 0.1, seed: int = 0) -> ImageData:
+def load(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    download: bool = False,
+) -> ImageData:
     """Read the data set `name` and split `val_fraction` of each class off its training set, drawn from `seed`.
 
-    name: one of DATASETS (digits, fashion_mnist, cifar10, cifar100, image_folder), or "package.module:factory", a
+    name: one of DATASETS (digits, fashion_mnist, cifar10, cifar100, tiny_imagenet, image_folder), or "package.module:factory", a
         function that returns (train Dataset, test Dataset), see `from_datasets`; it gets `root` as its one argument if
         that is given.
     root: the folder of the files; None is where the data set's package installs them, else ./data.
+    download: fetch CIFAR through torchvision where its files are missing.
     The test set never depends on `seed` or `val_fraction`.
     Raises FileNotFoundError: what was looked for, where, and where to get it; ValueError: an unknown name, a broken
     file.
     """
     folder = None if root is None else Path(root).expanduser()
+    if download and name not in DOWNLOADS:
+        raise ValueError(f"data.download: only {' and '.join(DOWNLOADS)} can be fetched, got data.name={name!r}")
     if name in DATASETS:
-        return _split(name, DATASETS[name](folder), val_fraction, seed)
+        read = DOWNLOADS[name] if download else DATASETS[name]
+        return _split(name, read(folder), val_fraction, seed)
     if ":" not in name:
         raise ValueError(
             f"data.name: no data set {name!r}; near names: {near_names(name, DATASETS)}; "

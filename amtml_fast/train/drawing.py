@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
@@ -18,7 +20,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 TEACHERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
 METHODS = ("#555555", BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
-INK, FAINT = "#222222", "#6b6b6b"
+INK, FAINT, OTHERS = "#222222", "#6b6b6b", "#c4c4c4"
 STYLE: Any = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -42,6 +44,14 @@ STYLE: Any = {
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.7,
 }
+
+
+def save(draw: Any, path: str | Path, *args: Any) -> None:
+    """Write the Figure that draw(*args) builds, in this style, as PNG."""
+    with matplotlib.rc_context(STYLE):
+        figure = draw(*args)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
 
 
 def panel(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
@@ -145,20 +155,22 @@ def starts_at(axes: Axes, unit: str) -> str:
     return f"axis starts at {start:.0f} {unit}" if start >= 1 else ""
 
 
-def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 8.5) -> None:
-    """Write each (x, y, text, colour) at the right of the axes, moved apart where they would overlap."""
+def end_labels(
+    axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 8.5, left: float = 1.07
+) -> None:
+    """Write each (x, y, text, colour) right of the axes (at their fraction `left`), moved apart where they'd overlap."""
     if not ends:
         return
     axes.get_ylim()  # limits are set lazily: this makes them final before places are computed from them
     inches = size_inches(axes)[1]
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((x, y))[1]) for x, y, _, _ in ends]
-    heights = [(1.22 * size * (text.count("\n") + 1) + 2) / 72 / inches for _, _, text, _ in ends]
+    heights = [label_inches(text, size) / inches for _, _, text, _ in ends]
     for (x, y, text, colour), place in zip(ends, spread(wanted, heights), strict=True):
         axes.annotate(
             text,
             (x, y),
-            (1.07, place),
+            (left, place),
             xycoords="data",
             textcoords="axes fraction",
             fontsize=size,
@@ -168,6 +180,11 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: 
             annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
         )
+
+
+def label_inches(text: str, size: float = 8.5) -> float:
+    """How much height end_labels gives a text."""
+    return (1.22 * size * (text.count("\n") + 1) + 2) / 72
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], low: float = -0.15, high: float = 1.03) -> list[float]:

@@ -1,4 +1,4 @@
-"""Pictures of a comparison, as PNG files: numbers in, files out.
+"""Pictures of the training and of the teacher weights, as PNG files: numbers in, files out.
 
 Explicit Figure objects only (no pyplot, so no global state and no display). Places are given in inches from the top
 left corner: at 8 inches and 150 dpi a picture is 1200 px wide and its smallest text still reads at 800 px. Colours are
@@ -8,11 +8,10 @@ legend. Titles say what the numbers show. Arrays may be numpy arrays or CPU tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import ArrayLike
 
 from . import drawing as d
-from .drawing import FAINT, INK, METHODS, STYLE, Array
+from .drawing import FAINT, INK, METHODS, OTHERS, Array
 
 Histories = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # label -> runs (one a seed) -> epochs (metrics.jsonl)
 
@@ -29,8 +28,11 @@ Histories = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # label -> runs
 
 
 def curves(histories: Histories, path: str | Path) -> None:
-    """Training loss and validation accuracy per epoch: the mean over seeds as a line, their range as a band."""
-    _save(_curves, path, histories)
+    """Training loss and validation accuracy per epoch: the mean over seeds as a line, their range as a band.
+
+    Of more than seven methods the seven that end highest are named, the others are grey.
+    """
+    d.save(_curves, path, histories)
 
 
 def soft_targets(
@@ -48,7 +50,7 @@ def soft_targets(
     mixture's bar is stacked from the teachers' shares, in their colours. Of more than 12 classes the 10 largest are
     shown, the true one always among them. Raises ValueError where shapes disagree.
     """
-    _save(_soft_targets, path, image, class_names, teacher_probs, weights, label, teacher_names)
+    d.save(_soft_targets, path, image, class_names, teacher_probs, weights, label, teacher_names)
 
 
 def weights_gallery(
@@ -66,36 +68,34 @@ def weights_gallery(
     row shows the mixture's four largest classes, the true one always among them. Raises ValueError where shapes
     disagree.
     """
-    _save(_weights_gallery, path, images, class_names, teacher_probs, weights, labels, teacher_names)
+    d.save(_weights_gallery, path, images, class_names, teacher_probs, weights, labels, teacher_names)
 
 
 def entropy(histories: Histories, path: str | Path, teacher_names: Sequence[str] | None = None) -> None:
-    """Normalised entropy of the teacher weights per epoch, a line a seed, and the mean weight of each teacher.
+    """Normalised entropy of the teacher weights per epoch, a line a seed, and of each teacher the mean weight and the
+    share of the examples on which it has the largest weight (`weight_won`; old runs have none, and no such panel).
 
     A method without teacher weights (no `entropy` in its epochs) is left out; ValueError if none is left.
     """
-    _save(_entropy, path, histories, teacher_names)
-
-
-def _save(draw: Any, path: str | Path, *args: Any) -> None:
-    with matplotlib.rc_context(STYLE):
-        figure = draw(*args)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
+    d.save(_entropy, path, histories, teacher_names)
 
 
 # --- training curves --------------------------------------------------------------------------------------------------
 
 
 def _curves(histories: Histories) -> Figure:
-    figure = Figure(figsize=(8, 3.85))
-    loss = d.panel(figure, 0.62, 1.13, 2.25, 2.15)
-    accuracy = d.panel(figure, 4.62, 1.13, 2.25, 2.15)
     seeds = max((len(runs) for runs in histories.values()), default=0)
     accuracies = {label: 100 * d.series(runs, "val_accuracy")[1] for label, runs in histories.items()}
     losses = {label: d.series(runs, "loss")[1] for label, runs in histories.items()}
     if not any(np.isfinite(values).any() for values in (*losses.values(), *accuracies.values())):
         raise ValueError("curves: histories must hold epochs with 'loss' or 'val_accuracy', found none")
+    crowded = len(histories) > 4  # then the names stand at the right panel only, one below the other
+    shown = _highest(accuracies, len(METHODS))
+    room = sum(d.label_inches(_beside(label, 0.0)) for label in shown) / 1.15 if crowded else 0.0
+    high = max(2.15, room)
+    figure = Figure(figsize=(8, 1.7 + high))
+    loss = d.panel(figure, 0.62, 1.13, 2.0 if crowded else 2.25, high)
+    accuracy = d.panel(figure, 3.2 if crowded else 4.62, 1.13, 2.35 if crowded else 2.25, high)
 
     values = d.finite(losses)
     if values.size and values.min() > 0 and values.max() > 8 * values.min():
@@ -103,19 +103,32 @@ def _curves(histories: Histories) -> Figure:
         loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         loss.yaxis.set_major_formatter("{x:g}")
         loss.yaxis.set_minor_locator(NullLocator())
-    _lines(loss, losses, "{label}")
+    _lines(loss, losses, shown, None if crowded else lambda label, _: d.wrap(label, 13))
     d.heading(loss, "Training loss", "each method's own objective" if len(losses) > 1 else "")
 
-    shown = d.finite({label: v[:, v.shape[1] // 4 :] for label, v in accuracies.items()})
-    if shown.size:  # the first epochs may leave the axis below, so that the differences at the end can be seen
-        room = max(0.12 * (shown.max() - shown.min()), 0.2)
-        accuracy.set_ylim(max(shown.min() - room, 0), min(shown.max() + room, 100.4))
-    _lines(accuracy, accuracies, "{label}\n{last:.1f} %")
+    late = d.finite({label: v[:, v.shape[1] // 4 :] for label, v in accuracies.items()})
+    if late.size:  # the first epochs may leave the axis below, so that the differences at the end can be seen
+        margin = max(0.12 * (late.max() - late.min()), 0.2)
+        accuracy.set_ylim(max(late.min() - margin, 0), min(late.max() + margin, 100.4))
+    _lines(accuracy, accuracies, shown, _beside if crowded else lambda label, v: f"{d.wrap(label, 13)}\n{v:.1f} %")
     d.heading(accuracy, "Validation accuracy (%)", d.starts_at(accuracy, "%"))
 
     spread = f"line: mean of {seeds} seeds, band: their range" if seeds > 1 else "one seed"
-    d.headline(figure, _curves_finding(accuracies), spread)
+    others = len(histories) - len(shown)
+    note = f"; grey: {others} other method{'s that end' if others > 1 else ' that ends'} lower" if others else ""
+    d.headline(figure, _curves_finding(accuracies), spread + note)
     return figure
+
+
+def _highest(accuracies: Mapping[str, Array], most: int) -> list[str]:
+    """The labels that end highest, in their given order; one without an accuracy comes last."""
+    ends = {label: d.last(values) for label, values in accuracies.items()}
+    ranked = sorted(ends, key=lambda label: -ends[label].mean() if ends[label].size else 1.0)[:most]
+    return [label for label in accuracies if label in ranked]
+
+
+def _beside(label: str, last: float) -> str:
+    return d.wrap(f"{d.short(label, 44)} {last:.1f}\N{NO-BREAK SPACE}%", 27)
 
 
 def _curves_finding(accuracies: Mapping[str, Array]) -> str:
@@ -136,19 +149,30 @@ def _curves_finding(accuracies: Mapping[str, Array]) -> str:
     return f"{text}, {best.mean() - other.mean():.1f} points above {second}"
 
 
-def _lines(axes: Axes, series: Mapping[str, Array], text: str) -> None:
-    """Mean line and range band of each [seeds, epochs] array, with the label (and last mean) at the line's end."""
+def _lines(
+    axes: Axes, series: Mapping[str, Array], shown: Sequence[str], text: Callable[[str, float], str] | None
+) -> None:
+    """Mean line and range band of each [seeds, epochs] array, with text(label, last mean) at the line's end.
+
+    Those not shown by name are thin and grey, without a band.
+    """
     ends = []
-    for i, (label, values) in enumerate(series.items()):
+    for label, values in series.items():
         epochs = np.arange(1, values.shape[1] + 1)
         keep = np.isfinite(values).any(axis=0)
         if not keep.any():
             continue
-        colour, epochs, values = METHODS[i % len(METHODS)], epochs[keep], values[:, keep]
+        epochs, values = epochs[keep], values[:, keep]
         mean = np.nanmean(values, axis=0)
+        if label not in shown:
+            axes.plot(epochs, mean, color=OTHERS, lw=0.9, zorder=1.5)
+            continue
+        i = list(shown).index(label)
+        colour = METHODS[i % len(METHODS)]
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.18, lw=0)
         axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[i % 5], markevery=[-1], ms=4.5)
-        ends.append((float(epochs[-1]), float(mean[-1]), text.format(label=d.wrap(label, 13), last=mean[-1]), colour))
+        if text is not None:
+            ends.append((float(epochs[-1]), float(mean[-1]), text(label, mean[-1]), colour))
     d.epoch_axis(axes)
     d.end_labels(axes, ends)
 
@@ -290,35 +314,42 @@ def _entropy(histories: Histories, teacher_names: Sequence[str] | None) -> Figur
     series = {label: values for label, values in series.items() if np.isfinite(values).any()}
     if not series:
         raise ValueError(f"entropy: no epoch with an 'entropy' in the histories of {list(histories)}")
+    # Runs from before the leading teacher was recorded have no third panel.
+    led = [label for label in series if any("weight_won" in epoch for run in histories[label] for epoch in run)]
     figure = Figure(figsize=(8, 0.67 + 3.05 * len(series)))
     for i, (label, values) in enumerate(series.items()):
-        y = 1.17 + 3.05 * i
-        axes = d.panel(figure, 0.62, y, 2.5, 2.0)
-        ends = []
-        for seed, run in enumerate(values):
-            keep = np.isfinite(run)
-            if keep.any():
-                epochs, colour = np.flatnonzero(keep) + 1, METHODS[(seed + 1) % len(METHODS)]
-                axes.plot(
-                    epochs,
-                    run[keep],
-                    clip_on=False,
-                    color=colour,
-                    lw=1.6,
-                    marker="os^Dv"[seed % 5],
-                    markevery=[-1],
-                    ms=4.5,
-                )
-                ends.append(
-                    (float(epochs[-1]), float(run[keep][-1]), f"run {seed + 1}: {d.fine(run[keep][-1])}", colour)
-                )
-        axes.set_ylim(d.floor(float(np.nanmin(values))), 1)
-        d.epoch_axis(axes)
-        d.end_labels(axes, ends)
-        d.heading(axes, f"Entropy of the weights, {d.short(label, 22)}", _entropy_scale(axes))
-        _mean_weights(d.panel(figure, 4.75, y, 2.1, 2.0), histories[label], teacher_names)
+        y, runs = 1.17 + 3.05 * i, histories[label]
+        axes = d.panel(figure, 0.62, y, 1.5 if led else 2.5, 2.0)
+        _entropy_lines(axes, values)
+        d.heading(
+            axes,
+            f"Entropy{'' if led else ' of the weights'}, {d.short(label, 24 if led else 22)}",
+            _entropy_scale(axes),
+        )
+        band = "one seed" if len(runs) == 1 else "band: seeds" if led else "band: range over seeds"
+        axes = d.panel(figure, 3.4 if led else 4.75, y, 1.3 if led else 2.1, 2.0)
+        _teacher_lines(axes, runs, "weight_mean", None if label in led else teacher_names or ())
+        d.heading(axes, f"Mean weight{'' if led else ' of each teacher'}", f"dashed: equal; {band}")
+        if label in led:
+            axes = d.panel(figure, 5.55, y, 1.3, 2.0)
+            _teacher_lines(axes, runs, "weight_won", teacher_names or ())
+            d.heading(axes, "Largest weight", "on this share of the examples")
     d.headline(figure, _entropy_finding(series), "entropy per image, normalised to [0, 1], averaged over the epoch")
     return figure
+
+
+def _entropy_lines(axes: Axes, values: Array) -> None:
+    ends = []
+    for seed, run in enumerate(values):
+        keep = np.isfinite(run)
+        if keep.any():
+            epochs, colour, last = np.flatnonzero(keep) + 1, METHODS[(seed + 1) % len(METHODS)], run[keep][-1]
+            style: Any = {"color": colour, "lw": 1.6, "marker": "os^Dv"[seed % 5], "markevery": [-1], "ms": 4.5}
+            axes.plot(epochs, run[keep], clip_on=False, **style)
+            ends.append((float(epochs[-1]), float(last), f"run {seed + 1}: {d.fine(last)}", colour))
+    axes.set_ylim(d.floor(float(np.nanmin(values))), 1)
+    d.epoch_axis(axes)
+    d.end_labels(axes, ends)
 
 
 def _entropy_finding(series: Mapping[str, Array]) -> str:
@@ -339,23 +370,26 @@ def _entropy_scale(axes: Axes) -> str:
     return "1 = all equal, " + (f"axis starts at {start:g}" if start else "0 = one teacher an image")
 
 
-def _mean_weights(axes: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], teacher_names: Sequence[str] | None) -> None:
-    rows = [[epoch["weight_mean"] for epoch in run if "weight_mean" in epoch] for run in runs]
+def _teacher_lines(
+    axes: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], key: str, teacher_names: Sequence[str] | None
+) -> None:
+    """A line a teacher of a metric that holds one number a teacher, its value and name (None: no name) at its end."""
+    rows = [[epoch[key] for epoch in run if key in epoch] for run in runs]
     count = max((len(row[0]) for row in rows if row), default=0)
     ends, highest = [], 0.0
     for t in range(count):
-        values = d.stack([[weights[t] for weights in row] for row in rows])
+        values = d.stack([[shares[t] for shares in row] for row in rows])
         epochs, colour = np.arange(1, values.shape[1] + 1), d.teacher_colour(t)
         mean = np.nanmean(values, axis=0)
         highest = max(highest, float(np.nanmax(values)))
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.2, lw=0)
         axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[t % 5], markevery=[-1], ms=4.5)
-        name = teacher_names[t] if teacher_names else f"teacher {t + 1}"
-        ends.append((float(epochs[-1]), float(mean[-1]), f"{d.wrap(name, 13, 2)}\n{d.two(mean[-1])}", colour))
+        text = d.two(mean[-1])
+        if teacher_names is not None:
+            text = f"{d.wrap(teacher_names[t] if teacher_names else f'teacher {t + 1}', 13, 2)}\n{text}"
+        ends.append((float(epochs[-1]), float(mean[-1]), text, colour))
     if count:
-        axes.set_ylim(0, min(1.12 * highest, 1.02))
+        axes.set_ylim(0, min(1.12 * highest, 1.02) or 1)
         axes.axhline(1 / count, color=FAINT, lw=0.9, ls=(0, (4, 3)), zorder=1)
     d.epoch_axis(axes)
     d.end_labels(axes, ends)
-    band = "band: range over seeds" if len(rows) > 1 else "one seed"
-    d.heading(axes, "Mean weight of each teacher", f"dashed: equal; {band}")

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import data as datasets
+from . import methods
 from . import teachers as frozen
-from .config import Config, ConfigError, TeacherConfig, TrainConfig, teacher_train, to_dict
+from .config import (
+    Config,
+    ConfigError,
+    LossConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+    changed,
+    teacher_train,
+    to_dict,
+)
 from .features import FeatureExtractor
-from .methods import METHODS, Context, StepLoss
+from .methods import METHODS, Context, Method, Step, StepLoss
 from .models import build
 
 FEATURES = "features"
@@ -24,35 +37,43 @@ FEATURES = "features"
 class Job:
     """What to train, and where it goes. `paths`: student modules to catch, by the name the method knows them under."""
 
-    config: Config
+    config: Config  # with the method's own values in it
     folder: Path
     title: str
-    method: str
+    method: Method
     seed: int
     factory: str
     args: dict[str, Any]
     weights: str | None
     train: TrainConfig
     paths: dict[str, str] = field(default_factory=dict)
+    teachers: tuple[str, ...] = ()  # those it may learn from; of these the method takes all, the best one or none
+    classes: tuple[int, ...] | None = None  # trains on the images of these alone; None: on all
+    student: str = ""  # the student's name; empty for a teacher
     file: str = "student.safetensors"
 
     def recipe(self) -> dict[str, Any]:
         """Everything that decides the result: a folder made by another recipe is neither skipped nor resumed."""
-        config, method = self.config, METHODS[self.method]
+        config, method = self.config, self.method
         engine = to_dict(config.engine)
         recipe: dict[str, Any] = {
-            "data": {k: v for k, v in to_dict(config.data).items() if k != "root"},
+            "data": {k: v for k, v in to_dict(config.data).items() if k not in ("root", "download")},
+            "classes": self.classes,
             "model": {"factory": self.factory, "args": self.args},
             "start": frozen.sha256(Path(self.weights)) if self.weights else None,
             "train": to_dict(self.train),
-            "label_smoothing": config.loss.label_smoothing,
+            "loss": method.loss(config),
             "engine": {k: engine[k] for k in ("mixed_precision", "gradient_accumulation_steps")},
-            "method": self.method,
+            "method": method.name,
             "seed": self.seed,
         }
         if method.needs_teachers:
-            recipe |= {"loss": to_dict(config.loss), "teachers": frozen.fingerprint(config), "paths": self.paths}
-            recipe |= {"hints": [t.hint for t in config.teachers], "stages": to_dict(config.stages)}
+            prints = frozen.fingerprint(config)
+            recipe |= {"teachers": {name: prints[name] for name in self.teachers}}
+            recipe |= {"paths": self.paths, "stages": to_dict(config.stages)}
+            recipe |= {"hints": {t.name: t.hint for t in config.teachers if t.name in self.teachers}}
+        if method.peers:
+            recipe["peers"] = len(self.teachers)
         return json.loads(json.dumps(recipe))  # as it comes back from run.json
 
 
@@ -63,46 +84,76 @@ def teacher_job(config: Config, teacher: TeacherConfig) -> Job:
         config=config,
         folder=config.folder / "teachers" / teacher.name,
         title=f"teacher {teacher.name}",
-        method="student",
+        method=METHODS["student"],
         seed=config.seed + config.teachers.index(teacher),
         factory=model.factory,
         args=model.args,
         weights=None,
         train=teacher_train(config, teacher),
+        classes=None if teacher.classes is None else tuple(teacher.classes),
         file="model.safetensors",
     )
 
 
-def student_job(config: Config, method: str, seed: int) -> Job:
-    """Training the student by a method of METHODS."""
-    if method not in METHODS:
-        raise ConfigError(f"method: one of {', '.join(METHODS)} wanted, got {method!r}")
-    student, chosen = config.student, METHODS[method]
-    paths = {}
-    if chosen.needs_features:
-        if student.features is None:
-            raise ConfigError(
-                f"config: student.features: the last convolutional map's path wanted by {method}, got null"
-            )
-        paths[FEATURES] = student.features
-    if chosen.needs_hints(config.loss):
-        if not student.groups:
-            raise ConfigError(
-                f"config: student.groups: layer groups wanted by {method}'s hints (or loss.hint_weight=0)"
-            )
-        paths |= student.groups
+def student_job(
+    config: Config,
+    method: str | Method,
+    seed: int,
+    *,
+    student: StudentConfig | None = None,
+    teachers: int | None = None,
+) -> Job:
+    """Training a student by a method, from the first `teachers` teachers (None: all of them)."""
+    chosen = methods.chosen(config, [method])[0] if isinstance(method, str) else method
+    student = student or config.student
+    config = changed(config, chosen.settings(config), f"the method {chosen.name}")
+    names = [teacher.name for teacher in config.teachers[:teachers]]
+    # What differs from the plain case is in the folder's name, so that a comparison can grow and keep what it has.
+    parts = [chosen.name]
+    parts += [student.name] if student.name != config.student.name else []
+    if chosen.teacher is not None:
+        names = [chosen.teacher]
+    elif len(names) < len(config.teachers) and (chosen.needs_teachers or chosen.peers):
+        parts.append(f"{len(names)}teachers")
     return Job(
         config=config,
-        folder=config.folder / f"{method}-seed{seed}",
-        title=f"{chosen.label}, seed {seed}",
-        method=method,
+        folder=config.folder / "-".join([*parts, f"seed{seed}"]),
+        title=", ".join([chosen.label, *parts[1:], f"seed {seed}"]),
+        method=chosen,
         seed=seed,
         factory=student.factory,
         args=student.args,
         weights=student.weights,
         train=config.distill,
-        paths=paths,
+        paths=feature_paths(student, chosen, config),
+        teachers=tuple(names),
+        student=student.name,
     )
+
+
+def feature_paths(student: StudentConfig, method: Method, config: Config) -> dict[str, str]:
+    """The student's modules to catch, by the name the method knows them under. ConfigError for what it does not offer."""
+    paths = {}
+    if method.features:
+        if student.features is None:
+            raise ConfigError(
+                f"config: {student.name}.features: the last convolutional map's path wanted by {method.name}, got null"
+            )
+        paths[FEATURES] = student.features
+    if method.groups(config.loss):
+        if not student.groups:
+            raise ConfigError(
+                f"config: {student.name}.groups: layer groups wanted by {method.name}'s hints (or loss.hint_weight=0)"
+            )
+        mapping = config.loss.mapping
+        for group in mapping.values() if isinstance(mapping, Mapping) else ():
+            if group not in student.groups:
+                raise ConfigError(
+                    f"config: loss.mapping: a layer group of {student.name} ({', '.join(student.groups)}) wanted, "
+                    f"got {group!r}"
+                )
+        paths |= student.groups
+    return paths
 
 
 class Distiller(nn.Module):
@@ -117,7 +168,7 @@ class Distiller(nn.Module):
     ) -> tuple[StepLoss, Tensor]:
         """The objective's StepLoss and the student's logits [N, C]."""
         logits, maps = self.student(images)
-        return self.objective(logits, maps, labels, teacher_logits, teacher_maps), logits.detach()
+        return self.objective(Step(logits, maps, labels, teacher_logits, teacher_maps, images)), logits.detach()
 
 
 def make_distiller(
@@ -126,8 +177,11 @@ def make_distiller(
     """The freshly initialised module of a job, a pure function of its seed, on the CPU."""
     torch.manual_seed(job.seed)
     classes, channels = len(data.classes), data.train.images.shape[1]
-    model = build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=job.weights)
-    student = FeatureExtractor(model, job.paths)
+
+    def new(weights: str | None = None) -> nn.Module:
+        return build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=weights)
+
+    student = FeatureExtractor(new(job.weights), job.paths)
     probe = next(iter(datasets.Loader(data.val, data, 2))).images.cpu()
     student.eval()
     with torch.no_grad():
@@ -138,7 +192,7 @@ def make_distiller(
         )
     student.train()
     context = Context(
-        loss=job.config.loss,
+        loss=cast(LossConfig, SimpleNamespace(**job.method.loss(job.config))),
         classes=classes,
         feature_channels=int(maps[FEATURES].shape[1]) if FEATURES in maps else 0,
         student_channels={name: int(x.shape[1]) for name, x in maps.items() if name != FEATURES},
@@ -146,5 +200,19 @@ def make_distiller(
         teacher_names=teachers.names if teachers else (),
         teacher_scores=teachers.scores if teachers else (),
         processes=processes,
+        peers=len(job.teachers),
+        new_student=new,
     )
-    return Distiller(student, METHODS[job.method].build(context))
+    return Distiller(student, job.method.build(context))
+
+
+def teachers_of(job: Job, everyone: frozen.Teachers | None) -> frozen.Teachers | None:
+    """Those of the loaded teachers that this job's method learns from, without hint maps that it does not ask for."""
+    if not job.method.needs_teachers:
+        return None
+    if everyone is None:
+        raise ValueError(f"{job.title}: teachers wanted by {job.method.name}, got none")
+    names = list(job.teachers)
+    if job.method.teachers == methods.BEST:
+        names = [max(names, key=lambda name: everyone.scores[everyone.names.index(name)])]
+    return everyone.only(names, hints=job.method.hints(job.config.loss))

@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from torch import Tensor, nn
 
 from . import data as datasets
 from . import teachers as frozen
-from .config import ConfigError, EngineConfig, TrainConfig, to_yaml
-from .jobs import Distiller, Job, make_distiller
-from .methods import METHODS, StepLoss
+from .config import ConfigError, EngineConfig, StagesConfig, TrainConfig, to_yaml
+from .jobs import Distiller, Job, make_distiller, teachers_of
+from .memory import PeakMemory
+from .methods import StepLoss
 from .progress import Bar, Display
-from .run import Run, RunError, chosen_backends, git_commit, versions
+from .run import Diverged, Run, RunError, chosen_backends, git_commit, versions
 
 # Mean normalised entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
 UNIFORM, ONE_HOT = 0.999, 0.01
+ADAPTER = "adapter"  # its group of the optimiser
 
 
 class Interrupted(KeyboardInterrupt):
@@ -72,7 +75,7 @@ def make_optimizer(train: TrainConfig, module: Distiller) -> torch.optim.Optimiz
     own = list(adapter.parameters()) if adapter is not None else []
     ids = {id(p) for p in own}
     groups = [{"params": [p for p in module.parameters() if id(p) not in ids], "weight_decay": train.weight_decay}]
-    groups += [{"params": own, "weight_decay": 0.0}] if own else []
+    groups += [{"params": own, "weight_decay": 0.0, "name": ADAPTER}] if own else []
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.lr)
     nesterov = train.nesterov and train.momentum > 0.0
@@ -98,6 +101,25 @@ def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
     return train.lr
 
 
+def adapter_rate(stages: StagesConfig, epoch: int) -> float | None:
+    """The adapter's own rate in an epoch (from 1); None: it has the student's."""
+    if stages.adapter_lr is None:
+        return None
+    return stages.adapter_lr * 0.1 ** sum(epoch > milestone for milestone in stages.adapter_milestones)
+
+
+def of_classes(data: datasets.ImageData, classes: Sequence[int] | None) -> datasets.ImageData:
+    """The data with the training images of these classes alone; validation and test stay whole."""
+    if classes is None:
+        return data
+    known = len(data.classes)
+    if not classes or not all(0 <= label < known for label in classes):
+        raise ConfigError(f"config: teachers.classes: labels in [0, {known}) wanted, got {list(classes)}")
+    train = data.train
+    keep = torch.isin(train.labels, torch.tensor(list(classes), device=train.labels.device))
+    return replace(data, train=datasets.ImageSet(train.images[keep], train.labels[keep]))
+
+
 class Sums:
     """Sums of an epoch on the device, read once at its end."""
 
@@ -115,6 +137,7 @@ class Sums:
             entropy = torch.special.entr(w).sum() / math.log(max(2, w.shape[1]))
             self._add("entropy", entropy)
             self._add("weight_mean", w.sum(0))
+            self._add("weight_won", torch.bincount(w.argmax(1), minlength=w.shape[1]))
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double() if self.device.type != "mps" else value.float()
@@ -164,7 +187,7 @@ def train(
     accelerator = make_accelerator(job.config.engine, job.folder)
     run = Run(job.folder, writes=accelerator.is_main_process)
     recipe = job.recipe()
-    ready = False if fresh else _already(run, job, recipe, resume)
+    ready = not fresh and finished(job, resume=resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if ready:
         return run
@@ -205,8 +228,9 @@ def collapsed(entropy: float | None) -> str | None:
     )
 
 
-def _already(run: Run, job: Job, recipe: Mapping[str, Any], resume: bool) -> bool:
+def finished(job: Job, *, resume: bool = True) -> bool:
     """True if the folder holds this very run, finished. RunError if it holds another, or one not to be resumed."""
+    run, recipe = Run(job.folder), job.recipe()
     if not run.exists():
         return False
     record = run.read_record()
@@ -249,11 +273,12 @@ class _Trainer:
         teachers: frozen.Teachers | None,
         display: Display,
     ) -> None:
-        self.job, self.run, self.accelerator, self.data, self.display = job, run, accelerator, data, display
-        self.teachers = teachers if METHODS[job.method].needs_teachers else None
+        self.job, self.run, self.accelerator, self.display = job, run, accelerator, display
+        self.data = of_classes(data, job.classes)
+        self.teachers = teachers_of(job, teachers)
         engine = job.config.engine
         self.memory = torch.channels_last if engine.channels_last else torch.contiguous_format
-        module = make_distiller(job, data, self.teachers, accelerator.num_processes)
+        module = make_distiller(job, self.data, self.teachers, accelerator.num_processes)
         module.to(accelerator.device, memory_format=self.memory)  # type: ignore[call-overload]
         self.bare, self.done, self.warned = module, 0, set[str]()
         self.loader = self._loader(engine.gradient_accumulation_steps)
@@ -261,7 +286,7 @@ class _Trainer:
         self.steps = len(self.loader) // engine.gradient_accumulation_steps
         if self.steps == 0:
             raise ConfigError(
-                f"config: batch_size: at most {len(data.train.labels)} (the training images) wanted, "
+                f"config: batch_size: at most {len(self.data.train.labels)} (the training images) wanted, "
                 f"got {job.train.batch_size}"
             )
         if engine.compile:
@@ -269,8 +294,9 @@ class _Trainer:
         self.model, self.optimizer = accelerator.prepare(module, make_optimizer(job.train, module))
         self.seconds = 0.0
         self.record: dict[str, Any] = {
-            "method": job.method,
-            "label": METHODS[job.method].label,
+            "method": job.method.name,
+            "label": job.method.label,
+            "student": job.student,
             "seed": job.seed,
             "epochs": job.train.epochs,
             "steps_per_epoch": self.steps,
@@ -340,7 +366,7 @@ class _Trainer:
             self.display.say(f"{job.title}: continuing after epoch {self.done} of {job.train.epochs}")
         # Without purge_step, TensorBoard would show the epoch that a kill cut short twice.
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}})
-        with self.display.bar(job.title, n * job.train.epochs) as bar:
+        with self.display.bar(job.title, n * job.train.epochs) as bar, PeakMemory(self.accelerator.device) as self.peak:
             bar.add(n * self.done)
             for epoch in range(self.done + 1, job.train.epochs + 1):
                 began = time.perf_counter()
@@ -365,13 +391,13 @@ class _Trainer:
         accumulation = job.config.engine.gradient_accumulation_steps
         self.loader.set_epoch(epoch)
         self.model.train()
-        lr = 0.0
+        lr, own_lr = 0.0, adapter_rate(job.config.stages, epoch)
         for i, batch in enumerate(self.loader):
             if i == self.steps * accumulation:
                 break
             lr = learning_rate(job.train, (epoch - 1) * self.steps + i // accumulation, self.steps)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = own_lr if group.get("name") == ADAPTER and own_lr is not None else lr
             images = batch.images.contiguous(memory_format=self.memory)
             taught = self.teachers.outputs(batch) if self.teachers else frozen.Outputs([], [])
             with accelerator.accumulate(self.model):
@@ -400,11 +426,12 @@ class _Trainer:
     def check(self, row: dict[str, Any]) -> None:
         """Stops at a diverged loss; warns once about an adapter that no longer tells examples apart."""
         if not math.isfinite(row["loss"]):
-            raise RunError(
+            raise Diverged(
                 f"{self.job.title}: the loss is {row['loss']} after epoch {row['epoch']}; try a lower learning rate "
                 f"(now {self.job.train.lr}). The checkpoint of epoch {self.done} is kept."
             )
-        collapse = collapsed(row.get("entropy"))
+        learned = hasattr(self.bare.objective, "adapter")  # other weights are what their method makes them
+        collapse = collapsed(row.get("entropy")) if learned else None
         if collapse is not None and collapse not in self.warned:
             self.warned.add(collapse)
             self.display.warn(f"{self.job.title}, epoch {row['epoch']}: {collapse}")
@@ -422,5 +449,6 @@ class _Trainer:
         self.run.write_json(self.run.result, result)
         steps = self.steps * self.job.train.epochs
         trained = sum(row["seconds"] for row in self.run.read_metrics())
-        self.record |= {"seconds_total": self.seconds, "seconds_per_step": trained / steps, "finished": True}
+        self.record |= {"seconds_total": self.seconds, "seconds_per_step": trained / steps}
+        self.record |= {"peak_memory": self.peak.bytes, "finished": True}
         self.run.write_record(self.record | {"recipe": recipe})

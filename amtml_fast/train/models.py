@@ -1,4 +1,5 @@
-"""The networks of the trainer: the CIFAR ResNet family, a small CNN for 8x8 digits, and any other by import path.
+"""The networks of the trainer: the CIFAR ResNet family, a small CNN for 8x8 digits, those of the zoo (pytorchcv, timm),
+and any other by import path.
 
 The ResNets are those of He et al. (2016), section 4.2: three stages at 1x, 2x, 4x the width, and option A shortcuts,
 that is a strided identity whose new channels are zeros, so that a shortcut has no parameters.
@@ -6,10 +7,8 @@ that is a strided identity whose new channels are zeros, so that a shortcut has 
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amtml_fast.train import zoo
+from amtml_fast.train.names import import_factory, near_names
+
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of a model's own names
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
-    """The known names nearest to `name`, nearest first, as text for an error message; some of them if none is near."""
-    known = list(known)
-    return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:8]) or "(none)"
-
-
-def import_factory(path: str, what: str) -> Callable[..., Any]:
-    """The callable at "package.module:name"; `what` opens the error message ("model.factory")."""
-    module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
-        raise ValueError(f"{what}: wanted 'package.module:factory', got {path!r}")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; something that it imports is not
-        raise ValueError(f"{what}: {path!r} names the module {error.name!r}, which cannot be found") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        near = near_names(attribute, [name for name in vars(module) if callable(getattr(module, name))])
-        raise ValueError(f"{what}: {module_name} has no callable {attribute!r}; near names: {near}")
-    return factory
 
 
 class BasicBlock(nn.Module):
@@ -163,7 +141,7 @@ def _positive(function: str, **values: int) -> None:
             raise ValueError(f"{function}: {name} must be an integer of at least 1, got {value!r}")
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet": resnet, "small_cnn": small_cnn}
+MODELS: dict[str, Callable[..., nn.Module]] = {"resnet": resnet, "small_cnn": small_cnn, **zoo.FACTORIES}
 
 
 def build(
@@ -177,14 +155,18 @@ def build(
     """The model that `factory` makes, with `weights` loaded where a file is given.
 
     factory: a name in MODELS, or "package.module:factory". It is called with **args, and with `num_classes` and
-        `in_channels` where its signature names them and `args` does not; a factory with **kwargs (torchvision's,
-        timm's) gets `num_classes` too.
-    weights: a state dict, see `load_weights`.
+        `in_channels` where its signature names them and `args` does not; a factory with **kwargs (torchvision's)
+        gets `num_classes` too.
+    weights: a state dict, see `load_weights`; it replaces the pretrained weights of a zoo's net, which are then not
+        fetched.
     Raises ValueError: an unknown name, module or argument (with the near names), or weights that do not fit; TypeError:
     the factory made no nn.Module.
     """
     make = _factory(factory)
-    keywords = _keywords(make, factory, dict(args or {}), num_classes, in_channels)
+    args = dict(args or {})
+    if weights is not None and zoo.pretrained(factory, args):
+        args["pretrained"] = False
+    keywords = _keywords(make, factory, args, num_classes, in_channels)
     model = make(**keywords)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model.factory: {factory} must return a torch.nn.Module, got {type(model).__name__}")

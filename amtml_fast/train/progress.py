@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 # Bars are redrawn at most this often from the training loop.
@@ -59,7 +60,7 @@ class Display:
     def bar(self, description: str, total: float, unit: str = "images") -> Iterator[Bar]:
         """A bar over `total` images (or other units) that goes away when it is done."""
         task = self.progress.add_task(description, total=total, unit=unit, note="")
-        bar = Bar(self.progress, task)
+        bar = Bar(partial(self.progress.update, task))
         try:
             yield bar
         finally:
@@ -68,10 +69,10 @@ class Display:
 
 
 class Bar:
-    """Counts without touching rich on every step."""
+    """Counts without touching rich on every step; `update(advance=...)` and `update(note=...)` show it."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, update: Callable[..., object]) -> None:
+        self.update = update
         self.waiting, self.last = 0.0, time.monotonic()
 
     def add(self, amount: float) -> None:
@@ -80,8 +81,32 @@ class Bar:
             self.flush()
 
     def note(self, text: str) -> None:
-        self.progress.update(self.task, note=text)
+        self.update(note=text)
 
     def flush(self) -> None:
-        self.progress.update(self.task, advance=self.waiting)
+        self.update(advance=self.waiting)
         self.waiting, self.last = 0.0, time.monotonic()
+
+
+class RemoteDisplay(Display):
+    """What a worker process shows: sent to the process that has the terminal, as ("say", text) and the like."""
+
+    def __init__(self, send: Callable[..., None]) -> None:
+        super().__init__(quiet=True)
+        self.send = send
+
+    def say(self, message: str) -> None:
+        self.send("say", message)
+
+    def warn(self, message: str) -> None:
+        self.send("warn", message)
+
+    @contextmanager
+    def bar(self, description: str, total: float, unit: str = "images") -> Iterator[Bar]:
+        self.send("bar", description, total, unit)
+        bar = Bar(lambda **change: self.send("update", change))
+        try:
+            yield bar
+        finally:
+            bar.flush()
+            self.send("end")

@@ -2,7 +2,7 @@
 
 Every reader takes the folder (None: its default place) and returns Arrays. A missing file is a FileNotFoundError that
 says what was looked for, where, and where to get it; a file that is cut short or is something else is a ValueError that
-names it. No reader unpickles anything.
+names it. No reader here unpickles anything; torchvision does, where it is asked to fetch CIFAR, after a check of MD5 sums.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,23 +119,32 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
-def read_cifar10(root: Path | None = None) -> Arrays:
-    """The 'binary version' of CIFAR-10: data_batch_1.bin to data_batch_5.bin, test_batch.bin, batches.meta.txt."""
+def read_cifar10(root: Path | None = None, *, download: bool = False) -> Arrays:
+    """The 'binary version' of CIFAR-10: data_batch_1.bin to data_batch_5.bin, test_batch.bin, batches.meta.txt.
+
+    download: where a file is missing, through torchvision instead, which fetches its own version.
+    """
     train = [f"data_batch_{i}.bin" for i in range(1, 6)]
-    return _read_cifar(root, "cifar-10-batches-bin", train, "test_batch.bin", "batches.meta.txt", 10, "cifar-10")
+    return _read_cifar(root, "cifar-10-batches-bin", train, "test_batch.bin", "batches.meta.txt", 10, download)
 
 
-def read_cifar100(root: Path | None = None) -> Arrays:
-    """The 'binary version' of CIFAR-100, fine labels: train.bin, test.bin, fine_label_names.txt."""
-    return _read_cifar(root, "cifar-100-binary", ["train.bin"], "test.bin", "fine_label_names.txt", 100, "cifar-100")
+def read_cifar100(root: Path | None = None, *, download: bool = False) -> Arrays:
+    """The 'binary version' of CIFAR-100, fine labels: train.bin, test.bin, fine_label_names.txt; or see read_cifar10."""
+    return _read_cifar(root, "cifar-100-binary", ["train.bin"], "test.bin", "fine_label_names.txt", 100, download)
 
 
 def _read_cifar(
-    root: Path | None, folder_name: str, train: list[str], test: str, names: str, classes: int, archive: str
+    root: Path | None, folder_name: str, train: list[str], test: str, names: str, classes: int, download: bool
 ) -> Arrays:
     root = DEFAULT_FOLDER if root is None else root
-    source = f"get it from https://www.cs.toronto.edu/~kriz/{archive}-binary.tar.gz and unpack it there"
-    folder = _require([root / folder_name, root], [*train, test, names], source)
+    by_hand = f"get it from https://www.cs.toronto.edu/~kriz/cifar-{classes}-binary.tar.gz and unpack it there"
+    source = f"{by_hand}, or set data.download=true to fetch it through torchvision"
+    try:
+        folder = _require([root / folder_name, root], [*train, test, names], source)
+    except FileNotFoundError:
+        if not download:
+            raise
+        return _cifar_of_torchvision(root, classes, by_hand)
     # A record is its label bytes (CIFAR-100: coarse, then fine) and 3 x 32 x 32 pixels.
     label_bytes = 2 if classes == 100 else 1
     parts = [_read_records(folder / name, label_bytes, classes) for name in train]
@@ -144,6 +154,26 @@ def _read_cifar(
     train_images, train_labels = (np.concatenate(column) for column in zip(*parts, strict=True))
     test_images, test_labels = _read_records(folder / test, label_bytes, classes)
     return Arrays(train_images, train_labels, test_images, test_labels, class_names, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def _cifar_of_torchvision(root: Path, classes: int, by_hand: str) -> Arrays:
+    """The same images in the same order as in the binary version, fetched into `root` unless they are there."""
+    name = f"CIFAR{classes}"
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise ImportError(
+            f'data.download: fetching {name} into {root} needs torchvision (pip install "amtml-fast[zoo]"); or {by_hand}'
+        ) from error
+    try:
+        train, test = (getattr(datasets, name)(root, train=part, download=True) for part in (True, False))
+    except (OSError, RuntimeError) as error:  # no network; a file that is not what it should be
+        raise FileNotFoundError(
+            f"data.download: torchvision could not fetch {name} into {root} ({error}); {by_hand}"
+        ) from error
+    images = [split.data.transpose(0, 3, 1, 2) for split in (train, test)]  # [N, 32, 32, 3] -> [N, 3, 32, 32]
+    labels = [np.array(split.targets, dtype=np.int64) for split in (train, test)]
+    return Arrays(images[0], labels[0], images[1], labels[1], tuple(train.classes), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _read_records(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,6 +219,27 @@ def read_image_folder(root: Path | None = None) -> Arrays:
     images = _decode([*train_files, *test_files])
     n = len(train_files)
     return Arrays(images[:n], train_labels, images[n:], test_labels, _class_names(root / "words.txt", classes))
+
+
+def read_tiny_imagenet(root: Path | None = None) -> Arrays:
+    """Tiny-ImageNet as it is published: 64x64, 500 training images for each of the 200 classes of wnids.txt.
+
+    Its val/ is the test set. A part of it will do whose wnids.txt names the classes that train/ holds.
+    """
+    root = DEFAULT_FOLDER if root is None else root
+    source = "get it from http://cs231n.stanford.edu/tiny-imagenet-200.zip and unpack it there"
+    folder = _require([root / "tiny-imagenet-200", root], ["wnids.txt", "val/val_annotations.txt"], source)
+    train, wnids = folder / "train", (folder / "wnids.txt").read_text().split()
+    missing = [wnid for wnid in wnids if not (train / wnid).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{train / missing[0]}: {folder / 'wnids.txt'} lists this class, but there is no such folder "
+            f"({len(missing)} of {len(wnids)} are missing); {source}"
+        )
+    strangers = sorted(inner.name for inner in train.iterdir() if inner.is_dir() and inner.name not in wnids)
+    if strangers:
+        raise ValueError(f"{train / strangers[0]}: {folder / 'wnids.txt'} does not list this class")
+    return read_image_folder(folder)
 
 
 def _class_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
@@ -290,7 +341,12 @@ DATASETS: dict[str, Callable[[Path | None], Arrays]] = {
     "fashion_mnist": read_fashion_mnist,
     "cifar10": read_cifar10,
     "cifar100": read_cifar100,
+    "tiny_imagenet": read_tiny_imagenet,
     "image_folder": read_image_folder,
+}
+DOWNLOADS: dict[str, Callable[[Path | None], Arrays]] = {
+    "cifar10": partial(read_cifar10, download=True),
+    "cifar100": partial(read_cifar100, download=True),
 }
 
 

@@ -39,6 +39,10 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked; the message says which file and what to do."""
 
 
+class Diverged(RunError):
+    """A loss that is no number any more; other runs are not concerned."""
+
+
 class Run:
     """One run folder. Only the main process writes: the others are given `writes=False`."""
 

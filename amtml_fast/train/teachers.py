@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import data as datasets
+from . import zoo
 from .config import Config, ConfigError, TeacherConfig
 from .features import FeatureExtractor
 from .models import build
 from .progress import Display
 from .run import RunError
+from .zoo import brings_weights
 
 EVAL_BATCH = 512
 HINT = "hint"
@@ -40,6 +42,22 @@ class Teachers:
     channels: list[int]  # of the hint maps; empty without hints
     parameters: list[int]
     cache: Outputs | None = field(default=None)  # of the whole training split
+
+    def only(self, names: Sequence[str], *, hints: bool) -> Teachers:
+        """These of the teachers, in this order, sharing models and cache; without their hint maps if not `hints`."""
+        chosen = [self.names.index(name) for name in names]
+        cache = None
+        if self.cache is not None:
+            maps = [self.cache.maps[i] for i in chosen] if hints and self.cache.maps else []
+            cache = Outputs([self.cache.logits[i] for i in chosen], maps)
+        return Teachers(
+            list(names),
+            [self.models[i] for i in chosen],
+            [self.scores[i] for i in chosen],
+            [self.channels[i] for i in chosen] if hints and self.channels else [],
+            [self.parameters[i] for i in chosen],
+            cache,
+        )
 
     @torch.no_grad()
     def live(self, images: Tensor) -> Outputs:
@@ -78,21 +96,24 @@ class Teachers:
         return whole
 
 
-def weights_file(config: Config, teacher: TeacherConfig) -> Path:
-    """The teacher's own weights if the configuration names some, else what `teach` writes."""
+def weights_file(config: Config, teacher: TeacherConfig) -> Path | None:
+    """The teacher's own weights if the configuration names some, None if a library has them, else what `teach` writes."""
     if teacher.model.weights is not None:
         return Path(teacher.model.weights)
+    if brings_weights(teacher.model):
+        return None
     return config.folder / "teachers" / teacher.name / "model.safetensors"
 
 
 def fingerprint(config: Config) -> dict[str, str]:
-    """SHA-256 of each teacher's weights file: what a distilled student depends on."""
+    """SHA-256 of each teacher's weights, and its own input statistics: what a distilled student depends on."""
     found = {}
     for teacher in config.teachers:
-        path = weights_file(config, teacher)
-        if not path.is_file():
+        path, model = weights_file(config, teacher), teacher.model
+        if path is not None and not path.is_file():
             raise RunError(missing(teacher, path))
-        found[teacher.name] = sha256(path)
+        digest = sha256(path) if path is not None else zoo.fingerprint(model.factory, model.args)
+        found[teacher.name] = digest if model.mean is None else f"{digest}, mean {model.mean}, std {model.std}"
     return found
 
 
@@ -117,17 +138,27 @@ def load(config: Config, data: datasets.ImageData, *, hints: bool, channels_last
                 f"config: teachers.{teacher.name}.hint: the dotted path of the module whose output is the hint wanted, "
                 "got null; or set loss.hint_weight=0"
             )
-        path = weights_file(config, teacher)
-        if not path.is_file():
-            raise RunError(missing(teacher, path))
-        channels = data.train.images.shape[1]
-        args = dict(teacher.model.args)
-        model = build(teacher.model.factory, args, num_classes=len(data.classes), in_channels=channels, weights=path)
+        model = _model(config, teacher, data)
         extractor = FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
         memory = torch.channels_last if channels_last else torch.contiguous_format
         extractor.to(device, memory_format=memory)  # type: ignore[call-overload]
         models.append(extractor.eval().requires_grad_(False))
     return assemble([teacher.name for teacher in config.teachers], models, data)
+
+
+def _model(config: Config, teacher: TeacherConfig, data: datasets.ImageData) -> nn.Module:
+    """The teacher's net with its weights, made to take the data's images where it was trained on images normalised by
+    other statistics: those of the configuration, or those that a net with weights from elsewhere carries itself."""
+    path, own = weights_file(config, teacher), teacher.model
+    if path is not None and not path.is_file():
+        raise RunError(missing(teacher, path))
+    classes, channels = len(data.classes), data.train.images.shape[1]
+    model = build(own.factory, dict(own.args), num_classes=classes, in_channels=channels, weights=path)
+    if own.mean is not None and own.std is not None:
+        zoo.renormalise(model, (data.mean, data.std), (own.mean, own.std))
+    elif brings_weights(own) and (said := zoo.statistics(model)) is not None:
+        zoo.renormalise(model, (data.mean, data.std), said)
+    return model
 
 
 def assemble(names: Sequence[str], models: Sequence[FeatureExtractor], data: datasets.ImageData) -> Teachers:

@@ -5,9 +5,73 @@ A method says what it needs and builds the objective, an `nn.Module` that turns 
 
 from __future__ import annotations
 
-from . import amtml_kd, avg_mkd, student
-from .base import Context, Method, StepLoss
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
-METHODS: dict[str, Method] = {method.name: method for method in (student.METHOD, avg_mkd.METHOD, amtml_kd.METHOD)}
+from ..config import Config, ConfigError, VariantConfig, nearest
+from . import aekd, amtml_kd, at, avg_mkd, ca_mkd, dml, eb_kd, fitnet, rkd, student
+from .base import BEST, Context, Method, Step, StepLoss
 
-__all__ = ["METHODS", "Context", "Method", "StepLoss"]
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        student.METHOD,
+        fitnet.METHOD,
+        at.METHOD,
+        rkd.METHOD,
+        dml.METHOD,
+        avg_mkd.METHOD,
+        avg_mkd.SUM,
+        eb_kd.METHOD,
+        ca_mkd.METHOD,
+        aekd.METHOD,
+        amtml_kd.METHOD,
+        *amtml_kd.ABLATIONS,
+        amtml_kd.PAPER_CODE,
+    )
+}
+OKD = "okd"  # stands for one method a teacher, okd-<teacher>
+
+
+def known(config: Config) -> dict[str, Method]:
+    """Every method that this configuration can ask for: METHODS, one okd-<teacher> a teacher, and its variants."""
+    single = [avg_mkd.of_one_teacher(teacher.name) for teacher in config.teachers]
+    found = METHODS | {method.name: method for method in single}
+    return found | {name: variant(name, asked, found) for name, asked in config.variants.items()}
+
+
+def variant(name: str, asked: VariantConfig, found: dict[str, Method]) -> Method:
+    """A method of the configuration's own: another one with other values."""
+    if asked.method not in found:
+        near = nearest(asked.method, found)
+        raise ConfigError(
+            f"config: variants.{name}.method: one of {', '.join(found)} wanted, got {asked.method!r}{near}"
+        )
+    base = found[asked.method]
+
+    def settings(config: Config) -> dict[str, Any]:
+        inner = base.settings(config)
+        return {
+            **inner,
+            "loss": {**inner.get("loss", {}), **asked.loss},
+            "stages": {**inner.get("stages", {}), **asked.stages},
+        }
+
+    return replace(base, name=name, label=asked.label or f"{base.label} ({name})", settings=settings)
+
+
+def chosen(config: Config, names: Iterable[str]) -> list[Method]:
+    """The methods of these names, `okd` as one a teacher. ConfigError for a name that is none."""
+    methods, found = dict[str, Method](), known(config)
+    for name in names:
+        several = [key for key in found if key.startswith(f"{OKD}-")] if name == OKD else [name]
+        for each in several:
+            if each not in found:
+                wanted = ", ".join((OKD, *found))
+                raise ConfigError(f"config: method: one of {wanted} wanted, got {each!r}{nearest(each, (OKD, *found))}")
+            methods[each] = found[each]
+    return list(methods.values())
+
+
+__all__ = ["BEST", "METHODS", "OKD", "Context", "Method", "Step", "StepLoss", "chosen", "known"]

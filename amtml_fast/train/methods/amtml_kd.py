@@ -1,38 +1,64 @@
-"""AMTML-KD (Eq 3): teacher weights per example from the student's features, angle loss, hints from every teacher."""
+"""AMTML-KD (Eq 3): teacher weights per example from the student's features, angle loss, hints from every teacher.
+
+Its ablations and the authors' own settings are the same objective with other values in `loss` and `stages`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter
-from ..config import LossConfig
-from .base import Context, Method, StepLoss
+from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
+from ..config import PRESETS, LossConfig
+from .base import Context, Method, Step, StepLoss
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
 
 
+class UniformAdapter(nn.Module):
+    """The same weight for every teacher: what the adapter is compared with."""
+
+    def __init__(self, num_teachers: int) -> None:
+        super().__init__()
+        self.num_teachers = num_teachers
+        self.nothing: Tensor
+        self.register_buffer("nothing", torch.zeros(()), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.new_full((features.shape[0], self.num_teachers), 1 / self.num_teachers, dtype=torch.float32)
+
+    def regularizer(self) -> Tensor:
+        return self.nothing
+
+
 class AdaptiveKD(nn.Module):
-    """AMTMLLoss with the trainer's calling convention; `.adapter` is what the two-stage preset freezes."""
+    """AMTMLLoss with the trainer's calling convention, and what only the trainer's options ask for around it.
+
+    `.adapter` is what the two-stage presets freeze.
+    """
 
     def __init__(self, context: Context) -> None:
         super().__init__()
-        loss = context.loss
-        teachers = len(context.teacher_names)
-        adapter = TeacherAdapter(context.feature_channels, teachers, pool=loss.pool, init_scale=loss.init_scale)
+        loss = self.settings = context.loss
         self.groups = list(context.student_channels) if needs_hints(loss) else []
+        # alpha and this factor make (1 - alpha) CE + kl_scale * alpha * tau^2 KL of Eq 8's (1 - a) CE + a * tau^2 KL.
+        self.factor = 1.0 if loss.kl_scale == 1.0 else 1 - loss.alpha + loss.kl_scale * loss.alpha
         self.amtml = AMTMLLoss(
-            adapter,
+            make_adapter(context),
             hint_module(context) if self.groups else None,
             temperature=loss.temperature,
-            alpha=loss.alpha,
+            alpha=loss.kl_scale * loss.alpha / self.factor,
             mode=loss.mode,
-            angle_weight=loss.angle_weight,
-            hint_weight=loss.hint_weight,
-            regularizer_weight=loss.regularizer_weight,
+            angle_weight=loss.angle_weight / self.factor if loss.angle_on == "probabilities" else 0.0,
+            hint_weight=loss.hint_weight / self.factor,
+            regularizer_weight=loss.regularizer_weight / self.factor,
             delta=loss.delta,
             angle_trains_weights=loss.angle_trains_weights,
+            reduction=loss.reduction,
             label_smoothing=loss.label_smoothing,
             gather_angle=context.processes > 1,
         )
@@ -41,39 +67,80 @@ class AdaptiveKD(nn.Module):
     def adapter(self) -> nn.Module:
         return self.amtml.adapter
 
-    def forward(
-        self,
-        logits: Tensor,
-        maps: dict[str, Tensor],
-        labels: Tensor,
-        teacher_logits: list[Tensor],
-        teacher_maps: list[Tensor],
-    ) -> StepLoss:
-        student_maps = {group: maps[group] for group in self.groups} if self.groups else None
+    def forward(self, step: Step) -> StepLoss:
         out = self.amtml(
-            logits,
-            teacher_logits,
-            labels,
-            maps["features"],
-            student_maps=student_maps,
-            teacher_maps=teacher_maps if self.groups else None,
+            step.logits,
+            step.teacher_logits,
+            step.labels,
+            step.maps["features"],
+            student_maps={group: step.maps[group] for group in self.groups} if self.groups else None,
+            teacher_maps=self.teacher_maps(step) if self.groups else None,
         )
-        terms = {name: getattr(out, name) for name in TERMS if getattr(out, name) is not None}
-        return StepLoss(out.loss, terms, out.weights)
+        loss, settings = self.factor * out.loss, self.settings
+        terms = {name: getattr(out, name) for name in TERMS}
+        terms["kd"] = self.factor * out.kd
+        if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
+            mixture = soft_targets(step.teacher_logits, out.weights, settings.temperature)
+            student = step.logits if settings.angle_on == "logits" else (step.logits / settings.temperature).softmax(-1)
+            if settings.angle_on == "logits" and settings.angle_weight != 0:
+                angle = angle_loss(student, mixture, delta=settings.delta)
+                loss, terms["angle"] = loss + settings.angle_weight * angle, angle.detach()
+            if settings.distance_weight != 0:
+                distance = rkd_distance_loss(student, mixture)
+                loss, terms["distance"] = loss + settings.distance_weight * distance, distance.detach()
+        if settings.adapter_label_weight != 0:
+            surprise = self.surprise(step)
+            loss, terms["surprise"] = loss + settings.adapter_label_weight * surprise, surprise.detach()
+        return StepLoss(loss, terms, out.weights if settings.adapter == "learned" else None)
+
+    def teacher_maps(self, step: Step) -> list[Tensor]:
+        """As they are; or each one's mean over the positions, at every position."""
+        if not self.settings.pool_teacher_hints:
+            return step.teacher_maps
+        return [m.mean((2, 3), keepdim=True).expand(m.shape) for m in step.teacher_maps]
+
+    def surprise(self, step: Step) -> Tensor:
+        """-log of the true class's probability in the mixture, mean over the batch: tells the adapter who is right."""
+        tau = self.settings.temperature
+        rows = torch.arange(len(step.labels), device=step.labels.device)
+        right = torch.stack([(z.float() / tau).softmax(-1)[rows, step.labels] for z in step.teacher_logits], 1)
+        weights = self.adapter(step.maps["features"])
+        return -(weights.float() * right).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log().mean()
+
+
+def soft_targets(teacher_logits: list[Tensor], weights: Tensor, temperature: float) -> Tensor:
+    """The mixture of Eq 7, [N, C]."""
+    probs = torch.stack([(z.float() / temperature).softmax(-1) for z in teacher_logits], 1)  # [N, T, C]
+    return (weights.float().unsqueeze(-1) * probs).sum(1)
+
+
+def make_adapter(context: Context) -> nn.Module:
+    loss, teachers = context.loss, len(context.teacher_names)
+    if loss.adapter == "uniform":
+        return UniformAdapter(teachers)
+    with torch.random.fork_rng(devices=[], enabled=loss.adapter_seed is not None):
+        if loss.adapter_seed is not None:
+            torch.manual_seed(loss.adapter_seed)
+        return TeacherAdapter(context.feature_channels, teachers, pool=loss.pool, init_scale=loss.init_scale)
 
 
 def hint_module(context: Context) -> MultiGroupHintLoss:
     """The F_t and the mapping of teachers to groups; an explicit mapping may name teachers or give their positions."""
-    mapping = context.loss.mapping
+    loss, mapping = context.loss, context.loss.mapping
     if isinstance(mapping, Mapping):
         mapping = {teacher_index(key, context.teacher_names): group for key, group in mapping.items()}
-    return MultiGroupHintLoss(
+    module = MultiGroupHintLoss(
         dict(context.student_channels),
         list(context.teacher_channels),
         mapping=mapping,
         teacher_scores=list(context.teacher_scores),
-        normalize=context.loss.normalize_hints,
+        normalize=loss.normalize_hints,
     )
+    for transform in module.parameters():
+        if loss.hint_bound is not None:
+            nn.init.uniform_(transform, -loss.hint_bound, loss.hint_bound)
+        transform.requires_grad_(loss.train_hints)
+    return module
 
 
 def teacher_index(key: str | int, names: object) -> int:
@@ -90,4 +157,29 @@ def needs_hints(loss: LossConfig) -> bool:
     return loss.hint_weight != 0.0
 
 
-METHOD = Method(name="amtml_kd", label="AMTML-KD", build=AdaptiveKD, needs_features=True, needs_hints=needs_hints)
+OTHERS = ("fitnet_weight", "at_weight", "rkd_distance_weight", "rkd_angle_weight")  # of other methods
+METHOD = Method(
+    name="amtml_kd",
+    label="AMTML-KD",
+    build=AdaptiveKD,
+    features=True,
+    hints=needs_hints,
+    groups=needs_hints,
+    reads=tuple(key.name for key in fields(LossConfig) if key.name not in OTHERS),
+)
+
+
+def ablation(name: str, label: str, **loss: Any) -> Method:
+    return replace(METHOD, name=f"amtml_{name}", label=f"AMTML-KD, {label}", settings=lambda config: {"loss": loss})
+
+
+ABLATIONS = (
+    ablation("no_angle", "no angle", angle_weight=0.0),
+    ablation("no_hint", "no hints", hint_weight=0.0),
+    ablation("no_adapter", "uniform weights", adapter="uniform"),
+    ablation("best_low", "best teacher low", mapping="best_low"),
+    ablation("random", "random mapping", mapping="random"),
+    ablation("angle_trains_weights", "angle trains weights", angle_trains_weights=True),
+    ablation("label_weights", "labels train weights", adapter_label_weight=1.0),
+)
+PAPER_CODE = replace(METHOD, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=PRESETS["paper_code"])

@@ -1,31 +1,31 @@
-"""AvgMKD: the teachers' tempered probabilities with uniform weights (Eq 8 with w = 1/T), and the labels."""
+"""AvgMKD: the teachers' tempered probabilities with uniform weights (Eq 8 with w = 1/T), and the labels.
+
+With one teacher it is Hinton's distillation, OKD.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import replace
 
-from ... import MultiTeacherKDLoss
-from .base import Context, Method, StepLoss
+from torch import nn
+
+from .base import KD, Context, Method, Step, StepLoss, multi_teacher_kd
 
 
 class AverageKD(nn.Module):
     def __init__(self, context: Context) -> None:
         super().__init__()
-        loss = context.loss
-        self.kd = MultiTeacherKDLoss(
-            temperature=loss.temperature, alpha=loss.alpha, mode=loss.mode, label_smoothing=loss.label_smoothing
-        )
+        self.kd = multi_teacher_kd(context.loss)
 
-    def forward(
-        self,
-        logits: Tensor,
-        maps: dict[str, Tensor],
-        labels: Tensor,
-        teacher_logits: list[Tensor],
-        teacher_maps: list[Tensor],
-    ) -> StepLoss:
-        loss = self.kd(logits, teacher_logits, None, labels)
-        return StepLoss(loss, {"kd": loss.detach()}, None)
+    def forward(self, step: Step) -> StepLoss:
+        loss = self.kd(step.logits, step.teacher_logits, None, step.labels)
+        return StepLoss(loss, {"kd": loss.detach()})
 
 
-METHOD = Method(name="avg_mkd", label="AvgMKD", build=AverageKD)
+METHOD = Method(name="avg_mkd", label="AvgMKD", build=AverageKD, reads=KD)
+# KL(mean p_t || q) and mean KL(p_t || q) differ by a number that the student does not change: the same gradient.
+SUM = replace(METHOD, name="avg_mkd_sum", label="AvgMKD, sum of KLs", settings=lambda config: {"loss": {"mode": "sum"}})
+
+
+def of_one_teacher(teacher: str) -> Method:
+    return replace(METHOD, name=f"okd-{teacher}", label=f"OKD from {teacher}", teacher=teacher)

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..config import LossConfig
+from ... import MultiTeacherKDLoss
+from ..config import Config, LossConfig
+
+ALL, BEST, NONE = "all", "best", "none"
+KD = ("temperature", "alpha", "mode")  # the keys of Eq 8
+
+
+class Step(NamedTuple):
+    """One batch, as an objective sees it."""
+
+    logits: Tensor  # [N, C] of the student
+    maps: dict[str, Tensor]  # the student's "features" and layer groups, [N, c, h, w] each; what the method asked for
+    labels: Tensor  # [N] int64
+    teacher_logits: list[Tensor]  # T x [N, C]
+    teacher_maps: list[Tensor]  # T x [N, c_t, h_t, w_t]; empty for methods without hints
+    images: Tensor  # [N, c, H, W], normalised
 
 
 class StepLoss(NamedTuple):
@@ -16,7 +32,11 @@ class StepLoss(NamedTuple):
 
     loss: Tensor  # scalar, with gradient
     terms: dict[str, Tensor]  # detached scalars by their metrics.jsonl name: kd, ce, kl, angle, hint, regularizer
-    weights: Tensor | None  # [N, T] detached teacher weights, for methods that have them
+    weights: Tensor | None = None  # [N, T] detached teacher weights, for methods that have them
+
+
+def no_model() -> nn.Module:
+    raise RuntimeError("Context.new_student: given by the trainer only")
 
 
 @dataclass(frozen=True)
@@ -31,17 +51,55 @@ class Context:
     teacher_names: Sequence[str] = ()
     teacher_scores: Sequence[float] = ()  # validation accuracies
     processes: int = 1
+    peers: int = 0  # how many teachers there are, also for a method that asks none of them
+    new_student: Callable[[], nn.Module] = no_model  # another network of the student's kind, freshly initialised
 
 
 @dataclass(frozen=True)
 class Method:
-    """Objectives are called as `objective(logits, maps, labels, teacher_logits, teacher_maps) -> StepLoss`:
-    logits [N, C], maps {"features" and group names: [N, c, h, w]}, labels [N] int64, teacher_logits a list of T [N, C],
-    teacher_maps a list of T [N, c_t, h_t, w_t]; the last two are empty for methods that do not ask for them."""
+    """A way to train a student. `build` makes the objective, an nn.Module that is called as objective(Step) -> StepLoss."""
 
     name: str
     label: str  # as printed in tables and figures
     build: Callable[[Context], nn.Module]
-    needs_teachers: bool = True
-    needs_features: bool = False
-    needs_hints: Callable[[LossConfig], bool] = lambda loss: False
+    teachers: str = ALL  # ALL of them, the BEST one on the validation split, or NONE
+    teacher: str | None = None  # this one alone
+    features: bool = False  # the student's last convolutional map, Step.maps["features"]
+    hints: Callable[[LossConfig], bool] = lambda loss: False  # the teachers' hint maps, Step.teacher_maps
+    groups: Callable[[LossConfig], bool] = lambda loss: False  # the maps of the student's layer groups
+    reads: tuple[str, ...] = ()  # the keys of `loss` that it depends on, beside label_smoothing; it is shown no others
+    peers: bool = False  # trains as many peers as there are teachers
+    labels: str = "student"  # what learns from labels: the student alone, or the teachers' weights too
+    settings: Callable[[Config], Mapping[str, Any]] = lambda config: {}  # what it changes in the configuration
+
+    @property
+    def needs_teachers(self) -> bool:
+        return self.teachers != NONE
+
+    def loss(self, config: Config) -> dict[str, Any]:
+        """The part of `loss` that this method depends on: with the other parts it trains the same student."""
+        return {key: getattr(config.loss, key) for key in (*self.reads, "label_smoothing")}
+
+    def needs(self, loss: LossConfig) -> list[str]:
+        """In words, for listings and errors."""
+        teachers = {ALL: "teachers", BEST: "best teacher", NONE: ""}[self.teachers]
+        asked = {
+            "teacher" if self.teacher else teachers: self.needs_teachers,
+            "student features": self.features,
+            "hints": self.hints(loss),
+            "student groups": self.groups(loss),
+            "peers": self.peers,
+            "labels for the weights": self.labels != "student",
+        }
+        return [name for name, needed in asked.items() if needed]
+
+
+def cross_entropy(step: Step, loss: LossConfig) -> Tensor:
+    return F.cross_entropy(step.logits, step.labels, label_smoothing=loss.label_smoothing)
+
+
+def multi_teacher_kd(loss: LossConfig, mode: str | None = None) -> MultiTeacherKDLoss:
+    """Eq 8 with the configuration's temperature and alpha."""
+    return MultiTeacherKDLoss(
+        temperature=loss.temperature, alpha=loss.alpha, mode=mode or loss.mode, label_smoothing=loss.label_smoothing
+    )

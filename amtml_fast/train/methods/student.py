@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from .base import Context, Method, StepLoss
+from .base import NONE, Context, Method, Step, StepLoss, cross_entropy
 
 
 class CrossEntropy(nn.Module):
-    def __init__(self, label_smoothing: float = 0.0) -> None:
+    def __init__(self, context: Context) -> None:
         super().__init__()
-        self.label_smoothing = label_smoothing
+        self.settings = context.loss
 
-    def forward(
-        self,
-        logits: Tensor,
-        maps: dict[str, Tensor],
-        labels: Tensor,
-        teacher_logits: list[Tensor],
-        teacher_maps: list[Tensor],
-    ) -> StepLoss:
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return StepLoss(loss, {"ce": loss.detach()}, None)
+    def forward(self, step: Step) -> StepLoss:
+        loss = cross_entropy(step, self.settings)
+        return StepLoss(loss, {"ce": loss.detach()})
 
 
-def build(context: Context) -> nn.Module:
-    return CrossEntropy(context.loss.label_smoothing)
-
-
-METHOD = Method(name="student", label="student alone", build=build, needs_teachers=False)
+METHOD = Method(name="student", label="student alone", build=CrossEntropy, teachers=NONE)

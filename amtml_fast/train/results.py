@@ -1,0 +1,222 @@
+"""What finished runs say: the rows of a comparison from their folders, its tables, and its pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import data as datasets
+from . import report
+from . import teachers as frozen
+from .config import Config, to_dict
+from .jobs import FEATURES, Job, make_distiller, teachers_of
+from .methods import OKD
+from .run import Run, RunError, read_json, versions, write_atomic
+from .zoo import brings_weights
+
+GALLERY = 6  # images in the picture of the paper's Figure 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """A comparison's numbers: `rows` of every method x student x number of teachers, `main` of the plain case."""
+
+    rows: list[report.Row]
+    main: list[report.Row]  # the configuration's student, learning from all teachers
+    teachers: list[report.Row]
+    missing: list[str]  # titles of runs that diverged; their methods are in no table
+    sentence: str
+    runs: dict[str, list[Job]]  # by the labels of `main`, a job a seed
+
+
+def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | None, data: datasets.ImageData) -> Found:
+    """Reads every finished run of the comparison."""
+    groups: dict[tuple[str, int | None, str], list[Job]] = {}
+    for job in jobs:
+        number = len(job.teachers) if job.method.needs_teachers or job.method.peers else None
+        groups.setdefault((job.student, number, job.method.name), []).append(job)
+    rows, main, runs = [], [], dict[str, list[Job]]()
+    missing = [job.title for job in jobs if not Run(job.folder).finished()]
+    everyone = (len(config.teachers), None)
+    for (student, number, _), group in groups.items():
+        if not all(Run(job.folder).finished() for job in group):
+            continue
+        line = row(group[0].method.name, group[0].method.label, [Run(job.folder) for job in group])
+        line = replace(line, student=student, teachers=number)
+        rows.append(line)
+        if student == config.student.name and (number in everyone or group[0].method.teacher is not None):
+            main.append(line)
+            runs[line.label] = group
+    teacher_rows = [teacher_row(config, i, teachers, data) for i in range(len(config.teachers))]
+    if not rows:
+        raise RunError(f"{config.name}: no method finished on every seed; diverged: {', '.join(missing)}")
+    sentence = finding(main or rows)
+    if missing:
+        sentence += f" Left out, for their loss became no number: {', '.join(missing)}."
+    return Found(rows, main, teacher_rows, missing, sentence, runs)
+
+
+def row(method: str, label: str, runs: list[Run]) -> report.Row:
+    """A line of the table from finished runs, in the order of the seeds."""
+    records = [run.read_record() for run in runs]
+    peaks = [record["peak_memory"] for record in records if record.get("peak_memory")]
+    return report.Row(
+        method=method,
+        label=label,
+        parameters=records[0]["parameters"],
+        accuracies=[read_json(run.result)["test_accuracy"] for run in runs],
+        seconds_per_epoch=fmean(epoch["seconds"] for run in runs for epoch in run.read_metrics()),
+        peak_memory=max(peaks, default=None),
+    )
+
+
+def teacher_row(config: Config, i: int, teachers: frozen.Teachers | None, data: datasets.ImageData) -> report.Row:
+    """A teacher's line: from its run, or measured now where it brought its weights."""
+    teacher = config.teachers[i]
+    if not brings_weights(teacher.model):
+        return row(teacher.name, teacher.name, [Run(config.folder / "teachers" / teacher.name)])
+    assert teachers is not None
+    accuracy = frozen.accuracy(teachers.models[i], data.test, data)
+    return report.Row(teacher.name, teacher.name, teachers.parameters[i], [accuracy])
+
+
+def finding(rows: Sequence[report.Row]) -> str:
+    """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, the best other one and the student alone."""
+    if len(rows) == 1:
+        return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the test set."
+    main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
+    others = {row.method: row for row in rows if row is not main}
+    best = max(others.values(), key=lambda row: row.mean)
+    wanted = [others.get("avg_mkd", best), best, others.get("student", best)]
+    parts = [report.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
+    return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
+
+
+def tables(config: Config, found: Found) -> str:
+    """All tables as Markdown, those left out that would have nothing to compare."""
+    students = {job.student: job for group in found.runs.values() for job in group}
+    networks = [report.Network(row.label, "teacher", row.parameters, row.mean) for row in found.teachers]
+    best = {name: max((r for r in found.rows if r.student == name), key=lambda r: r.mean) for name in students}
+    networks += [report.Network(name, "student", row.parameters, row.mean) for name, row in best.items()]
+    everyone = (len(config.teachers), None)
+    by_number = [row for row in found.rows if row.student == config.student.name and not is_okd(row)] + okd_means(
+        config, found
+    )
+    sections = {
+        "Accuracy": report.markdown(found.main, found.teachers),
+        "Networks": report.networks(networks),
+        "Number of teachers": report.by_teachers(by_number),
+        "Students": report.by_student([row for row in found.rows if row.teachers in everyone]),
+        "Mapping of teachers to layer groups": report.by_mapping(found.main),
+    }
+    return "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+
+
+def is_okd(row: report.Row) -> bool:
+    return row.method.startswith(f"{OKD}-")
+
+
+def okd_means(config: Config, found: Found) -> list[report.Row]:
+    """For each number n of teachers, OKD's mean over the first n of them, seed by seed."""
+    names = [f"{OKD}-{teacher.name}" for teacher in config.teachers]
+    single = {row.method: row for row in found.main if is_okd(row)}
+    rows = []
+    for number in config.compare.teachers or [len(names)]:
+        if set(names[:number]) <= set(single):
+            accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
+            parameters = single[names[0]].parameters
+            rows.append(report.Row(OKD, "OKD (mean)", parameters, accuracies, teachers=number))
+    return rows
+
+
+def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
+    """results.csv, results.md and results.json in the comparison's folder."""
+    whole: dict[str, Any] = {
+        "name": config.name,
+        "finding": found.sentence,
+        "rows": report.records(found.rows, found.teachers),
+        "epochs": config.distill.epochs,
+        "seeds": config.compare.seeds,
+        "seconds": seconds,
+        "versions": versions(),
+        "config": to_dict(config),
+    }
+    title = f"# {config.name}: {config.distill.epochs} epochs, seeds {', '.join(map(str, config.compare.seeds))}\n\n"
+    contents = {
+        "results.csv": report.csv(found.rows, found.teachers),
+        "results.md": title + f"{found.sentence}\n\n{tables(config, found)}",
+        "results.json": json.dumps(whole, indent=2) + "\n",
+    }
+    for name, text in contents.items():
+        write_atomic(config.folder / name, text.encode())
+    return [config.folder / name for name in contents]
+
+
+def write_figures(
+    config: Config, found: Found, teachers: frozen.Teachers | None, data: datasets.ImageData
+) -> list[Path]:
+    """The pictures; those of single images come from the first seed of the first method that has an adapter."""
+    place = config.folder / "figures"
+    place.mkdir(parents=True, exist_ok=True)
+    histories = {label: [Run(job.folder).read_metrics() for job in jobs] for label, jobs in found.runs.items()}
+    files = [place / "curves.png"]
+    report.curves(histories, files[0])
+    if len(found.main) > 1:
+        files.append(place / "accuracies.png")
+        report.accuracies(found.main, files[-1])
+    numbers = [row for row in found.rows if row.student == config.student.name and not is_okd(row)]
+    if len(config.compare.teachers) > 1:
+        files.append(place / "number_of_teachers.png")
+        report.number_of_teachers([*numbers, *okd_means(config, found)], files[-1])
+    weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
+    if weighted and teachers is not None:
+        files.append(place / "entropy.png")
+        report.entropy(weighted, files[-1], teachers.names)
+    adapted = next((jobs[0] for label, jobs in found.runs.items() if label in weighted and has_adapter(jobs[0])), None)
+    if adapted is None or teachers is None:
+        return files
+    chosen, probs, weights = examples(adapted, teachers, data)
+    pictures, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
+    names, both = list(data.classes), [place / "soft_targets.png", place / "weights_gallery.png"]
+    report.soft_targets(pictures[0], names, probs[0].numpy(), weights[0].numpy(), labels[0], both[0], teachers.names)
+    report.weights_gallery(pictures, names, probs.numpy(), weights.numpy(), labels, both[1], teachers.names)
+    return [*files, *both]
+
+
+def has_adapter(job: Job) -> bool:
+    return (job.folder / "objective.safetensors").is_file() and job.method.name.startswith("amtml")
+
+
+@torch.no_grad()
+def examples(job: Job, teachers: frozen.Teachers, data: datasets.ImageData) -> tuple[Tensor, Tensor, Tensor]:
+    """Validation images for the pictures: positions [n], tempered soft targets [n, T, C], weights [n, T], on the CPU.
+
+    The images on which the teachers disagree most (entropy of the equal mixture less the teachers' mean entropy), at
+    most one a class. The choice does not look at the weights, so the pictures flatter no adapter.
+    """
+    distiller = make_distiller(job, data, teachers_of(job, teachers))
+    distiller.student.model.load_state_dict(load_file(job.folder / job.file))
+    distiller.objective.load_state_dict(load_file(job.folder / "objective.safetensors"))
+    device = data.val.images.device
+    distiller.to(device).eval()
+    adapter = cast(nn.Module, distiller.objective.adapter)
+    probs, weights = [], []
+    for batch in datasets.Loader(data.val, data, frozen.EVAL_BATCH):
+        logits = torch.stack(teachers.live(batch.images).logits, 1)  # [n, T, C]
+        probs.append((logits / job.config.loss.temperature).softmax(-1))
+        weights.append(adapter(distiller.student(batch.images)[1][FEATURES]))
+    p, w = torch.cat(probs).cpu(), torch.cat(weights).cpu()
+    disagreement = torch.special.entr(p.mean(1)).sum(-1) - torch.special.entr(p).sum(-1).mean(-1)
+    chosen: dict[int, int] = {}
+    for i in disagreement.argsort(descending=True, stable=True).tolist():
+        chosen.setdefault(int(data.val.labels[i]), i)
+    keep = torch.tensor(list(chosen.values())[:GALLERY])
+    return keep, p[keep], w[keep]

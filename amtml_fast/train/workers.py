@@ -1,0 +1,170 @@
+"""Several trainings side by side: one process a GPU, or as many on the CPU as `compare.workers` says.
+
+The parent hands out jobs by their position in lists that every process makes from the same configuration, shows what
+the workers say, and passes a stop on. A worker that has lost its parent stops too: its pipe is broken.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import torch
+
+from .config import Config
+from .progress import Bar, Display, RemoteDisplay
+from .run import RunError
+
+STOPPED = 130  # a worker's exit code after a stop
+
+
+class Task(NamedTuple):
+    """A job by its position in one of Session's lists."""
+
+    phase: str
+    position: int
+    title: str
+
+
+def count(config: Config) -> int:
+    """How many trainings run side by side: compare.workers, else one a GPU. One under accelerate launch or torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return 1
+    gpus = torch.cuda.device_count() if config.engine.device == "auto" else 0
+    return config.compare.workers or max(1, gpus)
+
+
+def run(config: Config, tasks: Iterable[Task], display: Display, *, fresh: bool, done: Callable[[Task], None]) -> None:
+    """Trains the tasks in count(config) processes, done(task) after each.
+
+    Raises a worker's error, RunError for a worker that died, KeyboardInterrupt after a stop; before, the others have
+    been stopped, with what they had after their last epoch on the disk.
+    """
+    queue = deque(tasks)
+    team = [Worker(number, config, fresh) for number in range(min(count(config), len(queue)))]
+    try:
+        for worker in team:
+            worker.give(queue.popleft())
+        while busy := {worker.connection: worker for worker in team if worker.task is not None}:
+            for connection in wait(list(busy)):
+                worker = busy[connection]  # type: ignore[index]
+                finished = worker.hear(display)
+                if finished is not None:
+                    done(finished)
+                    if queue:
+                        worker.give(queue.popleft())
+    except BaseException:
+        for worker in team:
+            worker.process.terminate()
+        raise
+    finally:
+        for worker in team:
+            worker.close()
+
+
+class Worker:
+    """The parent's side of one process."""
+
+    def __init__(self, number: int, config: Config, fresh: bool) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA and OpenMP do not survive a fork
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, number, config, fresh))
+        self.process.start()
+        theirs.close()
+        self.task: Task | None = None
+        self.bars: list[tuple[ExitStack, Bar]] = []
+
+    def give(self, task: Task) -> None:
+        self.task = task
+        self.connection.send(task)
+
+    def hear(self, display: Display) -> Task | None:
+        """Takes one message; returns the task that it says is done."""
+        try:
+            kind, *args = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            title = self.task.title if self.task else "starting"
+            raise RunError(
+                f"{title}: its process ended with exit code {self.process.exitcode}; what it had after its last epoch is "
+                "kept, and the same command goes on from there"
+            ) from None
+        if kind == "failed":
+            raise args[0]
+        if kind == "done":
+            done, self.task = self.task, None
+            return done
+        self.show(display, kind, *args)
+        return None
+
+    def show(self, display: Display, kind: str, *args: Any) -> None:
+        """What the worker's RemoteDisplay sent."""
+        if kind == "bar":
+            stack = ExitStack()
+            self.bars.append((stack, stack.enter_context(display.bar(*args))))
+        elif kind == "update":
+            self.bars[-1][1].update(**args[0])
+        elif kind == "end":
+            self.bars.pop()[0].close()
+        else:
+            getattr(display, kind)(*args)
+
+    def close(self) -> None:
+        while self.bars:
+            self.bars.pop()[0].close()
+        self.connection.close()
+        try:
+            self.process.join()
+        except KeyboardInterrupt:  # a second stop does not wait for the end of a step
+            self.process.kill()
+            raise
+
+
+def work(connection: Connection, number: int, config: Config, fresh: bool) -> None:
+    """The worker's side: trains what it is given until its pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent's word counts
+    signal.signal(signal.SIGTERM, _stop)
+    from .compare import Session
+
+    def send(*message: object) -> None:
+        try:
+            connection.send(message)
+        except OSError:
+            raise KeyboardInterrupt from None  # nobody is there to show it to
+
+    try:
+        session = Session(share(config, number), RemoteDisplay(send), fresh=fresh)
+        while True:
+            task = connection.recv()
+            session.train(task.phase, task.position)
+            send("done")
+    except EOFError:
+        return
+    except KeyboardInterrupt:
+        sys.exit(STOPPED)
+    except (RunError, ValueError, TypeError, FileNotFoundError) as error:
+        send("failed", error)
+
+
+def share(config: Config, number: int) -> Config:
+    """The configuration for one of several workers: its GPU, or its share of the processor's cores."""
+    gpus = torch.cuda.device_count() if config.engine.device == "auto" else 0
+    if gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % gpus]  # read when CUDA is first used, in this process
+        return config
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = config.engine.threads or max(1, cores // count(config))
+    return replace(config, engine=replace(config.engine, threads=threads))
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
