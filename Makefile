@@ -8,7 +8,7 @@ export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py whole_loss.py dropin.py properties.py)
 
-.PHONY: train test triton emulated gpu fuzz sanitize lint bench bench-quick dist clean
+.PHONY: train test test-zoo triton emulated gpu fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
@@ -20,6 +20,22 @@ test: $(INSTALLED)
 # emulator of CUDA: need neither a GPU nor nvcc.
 triton emulated: $(INSTALLED)
 	AMTML_TEST_BACKENDS=$@ OMP_NUM_THREADS=1 $(PYTEST) $(or $(TESTS),$(OPERATORS))
+
+# The newest torch with torchvision, timm and pytorchcv, in an environment of its own (several GB): nets of theirs as
+# teachers, with random weights, and the operators' tests. Built from a copy, so that the tree's own build stays as it is;
+# a pyproject.toml beside the tests, for pytest would find the tree's and take the package from there.
+ZOO := ../../.venv-zoo/bin
+test-zoo:
+	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/pip install -q --upgrade "setuptools>=77" ninja numpy torch torchvision timm pytorchcv
+	rm -rf build/zoo && mkdir -p build/zoo/source
+	cp -r amtml_fast csrc kernels benchmarks setup.py pyproject.toml README.md LICENSE build/zoo/source/
+	rm -f build/zoo/source/amtml_fast/*.so
+	AMTML_BUILD_CUDA=0 .venv-zoo/bin/pip install -q --no-build-isolation "./build/zoo/source[train,test,zoo]"
+	cp -r tests docs build/zoo/
+	sed '/^pythonpath/d' pyproject.toml > build/zoo/pyproject.toml
+	cd build/zoo && $(ZOO)/python -m pip list | grep -iE '^(torch|torchvision|timm|pytorchcv|triton) '
+	cd build/zoo && OMP_NUM_THREADS=1 $(ZOO)/python -m pytest -n $(or $(JOBS),2) tests/test_zoo.py $(OPERATORS)
 
 # Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
 gpu:
@@ -53,7 +69,7 @@ dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment 
 	rm -rf dist build/outside && $(BIN)/python -m build --no-isolation -o dist .
 	$(PYTHON) -m venv build/outside/venv
 	build/outside/venv/bin/pip install -q "$(TORCH)" numpy pytest hypothesis dist/*.whl
-	cp -r tests docs build/outside/
+	cp -r tests docs build/outside/ && sed '/^pythonpath/d' pyproject.toml > build/outside/pyproject.toml
 	cd build/outside && venv/bin/python -m pytest -q tests/test_ops.py tests/test_contract.py tests/test_losses.py tests/test_whole_loss.py tests/test_dropin.py tests/test_properties.py
 
 lint: $(INSTALLED)
@@ -68,4 +84,4 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info amtml_fast/*.so
+	rm -rf .venv .venv-zoo build dist *.egg-info amtml_fast/*.so

@@ -12,6 +12,7 @@ EXTRA = (
     "PIL",
     "rich",
     "safetensors",
+    "scipy",
     "sklearn",
     "tensorboard",
     "typer",

@@ -3,6 +3,7 @@
 import gzip
 import struct
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -272,6 +273,66 @@ def test_broken_cifar_files_are_named(tmp_path, name, folder, classes, files):
         data.load(name, tmp_path)
 
 
+class FakeCIFAR:
+    """As much of torchvision's CIFAR sets as is read: images [N, 32, 32, 3] and labels from the binary version."""
+
+    def __init__(self, root, train=True, download=False):
+        assert download
+        self.asked.append((root, train))
+        count = 2 * self.size
+        self.data = random_images(count, 3, 32, 32).transpose(0, 2, 3, 1) + np.uint8(train)
+        self.targets = [i % self.size for i in range(count)]
+        self.classes = [f"class{i}" for i in range(self.size)]
+
+
+@pytest.fixture
+def torchvision(monkeypatch):
+    """A stand-in for torchvision, and what it was asked for."""
+    asked = []
+    sets = types.ModuleType("torchvision.datasets")
+    for classes in (10, 100):
+        setattr(sets, f"CIFAR{classes}", type("Fake", (FakeCIFAR,), {"size": classes, "asked": asked}))
+    package = types.ModuleType("torchvision")
+    package.datasets = sets
+    monkeypatch.setitem(sys.modules, "torchvision", package)
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", sets)
+    return asked
+
+
+@pytest.mark.parametrize("name, folder, classes, files", CIFAR)
+def test_cifar_is_fetched_where_it_is_missing_and_asked_for(tmp_path, torchvision, name, folder, classes, files):
+    with pytest.raises(FileNotFoundError, match=r"binary.tar.gz and unpack it there, or set data.download=true"):
+        data.load(name, tmp_path)
+    assert torchvision == []
+    loaded = data.load(name, tmp_path, download=True)
+    assert torchvision == [(tmp_path, True), (tmp_path, False)]
+    assert np.array_equal(loaded.test.images.numpy(), random_images(2 * classes, 3, 32, 32))
+    assert loaded.test.labels.tolist() == [*range(classes)] * 2
+    assert loaded.classes == tuple(f"class{i}" for i in range(classes))
+    assert loaded.mean == (0.485, 0.456, 0.406) and loaded.std == (0.229, 0.224, 0.225)
+    assert len(loaded.train) + len(loaded.val) == 2 * classes
+
+    test = write_cifar(tmp_path / folder, classes)  # the files that are there go first
+    assert np.array_equal(data.load(name, tmp_path, download=True).test.images.numpy(), test)
+    assert len(torchvision) == 2
+
+
+def test_fetching_says_what_it_needs(tmp_path, torchvision, monkeypatch):
+    by_hand = r"get it from https://www.cs.toronto.edu/.*cifar-10-binary.tar.gz"
+
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(FakeCIFAR, "__init__", no_network)
+    with pytest.raises(FileNotFoundError, match=rf"fetch CIFAR10 into {tmp_path} \(no route to host\); {by_hand}"):
+        data.load("cifar10", tmp_path, download=True)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match=rf'needs torchvision \(pip install "amtml-fast\[zoo\]"\); or {by_hand}'):
+        data.load("cifar10", tmp_path, download=True)
+    with pytest.raises(ValueError, match=r"only cifar10 and cifar100 can be fetched, got data.name='digits'"):
+        data.load("digits", download=True)
+
+
 # --- image_folder
 
 
@@ -372,6 +433,37 @@ def test_tiny_imagenet_errors(tiny):
         ValueError, match=r"val_annotations.txt: line 2 must be .* a class of train/, got 'val_2.JPEG\\tn09'"
     ):
         data.load("image_folder", tiny)
+
+
+def test_tiny_imagenet_by_its_name(tiny, tmp_path_factory, monkeypatch):
+    (tiny / "wnids.txt").write_text("n02\nn01\n")
+    loaded, as_folder = data.load("tiny_imagenet", tiny), data.load("image_folder", tiny)
+    assert loaded.name == "tiny_imagenet" and loaded.classes == as_folder.classes
+    assert torch.equal(loaded.train.images, as_folder.train.images)
+    assert torch.equal(loaded.test.labels, as_folder.test.labels)
+
+    working = tmp_path_factory.mktemp("working")
+    (working / "data").mkdir()
+    (working / "data" / "tiny-imagenet-200").symlink_to(tiny)
+    monkeypatch.chdir(working)
+    assert len(data.load("tiny_imagenet").test) == 3  # the default folder
+    assert len(data.load("tiny_imagenet", working / "data").test) == 3  # where the archive was unpacked
+
+
+def test_half_a_tiny_imagenet_is_named(tiny):
+    source = "get it from http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    with pytest.raises(FileNotFoundError, match=rf"wnids.txt in .*200 and {tiny}, not found; {source}"):
+        data.load("tiny_imagenet", tiny)
+    (tiny / "wnids.txt").write_text("n02\nn03\nn01\n")
+    with pytest.raises(FileNotFoundError, match=rf"train/n03: .*wnids.txt lists .*\(1 of 3 are missing\); {source}"):
+        data.load("tiny_imagenet", tiny)
+    (tiny / "wnids.txt").write_text("n02\n")
+    with pytest.raises(ValueError, match=r"train/n01: .*wnids.txt does not list this class"):
+        data.load("tiny_imagenet", tiny)
+    (tiny / "wnids.txt").write_text("n02\nn01\n")
+    (tiny / "val" / "val_annotations.txt").unlink()  # without it test/ would be read, which has no labels
+    with pytest.raises(FileNotFoundError, match=rf"looked for val/val_annotations.txt in .*; {source}"):
+        data.load("tiny_imagenet", tiny)
 
 
 # --- Datasets from Python

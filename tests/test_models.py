@@ -203,6 +203,16 @@ def test_weights_of_another_architecture_name_the_first_differences_and_change_n
     ):
         models.load_weights(model, path)
 
+    torch.save(models.resnet(10, depth=32, width=4).state_dict(), path)
+    with pytest.raises(
+        ValueError,
+        match=r"weights.pt does not fit ResNet: stage1.3.conv1.weight: the model has no such key; .*; and 69 more",
+    ):
+        models.load_weights(models.resnet(10, depth=20, width=4), path)
+    torch.save(models.resnet(10, depth=20, width=4).state_dict(), path)
+    with pytest.raises(ValueError, match=r"fit ResNet: stage1.3.conv1.weight: the file has no such key; .*69 more"):
+        models.load_weights(models.resnet(10, depth=32, width=4), path)
+
     state = small(4).state_dict()
     state["head.weight"] = state.pop("fc.weight")
     torch.save(state, path)

@@ -24,7 +24,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from amtml_fast.train import compare, config, loop, models, report, teachers
+from amtml_fast.train import compare, config, loop, models, report, results, teachers
 from amtml_fast.train.data import Loader
 from amtml_fast.train.features import FeatureExtractor
 from amtml_fast.train.jobs import student_job
@@ -428,8 +428,9 @@ def test_collapse_warnings_name_the_remedy() -> None:
 def test_cached_outputs_equal_live_ones(place: Place) -> None:
     settings = place.load()
     data = compare.load_data(settings)
-    cached = compare.load_teachers(settings, data, ["amtml_kd"], QUIET)
-    live = compare.load_teachers(place.load("cache_teachers=never"), data, ["amtml_kd"], QUIET)
+    cached = compare.load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
+    never = place.load("cache_teachers=never")
+    live = compare.load_teachers(never, data, [student_job(never, "amtml_kd", 0)], QUIET)
     assert cached is not None and cached.cache is not None and live is not None and live.cache is None
     for batch in Loader(data.train, data, 100, shuffle=True, seed=3):
         a, b = cached.outputs(batch), live.outputs(batch)
@@ -441,17 +442,18 @@ def test_cached_outputs_equal_live_ones(place: Place) -> None:
 def test_augmented_images_are_never_taught_from_the_cache(place: Place) -> None:
     settings = place.load("data.augment=true")
     data = compare.load_data(settings)
-    found = compare.load_teachers(settings, data, ["avg_mkd"], QUIET)
+    found = compare.load_teachers(settings, data, [student_job(settings, "avg_mkd", 0)], QUIET)
     assert found is not None and found.cache is None
     with pytest.raises(config.ConfigError, match=r"cache_teachers=always needs data\.augment=false"):
-        compare.load_teachers(place.load("data.augment=true", "cache_teachers=always"), data, ["avg_mkd"], QUIET)
+        always = place.load("data.augment=true", "cache_teachers=always")
+        compare.load_teachers(always, data, [student_job(always, "avg_mkd", 0)], QUIET)
     assert place.train("data.augment=true", "distill.epochs=1").finished()
 
 
 def test_teachers_stay_as_they_are(place: Place) -> None:
     settings = place.load("distill.epochs=1", "cache_teachers=never")
     data = compare.load_data(settings)
-    found = compare.load_teachers(settings, data, ["amtml_kd"], QUIET)
+    found = compare.load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
     assert found is not None
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in found.models]
     loop.train(student_job(settings, "amtml_kd", 0), data, found, QUIET)
@@ -529,7 +531,7 @@ def test_a_run_records_what_made_it(place: Place) -> None:
     assert record["finished"] and record["seconds_per_step"] > 0 and record["teachers"] == ["a", "b"]
     assert config.load(run.folder).distill.epochs == 2
     assert list(run.folder.glob("tensorboard/**/events*"))
-    wanted = "epoch lr loss kd ce kl angle hint regularizer train_accuracy val_accuracy entropy weight_mean seconds"
+    wanted = "epoch lr loss kd ce kl angle hint regularizer train_accuracy val_accuracy entropy weight_mean weight_won seconds"
     assert all(set(row) >= set(wanted.split()) for row in rows)
     assert all(0 <= row["entropy"] <= 1 and sum(row["weight_mean"]) == pytest.approx(1) for row in rows)
 
@@ -540,16 +542,16 @@ def rows_of(**accuracies: list[float]) -> list[report.Row]:
 
 
 def test_the_finding_is_honest() -> None:
-    better = compare.finding(rows_of(student=[0.90, 0.91], avg_mkd=[0.95, 0.96], amtml_kd=[0.97, 0.985]))
+    better = results.finding(rows_of(student=[0.90, 0.91], avg_mkd=[0.95, 0.96], amtml_kd=[0.97, 0.985]))
     assert "AMTML-KD (97.75 %) beats AvgMKD (95.50 %): +2.25 ± 0.35 points over 2 seeds" in better
     assert "it beats student alone" in better
-    worse = compare.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.94, 0.951]))
+    worse = results.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.94, 0.951]))
     assert "falls behind AvgMKD" in worse and "beats" not in worse
-    level = compare.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.96, 0.955]))
-    assert "cannot be told from AvgMKD" in level and "within the seeds' spread" in level
-    alone = compare.finding(rows_of(avg_mkd=[0.95], amtml_kd=[0.96]))
+    level = results.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.96, 0.955]))
+    assert "cannot be told from AvgMKD" in level
+    alone = results.finding(rows_of(avg_mkd=[0.95], amtml_kd=[0.96]))
     assert "one seed cannot tell that from chance" in alone
-    assert "95.00 %" in compare.finding(rows_of(student=[0.95]))
+    assert "95.00 %" in results.finding(rows_of(student=[0.95]))
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -568,14 +570,17 @@ def test_the_finding_is_honest() -> None:
         ("distill=3", r"distill: a mapping of keys wanted"),
         ("compare.seeds=3", r"compare\.seeds: list\[int\] wanted"),
         ("teachers.7.name=x", r"teachers\.7"),
-        ("preset=two_stag", r"preset: one of default, two_stage wanted, got 'two_stag'; did you mean 'two_stage'"),
+        (
+            "preset=two_stag",
+            r"preset: one of default, two_stage, paper_code wanted, got 'two_stag'; did you mean 'two_stage'",
+        ),
         ("loss.mode=mixtur", r"loss\.mode: one of mixture, sum wanted, got 'mixtur'; did you mean 'mixture'"),
         ("loss.mapping=best", r"loss\.mapping: one of best_high"),
         ("loss.alpha=1.5", r"loss\.alpha: a number in \[0, 1\] wanted, got 1\.5"),
         ("loss.temperature=0", r"loss\.temperature: a number above 0 wanted, got 0"),
         ("distill.schedule=onecyle", r"distill\.schedule: one of .* did you mean 'onecycle'"),
         ("distill.epochs=0", r"distill\.epochs: 1 or more wanted, got 0"),
-        ("compare.methods=[amtmlkd]", r"compare\.methods: one of .* did you mean 'amtml_kd'"),
+        ("compare.methods=[amtmlkd]", r"method: one of .* did you mean 'amtml_kd'"),
         ("teachers.1.name=a", r"teachers\.name: unique names"),
         ("distill", r"an override is key=value, got 'distill'"),
     ],
@@ -586,7 +591,7 @@ def test_config_errors_name_the_key_and_the_nearest(place: Place, override: str,
 
 
 def test_config_errors_of_files(tmp_path: Path) -> None:
-    with pytest.raises(config.ConfigError, match=r"packaged name \(digits, fashion_mnist\); did you mean 'digits'"):
+    with pytest.raises(config.ConfigError, match=r"packaged name \(cifar10, .*\); did you mean 'digits'"):
         config.load("digit")
     bad = tmp_path / "bad.yaml"
     bad.write_text("distill: {epochs: [")
@@ -606,11 +611,51 @@ def test_a_config_survives_its_own_yaml(place: Place) -> None:
     assert settings.distill.lr == 0.03 and settings.engine.mixed_precision == "no"
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+PACKAGED = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+
+
+@pytest.mark.parametrize("name", [*PACKAGED, "fashion_mnist_specialists", *(f"{name}_fast" for name in PACKAGED)])
 def test_packaged_configs_load(name: str) -> None:
     settings = config.load(name)
-    assert settings.name == name and len(settings.teachers) == 3
-    assert len({str(teacher.model) for teacher in settings.teachers}) == 3
+    assert settings.name == name and len(settings.teachers) >= 3
+    assert len({str(teacher.model) for teacher in settings.teachers}) == len(settings.teachers)
+    engine = settings.engine
+    fast = engine.compile and engine.channels_last and engine.mixed_precision == "bf16"
+    assert fast == name.endswith("_fast")
+    if fast:
+        slow = config.load(name.removesuffix("_fast"))
+        assert settings.distill.epochs < slow.distill.epochs and settings.distill.batch_size > slow.distill.batch_size
+        assert [teacher.name for teacher in settings.teachers] == [teacher.name for teacher in slow.teachers]
+    # Every student offers what every method asks for, and every job has a folder of its own.
+    assert compare.plan(settings)
+    assert config.packaged() == sorted([*PACKAGED, "fashion_mnist_specialists", *(f"{each}_fast" for each in PACKAGED)])
+
+
+@pytest.mark.parametrize(("name", "classes", "column"), [("cifar10", 10, 0), ("cifar100", 100, 1)])
+def test_the_papers_networks(name: str, classes: int, column: int) -> None:
+    """The paper's parameter counts, for 10 and for 100 classes."""
+    settings, paper = config.load(name), {
+        "resnet20": (269_722, 275_572),
+        "resnet32": (464_154, 470_004),
+        "resnet44": (658_586, 664_436),
+        "resnet56": (853_018, 858_868),
+        "resnet110": (1_727_962, 1_733_812),
+        "resnet8": (68_050, 71_020),
+        "resnet15": (116_882, 119_852),
+        "resnet16": (151_634, 154_604),
+    }  # fmt: skip
+    networks = {teacher.name: (teacher.model.factory, teacher.model.args) for teacher in settings.teachers}
+    students = (settings.student, *settings.compare.students)
+    networks |= {student.name: (student.factory, student.args) for student in students}
+    for network, counts in paper.items():
+        factory, args = networks[network]
+        model = models.build(factory, args, num_classes=classes, in_channels=3)
+        assert sum(p.numel() for p in model.parameters()) == counts[column], network
+        if network in {student.name for student in students}:
+            student = next(each for each in students if each.name == network)
+            FeatureExtractor(model, {"features": student.features or "", **student.groups})
+    train = settings.distill
+    assert (train.epochs, train.batch_size, train.milestones, train.lr) == (200, 128, [100, 150], 0.1)
 
 
 def test_batch_sizes_that_cannot_be_shared_out(place: Place) -> None:
@@ -629,7 +674,7 @@ def test_methods_say_what_they_miss(place: Place) -> None:
         place.train("teachers.1.hint=null")
     with pytest.raises(config.ConfigError, match=r"at least one teacher"):
         place.train("teachers=[]")
-    with pytest.raises(config.ConfigError, match=r"one of student, avg_mkd, amtml_kd wanted, got 'kd'"):
+    with pytest.raises(config.ConfigError, match=r"one of okd, student, .*, okd-a, okd-b wanted, got 'kd'"):
         place.train(method="kd")
 
 
@@ -642,5 +687,5 @@ def test_an_explicit_mapping_by_teacher_names(place: Place) -> None:
 def test_free_memory_decides_about_the_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teachers, "free_memory", lambda device: 1000)
     settings = place.load()
-    found = compare.load_teachers(settings, compare.load_data(settings), ["avg_mkd"], QUIET)
+    found = compare.load_teachers(settings, compare.load_data(settings), [student_job(settings, "avg_mkd", 0)], QUIET)
     assert found is not None and found.cache is None

@@ -18,7 +18,7 @@ from matplotlib.textpath import TextPath
 
 from . import drawing as d
 from .drawing import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
-from .tables import Row, accuracy, count_of, names, unique
+from .tables import Row, accuracy, count_of, names, split_of, unique
 
 BARS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, "#8a8a8a", "#F0E442")
 LEGEND_ROW = 0.19
@@ -27,8 +27,9 @@ LEGEND_ROW = 0.19
 def number_of_teachers(rows: Sequence[Row], path: str | Path) -> None:
     """The paper's Figure 3: a group of bars for each number of teachers, a bar a method; one panel a student.
 
-    A method without teachers is a dashed line. Of more methods than fit (eight, with up to six groups) the best are
-    shown, which the picture says. Raises ValueError where no student has two numbers of teachers.
+    A method without teachers is a dashed line. A method with one number of teachers, which shows no trend, is left out;
+    of more methods than fit (eight, with up to five groups) the best are shown. The picture says both. Raises
+    ValueError where no method of a student has two numbers of teachers.
     """
     d.save(_number_of_teachers, path, rows)
 
@@ -42,11 +43,11 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
 
 
 def _number_of_teachers(rows: Sequence[Row]) -> Figure:
-    panels = {student: [row for row in rows if row.student == student] for student in unique(r.student for r in rows)}
-    panels = {student: own for student, own in panels.items() if len(_counts(own)) > 1}
+    panels = {student: _several(rows, student) for student in unique(row.student for row in rows)}
+    panels = {student: own for student, own in panels.items() if _counts(own)}
     if not panels:
         found = [count_of(count) for count in _counts(rows)]
-        raise ValueError(f"number_of_teachers: rows must hold two numbers of teachers of one student, got {found}")
+        raise ValueError(f"number_of_teachers: rows must hold a method with two numbers of teachers, got {found}")
     drawn = [row for own in panels.values() for row in own]
     methods = _shown(drawn, groups=max(len(_counts(own)) for own in panels.values()))
     colours = dict(zip(methods, reversed(BARS[: len(methods)]), strict=True))  # the last, often one's own, is blue
@@ -54,7 +55,7 @@ def _number_of_teachers(rows: Sequence[Row]) -> Figure:
     entries = _legend_rows({methods[method]: colours[method] for method in methods})
     left_out = len({row.method for row in drawn if row.teachers is not None}) - len(methods)
     first, high = 0.72 + LEGEND_ROW * len(entries) + 0.52, 2.1
-    figure = Figure(figsize=(8, first + (high + 0.95) * len(panels) - 0.6))
+    figure = Figure(figsize=(8, first + (high + 0.95) * len(panels) - 0.48))
     _legend(d.panel(figure, 0.2, 0.72, 7.6, LEGEND_ROW * len(entries)), entries)
     wide = 6.05 if any(row.teachers is None for row in drawn) else 7.18
     for i, (student, own) in enumerate(panels.items()):
@@ -64,9 +65,18 @@ def _number_of_teachers(rows: Sequence[Row]) -> Figure:
         notes += ["dashed: without teachers"] if any(row.teachers is None for row in own) else []
         notes += [f"the best {len(methods)} of {len(methods) + left_out} methods"] if left_out else []
         of = f", student {student} ({own[0].parameters:,} parameters)" if student else ""
-        d.heading(axes, f"Test accuracy (%){of}", "; ".join(notes))
-    d.headline(figure, _groups_finding(panels), _spread(drawn))
+        d.heading(axes, f"{split_of(rows)} accuracy (%){of}", "; ".join(notes))
+    rest = any(row not in drawn for row in rows if row.student in panels)
+    note = "; methods with one number of teachers are left out" if rest else ""
+    d.headline(figure, _groups_finding(panels), _spread(drawn) + note)
     return figure
+
+
+def _several(rows: Sequence[Row], student: str) -> list[Row]:
+    """A student's rows without teachers, and those of the methods that ran with several numbers of them."""
+    own = [row for row in rows if row.student == student]
+    ran = {row.method: _counts([other for other in own if other.method == row.method]) for row in own}
+    return [row for row in own if row.teachers is None or len(ran[row.method]) > 1]
 
 
 def _counts(rows: Sequence[Row]) -> list[int]:
@@ -109,7 +119,8 @@ def _groups(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> float:
     room = 0.24 if flat else 0.52  # inches above the highest bar, for its number
     axes.set(xlim=(-0.5, len(counts) - 0.5), ylim=(start, start + (high - start) * tall / (tall - room)))
     axes.set_yticks([tick for tick in axes.get_yticks() if start <= tick <= min(high + 0.01, 100)])
-    axes.set_xticks(range(len(counts)), [count_of(count) for count in counts])
+    axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+    axes.set_xlabel("number of teachers")
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="y")
     _baselines(axes, [row for row in rows if row.teachers is None])
@@ -178,14 +189,16 @@ def _groups_finding(panels: dict[str, list[Row]]) -> str:
             wins[first.label] += 1
             clear[first.label] += first.mean - second.mean > max(first.std or 0.0, second.std or 0.0)
     ahead = wins.most_common(2)
-    if not ahead or (len(ahead) == 2 and ahead[0][1] == ahead[1][1]):
-        return "No method is highest with most numbers of teachers"
+    if not ahead:
+        return "Test accuracy by the number of teachers"
+    if len(ahead) == 2 and ahead[0][1] == ahead[1][1]:
+        return "The best method changes with the number of teachers"
     (label, count), n = ahead[0], len(groups)
     often = "with every number of teachers" if count == n else f"in {count} of {n} groups"
     if any(row.std is None for group in groups for row in group):
         return f"{d.short(label, 31)} is highest {often}"
-    beyond = "" if clear[label] == count else f" in {clear[label] or 'none'}"
-    return f"{d.short(label, 31)} is highest {often}, by more than the seeds' spread{beyond}"
+    of = "" if clear[label] == count else f" in {clear[label] or 'none'} of {count}"
+    return f"{d.short(label, 31)} is highest {often}, beyond the seeds' spread{of}"
 
 
 def _spread(rows: Sequence[Row]) -> str:
@@ -213,11 +226,11 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
         row, colour = rows[i], BLUE if y else VERMILLION
         seeds = [100 * value for value in row.accuracies if math.isfinite(value)]
         axes.scatter(seeds, [y] * len(seeds), s=26, color=colour, alpha=0.55, lw=0, zorder=3)
-        if known[i]:
+        if known[i] and len(seeds) > 1:
             axes.plot([100 * row.mean] * 2, [y - 0.3, y + 0.3], color=INK, lw=1.8, zorder=4)
-        axes.annotate(accuracy(row), (1.02, y), xycoords=("axes fraction", "data"), fontsize=8.5, va="center")
+        axes.annotate(accuracy(row), (1.02, y), xycoords=("axes fraction", "data"), fontsize=8.5, va="center_baseline")
     axes.set_yticks(range(len(rows)), labels, fontsize=8.5, linespacing=1.05)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel="test accuracy (%)")
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlabel=f"{split_of(rows).lower()} accuracy (%)")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
@@ -238,7 +251,7 @@ def _accuracies_finding(rows: Sequence[Row], labels: Sequence[str]) -> str:
         return "Every method has a run that diverged"
     first, best = d.short(labels[0], 31), rows[0]
     if len(rows) == 1 or not math.isfinite(rows[1].mean):
-        return f"{first} reaches {100 * best.mean:.2f} % on the test set"
+        return f"{first} reaches {100 * best.mean:.2f} % on the {best.split} set"
     second, other = d.short(labels[1], 31), rows[1]
     if f"{100 * best.mean:.2f}" == f"{100 * other.mean:.2f}":
         return f"{first} and {second} are level ({100 * best.mean:.2f} %)"

@@ -72,8 +72,17 @@ def distill(
         from . import compare as work
 
         seed = settings.seed if seed is None else seed
-        data, size = work.load_data(settings), {"student": student, "teachers": teachers}
-        run = work.distill(settings, data, method, seed, display, **size, resume=resume, fresh=fresh)
+        run = work.distill(
+            settings,
+            work.load_data(settings),
+            method,
+            seed,
+            display,
+            student=student,
+            teachers=teachers,
+            resume=resume,
+            fresh=fresh,
+        )
         show_result(run, display)
         display.say(f"wrote {run.folder}/student.safetensors (a plain state dict), metrics.jsonl and run.json")
 
@@ -185,7 +194,9 @@ def friendly(resume: str = "") -> Iterator[Display]:
             stopped = str(stop) or "stopped before anything was trained"
             print(f"\n{stopped}\nTo go on: {shlex.join(['amtml-fast', *words])}", file=sys.stderr)
         raise typer.Exit(130) from None
-    except (ConfigError, RunError, ValueError, TypeError, FileNotFoundError) as error:
+    except ModuleNotFoundError:
+        raise  # amtml_fast.cli says what to install
+    except (ConfigError, RunError, ValueError, TypeError, FileNotFoundError, ImportError) as error:
         if os.environ.get("AMTML_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)

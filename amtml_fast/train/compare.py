@@ -14,7 +14,7 @@ from . import results, workers
 from . import teachers as frozen
 from .config import Config, ConfigError
 from .features import FeatureExtractor
-from .jobs import Job, student_job, teacher_job
+from .jobs import Job, applied, job_of, student_job, teacher_job
 from .loop import finished, make_accelerator, train
 from .models import build
 from .progress import Display
@@ -26,10 +26,12 @@ TEACH, DISTILL = "teach", "distill"
 
 def load_data(config: Config) -> datasets.ImageData:
     """The configured data set on the device that training uses."""
-    device = make_accelerator(config.engine, config.folder).device
-    data, asked = config.data, config.data.download
-    loaded = datasets.load(data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=asked)
-    return loaded.to(device)
+    accelerator, data = make_accelerator(config.engine, config.folder), config.data
+    with accelerator.main_process_first():  # of several processes one downloads
+        loaded = datasets.load(
+            data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=data.download
+        )
+    return loaded.to(accelerator.device)
 
 
 def plan(config: Config) -> list[Job]:
@@ -39,13 +41,14 @@ def plan(config: Config) -> list[Job]:
         raise ConfigError(
             f"config: compare: at least one method and one seed wanted, got {asked.methods} and {asked.seeds}"
         )
-    chosen, numbers = registry.chosen(config, asked.methods), asked.teachers or [len(config.teachers)]
+    chosen = [(method, applied(config, method)) for method in registry.chosen(config, asked.methods)]
+    numbers = asked.teachers or [len(config.teachers)]
     jobs: dict[Path, Job] = {}
     for seed in asked.seeds:
         for student in (config.student, *asked.students):
             for number in numbers:
-                for method in chosen:
-                    job = student_job(config, method, seed, student=student, teachers=number)
+                for method, settings in chosen:
+                    job = job_of(settings, method, seed, student, number)
                     jobs.setdefault(job.folder, job)
     return list(jobs.values())
 
@@ -100,6 +103,7 @@ class Session:
                 bar.flush()
 
             if several:
+                _ = self.data  # what has to be downloaded comes once, before the workers look for it
                 workers.run(self.config, tasks, self.display, fresh=self.fresh, done=done)
             else:
                 for task in tasks:

@@ -92,6 +92,7 @@ class LossConfig:
     adapter_seed: int | None = None  # draws theta and v from a seed of their own
     pool: str = "max"
     regularizer_weight: float = 1e-3
+    kl_trains_weights: bool = True  # false: the KL takes the teachers' weights as they are
     adapter_label_weight: float = 0.0  # on -log of the true class's probability in the mixture
     # The angle loss
     angle_weight: float = 1.0
@@ -136,6 +137,7 @@ class CompareConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     teachers: list[int] = field(default_factory=list)  # numbers of teachers: the first n of them; empty: all
     students: list[StudentConfig] = field(default_factory=list)  # further students, beside `student`
+    split: str = "test"  # test | validation: where the tables' accuracies are measured; choose settings on validation
     workers: int | None = None  # trainings side by side; null: one a GPU, else one
 
 
@@ -237,6 +239,7 @@ CHOICES = {
     "loss.reduction": ("batchmean", "mean"),
     "loss.adapter": ("learned", "uniform"),
     "loss.angle_on": ("probabilities", "logits"),
+    "compare.split": ("test", "validation"),
     "engine.mixed_precision": ("no", "fp16", "bf16"),
     "engine.device": ("auto", "cpu"),
     "cache_teachers": ("auto", "always", "never"),

@@ -152,7 +152,7 @@ def epoch_axis(axes: Axes) -> None:
 
 def starts_at(axes: Axes, unit: str) -> str:
     start = axes.get_ylim()[0]
-    return f"axis starts at {start:.0f} {unit}" if start >= 1 else ""
+    return f"axis starts at {start:.1f} {unit}" if start >= 1 else ""
 
 
 def end_labels(

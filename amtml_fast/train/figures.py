@@ -22,6 +22,7 @@ from . import drawing as d
 from .drawing import FAINT, INK, METHODS, OTHERS, Array
 
 Histories = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # label -> runs (one a seed) -> epochs (metrics.jsonl)
+CROWD = 4  # of more curves the names do not fit beside both panels
 
 
 # --- the four pictures ------------------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def _curves(histories: Histories) -> Figure:
     losses = {label: d.series(runs, "loss")[1] for label, runs in histories.items()}
     if not any(np.isfinite(values).any() for values in (*losses.values(), *accuracies.values())):
         raise ValueError("curves: histories must hold epochs with 'loss' or 'val_accuracy', found none")
-    crowded = len(histories) > 4  # then the names stand at the right panel only, one below the other
+    crowded = len(histories) > CROWD  # then the names stand at the right panel only, one below the other
     shown = _highest(accuracies, len(METHODS))
     room = sum(d.label_inches(_beside(label, 0.0)) for label in shown) / 1.15 if crowded else 0.0
     high = max(2.15, room)
@@ -137,11 +138,11 @@ def _curves_finding(accuracies: Mapping[str, Array]) -> str:
     ranked = sorted((label for label in last if last[label].size), key=lambda label: -last[label].mean())
     if not ranked:
         return "Training loss per epoch"
-    first, best = d.short(ranked[0], 24), last[ranked[0]]
+    first, best = d.short(ranked[0], 30), last[ranked[0]]
     text = f"{first} ends at {best.mean():.1f} % validation accuracy"
     if len(ranked) == 1:
         return text
-    second, other = d.short(ranked[1], 24), last[ranked[1]]
+    second, other = d.short(ranked[1], 30), last[ranked[1]]
     if f"{best.mean():.1f}" == f"{other.mean():.1f}":
         return f"{text}, level with {second}"
     if best.size > 1 and best.min() <= other.max():
@@ -169,7 +170,8 @@ def _lines(
             continue
         i = list(shown).index(label)
         colour = METHODS[i % len(METHODS)]
-        axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.18, lw=0)
+        band: Any = {"color": colour, "alpha": 0.18 if len(shown) <= CROWD else 0.09, "lw": 0}
+        axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), **band)
         axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[i % 5], markevery=[-1], ms=4.5)
         if text is not None:
             ends.append((float(epochs[-1]), float(mean[-1]), text(label, mean[-1]), colour))
@@ -374,12 +376,12 @@ def _teacher_lines(
     axes: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], key: str, teacher_names: Sequence[str] | None
 ) -> None:
     """A line a teacher of a metric that holds one number a teacher, its value and name (None: no name) at its end."""
-    rows = [[epoch[key] for epoch in run if key in epoch] for run in runs]
-    count = max((len(row[0]) for row in rows if row), default=0)
+    count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
     ends, highest = [], 0.0
     for t in range(count):
-        values = d.stack([[shares[t] for shares in row] for row in rows])
-        epochs, colour = np.arange(1, values.shape[1] + 1), d.teacher_colour(t)
+        values = d.stack([[epoch[key][t] if key in epoch else None for epoch in run] for run in runs])
+        keep, colour = np.isfinite(values).any(axis=0), d.teacher_colour(t)
+        epochs, values = np.flatnonzero(keep) + 1, values[:, keep]
         mean = np.nanmean(values, axis=0)
         highest = max(highest, float(np.nanmax(values)))
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.2, lw=0)

@@ -105,8 +105,11 @@ def student_job(
 ) -> Job:
     """Training a student by a method, from the first `teachers` teachers (None: all of them)."""
     chosen = methods.chosen(config, [method])[0] if isinstance(method, str) else method
-    student = student or config.student
-    config = changed(config, chosen.settings(config), f"the method {chosen.name}")
+    return job_of(applied(config, chosen), chosen, seed, student or config.student, teachers)
+
+
+def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, teachers: int | None) -> Job:
+    """The same, of a configuration that has the method's own values in it."""
     names = [teacher.name for teacher in config.teachers[:teachers]]
     # What differs from the plain case is in the folder's name, so that a comparison can grow and keep what it has.
     parts = [chosen.name]
@@ -129,6 +132,12 @@ def student_job(
         teachers=tuple(names),
         student=student.name,
     )
+
+
+def applied(config: Config, method: Method) -> Config:
+    """The configuration with the method's own values in it."""
+    settings = method.settings(config)
+    return changed(config, settings, f"the method {method.name}") if settings else config
 
 
 def feature_paths(student: StudentConfig, method: Method, config: Config) -> dict[str, str]:

@@ -13,7 +13,6 @@ from .charts import accuracies, number_of_teachers
 from .figures import curves, entropy, soft_targets, weights_gallery
 from .tables import (
     FIELDS,
-    HEADER,
     Network,
     Row,
     by_mapping,
@@ -29,7 +28,6 @@ from .tables import (
 
 __all__ = [
     "FIELDS",
-    "HEADER",
     "Network",
     "PairedTest",
     "Row",

@@ -22,6 +22,7 @@ from .methods import OKD
 from .run import Run, RunError, read_json, versions, write_atomic
 from .zoo import brings_weights
 
+RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
 GALLERY = 6  # images in the picture of the paper's Figure 4
 
 
@@ -49,7 +50,8 @@ def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | Non
     for (student, number, _), group in groups.items():
         if not all(Run(job.folder).finished() for job in group):
             continue
-        line = row(group[0].method.name, group[0].method.label, [Run(job.folder) for job in group])
+        runs_of = [Run(job.folder) for job in group]
+        line = row(group[0].method.name, group[0].method.label, runs_of, config.compare.split)
         line = replace(line, student=student, teachers=number)
         rows.append(line)
         if student == config.student.name and (number in everyone or group[0].method.teacher is not None):
@@ -64,7 +66,7 @@ def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | Non
     return Found(rows, main, teacher_rows, missing, sentence, runs)
 
 
-def row(method: str, label: str, runs: list[Run]) -> report.Row:
+def row(method: str, label: str, runs: list[Run], split: str) -> report.Row:
     """A line of the table from finished runs, in the order of the seeds."""
     records = [run.read_record() for run in runs]
     peaks = [record["peak_memory"] for record in records if record.get("peak_memory")]
@@ -72,9 +74,10 @@ def row(method: str, label: str, runs: list[Run]) -> report.Row:
         method=method,
         label=label,
         parameters=records[0]["parameters"],
-        accuracies=[read_json(run.result)["test_accuracy"] for run in runs],
+        accuracies=[read_json(run.result)[RESULTS[split]] for run in runs],
         seconds_per_epoch=fmean(epoch["seconds"] for run in runs for epoch in run.read_metrics()),
         peak_memory=max(peaks, default=None),
+        split=split,
     )
 
 
@@ -82,16 +85,18 @@ def teacher_row(config: Config, i: int, teachers: frozen.Teachers | None, data: 
     """A teacher's line: from its run, or measured now where it brought its weights."""
     teacher = config.teachers[i]
     if not brings_weights(teacher.model):
-        return row(teacher.name, teacher.name, [Run(config.folder / "teachers" / teacher.name)])
+        run = Run(config.folder / "teachers" / teacher.name)
+        return row(teacher.name, teacher.name, [run], config.compare.split)
     assert teachers is not None
-    accuracy = frozen.accuracy(teachers.models[i], data.test, data)
-    return report.Row(teacher.name, teacher.name, teachers.parameters[i], [accuracy])
+    split = config.compare.split
+    accuracy = frozen.accuracy(teachers.models[i], data.test, data) if split == "test" else teachers.scores[i]
+    return report.Row(teacher.name, teacher.name, teachers.parameters[i], [accuracy], split=split)
 
 
 def finding(rows: Sequence[report.Row]) -> str:
     """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, the best other one and the student alone."""
     if len(rows) == 1:
-        return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the test set."
+        return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the {rows[0].split} set."
     main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
     others = {row.method: row for row in rows if row is not main}
     best = max(others.values(), key=lambda row: row.mean)
@@ -112,7 +117,7 @@ def tables(config: Config, found: Found) -> str:
     )
     sections = {
         "Accuracy": report.markdown(found.main, found.teachers),
-        "Networks": report.networks(networks),
+        "Networks": report.networks(networks, config.compare.split),
         "Number of teachers": report.by_teachers(by_number),
         "Students": report.by_student([row for row in found.rows if row.teachers in everyone]),
         "Mapping of teachers to layer groups": report.by_mapping(found.main),
@@ -133,7 +138,12 @@ def okd_means(config: Config, found: Found) -> list[report.Row]:
         if set(names[:number]) <= set(single):
             accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
             parameters = single[names[0]].parameters
-            rows.append(report.Row(OKD, "OKD (mean)", parameters, accuracies, teachers=number))
+            rows.append(
+                report.Row(
+                    OKD, "OKD (mean)", parameters, accuracies,
+                    student=config.student.name, teachers=number, split=config.compare.split,
+                )
+            )  # fmt: skip
     return rows
 
 
@@ -173,7 +183,7 @@ def write_figures(
         files.append(place / "accuracies.png")
         report.accuracies(found.main, files[-1])
     numbers = [row for row in found.rows if row.student == config.student.name and not is_okd(row)]
-    if len(config.compare.teachers) > 1:
+    if any(len({row.teachers for row in numbers if row.method == name}) > 1 for name in {r.method for r in numbers}):
         files.append(place / "number_of_teachers.png")
         report.number_of_teachers([*numbers, *okd_means(config, found)], files[-1])
     weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from rich.table import Table
 from rich.text import Text
 
-HEADER = ("Model", "Parameters", "Test accuracy (%)", "Seeds", "s / epoch")
+HEADER = ("Model", "Parameters", "{} accuracy (%)", "Seeds", "s / epoch")  # of the test or the validation split
 MEMORY = "Peak memory"  # one more column where it was measured
 FIELDS = (
     "role",
@@ -29,6 +29,7 @@ FIELDS = (
     "teachers",
     "parameters",
     "seeds",
+    "split",
     "accuracy_mean",
     "accuracy_std",
     "seconds_per_epoch",
@@ -47,8 +48,8 @@ class Row:
 
     accuracies: fractions in [0, 1], one a seed, the same seed order in every row. seconds_per_epoch: None where nothing
     was trained (a teacher read from a file). peak_memory: bytes, or None where it was not measured. student: the name
-    of the student network. teachers: how many it learned from, None for none. Raises ValueError for no accuracies, or
-    for percent.
+    of the student network. teachers: how many it learned from, None for none. split: where it was measured. Raises
+    ValueError for no accuracies, or for percent.
     """
 
     method: str
@@ -59,6 +60,7 @@ class Row:
     peak_memory: int | None = None
     student: str = ""
     teachers: int | None = None
+    split: str = "test"
 
     def __post_init__(self) -> None:
         self.accuracies = [float(a) for a in self.accuracies]
@@ -143,6 +145,7 @@ def records(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> list[dict[str,
             "teachers": row.teachers,
             "parameters": row.parameters,
             "seeds": len(row.accuracies),
+            "split": row.split,
             "accuracy_mean": row.mean,
             "accuracy_std": row.std,
             "seconds_per_epoch": row.seconds_per_epoch,
@@ -169,7 +172,7 @@ def names(rows: Sequence[Row]) -> list[str]:
 # --- a paper's tables -------------------------------------------------------------------------------------------------
 
 
-def networks(networks: Sequence[Network]) -> str:
+def networks(networks: Sequence[Network], split: str = "test") -> str:
     """Markdown: every network's size, how much smaller than the largest teacher it is, and its accuracy; "" of none."""
     if not networks:
         return ""
@@ -184,8 +187,8 @@ def networks(networks: Sequence[Network]) -> str:
         )
         for network in networks
     ]
-    table = _grid(("Network", "Role", "Parameters", "Compression", "Test accuracy (%)"), lines, left=2)
-    return f"## Networks\n\n{table}\nCompression: parameters of the largest teacher / this network's.\n"
+    table = _grid(("Network", "Role", "Parameters", "Compression", f"{split.capitalize()} accuracy (%)"), lines, left=2)
+    return f"{table}\nCompression: parameters of the largest teacher / this network's.\n"
 
 
 def by_teachers(rows: Sequence[Row]) -> str:
@@ -202,7 +205,7 @@ def by_teachers(rows: Sequence[Row]) -> str:
             lines = _methods(own, counts, lambda row: row.teachers)
             table = _best_of_columns("Method", [count_of(count) for count in counts], lines)
             tables.append((f"Student {student}:" if len(students) > 1 else "", table))
-    return _section("Number of teachers", tables, rows)
+    return _section(tables, rows)
 
 
 def by_student(rows: Sequence[Row]) -> str:
@@ -220,7 +223,7 @@ def by_student(rows: Sequence[Row]) -> str:
             heads = [f"{student} ({size[student]:,})" for student in students]
             table = _best_of_columns("Method", heads, _methods(own, students, lambda row: row.student))
             tables.append((f"With {count_of(count)}:" if count is not None and len(counts) > 1 else "", table))
-    return _section("Student networks", tables, rows)
+    return _section(tables, rows)
 
 
 def by_mapping(rows: Sequence[Row]) -> str:
@@ -232,6 +235,8 @@ def by_mapping(rows: Sequence[Row]) -> str:
     places = [(row.student, row.teachers) for row in own]
     columns = [place for place in unique(places) if places.count(place) > 1]
     tried = [row for row in own if (row.student, row.teachers) in columns]
+    if not columns:
+        return ""
     lines = [
         (name, cells)
         for method, name in MAPPINGS.items()
@@ -239,16 +244,19 @@ def by_mapping(rows: Sequence[Row]) -> str:
             [row for row in tried if row.method == method], columns, lambda row: (row.student, row.teachers)
         )
     ]
-    if len(lines) < 2:
-        return ""
-    heads = ["Test accuracy (%)"]
+    heads = [f"{split_of(rows)} accuracy (%)"]
     if len(columns) > 1:
         heads = [", ".join(filter(None, (student, count_of(count) if count else ""))) for student, count in columns]
-    return _section("Hint mapping", [("", _best_of_columns("Mapping", heads, lines))], tried)
+    return _section([("", _best_of_columns("Mapping", heads, lines))], tried)
 
 
 def count_of(teachers: int | None) -> str:
     return "no teacher" if teachers is None else f"{teachers} teacher{'' if teachers == 1 else 's'}"
+
+
+def split_of(rows: Sequence[Row]) -> str:
+    """Test or Validation: where these accuracies were measured."""
+    return rows[0].split.capitalize() if rows else "Test"
 
 
 def unique(values: Iterable[T]) -> list[T]:
@@ -289,13 +297,13 @@ def _best_of_columns(corner: str, heads: Sequence[str], lines: Sequence[tuple[st
     return _grid((corner, *heads), body)
 
 
-def _section(title: str, tables: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:
-    """A heading, each table below the words that say what it is of, and a caption; "" without tables."""
+def _section(tables: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:
+    """Each table below the words that say what it is of, and a caption; "" without tables."""
     if not tables:
         return ""
     spread = "one seed: no spread" if all(len(row.accuracies) == 1 for row in rows) else MEAN.lower()
-    parts = [f"## {title}\n"] + [f"{of}\n\n{table}" if of else table for of, table in tables]
-    return "\n".join([*parts, f"Test accuracy in percent, {spread}; best of each column in bold.\n"])
+    parts = [f"{of}\n\n{table}" if of else table for of, table in tables]
+    return "\n".join([*parts, f"{split_of(rows)} accuracy in percent, {spread}; best of each column in bold.\n"])
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -326,9 +334,10 @@ def _main(rows: Sequence[Row], teachers: Sequence[Row]) -> tuple[tuple[str, ...]
         )
         for name, row in zip(names(teachers) + names(rows), whole, strict=True)
     ]
+    header = tuple(name.format(split_of(whole)) for name in HEADER)
     if all(row.peak_memory is None for row in whole):
-        return HEADER, [*lines]
-    return (*HEADER, MEMORY), [(*line, _bytes(row.peak_memory)) for line, row in zip(lines, whole, strict=True)]
+        return header, [*lines]
+    return (*header, MEMORY), [(*line, _bytes(row.peak_memory)) for line, row in zip(lines, whole, strict=True)]
 
 
 def _bytes(count: int | None) -> str:

@@ -150,7 +150,7 @@ def work(connection: Connection, number: int, config: Config, fresh: bool) -> No
         return
     except KeyboardInterrupt:
         sys.exit(STOPPED)
-    except (RunError, ValueError, TypeError, FileNotFoundError) as error:
+    except (RunError, ValueError, TypeError, FileNotFoundError, ImportError) as error:
         send("failed", error)
 
 

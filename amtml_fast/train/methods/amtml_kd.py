@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,20 @@ class UniformAdapter(nn.Module):
         return self.nothing
 
 
+class Watched(nn.Module):
+    """An adapter whose weights are used, but not trained by what uses them."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.adapter(features).detach()
+
+    def regularizer(self) -> Tensor:
+        return cast(UniformAdapter | TeacherAdapter, self.adapter).regularizer()
+
+
 class AdaptiveKD(nn.Module):
     """AMTMLLoss with the trainer's calling convention, and what only the trainer's options ask for around it.
 
@@ -47,8 +61,9 @@ class AdaptiveKD(nn.Module):
         self.groups = list(context.student_channels) if needs_hints(loss) else []
         # alpha and this factor make (1 - alpha) CE + kl_scale * alpha * tau^2 KL of Eq 8's (1 - a) CE + a * tau^2 KL.
         self.factor = 1.0 if loss.kl_scale == 1.0 else 1 - loss.alpha + loss.kl_scale * loss.alpha
+        adapter = make_adapter(context)
         self.amtml = AMTMLLoss(
-            make_adapter(context),
+            adapter if loss.kl_trains_weights else Watched(adapter),
             hint_module(context) if self.groups else None,
             temperature=loss.temperature,
             alpha=loss.kl_scale * loss.alpha / self.factor,
@@ -65,7 +80,8 @@ class AdaptiveKD(nn.Module):
 
     @property
     def adapter(self) -> nn.Module:
-        return self.amtml.adapter
+        adapter = self.amtml.adapter
+        return adapter.adapter if isinstance(adapter, Watched) else adapter
 
     def forward(self, step: Step) -> StepLoss:
         out = self.amtml(
@@ -94,10 +110,12 @@ class AdaptiveKD(nn.Module):
         return StepLoss(loss, terms, out.weights if settings.adapter == "learned" else None)
 
     def teacher_maps(self, step: Step) -> list[Tensor]:
-        """As they are; or each one's mean over the positions, at every position."""
-        if not self.settings.pool_teacher_hints:
-            return step.teacher_maps
-        return [m.mean((2, 3), keepdim=True).expand(m.shape) for m in step.teacher_maps]
+        """As they are; or each one's mean over the positions, at every position of the student's map."""
+        maps = list(step.teacher_maps)
+        if self.settings.pool_teacher_hints:
+            for t, group in self.amtml.hints.mapping.items():
+                maps[t] = maps[t].mean((2, 3), keepdim=True).expand(-1, -1, *step.maps[group].shape[2:])
+        return maps
 
     def surprise(self, step: Step) -> Tensor:
         """-log of the true class's probability in the mixture, mean over the batch: tells the adapter who is right."""
