@@ -102,6 +102,10 @@ def test_teach_and_distill_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixt
     assert status == 0 and "teacher resnet8: validation" in out and "model.safetensors" in out
     status, out, _ = call(capsys, "distill", *words, "--method=student", "--seed=5")
     assert status == 0 and "student alone, seed 5" in out and str(tmp_path / "digits" / "student-seed5") in out
+    status, out, _ = call(capsys, "distill", *words, "--method=okd-resnet8")
+    assert status == 0 and "OKD from resnet8, seed 0" in out and "okd-resnet8-seed0" in out
+    status, out, _ = call(capsys, "distill", *words, "--method=avg_mkd", "--teachers=2")
+    assert status == 0 and str(tmp_path / "digits" / "avg_mkd-2teachers-seed0") in out
 
 
 @pytest.mark.parametrize(
@@ -109,7 +113,10 @@ def test_teach_and_distill_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["distill", "digits", "distill.epohcs=1"], 2, "did you mean 'distill.epochs'?"),
         (["distill", "digts"], 2, "did you mean 'digits'?"),
-        (["distill", "digits", "--method=amtml"], 2, "one of student, avg_mkd, amtml_kd wanted"),
+        (["distill", "digits", "--method=amtml"], 2, "one of okd, student, fitnet"),
+        (["distill", "digits", "--student=wide"], 2, "one of student wanted, got 'wide'"),
+        (["distill", "digits", "--teachers=4"], 2, "1 to 3 wanted, got 4"),
+        (["methods", "digts"], 2, "did you mean 'digits'?"),
         (["eval", "digits", "--split=tst"], 2, "one of train, val, test wanted"),
         (["eval", "digits"], 1, "no such run; train it first"),
         (["teach", "digits", "teachers=[]"], 2, "at least one teacher wanted"),
@@ -122,6 +129,16 @@ def test_mistakes_are_one_line(
 ) -> None:
     found, out, err = call(capsys, *words, f"out={tmp_path}")
     assert found == status and message in err and err.startswith("error: ") and "Traceback" not in err + out
+
+
+def test_methods_lists_what_each_one_needs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    status, out, _ = call(capsys, "methods", "digits")
+    needs = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert status == 0 and {"student", "okd-cnn-wide", "ca_mkd", "amtml_kd", "amtml_paper_code"} <= set(needs)
+    assert needs["student"].rstrip().endswith("-")
+    assert "student groups" in needs["amtml_kd"] and "hints" not in needs["amtml_no_hint"].partition("no hints")[2]
+    assert "labels for the weights" in needs["ca_mkd"] and "best teacher" in needs["rkd"]
 
 
 def test_backends_lists_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,4 +167,4 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(capsys, "--help")
-    assert status == 0 and all(name in out for name in ("teach", "distill", "eval", "compare", "backends"))
+    assert status == 0 and all(name in out for name in ("teach", "distill", "eval", "compare", "methods", "backends"))

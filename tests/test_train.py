@@ -415,11 +415,23 @@ def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
         place.train(*PLAIN, "distill.lr=1e12", method="student")
 
 
-def test_collapse_warnings_name_the_remedy() -> None:
-    assert loop.collapsed(None) is None and loop.collapsed(0.5) is None
+def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    won = {"weight_won": [0.02, 0.98]}
+    assert loop.collapsed({}, ["a", "b"]) is None and loop.collapsed({"entropy": 0.5, **won}, ["a", "b"]) is None
     for entropy, words in ((0.9995, "smaller loss.regularizer_weight"), (0.005, "larger loss.regularizer_weight")):
-        message = loop.collapsed(entropy)
+        message = loop.collapsed({"entropy": entropy, **won}, ["a", "b"])
         assert message is not None and words in message and "init_scale" in message
+        assert ("b on 98 % of the examples" in message) == (entropy < 0.5)
+
+    def warned(method: str, *overrides: str) -> str:
+        settings = place.load("distill.epochs=2", "distill.lr=1e-6", *overrides)
+        data = compare.load_data(settings)
+        compare.distill(settings, data, method, 0, Display(), resume=False, fresh=True)
+        return capsys.readouterr().out
+
+    # Equal weights that are not learned are no collapse; those of an adapter that starts at zero are, and it says so once.
+    assert "warning" not in warned("eb_kd") and "warning" not in warned("amtml_no_adapter")
+    assert warned("amtml_kd", "loss.init_scale=0.0").count("the teacher weights are uniform") == 1
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
@@ -542,16 +554,21 @@ def rows_of(**accuracies: list[float]) -> list[report.Row]:
 
 
 def test_the_finding_is_honest() -> None:
-    better = results.finding(rows_of(student=[0.90, 0.91], avg_mkd=[0.95, 0.96], amtml_kd=[0.97, 0.985]))
-    assert "AMTML-KD (97.75 %) beats AvgMKD (95.50 %): +2.25 ± 0.35 points over 2 seeds" in better
+    ours, other = [0.97, 0.985, 0.98], [0.95, 0.96, 0.955]
+    better = results.finding(rows_of(student=[0.90, 0.91, 0.90], avg_mkd=other, amtml_kd=ours))
+    assert "AMTML-KD (97.83 %) beats AvgMKD (95.50 %): +2.33 ± 0.29 points over 3 seeds, p = 0.0051" in better
     assert "it beats student alone" in better
-    worse = results.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.94, 0.951]))
+    worse = results.finding(rows_of(avg_mkd=ours, amtml_kd=other))
     assert "falls behind AvgMKD" in worse and "beats" not in worse
-    level = results.finding(rows_of(avg_mkd=[0.95, 0.96], amtml_kd=[0.96, 0.955]))
+    level = results.finding(rows_of(avg_mkd=[0.95, 0.96, 0.95], amtml_kd=[0.96, 0.955, 0.95]))
     assert "cannot be told from AvgMKD" in level
     alone = results.finding(rows_of(avg_mkd=[0.95], amtml_kd=[0.96]))
     assert "one seed cannot tell that from chance" in alone
     assert "95.00 %" in results.finding(rows_of(student=[0.95]))
+    # The best other method is named too, so that nothing better is passed over.
+    labels = {"eb_kd": [0.99, 0.985, 0.99], "avg_mkd": other, "amtml_kd": ours}
+    rows = [report.Row(name, name, 10, values, 1.0) for name, values in labels.items()]
+    assert "it cannot be told from eb_kd (98.83 %): -1.00 ± 1.00 points" in results.finding(rows)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -656,6 +673,15 @@ def test_the_papers_networks(name: str, classes: int, column: int) -> None:
             FeatureExtractor(model, {"features": student.features or "", **student.groups})
     train = settings.distill
     assert (train.epochs, train.batch_size, train.milestones, train.lr) == (200, 128, [100, 150], 0.1)
+
+
+def test_the_readmes_comparison_can_be_planned(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    settings = config.load(path)
+    labels = {job.method.label for job in compare.plan(settings)}
+    assert {"student alone", "OKD from resnet110", "AMTML-KD, authors' code", "AMTML-KD, softer"} <= labels
+    assert settings.compare.split == "validation" and settings.compare.teachers == [2, 3]
 
 
 def test_batch_sizes_that_cannot_be_shared_out(place: Place) -> None:

@@ -136,13 +136,14 @@ def methods(
     config: Annotated[
         str | None, typer.Argument(metavar="[CONFIG]", help="Also lists its teachers and variants.")
     ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """The training methods that `distill --method` and compare.methods know, and what each needs."""
     with friendly() as display:
         from .config import Config
         from .methods import METHODS, known
 
-        settings = Config() if config is None else load(config)
+        settings = Config() if config is None else load(config, overrides or [])
         found = METHODS if config is None else known(settings)
         listing = Table("name", "method", "needs", box=None, pad_edge=False)
         for method in found.values():

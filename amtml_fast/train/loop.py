@@ -213,8 +213,9 @@ def train(
     return run
 
 
-def collapsed(entropy: float | None) -> str | None:
-    """What to say about an adapter whose weights have this mean normalised entropy; None between the bounds."""
+def collapsed(row: Mapping[str, Any], teachers: Sequence[str]) -> str | None:
+    """What to say about an adapter with these metrics of an epoch; None while its entropy is between the bounds."""
+    entropy = row.get("entropy")
     if entropy is None or ONE_HOT <= entropy <= UNIFORM:
         return None
     if entropy > UNIFORM:
@@ -222,9 +223,10 @@ def collapsed(entropy: float | None) -> str | None:
             "the teacher weights are uniform (normalised entropy above 0.999); "
             "if that lasts, try a smaller loss.regularizer_weight or a larger loss.init_scale"
         )
+    share, name = max(zip(row["weight_won"], teachers, strict=True))
     return (
-        "one teacher has all the weight (normalised entropy below 0.01); "
-        "if that lasts, try a larger loss.regularizer_weight or a smaller loss.init_scale"
+        f"one teacher has all the weight (normalised entropy below 0.01), {name} on {100 * share:.0f} % of the examples; "
+        "if that lasts, try a larger loss.regularizer_weight, a smaller loss.init_scale, or loss.adapter_label_weight=1"
     )
 
 
@@ -431,9 +433,10 @@ class _Trainer:
                 f"(now {self.job.train.lr}). The checkpoint of epoch {self.done} is kept."
             )
         learned = hasattr(self.bare.objective, "adapter")  # other weights are what their method makes them
-        collapse = collapsed(row.get("entropy")) if learned else None
-        if collapse is not None and collapse not in self.warned:
-            self.warned.add(collapse)
+        collapse = collapsed(row, self.record["teachers"]) if learned else None
+        kind = "" if collapse is None else collapse.partition(" (")[0]
+        if collapse is not None and kind not in self.warned:
+            self.warned.add(kind)
             self.display.warn(f"{self.job.title}, epoch {row['epoch']}: {collapse}")
 
     def finish(self, recipe: Mapping[str, Any]) -> None:
