@@ -312,6 +312,8 @@ def test_the_adapters_own_seed_fixes_it_and_nothing_else() -> None:
     assert not torch.equal(first.amtml.hints.transforms["0"], second.amtml.hints.transforms["0"])
     other = objective("amtml_kd", seed=3)
     assert not torch.equal(first.adapter.theta, other.adapter.theta)
+    # Without a seed of its own the adapter takes its draws from the common stream, and the hints those after them.
+    assert not torch.equal(first.amtml.hints.transforms["0"], other.amtml.hints.transforms["0"])
 
 
 def test_paper_code_is_the_authors_loss() -> None:
@@ -394,6 +396,13 @@ def test_what_a_comparison_cannot_mean(tmp_path: Path, lines: str, message: str)
     path.write_text(lines + "\n")
     with pytest.raises(ConfigError, match=message):
         configs.load(path)
+
+
+def test_a_methods_own_mapping_replaces_the_configurations() -> None:
+    whole = make_config(mapping={"t2": "high"})
+    settings = METHODS["amtml_paper_code"].settings(whole)
+    assert configs.changed(whole, settings, "a test").loss.mapping == {"t0": "low", "t1": "mid"}
+    assert configs.changed(whole, METHODS["amtml_no_angle"].settings(whole), "a test").loss.mapping == {"t2": "high"}
 
 
 def test_a_file_goes_on_from_its_base(tmp_path: Path) -> None:
