@@ -23,6 +23,7 @@ from .run import Run, RunError, read_json, versions, write_atomic
 from .zoo import brings_weights
 
 RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
+ADAPTERS = 5  # methods in the picture of the teacher weights
 GALLERY = 6  # images in the picture of the paper's Figure 4
 
 
@@ -187,10 +188,12 @@ def write_figures(
         files.append(place / "number_of_teachers.png")
         report.number_of_teachers([*numbers, *okd_means(config, found)], files[-1])
     weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
+    adapters = [label for label in weighted if has_adapter(found.runs[label][0])]
     if weighted and teachers is not None:
         files.append(place / "entropy.png")
-        report.entropy(weighted, files[-1], teachers.names)
-    adapted = next((jobs[0] for label, jobs in found.runs.items() if label in weighted and has_adapter(jobs[0])), None)
+        first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
+        report.entropy({label: weighted[label] for label in first}, files[-1], teachers.names)
+    adapted = found.runs[adapters[0]][0] if adapters else None
     if adapted is None or teachers is None:
         return files
     chosen, probs, weights = examples(adapted, teachers, data)
@@ -202,7 +205,9 @@ def write_figures(
 
 
 def has_adapter(job: Job) -> bool:
-    return (job.folder / "objective.safetensors").is_file() and job.method.name.startswith("amtml")
+    """Whether the finished run has learned weights for its teachers."""
+    file = job.folder / "objective.safetensors"
+    return file.is_file() and any("adapter.theta" in key for key in load_file(file))
 
 
 @torch.no_grad()
