@@ -198,6 +198,6 @@ ABLATIONS = (
     ablation("best_low", "best teacher low", mapping="best_low"),
     ablation("random", "random mapping", mapping="random"),
     ablation("angle_trains_weights", "angle trains weights", angle_trains_weights=True),
-    ablation("label_weights", "labels train weights", adapter_label_weight=1.0),
+    ablation("label_weights", "weights from labels", kl_trains_weights=False, adapter_label_weight=1.0),
 )
 PAPER_CODE = replace(METHOD, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=PRESETS["paper_code"])
