@@ -299,10 +299,15 @@ def test_a_folder_of_another_configuration_is_refused_before_anything_is_trained
 def test_tables_have_every_side_of_the_comparison(compared: Compared) -> None:
     folder, outcome, _ = compared
     text = (folder / "small" / "results.md").read_text()
-    for heading in ("## Accuracy", "## Networks", "## Number of teachers", "## Students"):
+    for heading in ("## Accuracy", "## Paired tests", "## Networks", "## Number of teachers", "## Students"):
         assert text.count(heading) == 1, heading
     assert outcome.found.sentence in text and "Peak memory" in text
-    rows = json.loads((folder / "small" / "results.json").read_text())["rows"]
+    whole = json.loads((folder / "small" / "results.json").read_text())
+    rows, ours = whole["rows"], [run for run in outcome.found.main if run.method == "amtml_kd"]
+    for test, other in zip(whole["paired_tests"], ("student", "avg_mkd"), strict=True):
+        (them,) = (row for row in outcome.found.main if row.method == other)
+        assert (test["method"], test["less"], test["n"]) == ("amtml_kd", other, 2)
+        assert test["mean"] == pytest.approx(ours[0].mean - them.mean, abs=1e-9)
     assert {(row["student"], row["teachers"]) for row in rows if row["role"] == "student"} == {
         ("narrow", None), ("narrow", 2), ("narrow", 3), ("wide", None), ("wide", 2), ("wide", 3)}  # fmt: skip
     assert all(row["peak_memory"] > 1e7 and row["seconds_per_epoch"] > 0 for row in rows)

@@ -384,6 +384,7 @@ def test_a_variant_is_another_method_with_other_values() -> None:
             "variants: {mine: {loss: {mode: max}}}\ncompare: {methods: [mine]}",
             r"loss.mode: one of mixture, sum wanted, got 'max'",
         ),
+        ("variants: {student: {method: avg_mkd}}", r"variants: names of their own wanted, got 'student', which is a"),
         ("compare: {teachers: [2]}", r"compare.teachers: 1 to 0 \(the teachers\) wanted, got 2"),
         ("compare: {students: [{name: student}]}", r"compare.students.name: unique names"),
         ("compare: {workers: 0}", r"compare.workers: 1 or more wanted, got 0"),

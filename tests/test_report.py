@@ -66,6 +66,20 @@ def test_mean_and_sample_std():
     assert Row("m", "M", 1, [0.9]).std is None
 
 
+def test_the_table_of_paired_tests_is_their_numbers():
+    ours = Row("amtml_kd", "AMTML-KD", 10, [0.80, 0.82, 0.81])
+    other, level = Row("a", "A", 10, [0.78, 0.79, 0.785]), Row("b", "B", 10, [0.80, 0.82, 0.81])
+    lines = report.paired_tests(ours, [other, level]).splitlines()
+    gaps = [0.02, 0.03, 0.025]
+    low, high = stats.t.interval(0.95, 2, statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(3))
+    p = stats.ttest_rel(ours.accuracies, other.accuracies).pvalue
+    interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
+    assert cells(lines[2]) == ["AMTML-KD - A", "+2.50 ± 0.50 points", interval, f"p = {p:.2g}"]
+    assert cells(lines[3]) == ["AMTML-KD - B", "+0.00 ± 0.00 points", "+0.00 to +0.00", "p = 1"]
+    assert report.paired_tests(Row("c", "C", 10, [0.5]), [Row("d", "D", 10, [0.6])]) == ""
+    assert report.paired_tests(ours, []) == ""
+
+
 @pytest.mark.parametrize("accuracies", [[], [0.9, 91.0], [-0.1]])
 def test_a_row_refuses_what_is_no_fraction(accuracies):
     with pytest.raises(ValueError, match=r"Row 'M': accuracies must"):

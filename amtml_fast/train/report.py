@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .charts import accuracies, number_of_teachers
@@ -19,6 +20,7 @@ from .tables import (
     by_student,
     by_teachers,
     csv,
+    grid,
     markdown,
     networks,
     records,
@@ -42,6 +44,7 @@ __all__ = [
     "networks",
     "number_of_teachers",
     "paired_difference",
+    "paired_tests",
     "records",
     "soft_targets",
     "table",
@@ -110,6 +113,20 @@ def verdict(a: Row, b: Row) -> str:
     if test.p >= LEVEL:
         return f"cannot be told from {other}: {measured}"
     return f"{'beats' if test.mean > 0 else 'falls behind'} {other}: {measured}"
+
+
+def paired_tests(main: Row, others: Sequence[Row]) -> str:
+    """Markdown: main - each other row over the same seeds; "" of one seed, or without others."""
+    tests = [(other, paired_difference(main, other)) for other in others]
+    lines = [
+        (f"{main.label} - {other.label}", str(test), f"{100 * test.low:+.2f} to {100 * test.high:+.2f}", _p(test.p))
+        for other, test in tests
+        if test.p is not None and test.low is not None and test.high is not None
+    ]
+    if not lines:
+        return ""
+    table = grid(("Difference", f"{main.split.capitalize()} accuracy", "95 % interval", "Paired t-test"), lines)
+    return f"{table}\nEach line is one test by itself; of twenty that compare equals, one shows p < 0.05 by chance.\n"
 
 
 def _p(p: float) -> str:

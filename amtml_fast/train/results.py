@@ -98,12 +98,18 @@ def finding(rows: Sequence[report.Row]) -> str:
     """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, the best other one and the student alone."""
     if len(rows) == 1:
         return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the {rows[0].split} set."
-    main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
-    others = {row.method: row for row in rows if row is not main}
-    best = max(others.values(), key=lambda row: row.mean)
+    main, rest = ours_and_others(rows)
+    others = {row.method: row for row in rest}
+    best = max(rest, key=lambda row: row.mean)
     wanted = [others.get("avg_mkd", best), best, others.get("student", best)]
     parts = [report.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
     return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
+
+
+def ours_and_others(rows: Sequence[report.Row]) -> tuple[report.Row, list[report.Row]]:
+    """The row that the others are compared with: AMTML-KD's, or else the last one."""
+    main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
+    return main, [row for row in rows if row is not main]
 
 
 def tables(config: Config, found: Found) -> str:
@@ -118,6 +124,7 @@ def tables(config: Config, found: Found) -> str:
     )
     sections = {
         "Accuracy": report.markdown(found.main, found.teachers),
+        "Paired tests": report.paired_tests(*ours_and_others(found.main)) if found.main else "",
         "Networks": report.networks(networks, config.compare.split),
         "Number of teachers": report.by_teachers(by_number),
         "Students": report.by_student([row for row in found.rows if row.teachers in everyone]),
@@ -148,12 +155,24 @@ def okd_means(config: Config, found: Found) -> list[report.Row]:
     return rows
 
 
+def paired_records(rows: Sequence[report.Row]) -> list[dict[str, Any]]:
+    """For JSON: ours less each other method of the plain case, fractions."""
+    if not rows:
+        return []
+    main, others = ours_and_others(rows)
+    tests = {other.method: report.paired_difference(main, other)._asdict() for other in others}
+    for test in tests.values():
+        del test["t"]  # infinite where every seed differs by the same: no JSON
+    return [{"method": main.method, "less": less, **test} for less, test in tests.items()]
+
+
 def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
     """results.csv, results.md and results.json in the comparison's folder."""
     whole: dict[str, Any] = {
         "name": config.name,
         "finding": found.sentence,
         "rows": report.records(found.rows, found.teachers),
+        "paired_tests": paired_records(found.main),
         "epochs": config.distill.epochs,
         "seeds": config.compare.seeds,
         "seconds": seconds,

@@ -120,7 +120,7 @@ def markdown(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> str:
     lines = [(f"teacher: {name}", *rest) for name, *rest in body[: len(teachers)]]
     for row, (name, parameters, accuracy, *rest) in zip(rows, body[len(teachers) :], strict=True):
         lines.append((name, parameters, _bold(accuracy, _printed(row) == best), *rest))
-    return f"{_grid(header, lines)}\n{_caption(rows)}\n"
+    return f"{grid(header, lines)}\n{_caption(rows)}\n"
 
 
 def csv(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> str:
@@ -187,7 +187,7 @@ def networks(networks: Sequence[Network], split: str = "test") -> str:
         )
         for network in networks
     ]
-    table = _grid(("Network", "Role", "Parameters", "Compression", f"{split.capitalize()} accuracy (%)"), lines, left=2)
+    table = grid(("Network", "Role", "Parameters", "Compression", f"{split.capitalize()} accuracy (%)"), lines, left=2)
     return f"{table}\nCompression: parameters of the largest teacher / this network's.\n"
 
 
@@ -294,7 +294,7 @@ def _best_of_columns(corner: str, heads: Sequence[str], lines: Sequence[tuple[st
         (name, *("-" if row is None else _bold(accuracy(row), _printed(row) == best[i]) for i, row in enumerate(cells)))
         for name, cells in lines
     ]
-    return _grid((corner, *heads), body)
+    return grid((corner, *heads), body)
 
 
 def _section(tables: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:
@@ -374,7 +374,7 @@ def _bold(text: str, best: bool) -> str:
     return f"**{text}**" if best else text
 
 
-def _grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
+def grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
     """A Markdown table; its first `left` columns are text, the others numbers."""
     rule = "|" + "|".join(":---" if i < left else "---:" for i in range(len(header))) + "|"
     return "\n".join([_line(header), rule, *map(_line, lines)]) + "\n"

@@ -38,6 +38,9 @@ def known(config: Config) -> dict[str, Method]:
     """Every method that this configuration can ask for: METHODS, one okd-<teacher> a teacher, and its variants."""
     single = [avg_mkd.of_one_teacher(teacher.name) for teacher in config.teachers]
     found = METHODS | {method.name: method for method in single}
+    for name in config.variants:
+        if name in (*found, OKD):
+            raise ConfigError(f"config: variants: names of their own wanted, got {name!r}, which is a method")
     return found | {name: variant(name, asked, found) for name, asked in config.variants.items()}
 
 
