@@ -133,6 +133,11 @@ def test_a_method_is_given_the_teachers_and_maps_that_it_asks_for(compared: Comp
         ("amtml_kd", "student.groups={}", r"narrow\.groups: layer groups wanted by amtml_kd"),
         ("fitnet", "student.features=null", r"narrow\.features: the last convolutional map's path wanted by fitnet"),
         ("amtml_kd", "loss.mapping={a: top}", r"a layer group of narrow \(low, mid, high\) wanted, got 'top'"),
+        ("amtml_kd", "loss.mapping={d: low}", r"'d' is no teacher; the teachers are a, b, c"),
+        ("amtml_kd", "loss.mapping={7: low}", r"7 is no teacher; the teachers are a, b, c"),
+        ("amtml_kd", "student.groups={low: block1, high: block3}", r"narrow\.groups: at least 3 for 3 teachers wanted"),
+        ("fitnet", "teachers.2.hint=null", r"teachers\.c\.hint: .* wanted by fitnet, got null"),
+        ("okd", "name=x", r"one method wanted, 'okd' stands for okd-a, okd-b, okd-c"),
         ("okd-d", "name=x", r"one of okd, student.* wanted, got 'okd-d'"),
     ],
 )
@@ -141,10 +146,62 @@ def test_what_the_student_does_not_offer(tmp_path: Path, method: str, change: st
         student_job(load(tmp_path, change), method, 0)
 
 
+def test_an_explicit_mapping_is_cut_to_the_teachers_that_there_are(tmp_path: Path) -> None:
+    settings = load(tmp_path, "loss.mapping={b: low, 0: high, c: mid}")
+    assert student_job(settings, "amtml_kd", 0).config.loss.mapping == {"b": "low", "a": "high", "c": "mid"}
+    assert student_job(settings, "amtml_kd", 0, teachers=1).config.loss.mapping == {"a": "high"}
+    assert student_job(settings, "amtml_paper_code", 0, teachers=1).config.loss.mapping == {"a": "low"}
+    with pytest.raises(config.ConfigError, match=r"at least one of a wanted, got {'b': 'low'}"):
+        student_job(load(tmp_path, "loss.mapping={b: low}"), "amtml_kd", 0, teachers=1)
+
+
+def test_paper_code_takes_the_groups_of_the_student_at_hand(tmp_path: Path) -> None:
+    other = "compare.students=[{name: other, factory: small_cnn, features: block3, groups: {x: block1, y: block2, z: block3}}]"
+    jobs = compare.plan(load(tmp_path, other, "compare.methods=[amtml_paper_code]", "compare.seeds=[0]"))
+    assert {str(job.config.loss.mapping) for job in jobs} == {"{'a': 'low', 'b': 'mid'}", "{'a': 'x', 'b': 'y'}"}
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ("one: {label: Same}, two: {label: Same}", r"labels of their own wanted, got 'Same' twice"),
+        ("one: {}, one-wide: {}", r"would share the folder .*one-wide-2teachers-seed0; another name"),
+    ],
+)
+def test_what_would_be_mixed_up(tmp_path: Path, variants: str, message: str) -> None:
+    lines = YAML.replace("methods: [student, avg_mkd, amtml_kd]", "methods: [one, two, one-wide]")
+    lines = lines + f"variants: {{{variants}}}\n"
+    names = "[one, two]" if "two" in variants else "[one, one-wide]"
+    with pytest.raises(config.ConfigError, match=message):
+        compare.plan(load(tmp_path, f"compare.methods={names}", lines=lines.replace("[one, two, one-wide]", names)))
+
+
+def test_what_decides_a_result_is_in_its_recipe(compared: Compared) -> None:
+    folder = compared.folder
+
+    def recipe(*overrides: str, method: str = "amtml_kd", variants: str = "") -> dict[str, object]:
+        lines = YAML + (f"variants: {{{variants}}}\n" if variants else "")
+        return student_job(load(folder, *overrides, lines=lines), method, 0).recipe()
+
+    plain = recipe()
+    groups = "student.groups={mid: block2, low: block1, high: block3}"  # the order says which are low and high
+    assert recipe(groups) != plain and recipe("loss.at_weight=7", "compare.seeds=[5]") == plain
+    assert recipe("stages.adapter_epochs=1") != plain and recipe("teachers.0.hint=block1") != plain
+    alone = recipe(method="student")
+    assert recipe("seed=1", method="student") != alone  # another split
+    assert recipe("stages.adapter_epochs=1", "loss.temperature=2", method="student") == alone
+    mean = recipe(method="avg_mkd")
+    assert recipe("stages.adapter_epochs=1", "teachers.0.hint=block1", method="avg_mkd") == mean
+    assert recipe("loss.temperature=2", method="avg_mkd") != mean
+    first = recipe(method="mine", variants="mine: {method: avg_mkd}")
+    assert first != recipe(method="mine", variants="mine: {method: aekd}") and first == mean
+
+
 def test_a_module_that_the_student_does_not_have(compared: Compared) -> None:
-    settings = load(compared.folder, "student.groups={low: block1, mid: blok2, high: block3}", "name=small")
+    settings = load(compared.folder, "student.groups={low: block1, mid: blok2, high: block3}", "name=untaught")
     with pytest.raises(ValueError, match=r"no module mid='blok2'; near names: block"):
-        compare.distill(settings, compare.load_data(settings), "amtml_kd", 7, QUIET, resume=False, fresh=False)
+        compare.compare(settings, QUIET)
+    assert not (compared.folder / "untaught").exists()  # before anything was trained
 
 
 # --- specialists and stages -------------------------------------------------------------------------------------------
@@ -310,7 +367,7 @@ def test_tables_have_every_side_of_the_comparison(compared: Compared) -> None:
         assert test["mean"] == pytest.approx(ours[0].mean - them.mean, abs=1e-9)
     assert {(row["student"], row["teachers"]) for row in rows if row["role"] == "student"} == {
         ("narrow", None), ("narrow", 2), ("narrow", 3), ("wide", None), ("wide", 2), ("wide", 3)}  # fmt: skip
-    assert all(row["peak_memory"] > 1e7 and row["seconds_per_epoch"] > 0 for row in rows)
+    assert all(0 < row["peak_memory"] < 1e9 and row["seconds_per_epoch"] > 0 for row in rows)
     for row in rows:
         if (
             row["role"] == "student"
@@ -320,6 +377,22 @@ def test_tables_have_every_side_of_the_comparison(compared: Compared) -> None:
         ):
             folders = [folder / "small" / f"avg_mkd-wide-2teachers-seed{seed}" for seed in (0, 1)]
             assert row["accuracies"] == [read_json(Run(f).result)["test_accuracy"] for f in folders]
+
+
+def test_the_plain_case_is_the_one_with_the_most_teachers_compared(compared: Compared) -> None:
+    settings = load(compared.folder, "compare.teachers=[2]")
+    found = compare.compare(settings, QUIET).found
+    assert [(row.method, row.teachers) for row in found.main] == [("student", None), ("avg_mkd", 2), ("amtml_kd", 2)]
+    assert "AMTML-KD" in found.sentence and "AvgMKD" in found.sentence
+    compare.compare(load(compared.folder), QUIET)  # the tables as they were
+
+
+def test_every_network_is_in_the_table_of_sizes(compared: Compared) -> None:
+    text = (compared.folder / "small" / "results.md").read_text().split("## Networks")[1].split("##")[0]
+    lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert {"a", "b", "c", "narrow", "wide"} <= set(lines)
+    (alone,) = (row for row in compared.outcome.found.rows if row.method == "student" and row.student == "wide")
+    assert f"{100 * alone.mean:.2f}" in lines["wide"] and f"{alone.parameters:,}" in lines["wide"]
 
 
 def test_pictures_are_written(compared: Compared) -> None:
@@ -349,21 +422,23 @@ def test_okds_mean_is_over_the_first_teachers(tmp_path: Path) -> None:
 
 
 def test_peak_memory_sees_what_was_held_inside() -> None:
-    with PeakMemory(torch.device("cpu")) as nothing:
-        pass
-    with PeakMemory(torch.device("cpu")) as something:
-        torch.ones(50_000_000).sum()
-    assert nothing.bytes is not None and something.bytes is not None
-    assert something.bytes > nothing.bytes + 150e6
-    with PeakMemory(torch.device("cpu")) as after:
-        pass
-    assert after.bytes is not None and after.bytes < something.bytes - 150e6
+    kept = [torch.ones(10_000) for _ in range(5_000)]  # 200 MB in small pieces, which malloc keeps when they go
+    memory = PeakMemory(torch.device("cpu"))
+    nothing = memory.read()
+    torch.ones(50_000_000).sum()
+    something = memory.read()
+    del kept
+    freed = PeakMemory(torch.device("cpu"))
+    kept = [torch.ones(10_000) for _ in range(2_500)]
+    again = freed.read()
+    assert nothing is not None and something is not None and again is not None
+    assert nothing < 20e6 and 190e6 < something < 250e6 and 80e6 < again < 130e6 and len(kept) == 2_500
 
 
 def test_workers_share_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load(tmp_path, "compare.workers=2", "engine.threads=null")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert workers.count(settings) == 2 and workers.share(settings, 1).engine.threads == 4
+    assert workers.count(settings) == 2 and workers.share(settings).engine.threads == 4
     assert workers.count(load(tmp_path)) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert workers.count(settings) == 1
@@ -372,5 +447,10 @@ def test_workers_share_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6,7")
     gpus = load(tmp_path, "engine.device=auto")
     assert workers.count(gpus) == 4
-    workers.share(gpus, 1)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    with workers.its_gpu(gpus, 1):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,5,6,7" and workers.share(gpus).engine.threads == 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with workers.its_gpu(gpus, 6):
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ

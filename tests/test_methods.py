@@ -276,6 +276,23 @@ def test_the_angle_trains_the_weights_only_where_asked() -> None:
     assert (gradient("amtml_angle_trains_weights") - alone).abs().max() > 1e-4
 
 
+def test_the_angle_on_logits_trains_the_weights_too_where_asked() -> None:
+    step, options = make_step(), {"angle_on": "logits", "angle_weight": 100.0, "hint_weight": 0.0}
+    plain, asked = objective("amtml_kd", **options), objective("amtml_angle_trains_weights", **options)
+    torch.testing.assert_close(plain(step).loss, asked(step).loss)
+    first, second = (torch.autograd.grad(made(step).loss, made.adapter.v)[0] for made in (plain, asked))
+    assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_student_that_diverged_shows_in_the_loss(name: str) -> None:
+    """And raises nothing: the trainer stops that run, and the others go on."""
+    method = METHODS[name]
+    made, step = objective(name, teachers=1 if method.teachers == "best" else T), seen(method)
+    out = made(step._replace(logits=step.logits * float("nan")))
+    assert not out.loss.isfinite()
+
+
 def test_labels_train_the_weights_towards_the_teacher_that_is_right() -> None:
     step, made = make_step(), objective("amtml_label_weights", temperature=2.0)
     plain = objective("amtml_kd", temperature=2.0)
@@ -292,7 +309,7 @@ def test_labels_train_the_weights_towards_the_teacher_that_is_right() -> None:
 
 
 def test_without_the_kl_only_the_labels_train_the_weights() -> None:
-    step, options = make_step(), {"hint_weight": 0.0, "regularizer_weight": 0.0, "angle_trains_weights": True}
+    step, options = make_step(), {"hint_weight": 0.0, "regularizer_weight": 0.0}
     made = objective("amtml_kd", kl_trains_weights=False, adapter_label_weight=2.0, **options)
     plain = objective("amtml_kd", adapter_label_weight=2.0, **options)
     torch.testing.assert_close(made(step).loss, plain(step).loss)
@@ -301,9 +318,10 @@ def test_without_the_kl_only_the_labels_train_the_weights() -> None:
     torch.testing.assert_close(gradient, surprise)
     (both,) = torch.autograd.grad(plain(step).loss, plain.adapter.v)
     assert (both - gradient).abs().max() > 1e-3
-    regular = objective("amtml_kd", kl_trains_weights=False, hint_weight=0.0, regularizer_weight=0.5)
-    (gradient,) = torch.autograd.grad(regular(step).loss, regular.adapter.v)
-    torch.testing.assert_close(gradient, regular.adapter.v)
+    options["regularizer_weight"] = 0.5
+    regular = objective("amtml_kd", kl_trains_weights=False, adapter_label_weight=2.0, **options)
+    (more,) = torch.autograd.grad(regular(step).loss, regular.adapter.v)
+    torch.testing.assert_close(more, gradient + regular.adapter.v)
 
 
 def test_the_adapters_own_seed_fixes_it_and_nothing_else() -> None:
@@ -385,6 +403,23 @@ def test_a_variant_is_another_method_with_other_values() -> None:
             r"loss.mode: one of mixture, sum wanted, got 'max'",
         ),
         ("variants: {student: {method: avg_mkd}}", r"variants: names of their own wanted, got 'student', which is a"),
+        ("variants: {okd-x: {method: avg_mkd}}", r"variants: names of their own wanted, got 'okd-x'"),
+        (
+            "variants: {mine: {method: avg_mkd, loss: {hint_weight: 0.1}}}\ncompare: {methods: [mine]}",
+            r"variants.mine: keys that avg_mkd reads wanted, got loss.hint_weight",
+        ),
+        (
+            "variants: {mine: {method: eb_kd, stages: {adapter_epochs: 1}}}\ncompare: {methods: [mine]}",
+            r"variants.mine: keys that eb_kd reads wanted, got stages",
+        ),
+        ("loss: {kl_scale: 0}", r"loss.kl_scale: a number above 0 wanted, got 0.0"),
+        ("loss: {delta: 0}", r"loss.delta: a number above 0 wanted, got 0.0"),
+        ("loss: {distance_weight: -1}", r"loss.distance_weight: 0 or more wanted, got -1.0"),
+        ("loss: {kl_trains_weights: false}", r"loss.adapter_label_weight: above 0 wanted where kl_trains_weights"),
+        (
+            "loss: {kl_trains_weights: false, adapter_label_weight: 1, angle_trains_weights: true}",
+            r"loss.angle_trains_weights: false wanted where kl_trains_weights=false",
+        ),
         ("compare: {teachers: [2]}", r"compare.teachers: 1 to 0 \(the teachers\) wanted, got 2"),
         ("compare: {students: [{name: student}]}", r"compare.students.name: unique names"),
         ("compare: {workers: 0}", r"compare.workers: 1 or more wanted, got 0"),

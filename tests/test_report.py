@@ -720,7 +720,7 @@ def test_of_too_many_methods_the_best_are_drawn():
         ([[0.90, 0.91], [0.91, 0.92]], [[0.95, 0.96], [0.90, 0.94]], "every number of teachers, beyond the seeds' spread in 1 of 2"),
         ([[0.90], [0.91]], [[0.95], [0.90]], "The best method changes with the number of teachers"),
         ([[0.90], [0.91]], [[0.95], [0.93]], "B is highest with every number of teachers"),
-        ([[0.90], [0.91]], [[0.90], [0.91]], "Test accuracy by the number of teachers"),
+        ([[0.90], [0.91]], [[0.90], [0.91]], "Accuracy by the number of teachers"),
         ([[0.90], [0.91]], [[math.nan], [0.92]], "B is highest in 1 of 2 groups"),
     ],
 )  # fmt: skip

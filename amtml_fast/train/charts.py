@@ -190,7 +190,7 @@ def _groups_finding(panels: dict[str, list[Row]]) -> str:
             clear[first.label] += first.mean - second.mean > max(first.std or 0.0, second.std or 0.0)
     ahead = wins.most_common(2)
     if not ahead:
-        return "Test accuracy by the number of teachers"
+        return "Accuracy by the number of teachers"
     if len(ahead) == 2 and ahead[0][1] == ahead[1][1]:
         return "The best method changes with the number of teachers"
     (label, count), n = ahead[0], len(groups)

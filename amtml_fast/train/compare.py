@@ -41,15 +41,26 @@ def plan(config: Config) -> list[Job]:
         raise ConfigError(
             f"config: compare: at least one method and one seed wanted, got {asked.methods} and {asked.seeds}"
         )
-    chosen = [(method, applied(config, method)) for method in registry.chosen(config, asked.methods)]
+    chosen = registry.chosen(config, asked.methods)
     numbers = asked.teachers or [len(config.teachers)]
+    students = (config.student, *asked.students)
+    settings = {(s.name, m.name): applied(config, m, s) for s in students for m in chosen}
     jobs: dict[Path, Job] = {}
     for seed in asked.seeds:
-        for student in (config.student, *asked.students):
+        for student in students:
             for number in numbers:
-                for method, settings in chosen:
-                    job = job_of(settings, method, seed, student, number)
-                    jobs.setdefault(job.folder, job)
+                for method in chosen:
+                    job = job_of(settings[student.name, method.name], method, seed, student, number)
+                    other = jobs.setdefault(job.folder, job)
+                    if (other.method.name, other.student) != (method.name, student.name):
+                        raise ConfigError(
+                            f"config: {method.name} for {student.name} and {other.method.name} for {other.student} "
+                            f"would share the folder {job.folder}; another name for one of them wanted"
+                        )
+    labels = [method.label for method in chosen]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"config: variants: labels of their own wanted, got {label!r} twice")
     return list(jobs.values())
 
 
@@ -82,6 +93,17 @@ class Session:
             if phase == TEACH:
                 raise
             self.display.warn(f"{error} The comparison goes on without {job.method.label}.")
+
+    def check(self) -> None:
+        """Makes each kind of student once: a module that it does not have is found before hours of training."""
+        seen = set()
+        for job in self.jobs[DISTILL]:
+            kind = (job.factory, str(job.args), str(job.paths))
+            if kind not in seen:
+                seen.add(kind)
+                data = self.data
+                model = build(job.factory, job.args, num_classes=data.num_classes, in_channels=data.in_channels)
+                FeatureExtractor(model, job.paths)
 
     def waiting(self, phase: str) -> list[workers.Task]:
         """What is not finished yet. RunError, before anything is trained, for a folder that holds something else."""
@@ -138,7 +160,8 @@ def load_teachers(
     """The teachers that these jobs need, with their outputs cached where that is right; None if none need any."""
     if not any(job.method.needs_teachers for job in jobs):
         return None
-    teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
+    with make_accelerator(config.engine, config.folder).main_process_first():  # of several processes one downloads
+        teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
     if frozen.wants_cache(config, teachers, data, display):
         teachers.fill_cache(data, display)
     return teachers
@@ -188,6 +211,7 @@ def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome
     """Trains the teachers and every student that is not finished yet, and writes tables and pictures."""
     began = time.perf_counter()
     session = Session(config, display, fresh=fresh)
+    session.check()
     for phase in (TEACH, DISTILL):
         try:
             session.run(phase)

@@ -470,8 +470,23 @@ def _check_values(config: Config) -> None:
         _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
     if not 0.0 <= config.loss.alpha <= 1.0:
         raise ConfigError(f"config: loss.alpha: a number in [0, 1] wanted, got {config.loss.alpha}")
-    if not config.loss.temperature > 0.0:
-        raise ConfigError(f"config: loss.temperature: a number above 0 wanted, got {config.loss.temperature}")
+    for key in ("temperature", "kl_scale", "delta"):
+        if not getattr(config.loss, key) > 0.0:
+            raise ConfigError(f"config: loss.{key}: a number above 0 wanted, got {getattr(config.loss, key)}")
+    for key, weight in to_dict(config.loss).items():
+        if key.endswith("_weight") and not weight >= 0.0:
+            raise ConfigError(f"config: loss.{key}: 0 or more wanted, got {weight}")
+    loss = config.loss
+    if loss.adapter == "learned" and not loss.kl_trains_weights:
+        if loss.adapter_label_weight == 0.0:
+            raise ConfigError(
+                "config: loss.adapter_label_weight: above 0 wanted where kl_trains_weights=false, got 0.0"
+            )
+        if loss.angle_trains_weights:
+            raise ConfigError(
+                "config: loss.angle_trains_weights: false wanted where kl_trains_weights=false, got true: the weights would "
+                "be fixed for the angle loss, too"
+            )
     if config.engine.gradient_accumulation_steps < 1:
         raise ConfigError(
             "config: engine.gradient_accumulation_steps: 1 or more wanted, "

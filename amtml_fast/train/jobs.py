@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -58,20 +58,26 @@ class Job:
         engine = to_dict(config.engine)
         recipe: dict[str, Any] = {
             "data": {k: v for k, v in to_dict(config.data).items() if k not in ("root", "download")},
+            "split_seed": config.seed,
             "classes": self.classes,
             "model": {"factory": self.factory, "args": self.args},
             "start": frozen.sha256(Path(self.weights)) if self.weights else None,
             "train": to_dict(self.train),
             "loss": method.loss(config),
             "engine": {k: engine[k] for k in ("mixed_precision", "gradient_accumulation_steps")},
-            "method": method.name,
+            "method": method.base or method.name,
             "seed": self.seed,
+            "paths": self.paths,
+            "groups": list(self.paths),  # their order decides who guides which
         }
         if method.needs_teachers:
             prints = frozen.fingerprint(config)
-            recipe |= {"teachers": {name: prints[name] for name in self.teachers}}
-            recipe |= {"paths": self.paths, "stages": to_dict(config.stages)}
-            recipe |= {"hints": {t.name: t.hint for t in config.teachers if t.name in self.teachers}}
+            recipe["teachers"] = {name: prints[name] for name in self.teachers}
+            recipe["order"] = list(self.teachers)
+            if method.hints(config.loss):
+                recipe["hints"] = {t.name: t.hint for t in config.teachers if t.name in self.teachers}
+            if "adapter" in method.reads:
+                recipe["stages"] = to_dict(config.stages)
         if method.peers:
             recipe["peers"] = len(self.teachers)
         return json.loads(json.dumps(recipe))  # as it comes back from run.json
@@ -104,8 +110,17 @@ def student_job(
     teachers: int | None = None,
 ) -> Job:
     """Training a student by a method, from the first `teachers` teachers (None: all of them)."""
-    chosen = methods.chosen(config, [method])[0] if isinstance(method, str) else method
-    return job_of(applied(config, chosen), chosen, seed, student or config.student, teachers)
+    student = student or config.student
+    chosen = one_method(config, method) if isinstance(method, str) else method
+    return job_of(applied(config, chosen, student), chosen, seed, student, teachers)
+
+
+def one_method(config: Config, name: str) -> Method:
+    found = methods.chosen(config, [name])
+    if len(found) != 1:
+        names = ", ".join(method.name for method in found) or "none, for there are no teachers"
+        raise ConfigError(f"config: method: the name of one method wanted, {name!r} stands for {names}")
+    return found[0]
 
 
 def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, teachers: int | None) -> Job:
@@ -118,6 +133,8 @@ def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, te
         names = [chosen.teacher]
     elif len(names) < len(config.teachers) and (chosen.needs_teachers or chosen.peers):
         parts.append(f"{len(names)}teachers")
+    paths = feature_paths(student, chosen, config)
+    config = with_mapping(config, chosen, student, names)
     return Job(
         config=config,
         folder=config.folder / "-".join([*parts, f"seed{seed}"]),
@@ -128,15 +145,15 @@ def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, te
         args=student.args,
         weights=student.weights,
         train=config.distill,
-        paths=feature_paths(student, chosen, config),
+        paths=paths,
         teachers=tuple(names),
         student=student.name,
     )
 
 
-def applied(config: Config, method: Method) -> Config:
-    """The configuration with the method's own values in it."""
-    settings = method.settings(config)
+def applied(config: Config, method: Method, student: StudentConfig) -> Config:
+    """The configuration with the method's own values for this student in it."""
+    settings = method.settings(replace(config, student=student))
     return changed(config, settings, f"the method {method.name}") if settings else config
 
 
@@ -154,15 +171,46 @@ def feature_paths(student: StudentConfig, method: Method, config: Config) -> dic
             raise ConfigError(
                 f"config: {student.name}.groups: layer groups wanted by {method.name}'s hints (or loss.hint_weight=0)"
             )
-        mapping = config.loss.mapping
-        for group in mapping.values() if isinstance(mapping, Mapping) else ():
-            if group not in student.groups:
-                raise ConfigError(
-                    f"config: loss.mapping: a layer group of {student.name} ({', '.join(student.groups)}) wanted, "
-                    f"got {group!r}"
-                )
         paths |= student.groups
     return paths
+
+
+def with_mapping(config: Config, method: Method, student: StudentConfig, teachers: Sequence[str]) -> Config:
+    """The configuration with the part of an explicit hint mapping that is about these teachers; its mistakes are found
+    before anything is trained."""
+    if method.hints(config.loss):
+        for teacher in config.teachers:
+            if teacher.name in teachers and teacher.hint is None:
+                raise ConfigError(
+                    f"config: teachers.{teacher.name}.hint: the dotted path of the module whose output is the hint wanted "
+                    f"by {method.name}, got null; or set loss.hint_weight=0"
+                )
+    if not method.groups(config.loss):
+        return config
+    mapping, groups = config.loss.mapping, list(student.groups)
+    if not isinstance(mapping, Mapping):
+        if len(groups) < len(teachers):
+            raise ConfigError(
+                f"config: {student.name}.groups: at least {len(teachers)} for {len(teachers)} teachers wanted, got "
+                f"{', '.join(groups)}; an explicit loss.mapping may share groups"
+            )
+        return config
+    everyone = [teacher.name for teacher in config.teachers]
+    kept: dict[str, str] = {}
+    for key, group in mapping.items():
+        name = str(key) if str(key) in everyone else None
+        name = everyone[int(key)] if name is None and str(key).isdigit() and int(key) < len(everyone) else name
+        if name is None:
+            raise ConfigError(f"config: loss.mapping: {key!r} is no teacher; the teachers are {', '.join(everyone)}")
+        if group not in groups:
+            raise ConfigError(
+                f"config: loss.mapping: a layer group of {student.name} ({', '.join(groups)}) wanted, got {group!r}"
+            )
+        if name in teachers:
+            kept[name] = group
+    if not kept:
+        raise ConfigError(f"config: loss.mapping: at least one of {', '.join(teachers)} wanted, got {dict(mapping)}")
+    return replace(config, loss=replace(config.loss, mapping=kept))
 
 
 class Distiller(nn.Module):

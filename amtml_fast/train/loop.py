@@ -124,11 +124,11 @@ class Sums:
     """Sums of an epoch on the device, read once at its end."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.totals = device, dict[str, Tensor]()
+        self.device, self.totals, self.examples = device, dict[str, Tensor](), 0
 
     def add(self, out: StepLoss, logits: Tensor, labels: Tensor) -> None:
         n = len(labels)
-        self._add("examples", torch.tensor(float(n), device=self.device))
+        self.examples += n
         self._add("train_accuracy", (logits.argmax(1) == labels).sum())
         for name, value in {"loss": out.loss.detach(), **out.terms}.items():
             self._add(name, value.float() * n)
@@ -137,7 +137,8 @@ class Sums:
             entropy = torch.special.entr(w).sum() / math.log(max(2, w.shape[1]))
             self._add("entropy", entropy)
             self._add("weight_mean", w.sum(0))
-            self._add("weight_won", torch.bincount(w.argmax(1), minlength=w.shape[1]))
+            # Not bincount, which waits for the device to learn how many bins there are.
+            self._add("weight_won", (w.argmax(1, keepdim=True) == torch.arange(w.shape[1], device=w.device)).sum(0))
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double() if self.device.type != "mps" else value.float()
@@ -145,6 +146,7 @@ class Sums:
 
     def means(self, accelerator: Accelerator) -> dict[str, Any]:
         """Means per example over all processes; one transfer."""
+        self._add("examples", torch.tensor(float(self.examples), device=self.device))
         flat = torch.cat([value.reshape(-1) for value in self.totals.values()])
         numbers = accelerator.reduce(flat, reduction="sum").tolist()
         means: dict[str, Any] = {}
@@ -186,7 +188,8 @@ def train(
     """
     accelerator = make_accelerator(job.config.engine, job.folder)
     run = Run(job.folder, writes=accelerator.is_main_process)
-    recipe = job.recipe()
+    with accelerator.main_process_first():  # the recipe of a pretrained teacher may have to fetch it
+        recipe = job.recipe()
     ready = not fresh and finished(job, resume=resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if ready:
@@ -194,13 +197,14 @@ def train(
     if fresh:
         run.clear()
         accelerator.wait_for_everyone()
-    trainer = _Trainer(job, run, accelerator, data.to(accelerator.device), teachers, display)
+    data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
+    trainer = _Trainer(job, run, accelerator, data, teachers, display)
     with Stop() as stop:
         try:
             trainer.restore()
             run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
             trainer.fit(stop)
-            trainer.finish(recipe)
+            trainer.finish(recipe, memory.read())
             stop.check()
         except KeyboardInterrupt:
             raise Interrupted(job, trainer.done) from None
@@ -292,7 +296,9 @@ class _Trainer:
                 f"got {job.train.batch_size}"
             )
         if engine.compile:
-            module.student.compile()  # in place: the state dict keeps its names
+            torch.compiler.reset()  # or the networks of earlier runs would use up the number of recompilations
+            for network in (module.student, *getattr(module.objective, "peers", ())):
+                network.compile()  # in place: the state dict keeps its names
         self.model, self.optimizer = accelerator.prepare(module, make_optimizer(job.train, module))
         self.seconds = 0.0
         self.record: dict[str, Any] = {
@@ -368,7 +374,7 @@ class _Trainer:
             self.display.say(f"{job.title}: continuing after epoch {self.done} of {job.train.epochs}")
         # Without purge_step, TensorBoard would show the epoch that a kill cut short twice.
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}})
-        with self.display.bar(job.title, n * job.train.epochs) as bar, PeakMemory(self.accelerator.device) as self.peak:
+        with self.display.bar(job.title, n * job.train.epochs) as bar:
             bar.add(n * self.done)
             for epoch in range(self.done + 1, job.train.epochs + 1):
                 began = time.perf_counter()
@@ -439,7 +445,7 @@ class _Trainer:
             self.warned.add(kind)
             self.display.warn(f"{self.job.title}, epoch {row['epoch']}: {collapse}")
 
-    def finish(self, recipe: Mapping[str, Any]) -> None:
+    def finish(self, recipe: Mapping[str, Any], peak: int | None) -> None:
         """The final figures and files; run.json says `finished` last, so a kill in here only repeats this."""
         student, data = self.bare.student, self.data
         result = {
@@ -453,5 +459,5 @@ class _Trainer:
         steps = self.steps * self.job.train.epochs
         trained = sum(row["seconds"] for row in self.run.read_metrics())
         self.record |= {"seconds_total": self.seconds, "seconds_per_step": trained / steps}
-        self.record |= {"peak_memory": self.peak.bytes, "finished": True}
+        self.record |= {"peak_memory": peak, "finished": True}
         self.run.write_record(self.record | {"recipe": recipe})

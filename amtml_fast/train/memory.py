@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 import torch
@@ -10,29 +12,43 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """`bytes`, once closed: on a GPU the most that PyTorch had allocated, on Linux the most that the process held, data
-    and teachers' outputs included; None where the system does not say."""
+    """`read()`: the most that was held, in bytes, beyond what was there when this was made: network, gradients, optimiser
+    and one step; not the data and the teachers, which trainings share. On a GPU by PyTorch's count, on Linux by the
+    system's; None where the system does not say."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.bytes = device, None if device.type == "cuda" else process_peak()
+        self.device = device
+        self.before: int | None = None
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+            return
+        give_back()
+        try:
+            CLEAR.write_text("5")  # the high-water mark of this process starts again at what it holds now
+            self.before = process("VmRSS:")
+        except OSError:
+            pass  # not Linux
 
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            try:
-                CLEAR.write_text("5")  # the high-water mark of this process starts again at what it holds now
-            except OSError:
-                pass  # not Linux: what it was before is part of the figure, or there is none
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bytes = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else process_peak()
+    def read(self) -> int | None:
+        cuda = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else process("VmHWM:")
+        return None if self.before is None or peak is None else max(0, peak - self.before)
 
 
-def process_peak() -> int | None:
+def give_back() -> None:
+    """What malloc keeps of freed memory would be used again without being counted."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):
+        pass  # not glibc
+
+
+def process(field: str) -> int | None:
+    """Bytes in a line of this process's status."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)

@@ -32,7 +32,7 @@ class Found:
     """A comparison's numbers: `rows` of every method x student x number of teachers, `main` of the plain case."""
 
     rows: list[report.Row]
-    main: list[report.Row]  # the configuration's student, learning from all teachers
+    main: list[report.Row]  # the configuration's student, learning from the most teachers compared
     teachers: list[report.Row]
     missing: list[str]  # titles of runs that diverged; their methods are in no table
     sentence: str
@@ -47,7 +47,6 @@ def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | Non
         groups.setdefault((job.student, number, job.method.name), []).append(job)
     rows, main, runs = [], [], dict[str, list[Job]]()
     missing = [job.title for job in jobs if not Run(job.folder).finished()]
-    everyone = (len(config.teachers), None)
     for (student, number, _), group in groups.items():
         if not all(Run(job.folder).finished() for job in group):
             continue
@@ -55,7 +54,7 @@ def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | Non
         line = row(group[0].method.name, group[0].method.label, runs_of, config.compare.split)
         line = replace(line, student=student, teachers=number)
         rows.append(line)
-        if student == config.student.name and (number in everyone or group[0].method.teacher is not None):
+        if student == config.student.name and (number in (most(config), None) or group[0].method.teacher is not None):
             main.append(line)
             runs[line.label] = group
     teacher_rows = [teacher_row(config, i, teachers, data) for i in range(len(config.teachers))]
@@ -65,6 +64,11 @@ def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | Non
     if missing:
         sentence += f" Left out, for their loss became no number: {', '.join(missing)}."
     return Found(rows, main, teacher_rows, missing, sentence, runs)
+
+
+def most(config: Config) -> int:
+    """The largest number of teachers in the comparison."""
+    return max(config.compare.teachers or [len(config.teachers)])
 
 
 def row(method: str, label: str, runs: list[Run], split: str) -> report.Row:
@@ -114,11 +118,11 @@ def ours_and_others(rows: Sequence[report.Row]) -> tuple[report.Row, list[report
 
 def tables(config: Config, found: Found) -> str:
     """All tables as Markdown, those left out that would have nothing to compare."""
-    students = {job.student: job for group in found.runs.values() for job in group}
     networks = [report.Network(row.label, "teacher", row.parameters, row.mean) for row in found.teachers]
-    best = {name: max((r for r in found.rows if r.student == name), key=lambda r: r.mean) for name in students}
-    networks += [report.Network(name, "student", row.parameters, row.mean) for name, row in best.items()]
-    everyone = (len(config.teachers), None)
+    sizes = {row.student: row.parameters for row in found.rows}
+    alone = {row.student: row.mean for row in found.rows if row.method == "student"}
+    networks += [report.Network(name, "student", size, alone.get(name)) for name, size in sizes.items()]
+    named = config.loss.mapping == "best_high" and config.loss.hint_weight != 0  # what the names of by_mapping say
     by_number = [row for row in found.rows if row.student == config.student.name and not is_okd(row)] + okd_means(
         config, found
     )
@@ -127,8 +131,8 @@ def tables(config: Config, found: Found) -> str:
         "Paired tests": report.paired_tests(*ours_and_others(found.main)) if found.main else "",
         "Networks": report.networks(networks, config.compare.split),
         "Number of teachers": report.by_teachers(by_number),
-        "Students": report.by_student([row for row in found.rows if row.teachers in everyone]),
-        "Mapping of teachers to layer groups": report.by_mapping(found.main),
+        "Students": report.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
+        "Mapping of teachers to layer groups": report.by_mapping(found.main) if named else "",
     }
     return "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
 
@@ -208,6 +212,8 @@ def write_figures(
         report.number_of_teachers([*numbers, *okd_means(config, found)], files[-1])
     weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
     adapters = [label for label in weighted if has_adapter(found.runs[label][0])]
+    if teachers is not None:
+        teachers = teachers.only(teachers.names[: most(config)], hints=bool(teachers.channels))
     if weighted and teachers is not None:
         files.append(place / "entropy.png")
         first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others

@@ -188,7 +188,7 @@ def networks(networks: Sequence[Network], split: str = "test") -> str:
         for network in networks
     ]
     table = grid(("Network", "Role", "Parameters", "Compression", f"{split.capitalize()} accuracy (%)"), lines, left=2)
-    return f"{table}\nCompression: parameters of the largest teacher / this network's.\n"
+    return f"{table}\nCompression: parameters of the largest teacher / this network's. A student's accuracy is the one it has alone.\n"
 
 
 def by_teachers(rows: Sequence[Row]) -> str:

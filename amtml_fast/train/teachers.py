@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data as datasets
-from . import zoo
+from . import workers, zoo
 from .config import Config, ConfigError, TeacherConfig
 from .features import FeatureExtractor
 from .models import build
@@ -205,6 +205,8 @@ def wants_cache(config: Config, teachers: Teachers, data: datasets.ImageData, di
     one = teachers.live(next(iter(datasets.Loader(data.val, data, 1))).images)
     size = sum(x.numel() * x.element_size() for x in (*one.logits, *one.maps)) * len(data.train.labels)
     free = free_memory(data.train.images.device)
+    if free is not None and data.train.images.device.type == "cpu":
+        free //= workers.count(config)  # each of them looks at the same memory
     if free is not None and size > free // 2:
         display.warn(
             f"the teachers' outputs would take {size / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free; "

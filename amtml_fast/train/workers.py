@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from .config import Config
 from .progress import Bar, Display, RemoteDisplay
 from .run import RunError
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 STOPPED = 130  # a worker's exit code after a stop
 
 
@@ -38,8 +39,7 @@ def count(config: Config) -> int:
     """How many trainings run side by side: compare.workers, else one a GPU. One under accelerate launch or torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return 1
-    gpus = torch.cuda.device_count() if config.engine.device == "auto" else 0
-    return config.compare.workers or max(1, gpus)
+    return config.compare.workers or max(1, gpus(config))
 
 
 def run(config: Config, tasks: Iterable[Task], display: Display, *, fresh: bool, done: Callable[[Task], None]) -> None:
@@ -76,8 +76,9 @@ class Worker:
     def __init__(self, number: int, config: Config, fresh: bool) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA and OpenMP do not survive a fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, number, config, fresh))
-        self.process.start()
+        self.process = context.Process(target=work, args=(theirs, share(config), fresh))
+        with its_gpu(config, number):
+            self.process.start()
         theirs.close()
         self.task: Task | None = None
         self.bars: list[tuple[ExitStack, Bar]] = []
@@ -128,7 +129,7 @@ class Worker:
             raise
 
 
-def work(connection: Connection, number: int, config: Config, fresh: bool) -> None:
+def work(connection: Connection, config: Config, fresh: bool) -> None:
     """The worker's side: trains what it is given until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent's word counts
     signal.signal(signal.SIGTERM, _stop)
@@ -141,7 +142,7 @@ def work(connection: Connection, number: int, config: Config, fresh: bool) -> No
             raise KeyboardInterrupt from None  # nobody is there to show it to
 
     try:
-        session = Session(share(config, number), RemoteDisplay(send), fresh=fresh)
+        session = Session(config, RemoteDisplay(send), fresh=fresh)
         while True:
             task = connection.recv()
             session.train(task.phase, task.position)
@@ -154,15 +155,32 @@ def work(connection: Connection, number: int, config: Config, fresh: bool) -> No
         send("failed", error)
 
 
-def share(config: Config, number: int) -> Config:
-    """The configuration for one of several workers: its GPU, or its share of the processor's cores."""
-    gpus = torch.cuda.device_count() if config.engine.device == "auto" else 0
-    if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % gpus]  # read when CUDA is first used, in this process
-        return config
+def gpus(config: Config) -> int:
+    return torch.cuda.device_count() if config.engine.device == "auto" else 0
+
+
+@contextmanager
+def its_gpu(config: Config, number: int) -> Iterator[None]:
+    """While a worker starts, the environment shows one GPU: once CUDA is in use in a process, it would be too late."""
+    if not gpus(config):
+        yield
+        return
+    before = os.environ.get(VISIBLE)
+    visible = before.split(",") if before else list(map(str, range(gpus(config))))
+    os.environ[VISIBLE] = visible[number % len(visible)]
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
+
+
+def share(config: Config) -> Config:
+    """The configuration for one of several workers: on the CPU with its share of the cores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = config.engine.threads or max(1, cores // count(config))
+    threads = config.engine.threads or (None if gpus(config) else max(1, cores // count(config)))
     return replace(config, engine=replace(config.engine, threads=threads))
 
 

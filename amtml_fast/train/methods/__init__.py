@@ -6,10 +6,10 @@ A method says what it needs and builds the objective, an `nn.Module` that turns 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
-from ..config import Config, ConfigError, VariantConfig, nearest
+from ..config import Config, ConfigError, LossConfig, VariantConfig, nearest
 from . import aekd, amtml_kd, at, avg_mkd, ca_mkd, dml, eb_kd, fitnet, rkd, student
 from .base import BEST, Context, Method, Step, StepLoss
 
@@ -31,6 +31,7 @@ METHODS: dict[str, Method] = {
         amtml_kd.PAPER_CODE,
     )
 }
+NAMES = tuple(key.name for key in fields(LossConfig))
 OKD = "okd"  # stands for one method a teacher, okd-<teacher>
 
 
@@ -39,7 +40,7 @@ def known(config: Config) -> dict[str, Method]:
     single = [avg_mkd.of_one_teacher(teacher.name) for teacher in config.teachers]
     found = METHODS | {method.name: method for method in single}
     for name in config.variants:
-        if name in (*found, OKD):
+        if name in (*found, OKD) or name.startswith(f"{OKD}-"):
             raise ConfigError(f"config: variants: names of their own wanted, got {name!r}, which is a method")
     return found | {name: variant(name, asked, found) for name, asked in config.variants.items()}
 
@@ -61,7 +62,12 @@ def variant(name: str, asked: VariantConfig, found: dict[str, Method]) -> Method
             "stages": {**inner.get("stages", {}), **asked.stages},
         }
 
-    return replace(base, name=name, label=asked.label or f"{base.label} ({name})", settings=settings)
+    strangers = [key for key in asked.loss if key in NAMES and key not in (*base.reads, "label_smoothing")]
+    if strangers or (asked.stages and "adapter" not in base.reads):
+        what = f"loss.{strangers[0]}" if strangers else "stages"
+        raise ConfigError(f"config: variants.{name}: keys that {base.name} reads wanted, got {what}")
+    whole = asked.label or f"{base.label} ({name})"
+    return replace(base, base=base.base or base.name, name=name, label=whole, settings=settings)
 
 
 def chosen(config: Config, names: Iterable[str]) -> list[Method]:

@@ -6,6 +6,7 @@ over the whole batch (the min-norm point of their convex hull)
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch
@@ -21,18 +22,24 @@ def min_norm_weights(gram: Tensor) -> Tensor:
     of those with no negative weight is taken. Exact, and without a decision on the host, that is without a sync.
     """
     count = gram.shape[0]
-    faces = torch.tensor(list(itertools.product((0.0, 1.0), repeat=count))[1:], dtype=torch.float64)
-    on = faces.to(gram.device)  # [2^T - 1, T]
+    on = faces(count, gram.device)  # [2^T - 1, T]
     g = gram.double()
     g = g / g.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     # Equal teachers make G singular; this much of a diagonal shares their weight equally and changes no digit that counts.
     g = g + 1e-9 * torch.eye(count, dtype=g.dtype, device=g.device)
     system = on[:, :, None] * g * on[:, None, :] + torch.diag_embed(1 - on)
-    w = torch.linalg.solve(system, on[:, :, None])[..., 0]
+    w = torch.linalg.solve_ex(system, on[:, :, None]).result[..., 0]  # solve would wait to see if it went well
     w = w / w.sum(1, keepdim=True)
     value = torch.einsum("ft,ts,fs->f", w, g, w)
     best = value.masked_fill((w < 0).any(1), torch.inf).argmin()
-    return w[best].float()
+    w = w.gather(0, best.expand(1, count))[0].float()
+    return torch.where(gram.isfinite().all(), w, 1 / count)  # a run that diverges says so by its loss
+
+
+@functools.cache
+def faces(count: int, device: torch.device) -> Tensor:
+    """Which vectors make each face of the simplex, [2^T - 1, T]."""
+    return torch.tensor(list(itertools.product((0.0, 1.0), repeat=count))[1:], dtype=torch.float64, device=device)
 
 
 class AgreementKD(nn.Module):

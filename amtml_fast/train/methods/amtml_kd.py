@@ -96,7 +96,8 @@ class AdaptiveKD(nn.Module):
         terms = {name: getattr(out, name) for name in TERMS}
         terms["kd"] = self.factor * out.kd
         if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
-            mixture = soft_targets(step.teacher_logits, out.weights, settings.temperature)
+            weights = self.adapter(step.maps["features"]) if settings.angle_trains_weights else out.weights
+            mixture = soft_targets(step.teacher_logits, weights, settings.temperature)
             student = step.logits if settings.angle_on == "logits" else (step.logits / settings.temperature).softmax(-1)
             if settings.angle_on == "logits" and settings.angle_weight != 0:
                 angle = angle_loss(student, mixture, delta=settings.delta)
@@ -118,7 +119,10 @@ class AdaptiveKD(nn.Module):
         return maps
 
     def surprise(self, step: Step) -> Tensor:
-        """-log of the true class's probability in the mixture, mean over the batch: tells the adapter who is right."""
+        """-log of the true class's probability in the mixture, mean over the batch: tells the adapter who is right.
+
+        Its gradient goes on into the student's features, as that of every use of the weights does.
+        """
         tau = self.settings.temperature
         rows = torch.arange(len(step.labels), device=step.labels.device)
         right = torch.stack([(z.float() / tau).softmax(-1)[rows, step.labels] for z in step.teacher_logits], 1)
@@ -143,10 +147,10 @@ def make_adapter(context: Context) -> nn.Module:
 
 
 def hint_module(context: Context) -> MultiGroupHintLoss:
-    """The F_t and the mapping of teachers to groups; an explicit mapping may name teachers or give their positions."""
+    """The F_t and the mapping of teachers to groups; an explicit mapping names teachers."""
     loss, mapping = context.loss, context.loss.mapping
     if isinstance(mapping, Mapping):
-        mapping = {teacher_index(key, context.teacher_names): group for key, group in mapping.items()}
+        mapping = {list(context.teacher_names).index(name): group for name, group in mapping.items()}
     module = MultiGroupHintLoss(
         dict(context.student_channels),
         list(context.teacher_channels),
@@ -159,16 +163,6 @@ def hint_module(context: Context) -> MultiGroupHintLoss:
             nn.init.uniform_(transform, -loss.hint_bound, loss.hint_bound)
         transform.requires_grad_(loss.train_hints)
     return module
-
-
-def teacher_index(key: str | int, names: object) -> int:
-    """Position of a teacher given by name or by position."""
-    known = list(names)  # type: ignore[call-overload]
-    if key in known:
-        return known.index(key)
-    if str(key).isdigit() and int(key) < len(known):
-        return int(key)
-    raise ValueError(f"loss.mapping: {key!r} is no teacher; the teachers are {', '.join(known)}")
 
 
 def needs_hints(loss: LossConfig) -> bool:
@@ -184,15 +178,17 @@ METHOD = Method(
     hints=needs_hints,
     groups=needs_hints,
     reads=tuple(key.name for key in fields(LossConfig) if key.name not in OTHERS),
+    labels=lambda loss: loss.adapter_label_weight != 0.0,
 )
 
 
 def ablation(name: str, label: str, **loss: Any) -> Method:
-    return replace(METHOD, name=f"amtml_{name}", label=f"AMTML-KD, {label}", settings=lambda config: {"loss": loss})
+    settings = lambda config: {"loss": loss}  # noqa: E731
+    return replace(METHOD, base=METHOD.name, name=f"amtml_{name}", label=f"AMTML-KD, {label}", settings=settings)
 
 
 ABLATIONS = (
-    ablation("no_angle", "no angle", angle_weight=0.0),
+    ablation("no_angle", "no angle", angle_weight=0.0, distance_weight=0.0),
     ablation("no_hint", "no hints", hint_weight=0.0),
     ablation("no_adapter", "uniform weights", adapter="uniform"),
     ablation("best_low", "best teacher low", mapping="best_low"),
@@ -200,4 +196,6 @@ ABLATIONS = (
     ablation("angle_trains_weights", "angle trains weights", angle_trains_weights=True),
     ablation("label_weights", "weights from labels", kl_trains_weights=False, adapter_label_weight=1.0),
 )
-PAPER_CODE = replace(METHOD, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=PRESETS["paper_code"])
+PAPER_CODE = replace(
+    METHOD, base=METHOD.name, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=PRESETS["paper_code"]
+)

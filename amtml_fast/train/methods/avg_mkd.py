@@ -24,8 +24,14 @@ class AverageKD(nn.Module):
 
 METHOD = Method(name="avg_mkd", label="AvgMKD", build=AverageKD, reads=KD)
 # KL(mean p_t || q) and mean KL(p_t || q) differ by a number that the student does not change: the same gradient.
-SUM = replace(METHOD, name="avg_mkd_sum", label="AvgMKD, sum of KLs", settings=lambda config: {"loss": {"mode": "sum"}})
+SUM = replace(
+    METHOD,
+    base=METHOD.name,
+    name="avg_mkd_sum",
+    label="AvgMKD, sum of KLs",
+    settings=lambda config: {"loss": {"mode": "sum"}},
+)
 
 
 def of_one_teacher(teacher: str) -> Method:
-    return replace(METHOD, name=f"okd-{teacher}", label=f"OKD from {teacher}", teacher=teacher)
+    return replace(METHOD, base=METHOD.name, name=f"okd-{teacher}", label=f"OKD from {teacher}", teacher=teacher)

@@ -69,7 +69,8 @@ class Method:
     groups: Callable[[LossConfig], bool] = lambda loss: False  # the maps of the student's layer groups
     reads: tuple[str, ...] = ()  # the keys of `loss` that it depends on, beside label_smoothing; it is shown no others
     peers: bool = False  # trains as many peers as there are teachers
-    labels: str = "student"  # what learns from labels: the student alone, or the teachers' weights too
+    labels: Callable[[LossConfig], bool] = lambda loss: False  # labels decide about the teachers' weights
+    base: str = ""  # the method of which this is a variant or an ablation
     settings: Callable[[Config], Mapping[str, Any]] = lambda config: {}  # what it changes in the configuration
 
     @property
@@ -89,7 +90,7 @@ class Method:
             "hints": self.hints(loss),
             "student groups": self.groups(loss),
             "peers": self.peers,
-            "labels for the weights": self.labels != "student",
+            "labels for the weights": self.labels(loss),
         }
         return [name for name, needed in asked.items() if needed]
 
