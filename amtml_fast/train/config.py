@@ -335,8 +335,10 @@ def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: s
         with _errors(Config, "", f"the override {override!r}"):
             try:
                 # A mapping of free keys (args, groups) is replaced whole; a section (distill={...}) is merged into.
-                section = dataclasses.is_dataclass(_hint_at(Config, key.strip()))
-                OmegaConf.update(merged, key.strip(), yaml_value(value), merge=section)
+                hint, new = _hint_at(Config, key.strip()), yaml_value(value)
+                if isinstance(new, list) and dataclasses.is_dataclass(_inner(hint)):
+                    new = [OmegaConf.merge(OmegaConf.structured(_inner(hint)), item) for item in new]
+                OmegaConf.update(merged, key.strip(), new, merge=dataclasses.is_dataclass(hint))
             except (IndexError, TypeError, ValueError) as error:
                 if isinstance(error, OmegaConfBaseException):
                     raise
