@@ -24,12 +24,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from amtml_fast.train import compare, config, loop, models, report, results, teachers
+from amtml_fast.train import compare, config, loop, models, optim, report, results, teachers
 from amtml_fast.train.data import Loader
 from amtml_fast.train.features import FeatureExtractor
 from amtml_fast.train.jobs import student_job
+from amtml_fast.train.metrics import collapsed
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import Run, RunError, read_json, write_atomic
+from amtml_fast.train.stop import Interrupted, Stop
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)
@@ -113,7 +115,7 @@ def tensors(run: Run) -> dict[str, Tensor]:
 
 
 def metrics(run: Run) -> list[dict[str, object]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.read_metrics()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "step_seconds")} for row in run.read_metrics()]
 
 
 def start_and_wait(place: Place, command: list[str], epochs: int) -> subprocess.Popen[str]:
@@ -184,7 +186,7 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:
 def test_a_stop_waits_for_the_end_of_the_step_and_a_second_one_does_not() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     try:
-        with loop.Stop() as stop:
+        with Stop() as stop:
             stop.check()
             signal.raise_signal(signal.SIGINT)  # would be raised here
             with pytest.raises(KeyboardInterrupt):
@@ -200,7 +202,7 @@ def test_a_stop_waits_for_the_end_of_the_step_and_a_second_one_does_not() -> Non
 def test_a_stop_leaves_signals_alone_that_nobody_handles(number: int) -> None:
     mine = signal.signal(number, signal.SIG_IGN)
     try:
-        with loop.Stop() as stop:
+        with Stop() as stop:
             signal.raise_signal(number)
             stop.check()
     finally:
@@ -224,7 +226,7 @@ def stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run stopped after two of four epochs."""
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
-        with pytest.raises(loop.Interrupted, match=r"[12] of 4 epochs are safe"):
+        with pytest.raises(Interrupted, match=r"[12] of 4 epochs are safe"):
             place.train()
     return Run(place.folder / "small" / "amtml_kd-seed0")
 
@@ -234,7 +236,7 @@ def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch)
     unbroken = place.train(*random, "name=unbroken", method="student")
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(Interrupted):
             place.train(*random, method="student")
     torch.rand(7)
     resumed = place.train(*random, method="student", resume=True)
@@ -398,7 +400,7 @@ def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
 def test_learning_rates() -> None:
     def rates(**kwargs: object) -> list[float]:
         train = config.TrainConfig(epochs=10, lr=1.0, **kwargs)  # type: ignore[arg-type]
-        return [loop.learning_rate(train, step, 10) for step in range(100)]
+        return [optim.learning_rate(train, step, 10) for step in range(100)]
 
     onecycle = rates(schedule="onecycle")
     assert onecycle[0] == pytest.approx(1 / 25) and onecycle[30] == pytest.approx(1.0) and onecycle[-1] < 0.01
@@ -417,9 +419,9 @@ def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
 
 def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     won = {"weight_won": [0.02, 0.98]}
-    assert loop.collapsed({}, ["a", "b"]) is None and loop.collapsed({"entropy": 0.5, **won}, ["a", "b"]) is None
+    assert collapsed({}, ["a", "b"]) is None and collapsed({"entropy": 0.5, **won}, ["a", "b"]) is None
     for entropy, words in ((0.9995, "smaller loss.regularizer_weight"), (0.005, "larger loss.regularizer_weight")):
-        message = loop.collapsed({"entropy": entropy, **won}, ["a", "b"])
+        message = collapsed({"entropy": entropy, **won}, ["a", "b"])
         assert message is not None and words in message and "init_scale" in message
         assert ("b on 98 % of the examples" in message) == (entropy < 0.5)
 
@@ -525,7 +527,7 @@ def test_mixed_precision_and_compile_leave_a_plain_student(
 ) -> None:
     # The eager backend compiles in no time and wraps the module all the same.
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend="eager"))
     engine = ["engine.mixed_precision=bf16", "engine.compile=true", "engine.channels_last=true"]
     run = place.train(*engine, "distill.epochs=2")
     state = load_file(run.folder / "student.safetensors")
