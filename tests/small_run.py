@@ -137,14 +137,14 @@ def own_weights(place: Place) -> list[str]:
 
 def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C right after this epoch's checkpoint, in this process."""
-    save = loop._Trainer.save
+    save = loop.Trainer.save
 
-    def save_and_stop(self: loop._Trainer) -> None:
+    def save_and_stop(self: loop.Trainer) -> None:
         save(self)
         if self.done == epochs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Trainer, "save", save_and_stop)
+    monkeypatch.setattr(loop.Trainer, "save", save_and_stop)
 
 
 # One epoch is 11 steps.

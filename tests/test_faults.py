@@ -51,18 +51,18 @@ def assert_equal(run: Run, unbroken: Run) -> None:
 def _train_and_count(folder: Path, overrides: list[str], steps: Synchronized) -> None:
     """A training in a process of its own that counts its steps where the test can read them."""
     os.chdir(folder)
-    learn = loop._Trainer.learn
-    restore = loop._Trainer.restore
+    learn = loop.Trainer.learn
+    restore = loop.Trainer.restore
 
-    def counting_restore(self: loop._Trainer) -> None:
+    def counting_restore(self: loop.Trainer) -> None:
         restore(self)
         steps.value = self.done * self.steps + self.step
 
-    def counting_learn(self: loop._Trainer, *args: object) -> None:
+    def counting_learn(self: loop.Trainer, *args: object) -> None:
         learn(self, *args)
         steps.value += 1
 
-    loop._Trainer.learn, loop._Trainer.restore = counting_learn, counting_restore  # type: ignore[method-assign]
+    loop.Trainer.learn, loop.Trainer.restore = counting_learn, counting_restore  # type: ignore[method-assign]
     Place(folder).train(*overrides, resume=True)
 
 
@@ -123,16 +123,16 @@ def test_sigterm_within_an_epoch_saves_there(place: Place, monkeypatch: pytest.M
     unbroken = place.train(*settings, "name=unbroken")
     batches = 0
     with monkeypatch.context() as patch:
-        learn = loop._Trainer.learn
+        learn = loop.Trainer.learn
 
-        def terminated(self: loop._Trainer, *args: object) -> None:
+        def terminated(self: loop.Trainer, *args: object) -> None:
             nonlocal batches
             learn(self, *args)
             batches += 1
             if batches == (STEPS + 5) * accumulation:
                 signal.raise_signal(signal.SIGTERM)
 
-        patch.setattr(loop._Trainer, "learn", terminated)
+        patch.setattr(loop.Trainer, "learn", terminated)
         before = signal.signal(signal.SIGTERM, lambda *_: None)  # as the command has it
         try:
             with pytest.raises(Interrupted, match="1 of 3 epochs and 5 steps of the next one are safe"):
@@ -224,14 +224,14 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["student", "avg_mkd", "ca_mkd", "aekd", "amtml_kd", "amtml_label_weights"])
 def test_no_step_waits_for_the_device(place: Place, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    learn, watches = loop._Trainer.learn, list[Watch]()
+    learn, watches = loop.Trainer.learn, list[Watch]()
 
-    def watched(self: loop._Trainer, *args: object) -> None:
+    def watched(self: loop.Trainer, *args: object) -> None:
         with Watch() as watch:
             learn(self, *args)
         watches.append(watch)
 
-    monkeypatch.setattr(loop._Trainer, "learn", watched)
+    monkeypatch.setattr(loop.Trainer, "learn", watched)
     place.train("distill.epochs=1", method=method)
     assert len(watches) == STEPS and not any(watch.seen for watch in watches), [watch.seen for watch in watches]
 

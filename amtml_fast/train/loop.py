@@ -88,7 +88,7 @@ def train(
         run.clear()
         accelerator.wait_for_everyone()
     data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
-    trainer = _Trainer(job, run, accelerator, data, teachers, display)
+    trainer = Trainer(job, run, accelerator, data, teachers, display)
     with Stop(accelerator.num_processes) as stop:
         try:
             trainer.restore()
@@ -148,7 +148,7 @@ def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, An
     return [] if there == here else [(key, there, here)]
 
 
-class _Trainer:
+class Trainer:
     """The state of one run while it trains."""
 
     def __init__(
