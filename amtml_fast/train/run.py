@@ -138,12 +138,12 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a temporary file beside `path`, flushes it to the disk and renames it over `path`."""
+def write_atomic(path: Path, *content: bytes | memoryview) -> None:
+    """Writes a temporary file of these pieces beside `path`, flushes it to the disk and renames it over `path`."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes the file private; give it the permissions that open() would have.
@@ -153,6 +153,17 @@ def write_atomic(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, there, here) for every leaf that differs between two nested dicts."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        found = []
+        for name in dict.fromkeys([*here, *there]):
+            inner = f"{key}.{name}" if key else str(name)
+            found += differences(there.get(name), here.get(name), inner)
+        return found
+    return [] if there == here else [(key, there, here)]
 
 
 def _umask() -> int:
