@@ -23,7 +23,7 @@ from .jobs import Distiller, Job, make_distiller, teachers_of
 from .memory import PeakMemory
 from .methods import StepLoss
 from .progress import Bar, Display
-from .run import Diverged, Run, RunError, chosen_backends, git_commit, versions
+from .run import Diverged, Run, RunError, chosen_backends, differences, git_commit, versions
 
 # Mean normalised entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
 UNIFORM, ONE_HOT = 0.999, 0.01
@@ -256,17 +256,6 @@ def finished(job: Job, *, resume: bool = True) -> bool:
     return bool(record.get("finished"))
 
 
-def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, there, here) for every leaf that differs between two nested dicts."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        found = []
-        for name in dict.fromkeys([*here, *there]):
-            inner = f"{key}.{name}" if key else str(name)
-            found += differences(there.get(name), here.get(name), inner)
-        return found
-    return [] if there == here else [(key, there, here)]
-
-
 class _Trainer:
     """The state of one run while it trains."""
 
@@ -331,6 +320,7 @@ class _Trainer:
             train.batch_size // accumulation,
             shuffle=True,
             augment=self.job.config.data.augment,
+            **self.job.fixed_views(),
             drop_last=True,
             seed=self.job.seed,
             rank=self.accelerator.process_index,
