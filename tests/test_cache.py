@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from amtml_fast.train import cache, compare, config, jobs, loop, models, run, teachers
 from amtml_fast.train.cache import CacheError, Storage, Store, locked
-from amtml_fast.train.data import Batch, ImageData, Loader
+from amtml_fast.train.data import Batch, ImageData, ImageSet, Loader
 from amtml_fast.train.progress import Display
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -365,6 +366,14 @@ def test_what_decides_the_outputs_is_in_the_key(tmp_path: Path, data: ImageData,
     assert (logits == before[0]) == (change in ("teachers.0.hint=block1", "cache.hints=float16"))
 
 
+def test_the_order_of_images_and_labels_is_in_the_key(tmp_path: Path, data: ImageData) -> None:
+    settings, train = load(tmp_path), data.train
+    found = teachers.load(settings, data, hints=False)
+    turned = ImageSet(train.images.flip(0), train.labels), ImageSet(train.images, train.labels.flip(0))
+    all_data = (data, *(replace(data, train=split) for split in turned))  # the statistics are the same
+    assert len({teachers.stores(settings, found, each)[0].logits[0].folder for each in all_data}) == 3
+
+
 def test_room_decides(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -532,8 +541,12 @@ def test_a_stop_while_filling_comes_between_batches(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     write = Store._write_shard
 
+    asked: list[Store] = []
+
     def interrupted(self: Store, *args: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        if not asked:  # a second one would not wait
+            signal.raise_signal(signal.SIGINT)
+        asked.append(self)
         write(self, *args)  # type: ignore[arg-type]
 
     try:

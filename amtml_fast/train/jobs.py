@@ -31,12 +31,8 @@ from .methods import METHODS, Context, Method, Step, StepLoss
 from .models import build
 
 FEATURES = "features"
-NOT_IN_RECIPE = (
-    "root",
-    "download",
-    "views",
-    "augment_seed",
-)  # of `data`; fixed_views() says what counts of the last two
+# Of `data`; what counts of the last two is in Job.fixed_views.
+NOT_IN_RECIPE = ("root", "download", "views", "augment_seed")
 
 
 @dataclass(frozen=True)
