@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import amtml_fast as af
 
@@ -22,6 +23,7 @@ from amtml_fast.train import config as configs
 from amtml_fast.train import data as datasets
 from amtml_fast.train import jobs, loop
 from amtml_fast.train import teachers as frozen
+from amtml_fast.train.compare import load_teachers
 from amtml_fast.train.features import FeatureExtractor
 from amtml_fast.train.metrics import Sums
 from amtml_fast.train.models import build
@@ -67,29 +69,36 @@ class Setting:
         self.student = configs.StudentConfig(
             factory="resnet", args={"depth": student}, features="stage3", groups=GROUPS
         )
-        models = [
-            FeatureExtractor(
-                build("resnet", {"depth": d}, num_classes=100, in_channels=3, weights=None), {"hint": "stage3"}
-            )
+        self.teachers = [
+            configs.TeacherConfig(f"resnet{d}", configs.ModelConfig("resnet", {"depth": d}), hint="stage3")
             for d in teachers
         ]
-        ready = [m.to(DEVICE).eval().requires_grad_(False) for m in models]
-        self.teachers = frozen.assemble([f"resnet{d}" for d in teachers], ready, self.data)
 
-    def trainer(self, switches: Switches, folder: Path) -> loop.Trainer:
-        """As `amtml-fast distill` makes it."""
+    def config(self, switches: Switches, folder: Path) -> configs.Config:
+        """One for `amtml-fast distill`, with teachers of random weights in `folder`."""
         config = configs.Config(
             data=configs.DataConfig(augment=not switches.cached),
-            teachers=[configs.TeacherConfig(name=name, hint="stage3") for name in self.teachers.names],
+            teachers=self.teachers,
             student=self.student,
             distill=configs.TrainConfig(batch_size=self.batch),
             engine=configs.EngineConfig(channels_last=switches.channels_last, compile=switches.compile),
+            cache=configs.CacheConfig(teachers="always" if switches.cached else "never"),
             out=str(folder),
         )
+        for depth, teacher in zip(self.depths, self.teachers):
+            net = build("resnet", {"depth": depth}, num_classes=100, in_channels=3, weights=None)
+            path = config.folder / "teachers" / teacher.name / "model.safetensors"
+            path.parent.mkdir(parents=True)
+            save_file(net.state_dict(), path)
+        return config
+
+    def trainer(self, switches: Switches, folder: Path) -> loop.Trainer:
+        """As `amtml-fast distill` makes it."""
+        config, display = self.config(switches, folder), Display(quiet=True)
         job = jobs.student_job(config, "amtml_kd", 0)
-        self.prepare(switches)
-        accelerator = loop.make_accelerator(config.engine, folder)
-        return loop.Trainer(job, Run(folder), accelerator, self.data, self.teachers, Display(quiet=True))
+        accelerator = loop.make_accelerator(config.engine, job.folder)
+        teachers = load_teachers(config, self.data, [job], display)
+        return loop.Trainer(job, Run(job.folder), accelerator, self.data, teachers, display)
 
     def trainer_step(
         self, switches: Switches, folder: Path
@@ -111,15 +120,14 @@ class Setting:
 
         return step, parts
 
-    def paper_step(self) -> Callable[[], object]:
+    def paper_step(self, folder: Path) -> Callable[[], object]:
+        teachers = frozen.load(self.config(Switches(), folder), self.data, hints=True)
         paths = {jobs.FEATURES: "stage3", **GROUPS}
         student = FeatureExtractor(
             build("resnet", dict(self.student.args), num_classes=100, in_channels=3, weights=None), paths
         ).to(DEVICE)
         widths = {"low": 16, "mid": 32, "high": 64}
-        loss = PaperLoss(64, len(self.depths), [(widths[g], c) for g, c in zip(GROUPS, self.teachers.channels)]).to(
-            DEVICE
-        )
+        loss = PaperLoss(64, len(self.depths), [(widths[g], c) for g, c in zip(GROUPS, teachers.channels)]).to(DEVICE)
         optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
         cpu = self.data.to("cpu")
         stream = batches(Images(cpu.train.images, cpu.train.labels, cpu.mean, cpu.std), self.batch)
@@ -128,7 +136,7 @@ class Setting:
         def step() -> None:
             images, labels = (x.to(DEVICE) for x in next(stream))
             taught, hints = [], []
-            for teacher in self.teachers.models:
+            for teacher in teachers.models:
                 with torch.no_grad():
                     out, caught = teacher(images)
                 taught.append(out)
@@ -168,7 +176,7 @@ def test_step(
     setting = Setting(*nets, batch)
     facts: dict[str, object] = {"images": batch}
     if switches is None:
-        step = setting.paper_step()
+        step = setting.paper_step(tmp_path)
     else:
         step, parts = setting.trainer_step(switches, tmp_path)
         step()

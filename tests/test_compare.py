@@ -108,7 +108,7 @@ def test_a_method_is_given_the_teachers_and_maps_that_it_asks_for(compared: Comp
     settings = load(compared.folder)
     data = compare.load_data(settings)
     everyone = frozen.load(settings, data, hints=True)
-    everyone.fill_cache(data, QUIET)
+    frozen.use_cache(settings, everyone, data, QUIET)
 
     def of(method: str, number: int | None = None) -> frozen.Teachers | None:
         return teachers_of(student_job(settings, method, 0, teachers=number), everyone)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -165,10 +166,12 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
     write_atomic(path, b"first")
 
     def full(handle: int) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"No space"):
+    with pytest.raises(
+        RunError, match=r"checkpoint.pt: No space left on device: 6 bytes to write, [\d,]+ free on the disk"
+    ):
         write_atomic(path, b"second")
     assert path.read_bytes() == b"first"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
@@ -333,9 +336,9 @@ def test_cached_outputs_equal_live_ones(place: Place) -> None:
     settings = place.load()
     data = compare.load_data(settings)
     cached = compare.load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
-    never = place.load("cache_teachers=never")
+    never = place.load("cache.teachers=never")
     live = compare.load_teachers(never, data, [student_job(never, "amtml_kd", 0)], QUIET)
-    assert cached is not None and cached.cache is not None and live is not None and live.cache is None
+    assert cached is not None and cached.cache and live is not None and not live.cache
     for batch in Loader(data.train, data, 100, shuffle=True, seed=3):
         a, b = cached.outputs(batch), live.outputs(batch)
         assert len(a.logits) == len(a.maps) == 2
@@ -347,15 +350,16 @@ def test_augmented_images_are_never_taught_from_the_cache(place: Place) -> None:
     settings = place.load("data.augment=true")
     data = compare.load_data(settings)
     found = compare.load_teachers(settings, data, [student_job(settings, "avg_mkd", 0)], QUIET)
-    assert found is not None and found.cache is None
-    with pytest.raises(config.ConfigError, match=r"cache_teachers=always needs data\.augment=false"):
-        always = place.load("data.augment=true", "cache_teachers=always")
-        compare.load_teachers(always, data, [student_job(always, "avg_mkd", 0)], QUIET)
+    assert found is not None and not found.cache
+    with pytest.raises(
+        config.ConfigError, match=r"cache\.teachers=always: data\.views .* or data\.augment=false wanted"
+    ):
+        place.load("data.augment=true", "cache.teachers=always")
     assert place.train("data.augment=true", "distill.epochs=1").finished()
 
 
 def test_teachers_stay_as_they_are(place: Place) -> None:
-    settings = place.load("distill.epochs=1", "cache_teachers=never")
+    settings = place.load("distill.epochs=1", "cache.teachers=never")
     data = compare.load_data(settings)
     found = compare.load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
     assert found is not None
@@ -492,6 +496,12 @@ def test_the_finding_is_honest() -> None:
         ("compare.methods=[amtmlkd]", r"method: one of .* did you mean 'amtml_kd'"),
         ("teachers.1.name=a", r"teachers\.name: unique names"),
         ("distill", r"an override is key=value, got 'distill'"),
+        ("cache_teachers=never", r"cache_teachers: no such key; did you mean 'cache\.teachers'"),
+        ("cache.teachers=maybe", r"cache\.teachers: one of auto, always, never wanted, got 'maybe'"),
+        ("cache.logits=float61", r"cache\.logits: float32, float16 or a number k of 1 or more wanted, got 'float61'"),
+        ("cache.logits=0", r"cache\.logits: .* wanted, got 0"),
+        ("cache.hints=3", r"cache\.hints: one of float32, float16, never wanted, got '3'"),
+        ("data.views=4", r"data\.views: 1 or more with data\.augment=true, else null wanted, got 4 with .*=false"),
     ],
 )
 def test_config_errors_name_the_key_and_the_nearest(place: Place, override: str, message: str) -> None:
@@ -606,4 +616,4 @@ def test_free_memory_decides_about_the_cache(place: Place, monkeypatch: pytest.M
     monkeypatch.setattr(teachers, "free_memory", lambda device: 1000)
     settings = place.load()
     found = compare.load_teachers(settings, compare.load_data(settings), [student_job(settings, "avg_mkd", 0)], QUIET)
-    assert found is not None and found.cache is None
+    assert found is not None and not found.cache

@@ -15,7 +15,7 @@ from . import teachers as frozen
 from .config import Config, ConfigError
 from .features import FeatureExtractor
 from .jobs import Job, applied, job_of, student_job, teacher_job
-from .loop import finished, make_accelerator, train
+from .loop import Stop, finished, make_accelerator, train
 from .models import build
 from .progress import Display
 from .run import Diverged, Run, read_json
@@ -160,12 +160,15 @@ def load_teachers(
     config: Config, data: datasets.ImageData, jobs: Sequence[Job], display: Display
 ) -> frozen.Teachers | None:
     """The teachers that these jobs need, with their outputs cached where that is right; None if none need any."""
-    if not any(job.method.needs_teachers for job in jobs):
+    jobs = [job for job in jobs if job.method.needs_teachers]
+    if not jobs:
         return None
     with make_accelerator(config.engine, config.folder).main_process_first():  # of several processes one downloads
         teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
-    if frozen.wants_cache(config, teachers, data, display):
-        teachers.fill_cache(data, display)
+    if config.cache.hints != "never" or not all(job.method.hints(job.config.loss) for job in jobs):
+        with Stop() as stop:
+            frozen.use_cache(config, teachers, data, display, stop.check)
+            stop.check()
     return teachers
 
 

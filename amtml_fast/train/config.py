@@ -32,6 +32,9 @@ class DataConfig:
     download: bool = False  # fetch CIFAR through torchvision where its files are missing
     val_fraction: float = 0.1
     augment: bool = False
+    # Of students alone: this many fixed augmented versions of each image, one an epoch in turn; null: new ones every epoch.
+    views: int | None = None
+    augment_seed: int | None = None  # what the views are drawn from; null: seed
 
 
 @dataclass
@@ -155,6 +158,16 @@ class EngineConfig:
 
 
 @dataclass
+class CacheConfig:
+    """The teachers' outputs for the training images, kept on the disk; docs/cache.md."""
+
+    teachers: str = "auto"  # auto: where images are fixed and there is room | always | never
+    folder: str | None = None  # null: teacher-cache in `out`, shared by all that is trained there
+    logits: Any = "float32"  # float32 | float16 | k: the k largest log-probabilities and the mass of the others
+    hints: str = "float32"  # float32 | float16 | never: methods with hints then run the teachers in each step
+
+
+@dataclass
 class Config:
     name: str = "run"
     seed: int = 0
@@ -169,12 +182,20 @@ class Config:
     variants: dict[str, VariantConfig] = field(default_factory=dict)
     compare: CompareConfig = field(default_factory=CompareConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    cache_teachers: str = "auto"  # auto: when augmentation is off | always | never
+    cache: CacheConfig = field(default_factory=CacheConfig)
     out: str = "runs"
 
     @property
     def folder(self) -> Path:
         return Path(self.out) / self.name
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.cache.folder) if self.cache.folder is not None else Path(self.out) / "teacher-cache"
+
+    @property
+    def augment_seed(self) -> int:
+        return self.seed if self.data.augment_seed is None else self.data.augment_seed
 
 
 def two_stage(config: Config) -> dict[str, Any]:
@@ -245,7 +266,8 @@ CHOICES = {
     "compare.split": ("test", "validation"),
     "engine.mixed_precision": ("no", "fp16", "bf16"),
     "engine.device": ("auto", "cpu"),
-    "cache_teachers": ("auto", "always", "never"),
+    "cache.teachers": ("auto", "always", "never"),
+    "cache.hints": ("float32", "float16", "never"),
 }
 MAPPINGS = ("best_high", "best_low", "random")
 OPTIMIZERS = ("sgd", "adamw")
@@ -465,6 +487,19 @@ def _check_values(config: Config) -> None:
             raise ConfigError(_bad_choice(key, value, choices))
     if not isinstance(config.loss.mapping, Mapping) and config.loss.mapping not in MAPPINGS:
         raise ConfigError(_bad_choice("loss.mapping", config.loss.mapping, MAPPINGS) + " (or teacher: group pairs)")
+    logits = config.cache.logits
+    if logits not in ("float32", "float16") and not (type(logits) is int and logits >= 1):
+        raise ConfigError(f"config: cache.logits: float32, float16 or a number k of 1 or more wanted, got {logits!r}")
+    if config.data.views is not None and (config.data.views < 1 or not config.data.augment):
+        raise ConfigError(
+            "config: data.views: 1 or more with data.augment=true, else null wanted, "
+            f"got {config.data.views} with data.augment={str(config.data.augment).lower()}"
+        )
+    if config.cache.teachers == "always" and config.data.augment and config.data.views is None:
+        raise ConfigError(
+            "config: cache.teachers=always: data.views (a number of fixed versions of each image) or data.augment=false "
+            "wanted, got images that are drawn anew every epoch"
+        )
     _check_train("distill", config.distill)
     names = [teacher.name for teacher in config.teachers]
     for name in names:

@@ -6,6 +6,7 @@ worker process or a queue: at these sizes one gather per batch is faster than an
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch.utils.data import Dataset
 from amtml_fast.train.names import import_factory, near_names
 from amtml_fast.train.readers import DATASETS, DOWNLOADS, Arrays, read_dataset, stratified
 
+VIEWS = 1  # tells the draws of fixed views from those of an epoch with the same two numbers
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -30,6 +33,13 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """SHA-256 of the images' shape, the images and the labels, in the split's order."""
+        digest = hashlib.sha256(str([*self.images.shape]).encode())
+        for part in (self.images, self.labels):
+            digest.update(part.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
@@ -167,20 +177,16 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(stds)
 
 
-def drawn_seed(*numbers: int) -> int:
-    """One seed from several numbers, as good as unrelated to that of any others."""
-    entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return int(entropy) >> 1  # 63 bits: a seed is a signed integer
-
-
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """index [n] int64: positions in the split (the key of the teacher cache); labels [n] int64; images [n, C, H, W]
-    float32, normalised and, where asked for, augmented."""
+    """index [n] int64: positions in the split; labels [n] int64; images [n, C, H, W] float32, normalised and, where asked
+    for, augmented; view: which fixed version of the images it is, 0 as they are, from 1 augmented, None drawn anew. What
+    was computed before for (view, index) holds for this batch too."""
 
     index: Tensor
     images: Tensor
     labels: Tensor
+    view: int | None = None
 
 
 class Loader:
@@ -191,6 +197,8 @@ class Loader:
         The slices are equal, but for those of a last, smaller batch (drop_last=False), where they may differ by one or
         be empty.
     augment: horizontal flip and a random crop of the image zero-padded by size // 8 (4 at 32x32), before normalising.
+    views: None draws them anew for each epoch. K gives every image K fixed versions, of which epoch e shows number
+        1 + (e - 1) % K: a pure function of (augment_seed, number, index in the split), whatever the order of the epoch.
     Order and draws are a pure function of (seed, epoch, batch number): call `set_epoch`, and there is nothing to
     checkpoint.
     Raises ValueError: batch_size not divisible by world_size, an empty split, or drop_last that would drop every batch.
@@ -204,6 +212,8 @@ class Loader:
         *,
         shuffle: bool = False,
         augment: bool = False,
+        views: int | None = None,
+        augment_seed: int = 0,
         drop_last: bool = False,
         seed: int = 0,
         rank: int = 0,
@@ -222,6 +232,7 @@ class Loader:
             )
         self.split, self.batch_size, self.seed = split, batch_size, seed
         self.shuffle, self.augment, self.drop_last = shuffle, augment, drop_last
+        self.views, self.augment_seed = views, augment_seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         device = split.images.device
@@ -237,6 +248,13 @@ class Loader:
         n = len(self.split)
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
+    @property
+    def view(self) -> int | None:
+        """Batch.view of this epoch."""
+        if not self.augment:
+            return 0
+        return None if self.views is None else 1 + (self.epoch - 1) % self.views
+
     def __iter__(self) -> Iterator[Batch]:
         return self.batches()
 
@@ -248,8 +266,9 @@ class Loader:
             index = order[rows]
             images = self.split.images[index]
             if self.augment:
-                images = flip_and_crop(images, flips[rows], offsets[rows])
-            yield Batch(index, self._normalise(images), self.split.labels[index])
+                drawn = rows if self.views is None else index  # by place in the epoch, or by image
+                images = flip_and_crop(images, flips[drawn], offsets[drawn])
+            yield Batch(index, self._normalise(images), self.split.labels[index], self.view)
 
     def _rows(self, number: int) -> slice:
         """The part of the epoch's order that is this rank's share of batch `number`."""
@@ -260,8 +279,10 @@ class Loader:
     def _draws(self) -> tuple[Tensor, Tensor, Tensor]:
         """The epoch's order [N], flips [N] and crop offsets [N, 2], drawn on the CPU: the same on every device."""
         n, (height, width) = len(self.split), self.split.images.shape[2:]
-        generator = torch.Generator().manual_seed(drawn_seed(self.seed, self.epoch))
+        generator = _generator(self.seed, self.epoch)
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        if self.augment and self.view is not None:
+            generator = _generator(self.augment_seed, self.view, VIEWS)
         flips = torch.rand(n, generator=generator) < 0.5
         rows = torch.randint(2 * (height // 8) + 1, (n,), generator=generator)
         columns = torch.randint(2 * (width // 8) + 1, (n,), generator=generator)
@@ -270,6 +291,16 @@ class Loader:
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+
+def drawn_seed(*numbers: int) -> int:
+    """One seed from several numbers, as good as unrelated to that of any others."""
+    entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return int(entropy) >> 1  # 63 bits: a seed is a signed integer
+
+
+def _generator(*seeds: int) -> torch.Generator:
+    return torch.Generator().manual_seed(drawn_seed(*seeds))
 
 
 def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ from .models import build
 from .timing import StepTimer
 
 FEATURES = "features"
+# Of `data`; what counts of the last two is in Job.fixed_views.
+NOT_IN_RECIPE = ("root", "download", "views", "augment_seed")
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,20 @@ class Job:
     student: str = ""  # the student's name; empty for a teacher
     file: str = "student.safetensors"
 
+    def fixed_views(self) -> dict[str, int]:
+        """The Loader's `views` and `augment_seed`, if this trains on fixed views: a student does, for what they are there
+        for is to look up what its teachers say; the teachers' own training draws anew."""
+        config = self.config
+        if config.data.views is None or not self.student:
+            return {}
+        return {"views": config.data.views, "augment_seed": config.augment_seed}
+
     def recipe(self) -> dict[str, Any]:
         """Everything that decides the result: a folder made by another recipe is neither skipped nor resumed."""
         config, method = self.config, self.method
         engine = to_dict(config.engine)
         recipe: dict[str, Any] = {
-            "data": {k: v for k, v in to_dict(config.data).items() if k not in ("root", "download")},
+            "data": {k: v for k, v in to_dict(config.data).items() if k not in NOT_IN_RECIPE} | self.fixed_views(),
             "split_seed": config.seed,
             "classes": self.classes,
             "model": {"factory": self.factory, "args": self.args},
@@ -76,6 +86,11 @@ class Job:
             prints = frozen.fingerprint(config)
             recipe["teachers"] = {name: prints[name] for name in self.teachers}
             recipe["order"] = list(self.teachers)
+            # From the disk and live a student is taught the same; only what is rounded is told apart.
+            kept = {"logits": config.cache.logits}
+            kept |= {"hints": config.cache.hints} if method.hints(config.loss) else {}
+            if rounded := {key: kind for key, kind in kept.items() if kind not in ("float32", "never")}:
+                recipe["cache"] = rounded
             if method.hints(config.loss):
                 recipe["hints"] = {t.name: t.hint for t in config.teachers if t.name in self.teachers}
             if "adapter" in method.reads:

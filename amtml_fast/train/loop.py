@@ -25,7 +25,7 @@ from .memory import PeakMemory
 from .metrics import Sums, collapsed
 from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
 from .progress import Bar, Display
-from .run import Diverged, Run, RunError, chosen_backends, git_commit, versions
+from .run import Diverged, Run, RunError, chosen_backends, differences, git_commit, versions
 from .stop import Interrupted, Stop
 from .timing import PARTS, StepTimer
 
@@ -137,17 +137,6 @@ def finished(job: Job, *, resume: bool = True) -> bool:
     return bool(record.get("finished"))
 
 
-def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, there, here) for every leaf that differs between two nested dicts."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        found = []
-        for name in dict.fromkeys([*here, *there]):
-            inner = f"{key}.{name}" if key else str(name)
-            found += differences(there.get(name), here.get(name), inner)
-        return found
-    return [] if there == here else [(key, there, here)]
-
-
 class Trainer:
     """The state of one run while it trains."""
 
@@ -227,6 +216,7 @@ class Trainer:
             train.batch_size // accumulation,
             shuffle=True,
             augment=self.job.config.data.augment,
+            **self.job.fixed_views(),
             drop_last=True,
             seed=self.job.seed,
             rank=self.accelerator.process_index,

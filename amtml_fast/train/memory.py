@@ -14,7 +14,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """`read()`: the most that was held, in bytes, beyond what was there when this was made: network, gradients, optimiser
     and one step; not the data and the teachers, which trainings share. On a GPU by PyTorch's count, on Linux by the
-    system's; None where the system does not say."""
+    system's, without the pages of files that it has mapped (the teacher cache); None where the system does not say."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -27,13 +27,13 @@ class PeakMemory:
         give_back()
         try:
             CLEAR.write_text("5")  # the high-water mark of this process starts again at what it holds now
-            self.before = process("VmRSS:")
+            self.before = own("VmRSS:")
         except OSError:
             pass  # not Linux
 
     def read(self) -> int | None:
         cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if cuda else process("VmHWM:")
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else own("VmHWM:")
         return None if self.before is None or peak is None else max(0, peak - self.before)
 
 
@@ -43,6 +43,12 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):
         pass  # not glibc
+
+
+def own(field: str) -> int | None:
+    """Bytes in a line of this process's status, less those of mapped files."""
+    whole, mapped = process(field), process("RssFile:")
+    return None if whole is None else whole - (mapped or 0)
 
 
 def process(field: str) -> int | None:

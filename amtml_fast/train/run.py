@@ -44,6 +44,10 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked; the message says which file and what to do."""
 
 
+class DiskError(RunError):
+    """A file that the disk does not take."""
+
+
 class Diverged(RunError):
     """A loss that is no number any more; other runs are not concerned."""
 
@@ -143,28 +147,28 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a temporary file beside `path`, flushes it to the disk and renames it over `path`.
+def write_atomic(path: Path, *content: bytes | memoryview) -> None:
+    """Writes a temporary file of these pieces beside `path`, flushes it to the disk and renames it over `path`.
 
-    RunError where the disk does not take it: what was at `path` stays whole.
+    DiskError where the disk does not take it: what was at `path` stays whole.
     """
     try:
-        _write_and_rename(path, content)
+        _write_and_rename(path, *content)
     except OSError as error:
         if error.errno not in DISK:
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise RunError(
-            f"{path}: {error.strerror or error}: {len(content):,} bytes to write, {free:,} free on the disk. The file that was "
+        size, free = sum(memoryview(piece).nbytes for piece in content), shutil.disk_usage(path.parent).free
+        raise DiskError(
+            f"{path}: {error.strerror or error}: {size:,} bytes to write, {free:,} free on the disk. The file that was "
             "there before is whole; make room, and the same command goes on from it."
         ) from None
 
 
-def _write_and_rename(path: Path, content: bytes) -> None:
+def _write_and_rename(path: Path, *content: bytes | memoryview) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes the file private; give it the permissions that open() would have.
@@ -174,6 +178,17 @@ def _write_and_rename(path: Path, content: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, there, here) for every leaf that differs between two nested dicts."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        found = []
+        for name in dict.fromkeys([*here, *there]):
+            inner = f"{key}.{name}" if key else str(name)
+            found += differences(there.get(name), here.get(name), inner)
+        return found
+    return [] if there == here else [(key, there, here)]
 
 
 def _umask() -> int:
