@@ -81,7 +81,7 @@ def row(method: str, label: str, runs: list[Run], split: str) -> report.Row:
         parameters=records[0]["parameters"],
         accuracies=[read_json(run.result)[RESULTS[split]] for run in runs],
         seconds_per_epoch=fmean(epoch["seconds"] for run in runs for epoch in run.read_metrics()),
-        peak_memory=max(peaks, default=None),
+        peak_memory=min(peaks, default=None),
         split=split,
     )
 
