@@ -226,7 +226,7 @@ def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome
     files: list[Path] = []
     if make_accelerator(config.engine, config.folder).is_main_process:
         files += results.write_tables(config, found, time.perf_counter() - began)
-        files += results.write_figures(config, found, teachers, data)
+        files += results.write_figures(config, found, jobs, teachers, data)
     return Outcome(found, files, time.perf_counter() - began)
 
 
