@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,6 +46,7 @@ class Found:
     missing: list[str]  # titles of runs that diverged; their methods are in no table
     sentence: str
     runs: dict[str, list[Run]]  # by the labels of `main`, a run a seed
+    paired: bool = True  # all rows are over the same seeds
 
 
 def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | None, data: datasets.ImageData) -> Found:
@@ -66,8 +68,8 @@ def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | Non
     return replace(found, missing=missing, sentence=found.sentence + left_out)
 
 
-def summary(config: Config, groups: Sequence[Group], teachers: list[report.Row]) -> Found:
-    """What these groups of finished runs, over the same seeds, and these teachers say."""
+def summary(config: Config, groups: Sequence[Group], teachers: list[report.Row], *, paired: bool = True) -> Found:
+    """What these groups of finished runs and these teachers say. paired: all are over the same seeds."""
     rows, main, runs = [], [], dict[str, list[Run]]()
     for group in groups:
         line = row(group.method, group.label, group.runs, config.compare.split)
@@ -76,7 +78,8 @@ def summary(config: Config, groups: Sequence[Group], teachers: list[report.Row])
         if is_plain(config, group):
             main.append(line)
             runs[line.label] = group.runs
-    return Found(rows, main, teachers, [], finding(main or rows), runs)
+    sentence = finding(main or rows) if paired else highest(main or rows)
+    return Found(rows, main, teachers, [], sentence, runs, paired)
 
 
 def is_plain(config: Config, group: Group) -> bool:
@@ -128,6 +131,13 @@ def finding(rows: Sequence[report.Row]) -> str:
     return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
 
 
+def highest(rows: Sequence[report.Row]) -> str:
+    """The same for rows over different seeds, which no paired test can compare."""
+    best = max(rows, key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
+    others = "their seeds differ, so nothing is tested"
+    return f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
+
+
 def ours_and_others(rows: Sequence[report.Row]) -> tuple[report.Row, list[report.Row]]:
     """The row that the others are compared with: AMTML-KD's, or else the last one."""
     main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
@@ -151,7 +161,7 @@ def sections(config: Config, found: Found) -> dict[str, str]:
     )
     found_tables = {
         "Accuracy": report.markdown(found.main, found.teachers),
-        "Paired tests": report.paired_tests(*ours_and_others(found.main)) if found.main else "",
+        "Paired tests": report.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else "",
         "Networks": report.networks(networks, config.compare.split),
         "Number of teachers": report.by_teachers(by_number),
         "Students": report.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
