@@ -3,7 +3,8 @@ and which images tell something. Everything comes back on the CPU, in the order 
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from safetensors.torch import load_file
@@ -71,7 +72,8 @@ def contested(probs: Tensor, labels: Tensor) -> list[int]:
     return list(chosen.values())
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice:
     """An image of a split and why it was chosen; `count` images of the split fit the reason (None: it is a ranking)."""
 
     index: int | None  # None: none fits
@@ -80,7 +82,7 @@ class Choice(NamedTuple):
 
 
 def telling(probs: Tensor, weights: Tensor, student: Tensor, labels: Tensor) -> list[Choice]:
-    """One image for each thing that weights can do well or badly, and the two most contested ones.
+    """One image for each thing that weights can do well or badly, and before them the most contested one.
 
     probs [N, T, C] and student [N, C] tempered, weights [N, T]. Of the images that fit a reason the clearest is taken:
     the wrong network that is surest of itself, or the largest change of the true class's probability; no image twice.
@@ -97,7 +99,7 @@ def telling(probs: Tensor, weights: Tensor, student: Tensor, labels: Tensor) -> 
     def surest(fits: Tensor) -> Tensor:
         return torch.where(fits, sure, -1).amax(1)
 
-    found = [Choice(i, "The teachers disagree most", None) for i in contested(probs, labels)[:2]]
+    found = [Choice(i, "The teachers disagree most", None) for i in contested(probs, labels)[:1]]
     reasons = {
         "A teacher is wrong and gets little weight": surest(misled & (weights < LITTLE * fair)),
         "A teacher is wrong and gets much weight": surest(misled & (weights > MUCH * fair)),

@@ -36,6 +36,7 @@ class Gathered:
     complete: list[Group] = field(default_factory=list)
     found: Found | None = None  # None: no run has finished
     unfinished: list[Run] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # runs in the comparison's folder that are not part of it
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -60,7 +61,9 @@ class Gathered:
 def gather(sources: Sequence[Path]) -> Gathered:
     """A comparison's folder, or run folders. RunError for a folder that is neither."""
     for source in sources:
-        if not Run(source).exists() and (len(sources) > 1 or not (runs_in(source) or (source / "results.json").is_file())):
+        if not Run(source).exists() and (
+            len(sources) > 1 or not (runs_in(source) or (source / "results.json").is_file())
+        ):
             several = " (several at once must each be a run)" if len(sources) > 1 else ""
             raise RunError(
                 f"report: {source}: no run here; looked for run.json, as a run has it, "
@@ -101,12 +104,10 @@ def comparison(folder: Path) -> Gathered:
     others = [run.folder.name for run in runs if run.folder not in {run.folder for run in planned}]
     if not there:
         there, others = runs, []
-    if others:
-        notes.append(f"Not part of this comparison, but in its folder: {', '.join(others)}.")
     waiting = [run.folder.name for run in planned if not run.exists()]
     if waiting:
         notes.append(f"Planned, but not there: {', '.join(waiting)}.")
-    return completed(Gathered(folder.name, config, True, grouped(there, config), notes=notes), ended)
+    return completed(Gathered(folder.name, config, True, grouped(there, config), others=others, notes=notes), ended)
 
 
 def runs_in(folder: Path) -> list[Run]:
@@ -121,9 +122,9 @@ def config_or_stub(run: Run) -> tuple[Config, list[str]]:
     except ConfigError as error:
         student = StudentConfig(name=record.get("student") or "student")
         teachers = [TeacherConfig(name=name) for name in record.get("recipe", {}).get("teachers", {})]
-        place = {"out": str(run.folder.parent.parent), "name": run.folder.parent.name}
+        place = run.folder.parent
         note = f"The configuration of {run.folder.name} cannot be read by this version ({error})."
-        return Config(student=student, teachers=teachers, **place), [note]
+        return Config(name=place.name, out=str(place.parent), student=student, teachers=teachers), [note]
 
 
 def config_of(run: Run) -> Config:

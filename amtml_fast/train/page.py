@@ -5,6 +5,7 @@ Each section is a function that makes what page.html.j2 shows, or says in a sent
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,14 +24,24 @@ from .progress import Display
 from .run import Run, write_atomic
 from .svg import COLOURS, Line, Mark
 
+TERMS = {"loss": "c0", "kd": "c1", "ce": "c2", "kl": "c3", "angle": "c4", "regularizer": "c5", "hint": "c6"}
 NO_TERMS = ("epoch", "lr", "loss", "train_accuracy", "val_accuracy", "seconds", "entropy", "weight_mean", "weight_won")
-PARTS = {"data": "c1", "teachers": "c2", "student": "c3", "losses": "c4", "optimizer": "c5"}  # of run.json's step_seconds
+PARTS = {
+    "data": "c1",
+    "teachers": "c2",
+    "student": "c3",
+    "losses": "c4",
+    "optimizer": "c5",
+}  # of run.json's step_seconds
 REST = "rest"  # of a step, and its colour
 Metrics = dict[str, list[list[dict[str, Any]]]]  # name -> runs -> epochs
 
 
 def write(
-    sources: Sequence[Path], out: Path | None = None, images: Sequence[int] | None = None, display: Display | None = None
+    sources: Sequence[Path],
+    out: Path | None = None,
+    images: Sequence[int] | None = None,
+    display: Display | None = None,
 ) -> Path:
     """Writes the page about a comparison's folder or run folders, and returns its place. RunError for other folders."""
     found = gather(sources)
@@ -44,7 +55,9 @@ def write(
 def render(found: Gathered, images: Sequence[int] | None, display: Display) -> str:
     shown = found.shown()
     metrics = {name: [run.read_metrics() for run in runs] for name, runs in shown.items()}
-    weighted = {name: runs for name, runs in metrics.items() if any("entropy" in epoch for run in runs for epoch in run)}
+    weighted = {
+        name: runs for name, runs in metrics.items() if any("entropy" in epoch for run in runs for epoch in run)
+    }
     adapters = {name: [run for run in runs if run.finished() and has_adapter(run)] for name, runs in shown.items()}
     adapters = {name: runs for name, runs in adapters.items() if runs}
     environment = jinja2.Environment(
@@ -59,6 +72,7 @@ def render(found: Gathered, images: Sequence[int] | None, display: Display) -> s
         lead=found.found.sentence if found.found else "No run here has finished yet.",
         facts=facts(found),
         notes=found.notes,
+        others=found.others,
         unfinished=[unfinished(run) for run in found.unfinished],
         main=main_table(found),
         sections=other_tables(found),
@@ -134,7 +148,7 @@ def curves(metrics: Metrics) -> dict[str, Any] | None:
     accuracies = {name: values for name, values in accuracies.items() if np.isfinite(values).any()}
     if not accuracies:
         return None
-    late = d.finite({name: values[:, values.shape[1] // 4 :] for name, values in accuracies.items()})
+    late = d.finite({name: values[:, values.shape[1] // 2 :] for name, values in accuracies.items()})
     low, high = svg.around([late])
     limits, alone = (max(low, 0.0), min(high, 100.0)), len(accuracies) == 1
     panels = []
@@ -160,16 +174,16 @@ def loss_terms(name: str, runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[
     series = {key: d.series(runs, key)[1] for key in ["loss", *keys]}
     zero = [key for key, values in series.items() if not (np.isfinite(values) & (values != 0)).any()]
     series = {key: values for key, values in series.items() if key not in zero}
-    if list(series) == ["loss", "ce"] and np.allclose(series["loss"], series["ce"], equal_nan=True):
-        del series["ce"]  # the loss itself
+    if len(series) == 2 and np.allclose(series["loss"], [*series.values()][1], equal_nan=True):
+        series.popitem()  # the one term is the loss
     flat = d.finite(series)
-    colours = ("c0", *COLOURS)
-    drawn = [Line(key, values, colours[i % len(colours)]) for i, (key, values) in enumerate(series.items())]
+    spare = itertools.cycle(("c7", "c8"))
+    drawn = [Line(key, values, TERMS.get(key) or next(spare)) for key, values in series.items()]
     said = ", ".join(f"{key} {d.last(values).mean():.3g}" for key, values in series.items())
     log = bool(flat.size) and flat.min() > 0 and flat.max() > 8 * flat.min()
-    chart = svg.lines(drawn, f"{name}: training loss and its terms by epoch, at the end {said}", log=log)
-    left_out = f"; {', '.join(zero)}: 0 throughout" if zero else ""
-    return chart, ("logarithmic" if log else "linear") + left_out
+    chart = svg.lines(drawn, f"{name}: training loss and its terms by epoch, at the end {said}", log=log, digits=None)
+    left_out = [f"{key} is 0" for key in zero]
+    return chart, "; ".join([*(["log scale"] if log else []), *left_out])
 
 
 def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set[str]) -> list[dict[str, Any]]:
@@ -180,7 +194,9 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
         entropy = d.series(runs, "entropy")[1]
         marks = [Mark(UNIFORM, "above 0.999: uniform"), Mark(ONE_HOT, "below 0.01: one teacher has all")]
         words = f"{name}: normalised entropy of the weights by epoch, at the end {d.last(entropy).mean():.3f}"
-        charts = [("Entropy", svg.lines([Line("", entropy, "c1")], words, limits=(0, 1), marks=marks, thin=True, digits=3))]
+        charts = [
+            ("Entropy", svg.lines([Line("", entropy, "c1")], words, limits=(0, 1), marks=marks, thin=True, digits=3))
+        ]
         for key, title in (("weight_mean", "Mean weight"), ("weight_won", "Share of examples won")):
             count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
             if not count:
@@ -208,7 +224,8 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
 
 def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
     """Seconds of a step by part, mean over the runs that have them; the whole step of those that do not."""
-    lines, without = [], []
+    lines: list[dict[str, Any]] = []
+    without = []
     for name, runs in shown.items():
         records = [run.read_record() for run in runs]
         steps = [record["seconds_per_step"] for record in records if record.get("seconds_per_step")]
@@ -249,4 +266,10 @@ def again(found: Gathered) -> dict[str, Any]:
         ", ".join(f"{op}: {name}" for op, name in record.get("backends", {}).items()) or "unknown" for record in records
     ]
     lines = [(key, [(value, each.count(value)) for value in dict.fromkeys(each)]) for key, each in values.items()]
-    return {"command": words, "save": save, "file": f"{found.config.name}.yaml", "versions": lines, "config": shown_config(found.config)}
+    return {
+        "command": words,
+        "save": save,
+        "file": f"{found.config.name}.yaml",
+        "versions": lines,
+        "config": shown_config(found.config),
+    }

@@ -35,10 +35,14 @@ def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None
         first = next(iter(jobs.values()))[0]
         same = {name: [job for job in each if alike(job, first)] for name, each in jobs.items()}
         data = compare.load_data(first.config)
-        teachers = frozen.load(first.config, data, hints=compare.need_hints([job for each in same.values() for job in each]))
+        teachers = frozen.load(
+            first.config, data, hints=compare.need_hints([job for each in same.values() for job in each])
+        )
         unknown = strangers(first)
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, ImportError) as error:
-        return {"missing": f"What teachers and students say about images cannot be shown here: {str(error).rstrip('.')}."}
+        return {
+            "missing": f"What teachers and students say about images cannot be shown here: {str(error).rstrip('.')}."
+        }
     if unknown:
         return {"missing": f"The weights of {', '.join(unknown)} on disk are not those that the students learned from."}
     if images and max(images) >= len(data.test):
@@ -76,7 +80,9 @@ def strangers(job: Job) -> list[str]:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def image_section(asked: Asked, logits: Tensor, data: datasets.ImageData, images: Sequence[int] | None) -> dict[str, Any]:
+def image_section(
+    asked: Asked, logits: Tensor, data: datasets.ImageData, images: Sequence[int] | None
+) -> dict[str, Any]:
     """Of the first run of the first method."""
     name, ((job, weights, student), *_) = next(iter(asked.items()))
     temperature = job.config.loss.temperature
@@ -85,7 +91,9 @@ def image_section(asked: Asked, logits: Tensor, data: datasets.ImageData, images
         choices = answers.telling(probs, weights, out, data.test.labels)
     else:
         choices = [answers.Choice(i, "Asked for", None) for i in images]
-    shown = [one_image(choice, probs, weights, out, data, job.teachers) for choice in choices if choice.index is not None]
+    shown = [
+        one_image(choice, probs, weights, out, data, job.teachers) for choice in choices if choice.index is not None
+    ]
     return {
         "method": name,
         "seed": job.seed,
@@ -98,12 +106,19 @@ def image_section(asked: Asked, logits: Tensor, data: datasets.ImageData, images
 
 
 def one_image(
-    choice: answers.Choice, probs: Tensor, weights: Tensor, student: Tensor, data: datasets.ImageData, names: Sequence[str]
+    choice: answers.Choice,
+    probs: Tensor,
+    weights: Tensor,
+    student: Tensor,
+    data: datasets.ImageData,
+    names: Sequence[str],
 ) -> dict[str, Any]:
     """A table of the image's largest classes: a column a teacher, then the mixture and the student."""
     i = choice.index
     assert i is not None
-    columns = torch.cat([probs[i], answers.mixture(probs[i : i + 1], weights[i : i + 1]), student[i : i + 1]])  # [T + 2, C]
+    columns = torch.cat(
+        [probs[i], answers.mixture(probs[i : i + 1], weights[i : i + 1]), student[i : i + 1]]
+    )  # [T + 2, C]
     truth, said = int(data.test.labels[i]), columns.argmax(1).tolist()
     heads = [
         {"name": name, "weight": weights[i, t].item() if t < len(names) else None, "right": said[t] == truth}

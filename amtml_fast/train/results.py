@@ -135,7 +135,9 @@ def highest(rows: Sequence[report.Row]) -> str:
     """The same for rows over different seeds, which no paired test can compare."""
     best = max(rows, key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
     others = "their seeds differ, so nothing is tested"
-    return f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
+    return (
+        f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
+    )
 
 
 def ours_and_others(rows: Sequence[report.Row]) -> tuple[report.Row, list[report.Row]]:

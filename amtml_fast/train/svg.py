@@ -16,6 +16,7 @@ WIDE, HIGH = 320, 190  # a chart with names at the ends of its lines
 SMALL = (210, 132)  # one of many
 POINTS = 120  # of a line: more than a chart has places for would only make the page heavy
 COLOURS = tuple(f"c{i}" for i in range(1, 9))
+DECADES = 1e4  # of a logarithmic axis; what is smaller lies at its foot
 LETTER = 5.7  # width of an average letter of the charts' type
 LINE = 13.0  # and its line height
 
@@ -53,26 +54,31 @@ class Axes:
             low, high, value = math.log(low), math.log(high), math.log(max(value, low))
         return self.bottom - (self.bottom - self.top) * (value - low) / (high - low)
 
-    def frame(self, marks: Sequence[Mark] = ()) -> Markup:
-        """Grid, numbers and marks."""
+    def frame(self) -> Markup:
+        """Grid and numbers."""
         at = log_ticks(*self.limits) if self.log else ticks(*self.limits, 4)
         parts = []
         for value in at:
             y = self.y(value)
             parts.append(f'<path class="grid" d="M{self.left:g} {y:.1f}H{self.right:g}"/>')
-            parts.append(f'<text class="tick" x="{self.left - 5:g}" y="{y + 3.6:.1f}" text-anchor="end">{value:g}</text>')
+            parts.append(
+                f'<text class="tick" x="{self.left - 5:g}" y="{y + 3.6:.1f}" text-anchor="end">{value:g}</text>'
+            )
         for epoch in sorted({1, *(round(e) for e in ticks(1, self.epochs, 4) if e == round(e) >= 1), self.epochs}):
             near = self.epochs > epoch and self.x(self.epochs) - self.x(epoch) < 16
             if not near:
                 parts.append(
                     f'<text class="tick" x="{self.x(epoch):.1f}" y="{self.bottom + 14:g}" text-anchor="middle">{epoch}</text>'
                 )
-        for mark in marks:
-            y = self.y(mark.y)
-            parts.append(f'<path class="mark" d="M{self.left:g} {y:.1f}H{self.right:g}"/>')
-            text = y + 12 if y < self.top + 12 else y - 4
-            parts.append(f'<text class="tick" x="{self.left + 4:g}" y="{text:.1f}">{escape(mark.text)}</text>')
         return Markup("".join(parts))
+
+    def mark(self, mark: Mark) -> Markup:
+        y = self.y(mark.y)
+        text = y + 12 if y < self.top + 12 else y - 4
+        line = Markup('<path class="mark" d="M{:g} {:.1f}H{:g}"/>').format(self.left, y, self.right)
+        return line + Markup('<text class="tick on" x="{:g}" y="{:.1f}">{}</text>').format(
+            self.left + 4, text, mark.text
+        )
 
     def path(self, values: Array) -> str:
         """The d of a line through a run's finite values [epochs]."""
@@ -115,7 +121,7 @@ def lines(
     log: bool = False,
     marks: Sequence[Mark] = (),
     behind: str = "",
-    digits: int = 2,
+    digits: int | None = 2,
     thin: bool = False,
 ) -> Markup:
     """A line for the mean of each series over its runs, with its name and last value at the end.
@@ -124,37 +130,52 @@ def lines(
     """
     epochs = max((line.values.shape[1] for line in series), default=1)
     limits = limits or around([line.values for line in series], log)
-    ends = [(line, i, m[i]) for line in series for m in [mean(line.values)] for i in np.flatnonzero(np.isfinite(m))[-1:]]
+    ends = [
+        (line, i, m[i]) for line in series for m in [mean(line.values)] for i in np.flatnonzero(np.isfinite(m))[-1:]
+    ]
     tags = [f"{line.name} {number(value, digits)}".strip() for line, _, value in ends]
     right = 12 + LETTER * max(map(len, tags), default=0)
     axes = Axes(size, epochs, limits, right, log)
-    parts = [axes.frame(marks)]
+    parts = [axes.frame()]
     if behind:
         parts.append(Markup('<use href="#{}"/>').format(behind))
     for line in series:
         if thin and len(line.values) > 1:
-            parts += [Markup('<path class="thin {}" d="{}"/>').format(line.colour, axes.path(run)) for run in line.values]
+            parts += [
+                Markup('<path class="thin {}" d="{}"/>').format(line.colour, axes.path(run)) for run in line.values
+            ]
         elif d := axes.band(line.values):
             parts.append(Markup('<path class="band {}" d="{}"/>').format(line.colour, d))
     for line in series:
         parts.append(Markup('<path class="line {}" d="{}"/>').format(line.colour, axes.path(mean(line.values))))
+    parts += [axes.mark(mark) for mark in marks]
     spots = [axes.y(value) for _, _, value in ends]
     room = max(axes.bottom + 4, len(ends) * LINE + axes.top - 6)
-    for (line, i, _), y, place, tag in zip(ends, spots, spread(spots, [LINE] * len(ends), axes.top - 6, room), tags, strict=True):
+    for (line, i, _), y, place, tag in zip(
+        ends, spots, spread(spots, [LINE] * len(ends), axes.top - 6, room), tags, strict=True
+    ):
         x, out = axes.x(i + 1), axes.right
         parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(line.colour, x, y))
-        parts.append(Markup('<path class="lead {}" d="M{:.1f} {:.1f}L{:g} {:.1f}"/>').format(line.colour, x + 3, y, out + 7, place))
+        parts.append(
+            Markup('<path class="lead {}" d="M{:.1f} {:.1f}L{:g} {:.1f}"/>').format(
+                line.colour, x + 3, y, out + 7, place
+            )
+        )
         parts.append(Markup('<text x="{:g}" y="{:.1f}">{}</text>').format(out + 9, place + 3.8, tag))
     return wrap(Markup("").join(parts), words, size[0], max(size[1], room + 2))
 
 
-def background(series: Sequence[Array], name: str, size: tuple[float, float], limits: tuple[float, float], digits: int) -> Markup:
+def background(
+    series: Sequence[Array], name: str, size: tuple[float, float], limits: tuple[float, float], digits: int
+) -> Markup:
     """The mean lines of all [runs, epochs], drawn once as <g id=name>, for `lines` of one unnamed line to stand on."""
     epochs = max((values.shape[1] for values in series), default=1)
     widest = max((len(number(v, digits)) for values in series for v in mean(values) if math.isfinite(v)), default=0)
     axes = Axes(size, epochs, limits, 12 + LETTER * widest)
     paths = Markup("").join(Markup('<path class="other" d="{}"/>').format(axes.path(mean(values))) for values in series)
-    return Markup('<svg width="0" height="0" aria-hidden="true" class="hidden"><g id="{}">{}</g></svg>').format(name, paths)
+    return Markup('<svg width="0" height="0" aria-hidden="true" class="hidden"><g id="{}">{}</g></svg>').format(
+        name, paths
+    )
 
 
 def strip(values: Sequence[float], low: float, high: float) -> Markup:
@@ -191,9 +212,9 @@ def wrap(body: Markup, words: str, wide: float, high: float) -> Markup:
     return start.format(wide, high, words) + body + Markup("</svg>")
 
 
-def number(value: float, digits: int) -> str:
-    """Fixed decimals; small values keep two significant digits."""
-    return f"{value:.{digits}f}" if abs(value) >= 10 ** (1 - digits) or value == 0 else f"{value:.1e}".replace("e-0", "e-")
+def number(value: float, digits: int | None) -> str:
+    """With so many decimals; None: three significant digits."""
+    return f"{value:.3g}" if digits is None else f"{value:.{digits}f}"
 
 
 def around(values: Sequence[Array], log: bool = False) -> tuple[float, float]:
@@ -204,7 +225,7 @@ def around(values: Sequence[Array], log: bool = False) -> tuple[float, float]:
         return (0.1, 1.0) if log else (0.0, 1.0)
     low, high = float(flat.min()), float(flat.max())
     if log:
-        return low / 1.2, high * 1.2
+        return max(low, high / DECADES) / 1.2, high * 1.2
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room
 
