@@ -129,6 +129,7 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
         display.say(
             f"Pictures: {settings.folder}/figures/ ({', '.join(f.name for f in outcome.files if f.suffix == '.png')})"
         )
+        display.say(f"All of it on one page: {shlex.join(['amtml-fast', 'report', str(settings.folder)])}")
         display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
 
 

@@ -239,6 +239,7 @@ def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
             lines.append({"name": name, "parts": {**parts, REST: whole - sum(parts.values())}, "whole": whole})
     if not lines:
         return None
+    none = all(list(line["parts"]) == [REST] for line in lines)
     keys = [key for key in dict.fromkeys(key for line in lines for key in line["parts"]) if key != REST]
     spare = iter(("c6", "c7", "c8") * len(keys))
     colours = {key: PARTS.get(key) or next(spare) for key in keys} | {REST: "c0"}
@@ -248,18 +249,22 @@ def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
         line["cells"] = [milliseconds(line["parts"].get(key)) for key in keys]
         line["rest"] = milliseconds(line["parts"][REST]) if len(line["parts"]) > 1 else "-"
         line["whole"] = milliseconds(line["whole"])
-    return {"keys": keys, "colours": colours, "lines": lines, "without": without}
+    return {"keys": keys, "colours": colours, "lines": lines, "without": without, "none": none}
 
 
 def milliseconds(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1000 * seconds:.2f}" if seconds < 0.0995 else f"{1000 * seconds:,.0f}"
+    if seconds is None:
+        return "-"
+    value = 1000 * seconds
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
 def again(found: Gathered) -> dict[str, Any]:
     words, save = command(found)
     records = [run.read_record() for run in found.runs]
     values: dict[str, list[str]] = {"commit": [str(record.get("git_commit") or "unknown") for record in records]}
-    values["device"] = [f"{record.get('device')}, {record.get('processes', 1)} process(es)" for record in records]
+    values["device"] = [str(record.get("device", "unknown")) for record in records]
+    values["processes"] = [str(record.get("processes", 1)) for record in records]
     for key in dict.fromkeys(key for record in records for key in record.get("versions", {})):
         values[key.replace("_", "-")] = [record.get("versions", {}).get(key, "unknown") for record in records]
     values["backends"] = [
