@@ -426,7 +426,7 @@ def test_the_choice_of_images() -> None:
     def of(*classes: tuple[int, float]) -> list[list[float]]:
         return [[p if c == k else (1 - p) / 2 for k in range(3)] for c, p in classes]
 
-    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     probs = torch.tensor(
         [
             of((0, sure), (1, sure)),  # the second is wrong and gets little
@@ -435,10 +435,11 @@ def test_the_choice_of_images() -> None:
             of((0, sure), (0, sure)),  # all agree, but the student is wrong
             of((1, sure), (1, sure)),
             of((2, sure), (2, sure)),
+            of((1, sure), (1, sure)),  # both are wrong: no weights would help
         ]
     )
-    weights = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.3, 0.7], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
-    student = torch.tensor(of((0, 0.8), (0, 0.8), (2, 0.8), (1, 0.8), (1, 0.8), (2, 0.8)))
+    weights = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.3, 0.7], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.9, 0.1]])
+    student = torch.tensor(of((0, 0.8), (0, 0.8), (2, 0.8), (1, 0.8), (1, 0.8), (2, 0.8), (1, 0.8)))
     found = {choice.why: (choice.index, choice.count) for choice in answers.telling(probs, weights, student, labels)}
     assert found == {
         "The teachers disagree most": (0, None),
@@ -508,7 +509,15 @@ addEventListener("load", () => {
 def browse(profile: Path, *words: str) -> str:
     assert CHROMIUM is not None
     quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--allow-file-access-from-files"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        *quiet,
+        "--allow-file-access-from-files",
+    ]
     done = subprocess.run(
         [*command, f"--user-data-dir={profile}", *words], capture_output=True, text=True, timeout=120,
         env={**os.environ, "HOME": str(profile)},
