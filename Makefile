@@ -8,7 +8,7 @@ export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py whole_loss.py dropin.py properties.py)
 
-.PHONY: train test test-zoo triton emulated gpu fuzz sanitize lint bench bench-quick dist clean
+.PHONY: train test test-zoo triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
@@ -40,6 +40,9 @@ test-zoo:
 # Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
 gpu:
 	$(PYTHON) benchmarks/gpu.py --part $(or $(PART),all)
+
+soak: $(INSTALLED)  # trainings killed at random moments, AMTML_SOAK of them, and the other faults
+	AMTML_SOAK=$(or $(AMTML_SOAK),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_faults.py
 
 fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/test_properties.py

@@ -265,8 +265,11 @@ class AMTMLLoss(nn.Module):
         angle_trains_weights: let the angle loss train the adapter too. By default its teacher side is detached, as in the
             authors' code.
         reduction: ``"batchmean"``, ``"mean"`` or ``"sum"``, of the kd term.
-        gather_angle: take the angle loss over the rows of all processes (a differentiable all-gather; rows and classes
-            must be the same on each). Right under gradients averaged over processes, as DDP does.
+        gather_angle: take the angle loss over the rows of all processes, by a differentiable all-gather; right under
+            gradients averaged over processes, as DDP and FSDP do. Every process computes the angle loss of all R rows:
+            O(R^2 (R + C)) work and O(R^2 + R C) memory; 2 R C numbers are gathered forward, R C summed backward.
+            True: processes may have different numbers of rows; they tell each other, and on a GPU wait for it at every
+            step. ``"even"``: the caller knows that all have the same number, and nothing is asked.
         Other arguments as in ``multi_teacher_kd_loss`` and ``angle_loss``. Ignored rows take no part in the angle loss.
     """
 
@@ -286,7 +289,7 @@ class AMTMLLoss(nn.Module):
         reduction: str = "batchmean",
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
-        gather_angle: bool = False,
+        gather_angle: bool | str = False,
     ):
         super().__init__()
         name = "AMTMLLoss"
@@ -302,6 +305,8 @@ class AMTMLLoss(nn.Module):
             ("regularizer_weight", regularizer_weight),
         ):
             checks.number(name, argument, weight, 0, math.inf)
+        if gather_angle not in (False, True, "even"):
+            raise ValueError(f"{name}: gather_angle must be False, True or 'even', got {gather_angle!r}")
         self.adapter: Any = adapter
         self.hints: Any = hints
         self.temperature, self.alpha, self.mode, self.reduction = temperature, alpha, mode, reduction
@@ -333,7 +338,7 @@ class AMTMLLoss(nn.Module):
                 f"teacher_maps={'given' if given[1] else None}"
             )
         gather = (
-            self.gather_angle
+            bool(self.gather_angle)
             and self.angle_weight != 0
             and dist.is_available()
             and dist.is_initialized()
@@ -449,9 +454,10 @@ class AMTMLLoss(nn.Module):
         if not self.angle_trains_weights:
             soft_targets = soft_targets.detach()
         if gather:
-            _check_same_everywhere(student_probs, row_mask)
-            student_probs, soft_targets = _gather_rows(student_probs), _gather_rows(soft_targets)
-            row_mask = None if row_mask is None else _gather_rows(row_mask)
+            even = self.gather_angle == "even"
+            counts = [len(student_probs)] * dist.get_world_size() if even else _rows_everywhere(student_probs, row_mask)
+            student_probs, soft_targets = (_GatherRows.apply(x, counts) for x in (student_probs, soft_targets))
+            row_mask = None if row_mask is None else _GatherRows.apply(row_mask, counts)
         return functional.angle(student_probs, soft_targets, row_mask, delta=self.delta)
 
     def extra_repr(self) -> str:
@@ -474,32 +480,33 @@ class _GatherRows(torch.autograd.Function):
     """All processes' rows, in rank order; the gradient is summed over the processes, each of which holds the whole loss."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.count = rows.shape[0]
-        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    def forward(ctx, rows: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+        mine, most, rank = rows.shape[0], max(counts), dist.get_rank()
+        ctx.rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+        if mine < most:  # what is sent has one size
+            rows = torch.cat([rows, rows.new_zeros(most - mine, *rows.shape[1:])])
+        gathered = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in counts]
         dist.all_gather(gathered, rows.contiguous())
-        return torch.cat(gathered)
+        return torch.cat([part[:count] for part, count in zip(gathered, counts)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
-        start = dist.get_rank() * ctx.count
-        return grad[start : start + ctx.count]
+        return grad[ctx.rows], None
 
 
-def _check_same_everywhere(rows: Tensor, row_mask: Tensor | None) -> None:
-    """All processes raise together; otherwise they would wait for each other, or gather nonsense."""
+def _rows_everywhere(rows: Tensor, row_mask: Tensor | None) -> list[int]:
+    """How many rows each process has. Where their classes or labels differ all raise together; otherwise they would wait for
+    each other, or gather nonsense."""
     mine = torch.tensor([*rows.shape, row_mask is not None], device=rows.device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
-    if any((other != mine).any() for other in gathered):
-        seen = "; ".join(
-            f"{n} x {c}, {'with' if m else 'without'} labels" for n, c, m in (g.tolist() for g in gathered)
+    found = torch.stack(gathered).tolist()
+    if any(other[1:] != found[0][1:] for other in found):
+        seen = "; ".join(f"{n} x {c}, {'with' if m else 'without'} labels" for n, c, m in found)
+        raise ValueError(
+            f"AMTMLLoss: gather_angle needs the same classes on every process, and labels or none, got {seen}"
         )
-        raise ValueError(f"AMTMLLoss: gather_angle needs the same rows x classes on every process, got {seen}")
-
-
-def _gather_rows(rows: Tensor) -> Tensor:
-    return _GatherRows.apply(rows)
+    return [n for n, _, _ in found]

@@ -212,6 +212,9 @@ def scaling(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+PARTS = ("data", "teachers", "student", "losses", "optimizer")
+
+
 def steps(results: Results) -> str:
     rows = []
     for group in (g for g in results.groups() if g.startswith("step")):
@@ -219,13 +222,14 @@ def steps(results: Results) -> str:
         for provider in [*results.providers(group), *(p for g, p in results.not_run if g == group)]:
             seconds, facts = results.rows.get((group, provider, None), (None, {}))
             if seconds is None:
-                rows.append([group, provider, results.not_run[group, provider], "", ""])
+                rows.append([group, provider, results.not_run[group, provider], *[""] * (1 + len(PARTS))])
                 continue
-            share = f"{facts['losses_seconds'] / seconds:.1%}" if "losses_seconds" in facts else ""
+            parts = facts.get("parts", {})
+            shares = [f"{parts[part] / sum(parts.values()):.1%}" if parts else "" for part in PARTS]
             rows.append(
-                [group, provider, f"{facts['images'] / seconds:,.1f}", share, ratio_text(base and base / seconds)]
+                [group, provider, f"{facts['images'] / seconds:,.1f}", ratio_text(base and base / seconds), *shares]
             )
-    return markdown_table(["training step", "losses", "images/s", "share of the losses", "vs published loop"], rows)
+    return markdown_table(["training step", "by", "images/s", "vs published loop", *PARTS], rows)
 
 
 def memory(results: Results) -> str:

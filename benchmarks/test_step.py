@@ -1,8 +1,10 @@
-"""Images a second of a whole training step: the trainer's with our losses, the same with plain ones, and a loop as published code
-has it. ResNet20 learns from ResNet32, 56 and 110 on 32 x 32 images. The quick run has smaller networks."""
+"""Images a second of a whole training step, and its parts: the trainer's, with its switches, with plain losses, and a loop as published
+code has it. ResNet20 learns from ResNet32, 56 and 110 on 32 x 32 images. The quick run has smaller networks."""
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 import amtml_fast as af
 
 from . import memory
-from .machine import DEVICE, seconds
+from .machine import DEVICE
 from .paper_loop import Images, PaperLoss, batches
 from .workloads import Workload
 
@@ -21,12 +23,34 @@ from amtml_fast.train import data as datasets
 from amtml_fast.train import jobs, loop
 from amtml_fast.train import teachers as frozen
 from amtml_fast.train.features import FeatureExtractor
+from amtml_fast.train.metrics import Sums
 from amtml_fast.train.models import build
+from amtml_fast.train.progress import Display
+from amtml_fast.train.run import Run
 
 GROUPS = {"low": "stage1", "mid": "stage2", "high": "stage3"}
-OURS = "our losses"
-PLAIN = "the same with plain losses"
+
+
+@dataclass(frozen=True)
+class Switches:
+    """How the trainer runs."""
+
+    channels_last: bool = False
+    compile: bool = False
+    cached: bool = False
+    losses: str = "auto"  # a backend
+
+
 PAPER = "a loop as published"
+PROVIDERS: dict[str, Switches | None] = {
+    "the trainer": Switches(),
+    "channels_last": Switches(channels_last=True),
+    "compiled": Switches(compile=True),
+    "cached teachers": Switches(cached=True),
+    "cached and compiled": Switches(cached=True, compile=True),
+    "the trainer, plain losses": Switches(losses="reference"),
+    PAPER: None,
+}
 
 
 class Setting:
@@ -40,11 +64,9 @@ class Setting:
         names = tuple(map(str, range(100)))
         self.data = datasets.ImageData("random", whole, part, part, names, (0.5,) * 3, (0.25,) * 3).to(DEVICE)
         self.batch, self.depths = batch, teachers
-        self.config = configs.Config(
-            student=configs.StudentConfig(factory="resnet", args={"depth": student}, features="stage3", groups=GROUPS),
-            distill=configs.TrainConfig(batch_size=batch),
+        self.student = configs.StudentConfig(
+            factory="resnet", args={"depth": student}, features="stage3", groups=GROUPS
         )
-        self.job = jobs.student_job(self.config, "amtml_kd", 0)
         models = [
             FeatureExtractor(
                 build("resnet", {"depth": d}, num_classes=100, in_channels=3, weights=None), {"hint": "stage3"}
@@ -54,38 +76,46 @@ class Setting:
         ready = [m.to(DEVICE).eval().requires_grad_(False) for m in models]
         self.teachers = frozen.assemble([f"resnet{d}" for d in teachers], ready, self.data)
 
-    def trainer_step(self, backend: str) -> tuple[Callable[[], object], Callable[[], object]]:
-        """The trainer's step, and its losses alone."""
-        module = jobs.make_distiller(self.job, self.data, self.teachers).to(DEVICE)
-        optimizer = loop.make_optimizer(self.config.distill, module)
-        loader = datasets.Loader(
-            self.data.train, self.data, self.batch, shuffle=True, augment=True, drop_last=True, seed=0
+    def trainer(self, switches: Switches, folder: Path) -> loop.Trainer:
+        """As `amtml-fast distill` makes it."""
+        config = configs.Config(
+            data=configs.DataConfig(augment=not switches.cached),
+            teachers=[configs.TeacherConfig(name=name, hint="stage3") for name in self.teachers.names],
+            student=self.student,
+            distill=configs.TrainConfig(batch_size=self.batch),
+            engine=configs.EngineConfig(channels_last=switches.channels_last, compile=switches.compile),
+            out=str(folder),
         )
-        stream, sums = itertools.chain.from_iterable(itertools.repeat(loader)), loop.Sums(DEVICE)
+        job = jobs.student_job(config, "amtml_kd", 0)
+        self.prepare(switches)
+        accelerator = loop.make_accelerator(config.engine, folder)
+        return loop.Trainer(job, Run(folder), accelerator, self.data, self.teachers, Display(quiet=True))
+
+    def trainer_step(
+        self, switches: Switches, folder: Path
+    ) -> tuple[Callable[[], None], Callable[[int], dict[str, float]]]:
+        """The trainer's step, and the seconds of its parts, mean over so many steps."""
+        trainer, sums = self.trainer(switches, folder), Sums(DEVICE)
+        stream = itertools.chain.from_iterable(itertools.repeat(trainer.loader))
 
         def step() -> None:
-            batch = next(stream)
-            taught = self.teachers.outputs(batch)
-            with af.use_backend(backend):
-                out, logits = module(batch.images, batch.labels, taught.logits, taught.maps)
-                out.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            sums.add(out, logits, batch.labels)
+            with af.use_backend(switches.losses):
+                trainer.learn(next(stream), sums)
 
-        batch = next(stream)
-        taught = self.teachers.outputs(batch)
-        logits, maps = module.student(batch.images)
-        leaves = [logits.detach().requires_grad_(), {k: x.detach().requires_grad_() for k, x in maps.items()}]
+        def parts(steps: int) -> dict[str, float]:
+            trainer.timer.start()
+            for _ in range(steps):
+                step()
+            trainer.timer.stop()
+            return {part: seconds / steps for part, seconds in trainer.timer.read().items()}
 
-        def losses() -> None:
-            with af.use_backend(backend):
-                module.objective(*leaves, batch.labels, taught.logits, taught.maps).loss.backward()
-
-        return step, losses
+        return step, parts
 
     def paper_step(self) -> Callable[[], object]:
-        student = jobs.make_distiller(self.job, self.data, self.teachers).student.to(DEVICE)
+        paths = {jobs.FEATURES: "stage3", **GROUPS}
+        student = FeatureExtractor(
+            build("resnet", dict(self.student.args), num_classes=100, in_channels=3, weights=None), paths
+        ).to(DEVICE)
         widths = {"low": 16, "mid": 32, "high": 64}
         loss = PaperLoss(64, len(self.depths), [(widths[g], c) for g, c in zip(GROUPS, self.teachers.channels)]).to(
             DEVICE
@@ -117,24 +147,30 @@ class Setting:
 PUBLISHED, SMALL = (20, (32, 56, 110)), (8, (8, 14))
 
 
-@pytest.mark.parametrize("provider", [OURS, PLAIN, PAPER])
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize(
     ("nets", "batch"),
     [pytest.param(SMALL, 64, marks=pytest.mark.quick), (PUBLISHED, 128), (PUBLISHED, 1024)],
     ids=["small-64", "published-128", "published-1024"],
 )
 def test_step(
-    nets: tuple[int, tuple[int, ...]], batch: int, provider: str, timed: Callable, refuse_too_large: Callable
+    nets: tuple[int, tuple[int, ...]],
+    batch: int,
+    provider: str,
+    timed: Callable,
+    refuse_too_large: Callable,
+    tmp_path: Path,
 ) -> None:
     group = f"step, ResNet{nets[0]} from ResNet{'/'.join(map(str, nets[1]))}, batch {batch}"
+    switches = PROVIDERS[provider]
     plain_angle = memory.predicted(Workload("angle", (batch, 100)), "eager")
-    refuse_too_large(0 if provider == OURS else plain_angle, group, provider)
+    refuse_too_large(plain_angle if switches is None or switches.losses != "auto" else 0, group, provider)
     setting = Setting(*nets, batch)
-    facts: dict[str, float] = {"images": batch}
-    if provider == PAPER:
+    facts: dict[str, object] = {"images": batch}
+    if switches is None:
         step = setting.paper_step()
     else:
-        step, losses = setting.trainer_step("auto" if provider == OURS else "reference")
-        losses()
-        facts["losses_seconds"] = min(seconds(losses) for _ in range(3))
+        step, parts = setting.trainer_step(switches, tmp_path)
+        step()
+        facts["parts"] = parts(5 if batch < 1024 else 1)
     timed(step, group, provider, **facts)

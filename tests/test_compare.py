@@ -19,7 +19,7 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import torch
 
-from amtml_fast.train import compare, config, loop, results, workers
+from amtml_fast.train import compare, config, loop, optim, results, workers
 from amtml_fast.train import teachers as frozen
 from amtml_fast.train.data import Loader
 from amtml_fast.train.jobs import student_job, teachers_of
@@ -231,9 +231,9 @@ def test_a_specialist_never_predicts_another_class(compared: Compared) -> None:
 
 def test_the_adapter_may_have_a_rate_of_its_own() -> None:
     stages = config.StagesConfig(adapter_lr=0.2, adapter_milestones=[2, 4])
-    rates = [loop.adapter_rate(stages, epoch) for epoch in range(1, 7)]
+    rates = [optim.adapter_rate(stages, epoch) for epoch in range(1, 7)]
     assert rates == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
-    assert loop.adapter_rate(config.StagesConfig(), 1) is None
+    assert optim.adapter_rate(config.StagesConfig(), 1) is None
 
 
 def test_an_adapter_at_rate_zero_stays_while_the_student_learns(compared: Compared) -> None:

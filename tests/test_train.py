@@ -6,11 +6,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,119 +20,30 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from small_run import (
+    PLAIN,
+    QUIET,
+    ROOT,
+    YAML,
+    Place,
+    assert_near,
+    interrupt_after,
+    launched,
+    metrics,
+    own_weights,
+    start_and_wait,
+    tensors,
+)
+from torch import nn
 
-from amtml_fast.train import compare, config, loop, models, report, results, teachers
+from amtml_fast.train import compare, config, loop, models, optim, report, results, teachers
 from amtml_fast.train.data import Loader
 from amtml_fast.train.features import FeatureExtractor
 from amtml_fast.train.jobs import student_job
+from amtml_fast.train.metrics import collapsed
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import Run, RunError, read_json, write_atomic
-
-ROOT = Path(__file__).resolve().parent.parent
-QUIET = Display(quiet=True)
-
-# A net without BatchNorm: its gradient is the mean over the rows, however they are split over processes. It is smooth,
-# and its outputs tell the images apart from the first step: otherwise rounding tips a ReLU over, or fills the angle
-# loss's differences of nearly equal rows, and two right runs drift apart.
-PLAIN_NET = """
-from torch import nn
-
-
-def net(num_classes, in_channels, width=4):
-    return nn.Sequential(
-        nn.Conv2d(in_channels, width, 3, padding=1), nn.Tanh(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.Tanh(),
-        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8 * width, num_classes),
-    )
-
-
-def dropout_net(num_classes, in_channels):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, num_classes))
-"""
-YAML = """
-name: small
-data: {name: digits, val_fraction: 0.15}
-teachers:
-  - {name: a, model: {factory: small_cnn, args: {width: 6}}, hint: block3}
-  - {name: b, model: {factory: small_cnn, args: {width: 4}}, hint: block2}
-student: {factory: small_cnn, args: {width: 2}, features: block3, groups: {low: block1, high: block3}}
-teach: {epochs: 1, batch_size: 128}
-distill: {epochs: 4, batch_size: 128}
-engine: {threads: 1, device: cpu}
-"""
-
-
-class Place:
-    """A folder with a configuration and trained teachers in it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.yaml = folder, folder / "small.yaml"
-
-    def load(self, *overrides: str) -> config.Config:
-        return config.load(self.yaml, [f"out={self.folder}", *overrides])
-
-    def command(self, *words: str) -> list[str]:
-        """`words` of the command line, then this place's configuration and output folder."""
-        command, *rest = words
-        return [sys.executable, "-m", "amtml_fast", command, str(self.yaml), f"out={self.folder}", *rest]
-
-    def train(self, *overrides: str, method: str = "amtml_kd", seed: int = 0, resume: bool = False) -> Run:
-        settings = self.load(*overrides)
-        data = compare.load_data(settings)
-        return compare.distill(settings, data, method, seed, QUIET, resume=resume, fresh=False)
-
-
-@pytest.fixture(scope="session")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = Place(tmp_path_factory.mktemp("taught"))
-    place.yaml.write_text(YAML)
-    settings = place.load()
-    compare.teach(settings, compare.load_data(settings), QUIET)
-    return place.folder
-
-
-@pytest.fixture
-def place(taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    shutil.copytree(taught, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "plain_net.py").write_text(PLAIN_NET)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return Place(tmp_path)
-
-
-def tensors(run: Run) -> dict[str, Tensor]:
-    """Student and objective of a finished run."""
-    found = load_file(run.folder / "student.safetensors")
-    objective = run.folder / "objective.safetensors"
-    if objective.is_file():
-        found |= {f"objective.{key}": value for key, value in load_file(objective).items()}
-    return found
-
-
-def metrics(run: Run) -> list[dict[str, object]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in run.read_metrics()]
-
-
-def start_and_wait(place: Place, command: list[str], epochs: int) -> subprocess.Popen[str]:
-    """Starts a run and returns once `epochs` epochs are in its metrics."""
-    process = subprocess.Popen(
-        command,
-        cwd=place.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # ignored where the tests run in the background
-    )
-    run, end = Run(place.folder / "small" / "amtml_kd-seed0"), time.monotonic() + 120
-    while len(run.read_metrics()) < epochs:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "the run makes no progress"
-        time.sleep(0.005)
-    return process
-
+from amtml_fast.train.stop import Interrupted, Stop
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
@@ -154,14 +63,6 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(place: Place) -> None:
     for key, value in tensors(resumed).items():
         assert torch.equal(value, expected[key]), key
     assert read_json(resumed.result) == read_json(unbroken.result)
-
-
-def weights(place: Place) -> list[tuple[int, Path]]:
-    return [(i, place.folder / "small" / "teachers" / name / "model.safetensors") for i, name in enumerate("ab")]
-
-
-def own_weights(place: Place) -> list[str]:
-    return [f"teachers.{i}.model.weights={path}" for i, path in weights(place)]
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:
@@ -184,7 +85,7 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:
 def test_a_stop_waits_for_the_end_of_the_step_and_a_second_one_does_not() -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     try:
-        with loop.Stop() as stop:
+        with Stop() as stop:
             stop.check()
             signal.raise_signal(signal.SIGINT)  # would be raised here
             with pytest.raises(KeyboardInterrupt):
@@ -200,23 +101,11 @@ def test_a_stop_waits_for_the_end_of_the_step_and_a_second_one_does_not() -> Non
 def test_a_stop_leaves_signals_alone_that_nobody_handles(number: int) -> None:
     mine = signal.signal(number, signal.SIG_IGN)
     try:
-        with loop.Stop() as stop:
+        with Stop() as stop:
             signal.raise_signal(number)
             stop.check()
     finally:
         signal.signal(number, mine)
-
-
-def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C right after this epoch's checkpoint, in this process."""
-    save = loop._Trainer.save
-
-    def save_and_stop(self: loop._Trainer) -> None:
-        save(self)
-        if self.done == epochs:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Trainer, "save", save_and_stop)
 
 
 @pytest.fixture
@@ -224,7 +113,7 @@ def stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> Run:
     """A run stopped after two of four epochs."""
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
-        with pytest.raises(loop.Interrupted, match=r"[12] of 4 epochs are safe"):
+        with pytest.raises(Interrupted, match=r"[12] of 4 epochs are safe"):
             place.train()
     return Run(place.folder / "small" / "amtml_kd-seed0")
 
@@ -234,7 +123,7 @@ def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch)
     unbroken = place.train(*random, "name=unbroken", method="student")
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
-        with pytest.raises(loop.Interrupted):
+        with pytest.raises(Interrupted):
             place.train(*random, method="student")
     torch.rand(7)
     resumed = place.train(*random, method="student", resume=True)
@@ -320,36 +209,18 @@ def test_a_finished_run_is_not_trained_again_unless_its_teachers_changed(place: 
 
 # --- processes and steps ----------------------------------------------------------------------------------------------
 
-# One epoch is 11 steps.
-PLAIN = [
-    "student.factory=plain_net:net",
-    "student.args={width: 4}",
-    "student.features='3'",
-    "student.groups={low: '1', high: '3'}",
-    "distill.epochs=1",
-    "distill.lr=0.05",
-]
 
-
-def assert_near(one: Run, two: Run, tolerance: float = 1e-5) -> None:
-    """Same tensors and same metrics to `tolerance`, relative and absolute."""
-    expected = tensors(one)
-    found = tensors(two)
-    assert found.keys() == expected.keys()
-    for key, value in found.items():
-        assert ((value - expected[key]).abs() <= tolerance * (1 + expected[key].abs())).all(), key
-    for a, b in zip(metrics(one), metrics(two), strict=True):
-        assert a.keys() == b.keys()
-        for key, value in b.items():
-            assert value == pytest.approx(a[key], rel=tolerance, abs=tolerance), key
-
-
-@pytest.mark.parametrize("method", ["amtml_kd", "avg_mkd"])
-def test_two_processes_equal_one_with_the_same_global_batch(place: Place, method: str) -> None:
-    one = place.train(*PLAIN, "name=one", *own_weights(place), method=method)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = place.command("distill", *PLAIN, *own_weights(place), f"--method={method}")[1:]
-    done = subprocess.run([*launch, *command], cwd=place.folder, capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [("avg_mkd", []), ("amtml_kd", []), ("amtml_kd", ["engine.fsdp=true"])],
+    ids=["avg", "ddp", "fsdp"],
+)
+def test_two_processes_equal_one_with_the_same_global_batch(place: Place, method: str, engine: list[str]) -> None:
+    one = place.train(*PLAIN, *engine, "name=one", *own_weights(place), method=method)
+    done = subprocess.run(
+        launched(place.command("distill", *PLAIN, *engine, *own_weights(place), f"--method={method}")),
+        cwd=place.folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     two = Run(place.folder / "small" / f"{method}-seed0")
     assert two.read_record()["processes"] == 2 and one.read_record()["processes"] == 1
@@ -357,6 +228,27 @@ def test_two_processes_equal_one_with_the_same_global_batch(place: Place, method
     # And the comparison would notice: the same steps from another seed end elsewhere.
     moved = tensors(place.train(*PLAIN, "name=moved", *own_weights(place), method=method, seed=1))
     assert any((moved[key] - value).abs().max() > 1e-2 for key, value in tensors(one).items())
+
+
+@pytest.mark.parametrize("engine", [[], ["engine.fsdp=true"]], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(place: Place, engine: list[str]) -> None:
+    settings = [*PLAIN, "distill.epochs=20", *engine, *own_weights(place)]
+    unbroken = place.train(*settings, "name=unbroken")
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+
+    def stop(command: list[str], epochs: int) -> None:
+        process = start_and_wait(place, command, epochs)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode not in (0, None) and "are safe in" in said, said
+        assert not run.finished() and run.load_checkpoint() is not None
+
+    command = place.command("distill", *settings, "--resume")
+    stop(launched(command), 2)
+    stop(command, len(run.read_metrics()) + 2)
+    done = subprocess.run(launched(command), cwd=place.folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "continuing after epoch" in done.stdout, done.stderr
+    assert_near(unbroken, run, tolerance=1e-4)  # ten times the steps of the test above
 
 
 def test_accumulated_steps_equal_whole_ones(place: Place) -> None:
@@ -398,7 +290,7 @@ def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
 def test_learning_rates() -> None:
     def rates(**kwargs: object) -> list[float]:
         train = config.TrainConfig(epochs=10, lr=1.0, **kwargs)  # type: ignore[arg-type]
-        return [loop.learning_rate(train, step, 10) for step in range(100)]
+        return [optim.learning_rate(train, step, 10) for step in range(100)]
 
     onecycle = rates(schedule="onecycle")
     assert onecycle[0] == pytest.approx(1 / 25) and onecycle[30] == pytest.approx(1.0) and onecycle[-1] < 0.01
@@ -417,9 +309,9 @@ def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
 
 def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     won = {"weight_won": [0.02, 0.98]}
-    assert loop.collapsed({}, ["a", "b"]) is None and loop.collapsed({"entropy": 0.5, **won}, ["a", "b"]) is None
+    assert collapsed({}, ["a", "b"]) is None and collapsed({"entropy": 0.5, **won}, ["a", "b"]) is None
     for entropy, words in ((0.9995, "smaller loss.regularizer_weight"), (0.005, "larger loss.regularizer_weight")):
-        message = loop.collapsed({"entropy": entropy, **won}, ["a", "b"])
+        message = collapsed({"entropy": entropy, **won}, ["a", "b"])
         assert message is not None and words in message and "init_scale" in message
         assert ("b on 98 % of the examples" in message) == (entropy < 0.5)
 
@@ -525,7 +417,7 @@ def test_mixed_precision_and_compile_leave_a_plain_student(
 ) -> None:
     # The eager backend compiles in no time and wraps the module all the same.
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend="eager"))
     engine = ["engine.mixed_precision=bf16", "engine.compile=true", "engine.channels_last=true"]
     run = place.train(*engine, "distill.epochs=2")
     state = load_file(run.folder / "student.safetensors")

@@ -19,6 +19,7 @@ from ..cli import backends_table
 from .config import Config, ConfigError, changed, load
 from .progress import Display
 from .run import Run, RunError, read_json
+from .timing import shares
 
 app = typer.Typer(
     name="amtml-fast",
@@ -203,8 +204,9 @@ def show_result(run: Run, display: Display) -> None:
     result, record = read_json(run.result), run.read_record()
     display.say(
         f"{record['label']}, seed {record['seed']}: validation {100 * result['val_accuracy']:.2f} %, "
-        f"test {100 * result['test_accuracy']:.2f} %, {1000 * record['seconds_per_step']:.1f} ms a step"
+        f"test {100 * result['test_accuracy']:.2f} %"
     )
+    display.say(shares(record["step_seconds"]))
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from .loop import finished, make_accelerator, train
 from .models import build
 from .progress import Display
 from .run import Diverged, Run, read_json
+from .timing import shares
 from .zoo import brings_weights
 
 TEACH, DISTILL = "teach", "distill"
@@ -136,7 +137,8 @@ class Session:
 def say_result(job: Job, run: Run, display: Display) -> None:
     result = read_json(run.result)
     validation = "" if job.student else f"validation {100 * result['val_accuracy']:.2f} %, "
-    display.say(f"{job.title}: {validation}test {100 * result['test_accuracy']:.2f} %")
+    time = shares(run.read_record()["step_seconds"])
+    display.say(f"{job.title}: {validation}test {100 * result['test_accuracy']:.2f} %; {time}")
 
 
 def teach(

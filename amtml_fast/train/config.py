@@ -145,8 +145,11 @@ class CompareConfig:
 class EngineConfig:
     mixed_precision: str = "no"
     gradient_accumulation_steps: int = 1
-    compile: bool = False
+    compile: bool = False  # torch.compile for teachers and student
+    cuda_graphs: bool = False  # with compile, on a GPU: the student's step is replayed as CUDA graphs
+    fsdp: bool = False  # several processes share parameters and optimiser state (FSDP2); false: each has all (DDP)
     channels_last: bool = False
+    checkpoint_steps: int | None = None  # a checkpoint after so many steps of an epoch, too; null: after each epoch
     device: str = "auto"  # auto | cpu
     threads: int | None = None  # torch.set_num_threads; null: torch's own choice
 
@@ -496,13 +499,20 @@ def _check_values(config: Config) -> None:
                 "config: loss.angle_trains_weights: false wanted where kl_trains_weights=false, got true: the weights would "
                 "be fixed for the angle loss, too"
             )
-    if config.engine.gradient_accumulation_steps < 1:
-        raise ConfigError(
-            "config: engine.gradient_accumulation_steps: 1 or more wanted, "
-            f"got {config.engine.gradient_accumulation_steps}"
-        )
+    _check_engine(config.engine)
     if not 0.0 < config.data.val_fraction < 1.0:
         raise ConfigError(f"config: data.val_fraction: a number in (0, 1) wanted, got {config.data.val_fraction}")
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    for key in ("gradient_accumulation_steps", "checkpoint_steps"):
+        value = getattr(engine, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"config: engine.{key}: 1 or more wanted, got {value}")
+    if engine.cuda_graphs and not engine.compile:
+        raise ConfigError("config: engine.cuda_graphs: engine.compile=true wanted beside it, got false")
+    if engine.fsdp and engine.mixed_precision == "fp16":
+        raise ConfigError("config: engine.mixed_precision: no or bf16 wanted with engine.fsdp=true, got fp16")
 
 
 def _check_compare(config: Config) -> None:

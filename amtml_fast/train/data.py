@@ -167,6 +167,12 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(stds)
 
 
+def drawn_seed(*numbers: int) -> int:
+    """One seed from several numbers, as good as unrelated to that of any others."""
+    entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return int(entropy) >> 1  # 63 bits: a seed is a signed integer
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """index [n] int64: positions in the split (the key of the teacher cache); labels [n] int64; images [n, C, H, W]
@@ -232,8 +238,12 @@ class Loader:
         return n // self.batch_size if self.drop_last else -(-n // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, first: int = 0) -> Iterator[Batch]:
+        """The epoch's batches from number `first` on."""
         order, flips, offsets = self._draws()
-        for number in range(len(self)):
+        for number in range(first, len(self)):
             rows = self._rows(number)
             index = order[rows]
             images = self.split.images[index]
@@ -250,8 +260,7 @@ class Loader:
     def _draws(self) -> tuple[Tensor, Tensor, Tensor]:
         """The epoch's order [N], flips [N] and crop offsets [N, 2], drawn on the CPU: the same on every device."""
         n, (height, width) = len(self.split), self.split.images.shape[2:]
-        entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(entropy) >> 1)  # 63 bits: a seed is a signed integer
+        generator = torch.Generator().manual_seed(drawn_seed(self.seed, self.epoch))
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         flips = torch.rand(n, generator=generator) < 0.5
         rows = torch.randint(2 * (height // 8) + 1, (n,), generator=generator)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 
 from . import data as datasets
 from . import methods
@@ -29,6 +30,7 @@ from .config import (
 from .features import FeatureExtractor
 from .methods import METHODS, Context, Method, Step, StepLoss
 from .models import build
+from .timing import StepTimer
 
 FEATURES = "features"
 
@@ -214,18 +216,30 @@ def with_mapping(config: Config, method: Method, student: StudentConfig, teacher
 
 
 class Distiller(nn.Module):
-    """Everything that trains in one module, so that DDP, checkpoints and the optimiser see all of it."""
+    """Everything that trains in one module, so that DDP, FSDP, checkpoints and the optimiser see all of it."""
 
     def __init__(self, student: FeatureExtractor, objective: nn.Module) -> None:
         super().__init__()
         self.student, self.objective = student, objective
+        self.timer: StepTimer | None = None
 
     def forward(
         self, images: Tensor, labels: Tensor, teacher_logits: list[Tensor], teacher_maps: list[Tensor]
     ) -> tuple[StepLoss, Tensor]:
         """The objective's StepLoss and the student's logits [N, C]."""
         logits, maps = self.student(images)
-        return self.objective(Step(logits, maps, labels, teacher_logits, teacher_maps, images)), logits.detach()
+        self._mark("student")
+        out = self.objective(Step(logits, maps, labels, teacher_logits, teacher_maps, images))
+        self._mark("losses")
+        caught = [x for x in (logits, *maps.values()) if x.requires_grad]
+        if self.timer is not None and caught and out.loss.requires_grad:
+            # Backward has come through the losses when the student's outputs have their gradients.
+            register_multi_grad_hook(caught, lambda gradients: self._mark("losses"))
+        return out, logits.detach()
+
+    def _mark(self, part: str) -> None:
+        if self.timer is not None:
+            self.timer.mark(part)
 
 
 def make_distiller(

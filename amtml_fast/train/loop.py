@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,95 +16,21 @@ from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 
 from . import data as datasets
+from . import processes
 from . import teachers as frozen
-from .config import ConfigError, EngineConfig, StagesConfig, TrainConfig, to_yaml
-from .jobs import Distiller, Job, make_distiller, teachers_of
+from .compiling import compile_in_place, new_step
+from .config import ConfigError, EngineConfig, to_yaml
+from .jobs import Job, make_distiller, teachers_of
 from .memory import PeakMemory
-from .methods import StepLoss
+from .metrics import Sums, collapsed
+from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
 from .progress import Bar, Display
 from .run import Diverged, Run, RunError, chosen_backends, git_commit, versions
+from .stop import Interrupted, Stop
+from .timing import PARTS, StepTimer
 
-# Mean normalised entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
-UNIFORM, ONE_HOT = 0.999, 0.01
-ADAPTER = "adapter"  # its group of the optimiser
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during a run: what is on disk can be resumed."""
-
-    def __init__(self, job: Job, done: int) -> None:
-        super().__init__(f"{job.title}: stopped; {done} of {job.train.epochs} epochs are safe in {job.folder}")
-        self.job, self.done = job, done
-
-
-class Stop:
-    """While it is open, Ctrl-C (and SIGTERM, where the caller handles it) is raised by ``check()`` alone, between steps.
-
-    Raised anywhere, KeyboardInterrupt can come in the middle of another library's lock and leave it locked for good:
-    TensorBoard's writer then waits for ever. A second Ctrl-C is raised at once.
-    """
-
-    def __init__(self) -> None:
-        self.asked, self.previous = False, dict[int, Any]()
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if callable(signal.getsignal(number)):  # neither ignored nor left to the system
-                    self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def check(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-
-def make_optimizer(train: TrainConfig, module: Distiller) -> torch.optim.Optimizer:
-    """One optimiser over student, hint projections F_t and adapter; the adapter has its regulariser for decay."""
-    adapter = getattr(module.objective, "adapter", None)
-    own = list(adapter.parameters()) if adapter is not None else []
-    ids = {id(p) for p in own}
-    groups = [{"params": [p for p in module.parameters() if id(p) not in ids], "weight_decay": train.weight_decay}]
-    groups += [{"params": own, "weight_decay": 0.0, "name": ADAPTER}] if own else []
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr)
-    nesterov = train.nesterov and train.momentum > 0.0
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=nesterov)
-
-
-def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """The rate at a step: a pure function, so that there is no scheduler state to save."""
-    epoch, total = step / steps_per_epoch, train.epochs
-    if train.schedule == "onecycle":
-        # Up from lr/25 over 30 % of the run, then down to almost nothing, both along half a cosine.
-        top = 0.3 * total
-        if epoch < top:
-            return train.lr * (1 / 25 + (1 - 1 / 25) * 0.5 * (1 - math.cos(math.pi * epoch / top)))
-        return train.lr * (1e-4 + (1 - 1e-4) * 0.5 * (1 + math.cos(math.pi * (epoch - top) / (total - top))))
-    if epoch < train.warmup:
-        return train.lr * (step + 1) / (train.warmup * steps_per_epoch + 1)
-    if train.schedule == "cosine":
-        done = (epoch - train.warmup) / max(1e-9, total - train.warmup)
-        return train.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    if train.schedule == "step":
-        return train.lr * train.gamma ** sum(epoch >= milestone for milestone in train.milestones)
-    return train.lr
-
-
-def adapter_rate(stages: StagesConfig, epoch: int) -> float | None:
-    """The adapter's own rate in an epoch (from 1); None: it has the student's."""
-    if stages.adapter_lr is None:
-        return None
-    return stages.adapter_lr * 0.1 ** sum(epoch > milestone for milestone in stages.adapter_milestones)
+# Several processes agree on a stop at every so many steps: each time they wait for each other.
+AGREE_EVERY = 10
 
 
 def of_classes(data: datasets.ImageData, classes: Sequence[int] | None) -> datasets.ImageData:
@@ -120,47 +45,12 @@ def of_classes(data: datasets.ImageData, classes: Sequence[int] | None) -> datas
     return replace(data, train=datasets.ImageSet(train.images[keep], train.labels[keep]))
 
 
-class Sums:
-    """Sums of an epoch on the device, read once at its end."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.totals, self.examples = device, dict[str, Tensor](), 0
-
-    def add(self, out: StepLoss, logits: Tensor, labels: Tensor) -> None:
-        n = len(labels)
-        self.examples += n
-        self._add("train_accuracy", (logits.argmax(1) == labels).sum())
-        for name, value in {"loss": out.loss.detach(), **out.terms}.items():
-            self._add(name, value.float() * n)
-        if out.weights is not None:
-            w = out.weights.float().reshape(-1, out.weights.shape[-1])
-            entropy = torch.special.entr(w).sum() / math.log(max(2, w.shape[1]))
-            self._add("entropy", entropy)
-            self._add("weight_mean", w.sum(0))
-            # Not bincount, which waits for the device to learn how many bins there are.
-            self._add("weight_won", (w.argmax(1, keepdim=True) == torch.arange(w.shape[1], device=w.device)).sum(0))
-
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.double() if self.device.type != "mps" else value.float()
-        self.totals[name] = self.totals[name] + value if name in self.totals else value
-
-    def means(self, accelerator: Accelerator) -> dict[str, Any]:
-        """Means per example over all processes; one transfer."""
-        self._add("examples", torch.tensor(float(self.examples), device=self.device))
-        flat = torch.cat([value.reshape(-1) for value in self.totals.values()])
-        numbers = accelerator.reduce(flat, reduction="sum").tolist()
-        means: dict[str, Any] = {}
-        for name, value in self.totals.items():
-            part, numbers = numbers[: value.numel()], numbers[value.numel() :]
-            means[name] = part if value.ndim else part[0]
-        n = means.pop("examples")
-        return {k: [x / n for x in v] if isinstance(v, list) else v / n for k, v in means.items()}
-
-
 def make_accelerator(engine: EngineConfig, folder: Path) -> Accelerator:
     """Accelerate's engine: device, processes (accelerate launch, torchrun), mixed precision, TensorBoard."""
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ConfigError("config: engine.fsdp=true wanted in place of accelerate's --use_fsdp")
     # Without cpu=True, a launch of several processes on a machine without GPU trains each one by itself.
     cpu = engine.device == "cpu" or not torch.accelerator.is_available()
     return Accelerator(
@@ -198,8 +88,8 @@ def train(
         run.clear()
         accelerator.wait_for_everyone()
     data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
-    trainer = _Trainer(job, run, accelerator, data, teachers, display)
-    with Stop() as stop:
+    trainer = Trainer(job, run, accelerator, data, teachers, display)
+    with Stop(accelerator.num_processes) as stop:
         try:
             trainer.restore()
             run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
@@ -207,7 +97,15 @@ def train(
             trainer.finish(recipe, memory.read())
             stop.check()
         except KeyboardInterrupt:
-            raise Interrupted(job, trainer.done) from None
+            raise Interrupted(job, trainer.done, trainer.step) from None
+        except RuntimeError as error:
+            if accelerator.num_processes == 1 or not processes.lost(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"{job.title}: another of the {accelerator.num_processes} processes has gone ({reason}). What was saved last "
+                f"in {job.folder} is whole, and the same command goes on from there."
+            ) from None
         finally:
             # Not end_training(): it would also end the process group, which the next run needs.
             for tracker in accelerator.trackers:
@@ -215,23 +113,6 @@ def train(
             accelerator.free_memory()
     accelerator.wait_for_everyone()
     return run
-
-
-def collapsed(row: Mapping[str, Any], teachers: Sequence[str]) -> str | None:
-    """What to say about an adapter with these metrics of an epoch; None while its entropy is between the bounds."""
-    entropy = row.get("entropy")
-    if entropy is None or ONE_HOT <= entropy <= UNIFORM:
-        return None
-    if entropy > UNIFORM:
-        return (
-            "the teacher weights are uniform (normalised entropy above 0.999); "
-            "if that lasts, try a smaller loss.regularizer_weight or a larger loss.init_scale"
-        )
-    share, name = max(zip(row["weight_won"], teachers, strict=True))
-    return (
-        f"one teacher has all the weight (normalised entropy below 0.01), {name} on {100 * share:.0f} % of the examples; "
-        "if that lasts, try a larger loss.regularizer_weight, a smaller loss.init_scale, or loss.adapter_label_weight=1"
-    )
 
 
 def finished(job: Job, *, resume: bool = True) -> bool:
@@ -267,7 +148,7 @@ def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, An
     return [] if there == here else [(key, there, here)]
 
 
-class _Trainer:
+class Trainer:
     """The state of one run while it trains."""
 
     def __init__(
@@ -286,7 +167,10 @@ class _Trainer:
         self.memory = torch.channels_last if engine.channels_last else torch.contiguous_format
         module = make_distiller(job, self.data, self.teachers, accelerator.num_processes)
         module.to(accelerator.device, memory_format=self.memory)  # type: ignore[call-overload]
-        self.bare, self.done, self.warned = module, 0, set[str]()
+        self.bare = module
+        self.done, self.step = 0, 0  # epochs, and steps of the next one
+        self.partial: dict[str, Tensor] = {}  # the sums of those steps
+        self.warned = set[str]()
         self.loader = self._loader(engine.gradient_accumulation_steps)
         # Accumulation never reaches over the end of an epoch: what does not fill a step is left out, as drop_last does.
         self.steps = len(self.loader) // engine.gradient_accumulation_steps
@@ -295,12 +179,14 @@ class _Trainer:
                 f"config: batch_size: at most {len(self.data.train.labels)} (the training images) wanted, "
                 f"got {job.train.batch_size}"
             )
+        if engine.cuda_graphs and accelerator.device.type != "cuda":
+            raise ConfigError(f"config: engine.cuda_graphs: a CUDA device wanted, got {accelerator.device.type}")
         if engine.compile:
-            torch.compiler.reset()  # or the networks of earlier runs would use up the number of recompilations
             for network in (module.student, *getattr(module.objective, "peers", ())):
-                network.compile()  # in place: the state dict keeps its names
-        self.model, self.optimizer = accelerator.prepare(module, make_optimizer(job.train, module))
-        self.seconds = 0.0
+                compile_in_place(network, cuda_graphs=engine.cuda_graphs)
+        self._place(module)
+        self.timer = module.timer = StepTimer(accelerator.device)
+        self.seconds, self.before = 0.0, 0.0  # in all, and in the epoch that a stop cut short
         self.record: dict[str, Any] = {
             "method": job.method.name,
             "label": job.method.label,
@@ -317,6 +203,16 @@ class _Trainer:
             "teachers": self.teachers.names if self.teachers else [],
             "finished": False,
         }
+
+    def _place(self, module: nn.Module) -> None:
+        """The module as it is called, and its optimiser: as they are, or for several processes by DDP or FSDP2."""
+        engine, accelerator = self.job.config.engine, self.accelerator
+        self.model: nn.Module
+        if engine.fsdp and accelerator.num_processes > 1:
+            self.model = processes.shard(module, accelerator.device)
+            self.optimizer = accelerator.prepare(make_optimizer(self.job.train, self.bare))
+        else:
+            self.model, self.optimizer = accelerator.prepare(module, make_optimizer(self.job.train, self.bare))
 
     def _loader(self, accumulation: int) -> datasets.Loader:
         train = self.job.train
@@ -344,83 +240,139 @@ class _Trainer:
             self.run.cut_metrics(0) if self.run.metrics.is_file() else None
             return
         try:
-            self.bare.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            processes.load_state(self.bare, self.optimizer.optimizer, state["model"], state["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            self.done, self.seconds = int(state["epoch"]), float(state["seconds"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            self.done, self.step, self.seconds = int(state["epoch"]), int(state["step"]), float(state["seconds"])
+            self.partial, self.before = state["sums"], float(state["before"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{self.run.checkpoint}: does not fit this run: {error}. "
                 "The file is left as it is; start over with --fresh."
             ) from None
+        if not self.accelerator.is_main_process:  # the sums of all processes count once
+            self.partial = {name: torch.zeros_like(value) for name, value in self.partial.items()}
         self.run.cut_metrics(self.done)
 
     def save(self) -> None:
+        """The checkpoint: all that the steps to come depend on. Every process takes part, the first one writes."""
+        model, optimizer = processes.state(self.bare, self.optimizer.optimizer)
         scaler = self.accelerator.scaler
         self.run.save_checkpoint(
             {
                 "epoch": self.done,
+                "step": self.step,
+                "sums": self.partial,
                 "seconds": self.seconds,
-                "model": self.bare.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "before": self.before,
+                "model": model,
+                "optimizer": optimizer,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
         )
 
     def fit(self, stop: Stop) -> None:
-        job, n = self.job, self.steps * self.job.train.batch_size
-        if self.done:
-            self.display.say(f"{job.title}: continuing after epoch {self.done} of {job.train.epochs}")
+        job, size = self.job, self.job.train.batch_size
+        if self.done or self.step:
+            more = f" and {self.step} steps" if self.step else ""
+            self.display.say(f"{job.title}: continuing after epoch {self.done} of {job.train.epochs}{more}")
         # Without purge_step, TensorBoard would show the epoch that a kill cut short twice.
         self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}})
-        with self.display.bar(job.title, n * job.train.epochs) as bar:
-            bar.add(n * self.done)
+        with self.display.bar(job.title, self.steps * size * job.train.epochs) as bar:
+            bar.add((self.done * self.steps + self.step) * size)
             for epoch in range(self.done + 1, job.train.epochs + 1):
                 began = time.perf_counter()
                 row = self.epoch(epoch, bar, stop)
-                row["val_accuracy"] = frozen.accuracy(self.bare.student, self.data.val, self.data)
+                row["val_accuracy"] = self.accuracy(self.data.val)
                 self.seconds += time.perf_counter() - began
                 self.check(row)
                 self.run.add_metrics(row)
                 self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
-                self.done = epoch
+                self.done, self.step, self.partial, self.before = epoch, 0, {}, 0.0
                 self.save()
-                stop.check()
+                if self.asked(stop):
+                    raise KeyboardInterrupt
                 bar.note(f"epoch {epoch}/{job.train.epochs}, validation {100 * row['val_accuracy']:.1f} %")
 
     def epoch(self, epoch: int, bar: Bar, stop: Stop) -> dict[str, Any]:
         """One pass over the training split; returns its row of metrics.jsonl without the validation accuracy."""
-        job, accelerator = self.job, self.accelerator
-        began, sums = time.perf_counter(), Sums(accelerator.device)
-        # All randomness of an epoch follows from (seed, epoch, process): resuming needs no generator state.
-        torch.manual_seed((job.seed * 1_000_003 + epoch) * 1_009 + accelerator.process_index)
+        job, engine = self.job, self.job.config.engine
+        began, before = time.perf_counter(), self.before
+        sums = Sums(self.accelerator.device, self.partial)
         frozen_adapter = self.frozen_adapter(epoch)
-        accumulation = job.config.engine.gradient_accumulation_steps
+        lr, own_lr = 0.0, adapter_rate(job.config.stages, epoch)
         self.loader.set_epoch(epoch)
         self.model.train()
-        lr, own_lr = 0.0, adapter_rate(job.config.stages, epoch)
-        for i, batch in enumerate(self.loader):
-            if i == self.steps * accumulation:
-                break
-            lr = learning_rate(job.train, (epoch - 1) * self.steps + i // accumulation, self.steps)
+        first = self.step
+        batches = self.loader.batches(first * engine.gradient_accumulation_steps)
+        self.timer.start()
+        for step in range(first, self.steps):
+            lr = learning_rate(job.train, (epoch - 1) * self.steps + step, self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = own_lr if group.get("name") == ADAPTER and own_lr is not None else lr
-            images = batch.images.contiguous(memory_format=self.memory)
-            taught = self.teachers.outputs(batch) if self.teachers else frozen.Outputs([], [])
-            with accelerator.accumulate(self.model):
-                out, logits = self.model(images, batch.labels, taught.logits, taught.maps)
-                accelerator.backward(out.loss)
-                for parameter in frozen_adapter:
-                    parameter.grad = None
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            sums.add(out, logits, batch.labels)
-            bar.add(len(batch.labels) * accelerator.num_processes)
-            stop.check()
-        row = {"epoch": epoch, "lr": lr, **sums.means(accelerator)}
-        row["seconds"] = time.perf_counter() - began
+            # All randomness of a step follows from (seed, epoch, step, process): resuming needs no generator's state.
+            torch.manual_seed(datasets.drawn_seed(job.seed, epoch, step, self.accelerator.process_index))
+            for _ in range(engine.gradient_accumulation_steps):
+                self.learn(next(batches), sums, frozen_adapter)
+            bar.add(job.train.batch_size)
+            self.step = step + 1
+            stopping = self.step < self.steps and (self.step % self.agree_every == 0) and self.asked(stop)
+            if stopping or (
+                engine.checkpoint_steps and self.step % engine.checkpoint_steps == 0 and self.step < self.steps
+            ):
+                self.partial = sums.reduced(self.accelerator)
+                self.before = before + time.perf_counter() - began
+                self.save()
+            if stopping:
+                raise KeyboardInterrupt
+        self.timer.stop()
+        row = {"epoch": epoch, "lr": lr, **sums.means(self.accelerator)}
+        row["seconds"] = before + time.perf_counter() - began
+        row["step_seconds"] = {part: total / max(1, self.steps - first) for part, total in self.timer.read().items()}
         return row
+
+    def learn(self, batch: datasets.Batch, sums: Sums, frozen_adapter: Sequence[nn.Parameter] = ()) -> None:
+        """Forward, backward and, if it is the step's last batch, the optimiser's step. Nothing here waits for the device."""
+        accelerator, timer = self.accelerator, self.timer
+        images = batch.images.contiguous(memory_format=self.memory)
+        timer.mark("data")
+        taught = self.teachers.outputs(batch) if self.teachers else frozen.Outputs([], [])
+        timer.mark("teachers")
+        new_step()
+        with accelerator.accumulate(self.model):
+            with accelerator.autocast():
+                out, logits = self.model(images, batch.labels, taught.logits, taught.maps)
+            accelerator.backward(out.loss)
+            timer.mark("student")
+            for parameter in frozen_adapter:
+                parameter.grad = None
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        timer.mark("optimizer")
+        sums.add(out, logits, batch.labels)
+
+    def asked(self, stop: Stop) -> bool:
+        """Whether this process, or any other, was asked to stop."""
+        several = self.accelerator.num_processes > 1
+        return processes.anyone(self.accelerator, stop.asked) if several else stop.asked
+
+    @property
+    def agree_every(self) -> int:
+        return AGREE_EVERY if self.accelerator.num_processes > 1 else 1
+
+    def accuracy(self, split: datasets.ImageSet) -> float:
+        """Fraction of `split` that the student gets right; each process measures its share."""
+        accelerator = self.accelerator
+        processes.same_buffers(self.bare)
+        with processes.complete(self.bare):
+            right = frozen.right(
+                self.bare.student,
+                split,
+                self.data,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+        return int(accelerator.reduce(right, reduction="sum").item()) / max(1, len(split))
 
     def frozen_adapter(self, epoch: int) -> list[nn.Parameter]:
         """The adapter's parameters in the second of two stages: without a gradient the optimiser leaves them alone.
@@ -447,17 +399,29 @@ class _Trainer:
 
     def finish(self, recipe: Mapping[str, Any], peak: int | None) -> None:
         """The final figures and files; run.json says `finished` last, so a kill in here only repeats this."""
-        student, data = self.bare.student, self.data
         result = {
-            "val_accuracy": frozen.accuracy(student, data.val, data),
-            "test_accuracy": frozen.accuracy(student, data.test, data),
+            "val_accuracy": self.accuracy(self.data.val),
+            "test_accuracy": self.accuracy(self.data.test),
         }
-        self.run.write_tensors(self.job.file, student.model.state_dict())
-        if objective := self.bare.objective.state_dict():
-            self.run.write_tensors("objective.safetensors", objective)
+        state, inside, objective = processes.model_state(self.bare), "student.model.", "objective."
+        student = {name.removeprefix(inside): x for name, x in state.items() if name.startswith(inside)}
+        self.run.write_tensors(self.job.file, student)
+        if rest := {name.removeprefix(objective): x for name, x in state.items() if name.startswith(objective)}:
+            self.run.write_tensors("objective.safetensors", rest)
         self.run.write_json(self.run.result, result)
-        steps = self.steps * self.job.train.epochs
-        trained = sum(row["seconds"] for row in self.run.read_metrics())
-        self.record |= {"seconds_total": self.seconds, "seconds_per_step": trained / steps}
-        self.record |= {"peak_memory": peak, "finished": True}
+        rows, steps = self.run.read_metrics(), self.steps * self.job.train.epochs
+        self.record |= {
+            "seconds_total": self.seconds,
+            "seconds_per_step": sum(row["seconds"] for row in rows) / steps,
+            "step_seconds": step_seconds(rows),
+            "peak_memory": peak,
+            "finished": True,
+        }
         self.run.write_record(self.record | {"recipe": recipe})
+
+
+def step_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The parts of a step in seconds, mean over the epochs; without the first one, which compiles and warms up, where there
+    are more."""
+    rows = rows[1:] or rows
+    return {part: sum(row["step_seconds"][part] for row in rows) / len(rows) for part in PARTS} if rows else {}

@@ -5,11 +5,13 @@ Every file appears whole or not at all: it is written beside its place, flushed 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
 import platform
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-FORMAT = "amtml-fast checkpoint 1"
+FORMAT = "amtml-fast checkpoint 2"
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
 UNREADABLE = (
     RuntimeError,
@@ -33,6 +35,9 @@ UNREADABLE = (
     ImportError,
     pickle.PickleError,
 )
+
+# Full, over quota, a file too large, or broken.
+DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO")}
 
 
 class RunError(RuntimeError):
@@ -139,7 +144,23 @@ class Run:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a temporary file beside `path`, flushes it to the disk and renames it over `path`."""
+    """Writes a temporary file beside `path`, flushes it to the disk and renames it over `path`.
+
+    RunError where the disk does not take it: what was at `path` stays whole.
+    """
+    try:
+        _write_and_rename(path, content)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise RunError(
+            f"{path}: {error.strerror or error}: {len(content):,} bytes to write, {free:,} free on the disk. The file that was "
+            "there before is whole; make room, and the same command goes on from it."
+        ) from None
+
+
+def _write_and_rename(path: Path, content: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

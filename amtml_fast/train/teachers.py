@@ -178,16 +178,26 @@ def assemble(names: Sequence[str], models: Sequence[FeatureExtractor], data: dat
     return teachers
 
 
-@torch.no_grad()
 def accuracy(model: FeatureExtractor, split: datasets.ImageSet, data: datasets.ImageData) -> float:
     """Fraction of `split` that the model gets right, in eval mode; the mode is put back."""
+    return right(model, split, data).item() / max(1, len(split))
+
+
+@torch.no_grad()
+def right(
+    model: FeatureExtractor, split: datasets.ImageSet, data: datasets.ImageData, *, rank: int = 0, world_size: int = 1
+) -> Tensor:
+    """How many images of this process's share of `split` the model gets right, a 0-d tensor."""
     was_training = model.training
     model.eval()
-    right = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    for batch in datasets.Loader(split, data, EVAL_BATCH):
-        right += (model(batch.images)[0].argmax(1) == batch.labels).sum()
+    count = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    # What is compiled is compiled for the training's batches.
+    with torch.compiler.set_stance("force_eager"):
+        for batch in datasets.Loader(split, data, EVAL_BATCH * world_size, rank=rank, world_size=world_size):
+            if len(batch.labels):
+                count += (model(batch.images)[0].argmax(1) == batch.labels).sum()
     model.train(was_training)
-    return right.item() / max(1, len(split.labels))
+    return count
 
 
 def wants_cache(config: Config, teachers: Teachers, data: datasets.ImageData, display: Display) -> bool:

@@ -75,7 +75,7 @@ class AdaptiveKD(nn.Module):
             angle_trains_weights=loss.angle_trains_weights,
             reduction=loss.reduction,
             label_smoothing=loss.label_smoothing,
-            gather_angle=context.processes > 1,
+            gather_angle="even" if context.processes > 1 else False,  # as the loader makes them
         )
 
     @property

@@ -1,0 +1,257 @@
+# ruff: noqa: E402
+"""What may happen to a training: killed at any moment, a full disk, a machine wanted back, a process that dies.
+
+AMTML_SOAK=20 (make soak): that many runs killed at random moments.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+import traceback
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import psutil
+import torch
+from small_run import Place, launched, metrics, own_weights, start_and_wait, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from amtml_fast import checks
+from amtml_fast.train import loop
+from amtml_fast.train.run import Run, read_json
+from amtml_fast.train.stop import Interrupted
+
+SOAK = int(os.environ.get("AMTML_SOAK", "2"))
+STEPS = 9  # an epoch
+INTERVAL = 4  # steps between checkpoints
+
+
+def assert_equal(run: Run, unbroken: Run) -> None:
+    """Bit for bit."""
+    assert run.finished() and metrics(run) == metrics(unbroken)
+    expected = tensors(unbroken)
+    assert all(torch.equal(value, expected[key]) for key, value in tensors(run).items())
+    assert read_json(run.result) == read_json(unbroken.result)
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+def _train_and_count(folder: Path, overrides: list[str], steps: Synchronized) -> None:
+    """A training in a process of its own that counts its steps where the test can read them."""
+    os.chdir(folder)
+    learn = loop.Trainer.learn
+    restore = loop.Trainer.restore
+
+    def counting_restore(self: loop.Trainer) -> None:
+        restore(self)
+        steps.value = self.done * self.steps + self.step
+
+    def counting_learn(self: loop.Trainer, *args: object) -> None:
+        learn(self, *args)
+        steps.value += 1
+
+    loop.Trainer.learn, loop.Trainer.restore = counting_learn, counting_restore  # type: ignore[method-assign]
+    Place(folder).train(*overrides, resume=True)
+
+
+def saved_steps(run: Run, steps_per_epoch: int) -> int:
+    state = run.load_checkpoint()
+    return 0 if state is None else state["epoch"] * steps_per_epoch + state["step"]
+
+
+def test_killed_at_random_moments_it_loses_an_interval_at_most_and_ends_the_same(place: Place) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_faults"])
+    settings = ["distill.epochs=6", f"engine.checkpoint_steps={INTERVAL}", *own_weights(place)]
+
+    def start(name: str) -> tuple[multiprocessing.process.BaseProcess, Synchronized]:
+        steps = context.Value("q", -1)
+        process = context.Process(target=_train_and_count, args=(place.folder, [*settings, f"name={name}"], steps))
+        process.start()
+        return process, steps
+
+    process, steps = start("unbroken")
+    while steps.value < 0:
+        time.sleep(0.001)
+    began = time.monotonic()
+    process.join()
+    seconds = time.monotonic() - began  # of training: the kills fall into it
+    unbroken = Run(place.folder / "unbroken" / "amtml_kd-seed0")
+    per_epoch = unbroken.read_record()["steps_per_epoch"]
+    chance, kills = random.Random(SOAK), 0
+    for number in range(SOAK):
+        run = Run(place.folder / f"killed{number}" / "amtml_kd-seed0")
+        for _ in range(3):
+            process, steps = start(f"killed{number}")
+            while steps.value < 0 and process.is_alive():
+                time.sleep(0.001)
+            process.join(chance.uniform(0, 0.6 * seconds))
+            if not process.is_alive():
+                break
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            assert steps.value - saved_steps(run, per_epoch) <= INTERVAL
+        process, _ = start(f"killed{number}")
+        process.join()
+        assert process.exitcode == 0
+        assert_equal(run, unbroken)
+        assert not [path for path in run.folder.iterdir() if path.name == "checkpoint.pt.tmp"]
+    assert kills >= SOAK
+    print(f"{kills} kills in {SOAK} runs")
+
+
+# --- a stop within an epoch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sigterm_within_an_epoch_saves_there(place: Place, monkeypatch: pytest.MonkeyPatch, accumulation: int) -> None:
+    settings = [f"engine.gradient_accumulation_steps={accumulation}", "distill.epochs=3", *own_weights(place)]
+    unbroken = place.train(*settings, "name=unbroken")
+    batches = 0
+    with monkeypatch.context() as patch:
+        learn = loop.Trainer.learn
+
+        def terminated(self: loop.Trainer, *args: object) -> None:
+            nonlocal batches
+            learn(self, *args)
+            batches += 1
+            if batches == (STEPS + 5) * accumulation:
+                signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(loop.Trainer, "learn", terminated)
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # as the command has it
+        try:
+            with pytest.raises(Interrupted, match="1 of 3 epochs and 5 steps of the next one are safe"):
+                place.train(*settings)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    state = run.load_checkpoint()
+    assert state is not None and (state["epoch"], state["step"]) == (1, 5)
+    assert len(run.read_metrics()) == 1
+    torch.rand(3)
+    assert_equal(place.train(*settings, resume=True), unbroken)
+
+
+def test_sigterm_ends_the_command_with_what_it_had(place: Place) -> None:
+    process = start_and_wait(place, place.command("distill", "distill.epochs=500"), 1)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "are safe in" in said and "Traceback" not in said
+    state = Run(place.folder / "small" / "amtml_kd-seed0").load_checkpoint()
+    told = re.search(r"(\d+) of 500 epochs(?: and (\d+) steps)?", said)
+    assert state is not None and told is not None
+    assert (state["epoch"], state["step"]) == (int(told[1]), int(told[2] or 0))
+
+
+# --- a full disk --------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(place: Place) -> None:
+    import resource
+
+    settings = ["distill.epochs=4", *own_weights(place)]
+    unbroken = place.train(*settings, "name=unbroken")
+    size = unbroken.checkpoint.stat().st_size
+    # No file may grow beyond half a checkpoint: the system refuses to write the rest, as on a full disk.
+    command = place.command("distill", *settings)
+    done = subprocess.run(
+        command, cwd=place.folder, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
+    )  # fmt: skip
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"error: {run.checkpoint}: File too large: " in done.stderr and "is whole" in done.stderr, done.stderr
+    assert not [path for path in run.folder.iterdir() if path.name.startswith(".")]
+    assert_equal(place.train(*settings, resume=True), unbroken)
+
+
+# --- a process that dies ------------------------------------------------------------------------------------------------
+
+
+def test_one_dead_process_stops_the_others_with_a_message(place: Place) -> None:
+    process = start_and_wait(place, launched(place.command("distill", "distill.epochs=5000")), 2)
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    workers[1].kill()
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode not in (0, None) and time.monotonic() - began < 60
+    assert "another of the 2 processes has gone" in said and "is whole" in said, said
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    assert Run(place.folder / "small" / "amtml_kd-seed0").load_checkpoint() is not None
+
+
+# --- what a step may not do ---------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """Operators that make the host wait for the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "unique", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    @staticmethod
+    def on_the_cpu_alone() -> bool:
+        """Asked by the losses, which look at values where that is free (checks.values_are_free, autograd._scaled)."""
+        files = [Path(frame.filename) for frame in traceback.extract_stack()]
+        own = Path(checks.__file__).parent
+        return any(file in (own / "checks.py", own / "autograd.py") for file in files)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        if name in self.WAITING and not self.on_the_cpu_alone():
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["student", "avg_mkd", "ca_mkd", "aekd", "amtml_kd", "amtml_label_weights"])
+def test_no_step_waits_for_the_device(place: Place, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    learn, watches = loop.Trainer.learn, list[Watch]()
+
+    def watched(self: loop.Trainer, *args: object) -> None:
+        with Watch() as watch:
+            learn(self, *args)
+        watches.append(watch)
+
+    monkeypatch.setattr(loop.Trainer, "learn", watched)
+    place.train("distill.epochs=1", method=method)
+    assert len(watches) == STEPS and not any(watch.seen for watch in watches), [watch.seen for watch in watches]
+
+
+def test_a_step_is_timed_by_its_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks: list[str] = []
+    mark = loop.StepTimer.mark
+
+    def noted(self: loop.StepTimer, part: str) -> None:
+        marks.append(part)
+        mark(self, part)
+
+    monkeypatch.setattr(loop.StepTimer, "mark", noted)
+    run = place.train("distill.epochs=2")
+    # Backward comes through the losses first, and through the student after them.
+    assert marks == 2 * STEPS * ["data", "teachers", "student", "losses", "losses", "student", "optimizer"]
+    record = run.read_record()
+    assert list(record["step_seconds"]) == ["data", "teachers", "student", "losses", "optimizer"]
+    assert all(seconds > 0 for seconds in record["step_seconds"].values())
+    rows = run.read_metrics()
+    assert record["step_seconds"] == rows[1]["step_seconds"]  # not the epoch that warms up
+    for row in rows:
+        assert 0 < STEPS * sum(row["step_seconds"].values()) <= row["seconds"]
