@@ -19,20 +19,15 @@ from . import drawing as d
 from . import page_images, results, svg, tables
 from .answers import has_adapter
 from .gather import Gathered, command, gather, seed, shown_config
-from .loop import ONE_HOT, UNIFORM, collapsed
+from .metrics import ONE_HOT, UNIFORM, collapsed
 from .progress import Display
 from .run import Run, write_atomic
 from .svg import COLOURS, Line, Mark
+from .timing import PARTS
 
 TERMS = {"loss": "c0", "kd": "c1", "ce": "c2", "kl": "c3", "angle": "c4", "regularizer": "c5", "hint": "c6"}
 NO_TERMS = ("epoch", "lr", "loss", "train_accuracy", "val_accuracy", "seconds", "entropy", "weight_mean", "weight_won")
-PARTS = {
-    "data": "c1",
-    "teachers": "c2",
-    "student": "c3",
-    "losses": "c4",
-    "optimizer": "c5",
-}  # of run.json's step_seconds
+COLOURED = dict(zip(PARTS, COLOURS, strict=False))  # the parts of a step
 REST = "rest"  # of a step, and its colour
 Metrics = dict[str, list[list[dict[str, Any]]]]  # name -> runs -> epochs
 
@@ -170,7 +165,8 @@ def curves(metrics: Metrics) -> dict[str, Any] | None:
 
 def loss_terms(name: str, runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[Any, str]:
     """The chart of a method's loss and its terms, and what it leaves out."""
-    keys = dict.fromkeys(key for run in runs for epoch in run for key in epoch if key not in NO_TERMS)
+    numbers = (key for run in runs for epoch in run for key, value in epoch.items() if isinstance(value, (int, float)))
+    keys = dict.fromkeys(key for key in numbers if key not in NO_TERMS)
     series = {key: d.series(runs, key)[1] for key in ["loss", *keys]}
     zero = [key for key, values in series.items() if not (np.isfinite(values) & (values != 0)).any()]
     series = {key: values for key, values in series.items() if key not in zero}
@@ -242,7 +238,7 @@ def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
     none = all(list(line["parts"]) == [REST] for line in lines)
     keys = [key for key in dict.fromkeys(key for line in lines for key in line["parts"]) if key != REST]
     spare = iter(("c6", "c7", "c8") * len(keys))
-    colours = {key: PARTS.get(key) or next(spare) for key in keys} | {REST: "c0"}
+    colours = {key: COLOURED.get(key) or next(spare) for key in keys} | {REST: "c0"}
     longest = max(line["whole"] for line in lines)
     for line in lines:
         line["bar"] = svg.stacked({colours[key]: value for key, value in line["parts"].items()}, longest)
