@@ -265,7 +265,7 @@ def test_the_same_runs_make_the_same_page(whole: tuple[str, Reader], compared: P
 
 
 def unfinish(run: Path, epochs: int = 1) -> None:
-    edit(run, finished=False, seconds_per_step=None)
+    edit(run, finished=False, seconds_per_step=None, step_seconds=None)
     (run / "result.json").unlink()
     for file in run.glob("*.safetensors"):
         file.unlink()

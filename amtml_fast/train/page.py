@@ -219,11 +219,11 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
 
 
 def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
-    """Seconds of a step by part, mean over the runs that have them; the whole step of those that do not."""
+    """Seconds of a step by part, mean over the finished runs that have them; the whole step of those that do not."""
     lines: list[dict[str, Any]] = []
     without = []
     for name, runs in shown.items():
-        records = [run.read_record() for run in runs]
+        records = [run.read_record() for run in runs if run.finished()]
         steps = [record["seconds_per_step"] for record in records if record.get("seconds_per_step")]
         split = [record["step_seconds"] for record in records if record.get("step_seconds")]
         if len(split) < len(records):
