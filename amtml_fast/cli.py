@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 EXTRA = (
     "accelerate",
+    "jinja2",
+    "markupsafe",
     "matplotlib",
     "omegaconf",
     "PIL",

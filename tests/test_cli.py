@@ -167,4 +167,6 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call(capsys, "--help")
-    assert status == 0 and all(name in out for name in ("teach", "distill", "eval", "compare", "methods", "backends"))
+    assert status == 0 and all(
+        name in out for name in ("teach", "distill", "eval", "compare", "report", "methods", "backends")
+    )

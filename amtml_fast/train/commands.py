@@ -1,8 +1,9 @@
-"""The commands that need the `train` extra: teach, distill, eval, compare (and backends, for --help)."""
+"""The commands that need the `train` extra: teach, distill, eval, compare, report (and backends, for --help)."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -129,7 +130,27 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
         display.say(
             f"Pictures: {settings.folder}/figures/ ({', '.join(f.name for f in outcome.files if f.suffix == '.png')})"
         )
+        display.say(f"All of it on one page: {shlex.join(['amtml-fast', 'report', str(settings.folder)])}")
         display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="A comparison's folder, or one or several run folders.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The file; if not given, report.html in the folder, or here for several.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(metavar="3,17,...", help="Test images to show, by position; if not given, chosen.")
+    ] = None,
+) -> None:
+    """One HTML page about finished or unfinished runs: tables, curves, weights on test images, where the time goes."""
+    with friendly() as display:
+        from . import page
+
+        display.say(f"wrote {page.write(runs, out, positions(images), display)}")
 
 
 @app.command()
@@ -168,6 +189,15 @@ def find_run(source: str, config: Config, method: str, seed: int | None, teacher
     if teacher is not None:
         return config.folder / "teachers" / teacher
     return config.folder / f"{method}-seed{config.seed if seed is None else seed}"
+
+
+def positions(images: str | None) -> list[int] | None:
+    """What --images asks for."""
+    if images is None:
+        return None
+    if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", images):
+        raise ConfigError(f"--images: positions in the test split such as 3,17 wanted, got {images!r}")
+    return [int(word) for word in images.split(",")]
 
 
 def show_result(run: Run, display: Display) -> None:

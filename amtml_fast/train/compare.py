@@ -15,10 +15,11 @@ from . import teachers as frozen
 from .config import Config, ConfigError
 from .features import FeatureExtractor
 from .jobs import Job, applied, job_of, student_job, teacher_job
-from .loop import Stop, finished, make_accelerator, train
+from .loop import finished, make_accelerator, train
 from .models import build
 from .progress import Display
 from .run import Diverged, Run, read_json
+from .stop import Stop
 from .timing import shares
 from .zoo import brings_weights
 
@@ -231,7 +232,7 @@ def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome
     files: list[Path] = []
     if make_accelerator(config.engine, config.folder).is_main_process:
         files += results.write_tables(config, found, time.perf_counter() - began)
-        files += results.write_figures(config, found, teachers, data)
+        files += results.write_figures(config, found, jobs, teachers, data)
     return Outcome(found, files, time.perf_counter() - began)
 
 

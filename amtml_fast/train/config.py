@@ -306,6 +306,13 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     return config
 
 
+def parse(written: Mapping[str, Any], source: str) -> Config:
+    """The configuration that `to_dict` made a mapping of; `source` is named in errors."""
+    config = _merge({}, written, [], source)
+    _check(config)
+    return config
+
+
 def _read(path: Path, inner: tuple[Path, ...] = ()) -> Any:
     """What a file says, over what the file that its `base` names says."""
     if path in inner:

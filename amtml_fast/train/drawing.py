@@ -220,6 +220,11 @@ def series(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[Array
     return np.arange(1, values.shape[1] + 1), values
 
 
+def of_teacher(runs: Sequence[Sequence[Mapping[str, Any]]], key: str, t: int) -> Array:
+    """One teacher's [seeds, epochs] of a metric that holds a number a teacher."""
+    return stack([[epoch[key][t] if key in epoch else None for epoch in run] for run in runs])
+
+
 def stack(rows: Sequence[Sequence[Any]]) -> Array:
     out = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
     for i, row in enumerate(rows):

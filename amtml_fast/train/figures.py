@@ -379,7 +379,7 @@ def _teacher_lines(
     count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
     ends, highest = [], 0.0
     for t in range(count):
-        values = d.stack([[epoch[key][t] if key in epoch else None for epoch in run] for run in runs])
+        values = d.of_teacher(runs, key, t)
         keep, colour = np.isfinite(values).any(axis=0), d.teacher_colour(t)
         epochs, values = np.flatnonzero(keep) + 1, values[:, keep]
         mean = np.nanmean(values, axis=0)

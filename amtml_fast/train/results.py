@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from typing import Any
 
 from . import data as datasets
 from . import report
 from . import teachers as frozen
+from .answers import GALLERY, contested, has_adapter, soft_targets, teacher_logits, weights_and_logits
 from .config import Config, to_dict
-from .jobs import FEATURES, Job, make_distiller, teachers_of
+from .jobs import Job
 from .methods import OKD
 from .run import Run, RunError, read_json, versions, write_atomic
 from .zoo import brings_weights
 
 RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
 ADAPTERS = 5  # methods in the picture of the teacher weights
-GALLERY = 6  # images in the picture of the paper's Figure 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method, student network and number of teachers: one a seed, in the order of the seeds."""
+
+    method: str
+    label: str
+    student: str
+    teachers: int | None  # how many it learns from; None: from none
+    single: bool  # learns from one teacher that its name says
+    runs: list[Run]
 
 
 @dataclass(frozen=True)
@@ -36,34 +45,46 @@ class Found:
     teachers: list[report.Row]
     missing: list[str]  # titles of runs that diverged; their methods are in no table
     sentence: str
-    runs: dict[str, list[Job]]  # by the labels of `main`, a job a seed
+    runs: dict[str, list[Run]]  # by the labels of `main`, a run a seed
+    paired: bool = True  # all rows are over the same seeds
 
 
 def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | None, data: datasets.ImageData) -> Found:
     """Reads every finished run of the comparison."""
-    groups: dict[tuple[str, int | None, str], list[Job]] = {}
+    groups: dict[tuple[str, int | None, str], Group] = {}
     for job in jobs:
-        number = len(job.teachers) if job.method.needs_teachers or job.method.peers else None
-        groups.setdefault((job.student, number, job.method.name), []).append(job)
-    rows, main, runs = [], [], dict[str, list[Job]]()
+        number, method = len(job.teachers) if job.method.needs_teachers or job.method.peers else None, job.method
+        new = Group(method.name, method.label, job.student, number, method.teacher is not None, [])
+        groups.setdefault((job.student, number, method.name), new).runs.append(Run(job.folder))
     missing = [job.title for job in jobs if not Run(job.folder).finished()]
-    for (student, number, _), group in groups.items():
-        if not all(Run(job.folder).finished() for job in group):
-            continue
-        runs_of = [Run(job.folder) for job in group]
-        line = row(group[0].method.name, group[0].method.label, runs_of, config.compare.split)
-        line = replace(line, student=student, teachers=number)
-        rows.append(line)
-        if student == config.student.name and (number in (most(config), None) or group[0].method.teacher is not None):
-            main.append(line)
-            runs[line.label] = group
-    teacher_rows = [teacher_row(config, i, teachers, data) for i in range(len(config.teachers))]
-    if not rows:
+    whole = [group for group in groups.values() if all(run.finished() for run in group.runs)]
+    if not whole:
         raise RunError(f"{config.name}: no method finished on every seed; diverged: {', '.join(missing)}")
-    sentence = finding(main or rows)
-    if missing:
-        sentence += f" Left out, for their loss became no number: {', '.join(missing)}."
-    return Found(rows, main, teacher_rows, missing, sentence, runs)
+    rows = [teacher_row(config, i, teachers, data) for i in range(len(config.teachers))]
+    found = summary(config, whole, rows)
+    if not missing:
+        return found
+    left_out = f" Left out, for their loss became no number: {', '.join(missing)}."
+    return replace(found, missing=missing, sentence=found.sentence + left_out)
+
+
+def summary(config: Config, groups: Sequence[Group], teachers: list[report.Row], *, paired: bool = True) -> Found:
+    """What these groups of finished runs and these teachers say. paired: all are over the same seeds."""
+    rows, main, runs = [], [], dict[str, list[Run]]()
+    for group in groups:
+        line = row(group.method, group.label, group.runs, config.compare.split)
+        line = replace(line, student=group.student, teachers=group.teachers)
+        rows.append(line)
+        if is_plain(config, group):
+            main.append(line)
+            runs[line.label] = group.runs
+    sentence = finding(main or rows) if paired else highest(main or rows)
+    return Found(rows, main, teachers, [], sentence, runs, paired)
+
+
+def is_plain(config: Config, group: Group) -> bool:
+    """Whether the group is of the configuration's student, learning from the most teachers compared or from one by name."""
+    return group.student == config.student.name and (group.teachers in (most(config), None) or group.single)
 
 
 def most(config: Config) -> int:
@@ -110,6 +131,15 @@ def finding(rows: Sequence[report.Row]) -> str:
     return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
 
 
+def highest(rows: Sequence[report.Row]) -> str:
+    """The same for rows over different seeds, which no paired test can compare."""
+    best = max(rows, key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
+    others = "their seeds differ, so nothing is tested"
+    return (
+        f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
+    )
+
+
 def ours_and_others(rows: Sequence[report.Row]) -> tuple[report.Row, list[report.Row]]:
     """The row that the others are compared with: AMTML-KD's, or else the last one."""
     main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
@@ -117,7 +147,12 @@ def ours_and_others(rows: Sequence[report.Row]) -> tuple[report.Row, list[report
 
 
 def tables(config: Config, found: Found) -> str:
-    """All tables as Markdown, those left out that would have nothing to compare."""
+    """All tables as Markdown."""
+    return "\n".join(f"## {title}\n\n{text}" for title, text in sections(config, found).items())
+
+
+def sections(config: Config, found: Found) -> dict[str, str]:
+    """The tables by their titles, as Markdown; those left out that would have nothing to compare."""
     networks = [report.Network(row.label, "teacher", row.parameters, row.mean) for row in found.teachers]
     sizes = {row.student: row.parameters for row in found.rows}
     alone = {row.student: row.mean for row in found.rows if row.method == "student"}
@@ -126,15 +161,15 @@ def tables(config: Config, found: Found) -> str:
     by_number = [row for row in found.rows if row.student == config.student.name and not is_okd(row)] + okd_means(
         config, found
     )
-    sections = {
+    found_tables = {
         "Accuracy": report.markdown(found.main, found.teachers),
-        "Paired tests": report.paired_tests(*ours_and_others(found.main)) if found.main else "",
+        "Paired tests": report.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else "",
         "Networks": report.networks(networks, config.compare.split),
         "Number of teachers": report.by_teachers(by_number),
         "Students": report.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
         "Mapping of teachers to layer groups": report.by_mapping(found.main) if named else "",
     }
-    return "\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    return {title: text for title, text in found_tables.items() if text}
 
 
 def is_okd(row: report.Row) -> bool:
@@ -195,12 +230,12 @@ def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
 
 
 def write_figures(
-    config: Config, found: Found, teachers: frozen.Teachers | None, data: datasets.ImageData
+    config: Config, found: Found, jobs: Sequence[Job], teachers: frozen.Teachers | None, data: datasets.ImageData
 ) -> list[Path]:
     """The pictures; those of single images come from the first seed of the first method that has an adapter."""
     place = config.folder / "figures"
     place.mkdir(parents=True, exist_ok=True)
-    histories = {label: [Run(job.folder).read_metrics() for job in jobs] for label, jobs in found.runs.items()}
+    histories = {label: [run.read_metrics() for run in runs] for label, runs in found.runs.items()}
     files = [place / "curves.png"]
     report.curves(histories, files[0])
     if len(found.main) > 1:
@@ -218,45 +253,14 @@ def write_figures(
         files.append(place / "entropy.png")
         first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
         report.entropy({label: weighted[label] for label in first}, files[-1], teachers.names)
-    adapted = found.runs[adapters[0]][0] if adapters else None
-    if adapted is None or teachers is None:
+    if not adapters or teachers is None:
         return files
-    chosen, probs, weights = examples(adapted, teachers, data)
+    adapted = next(job for job in jobs if job.folder == found.runs[adapters[0]][0].folder)
+    probs = soft_targets(teacher_logits(teachers, data.val, data), adapted.config.loss.temperature)
+    chosen = contested(probs, data.val.labels)[:GALLERY]
+    probs, weights = probs[chosen], weights_and_logits(adapted, teachers, data.val, data)[0][chosen]
     pictures, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
     names, both = list(data.classes), [place / "soft_targets.png", place / "weights_gallery.png"]
     report.soft_targets(pictures[0], names, probs[0].numpy(), weights[0].numpy(), labels[0], both[0], teachers.names)
     report.weights_gallery(pictures, names, probs.numpy(), weights.numpy(), labels, both[1], teachers.names)
     return [*files, *both]
-
-
-def has_adapter(job: Job) -> bool:
-    """Whether the finished run has learned weights for its teachers."""
-    file = job.folder / "objective.safetensors"
-    return file.is_file() and any("adapter.theta" in key for key in load_file(file))
-
-
-@torch.no_grad()
-def examples(job: Job, teachers: frozen.Teachers, data: datasets.ImageData) -> tuple[Tensor, Tensor, Tensor]:
-    """Validation images for the pictures: positions [n], tempered soft targets [n, T, C], weights [n, T], on the CPU.
-
-    The images on which the teachers disagree most (entropy of the equal mixture less the teachers' mean entropy), at
-    most one a class. The choice does not look at the weights, so the pictures flatter no adapter.
-    """
-    distiller = make_distiller(job, data, teachers_of(job, teachers))
-    distiller.student.model.load_state_dict(load_file(job.folder / job.file))
-    distiller.objective.load_state_dict(load_file(job.folder / "objective.safetensors"))
-    device = data.val.images.device
-    distiller.to(device).eval()
-    adapter = cast(nn.Module, distiller.objective.adapter)
-    probs, weights = [], []
-    for batch in datasets.Loader(data.val, data, frozen.EVAL_BATCH):
-        logits = torch.stack(teachers.live(batch.images).logits, 1)  # [n, T, C]
-        probs.append((logits / job.config.loss.temperature).softmax(-1))
-        weights.append(adapter(distiller.student(batch.images)[1][FEATURES]))
-    p, w = torch.cat(probs).cpu(), torch.cat(weights).cpu()
-    disagreement = torch.special.entr(p.mean(1)).sum(-1) - torch.special.entr(p).sum(-1).mean(-1)
-    chosen: dict[int, int] = {}
-    for i in disagreement.argsort(descending=True, stable=True).tolist():
-        chosen.setdefault(int(data.val.labels[i]), i)
-    keep = torch.tensor(list(chosen.values())[:GALLERY])
-    return keep, p[keep], w[keep]

@@ -380,5 +380,26 @@ def grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -
     return "\n".join([_line(header), rule, *map(_line, lines)]) + "\n"
 
 
+class Cells(NamedTuple):
+    """A table that `grid` wrote, as cells again; the bold ones keep their asterisks."""
+
+    header: list[str]
+    lines: list[list[str]]
+    left: int
+
+
+def read(text: str) -> list[str | Cells]:
+    """The paragraphs and tables of a text made of these functions' results."""
+    blocks: list[str | Cells] = []
+    for block in text.strip().split("\n\n"):
+        lines = block.splitlines()
+        if not block.startswith("| "):
+            blocks.append(block)
+            continue
+        header, *body = ([cell.replace("\\|", "|") for cell in line[2:-2].split(" | ")] for line in lines)
+        blocks.append(Cells(header, body[1:], lines[1].split("|").count(":---")))
+    return blocks
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
