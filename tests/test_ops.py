@@ -19,7 +19,7 @@ GRID = [
 # What Triton's interpreter and the CUDA emulator leave out for the sake of time: 16-bit dtypes of all but the first variant, and all
 # but the first variant of sizes that only fill more threads.
 SLOW = [] if CHOSEN == "gpu" else ["triton", "cuda"]
-MANY = {(256, 257, 5), (256, 257, 7, 3), (33, 100, 9, 3), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300)}
+MANY = {(256, 257, 5), (96, 257, 7, 3), (33, 100, 9, 3), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300)}
 
 
 def _runs(name, case, size, options, dtype):
