@@ -9,7 +9,7 @@ Shapes   student z [N, C] in float32|bfloat16|float16, read in place where C is 
 Grid     one program a row. Every entry is compared with every other, K^2 in tiles of PAIRS: of the entries of a class the
          first speaks for it and has its p_t of all teachers. Then the row as for p = b, the number that p is outside the
          union of the supports, and the gradient of the classes in it once more, behind a barrier
-Traffic  N C elements in (twice for rows of more than HELD_BYTES, the second time from L2 where that holds them) and one
+Traffic  N C elements in (twice for rows of more than HELD classes, the second time from L2 where that holds them) and one
          out where there is a gradient; 12 bytes an entry, which every program reads twice
 
 What an entry costs is small beside the row, so that its exponential and logarithm are made in float64. Outside the union
@@ -39,9 +39,10 @@ from .kd_rows import (
     student_grad,
     weighted,
 )
-from .multi_teacher_kd import HELD_BYTES, LONG_WARPS, add_rows, counts_of, dense
+from .multi_teacher_kd import LONG_WARPS, add_rows, counts_of, dense
 
-PAIRS = 8192  # of entries that are compared at a time
+HELD = 4096  # classes that a program keeps in registers; a longer row is read twice
+PAIRS = 512  # of entries that a warp compares at a time: more of them spill registers
 
 
 @triton.jit
@@ -57,13 +58,13 @@ def _teacher_probs(log_prob, mine, weight, RENORMALIZE: tl.constexpr):
     dead = (weight == 0) & ~(mass < float("inf"))
     if RENORMALIZE:
         factor = 1.0 / mass
-        mass = tl.full([1, 1], 1.0, tl.float64)
+        mass = mass / mass  # 1, or NaN
     return top, tl.where(dead, 0.0, factor), tl.where(dead, 0.0, mass)
 
 
 @triton.jit
 def _probs(log_prob, top, factor):
-    return tl.where(factor == 0, 0.0, tl.exp((log_prob - top).to(tl.float64)) * factor)
+    return tl.where(factor == 0, 0.0, tl.exp((log_prob - top).to(tl.float64)) * factor).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["n", "num_counts"])
@@ -120,7 +121,7 @@ def _topk_kernel(
     for t in tl.static_range(T):
         mine = real & (entry >= starts[t]) & (entry < starts[t + 1])
         top, factor, mass = _teacher_probs(log_prob, mine, w[t], TAIL == "renormalize")
-        p_t = tl.zeros([1, ENTRIES], tl.float64)
+        p_t = tl.zeros([1, ENTRIES], tl.float32)
         named = tl.zeros([1, ENTRIES], tl.int32)
         repeated = tl.zeros([1, ENTRIES], tl.int32)
         for start in range(starts[t], starts[t + 1], CHUNK):
@@ -139,10 +140,10 @@ def _topk_kernel(
             rest = tl.where((mass > 1) | (unnamed == 0) | (factor == 0), 0.0, 1.0 - mass)
             spread = rest / tl.maximum(unnamed, 1).to(tl.float64)
             mass += rest
-        p_t = tl.where(named != 0, p_t, spread)
+        p_t = tl.where(named != 0, p_t, spread.to(tl.float32))
         weight = w[t].to(tl.float64)
-        p += weight * p_t
-        outside += weight * spread
+        p += weight * p_t.to(tl.float64)
+        outside += weight * spread.to(tl.float32).to(tl.float64)
         total += weight * mass
         of_teacher = of_teacher + (p_t,)
         spreads = spreads + (spread,)
@@ -200,7 +201,8 @@ def _topk_kernel(
         kl += tl.where(of_others == 0, 0.0, outside * of_others)
     if slopes_out is not None:
         for t in tl.static_range(T):
-            terms = tl.where(p == 0, -of_teacher[t], tl.where(of_teacher[t] == 0, 0.0, of_teacher[t] * ratio))
+            p_t = of_teacher[t].to(tl.float64)
+            terms = tl.where(p == 0, -p_t, tl.where(p_t == 0, 0.0, p_t * ratio))
             slope = masses[t] + tl.sum(tl.where(first, terms, 0.0), axis=1, keep_dims=True)
             slope += tl.where(spreads[t] == 0, 0.0, spreads[t] * tl.where(outside == 0, -others, of_others))
             slope = tl.where(used & (kl_grad != 0), kl_grad * slope.to(tl.float32), 0.0)
@@ -246,7 +248,7 @@ def _arguments(
     align = alignment(c, student.stride(0))
     log2_e = math.log2(math.e)
     block, warps = triton.next_power_of_2(c), LONG_WARPS
-    if 2 * block * student.element_size() > HELD_BYTES:
+    if block > HELD:
         block = LONG_WARPS * 32 * (16 // student.element_size())
     else:
         warps = min(LONG_WARPS, max(1, max(block, entries) // 512))
@@ -282,7 +284,7 @@ def _arguments(
         BLOCK=block,
         STEPS=triton.cdiv(c, block),
         ENTRIES=entries,
-        CHUNK=max(1, PAIRS // entries),
+        CHUNK=max(1, PAIRS * warps // entries),
         num_warps=warps,
         **OPTIONS,
     )

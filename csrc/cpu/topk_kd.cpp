@@ -106,7 +106,7 @@ AMTML_INLINE void load_teacher(Row<A>& row, int64_t t, const int64_t* index, con
   const int64_t unnamed = pr.classes - different;
   const double rest = pr.tail == Tail::uniform && unnamed > 0 && !dead && !(sum > 1) ? 1 - sum : 0;
   row.spread[t] = unnamed > 0 ? static_cast<A>(rest / static_cast<double>(unnamed)) : A(0);
-  row.mass[t] = dead ? 0 : renormalize ? 1 : sum + rest;
+  row.mass[t] = dead ? 0 : renormalize ? sum / sum : sum + rest;  // 1, or NaN
 }
 
 template <class A>

@@ -105,7 +105,7 @@ __device__ inline void load_entries(const Problem& pr, int64_t i, Scratch& s) {
     const bool dead = w == 0 && !(sum < INFINITY);
     const float factor = pr.renormalize ? static_cast<float>(1 / sum) : 1.0f;
     for (int m = begin + lane; m < end; m += kWarp) prob[m] = dead ? 0.0f : prob[m] * factor;
-    if (lane == 0) s.weight[t] = w, s.dead[t] = dead, s.mass[t] = dead ? 0 : pr.renormalize ? 1 : sum;
+    if (lane == 0) s.weight[t] = w, s.dead[t] = dead, s.mass[t] = dead ? 0 : pr.renormalize ? sum / sum : sum;  // 1, or NaN
   }
 }
 
@@ -212,11 +212,11 @@ struct Below {  // sum of maximum - z over the classes that are not -inf, and ho
   double sum = 0;
   int masked = 0;
 
-  __device__ void add(float below, int times) {
+  __device__ void add(float below) {
     if (below == INFINITY) {
-      masked += times;
+      ++masked;
     } else {
-      sum += times * static_cast<double>(below);
+      sum += below;
     }
   }
   __device__ double value() const { return masked > 0 ? INFINITY : sum; }
@@ -234,7 +234,7 @@ __device__ Below sweep_again(const Problem& pr, const Scratch& s, const Scales& 
     load_row<kPack, S>(pr.student, i, c, z);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
-      if (need_below) below.add(s.max - z[k], 1);
+      if (need_below) below.add(s.max - z[k]);
       out[k] = student_gradient(pr, s, by, z[k], s.outside, c + k == label);
     }
     if (grad) store(grad + c, out);
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     if (want.grad_weights) {
       each_teacher(pr, s, m, [&](int t, float p_t) { slopes[t * blockDim.x] += mixture_gradient(p_t, p, ratio); });
     }
-    named.add(s.max - z, 1);
+    named.add(s.max - z);
     if (grad) grad[c] = static_cast<S>(student_gradient(pr, s, by, z, p, pr.labels && c == pr.labels[i]));
   }
   kl = block_sum(kl, s.sums);
