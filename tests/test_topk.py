@@ -219,9 +219,7 @@ def test_a_teacher_of_weight_0_counts_nothing(tail, on):
     want = value_and_grads(af.topk_kd_loss, (student, indices[:1], log_probs[:1], None, labels), tail=tail)
     for bad in (torch.nan, -torch.inf):
         given = [log_probs[0], torch.full_like(log_probs[1], bad)]
-        got = value_and_grads(
-            af.topk_kd_loss, (student, indices, given, torch.tensor([1.0, 0.0]), labels), tail=tail
-        )
+        got = value_and_grads(af.topk_kd_loss, (student, indices, given, torch.tensor([1.0, 0.0]), labels), tail=tail)
         torch.testing.assert_close(got, want)
 
 
@@ -289,7 +287,9 @@ def test_few_left_outside_beside_large_sums(on):
     index = torch.cat([torch.arange(7), torch.arange(8, wide)]).expand(2, -1)
     log_prob = torch.full((2, wide - 1), -100.0)
     log_prob[:, 0] = math.log(0.25)
-    want = af.reference.topk_kd_loss(student.double().cpu(), [index.cpu()], [log_prob.double().cpu()], None, tail="uniform")
+    want = af.reference.topk_kd_loss(
+        student.double().cpu(), [index.cpu()], [log_prob.double().cpu()], None, tail="uniform"
+    )
     assert relative_error(af.topk_kd_loss(student, [index], [log_prob], None, tail="uniform"), want) <= 1e-6
 
 

@@ -47,8 +47,8 @@ AMTML_INLINE A rounded(double value, double* rest) {
   return near;
 }
 
-// A student's row in the scratch of one thread. Statistics, kept for backward: its maximum, inverse sums at tau and at 1.
-// Not log-sums: at 60,000 classes their last bit is already 5e-7 of a probability.
+// A student's row in the scratch of one thread. Statistics, kept for backward: its maximum, inverse sums at tau and
+// at 1. Not log-sums: at 60,000 classes their last bit is already 5e-7 of a probability.
 template <class A>
 struct StudentRow {
   Buffer<A> converted, e, e1;  // exp((z - max z) / tau), exp(z - max z)

@@ -48,9 +48,9 @@ inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 template <class A>
 struct Row : StudentRow<A> {  // scratch of one thread: everything a row needs stays in cache until the row is done
   const Problem<A>& problem;
-  int64_t teacher_pitch;     // classes, or 0 where the teachers are read in place
-  Buffer<A> teacher, e_t;    // [teachers, classes]
-  std::vector<const A*> x;   // the teachers' logits
+  int64_t teacher_pitch;    // classes, or 0 where the teachers are read in place
+  Buffer<A> teacher, e_t;   // [teachers, classes]
+  std::vector<const A*> x;  // the teachers' logits
   std::vector<A> weight, inverse, kl_t;
   std::vector<double> dot;
   Buffer<A> p, ratio, out;  // of one chunk

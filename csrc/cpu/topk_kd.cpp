@@ -1,4 +1,5 @@
-// Distillation from teachers that give their largest classes only: cross-entropy, KL and their gradients, a row at a time.
+// Distillation from teachers that give their largest classes only: cross-entropy, KL and their gradients, a row at a
+// time.
 //
 //   q = softmax(z / tau), p = sum_t w_t p_t, KL = sum_c p (log p - log q)
 //   dKL/dz = (P q - p) / tau with P = sum_c p,   dKL/dw_t = sum_c p_t (log p - log q + 1)
@@ -46,13 +47,13 @@ constexpr int kNowhere = -1;
 template <class A>
 struct Row : StudentRow<A> {  // scratch of one thread
   const Problem<A>& problem;
-  Buffer<int> place;       // [C], of a class in the union; kNowhere outside it
-  Buffer<int64_t> classes;  // the union
-  int64_t named = 0;        // its size
-  Buffer<A> entry;          // [K] log-probabilities, then probabilities before they are divided by their sum
-  Buffer<A> probs;          // [T, K]: p_t of the union
-  Buffer<A> p, ratio;       // [K]: of the union the mixture, and log p - log q (0 where p is 0)
-  Buffer<A> out;            // of one chunk
+  Buffer<int> place;              // [C], of a class in the union; kNowhere outside it
+  Buffer<int64_t> classes;        // the union
+  int64_t named = 0;              // its size
+  Buffer<A> entry;                // [K] log-probabilities, then probabilities before they are divided by their sum
+  Buffer<A> probs;                // [T, K]: p_t of the union
+  Buffer<A> p, ratio;             // [K]: of the union the mixture, and log p - log q (0 where p is 0)
+  Buffer<A> out;                  // of one chunk
   std::vector<A> weight, spread;  // w_t, and p_t of every class that teacher t does not name
   std::vector<double> mass;       // sum_c p_t
   A outside = 0, total = 0;       // the mixture outside the union, and its mass
@@ -157,18 +158,16 @@ AMTML_INLINE double divergence(Row<A>& row, A m, A per_tau, A kl_grad, A* grad_w
   double outside = 0;  // sum over the others of log b - log q
   if (row.outside != 0 && row.others() > 0) {
     const int* place = row.place.data();
-    const double below = block_sum<A>(pr.classes, [&](int64_t c) __attribute__((always_inline)) {
-      return place[c] == kNowhere ? m - z[c] : A(0);
-    });
+    const double below = block_sum<A>(
+        pr.classes, [&](int64_t c) __attribute__((always_inline)) { return place[c] == kNowhere ? m - z[c] : A(0); });
     outside = row.others() * (std::log(static_cast<double>(row.outside)) + log_sum) + below * per_tau;
     kl += row.outside * outside;
   }
   for (int64_t t = 0; grad_weights && t < pr.teachers(); ++t) {
     const A *of_t = row.of_teacher(t), spread = row.spread[t];
     double sum = row.mass[t];
-    sum += block_sum<A>(row.named, [&](int64_t u) __attribute__((always_inline)) {
-      return mixture_gradient(of_t[u], p[u], ratio[u]);
-    });
+    sum += block_sum<A>(
+        row.named, [&](int64_t u) __attribute__((always_inline)) { return mixture_gradient(of_t[u], p[u], ratio[u]); });
     if (spread != 0) sum += spread * (row.outside == 0 ? -static_cast<double>(row.others()) : outside);
     grad_weights[t] = kl_grad == 0 ? A(0) : static_cast<A>(kl_grad * sum);
   }
@@ -271,11 +270,13 @@ struct Inputs {  // owns what Problem points to
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(
-    const Tensor& student, const Tensor& indices, const Tensor& log_probs, std::vector<int64_t> sizes,
-    std::optional<Tensor> weights, std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
-    double kl_scale, std::string tail, std::string reduction, int64_t ignore_index, double label_smoothing,
-    bool need_student_grad, bool need_weights_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, const Tensor& indices,
+                                                       const Tensor& log_probs, std::vector<int64_t> sizes,
+                                                       std::optional<Tensor> weights, std::optional<Tensor> labels,
+                                                       double temperature, double ce_weight, double kl_weight,
+                                                       double kl_scale, std::string tail, std::string reduction,
+                                                       int64_t ignore_index, double label_smoothing,
+                                                       bool need_student_grad, bool need_weights_grad) {
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, ignore_index);
   if (weights) check_weights(kOp, *weights);

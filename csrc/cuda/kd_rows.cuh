@@ -172,8 +172,7 @@ __device__ double cross_entropy(const KDProblem& pr, int64_t i, float max, float
   const S* z = static_cast<const S*>(pr.student.data) + i * pr.student.stride;
   const double ce = static_cast<double>(log_sum1) - (static_cast<float>(z[label]) - max);
   if (pr.label_smoothing == 0) return ce;  // not 0 * infinity
-  return (1 - pr.label_smoothing) * ce +
-         pr.label_smoothing * (log_sum1 + below / static_cast<double>(pr.classes));
+  return (1 - pr.label_smoothing) * ce + pr.label_smoothing * (log_sum1 + below / static_cast<double>(pr.classes));
 }
 
 }  // namespace amtml::gpu

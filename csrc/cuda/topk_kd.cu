@@ -1,11 +1,13 @@
-// Distillation from teachers that give their largest classes only: cross-entropy, KL and their gradients, a row a block.
+// Distillation from teachers that give their largest classes only: cross-entropy, KL and their gradients, a row a
+// block.
 //
 //   q = softmax(z / tau), p = sum_t w_t p_t; csrc/cpu/topk_kd.cpp has the formulas.
 //
-// student [N, C] in place; indices and log_probs [N, K], of all teachers side by side. The K entries of a row are sorted
-// by class in shared memory, so that what the teachers say of a class stands together, and in one order whatever the
-// timing. Then two sweeps over the student: maximum and sums online, and the gradient as if p were one number b
-// everywhere, which it is but for the classes that are named (0 unless the tail is "uniform"). Those are set right last.
+// student [N, C] in place; indices and log_probs [N, K], of all teachers side by side. The K entries of a row are
+// sorted by class in shared memory, so that what the teachers say of a class stands together, and in one order whatever
+// the timing. Then two sweeps over the student: maximum and sums online, and the gradient as if p were one number b
+// everywhere, which it is but for the classes that are named (0 unless the tail is "uniform"). Those are set right
+// last.
 //
 // Traffic: a row in (twice, the second time from cache), one out where the gradient is made, 12 K bytes of entries.
 #include "../arithmetic.h"
@@ -105,7 +107,8 @@ __device__ inline void load_entries(const Problem& pr, int64_t i, Scratch& s) {
     const bool dead = w == 0 && !(sum < INFINITY);
     const float factor = pr.renormalize ? static_cast<float>(1 / sum) : 1.0f;
     for (int m = begin + lane; m < end; m += kWarp) prob[m] = dead ? 0.0f : prob[m] * factor;
-    if (lane == 0) s.weight[t] = w, s.dead[t] = dead, s.mass[t] = dead ? 0 : pr.renormalize ? sum / sum : sum;  // 1, or NaN
+    if (lane == 0)
+      s.weight[t] = w, s.dead[t] = dead, s.mass[t] = dead ? 0 : pr.renormalize ? sum / sum : sum;  // 1, or NaN
   }
 }
 
@@ -259,7 +262,7 @@ __device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i) 
 // Forward makes the statistics; backward has them, and what comes back to the loss: one number, or one each row.
 template <class S, int kPack>
 __global__ void __launch_bounds__(kMaxThreads, 2)
-    rows_kernel(const __grid_constant__ Problem pr, const Wanted want, const float* stats, const float* grad_loss,
+    topk_kernel(const __grid_constant__ Problem pr, const Wanted want, const float* stats, const float* grad_loss,
                 bool each_row) {
   Scratch& s = shared<Scratch>();
   const int64_t i = blockIdx.x;
@@ -381,18 +384,20 @@ void run_rows(const Inputs& inputs, const Wanted& want, const float* stats, cons
                        (pr.start[pr.teachers] + pr.teachers * threads) * sizeof(float);
   dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
     using S = decltype(element);
-    launch(packs ? rows_kernel<S, 16 / sizeof(S)> : rows_kernel<S, 1>,
+    launch(packs ? topk_kernel<S, 16 / sizeof(S)> : topk_kernel<S, 1>,
            {static_cast<unsigned>(pr.rows), threads, 1, bytes}, on, pr, want, stats, grad_loss, each_row);
   });
 }
 
 float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(
-    const Tensor& student, const Tensor& indices, const Tensor& log_probs, std::vector<int64_t> sizes,
-    std::optional<Tensor> weights, std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
-    double kl_scale, std::string tail, std::string reduction, int64_t ignore_index, double label_smoothing,
-    bool need_student_grad, bool need_weights_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, const Tensor& indices,
+                                                       const Tensor& log_probs, std::vector<int64_t> sizes,
+                                                       std::optional<Tensor> weights, std::optional<Tensor> labels,
+                                                       double temperature, double ce_weight, double kl_weight,
+                                                       double kl_scale, std::string tail, std::string reduction,
+                                                       int64_t ignore_index, double label_smoothing,
+                                                       bool need_student_grad, bool need_weights_grad) {
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == ScalarType::Float, kOp,
                   ": the forward gradient of a 16-bit student is made in backward");
   const OnDevice on(student);
