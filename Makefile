@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
 export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
-OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py whole_loss.py dropin.py properties.py)
+OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py topk.py whole_loss.py dropin.py properties.py)
 
 .PHONY: train test test-zoo triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)

@@ -8,6 +8,7 @@ from amtml_fast.functional import (
     multi_teacher_kd_loss,
     rkd_distance_loss,
     teacher_weights,
+    topk_kd_loss,
 )
 from amtml_fast.losses import (
     AMTMLLoss,
@@ -18,6 +19,7 @@ from amtml_fast.losses import (
     MultiTeacherKDLoss,
     RKDDistanceLoss,
     TeacherAdapter,
+    TopKKDLoss,
 )
 from amtml_fast.version import __version__
 
@@ -30,6 +32,7 @@ __all__ = [
     "MultiTeacherKDLoss",
     "RKDDistanceLoss",
     "TeacherAdapter",
+    "TopKKDLoss",
     "__version__",
     "angle_loss",
     "backends",
@@ -38,5 +41,6 @@ __all__ = [
     "multi_teacher_kd_loss",
     "rkd_distance_loss",
     "teacher_weights",
+    "topk_kd_loss",
     "use_backend",
 ]

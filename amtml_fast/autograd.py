@@ -112,6 +112,17 @@ def _scaled(grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
     return [None if g is None else g.mul_(by) for g in grads]
 
 
+def _save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | None], needs: tuple[bool, bool]) -> None:
+    """Gradients that forward has made, and what they belong to; None for what needs none."""
+    # What needs a gradient cannot be an inference tensor.
+    ctx.save_for_backward(*map(_asked, grads, needs), *map(_asked, inputs, needs))
+
+
+def _scaled_rows(ctx: Any, grad_loss: Tensor) -> list[Any]:
+    """The gradients of ``_save_grads`` from that of the loss, which may have one value a row."""
+    return _scaled(ctx.saved_tensors[:2], grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss)
+
+
 class TeacherWeights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> Tensor:
@@ -160,12 +171,7 @@ class MultiTeacherKD(torch.autograd.Function):
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         if in_forward:
-            ctx.save_for_backward(  # what needs a gradient cannot be an inference tensor
-                grad_student if needs[0] else None,
-                grad_weights if needs[1] else None,
-                student if needs[0] else None,
-                weights if needs[1] else None,
-            )
+            _save_grads(ctx, (grad_student, grad_weights), (student, weights), needs)
         else:
             _save(ctx, student, weights, labels, stats, *teachers)
         if not need_terms:
@@ -180,8 +186,7 @@ class MultiTeacherKD(torch.autograd.Function):
         if ctx.in_forward:
             if grad_loss is None:
                 return None, None, None, *fixed
-            scale = grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss  # one value a row
-            return None, *_scaled(ctx.saved_tensors[:2], scale), *fixed
+            return None, *_scaled_rows(ctx, grad_loss), *fixed
         need_student, need_weights = ctx.needs
         student, weights, labels, stats, *teachers = _saved(ctx)
         if grad_loss is None:
@@ -191,6 +196,48 @@ class MultiTeacherKD(torch.autograd.Function):
             grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
         )
         return None, _asked(grad_student, need_student), _asked(grad_weights, need_weights), *fixed
+
+
+class TopkKD(torch.autograd.Function):
+    """The loss. ``needs``: a gradient to the student, and to the weights; ``wide``: the dtype of sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        student: Tensor,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        indices: Tensor,
+        log_probs: Tensor,
+        sizes: list[int],
+        settings: tuple,
+        needs: tuple[bool, bool],
+        wide: torch.dtype,
+    ) -> Tensor:
+        ctx.in_forward, ctx.sizes, ctx.settings, ctx.needs = student.dtype == wide, sizes, settings, needs
+        now = needs if ctx.in_forward else (False, False)
+        loss, stats, *grads = _kernels(backend).topk_kd_fwd.default(
+            student, indices, log_probs, sizes, weights, labels, *settings, *now
+        )
+        ctx.backend = backend
+        if ctx.in_forward:
+            _save_grads(ctx, grads, (student, weights), needs)
+        else:
+            _save(ctx, student, indices, log_probs, weights, labels, stats)
+        return loss
+
+    @staticmethod
+    @_first_order("topk_kd_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        fixed = (None,) * (len(ctx.needs_input_grad) - 3)
+        if ctx.in_forward:
+            return None, *_scaled_rows(ctx, grad_loss), *fixed
+        student, indices, log_probs, weights, labels, stats = _saved(ctx)
+        grads = _kernels(ctx.backend).topk_kd_bwd.default(
+            grad_loss, student, indices, log_probs, ctx.sizes, weights, labels, stats, *ctx.settings, *ctx.needs
+        )
+        return None, *map(_asked, grads, ctx.needs), *fixed
 
 
 class Angle(torch.autograd.Function):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch  # before _C: it brings libtorch into the process
 
-OPS = ("teacher_weights", "multi_teacher_kd", "angle", "distance", "hint", "dual_softmax", "whole_loss")
+OPS = ("teacher_weights", "multi_teacher_kd", "topk_kd", "angle", "distance", "hint", "dual_softmax", "whole_loss")
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on the CPU
 # The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.

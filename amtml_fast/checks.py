@@ -93,24 +93,9 @@ def kd_arguments(
     ignore_index: int,
 ) -> tuple[int, int, list[Tensor]]:
     """Rows, classes and the list of teachers of arguments that fit together."""
-    tensor(function, "student_logits", student_logits)
+    _logits(function, student_logits)
     wanted_shape, device = student_logits.shape, student_logits.device
-    if len(wanted_shape) not in (2, 3) or wanted_shape[-1] < 1:
-        raise ValueError(
-            f"{function}: student_logits must be [N, C] or [B, S, C] with C >= 1, got {shape(student_logits)}"
-        )
-    if isinstance(teacher_logits, Tensor):
-        if teacher_logits.dim() != student_logits.dim() + 1:
-            raise ValueError(
-                f"{function}: teacher_logits must be a list of tensors or one [T, N, C] tensor, got {shape(teacher_logits)}"
-            )
-        teachers = list(teacher_logits.unbind(0))
-    elif isinstance(teacher_logits, (list, tuple)):
-        teachers = list(teacher_logits)
-    else:
-        raise TypeError(f"{function}: teacher_logits must be a list of tensors, got {type(teacher_logits).__name__}")
-    if len(teachers) == 0:
-        raise ValueError(f"{function}: teacher_logits must hold at least one teacher, got none")
+    teachers = _one_a_teacher(function, "teacher_logits", teacher_logits, student_logits, "[T, N, C]")
     for i, teacher in enumerate(teachers):
         if (
             isinstance(teacher, Tensor)
@@ -124,25 +109,107 @@ def kd_arguments(
         tensor(function, argument, teacher)
         same_shape(function, argument, teacher, "student_logits", student_logits)
         same_device(function, argument, teacher, "student_logits", student_logits)
-        if teacher.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{function}: {argument} requires grad, but teachers are frozen here: pass it detached")
+        _frozen(function, argument, teacher)
+    rows, classes = _kd_rows(function, student_logits, len(teachers), teacher_weights, labels, ignore_index)
+    return rows, classes, teachers
+
+
+def topk_arguments(
+    function: str,
+    student_logits: Tensor,
+    teacher_indices: Tensor | Sequence[Tensor],
+    teacher_log_probs: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> tuple[int, int, list[Tensor], list[Tensor]]:
+    """Rows, classes, and of every teacher its classes and their log-probabilities."""
+    _logits(function, student_logits)
+    indices = _one_a_teacher(function, "teacher_indices", teacher_indices, student_logits, "[T, N, k]")
+    log_probs = _one_a_teacher(function, "teacher_log_probs", teacher_log_probs, student_logits, "[T, N, k]")
+    if len(indices) != len(log_probs):
+        raise ValueError(
+            f"{function}: teacher_log_probs must hold {len(indices)} teachers like teacher_indices, got {len(log_probs)}"
+        )
+    *leading, classes = student_logits.shape
+    for t, (index, log_prob) in enumerate(zip(indices, log_probs)):
+        name, of_probs = f"teacher_indices[{t}]", f"teacher_log_probs[{t}]"
+        _integers(function, name, index)
+        if list(index.shape[:-1]) != leading or not 1 <= index.shape[-1] <= classes:
+            wanted = ", ".join(map(str, leading))
+            raise ValueError(f"{function}: {name} must be [{wanted}, k] with 1 <= k <= {classes}, got {shape(index)}")
+        same_device(function, name, index, "student_logits", student_logits)
+        tensor(function, of_probs, log_prob)
+        same_shape(function, of_probs, log_prob, name, index)
+        same_device(function, of_probs, log_prob, "student_logits", student_logits)
+        _frozen(function, of_probs, log_prob)
+    rows, classes = _kd_rows(function, student_logits, len(indices), teacher_weights, labels, ignore_index)
+    return rows, classes, indices, log_probs
+
+
+def _logits(function: str, student_logits: Tensor) -> None:
+    tensor(function, "student_logits", student_logits)
+    if student_logits.dim() not in (2, 3) or student_logits.shape[-1] < 1:
+        raise ValueError(
+            f"{function}: student_logits must be [N, C] or [B, S, C] with C >= 1, got {shape(student_logits)}"
+        )
+
+
+def _one_a_teacher(
+    function: str, name: str, value: Tensor | Sequence[Tensor], student_logits: Tensor, stacked: str
+) -> list[Tensor]:
+    """The tensors of the teachers, given as a list or in one tensor like ``stacked``."""
+    if isinstance(value, Tensor):
+        if value.dim() != student_logits.dim() + 1:
+            raise ValueError(
+                f"{function}: {name} must be a list of tensors or one {stacked} tensor, got {shape(value)}"
+            )
+        out = list(value.unbind(0))
+    elif isinstance(value, (list, tuple)):
+        out = list(value)
+    else:
+        raise TypeError(f"{function}: {name} must be a list of tensors, got {type(value).__name__}")
+    if len(out) == 0:
+        raise ValueError(f"{function}: {name} must hold at least one teacher, got none")
+    return out
+
+
+def _frozen(function: str, name: str, teacher: Tensor) -> None:
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{function}: {name} requires grad, but teachers are frozen here: pass it detached")
+
+
+def _integers(function: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{function}: {name} must be an int64 or int32 tensor, got {got}")
+
+
+def _kd_rows(
+    function: str,
+    student_logits: Tensor,
+    num_teachers: int,
+    teacher_weights: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> tuple[int, int]:
+    """Rows and classes of a student whose weights and labels fit it."""
+    wanted_shape = student_logits.shape
     classes = wanted_shape[-1]
     rows = student_logits.numel() // classes
     if teacher_weights is not None:
         tensor(function, "teacher_weights", teacher_weights)
-        wanted = [(len(teachers),), (rows, len(teachers))]
+        wanted = [(num_teachers,), (rows, num_teachers)]
         if len(wanted_shape) == 3:
-            wanted.append((*wanted_shape[:2], len(teachers)))
+            wanted.append((*wanted_shape[:2], num_teachers))
         if teacher_weights.shape not in wanted:
             raise ValueError(
-                f"{function}: teacher_weights must be {' or '.join(str(list(w)) for w in wanted)} for {len(teachers)} teachers, "
+                f"{function}: teacher_weights must be {' or '.join(str(list(w)) for w in wanted)} for {num_teachers} teachers, "
                 f"got {shape(teacher_weights)}"
             )
         same_device(function, "teacher_weights", teacher_weights, "student_logits", student_logits)
     if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32):
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"{function}: labels must be an int64 or int32 tensor, got {got}")
+        _integers(function, "labels", labels)
         if labels.shape != wanted_shape[:-1]:
             raise ValueError(
                 f"{function}: labels must be {list(wanted_shape[:-1])} like student_logits, got {shape(labels)}"
@@ -150,7 +217,7 @@ def kd_arguments(
         same_device(function, "labels", labels, "student_logits", student_logits)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
-    return rows, classes, teachers
+    return rows, classes
 
 
 def weights_shape(function: str, got: tuple[int, ...], rows: int, teachers: int) -> None:
@@ -188,6 +255,21 @@ def label_values(function: str, labels: Tensor, classes: int, ignore_index: int)
         row = int(bad.nonzero()[0, 0])
         raise ValueError(
             f"{function}: labels[{row}] must be in [0, {classes}) or ignore_index {ignore_index}, got {int(labels[row])}"
+        )
+
+
+def index_values(
+    function: str, indices: Tensor, sizes: Sequence[int], labels: Tensor | None, classes: int, ignore_index: int
+) -> None:
+    """Classes in [0, classes), in rows that are not ignored: indices [N, sum of sizes]. Like the labels."""
+    bad = (indices < 0) | (indices >= classes)
+    if labels is not None:
+        bad &= (labels != ignore_index).unsqueeze(1)
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        teacher = next(t for t in range(len(sizes)) if column < sum(sizes[: t + 1]))
+        raise ValueError(
+            f"{function}: teacher_indices[{teacher}] must be in [0, {classes}), got {int(indices[row, column])} in row {row}"
         )
 
 

@@ -19,6 +19,7 @@ MODES = ("mixture", "sum")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 ANGLE_REDUCTIONS = ("mean", "distinct", "sum", "none")
 DISTANCE_REDUCTIONS = ("mean", "distinct", "sum")
+TAILS = ("renormalize", "ignore", "uniform")
 DUAL_MODES = ("sequential", "product")
 
 
@@ -162,7 +163,8 @@ def _multi_teacher_kd(
 ) -> Any:
     """The loss, or with ``need_terms`` what ``KDTerms`` holds, of which loss and probabilities are differentiable."""
     name = "multi_teacher_kd_loss"
-    _check_kd(name, temperature, alpha, mode, label_smoothing)
+    _check_kd(name, temperature, alpha, label_smoothing)
+    checks.one_of(name, "mode", mode, MODES)
     chosen = backend.choose("multi_teacher_kd", student, weights, *teachers)
     if chosen != "cpp":  # whose kernel looks for itself
         _check_values(name, labels, student.shape[1], ignore_index, None if need_terms else weights)
@@ -217,7 +219,8 @@ def whole_loss(
 ) -> tuple[Tensor, ...]:
     """``AMTMLLoss`` without hints on checked rows, as one node of the graph: see ``autograd.WholeLoss``. Not public."""
     name = "AMTMLLoss"
-    _check_kd(name, temperature, alpha, mode, label_smoothing)
+    _check_kd(name, temperature, alpha, label_smoothing)
+    checks.one_of(name, "mode", mode, MODES)
     checks.number(name, "delta", delta, 0, math.inf, above=True)
     kd = _kd_settings(temperature, alpha, mode, reduction, True, ignore_index, label_smoothing, labels is not None)
     needs = _needs_grad(student), _needs_grad(*sources)
@@ -246,18 +249,145 @@ def whole_loss_is_fused(student: Tensor, *others: Tensor | None) -> bool:
     return backend.runs("whole_loss", student, *others)
 
 
-def _check_kd(name: str, temperature: float, alpha: float, mode: str, label_smoothing: float) -> None:
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor | Sequence[Tensor],
+    teacher_log_probs: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+    reduction: str = "batchmean",
+    t2_scale: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+    tail: str = "renormalize",
+) -> Tensor:
+    """``multi_teacher_kd_loss`` where each teacher gives only its k largest classes (Eq 7-8)::
+
+        q = softmax(student / temperature)
+        p_t(c) = exp(log_prob)            # for the classes that teacher t names; what the others have, ``tail`` says
+        kl = KL(sum_t w_t p_t || q)
+        loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
+        loss = temperature**2 * kl        # without labels: alpha plays no part
+
+    A row costs O(C + T k log(T k)), and no teacher is ever made dense. What a teacher stores, from its logits [N, C]::
+
+        top = (teacher_logits / temperature).log_softmax(-1).topk(k)
+        log_probs, indices = top.values, top.indices
+
+    Args:
+        student_logits: [N, C], or [B, S, C] taken as B * S rows.
+        teacher_indices: T tensors [N, k] (or [B, S, k]) of int64 or int32 classes, or one [T, N, k] tensor; k may differ
+            between teachers. A class that a row of one teacher names twice has the sum of both probabilities.
+        teacher_log_probs: natural logarithms of their probabilities, of the same shapes. They must have been made **at
+            this temperature**: log-probabilities stored at temperature 1 go with ``temperature=1``. -inf is probability
+            0. Teachers are frozen: one that requires grad is an error.
+        teacher_weights: [N, T], [T] (the same for every row) or None (uniform); [B, S, T] or [B * S, T] with [B, S, C].
+            Finite and not negative; need not sum to 1.
+        labels: [N] or [B, S] integer classes, or None.
+        temperature: > 0.
+        alpha, reduction, t2_scale, ignore_index, label_smoothing, num_items_in_batch: as in ``multi_teacher_kd_loss``.
+        tail: what a teacher gives to the classes that it does not name.
+
+            - ``"renormalize"``: nothing; its probabilities are divided by their sum.
+            - ``"ignore"``: nothing; they count as given. With P the mass of the mixture, the value is
+              ``sum_c p_c (log p_c - log q_c)`` all the same, at least P log P, which may be below 0; the gradient to the
+              student's logits is ``temperature * (P q - p)``.
+            - ``"uniform"``: ``max(1 - sum, 0)``, the same share for each.
+
+    Returns:
+        Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
+
+    A student's logit of -inf is probability 0 with gradient 0. Gradients flow to ``student_logits`` and
+    ``teacher_weights``. With all C classes given, every tail is ``multi_teacher_kd_loss``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU a class or
+            label out of range stops the CUDA kernel; Triton looks only with TRITON_DEBUG=1, and makes the row NaN
+            without.
+    """
+    name = "topk_kd_loss"
+    rows, classes, given_indices, given_log_probs = checks.topk_arguments(
+        name, student_logits, teacher_indices, teacher_log_probs, teacher_weights, labels, ignore_index
+    )
+    checks.one_of(name, "reduction", reduction, REDUCTIONS)
+    checks.one_of(name, "tail", tail, TAILS)
+    _check_kd(name, temperature, alpha, label_smoothing)
+    if num_items_in_batch is not None:
+        checks.num_items(name, num_items_in_batch, reduction)
+    student = student_logits.reshape(rows, classes)
+    sizes = [index.shape[-1] for index in given_indices]
+    # Side by side in one tensor: beside the student's rows they are small.
+    indices = _side_by_side(given_indices, rows, torch.int64)
+    log_probs = _side_by_side(given_log_probs, rows, wide_dtype(*given_log_probs))
+    weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(sizes))
+    labels = None if labels is None else _as_long(labels.reshape(rows))
+    chosen = backend.choose("topk_kd", student, weights, *given_log_probs)
+    row_reduction = reduction if num_items_in_batch is None else "sum"
+    values = (name, labels, classes, ignore_index, weights, (indices, sizes))
+    if chosen != "cpp":  # whose kernel looks for itself
+        _check_values(*values)
+    if chosen == "reference":
+        loss = reference.topk_kd(
+            student,
+            list(indices.split(sizes, 1)),
+            list(log_probs.split(sizes, 1)),
+            weights,
+            labels,
+            temperature=temperature,
+            alpha=alpha,
+            reduction=row_reduction,
+            t2_scale=t2_scale,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            tail=tail,
+        )
+    else:
+        wide = wide_dtype(student, log_probs, weights)
+        weights = None if weights is None else weights.to(wide).expand(rows, -1)
+        settings = _kd_settings(
+            temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing, labels is not None
+        )
+        needs = _needs_grad(student), _needs_grad(weights)
+        loss = _run(
+            values, autograd.TopkKD, any(needs),
+            chosen, student, weights, labels, indices, log_probs, sizes, settings, needs, wide,
+        )  # fmt: skip
+    if num_items_in_batch is not None:
+        return loss / num_items_in_batch
+    return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
+
+
+def _side_by_side(tensors: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+    """T x [..., k] as one [rows, sum of k] of this dtype: the tensor itself where there is one and it fits."""
+    parts = [t.reshape(rows, t.shape[-1]).to(dtype) for t in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _check_kd(name: str, temperature: float, alpha: float, label_smoothing: float) -> None:
     checks.number(name, "temperature", temperature, 0, math.inf, above=True)
     checks.number(name, "alpha", alpha, 0, 1)
     checks.number(name, "label_smoothing", label_smoothing, 0, 1)
-    checks.one_of(name, "mode", mode, MODES)
 
 
-def _check_values(name: str, labels: Tensor | None, classes: int, ignore_index: int, weights: Tensor | None) -> None:
+def _check_values(
+    name: str,
+    labels: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    weights: Tensor | None,
+    support: tuple[Tensor, Sequence[int]] | None = None,
+) -> None:
+    """``support``: the classes that the teachers give, [N, K], and how many of them each does."""
     if labels is not None and checks.values_are_free(labels):
         checks.label_values(name, labels, classes, ignore_index)
     if weights is not None and checks.values_are_free(weights):
         checks.weight_values(name, weights)
+    if support is not None and checks.values_are_free(support[0]):
+        checks.index_values(name, *support, labels, classes, ignore_index)
 
 
 def _run(values: tuple, function: Any, needs_grad: bool, *args: Any) -> Any:

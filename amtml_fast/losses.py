@@ -95,6 +95,53 @@ class MultiTeacherKDLoss(nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
 
+class TopKKDLoss(nn.Module):
+    """Module form of ``topk_kd_loss``: same keywords, same meaning."""
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.7,
+        reduction: str = "batchmean",
+        t2_scale: bool = True,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        tail: str = "renormalize",
+    ):
+        super().__init__()
+        self.options: dict[str, Any] = dict(
+            temperature=temperature,
+            alpha=alpha,
+            reduction=reduction,
+            t2_scale=t2_scale,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            tail=tail,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_indices: Tensor | Sequence[Tensor],
+        teacher_log_probs: Tensor | Sequence[Tensor],
+        teacher_weights: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Tensor:
+        return functional.topk_kd_loss(
+            student_logits,
+            teacher_indices,
+            teacher_log_probs,
+            teacher_weights,
+            labels,
+            num_items_in_batch=num_items_in_batch,
+            **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
 class AngleLoss(nn.Module):
     """Module form of ``angle_loss``."""
 

@@ -19,6 +19,7 @@ _KD_SETTINGS = (
     "float temperature, float ce_weight, float kl_weight, float kl_scale, str mode, str reduction, "
     "int ignore_index, float label_smoothing"
 )
+_TOPK_SETTINGS = _KD_SETTINGS.replace("mode", "tail")
 
 SCHEMAS = {
     # weights [N, T], pooled [N, d], index [N, d] int32 position of the maximum in its plane
@@ -33,6 +34,13 @@ SCHEMAS = {
     "multi_teacher_kd_bwd": "(Tensor grad_loss, Tensor? grad_probs, Tensor? grad_targets, Tensor student, "
     f"Tensor[] teachers, Tensor? weights, Tensor? labels, Tensor stats, {_KD_SETTINGS}, "
     "bool need_student_grad, bool need_weights_grad) -> (Tensor, Tensor)",
+    # All teachers' entries of a row side by side: indices (int64) and log_probs [N, K], of teacher t the next sizes[t].
+    # loss (scalar, or [N] for "none"), stats [N, 3], grad_student, grad_weights
+    "topk_kd_fwd": "(Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
+    f"{_TOPK_SETTINGS}, bool need_student_grad, bool need_weights_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "topk_kd_bwd": "(Tensor grad_loss, Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, "
+    f"Tensor? labels, Tensor stats, {_TOPK_SETTINGS}, bool need_student_grad, bool need_weights_grad) "
+    "-> (Tensor, Tensor)",
     # loss, and unless the reduction is "none" its gradients
     "angle_fwd": "(Tensor student, Tensor teacher, Tensor? row_mask, float delta, float eps, str reduction, "
     "bool need_student_grad, bool need_teacher_grad) -> (Tensor, Tensor, Tensor)",
@@ -67,7 +75,7 @@ SCHEMAS = {
 TRITON = {  # schema -> its file in kernels/
     name: next(
         op
-        for op in ("teacher_weights", "multi_teacher_kd", "angle", "distance", "hint", "dual_softmax")
+        for op in ("teacher_weights", "multi_teacher_kd", "topk_kd", "angle", "distance", "hint", "dual_softmax")
         if name.startswith(op)
     )
     for name in SCHEMAS
@@ -144,6 +152,28 @@ def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, s
     return (
         _empty(student, need_student_grad, student.shape, student.dtype),
         _empty(student, need_weights_grad, (student.shape[0], len(teachers)), stats.dtype),
+    )
+
+
+@_fake("topk_kd_fwd")
+def _(student, indices, log_probs, sizes, weights, labels, *settings):
+    reduction = settings[5]
+    need_student_grad, need_weights_grad = settings[-2:]
+    wide, n = wide_dtype(student, log_probs, weights), student.shape[0]
+    return (
+        student.new_empty((n,) if reduction == "none" else (), dtype=wide),
+        student.new_empty(n, 3, dtype=wide),
+        _empty(student, need_student_grad, student.shape, wide),
+        _empty(student, need_weights_grad, (n, len(sizes)), wide),
+    )
+
+
+@_fake("topk_kd_bwd")
+def _(grad_loss, student, indices, log_probs, sizes, weights, labels, stats, *settings):
+    need_student_grad, need_weights_grad = settings[-2:]
+    return (
+        _empty(student, need_student_grad, student.shape, student.dtype),
+        _empty(student, need_weights_grad, (student.shape[0], len(sizes)), stats.dtype),
     )
 
 

@@ -92,31 +92,64 @@ def multi_teacher_kd(
 ) -> KDTerms:
     """Eq 7-8 on rows, with all the parts. A term with weight 0 or probability 0 is 0, whatever it multiplies."""
     dtype = wide_dtype(student, *teachers, weights)
-    rows, classes = student.shape
+    valid, z, w = _kd_rows(student, weights, len(teachers), labels, ignore_index, dtype)
+    hide = ~valid.unsqueeze(1)
+    log_q = (z / temperature).log_softmax(-1)
+    log_p = [(t.to(dtype).masked_fill(hide, 0) / temperature).log_softmax(-1) for t in teachers]
+    # Without weight a teacher counts nothing, even one that has no softmax.
+    log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
+    mixture = torch.zeros_like(z)
+    for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
+        mixture = mixture + _weighted(w[:, t, None], p.exp())
+    if mode == "mixture":
+        kl = _mixture_kl(mixture, log_q)
+    else:
+        kl = torch.stack([_weighted(w[:, t], _kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
+    kl = kl * (temperature**2 if t2_scale else 1)
+    loss, ce, kl = _kd_reduced(z, kl, valid, labels, alpha, reduction, ignore_index, label_smoothing)
+    return KDTerms(loss, ce, kl, log_q.exp(), mixture)
+
+
+def _kd_rows(
+    student: Tensor,
+    weights: Tensor | None,
+    num_teachers: int,
+    labels: Tensor | None,
+    ignore_index: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count, the student's logits [N, C] and the weights [N, T], 0 in a row that does not."""
+    rows = student.shape[0]
     valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
     hide = ~valid.unsqueeze(1)
     z = student.to(dtype).masked_fill(hide, 0)  # an ignored row gives 0 whatever it holds, NaN included
     z = z.masked_fill(z == -torch.inf, -torch.inf)  # same values, but no gradient flows into a masked class
     if weights is None:
-        weights = z.new_full((1, len(teachers)), 1 / len(teachers))
-    w = weights.to(dtype).expand(rows, -1).masked_fill(hide, 0)
-    log_q = (z / temperature).log_softmax(-1)
-    log_p = [(t.to(dtype).masked_fill(hide, 0) / temperature).log_softmax(-1) for t in teachers]
-    # Without weight a teacher counts nothing, even one that has no softmax.
-    log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
+        weights = z.new_full((1, num_teachers), 1 / num_teachers)
+    return valid, z, weights.to(dtype).expand(rows, -1).masked_fill(hide, 0)
 
-    def weighted(weight: Tensor, value: Tensor) -> Tensor:
-        value = value.masked_fill((weight == 0) & ~value.isfinite(), 0)
-        return (weight * value).masked_fill(value == 0, 0)  # or an infinite gradient would meet the 0
 
-    mixture = torch.zeros_like(z)
-    for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
-        mixture = mixture + weighted(w[:, t, None], p.exp())
-    if mode == "mixture":
-        kl = _kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
-    else:
-        kl = torch.stack([weighted(w[:, t], _kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
-    kl = (kl * (temperature**2 if t2_scale else 1)).masked_fill(~valid, 0)
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    value = value.masked_fill((weight == 0) & ~value.isfinite(), 0)
+    return (weight * value).masked_fill(value == 0, 0)  # or an infinite gradient would meet the 0
+
+
+def _mixture_kl(mixture: Tensor, log_q: Tensor) -> Tensor:
+    return _kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
+
+
+def _kd_reduced(
+    z: Tensor,
+    kl: Tensor,
+    valid: Tensor,
+    labels: Tensor | None,
+    alpha: float,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq 8 from its KL of every row: loss, ce and kl, reduced."""
+    kl = kl.masked_fill(~valid, 0)
     if labels is None:
         ce = torch.zeros_like(kl)
     else:
@@ -125,20 +158,94 @@ def multi_teacher_kd(
         )
 
     if reduction != "none":
-        count = z.new_ones(()) if reduction == "sum" else valid.sum().clamp(min=1).to(dtype)
+        count = z.new_ones(()) if reduction == "sum" else valid.sum().clamp(min=1).to(z.dtype)
         ce = ce.sum() / count
-        kl = kl.sum() / (count * (classes if reduction == "mean" else 1))
+        kl = kl.sum() / (count * (z.shape[1] if reduction == "mean" else 1))
     if labels is None or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
         loss = kl if labels is None else alpha * kl
     else:
         loss = (1 - alpha) * ce if alpha == 0 else (1 - alpha) * ce + alpha * kl
-    return KDTerms(loss, ce, kl, log_q.exp(), mixture)
+    return loss, ce, kl
 
 
 def _kl_rows(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """``sum_c p (log p - log q)`` where a class with p = 0 counts 0, in value and gradient."""
     empty = p == 0
     return (p * (log_p.masked_fill(empty, 0) - log_q.masked_fill(empty, 0))).sum(-1)
+
+
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor | list[Tensor] | tuple[Tensor, ...],
+    teacher_log_probs: Tensor | list[Tensor] | tuple[Tensor, ...],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+    reduction: str = "batchmean",
+    t2_scale: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+    tail: str = "renormalize",
+) -> Tensor:
+    """Eq 7-8 where of ``softmax(teacher_t / temperature)`` only some classes are given. Dense: O(T N C) memory."""
+    loss = topk_kd(
+        student_logits.reshape(-1, student_logits.shape[-1]),
+        [i.reshape(-1, i.shape[-1]) for i in teacher_indices],
+        [p.reshape(-1, p.shape[-1]) for p in teacher_log_probs],
+        None if teacher_weights is None else teacher_weights.reshape(-1, teacher_weights.shape[-1]),
+        None if labels is None else labels.reshape(-1),
+        temperature=temperature,
+        alpha=alpha,
+        reduction="sum" if num_items_in_batch is not None else reduction,
+        t2_scale=t2_scale,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        tail=tail,
+    )
+    if num_items_in_batch is not None:
+        return loss / num_items_in_batch
+    return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
+
+
+def topk_kd(
+    student: Tensor,  # [N, C]
+    indices: list[Tensor],  # T x [N, k]
+    log_probs: list[Tensor],  # T x [N, k]
+    weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
+    labels: Tensor | None,  # [N]
+    *,
+    temperature: float,
+    alpha: float,
+    reduction: str,
+    t2_scale: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    tail: str,
+) -> Tensor:
+    """``topk_kd_loss`` on rows."""
+    dtype = wide_dtype(student, *log_probs, weights)
+    valid, z, w = _kd_rows(student, weights, len(indices), labels, ignore_index, dtype)
+    hide = ~valid.unsqueeze(1)
+    mixture = torch.zeros_like(z)
+    for t, (index, log_p) in enumerate(zip(indices, log_probs)):
+        p = _dense_probs(index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0), z.shape[1], tail)
+        mixture = mixture + _weighted(w[:, t, None], p)
+    kl = _mixture_kl(mixture, (z / temperature).log_softmax(-1)) * (temperature**2 if t2_scale else 1)
+    return _kd_reduced(z, kl, valid, labels, alpha, reduction, ignore_index, label_smoothing)[0]
+
+
+def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tensor:
+    """[N, k] classes and the logarithms of their probabilities -> [N, C] probabilities; a class named twice has both."""
+    p = (log_p.log_softmax(-1) if tail == "renormalize" else log_p).exp()
+    dense = p.new_zeros(len(p), classes).scatter_add(1, index, p)
+    if tail != "uniform":
+        return dense
+    named = torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
+    others = (~named).sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(named, dense, (1 - dense.sum(-1, keepdim=True)).clamp(min=0) / others)
 
 
 def angle_loss(

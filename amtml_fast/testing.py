@@ -105,6 +105,12 @@ def _multi_teacher_kd(g: torch.Generator, n: int, c: int, t: int) -> tuple:
     )
 
 
+def _topk_kd(g: torch.Generator, n: int, c: int, k: int, t: int) -> tuple:
+    student, teachers, weights, labels = _multi_teacher_kd(g, n, c, t)
+    top = [(z / 4).log_softmax(-1).topk(max(k - i, 1)) for i, z in enumerate(teachers)]  # k differs between teachers
+    return student, [x.indices for x in top], [x.values for x in top], weights, labels
+
+
 def _angle(g: torch.Generator, n: int, c: int) -> tuple:
     return tuple((2 * _randn(g, n, c)).softmax(-1).requires_grad_() for _ in range(2))
 
@@ -146,6 +152,31 @@ CASES = {
                 {"reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
             ),
             lambda s, n, c, t: s * n * c * (t + 2),
+        ),
+        Case(
+            "topk_kd",
+            functional.topk_kd_loss,
+            reference.topk_kd_loss,
+            _topk_kd,
+            # n, C, k, T: empty; one of all; all classes, and all but one; a single entry; past a vector and a chunk; threads
+            (
+                (0, 10, 2, 3),
+                (1, 1, 1, 1),
+                (3, 5, 5, 1),
+                (2, 7, 6, 2),
+                (7, 10, 1, 2),
+                (33, 100, 9, 3),
+                (5, 1030, 40, 2),
+                (96, 257, 7, 3),
+            ),
+            (
+                {},
+                {"tail": "uniform", "reduction": "none"},
+                {"tail": "ignore", "reduction": "mean", "label_smoothing": 0.1, "t2_scale": False},
+                {"tail": "uniform", "reduction": "sum", "alpha": 1.0, "temperature": 0.5},
+                {"reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
+            ),
+            lambda s, n, c, k, t: 2 * s * n * c + (8 + s) * n * sum(max(k - i, 1) for i in range(t)),
         ),
         Case(
             "angle",

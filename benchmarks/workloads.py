@@ -18,6 +18,7 @@ from .machine import DEVICE, GPU
 FLOPS: dict[str, Callable[..., float]] = {
     "teacher_weights": lambda n, d, h, w, t: n * d * (max(h * w, 1) + 8 * t),
     "multi_teacher_kd": lambda n, c, t: n * c * (7 * t + 20),
+    "topk_kd": lambda n, c, k, t: n * (c * 14 + t * k * 30),
     "kl": lambda n, c: n * c * 12,
     "angle": lambda n, c: 10.0 * n**3 + 12.0 * n * n * c,  # 20 a vertex and unordered pair; distances and back
     "distance": lambda n, c: 15.0 * n * n + 12.0 * n * n * c,
@@ -149,6 +150,7 @@ _EVERYWHERE = (
     Workload("whole_loss", (128, 100, 3), quick=True),
     Workload("whole_loss", (512, 200, 3)),
     Workload("multi_teacher_kd", (128, 100, 3), quick=True),
+    Workload("topk_kd", (128, 1000, 32, 3), quick=True),
     Workload("angle", (128, 100), quick=True),
     Workload("hint", (128, 16, 16, 64, 8), quick=True),
     Workload("teacher_weights", (128, 64, 8, 8, 3), quick=True),
@@ -157,6 +159,7 @@ _EVERYWHERE = (
 _CPU = (
     Workload("multi_teacher_kd", (1024, 32000, 3)),
     Workload("multi_teacher_kd", (1024, 32000, 3), _BF16),
+    Workload("topk_kd", (1024, 32000, 64, 3)),
     Workload("kl", (1024, 32000)),
     Workload("kl", (128, 1000), quick=True),
     Workload("angle", (256, 100)),
@@ -166,11 +169,14 @@ _CPU = (
 _GPU = (
     Workload("multi_teacher_kd", (4096, 32000, 3), _BF16),
     Workload("multi_teacher_kd", (4096, 128256, 3), _BF16),
+    Workload("topk_kd", (4096, 128256, 64, 3), _BF16),
     Workload("kl", (4096, 128256), _BF16),
     Workload("kl", (1024, 32000), quick=True),
     Workload("angle", (1024, 100)),
     Workload("distance", (1024, 100), quick=True),
     Workload("teacher_weights", (128, 2048, 7, 7, 3), _BF16),
 )
-ORDER = ("whole_loss", "multi_teacher_kd", "kl", "angle", "distance", "hint", "teacher_weights", "dual_softmax")
+ORDER = (
+    "whole_loss", "multi_teacher_kd", "topk_kd", "kl", "angle", "distance", "hint", "teacher_weights", "dual_softmax"
+)  # fmt: skip
 WORKLOADS = sorted(_EVERYWHERE + (_GPU if GPU else _CPU), key=lambda workload: ORDER.index(workload.op))

@@ -251,7 +251,7 @@ def _kd_backward_kernel(
         tl.store(slopes_out + rows * T + t, tl.where(used, grad, 0.0), mask=inside)
 
 
-def _dense(t: Tensor) -> Tensor:
+def dense(t: Tensor) -> Tensor:
     """t with neighbouring columns: itself where that is so."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
@@ -271,7 +271,7 @@ def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int) -> dict[str, 
     return dict(ROWS=rows, BLOCK=block, STEPS=1, FOLD=1, num_warps=min(16, max(1, warps)), **OPTIONS)
 
 
-def _counts(labels: Tensor | None, ignore_index: int, needed: bool) -> dict:
+def counts_of(labels: Tensor | None, ignore_index: int, needed: bool) -> dict:
     """What a kernel counts the rows by."""
     if not needed:
         return dict(counts=None, num_counts=0, COUNT="none", COUNT_BLOCK=1)
@@ -304,7 +304,7 @@ def _arguments(
     n, c = student.shape
     mean = reduction in ("mean", "batchmean")
     rows = max(n, 1) if mean and labels is None else 1
-    student, teachers = _dense(student), tuple(_dense(t) for t in teachers)
+    student, teachers = dense(student), tuple(dense(t) for t in teachers)
     align = alignment(c, *(t.stride(0) for t in (student, *teachers)))
     log2_e = math.log2(math.e)
     return dict(
@@ -328,13 +328,13 @@ def _arguments(
         smoothing=float(label_smoothing),
         even=label_smoothing / c,
         MIXTURE=mode == "mixture",
-        **_counts(labels, ignore_index, need_grad and mean and labels is not None),
+        **counts_of(labels, ignore_index, need_grad and mean and labels is not None),
         ALIGN=align,
         **_tiles(n, c, align, 1 + len(teachers), max(t.element_size() for t in (student, *teachers))),
     )
 
 
-def _add_rows(values: Tensor, outputs: list[Tensor], ce_weight: float, kl_weight: float, classes: float) -> None:
+def add_rows(values: Tensor, outputs: list[Tensor], ce_weight: float, kl_weight: float, classes: float) -> None:
     """Loss, CE and KL from values [3, N]: CE, KL and whether a row counts."""
     while values.shape[1] > SPAN:
         n = values.shape[1]
@@ -413,7 +413,7 @@ def multi_teacher_kd_fwd(
     )
     if not none:
         classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
-        _add_rows(rows, values, float(ce_weight), float(kl_weight), classes)
+        add_rows(rows, values, float(ce_weight), float(kl_weight), classes)
     return out
 
 
@@ -447,8 +447,8 @@ def multi_teacher_kd_bwd(
         student, teachers, weights, labels, temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index,
         label_smoothing, True,
     )  # fmt: skip
-    back_q = _dense(grad_probs) if grad_probs is not None and need_student_grad else None
-    back_p = _dense(grad_targets) if grad_targets is not None and need_weights_grad else None
+    back_q = dense(grad_probs) if grad_probs is not None and need_student_grad else None
+    back_p = dense(grad_targets) if grad_targets is not None and need_weights_grad else None
     strides = [0 if t is None else t.stride(0) for t in (back_q, back_p)]
     _kd_backward_kernel[(triton.cdiv(n, arguments["ROWS"]),)](
         **arguments,

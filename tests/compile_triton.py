@@ -24,6 +24,7 @@ from amtml_fast.testing import CASES, value_and_grads
 SIZES = {  # as large as people use them, small enough for the CPU to hold
     "teacher_weights": [(128, 64, 8, 8, 3), (16, 64, 0, 0, 3)],
     "multi_teacher_kd": [(128, 100, 3), (50_000, 10, 2), (64, 1000, 3), (4, 32000, 3), (4, 128256, 1)],
+    "topk_kd": [(128, 100, 8, 3), (4, 32000, 64, 3), (4, 128256, 32, 1)],
     "angle": [(128, 100)],
     "distance": [(128, 100)],
     "hint": [(16, 16, 16, 64, 8)],

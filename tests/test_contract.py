@@ -18,6 +18,7 @@ from amtml_fast.testing import CASES, convert, relative_error, tensors, value_an
 SMALL = {
     "teacher_weights": (3, 4, 2, 3, 2),
     "multi_teacher_kd": (6, 5, 3),
+    "topk_kd": (6, 5, 3, 2),
     "angle": (6, 4),
     "distance": (6, 4),
     "hint": (2, 3, 4, 5, 2),
@@ -283,6 +284,7 @@ def test_same_bits_from_one_thread_and_from_several(case):
         "angle": (300, 10),
         "distance": (300, 10),
         "multi_teacher_kd": (300, 100, 3),
+        "topk_kd": (300, 100, 9, 3),
         "teacher_weights": (64, 32, 8, 8, 3),
         "hint": (9, 8, 32, 8, 32),
         "dual_softmax": (300, 300),

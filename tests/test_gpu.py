@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(CHOSEN != "gpu", reason="needs a GPU (AMTML_TEST
 SIZES = {
     "teacher_weights": (16, 32, 8, 8, 3),
     "multi_teacher_kd": (2000, 100, 3),
+    "topk_kd": (300, 100, 8, 3),
     "angle": (150, 20),
     "distance": (150, 20),
     "hint": (4, 8, 8, 16, 4),

@@ -19,7 +19,9 @@ GRID = [
 # What Triton's interpreter and the CUDA emulator leave out for the sake of time: 16-bit dtypes of all but the first variant, and all
 # but the first variant of sizes that only fill more threads.
 SLOW = [] if CHOSEN == "gpu" else ["triton", "cuda"]
-MANY = {(256, 257, 5), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300)}
+MANY = {
+    (256, 257, 5), (96, 257, 7, 3), (33, 100, 9, 3), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300)
+}  # fmt: skip
 
 
 def _runs(name, case, size, options, dtype):
@@ -92,7 +94,13 @@ def test_figure_4_of_the_paper(op):
 @pytest.mark.parametrize("name", ["cpp", "reference"])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_gradcheck(case, name):
-    size = {"teacher_weights": (2, 3, 2, 3, 2), "multi_teacher_kd": (4, 5, 2), "angle": (5, 3), "hint": (2, 2, 3, 3, 2)}
+    size = {
+        "teacher_weights": (2, 3, 2, 3, 2),
+        "multi_teacher_kd": (4, 5, 2),
+        "topk_kd": (4, 5, 3, 2),
+        "angle": (5, 3),
+        "hint": (2, 2, 3, 3, 2),
+    }
     args = case.inputs(*size.get(case.op, (3, 4)), dtype=torch.float64)
     leaves = [t for t in tensors(args) if t.requires_grad]
     for options in case.variants:

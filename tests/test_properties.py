@@ -191,6 +191,51 @@ def test_multi_teacher_kd(p):
         assert (got >= -1e-6 * unit * max(n, 1)).all(), "a KL below 0"
 
 
+@drawn(300)
+@given(
+    p=DISTILLATIONS,
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    tail=st.sampled_from(["renormalize", "ignore", "uniform"]),
+    kind=st.sampled_from(["largest", "largest", "drawn", "twice"]),
+)
+def test_topk_kd(p, sizes, tail, kind):
+    g = torch.Generator().manual_seed(p["seed"])
+    n, c, tau = p["n"], p["c"], p["options"]["temperature"]
+    z = p["logits"] * torch.randn(n, c, generator=g)
+    indices, log_probs = [], []
+    for k in (min(k, c) for k in sizes):
+        x = (p["logits"] * torch.randn(n, c, generator=g) / tau).log_softmax(-1)
+        index = x.topk(k).indices if kind == "largest" else torch.rand(n, c, generator=g).argsort(-1)[:, :k]
+        log_prob = x.gather(1, index)
+        if kind == "twice" and k > 1:
+            index[:, 1] = index[:, 0]
+        if p["masked"] in ("both", "teacher"):
+            log_prob = log_prob.masked_fill(torch.rand(n, k, generator=g) < 0.3, -math.inf)
+        along = "transposed" if p["layouts"][1] == "sliced" else p["layouts"][1]  # integers hold no NaN between slices
+        indices.append(strided(index, along))
+        log_probs.append(strided(log_prob.to(p["dtypes"][1]), p["layouts"][1]))
+    if p["masked"] in ("both", "student"):
+        z = z.masked_fill(torch.rand(n, c, generator=g) < 0.3, -math.inf)
+    labels = None
+    if p["ignored"] is not None:
+        labels = torch.randint(0, c, (n,), generator=g)
+        labels[torch.rand(n, generator=g) < p["ignored"]] = -100
+    w = torch.rand(n, len(sizes), generator=g)
+    if p["weights"] == "zeros":
+        w = w * (torch.rand(w.shape, generator=g) < 0.5)
+    args = (
+        leaf(z, p["dtypes"][0], p["layouts"][0]),
+        indices,
+        log_probs,
+        None if p["weights"] == "none" else leaf(w, torch.float32, "contiguous"),
+        None if labels is None else labels.to(DEVICE),
+    )
+    options = {k: v for k, v in p["options"].items() if k != "mode"}
+    unit = max(1.0, tau**2) * max(1.0, float(w.sum(-1).max()) if n else 1.0) * (1 + math.log(c))
+    steepness = 1.0 if options["t2_scale"] else max(1.0, 1 / tau)
+    check(CASES["topk_kd"], args, {**options, "tail": tail}, p["upstream"], unit, unit * steepness)
+
+
 def rows_of(kind, n, c, g):
     x = torch.randn(n, c, generator=g)
     if kind == "probabilities":
@@ -334,7 +379,15 @@ def test_dual_softmax(seed, shape, dims, scale, dtype, layout, mode):
 
 
 def test_make_test_draws_at_least_two_thousand_cases():
-    tests = [test_multi_teacher_kd, test_angle, test_distance, test_teacher_weights, test_hint, test_dual_softmax]
+    tests = [
+        test_multi_teacher_kd,
+        test_topk_kd,
+        test_angle,
+        test_distance,
+        test_teacher_weights,
+        test_hint,
+        test_dual_softmax,
+    ]
     cases = sum(t._hypothesis_internal_use_settings.max_examples for t in tests)
     assert cases >= 2000
 

@@ -9,24 +9,17 @@
 #include <algorithm>
 
 #include "../arithmetic.h"
+#include "kd_rows.h"
 #include "ops.h"
-#include "simd.h"
 
 namespace amtml {
 namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
-// Exponentials are kept times 2^24, so that a probability may be as small as float32 can hold: where a teacher without
-// weight stands alone, the gradient of its weight is the logarithm of what the others give that class.
-constexpr int kScale = 24;
-constexpr double kLogScale = kScale * 0.693147180559945309417;
 constexpr int64_t kChunk = 1024;  // classes at a time after the exponentials: a chunk stays in the first-level cache
 
-struct Settings {
-  double temperature, ce_weight, kl_weight, kl_scale;
+struct Settings : KDSettings {
   bool mixture;
-  int64_t ignore_index;
-  double label_smoothing;
 };
 
 template <class A>
@@ -49,31 +42,23 @@ struct Problem {
   }
 };
 
-// Row statistics, kept for backward: the student's maximum, inverse sums at tau and at 1; maximum and inverse sum per
-// teacher. Not log-sums: at 60,000 classes their last bit is already 5e-7 of a probability.
+// Row statistics, kept for backward: the student's three; maximum and inverse sum per teacher.
 inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 
 template <class A>
-struct Row {  // scratch of one thread: everything a row needs stays in cache until the row is done
+struct Row : StudentRow<A> {  // scratch of one thread: everything a row needs stays in cache until the row is done
   const Problem<A>& problem;
-  Buffer<A> student, e, e1;  // exp((z - max z) / tau), exp(z - max z)
-  int64_t teacher_pitch;     // classes, or 0 where the teachers are read in place
-  Buffer<A> teacher, e_t;    // [teachers, classes]
-  std::vector<const A*> x;   // the teachers' logits
+  int64_t teacher_pitch;    // classes, or 0 where the teachers are read in place
+  Buffer<A> teacher, e_t;   // [teachers, classes]
+  std::vector<const A*> x;  // the teachers' logits
   std::vector<A> weight, inverse, kl_t;
   std::vector<double> dot;
   Buffer<A> p, ratio, out;  // of one chunk
-  const A* z = nullptr;
-  A total = 0;          // of the weights
-  A log_sum = 0;        // of the student at tau
-  double rest = 0;      // what rounding log_sum to A cut off: it would bias every KL near 0
-  double log_sum1 = 0;  // of the student at temperature 1
+  A total = 0;              // of the weights
 
   explicit Row(const Problem<A>& pr)
-      : problem(pr),
-        student(pr.student.template in_place<A>() ? 0 : pr.classes),
-        e(pr.classes),
-        e1(pr.labels ? pr.classes : 0),
+      : StudentRow<A>(pr.student, pr.classes, pr.labels != nullptr),
+        problem(pr),
         teacher_pitch(pr.in_place() ? 0 : pr.classes),
         teacher(pr.teachers * teacher_pitch),
         e_t(pr.teachers * pr.classes),
@@ -89,36 +74,6 @@ struct Row {  // scratch of one thread: everything a row needs stays in cache un
   A* of_teacher(int64_t t) { return e_t.data() + t * problem.classes; }  // its exponentials
   const A* of_teacher(int64_t t) const { return e_t.data() + t * problem.classes; }
 };
-
-template <class A>
-AMTML_INLINE A maximum(const A* z, int64_t n) {
-  A m = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(max : m)
-  for (int64_t c = 0; c < n; ++c) m = z[c] > m ? z[c] : m;
-  return m;
-}
-
-// e = 2^kScale exp((z - m) / tau); returns its sum.
-template <class A>
-AMTML_INLINE double exponentials(const A* z, int64_t n, A m, A per_tau, A* e) {
-  return block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
-    return e[c] = exp_nonpositive<kScale>((z[c] - m) * per_tau);
-  });
-}
-
-// The same where the sum is known already.
-template <class A>
-AMTML_INLINE void exponentials_again(const A* z, int64_t n, A m, A per_tau, A* e) {
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive<kScale>((z[c] - m) * per_tau);
-}
-
-template <class A>
-AMTML_INLINE A rounded(double value, double* rest) {
-  const A near = static_cast<A>(value);
-  *rest = value - near;
-  return near;
-}
 
 // KL(p_t || q) where p_t = 0 counts 0.
 template <class A>
@@ -140,22 +95,7 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
   const Problem<A>& pr = row.problem;
   const int64_t n = pr.classes;
   const A per_tau = static_cast<A>(1 / pr.set.temperature);
-  const A* z = row.z = load_row(pr.student, i, n, row.student.data());
-  double log_sum = 0;
-  if (again) {
-    exponentials_again(z, n, stats[0], per_tau, row.e.data());
-    if (pr.labels) exponentials_again(z, n, stats[0], A(1), row.e1.data());
-    log_sum = -std::log(static_cast<double>(stats[1])) - kLogScale;
-  } else {
-    stats[0] = maximum(z, n);
-    const double sum = exponentials(z, n, stats[0], per_tau, row.e.data());
-    const double sum1 = pr.labels ? exponentials(z, n, stats[0], A(1), row.e1.data()) : 1;
-    stats[1] = static_cast<A>(1 / sum);
-    stats[2] = static_cast<A>(1 / sum1);
-    log_sum = std::log(sum) - kLogScale;
-    row.log_sum1 = std::log(sum1) - kLogScale;
-  }
-  row.log_sum = rounded<A>(log_sum, &row.rest);
+  row.load(pr.student, i, n, per_tau, stats, again);
   row.total = 0;
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const A w = row.weight[t] = pr.weight(i, t);
@@ -175,18 +115,6 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
     const A kl = teacher_kl(row, t, stats, -std::log(static_cast<double>(stat[1])) - kLogScale, per_tau);
     row.kl_t[t] = w == 0 && !(std::abs(kl) < std::numeric_limits<A>::infinity()) ? A(0) : kl;
   }
-}
-
-// -(1 - s) log q1_y - s / C sum_c log q1_c
-template <class A>
-AMTML_INLINE double row_ce(const Row<A>& row, int64_t label, const A* stats) {
-  const double smoothing = row.problem.set.label_smoothing, log_sum = row.log_sum1;
-  const A *z = row.z, m = stats[0];
-  const double label_term = log_sum - (z[label] - m);
-  if (smoothing == 0) return label_term;  // not 0 * infinity
-  const int64_t n = row.problem.classes;
-  const double below = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return m - z[c]; });
-  return (1 - smoothing) * label_term + smoothing * (log_sum + below / static_cast<double>(n));
 }
 
 // What to make of a loaded row; null or false where it is not asked for.
@@ -289,20 +217,6 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
   return mixture && total != 0 ? kl + total * row.rest : kl;
 }
 
-// Denominators of the two terms, from the reduction and the rows that count.
-struct Scale {
-  double ce, kl;
-};
-
-template <class A>
-Scale reduction_scale(const Problem<A>& pr, const std::string& reduction) {
-  if (reduction == "none" || reduction == "sum") return {1, 1};
-  int64_t count = 0;
-  for (int64_t i = 0; i < pr.rows; ++i) count += !pr.ignored(i);
-  const double rows = static_cast<double>(std::max<int64_t>(count, 1));
-  return {1 / rows, reduction == "mean" ? 1 / (rows * pr.classes) : 1 / rows};
-}
-
 struct Inputs {  // owns what Problem points to
   std::optional<Tensor> labels;
   ScalarType wide;
@@ -322,15 +236,7 @@ struct Inputs {  // owns what Problem points to
       if (weights->scalar_type() == ScalarType::Double) wide = ScalarType::Double;
       STD_TORCH_CHECK(weights->scalar_type() == wide, kOp, ": weights must be float32, or float64 if an input is");
     }
-    if (!given_labels) return;
-    check_shape(kOp, "labels", *given_labels, {n});
-    STD_TORCH_CHECK(given_labels->scalar_type() == ScalarType::Long, kOp, ": labels must be int64");
-    labels = dense(*given_labels);
-    const int64_t* y = static_cast<const int64_t*>(labels->const_data_ptr());
-    for (int64_t i = 0; i < n; ++i) {
-      STD_TORCH_CHECK(y[i] == set.ignore_index || (y[i] >= 0 && y[i] < c), kOp, ": labels[", i, "] must be in [0, ", c,
-                      ") or ignore_index ", set.ignore_index, ", got ", y[i]);
-    }
+    labels = checked_labels(kOp, given_labels, n, c, set.ignore_index);
   }
 
   template <class A>
@@ -355,7 +261,7 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
                              double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                              double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
-  const Settings set{temperature, ce_weight, kl_weight, kl_scale, mode == "mixture", ignore_index, label_smoothing};
+  const Settings set{{temperature, ce_weight, kl_weight, kl_scale, ignore_index, label_smoothing}, mode == "mixture"};
   const Inputs inputs(student, teachers, weights, labels, set);
   const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(teachers.size());
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == inputs.wide, kOp,
@@ -371,7 +277,7 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
   dispatch_wide(inputs.wide, [&](auto zero) {
     using A = decltype(zero);
     const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
-    const Scale scale = reduction_scale(pr, reduction);
+    const Scale scale = reduction_scale(pr.labels, n, c, ignore_index, reduction);
     auto data = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
     A *stat = data(stats), *q_out = data(probs), *p_out = data(targets), *dz = data(grad_student),
       *dw = data(grad_weights);
@@ -400,29 +306,11 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
           const int64_t label = pr.labels ? pr.labels[i] : 0;
           load(row, i, s, false);
           kl_rows[i] = kl_scale * finish(row, label, s, want);
-          if (pr.labels) ce_rows[i] = row_ce(row, label, s);
+          if (pr.labels) ce_rows[i] = cross_entropy(row, c, label, s[0], label_smoothing);
         }
       });
     });
-    auto total = [=](double ce_value, double kl_value) {  // not 0 * infinity
-      return (ce_weight == 0 ? 0 : ce_weight * ce_value) + (kl_weight == 0 ? 0 : kl_weight * kl_value);
-    };
-    A *loss_out = data(loss), *ce_out = data(ce), *kl_out = data(kl);
-    double ce_sum = 0, kl_sum = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      ce_sum += ce_rows[i];
-      kl_sum += kl_rows[i];
-      if (none) {
-        ce_out[i] = static_cast<A>(ce_rows[i]);
-        kl_out[i] = static_cast<A>(kl_rows[i]);
-        loss_out[i] = static_cast<A>(total(ce_rows[i], kl_rows[i]));
-      }
-    }
-    if (!none) {
-      ce_out[0] = static_cast<A>(ce_sum * scale.ce);
-      kl_out[0] = static_cast<A>(kl_sum * scale.kl);
-      loss_out[0] = static_cast<A>(total(ce_sum * scale.ce, kl_sum * scale.kl));
-    }
+    reduce_rows(set, scale, none, ce_rows, kl_rows, data(loss), data(ce), data(kl));
   });
   return {loss, ce, kl, probs, targets, stats, grad_student, grad_weights};
 }
@@ -434,7 +322,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
                                                 double ce_weight, double kl_weight, double kl_scale, std::string mode,
                                                 std::string reduction, int64_t ignore_index, double label_smoothing,
                                                 bool need_student_grad, bool need_weights_grad) {
-  const Settings set{temperature, ce_weight, kl_weight, kl_scale, mode == "mixture", ignore_index, label_smoothing};
+  const Settings set{{temperature, ce_weight, kl_weight, kl_scale, ignore_index, label_smoothing}, mode == "mixture"};
   const Inputs inputs(student, teachers, weights, labels, set);
   const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(teachers.size());
   const bool none = reduction == "none";
@@ -447,7 +335,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
   dispatch_wide(inputs.wide, [&](auto zero) {
     using A = decltype(zero);
     const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
-    const Scale scale = reduction_scale(pr, reduction);
+    const Scale scale = reduction_scale(pr.labels, n, c, ignore_index, reduction);
     const Tensor incoming = dense(grad_loss, inputs.wide);
     const A* up = static_cast<const A*>(incoming.const_data_ptr());
     const A* saved = static_cast<const A*>(stats.const_data_ptr());
@@ -497,18 +385,7 @@ Tensor8 checked_fwd(const Tensor& student, std::vector<Tensor> teachers, std::op
                     std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
                     double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                     double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
-  if (weights && weights->dim() == 2 && !need_probs) {
-    const Matrix m(*weights);
-    std::vector<double> scratch(weights->size(1));
-    const int64_t rows = std::min<int64_t>(weights->size(0), m.row_stride == 0 ? 1 : weights->size(0));  // expanded
-    for (int64_t i = 0; i < rows; ++i) {
-      const double* w = load_row<double>(m, i, weights->size(1), scratch.data());
-      for (int64_t t = 0; t < weights->size(1); ++t) {
-        STD_TORCH_CHECK(w[t] >= 0 && w[t] < std::numeric_limits<double>::infinity(), kOp,
-                        ": teacher_weights must be finite and not negative, got ", w[t]);
-      }
-    }
-  }
+  if (weights && !need_probs) check_weights(kOp, *weights);
   return multi_teacher_kd_fwd(student, std::move(teachers), std::move(weights), std::move(labels), temperature,
                               ce_weight, kl_weight, kl_scale, std::move(mode), std::move(reduction), ignore_index,
                               label_smoothing, need_student_grad, need_weights_grad, need_probs);

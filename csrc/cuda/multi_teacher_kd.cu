@@ -12,60 +12,17 @@
 #include <cfloat>
 
 #include "../arithmetic.h"
-#include "ops.cuh"
+#include "kd_rows.cuh"
 
 namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp, kMaxTeachers = 32, kMaxCluster = 8;
-// As on the CPU: exponentials of the second sweep are kept times 2^24, so that a probability may be as small as float32
-// can hold.
-constexpr float kScale = 24;
-constexpr double kLogScale = 24 * 0.693147180559945309417;
-constexpr int64_t kCountInline = 1024;  // up to so many labels each block counts them for itself
 
-struct Rows {  // [N, C], dense along C
-  const void* data;
-  int64_t stride;
-  ScalarType dtype;
-
-  Rows() = default;
-  explicit Rows(const Tensor& t) : data(t.const_data_ptr()), stride(t.stride(0)), dtype(t.scalar_type()) {}
-};
-
-struct AnyType {
-};  // an element type that is known when the kernel runs, for teachers of another dtype than the student
-
-template <int kPack, class T>
-__device__ __forceinline__ void load_row(const Rows& rows, int64_t i, int64_t c, float (&to)[kPack]) {
-  if constexpr (!std::is_same_v<T, AnyType>) {
-    load(static_cast<const T*>(rows.data) + i * rows.stride + c, to);
-  } else if (rows.dtype == ScalarType::Half) {
-    load_row<kPack, Half>(rows, i, c, to);
-  } else if (rows.dtype == ScalarType::BFloat16) {
-    load_row<kPack, BFloat16>(rows, i, c, to);
-  } else {
-    load_row<kPack, float>(rows, i, c, to);
-  }
-}
-
-struct Problem {
-  int64_t rows, classes;
-  int teachers;
-  Rows student, teacher[kMaxTeachers];
-  const float* weights;  // null: uniform
-  int64_t weights_row, weights_column;
-  const int64_t* labels;  // null: none
-  int64_t ignore_index;
-  float temperature, ce_weight, kl_weight, kl_scale, label_smoothing;
-  bool mixture, mean_rows, mean_classes;  // mean_*: what the reduction divides by
-  const int64_t* counted;                 // rows that count, or null: found inline
-
-  __device__ bool ignored(int64_t i) const { return labels && labels[i] == ignore_index; }
-  __device__ float weight(int64_t i, int t) const {
-    return weights ? weights[i * weights_row + t * weights_column] : 1.0f / static_cast<float>(teachers);
-  }
+struct Problem : KDProblem {
+  Rows teacher[kMaxTeachers];
+  bool mixture;
 };
 
 // What to make; null where it is not asked for.
@@ -93,10 +50,6 @@ struct Incoming {
   __device__ float of_probs() const { return probs_factor == probs_factor ? probs_factor * *grad_loss : 1.0f; }
 };
 
-struct Online {  // maximum, and sums of exponentials below it
-  float max, sum, sum1;
-};
-
 struct Scratch {
   Online part[kMaxTeachers + 1][kMaxWarps], whole[kMaxTeachers + 1];  // of this block
   float max[kMaxTeachers + 1], inverse[kMaxTeachers + 1], weight[kMaxTeachers];
@@ -107,73 +60,27 @@ struct Scratch {
   float partial[1];  // [2 or 1][T][threads], to the end
 };
 
-// Sums of several parts: each is scaled from its own maximum to the common one. Without a maximum the sum is 0, or NaN,
-// which stays.
-__device__ __forceinline__ float rescaled(float sum, float from, float to, float per_unit) {
-  return from == -INFINITY ? sum : sum * exp2f((from - to) * per_unit);
-}
-
-template <int kPack, class T>
-__device__ __forceinline__ Online sweep(const Rows& rows, int64_t i, int64_t begin, int64_t end, float per_tau,
-                                        bool second) {
-  constexpr float kLog2e = 1.4426950408889634f;
-  const float unit = per_tau * kLog2e;
-  Online o{-INFINITY, 0, 0};
-  for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
-    float x[kPack];
-    load_row<kPack, T>(rows, i, c, x);
-    float most = x[0];
-#pragma unroll
-    for (int k = 1; k < kPack; ++k) most = fmaxf(most, x[k]);
-    if (most > o.max) {
-      o.sum = rescaled(o.sum, o.max, most, unit);
-      if (second) o.sum1 = rescaled(o.sum1, o.max, most, kLog2e);
-      o.max = most;
-    }
-    const float shift = o.max == -INFINITY ? 0.0f : o.max;
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      o.sum += exp2f((x[k] - shift) * unit);
-      if (second) o.sum1 += exp2f((x[k] - shift) * kLog2e);
-    }
-  }
-  return o;
-}
-
-__device__ __forceinline__ Online combined(Online a, Online b, float unit, float unit1) {
-  const float most = fmaxf(a.max, b.max);
-  if (most == -INFINITY) return {most, a.sum + b.sum, a.sum1 + b.sum1};  // NaN stays
-  return {most, rescaled(a.sum, a.max, most, unit) + rescaled(b.sum, b.max, most, unit),
-          rescaled(a.sum1, a.max, most, unit1) + rescaled(b.sum1, b.max, most, unit1)};
-}
-
 // Softmax statistics of the row: of the slice, then of the block, then of the cluster.
 template <class S, class E, int kPack>
 __device__ void make_stats(const Problem& pr, int64_t i, int64_t begin, int64_t end, Scratch& s, float* stats) {
-  constexpr float kLog2e = 1.4426950408889634f;
   const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e;
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   for (int t = 0; t <= pr.teachers; ++t) {
     Online o = t == 0 ? sweep<kPack, S>(pr.student, i, begin, end, per_tau, pr.labels != nullptr)
                       : sweep<kPack, E>(pr.teacher[t - 1], i, begin, end, per_tau, false);
-#pragma unroll
-    for (int by = kWarp / 2; by > 0; by /= 2) {
-      const Online other{__shfl_xor_sync(~0u, o.max, by), __shfl_xor_sync(~0u, o.sum, by),
-                         __shfl_xor_sync(~0u, o.sum1, by)};
-      o = combined(o, other, unit, kLog2e);
-    }
+    o = warp_combined(o, unit);
     if (lane == 0) s.part[t][warp] = o;
   }
   __syncthreads();
   for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
     Online o = s.part[t][0];
-    for (unsigned w = 1; w < warps; ++w) o = combined(o, s.part[t][w], unit, kLog2e);
+    for (unsigned w = 1; w < warps; ++w) o = combined(o, s.part[t][w], unit);
     s.whole[t] = o;
   }
   cluster_sync();
   for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
     Online o = *in_block(&s.whole[t], 0);
-    for (unsigned rank = 1; rank < cluster_size(); ++rank) o = combined(o, *in_block(&s.whole[t], rank), unit, kLog2e);
+    for (unsigned rank = 1; rank < cluster_size(); ++rank) o = combined(o, *in_block(&s.whole[t], rank), unit);
     if (o.max == -INFINITY) o.sum = o.sum1 = NAN;  // no class has a probability
     s.max[t] = o.max;
     s.inverse[t] = exp2f(-kScale) / o.sum;
@@ -247,31 +154,10 @@ __device__ inline void sum_totals(Scratch& s, int count, int teacher_sums, int t
   cluster_sync();  // nobody leaves while others read
 }
 
-// How much of d loss / d CE and d loss / d KL a row has, before the incoming gradient.
-__device__ inline void gradient_scales(const Problem& pr, Scratch& s, float* ce, float* kl) {
-  double rows = 1;
-  if (pr.mean_rows) {
-    int64_t count = pr.rows;
-    if (pr.counted) {
-      count = *pr.counted;
-    } else if (pr.labels) {
-      int mine = 0;
-      for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) mine += !pr.ignored(i);
-      count = block_sum(mine, reinterpret_cast<int*>(s.sums));
-      __syncthreads();
-    }
-    rows = count > 0 ? static_cast<double>(count) : 1;
-  }
-  *ce = static_cast<float>(pr.ce_weight / rows);
-  *kl = static_cast<float>(static_cast<double>(pr.kl_weight) * pr.kl_scale /
-                           (pr.mean_classes ? rows * static_cast<double>(pr.classes) : rows));
-}
-
 // The second sweep: whatever is wanted of the row, in this block's slice.
 template <class S, class E, int kPack>
 __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in, int64_t i, int64_t begin, int64_t end,
                        float ce_grad, float kl_grad, Scratch& s) {
-  constexpr float kLog2e = 1.4426950408889634f;
   const int64_t label = pr.labels ? pr.labels[i] : -1;
   const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e, m = s.max[0];
   const float even = pr.label_smoothing / static_cast<float>(pr.classes);
@@ -378,7 +264,6 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
 // inner product of what comes back through the student's probabilities with them
 template <class S, int kPack>
 __device__ void make_inner(const Problem& pr, const Incoming& in, int64_t i, int64_t begin, int64_t end, Scratch& s) {
-  constexpr float kLog2e = 1.4426950408889634f;
   const float unit = kLog2e / pr.temperature;
   double inner = 0;
   for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
@@ -419,10 +304,6 @@ __device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i, 
   if (want.kl) want.kl[i] = want.ce[i] = want.loss[i] = 0;
 }
 
-__device__ inline double weighted(const Problem& pr, double ce, double kl) {  // not 0 * infinity
-  return (pr.ce_weight == 0 ? 0 : pr.ce_weight * ce) + (pr.kl_weight == 0 ? 0 : pr.kl_weight * kl);
-}
-
 // The row's scalars and the gradient of its weights, from sums over all classes: in the first block of the cluster.
 template <class S>
 __device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, float kl_grad, bool through_targets,
@@ -441,17 +322,8 @@ __device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, floa
     if (s.weight[t] != 0) kl += s.weight[t] * (pr.mixture ? s.rest[0] : s.rest[0] - s.rest[t + 1]);
   }
   kl *= pr.kl_scale;
-  const int64_t label = pr.labels ? pr.labels[i] : 0;
-  const bool known = label >= 0 && label < pr.classes;
-  AMTML_DEVICE_CHECK(known, "multi_teacher_kd_loss: labels must be in [0, C) or ignore_index");
-  if (pr.labels && known) {
-    const S* z = static_cast<const S*>(pr.student.data) + i * pr.student.stride;
-    ce = static_cast<double>(s.log_sum1) - (static_cast<float>(z[label]) - s.max[0]);
-    if (pr.label_smoothing != 0) {  // not 0 * infinity
-      ce = (1 - pr.label_smoothing) * ce +
-           pr.label_smoothing * (s.log_sum1 + s.totals[1] / static_cast<double>(pr.classes));
-    }
-  }
+  AMTML_DEVICE_CHECK(!pr.labels || pr.has_label(i), "multi_teacher_kd_loss: labels must be in [0, C) or ignore_index");
+  if (pr.labels) ce = cross_entropy<S>(pr, i, s.max[0], s.log_sum1, s.totals[1]);
   if (want.kl_rows) want.kl_rows[i] = kl, want.ce_rows[i] = ce;
   if (!want.kl) return;
   want.kl[i] = static_cast<float>(kl);
@@ -469,7 +341,7 @@ __global__ void __launch_bounds__(kMaxThreads, kPack == 8 ? 2 : 3)
   const int64_t begin = least(cluster_rank() * slice, pr.classes), end = least(begin + slice, pr.classes);
   if (pr.ignored(i)) return write_ignored<S>(pr, want, i, begin, end, kAgain);
   float ce_grad, kl_grad;
-  gradient_scales(pr, s, &ce_grad, &kl_grad);
+  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
   if (kAgain) {
     read_stats(pr, i, s, stats);
     const float g = in.of_loss(i);
@@ -492,7 +364,7 @@ __global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_in
   if (threadIdx.x == 0) *counted = count;
 }
 
-__global__ void reduce_kernel(Problem pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce,
+__global__ void reduce_kernel(KDProblem pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce,
                               float* kl) {
   double* scratch = &shared<double>();
   double sums[3] = {};
@@ -508,8 +380,8 @@ __global__ void reduce_kernel(Problem pr, const double* ce_rows, const double* k
   if (threadIdx.x != 0) return;
   const double rows = pr.mean_rows ? fmax(sums[2], 1.0) : 1;
   const double of_ce = sums[0] / rows, of_kl = sums[1] / (pr.mean_classes ? rows * pr.classes : rows);
-  *ce = static_cast<float>(of_ce);
-  *kl = static_cast<float>(of_kl);
+  if (ce) *ce = static_cast<float>(of_ce);
+  if (kl) *kl = static_cast<float>(of_kl);
   *loss = static_cast<float>(weighted(pr, of_ce, of_kl));
 }
 
@@ -519,15 +391,14 @@ __global__ void reduce_kernel(Problem pr, const double* ce_rows, const double* k
 struct Inputs {
   Tensor student;
   std::vector<Tensor> teachers;
-  std::optional<Tensor> weights, labels, counted;
-  Problem pr;
+  KDTensors own;
+  Problem pr{};
   bool same = true;  // the teachers' dtypes and the student's
   int pack;
 
   Inputs(const Tensor& student_, const std::vector<Tensor>& teachers_, const std::optional<Tensor>& weights_,
          const std::optional<Tensor>& labels_, const KDSettings& set, const OnDevice& on)
-      : student(dense_rows(student_)), weights(weights_) {
-    STD_TORCH_CHECK(student_.dim() == 2 && student_.size(1) > 0, kOp, ": student must be [N, C] with C >= 1");
+      : student(dense_rows(student_)) {
     STD_TORCH_CHECK(!teachers_.empty(), kOp, ": teachers must hold at least one teacher");
     STD_TORCH_CHECK(teachers_.size() <= kMaxTeachers, kOp, ": the CUDA kernels take at most ", kMaxTeachers,
                     " teachers, got ", teachers_.size());
@@ -537,49 +408,10 @@ struct Inputs {
       same &= t.scalar_type() == student.scalar_type();
       teachers.push_back(dense_rows(t));
     }
-    pr = Problem{n,
-                 c,
-                 static_cast<int>(count),
-                 Rows(student),
-                 {},
-                 nullptr,
-                 0,
-                 0,
-                 nullptr,
-                 set.ignore_index,
-                 static_cast<float>(set.temperature),
-                 static_cast<float>(set.ce_weight),
-                 static_cast<float>(set.kl_weight),
-                 static_cast<float>(set.kl_scale),
-                 static_cast<float>(set.label_smoothing),
-                 set.mode == "mixture",
-                 set.reduction == "mean" || set.reduction == "batchmean",
-                 set.reduction == "mean",
-                 nullptr};
+    pr.mixture = set.mode == "mixture";
+    own.fill(pr, kOp, student, count, weights_, labels_, set, on);
     for (int64_t t = 0; t < count; ++t) pr.teacher[t] = Rows(teachers[t]);
-    if (weights) {
-      check_shape(kOp, "weights", *weights, {n, count});
-      STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float, kOp, ": weights must be float32");
-      pr.weights = static_cast<const float*>(weights->const_data_ptr());
-      pr.weights_row = weights->stride(0), pr.weights_column = weights->stride(1);
-    }
-    if (labels_) {
-      check_shape(kOp, "labels", *labels_, {n});
-      STD_TORCH_CHECK(labels_->scalar_type() == ScalarType::Long, kOp, ": labels must be int64");
-      labels = dense(*labels_);
-      pr.labels = static_cast<const int64_t*>(labels->const_data_ptr());
-      if (pr.mean_rows && n > kCountInline) {
-        counted = empty(student, {1}, ScalarType::Long);
-        int64_t* out = static_cast<int64_t*>(counted->mutable_data_ptr());
-        launch(count_kernel, {1, 1024, 1, kWarp * sizeof(int64_t)}, on, pr.labels, n, set.ignore_index, out);
-        pr.counted = out;
-      }
-    }
     pack = common_pack();
-  }
-
-  static Tensor dense_rows(const Tensor& t) {
-    return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
   }
 
   // One class at a time where float32 rows that come back do not start at such addresses as the packs need.
@@ -590,12 +422,8 @@ struct Inputs {
   // Classes at a time: as many as fit 16 bytes, if every row starts at such an address.
   int common_pack() const {
     const int wide = same ? static_cast<int>(16 / student.element_size()) : 4;
-    auto fits = [&](const Tensor& t) {
-      return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % (wide * t.element_size()) == 0 &&
-             (t.size(0) <= 1 || t.stride(0) % wide == 0);
-    };
-    bool all = pr.classes % wide == 0 && fits(student);
-    for (const Tensor& t : teachers) all &= fits(t);
+    bool all = fits_packs(student, wide);
+    for (const Tensor& t : teachers) all &= fits_packs(t, wide);
     return all ? wide : 1;
   }
 
@@ -639,6 +467,44 @@ float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_
 
 }  // namespace
 
+void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce, float* kl,
+                 const OnDevice& on) {
+  launch(reduce_kernel, {1, 256, 1, kWarp * sizeof(double)}, on, pr, ce_rows, kl_rows, loss, ce, kl);
+}
+
+void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64_t teachers,
+                     const std::optional<Tensor>& given_weights, const std::optional<Tensor>& given_labels,
+                     const KDSettings& set, const OnDevice& on) {
+  STD_TORCH_CHECK(student.dim() == 2 && student.size(1) > 0, op, ": student must be [N, C] with C >= 1");
+  const int64_t n = student.size(0);
+  pr.rows = n, pr.classes = student.size(1), pr.teachers = static_cast<int>(teachers);
+  pr.student = Rows(student);
+  pr.ignore_index = set.ignore_index;
+  pr.temperature = static_cast<float>(set.temperature);
+  pr.ce_weight = static_cast<float>(set.ce_weight), pr.kl_weight = static_cast<float>(set.kl_weight);
+  pr.kl_scale = static_cast<float>(set.kl_scale), pr.label_smoothing = static_cast<float>(set.label_smoothing);
+  pr.mean_classes = set.reduction == "mean", pr.mean_rows = pr.mean_classes || set.reduction == "batchmean";
+  if (given_weights) {
+    weights = given_weights;
+    check_shape(op, "weights", *weights, {n, teachers});
+    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float, op, ": weights must be float32");
+    pr.weights = static_cast<const float*>(weights->const_data_ptr());
+    pr.weights_row = weights->stride(0), pr.weights_column = weights->stride(1);
+  }
+  if (given_labels) {
+    check_shape(op, "labels", *given_labels, {n});
+    STD_TORCH_CHECK(given_labels->scalar_type() == ScalarType::Long, op, ": labels must be int64");
+    labels = dense(*given_labels);
+    pr.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+    if (pr.mean_rows && n > kCountInline) {
+      counted = empty(student, {1}, ScalarType::Long);
+      int64_t* out = static_cast<int64_t*>(counted->mutable_data_ptr());
+      launch(count_kernel, {1, 1024, 1, kWarp * sizeof(int64_t)}, on, pr.labels, n, set.ignore_index, out);
+      pr.counted = out;
+    }
+  }
+}
+
 KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& teachers,
                              const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
                              const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
@@ -670,8 +536,7 @@ KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& t
   want.grad_student = data(out.grad_student), want.grad_weights = data(out.grad_weights);
   run_rows<false>(inputs, want, {}, nullptr, on);
   if (reduce && !none) {
-    launch(reduce_kernel, {1, 256, 1, kWarp * sizeof(double)}, on, inputs.pr, want.ce_rows, want.kl_rows,
-           data(out.loss), data(out.ce), data(out.kl));
+    reduce_rows(inputs.pr, want.ce_rows, want.kl_rows, data(out.loss), data(out.ce), data(out.kl), on);
   }
   return out;
 }
