@@ -1,24 +1,94 @@
 // The parts of the hint loss around torch's 1x1 convolution: channel normalisation with average pooling, and the mean
 // squared error with its gradient.
+#include "../arithmetic.h"
 #include "simd.h"
 
 namespace amtml {
 namespace {
 
 constexpr char kOp[] = "hint_loss";
-constexpr double kSmallestNorm = 1e-12;  // as torch.nn.functional.normalize
 
-struct Window {
-  int64_t begin, end;
+// What adaptive pooling of `in` places to `out` averages, the share of each place in that, and the averages that each
+// place takes part in.
+template <class A>
+struct Axis {
+  std::vector<Window<int64_t>> inputs, outputs;
+  std::vector<A> share;
+
+  Axis(int64_t in, int64_t out) {
+    for (int64_t i = 0; i < out; ++i) {
+      inputs.push_back(window(i, in, out));
+      share.push_back(1 / static_cast<A>(inputs[i].size()));
+    }
+    for (int64_t i = 0; i < in; ++i) outputs.push_back(window(i, out, in));
+  }
+  int64_t in() const { return outputs.size(); }
+  int64_t out() const { return inputs.size(); }
 };
 
-// The inputs that average into output i of `out`, as torch's adaptive pooling has them.
-inline Window window(int64_t i, int64_t in, int64_t out) { return {i * in / out, ((i + 1) * in + out - 1) / out}; }
+// Averages one plane x times scale: sums of rows, along which vectors run, then of their neighbours. row: scratch.
+template <class T, class A>
+AMTML_INLINE void pool(const T* x, const A* scale, const Axis<A>& down, const Axis<A>& across, A* row, A* pooled) {
+  const int64_t w = across.in();
+  for (int64_t y = 0; y < down.out(); ++y) {
+    const Window<int64_t> rows = down.inputs[y];
+    std::fill_n(row, w, A(0));
+    for (int64_t p = rows.begin * w; p < rows.end * w; p += w) {
+#pragma omp simd
+      for (int64_t b = 0; b < w; ++b) row[b] += static_cast<A>(x[p + b]) * scale[p + b];
+    }
+    for (int64_t z = 0; z < across.out(); ++z) {
+      A sum = 0;
+      for (int64_t b = across.inputs[z].begin; b < across.inputs[z].end; ++b) sum += row[b];
+      *pooled++ = sum * (down.share[y] * across.share[z]);
+    }
+  }
+}
+
+// The way back: use(first, d) for each row of a plane, which starts at place `first`, with what comes back to it.
+// shares: scratch for one row more than there are windows.
+template <class A, class Use>
+AMTML_INLINE void spread(const A* grad, const Axis<A>& down, const Axis<A>& across, A* shares, const Use& use) {
+  const int64_t w = across.in();
+  std::fill_n(shares, down.out() * w, A(0));
+  for (int64_t y = 0; y < down.out(); ++y) {
+    for (int64_t z = 0; z < across.out(); ++z) {
+      const A share = *grad++ * (down.share[y] * across.share[z]);
+      for (int64_t b = across.inputs[z].begin; b < across.inputs[z].end; ++b) shares[y * w + b] += share;
+    }
+  }
+  A* sum = shares + down.out() * w;
+  for (int64_t a = 0; a < down.in(); ++a) {
+    const Window<int64_t> windows = down.outputs[a];
+    const A* d = shares + windows.begin * w;
+    if (windows.size() > 1) {  // two, where windows overlap
+#pragma omp simd
+      for (int64_t b = 0; b < w; ++b) sum[b] = d[b] + d[w + b];
+      d = sum;
+    }
+    use(a * w, d);
+  }
+}
+
+// The length of each pixel of an example over its channels, and 1 / that.
+template <class T, class A>
+AMTML_INLINE void norms_of(const T* example, int64_t channels, int64_t plane, A* length, A* scale) {
+  std::fill_n(length, plane, A(0));
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* x = example + c * plane;
+#pragma omp simd
+    for (int64_t p = 0; p < plane; ++p) length[p] += static_cast<A>(x[p]) * static_cast<A>(x[p]);
+  }
+  for (int64_t p = 0; p < plane; ++p) {
+    length[p] = std::sqrt(length[p]);
+    scale[p] = 1 / std::max(length[p], A(kSmallestNorm));
+  }
+}
 
 std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t height, int64_t width, bool normalize) {
   STD_TORCH_CHECK(feature_map.dim() == 4, kOp, ": feature_map must be [N, c, H, W]");
   const int64_t n = feature_map.size(0), channels = feature_map.size(1), h = feature_map.size(2),
-                w = feature_map.size(3);
+                w = feature_map.size(3), plane = h * w;
   STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= h && width <= w, kOp, ": cannot pool [", h, ", ", w, "] to [",
                   height, ", ", width, "]");
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
@@ -27,50 +97,19 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
   Tensor norms = empty_or_none(x, normalize, {n, h, w}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
+    const Axis<A> down(h, height), across(w, width);
     A *out = static_cast<A*>(pooled.mutable_data_ptr()), *norm = static_cast<A*>(norms.mutable_data_ptr());
-    const int64_t plane = h * w;
     dispatch(x.scalar_type(), kOp, [&](auto element) {
       using T = decltype(element);
       const T* in = static_cast<const T*>(x.const_data_ptr());
       torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> scale(plane, A(1)), row(plane);
+        std::vector<A> scale(plane, A(1)), row(w);
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
             const T* example = in + i * channels * plane;
-            A *s = scale.data(), *r = row.data();
-            if (normalize) {
-              A* squares = norm + i * plane;
-              std::fill_n(squares, plane, A(0));
-              for (int64_t c = 0; c < channels; ++c) {
-                const T* source = example + c * plane;
-#pragma omp simd
-                for (int64_t p = 0; p < plane; ++p) {
-                  const A value = static_cast<A>(source[p]);
-                  squares[p] += value * value;
-                }
-              }
-              for (int64_t p = 0; p < plane; ++p) {
-                squares[p] = std::sqrt(squares[p]);
-                s[p] = 1 / (squares[p] < A(kSmallestNorm) ? A(kSmallestNorm) : squares[p]);
-              }
-            }
-            for (int64_t c = 0; c < channels; ++c) {
-              const T* source = example + c * plane;
-#pragma omp simd
-              for (int64_t p = 0; p < plane; ++p) r[p] = static_cast<A>(source[p]) * s[p];
-              A* target = out + (i * channels + c) * height * width;
-              for (int64_t y = 0; y < height; ++y) {
-                const Window rows = window(y, h, height);
-                for (int64_t z = 0; z < width; ++z) {
-                  const Window columns = window(z, w, width);
-                  double sum = 0;
-                  for (int64_t a = rows.begin; a < rows.end; ++a) {
-                    for (int64_t b = columns.begin; b < columns.end; ++b) sum += r[a * w + b];
-                  }
-                  target[y * width + z] =
-                      static_cast<A>(sum / double((rows.end - rows.begin) * (columns.end - columns.begin)));
-                }
-              }
+            if (normalize) norms_of(example, channels, plane, norm + i * plane, scale.data());
+            for (int64_t c = i * channels; c < (i + 1) * channels; ++c) {
+              pool(in + c * plane, scale.data(), down, across, row.data(), out + c * height * width);
             }
           }
         });
@@ -80,17 +119,40 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
   return {pooled, norms};
 }
 
+// y = x r with r = 1 / |x|, or 1 / kSmallestNorm where |x| is less:  dx = r dy - x inner, inner = r^3 <x, dy> or 0
+// there.
+template <class T, class A>
+AMTML_INLINE void inner_products(const A* grad, const T* example, int64_t channels, const A* length,
+                                 const Axis<A>& down, const Axis<A>& across, A* shares, A* scale, A* inner) {
+  const int64_t plane = down.in() * across.in();
+  std::fill_n(inner, plane, A(0));
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* x = example + c * plane;
+    spread(grad + c * down.out() * across.out(), down, across, shares, [&] AMTML_BODY(int64_t first, const A* d) {
+#pragma omp simd
+      for (int64_t b = 0; b < across.in(); ++b) inner[first + b] += d[b] * static_cast<A>(x[first + b]);
+    });
+  }
+#pragma omp simd
+  for (int64_t p = 0; p < plane; ++p) {
+    const bool small = length[p] < A(kSmallestNorm);
+    scale[p] = 1 / (small ? A(kSmallestNorm) : length[p]);
+    inner[p] = small ? A(0) : inner[p] * scale[p] * scale[p] * scale[p];
+  }
+}
+
 Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor& norms, bool normalize) {
   STD_TORCH_CHECK(feature_map.dim() == 4 && grad.dim() == 4, kOp, ": feature_map and grad must have 4 dimensions");
   const int64_t n = feature_map.size(0), channels = feature_map.size(1), h = feature_map.size(2),
                 w = feature_map.size(3), height = grad.size(2), width = grad.size(3), plane = h * w;
   check_shape(kOp, "grad", grad, {n, channels, height, width});
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
-  const Tensor x = dense(feature_map);
+  const Tensor x = normalize ? dense(feature_map) : feature_map;  // else it is not read
   const Tensor incoming = dense(grad, wide);
   Tensor grad_map = empty(x, {n, channels, h, w}, x.scalar_type());
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
+    const Axis<A> down(h, height), across(w, width);
     const A *g = static_cast<const A*>(incoming.const_data_ptr()),
             *norm = static_cast<const A*>(norms.const_data_ptr());
     dispatch(x.scalar_type(), kOp, [&](auto element) {
@@ -98,45 +160,25 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
       const T* in = static_cast<const T*>(x.const_data_ptr());
       T* out = static_cast<T*>(grad_map.mutable_data_ptr());
       torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> spread(channels * plane), inner(plane);
+        std::vector<A> scratch((height + 1) * w), scale(normalize ? plane : 0), inner(normalize ? plane : 0);
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
-            std::fill(spread.begin(), spread.end(), A(0));
-            std::fill(inner.begin(), inner.end(), A(0));
-            const T* example = in + i * channels * plane;
-            const A* lengths = norm + (normalize ? i * plane : 0);
-            for (int64_t c = 0; c < channels; ++c) {
-              A *d = spread.data() + c * plane, *dot = inner.data();
-              const A* source = g + (i * channels + c) * height * width;
-              for (int64_t y = 0; y < height; ++y) {
-                const Window rows = window(y, h, height);
-                for (int64_t z = 0; z < width; ++z) {
-                  const Window columns = window(z, w, width);
-                  const A share = source[y * width + z] / A((rows.end - rows.begin) * (columns.end - columns.begin));
-                  for (int64_t a = rows.begin; a < rows.end; ++a) {
-                    for (int64_t b = columns.begin; b < columns.end; ++b) d[a * w + b] += share;
-                  }
-                }
-              }
-              if (normalize) {
-#pragma omp simd
-                for (int64_t p = 0; p < plane; ++p) dot[p] += d[p] * static_cast<A>(example[c * plane + p]);
-              }
+            A *shares = scratch.data(), *r = scale.data(), *along = inner.data();
+            const A* from = g + i * channels * height * width;
+            if (normalize) {
+              inner_products(from, in + i * channels * plane, channels, norm + i * plane, down, across, shares, r,
+                             along);
             }
-            for (int64_t c = 0; c < channels; ++c) {
-              const A* d = spread.data() + c * plane;
-              T* target = out + (i * channels + c) * plane;
-              for (int64_t p = 0; p < plane; ++p) {
-                A value = d[p];
-                if (normalize) {  // y = x / |x|:  dx = (dy - y <y, dy>) / |x|, and dy / smallest below it
-                  const A length = lengths[p];
-                  value =
-                      length < A(kSmallestNorm)
-                          ? value / A(kSmallestNorm)
-                          : (value - static_cast<A>(example[c * plane + p]) / length * (inner[p] / length)) / length;
+            for (int64_t c = i * channels; c < (i + 1) * channels; ++c, from += height * width) {
+              spread(from, down, across, shares, [&] AMTML_BODY(int64_t first, const A* d) {
+                const T* source = in + c * plane + first;
+                T* target = out + c * plane + first;
+#pragma omp simd
+                for (int64_t b = 0; b < w; ++b) {
+                  target[b] = static_cast<T>(
+                      normalize ? d[b] * r[first + b] - static_cast<A>(source[b]) * along[first + b] : d[b]);
                 }
-                target[p] = static_cast<T>(value);
-              }
+              });
             }
           }
         });
