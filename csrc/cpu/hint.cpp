@@ -1,74 +1,12 @@
-// The parts of the hint loss around torch's 1x1 convolution: channel normalisation with average pooling, and the mean
-// squared error with its gradient.
-#include "../arithmetic.h"
-#include "simd.h"
+// The hint loss: channel normalisation with average pooling; then the 1x1 convolution with the mean squared error and
+// its gradients, in one pass; and that error alone, for predictions that are made elsewhere.
+#include "pooling.h"
+#include "product.h"
 
 namespace amtml {
 namespace {
 
 constexpr char kOp[] = "hint_loss";
-
-// What adaptive pooling of `in` places to `out` averages, the share of each place in that, and the averages that each
-// place takes part in.
-template <class A>
-struct Axis {
-  std::vector<Window<int64_t>> inputs, outputs;
-  std::vector<A> share;
-
-  Axis(int64_t in, int64_t out) {
-    for (int64_t i = 0; i < out; ++i) {
-      inputs.push_back(window(i, in, out));
-      share.push_back(1 / static_cast<A>(inputs[i].size()));
-    }
-    for (int64_t i = 0; i < in; ++i) outputs.push_back(window(i, out, in));
-  }
-  int64_t in() const { return outputs.size(); }
-  int64_t out() const { return inputs.size(); }
-};
-
-// Averages one plane x times scale: sums of rows, along which vectors run, then of their neighbours. row: scratch.
-template <class T, class A>
-AMTML_INLINE void pool(const T* x, const A* scale, const Axis<A>& down, const Axis<A>& across, A* row, A* pooled) {
-  const int64_t w = across.in();
-  for (int64_t y = 0; y < down.out(); ++y) {
-    const Window<int64_t> rows = down.inputs[y];
-    std::fill_n(row, w, A(0));
-    for (int64_t p = rows.begin * w; p < rows.end * w; p += w) {
-#pragma omp simd
-      for (int64_t b = 0; b < w; ++b) row[b] += static_cast<A>(x[p + b]) * scale[p + b];
-    }
-    for (int64_t z = 0; z < across.out(); ++z) {
-      A sum = 0;
-      for (int64_t b = across.inputs[z].begin; b < across.inputs[z].end; ++b) sum += row[b];
-      *pooled++ = sum * (down.share[y] * across.share[z]);
-    }
-  }
-}
-
-// The way back: use(first, d) for each row of a plane, which starts at place `first`, with what comes back to it.
-// shares: scratch for one row more than there are windows.
-template <class A, class Use>
-AMTML_INLINE void spread(const A* grad, const Axis<A>& down, const Axis<A>& across, A* shares, const Use& use) {
-  const int64_t w = across.in();
-  std::fill_n(shares, down.out() * w, A(0));
-  for (int64_t y = 0; y < down.out(); ++y) {
-    for (int64_t z = 0; z < across.out(); ++z) {
-      const A share = *grad++ * (down.share[y] * across.share[z]);
-      for (int64_t b = across.inputs[z].begin; b < across.inputs[z].end; ++b) shares[y * w + b] += share;
-    }
-  }
-  A* sum = shares + down.out() * w;
-  for (int64_t a = 0; a < down.in(); ++a) {
-    const Window<int64_t> windows = down.outputs[a];
-    const A* d = shares + windows.begin * w;
-    if (windows.size() > 1) {  // two, where windows overlap
-#pragma omp simd
-      for (int64_t b = 0; b < w; ++b) sum[b] = d[b] + d[w + b];
-      d = sum;
-    }
-    use(a * w, d);
-  }
-}
 
 // The length of each pixel of an example over its channels, and 1 / that.
 template <class T, class A>
@@ -188,6 +126,179 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
   return grad_map;
 }
 
+constexpr int64_t kPixels = 64;  // of a block
+constexpr int64_t kGroups = 16;  // that the blocks are cut into at most: each adds up a gradient of the weight
+
+// A map [n, channels, pixels] as a matrix: the pixels of all examples are its columns, [first, end) of them a block.
+template <class A>
+struct Columns {
+  A* data;
+  int64_t channels, pixels;
+
+  // run(x, y, count) for all neighbours in one channel of an example, x in the map and y in panel [channels, kPixels].
+  template <class Panel, class Run>
+  AMTML_INLINE void each_run(int64_t first, int64_t end, Panel* panel, const Run& run) const {
+    for (int64_t j = first; j < end;) {
+      const int64_t p = j % pixels, count = std::min(pixels - p, end - j);
+      A* x = data + j / pixels * channels * pixels + p;
+      for (int64_t c = 0; c < channels; ++c) run(x + c * pixels, panel + c * kPixels + j - first, count);
+      j += count;
+    }
+  }
+  // panel = by times the block, or the block = by times the panel.
+  template <class Panel>
+  AMTML_INLINE void read(int64_t first, int64_t end, Panel by, Panel* panel) const {
+    each_run(first, end, panel, [by] AMTML_BODY(const Panel* x, Panel* y, int64_t count) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) y[i] = by * x[i];
+    });
+  }
+  template <class Panel>
+  AMTML_INLINE void write(int64_t first, int64_t end, Panel by, const Panel* panel) const {
+    each_run(first, end, panel, [by] AMTML_BODY(Panel* x, const Panel* y, int64_t count) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) x[i] = by * y[i];
+    });
+  }
+};
+
+// The error d = W v - u of one block of pixels after the other, and its gradients scale W^T d, -scale d and, without
+// the scale, d v^T: a block stays in cache from the first to the last.
+template <class A>
+struct Error {
+  Columns<const A> v, u;
+  Columns<A> grad_v, grad_u;  // data is null where it is not asked for
+  const A* weight;            // [rows_u, pitch], with zeros behind u.channels and v.channels
+  int64_t rows_u, rows_v, pitch;
+  A scale;
+
+  // Of a block. Zeros at first; what a short block leaves as it was goes into numbers that nobody reads.
+  struct Panels {
+    std::vector<A> v, d, grad, transposed;
+
+    explicit Panels(const Error& e)
+        : v(e.rows_v * kPixels), d(e.rows_u * kPixels), grad(e.rows_v * kPixels), transposed(kPixels * e.pitch) {}
+  };
+
+  // The sum of the squares of columns [first, end); grad_weight [rows_u, pitch] (if not null) += d v^T.
+  template <int kLanes>
+  AMTML_INLINE double run(int64_t first, int64_t end, Panels& panels, A* grad_weight) const {
+    A *x = panels.v.data(), *d = panels.d.data(), *g = panels.grad.data(), *transposed = panels.transposed.data();
+    const int64_t count = end - first;
+    v.read(first, end, A(1), x);
+    u.read(first, end, A(-1), d);
+    add_product<kLanes, A>(rows_u, kPixels, v.channels, {weight, pitch, 1}, x, kPixels, d, kPixels);
+    for (int64_t c = 0; c < u.channels; ++c) std::fill(d + c * kPixels + count, d + (c + 1) * kPixels, A(0));
+    if (grad_v.data) {
+      std::fill_n(g, rows_v * kPixels, A(0));
+      add_product<kLanes, A>(rows_v, kPixels, u.channels, {weight, 1, pitch}, d, kPixels, g, kPixels);
+      grad_v.write(first, end, scale, g);
+    }
+    if (grad_u.data) grad_u.write(first, end, -scale, d);
+    if (grad_weight) {
+      transpose(rows_v, kPixels, x, kPixels, transposed, pitch);
+      add_product<kLanes, A>(rows_u, padded(v.channels, kProductVectors * kLanes), count, {d, kPixels, 1}, transposed,
+                             pitch, grad_weight, pitch);
+    }
+    return block_sum<A>(u.channels * kPixels, [&] AMTML_BODY(int64_t i) { return d[i] * d[i]; });
+  }
+};
+
+// weight as [rows, pitch], with zeros behind it.
+template <class A>
+std::vector<A> padded_weight(const Tensor& weight, int64_t rows, int64_t pitch) {
+  std::vector<A> out(rows * pitch);
+  const Matrix m(weight);
+  for (int64_t i = 0; i < weight.size(0); ++i) {
+    A* to = out.data() + i * pitch;
+    const A* row = load_row(m, i, weight.size(1), to);
+    if (row != to) std::copy_n(row, weight.size(1), to);
+  }
+  return out;
+}
+
+// out = scale times the sum over the groups of partial [groups, rows, pitch].
+template <class A>
+void add_groups(const A* partial, int64_t groups, int64_t rows, int64_t pitch, double scale, Tensor& out) {
+  const int64_t width = out.size(1);
+  A* to = static_cast<A*>(out.mutable_data_ptr());
+  std::vector<double> sums(width);
+  for (int64_t i = 0; i < out.size(0); ++i) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t group = 0; group < groups; ++group) {
+      const A* from = partial + (group * rows + i) * pitch;
+      for (int64_t j = 0; j < width; ++j) sums[j] += from[j];
+    }
+    for (int64_t j = 0; j < width; ++j) to[i * width + j] = static_cast<A>(scale * sums[j]);
+  }
+}
+
+// Work is cut into blocks and groups by the sizes alone: the same sums at any thread count. The sum of the squares.
+template <class A>
+double run_blocks(const Error<A>& error, int64_t columns, Tensor* grad_weight) {
+  const int64_t blocks = (columns + kPixels - 1) / kPixels, size = error.rows_u * error.pitch;
+  // Together the groups take no more memory than W v and d would.
+  const int64_t groups = std::max<int64_t>(std::min({blocks, 2 * columns / error.pitch, kGroups}), 1);
+  const int64_t work = columns / groups * error.v.channels * error.u.channels;
+  std::vector<double> squares(blocks);
+  Buffer<A> partial(grad_weight ? groups * size : 0);
+  torch::stable::parallel_for(0, groups, grain(work), [&](int64_t begin, int64_t end) {
+    typename Error<A>::Panels panels(error);
+    vectorized([&] AMTML_BODY(auto lanes) {
+      constexpr int kLanes = decltype(lanes)::value * 4 / sizeof(A);
+      for (int64_t group = begin; group < end; ++group) {
+        A* sum = grad_weight ? partial.data() + group * size : nullptr;
+        if (sum) std::fill_n(sum, size, A(0));
+        for (int64_t b = group * blocks / groups; b < (group + 1) * blocks / groups; ++b) {
+          squares[b] = error.template run<kLanes>(b * kPixels, std::min((b + 1) * kPixels, columns), panels, sum);
+        }
+      }
+    });
+  });
+  if (grad_weight) add_groups(partial.data(), groups, error.rows_u, error.pitch, error.scale, *grad_weight);
+  double total = 0;
+  for (const double sum : squares) total += sum;
+  return total;
+}
+
+using Tensor4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Tensor4 hint_fwd(const Tensor& student, const Tensor& teacher, const Tensor& weight, bool need_student_grad,
+                 bool need_teacher_grad, bool need_weight_grad) {
+  STD_TORCH_CHECK(student.dim() == 4 && weight.dim() == 2, kOp, ": student must be [N, c, h, w], weight [c_t, c_s]");
+  const int64_t n = student.size(0), c_s = student.size(1), c_t = weight.size(0), h = student.size(2),
+                w = student.size(3), columns = n * h * w;
+  check_shape(kOp, "teacher", teacher, {n, c_t, h, w});
+  check_shape(kOp, "weight", weight, {c_t, c_s});
+  bool is_double = false;
+  for (const Tensor* t : {&student, &teacher, &weight}) is_double |= t->scalar_type() == ScalarType::Double;
+  const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
+  const Tensor v = dense(student, wide), u = dense(teacher, wide);
+  Tensor loss = empty(v, {}, wide), grad_student = empty_or_none(v, need_student_grad, {n, c_s, h, w}, wide),
+         grad_teacher = empty_or_none(v, need_teacher_grad, {n, c_t, h, w}, wide),
+         grad_weight = empty_or_none(v, need_weight_grad, {c_t, c_s}, wide);
+  dispatch_wide(wide, [&](auto zero) {
+    using A = decltype(zero);
+    auto out = [](Tensor& t, bool needed) { return needed ? static_cast<A*>(t.mutable_data_ptr()) : nullptr; };
+    const int64_t pixels = h * w, rows_u = padded(c_t, kProductRows), rows_v = padded(c_s, kProductRows);
+    // Whole vectors of any width, and 16 more: at a power of 2 a column would fall into few sets of the cache.
+    const int64_t pitch = padded(c_s, 32) + 16;
+    const std::vector<A> factors = padded_weight<A>(weight, rows_u, pitch);
+    const double count = static_cast<double>(std::max<int64_t>(columns * c_t, 1));
+    const Error<A> error{{static_cast<const A*>(v.const_data_ptr()), c_s, pixels},
+                         {static_cast<const A*>(u.const_data_ptr()), c_t, pixels},
+                         {out(grad_student, need_student_grad), c_s, pixels},
+                         {out(grad_teacher, need_teacher_grad), c_t, pixels},
+                         factors.data(),
+                         rows_u,
+                         rows_v,
+                         pitch,
+                         static_cast<A>(2 / count)};
+    *out(loss, true) = static_cast<A>(run_blocks(error, columns, need_weight_grad ? &grad_weight : nullptr) / count);
+  });
+  return {loss, grad_student, grad_teacher, grad_weight};
+}
+
 std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& target, bool need_grad) {
   Shape shape;
   for (int64_t d = 0; d < prediction.dim(); ++d) shape.push_back(prediction.size(d));
@@ -232,6 +343,7 @@ std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& 
 STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
   m.impl("hint_pool_fwd", TORCH_BOX(&hint_pool_fwd));
   m.impl("hint_pool_bwd", TORCH_BOX(&hint_pool_bwd));
+  m.impl("hint_fwd", TORCH_BOX(&hint_fwd));
   m.impl("hint_mse_fwd", TORCH_BOX(&hint_mse_fwd));
 }
 
