@@ -389,6 +389,23 @@ class HintPool(torch.autograd.Function):
         return None, grad, None, None, None
 
 
+class Hint(torch.autograd.Function):
+    """On maps of the same height and width; ``needs``: a gradient to student, teacher and weight. On the CPU alone."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Tensor:
+        loss, *grads = ops.hint_fwd.default(student, teacher, weight, *needs)
+        ctx.needs, ctx.dtypes = needs, (student.dtype, teacher.dtype, weight.dtype)
+        _save(ctx, *grads, student, teacher, weight)
+        return loss
+
+    @staticmethod
+    @_first_order("hint_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
+        return *(g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)), None
+
+
 class HintMSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, prediction: Tensor, target: Tensor, need_grad: bool) -> Tensor:

@@ -21,6 +21,7 @@ ANGLE_REDUCTIONS = ("mean", "distinct", "sum", "none")
 DISTANCE_REDUCTIONS = ("mean", "distinct", "sum")
 TAILS = ("renormalize", "ignore", "uniform")
 DUAL_MODES = ("sequential", "product")
+LARGEST_FUSED_WEIGHT = 2**17  # of a hint: beyond it torch's convolution is faster, which cuts the weight up as well
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -540,9 +541,11 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, norma
     if chosen == "reference":
         return reference.hint_loss(student_map, teacher_map, weight, normalize=normalize)
     height, width = (min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:]))
-    prediction = reference.hint_conv(_hint_pool(chosen, student_map, height, width, normalize), weight)
-    target = _hint_pool(chosen, teacher_map, height, width, normalize)
-    return hint_mse(prediction, target)
+    v, u = (_hint_pool(chosen, m, height, width, normalize) for m in (student_map, teacher_map))
+    if chosen == "cpp" and weight.numel() <= LARGEST_FUSED_WEIGHT:
+        needs = _needs_grad(v), _needs_grad(u), _needs_grad(weight)
+        return autograd.run(autograd.Hint, any(needs), v, u, weight, needs)
+    return hint_mse(reference.hint_conv(v, weight), u)
 
 
 def hint_mse(prediction: Tensor, target: Tensor) -> Tensor:

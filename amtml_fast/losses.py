@@ -233,7 +233,7 @@ class MultiGroupHintLoss(nn.Module):
             hint_loss(student_maps[group], teacher_maps[t], self.transforms[str(t)], normalize=self.normalize)
             for t, group in self.mapping.items()
         ]
-        return torch.stack(losses).sum()
+        return sum(losses[1:], start=losses[0])
 
     def extra_repr(self) -> str:
         return f"mapping={self.mapping}, normalize={self.normalize}"

@@ -65,12 +65,17 @@ SCHEMAS = {
     # pooled [N, c, height, width], norms [N, H, W] (if normalised)
     "hint_pool_fwd": "(Tensor feature_map, int height, int width, bool normalize) -> (Tensor, Tensor)",
     "hint_pool_bwd": "(Tensor grad, Tensor feature_map, Tensor norms, bool normalize) -> Tensor",
+    # loss of maps of the same height and width, and its gradients
+    "hint_fwd": "(Tensor student, Tensor teacher, Tensor weight, bool need_student_grad, bool need_teacher_grad, "
+    "bool need_weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     # loss, d loss / d prediction = -d loss / d target
     "hint_mse_fwd": "(Tensor prediction, Tensor target, bool need_grad) -> (Tensor, Tensor)",
     # scores [B, R, K]. result; the softmax over R, in the wide dtype; maxima and sums of the softmax over K [B, R, 2]
     "dual_softmax_fwd": "(Tensor scores, str mode) -> (Tensor, Tensor, Tensor)",
     "dual_softmax_bwd": "(Tensor grad, Tensor scores, Tensor first, Tensor row_stats, str mode) -> Tensor",
 }
+
+CPU_ONLY = ("hint_fwd",)  # on GPUs the convolution is torch's, and hint_mse_fwd follows
 
 TRITON = {  # schema -> its file in kernels/
     name: next(
@@ -79,7 +84,7 @@ TRITON = {  # schema -> its file in kernels/
         if name.startswith(op)
     )
     for name in SCHEMAS
-    if not name.startswith("whole_loss")
+    if not name.startswith("whole_loss") and name not in CPU_ONLY
 }
 
 
@@ -247,6 +252,14 @@ def _(feature_map, height, width, normalize):
 @_fake("hint_pool_bwd")
 def _(grad, feature_map, norms, normalize):
     return torch.empty_like(feature_map, memory_format=torch.contiguous_format)
+
+
+@_fake("hint_fwd")
+def _(student, teacher, weight, *needs):
+    inputs = student, teacher, weight
+    wide = wide_dtype(*inputs)
+    grads = (_empty(student, needed, t.shape, wide) for t, needed in zip(inputs, needs))
+    return student.new_empty((), dtype=wide), *grads
 
 
 @_fake("hint_mse_fwd")

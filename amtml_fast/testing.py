@@ -208,8 +208,20 @@ CASES = {
             functional.hint_loss,
             reference.hint_loss,
             _hint,
-            # n, c_s, h_s, c_t, h_t: empty; one of all; student larger; teacher larger and not a multiple; same size
-            ((0, 2, 2, 3, 2), (1, 1, 1, 1, 1), (3, 4, 8, 5, 4), (2, 3, 4, 6, 7), (5, 8, 6, 7, 6)),
+            # n, c_s, h_s, c_t, h_t: empty; one of all; student larger; teacher larger and not a multiple; same size; pixels
+            # of several examples in a block, channels that fill no vector; examples of one pixel; an example of several
+            # blocks, channels past a vector; several threads
+            (
+                (0, 2, 2, 3, 2),
+                (1, 1, 1, 1, 1),
+                (3, 4, 8, 5, 4),
+                (2, 3, 4, 6, 7),
+                (5, 8, 6, 7, 6),
+                (7, 17, 5, 9, 5),
+                (130, 2, 1, 3, 1),
+                (3, 33, 9, 6, 9),
+                (33, 8, 8, 16, 8),
+            ),
             ({}, {"normalize": True}),
             lambda s, n, c_s, h_s, c_t, h_t: s * n * (2 * c_s * h_s**2 + 2 * c_t * h_t * (h_t + 1)),
         ),

@@ -20,7 +20,8 @@ GRID = [
 # but the first variant of sizes that only fill more threads.
 SLOW = [] if CHOSEN == "gpu" else ["triton", "cuda"]
 MANY = {
-    (256, 257, 5), (96, 257, 7, 3), (33, 100, 9, 3), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300)
+    (256, 257, 5), (96, 257, 7, 3), (33, 100, 9, 3), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300),
+    (33, 8, 8, 16, 8),
 }  # fmt: skip
 
 
@@ -211,3 +212,52 @@ def test_angle_gradient_of_soft_rows_beside_tight_pairs(margin, fused):
     _, got = value_and_grads(af.angle_loss, probs)
     for g, w in zip(through_softmax(got), through_softmax(want)):
         assert relative_error(g[::4], w[::4]) <= 1e-6
+
+
+# Windows of one size (1, 2, 4: constants; 3, 16), of two sizes, overlapping ones, all of an axis; rows past a vector.
+POOLED = [
+    (4, 4, 4, 4),
+    (6, 6, 3, 3),
+    (8, 16, 2, 4),
+    (6, 9, 2, 3),
+    (16, 34, 1, 17),
+    (16, 36, 16, 9),
+    (7, 9, 5, 4),
+    (5, 21, 3, 20),
+    (3, 32, 2, 2),
+]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", POOLED)
+def test_pooling_by_any_windows(size, dtype, normalize, fused):
+    if not takes(fused, dtype):
+        pytest.skip("float64")
+    feature_map = torch.randn(2, 3, *size[:2]).to(dtype)
+    feature_map[0, :, 0, 0] = 0  # no length
+    args = (feature_map.requires_grad_(),)
+    want, want_grads = value_and_grads(
+        lambda m: af.reference.hint_pool(m, *size[2:], normalize), convert(args, dtype=torch.float64)
+    )
+    got, grads = value_and_grads(lambda m: af.functional._hint_pool(fused, m, *size[2:], normalize), args)
+    if size[:2] == size[2:] and not normalize:
+        assert got.data_ptr() == feature_map.data_ptr()
+    exact, step = dtype == torch.float64, STEP[dtype]
+    assert relative_error(got, want) <= (1e-12 if exact else 1e-6)
+    elsewhere = feature_map.detach().double().norm(dim=1, keepdim=True) > 0  # there the gradient is 1e12 times as large
+    for part in (elsewhere, ~elsewhere):
+        assert relative_error(grads[0] * part, want_grads[0] * part) <= (1e-11 if exact else 1e-5) + step
+
+
+@cpu_only
+@pytest.mark.parametrize("size", [(1, 256, 2, 512, 2), (1, 257, 2, 512, 2)])
+def test_hints_on_either_side_of_the_largest_weight(size):
+    args = CASES["hint"].inputs(*size)
+    want, want_grads = value_and_grads(af.reference.hint_loss, convert(args, dtype=torch.float64))
+    with run_on("cpp"):
+        got, grads = value_and_grads(af.hint_loss, args)
+        node = af.hint_loss(*args).grad_fn.name()
+    assert node == ("HintBackward" if size[1] == 256 else "HintMSEBackward")
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))

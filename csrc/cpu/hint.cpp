@@ -1,24 +1,32 @@
-// The parts of the hint loss around torch's 1x1 convolution: channel normalisation with average pooling, and the mean
-// squared error with its gradient.
-#include "simd.h"
+// The hint loss: channel normalisation with average pooling; then the 1x1 convolution with the mean squared error and
+// its gradients, in one pass; and that error alone, for predictions that are made elsewhere.
+#include "pooling.h"
+#include "product.h"
 
 namespace amtml {
 namespace {
 
 constexpr char kOp[] = "hint_loss";
-constexpr double kSmallestNorm = 1e-12;  // as torch.nn.functional.normalize
 
-struct Window {
-  int64_t begin, end;
-};
-
-// The inputs that average into output i of `out`, as torch's adaptive pooling has them.
-inline Window window(int64_t i, int64_t in, int64_t out) { return {i * in / out, ((i + 1) * in + out - 1) / out}; }
+// The length of each pixel of an example over its channels, and 1 / that.
+template <class T, class A>
+AMTML_INLINE void norms_of(const T* example, int64_t channels, int64_t plane, A* length, A* scale) {
+  std::fill_n(length, plane, A(0));
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* x = example + c * plane;
+#pragma omp simd
+    for (int64_t p = 0; p < plane; ++p) length[p] += static_cast<A>(x[p]) * static_cast<A>(x[p]);
+  }
+  for (int64_t p = 0; p < plane; ++p) {
+    length[p] = std::sqrt(length[p]);
+    scale[p] = 1 / std::max(length[p], A(kSmallestNorm));
+  }
+}
 
 std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t height, int64_t width, bool normalize) {
   STD_TORCH_CHECK(feature_map.dim() == 4, kOp, ": feature_map must be [N, c, H, W]");
   const int64_t n = feature_map.size(0), channels = feature_map.size(1), h = feature_map.size(2),
-                w = feature_map.size(3);
+                w = feature_map.size(3), plane = h * w;
   STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= h && width <= w, kOp, ": cannot pool [", h, ", ", w, "] to [",
                   height, ", ", width, "]");
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
@@ -27,50 +35,19 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
   Tensor norms = empty_or_none(x, normalize, {n, h, w}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
+    const Axis<A> down(h, height), across(w, width);
     A *out = static_cast<A*>(pooled.mutable_data_ptr()), *norm = static_cast<A*>(norms.mutable_data_ptr());
-    const int64_t plane = h * w;
     dispatch(x.scalar_type(), kOp, [&](auto element) {
       using T = decltype(element);
       const T* in = static_cast<const T*>(x.const_data_ptr());
       torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> scale(plane, A(1)), row(plane);
+        std::vector<A> scale(plane, A(1)), row(w);
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
             const T* example = in + i * channels * plane;
-            A *s = scale.data(), *r = row.data();
-            if (normalize) {
-              A* squares = norm + i * plane;
-              std::fill_n(squares, plane, A(0));
-              for (int64_t c = 0; c < channels; ++c) {
-                const T* source = example + c * plane;
-#pragma omp simd
-                for (int64_t p = 0; p < plane; ++p) {
-                  const A value = static_cast<A>(source[p]);
-                  squares[p] += value * value;
-                }
-              }
-              for (int64_t p = 0; p < plane; ++p) {
-                squares[p] = std::sqrt(squares[p]);
-                s[p] = 1 / (squares[p] < A(kSmallestNorm) ? A(kSmallestNorm) : squares[p]);
-              }
-            }
-            for (int64_t c = 0; c < channels; ++c) {
-              const T* source = example + c * plane;
-#pragma omp simd
-              for (int64_t p = 0; p < plane; ++p) r[p] = static_cast<A>(source[p]) * s[p];
-              A* target = out + (i * channels + c) * height * width;
-              for (int64_t y = 0; y < height; ++y) {
-                const Window rows = window(y, h, height);
-                for (int64_t z = 0; z < width; ++z) {
-                  const Window columns = window(z, w, width);
-                  double sum = 0;
-                  for (int64_t a = rows.begin; a < rows.end; ++a) {
-                    for (int64_t b = columns.begin; b < columns.end; ++b) sum += r[a * w + b];
-                  }
-                  target[y * width + z] =
-                      static_cast<A>(sum / double((rows.end - rows.begin) * (columns.end - columns.begin)));
-                }
-              }
+            if (normalize) norms_of(example, channels, plane, norm + i * plane, scale.data());
+            for (int64_t c = i * channels; c < (i + 1) * channels; ++c) {
+              pool(in + c * plane, scale.data(), down, across, row.data(), out + c * height * width);
             }
           }
         });
@@ -80,17 +57,40 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
   return {pooled, norms};
 }
 
+// y = x r with r = 1 / |x|, or 1 / kSmallestNorm where |x| is less:  dx = r dy - x inner, inner = r^3 <x, dy> or 0
+// there.
+template <class T, class A>
+AMTML_INLINE void inner_products(const A* grad, const T* example, int64_t channels, const A* length,
+                                 const Axis<A>& down, const Axis<A>& across, A* shares, A* scale, A* inner) {
+  const int64_t plane = down.in() * across.in();
+  std::fill_n(inner, plane, A(0));
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* x = example + c * plane;
+    spread(grad + c * down.out() * across.out(), down, across, shares, [&] AMTML_BODY(int64_t first, const A* d) {
+#pragma omp simd
+      for (int64_t b = 0; b < across.in(); ++b) inner[first + b] += d[b] * static_cast<A>(x[first + b]);
+    });
+  }
+#pragma omp simd
+  for (int64_t p = 0; p < plane; ++p) {
+    const bool small = length[p] < A(kSmallestNorm);
+    scale[p] = 1 / (small ? A(kSmallestNorm) : length[p]);
+    inner[p] = small ? A(0) : inner[p] * scale[p] * scale[p] * scale[p];
+  }
+}
+
 Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor& norms, bool normalize) {
   STD_TORCH_CHECK(feature_map.dim() == 4 && grad.dim() == 4, kOp, ": feature_map and grad must have 4 dimensions");
   const int64_t n = feature_map.size(0), channels = feature_map.size(1), h = feature_map.size(2),
                 w = feature_map.size(3), height = grad.size(2), width = grad.size(3), plane = h * w;
   check_shape(kOp, "grad", grad, {n, channels, height, width});
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
-  const Tensor x = dense(feature_map);
+  const Tensor x = normalize ? dense(feature_map) : feature_map;  // else it is not read
   const Tensor incoming = dense(grad, wide);
   Tensor grad_map = empty(x, {n, channels, h, w}, x.scalar_type());
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
+    const Axis<A> down(h, height), across(w, width);
     const A *g = static_cast<const A*>(incoming.const_data_ptr()),
             *norm = static_cast<const A*>(norms.const_data_ptr());
     dispatch(x.scalar_type(), kOp, [&](auto element) {
@@ -98,45 +98,25 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
       const T* in = static_cast<const T*>(x.const_data_ptr());
       T* out = static_cast<T*>(grad_map.mutable_data_ptr());
       torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> spread(channels * plane), inner(plane);
+        std::vector<A> scratch((height + 1) * w), scale(normalize ? plane : 0), inner(normalize ? plane : 0);
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
-            std::fill(spread.begin(), spread.end(), A(0));
-            std::fill(inner.begin(), inner.end(), A(0));
-            const T* example = in + i * channels * plane;
-            const A* lengths = norm + (normalize ? i * plane : 0);
-            for (int64_t c = 0; c < channels; ++c) {
-              A *d = spread.data() + c * plane, *dot = inner.data();
-              const A* source = g + (i * channels + c) * height * width;
-              for (int64_t y = 0; y < height; ++y) {
-                const Window rows = window(y, h, height);
-                for (int64_t z = 0; z < width; ++z) {
-                  const Window columns = window(z, w, width);
-                  const A share = source[y * width + z] / A((rows.end - rows.begin) * (columns.end - columns.begin));
-                  for (int64_t a = rows.begin; a < rows.end; ++a) {
-                    for (int64_t b = columns.begin; b < columns.end; ++b) d[a * w + b] += share;
-                  }
-                }
-              }
-              if (normalize) {
-#pragma omp simd
-                for (int64_t p = 0; p < plane; ++p) dot[p] += d[p] * static_cast<A>(example[c * plane + p]);
-              }
+            A *shares = scratch.data(), *r = scale.data(), *along = inner.data();
+            const A* from = g + i * channels * height * width;
+            if (normalize) {
+              inner_products(from, in + i * channels * plane, channels, norm + i * plane, down, across, shares, r,
+                             along);
             }
-            for (int64_t c = 0; c < channels; ++c) {
-              const A* d = spread.data() + c * plane;
-              T* target = out + (i * channels + c) * plane;
-              for (int64_t p = 0; p < plane; ++p) {
-                A value = d[p];
-                if (normalize) {  // y = x / |x|:  dx = (dy - y <y, dy>) / |x|, and dy / smallest below it
-                  const A length = lengths[p];
-                  value =
-                      length < A(kSmallestNorm)
-                          ? value / A(kSmallestNorm)
-                          : (value - static_cast<A>(example[c * plane + p]) / length * (inner[p] / length)) / length;
+            for (int64_t c = i * channels; c < (i + 1) * channels; ++c, from += height * width) {
+              spread(from, down, across, shares, [&] AMTML_BODY(int64_t first, const A* d) {
+                const T* source = in + c * plane + first;
+                T* target = out + c * plane + first;
+#pragma omp simd
+                for (int64_t b = 0; b < w; ++b) {
+                  target[b] = static_cast<T>(
+                      normalize ? d[b] * r[first + b] - static_cast<A>(source[b]) * along[first + b] : d[b]);
                 }
-                target[p] = static_cast<T>(value);
-              }
+              });
             }
           }
         });
@@ -144,6 +124,179 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
     });
   });
   return grad_map;
+}
+
+constexpr int64_t kPixels = 64;  // of a block
+constexpr int64_t kGroups = 16;  // that the blocks are cut into at most: each adds up a gradient of the weight
+
+// A map [n, channels, pixels] as a matrix: the pixels of all examples are its columns, [first, end) of them a block.
+template <class A>
+struct Columns {
+  A* data;
+  int64_t channels, pixels;
+
+  // run(x, y, count) for all neighbours in one channel of an example, x in the map and y in panel [channels, kPixels].
+  template <class Panel, class Run>
+  AMTML_INLINE void each_run(int64_t first, int64_t end, Panel* panel, const Run& run) const {
+    for (int64_t j = first; j < end;) {
+      const int64_t p = j % pixels, count = std::min(pixels - p, end - j);
+      A* x = data + j / pixels * channels * pixels + p;
+      for (int64_t c = 0; c < channels; ++c) run(x + c * pixels, panel + c * kPixels + j - first, count);
+      j += count;
+    }
+  }
+  // panel = by times the block, or the block = by times the panel.
+  template <class Panel>
+  AMTML_INLINE void read(int64_t first, int64_t end, Panel by, Panel* panel) const {
+    each_run(first, end, panel, [by] AMTML_BODY(const Panel* x, Panel* y, int64_t count) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) y[i] = by * x[i];
+    });
+  }
+  template <class Panel>
+  AMTML_INLINE void write(int64_t first, int64_t end, Panel by, const Panel* panel) const {
+    each_run(first, end, panel, [by] AMTML_BODY(Panel* x, const Panel* y, int64_t count) {
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) x[i] = by * y[i];
+    });
+  }
+};
+
+// The error d = W v - u of one block of pixels after the other, and its gradients scale W^T d, -scale d and, without
+// the scale, d v^T: a block stays in cache from the first to the last.
+template <class A>
+struct Error {
+  Columns<const A> v, u;
+  Columns<A> grad_v, grad_u;  // data is null where it is not asked for
+  const A* weight;            // [rows_u, pitch], with zeros behind u.channels and v.channels
+  int64_t rows_u, rows_v, pitch;
+  A scale;
+
+  // Of a block. Zeros at first; what a short block leaves as it was goes into numbers that nobody reads.
+  struct Panels {
+    std::vector<A> v, d, grad, transposed;
+
+    explicit Panels(const Error& e)
+        : v(e.rows_v * kPixels), d(e.rows_u * kPixels), grad(e.rows_v * kPixels), transposed(kPixels * e.pitch) {}
+  };
+
+  // The sum of the squares of columns [first, end); grad_weight [rows_u, pitch] (if not null) += d v^T.
+  template <int kLanes>
+  AMTML_INLINE double run(int64_t first, int64_t end, Panels& panels, A* grad_weight) const {
+    A *x = panels.v.data(), *d = panels.d.data(), *g = panels.grad.data(), *transposed = panels.transposed.data();
+    const int64_t count = end - first;
+    v.read(first, end, A(1), x);
+    u.read(first, end, A(-1), d);
+    add_product<kLanes, A>(rows_u, kPixels, v.channels, {weight, pitch, 1}, x, kPixels, d, kPixels);
+    for (int64_t c = 0; c < u.channels; ++c) std::fill(d + c * kPixels + count, d + (c + 1) * kPixels, A(0));
+    if (grad_v.data) {
+      std::fill_n(g, rows_v * kPixels, A(0));
+      add_product<kLanes, A>(rows_v, kPixels, u.channels, {weight, 1, pitch}, d, kPixels, g, kPixels);
+      grad_v.write(first, end, scale, g);
+    }
+    if (grad_u.data) grad_u.write(first, end, -scale, d);
+    if (grad_weight) {
+      transpose(rows_v, kPixels, x, kPixels, transposed, pitch);
+      add_product<kLanes, A>(rows_u, padded(v.channels, kProductVectors * kLanes), count, {d, kPixels, 1}, transposed,
+                             pitch, grad_weight, pitch);
+    }
+    return block_sum<A>(u.channels * kPixels, [&] AMTML_BODY(int64_t i) { return d[i] * d[i]; });
+  }
+};
+
+// weight as [rows, pitch], with zeros behind it.
+template <class A>
+std::vector<A> padded_weight(const Tensor& weight, int64_t rows, int64_t pitch) {
+  std::vector<A> out(rows * pitch);
+  const Matrix m(weight);
+  for (int64_t i = 0; i < weight.size(0); ++i) {
+    A* to = out.data() + i * pitch;
+    const A* row = load_row(m, i, weight.size(1), to);
+    if (row != to) std::copy_n(row, weight.size(1), to);
+  }
+  return out;
+}
+
+// out = scale times the sum over the groups of partial [groups, rows, pitch].
+template <class A>
+void add_groups(const A* partial, int64_t groups, int64_t rows, int64_t pitch, double scale, Tensor& out) {
+  const int64_t width = out.size(1);
+  A* to = static_cast<A*>(out.mutable_data_ptr());
+  std::vector<double> sums(width);
+  for (int64_t i = 0; i < out.size(0); ++i) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (int64_t group = 0; group < groups; ++group) {
+      const A* from = partial + (group * rows + i) * pitch;
+      for (int64_t j = 0; j < width; ++j) sums[j] += from[j];
+    }
+    for (int64_t j = 0; j < width; ++j) to[i * width + j] = static_cast<A>(scale * sums[j]);
+  }
+}
+
+// Work is cut into blocks and groups by the sizes alone: the same sums at any thread count. The sum of the squares.
+template <class A>
+double run_blocks(const Error<A>& error, int64_t columns, Tensor* grad_weight) {
+  const int64_t blocks = (columns + kPixels - 1) / kPixels, size = error.rows_u * error.pitch;
+  // Together the groups take no more memory than W v and d would.
+  const int64_t groups = std::max<int64_t>(std::min({blocks, 2 * columns / error.pitch, kGroups}), 1);
+  const int64_t work = columns / groups * error.v.channels * error.u.channels;
+  std::vector<double> squares(blocks);
+  Buffer<A> partial(grad_weight ? groups * size : 0);
+  torch::stable::parallel_for(0, groups, grain(work), [&](int64_t begin, int64_t end) {
+    typename Error<A>::Panels panels(error);
+    vectorized([&] AMTML_BODY(auto lanes) {
+      constexpr int kLanes = decltype(lanes)::value * 4 / sizeof(A);
+      for (int64_t group = begin; group < end; ++group) {
+        A* sum = grad_weight ? partial.data() + group * size : nullptr;
+        if (sum) std::fill_n(sum, size, A(0));
+        for (int64_t b = group * blocks / groups; b < (group + 1) * blocks / groups; ++b) {
+          squares[b] = error.template run<kLanes>(b * kPixels, std::min((b + 1) * kPixels, columns), panels, sum);
+        }
+      }
+    });
+  });
+  if (grad_weight) add_groups(partial.data(), groups, error.rows_u, error.pitch, error.scale, *grad_weight);
+  double total = 0;
+  for (const double sum : squares) total += sum;
+  return total;
+}
+
+using Tensor4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Tensor4 hint_fwd(const Tensor& student, const Tensor& teacher, const Tensor& weight, bool need_student_grad,
+                 bool need_teacher_grad, bool need_weight_grad) {
+  STD_TORCH_CHECK(student.dim() == 4 && weight.dim() == 2, kOp, ": student must be [N, c, h, w], weight [c_t, c_s]");
+  const int64_t n = student.size(0), c_s = student.size(1), c_t = weight.size(0), h = student.size(2),
+                w = student.size(3), columns = n * h * w;
+  check_shape(kOp, "teacher", teacher, {n, c_t, h, w});
+  check_shape(kOp, "weight", weight, {c_t, c_s});
+  bool is_double = false;
+  for (const Tensor* t : {&student, &teacher, &weight}) is_double |= t->scalar_type() == ScalarType::Double;
+  const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
+  const Tensor v = dense(student, wide), u = dense(teacher, wide);
+  Tensor loss = empty(v, {}, wide), grad_student = empty_or_none(v, need_student_grad, {n, c_s, h, w}, wide),
+         grad_teacher = empty_or_none(v, need_teacher_grad, {n, c_t, h, w}, wide),
+         grad_weight = empty_or_none(v, need_weight_grad, {c_t, c_s}, wide);
+  dispatch_wide(wide, [&](auto zero) {
+    using A = decltype(zero);
+    auto out = [](Tensor& t, bool needed) { return needed ? static_cast<A*>(t.mutable_data_ptr()) : nullptr; };
+    const int64_t pixels = h * w, rows_u = padded(c_t, kProductRows), rows_v = padded(c_s, kProductRows);
+    // Whole vectors of any width, and 16 more: at a power of 2 a column would fall into few sets of the cache.
+    const int64_t pitch = padded(c_s, 32) + 16;
+    const std::vector<A> factors = padded_weight<A>(weight, rows_u, pitch);
+    const double count = static_cast<double>(std::max<int64_t>(columns * c_t, 1));
+    const Error<A> error{{static_cast<const A*>(v.const_data_ptr()), c_s, pixels},
+                         {static_cast<const A*>(u.const_data_ptr()), c_t, pixels},
+                         {out(grad_student, need_student_grad), c_s, pixels},
+                         {out(grad_teacher, need_teacher_grad), c_t, pixels},
+                         factors.data(),
+                         rows_u,
+                         rows_v,
+                         pitch,
+                         static_cast<A>(2 / count)};
+    *out(loss, true) = static_cast<A>(run_blocks(error, columns, need_weight_grad ? &grad_weight : nullptr) / count);
+  });
+  return {loss, grad_student, grad_teacher, grad_weight};
 }
 
 std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& target, bool need_grad) {
@@ -190,6 +343,7 @@ std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& 
 STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
   m.impl("hint_pool_fwd", TORCH_BOX(&hint_pool_fwd));
   m.impl("hint_pool_bwd", TORCH_BOX(&hint_pool_bwd));
+  m.impl("hint_fwd", TORCH_BOX(&hint_fwd));
   m.impl("hint_mse_fwd", TORCH_BOX(&hint_mse_fwd));
 }
 

@@ -12,7 +12,7 @@ namespace amtml {
 constexpr int64_t kPadding = 16;    // rows of the matrices are padded to a multiple of this, with r = 0
 constexpr double kFixedRange = 64;  // the largest ratio of squared distances for which fixed point is exact enough
 
-inline int64_t padded(int64_t n, int64_t to = kPadding) { return (n + to - 1) / to * to; }
+inline int64_t padded(int64_t n) { return padded(n, kPadding); }
 
 // The rows of one tensor that take part, and all their distances.
 template <class A>

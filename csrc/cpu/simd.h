@@ -289,6 +289,9 @@ AMTML_INLINE const A* load_row(const Matrix& m, int64_t i, int64_t n, A* scratch
   return result;
 }
 
+// n rounded up to a multiple.
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // How many items of `work` elements each a thread should get at least, so that starting it pays.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(work, 1)); }
 
