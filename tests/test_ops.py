@@ -21,7 +21,7 @@ GRID = [
 SLOW = [] if CHOSEN == "gpu" else ["triton", "cuda"]
 MANY = {
     (256, 257, 5), (96, 257, 7, 3), (33, 100, 9, 3), (5, 1030, 2), (33, 100, 3), (67, 10), (150, 20), (19, 300), (37, 300),
-    (33, 8, 8, 16, 8),
+    (18, 8, 8, 16, 8),
 }  # fmt: skip
 
 
@@ -235,7 +235,7 @@ def test_pooling_by_any_windows(size, dtype, normalize, fused):
     if not takes(fused, dtype):
         pytest.skip("float64")
     feature_map = torch.randn(2, 3, *size[:2]).to(dtype)
-    feature_map[0, :, 0, 0] = 0  # no length
+    feature_map[0, :, 0, 0] *= 1e-13  # shorter than what it is divided by
     args = (feature_map.requires_grad_(),)
     want, want_grads = value_and_grads(
         lambda m: af.reference.hint_pool(m, *size[2:], normalize), convert(args, dtype=torch.float64)
@@ -245,8 +245,8 @@ def test_pooling_by_any_windows(size, dtype, normalize, fused):
         assert got.data_ptr() == feature_map.data_ptr()
     exact, step = dtype == torch.float64, STEP[dtype]
     assert relative_error(got, want) <= (1e-12 if exact else 1e-6)
-    elsewhere = feature_map.detach().double().norm(dim=1, keepdim=True) > 0  # there the gradient is 1e12 times as large
-    for part in (elsewhere, ~elsewhere):
+    short = feature_map.detach().double().norm(dim=1, keepdim=True) < 1e-12  # there the gradient is 1e12 times as large
+    for part in (short, ~short):
         assert relative_error(grads[0] * part, want_grads[0] * part) <= (1e-11 if exact else 1e-5) + step
 
 

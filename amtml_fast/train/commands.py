@@ -206,7 +206,7 @@ def show_result(run: Run, display: Display) -> None:
         f"{record['label']}, seed {record['seed']}: validation {100 * result['val_accuracy']:.2f} %, "
         f"test {100 * result['test_accuracy']:.2f} %"
     )
-    display.say(shares(record["step_seconds"]))
+    display.say(shares(record.get("step_seconds", {})))
 
 
 @contextmanager
