@@ -216,20 +216,32 @@ PARTS = ("data", "teachers", "student", "losses", "optimizer")
 
 
 def steps(results: Results) -> str:
+    """A row for each way to make a step, with the shares of those parts that were measured."""
+    groups = [group for group in results.groups() if group.startswith("step")]
+    measured = {key[:2]: part_shares(*row) for key, row in results.rows.items() if key[0] in groups}
+    shown = [part for part in PARTS if any(part in shares for shares in measured.values())]
     rows = []
-    for group in (g for g in results.groups() if g.startswith("step")):
+    for group in groups:
         base = results.seconds(group, "a loop as published")
         for provider in [*results.providers(group), *(p for g, p in results.not_run if g == group)]:
             seconds, facts = results.rows.get((group, provider, None), (None, {}))
             if seconds is None:
-                rows.append([group, provider, results.not_run[group, provider], *[""] * (1 + len(PARTS))])
+                rows.append([group, provider, results.not_run[group, provider], *[""] * (1 + len(shown))])
                 continue
-            parts = facts.get("parts", {})
-            shares = [f"{parts[part] / sum(parts.values()):.1%}" if parts else "" for part in PARTS]
+            shares = measured[group, provider]
+            cells = [f"{shares[part]:.1%}" if part in shares else "" for part in shown]
             rows.append(
-                [group, provider, f"{facts['images'] / seconds:,.1f}", ratio_text(base and base / seconds), *shares]
+                [group, provider, f"{facts['images'] / seconds:,.1f}", ratio_text(base and base / seconds), *cells]
             )
-    return markdown_table(["training step", "by", "images/s", "vs published loop", *PARTS], rows)
+    return markdown_table(["training step", "by", "images/s", "vs published loop", *shown], rows)
+
+
+def part_shares(seconds: float, facts: dict) -> dict[str, float]:
+    """Part of a step -> its share of the step."""
+    if "losses_seconds" in facts:  # of results that hold the losses alone
+        return {"losses": facts["losses_seconds"] / seconds}
+    parts = facts.get("parts", {})
+    return {part: share / sum(parts.values()) for part, share in parts.items()}
 
 
 def memory(results: Results) -> str:
