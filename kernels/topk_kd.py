@@ -42,7 +42,7 @@ from .kd_rows import (
 from .multi_teacher_kd import LONG_WARPS, add_rows, counts_of, dense
 
 HELD = 4096  # classes that a program keeps in registers; a longer row is read twice
-PAIRS = 512  # of entries that a warp compares at a time: more of them spill registers
+PAIRS = 256  # of entries that a warp compares at a time: more of them spill registers
 
 
 @triton.jit
