@@ -109,7 +109,6 @@ def test_killed_at_random_moments_it_loses_an_interval_at_most_and_ends_the_same
         process.join()
         assert process.exitcode == 0
         assert_equal(run, unbroken)
-        assert not [path for path in run.folder.iterdir() if path.name == "checkpoint.pt.tmp"]
     assert kills >= SOAK
     print(f"{kills} kills in {SOAK} runs")
 
@@ -145,6 +144,21 @@ def test_sigterm_within_an_epoch_saves_there(place: Place, monkeypatch: pytest.M
     assert len(run.read_metrics()) == 1
     torch.rand(3)
     assert_equal(place.train(*settings, resume=True), unbroken)
+
+
+def test_a_stop_that_does_not_wait_names_only_what_was_saved(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    learn, batches = loop.Trainer.learn, 0
+
+    def insisted(self: loop.Trainer, *args: object) -> None:
+        nonlocal batches
+        learn(self, *args)
+        batches += 1
+        if batches == STEPS + 5:
+            raise KeyboardInterrupt  # as a second Ctrl-C does, anywhere
+
+    monkeypatch.setattr(loop.Trainer, "learn", insisted)
+    with pytest.raises(Interrupted, match="1 of 3 epochs are safe"):
+        place.train("distill.epochs=3")
 
 
 def test_sigterm_ends_the_command_with_what_it_had(place: Place) -> None:

@@ -97,7 +97,7 @@ def train(
             trainer.finish(recipe, memory.read())
             stop.check()
         except KeyboardInterrupt:
-            raise Interrupted(job, trainer.done, trainer.step) from None
+            raise Interrupted(job, *trainer.saved) from None
         except RuntimeError as error:
             if accelerator.num_processes == 1 or not processes.lost(error):
                 raise
@@ -158,6 +158,7 @@ class Trainer:
         module.to(accelerator.device, memory_format=self.memory)  # type: ignore[call-overload]
         self.bare = module
         self.done, self.step = 0, 0  # epochs, and steps of the next one
+        self.saved = (0, 0)  # the same, as the checkpoint has them
         self.partial: dict[str, Tensor] = {}  # the sums of those steps
         self.warned = set[str]()
         self.loader = self._loader(engine.gradient_accumulation_steps)
@@ -235,6 +236,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.done, self.step, self.seconds = int(state["epoch"]), int(state["step"]), float(state["seconds"])
             self.partial, self.before = state["sums"], float(state["before"])
+            self.saved = self.done, self.step
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{self.run.checkpoint}: does not fit this run: {error}. "
@@ -260,6 +262,7 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
         )
+        self.saved = self.done, self.step
 
     def fit(self, stop: Stop) -> None:
         job, size = self.job, self.job.train.batch_size
@@ -271,7 +274,7 @@ class Trainer:
         with self.display.bar(job.title, self.steps * size * job.train.epochs) as bar:
             bar.add((self.done * self.steps + self.step) * size)
             for epoch in range(self.done + 1, job.train.epochs + 1):
-                began = time.perf_counter()
+                began = time.perf_counter() - self.before
                 row = self.epoch(epoch, bar, stop)
                 row["val_accuracy"] = self.accuracy(self.data.val)
                 self.seconds += time.perf_counter() - began
