@@ -372,10 +372,12 @@ def test_compiled_code_still_refuses_wrong_values():
     """Checks of values cannot be traced, so the kernel itself looks before it reads."""
     torch._dynamo.reset()
     compiled = torch.compile(af.topk_kd_loss, fullgraph=True, backend="aot_eager")
-    compiled(Z, I2, P2, W, Y)
-    with pytest.raises(RuntimeError, match=r"topk_kd_loss: teacher_indices must be in \[0, 5\), got 7 in row 0"):
-        compiled(Z, [I2[0] + 7, I2[1]], P2, W, Y)
-    with pytest.raises(RuntimeError, match=r"topk_kd_loss: labels\[0\] must be in \[0, 5\)"):
-        compiled(Z, I2, P2, W, Y + 5)
-    with pytest.raises(RuntimeError, match="topk_kd_loss: teacher_weights must be finite and not negative"):
-        compiled(Z, I2, P2, -W, Y)
+    indices = [i.clone() for i in I2]
+    compiled(Z, indices, P2, W, Y)
+    with torch.compiler.set_stance("fail_on_recompile"):  # it is the same code that refuses
+        with pytest.raises(RuntimeError, match=r"topk_kd_loss: teacher_indices must be in \[0, 5\), got 7 in row 0"):
+            compiled(Z, [indices[0] + 7, indices[1]], P2, W, Y)
+        with pytest.raises(RuntimeError, match=r"topk_kd_loss: labels\[0\] must be in \[0, 5\)"):
+            compiled(Z, indices, P2, W, Y + 5)
+        with pytest.raises(RuntimeError, match="topk_kd_loss: teacher_weights must be finite and not negative"):
+            compiled(Z, indices, P2, -W, Y)

@@ -58,12 +58,15 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(place: Place) -> None:
     process.communicate()
     killed = Run(place.folder / "small" / "amtml_kd-seed0")
     assert not killed.finished() and 3 <= len(killed.read_metrics()) < 15
+    for name in (".checkpoint.pt.ab12_xyz", ".student.safetensors.00000000", ".notes"):  # unfinished; a user's
+        (killed.folder / name).touch()
     resumed = place.train(epochs, *own_weights(place), resume=True)
     assert resumed.finished() and metrics(resumed) == metrics(unbroken)
     expected = tensors(unbroken)
     for key, value in tensors(resumed).items():
         assert torch.equal(value, expected[key]), key
     assert read_json(resumed.result) == read_json(unbroken.result)
+    assert [path.name for path in killed.folder.iterdir() if path.name.startswith(".")] == [".notes"]
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:

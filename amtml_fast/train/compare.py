@@ -164,10 +164,11 @@ def load_teachers(
     jobs = [job for job in jobs if job.method.needs_teachers]
     if not jobs:
         return None
-    with make_accelerator(config.engine, config.folder).main_process_first():  # of several processes one downloads
+    accelerator = make_accelerator(config.engine, config.folder)
+    with accelerator.main_process_first():  # of several processes one downloads
         teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
     if config.cache.hints != "never" or not all(job.method.hints(job.config.loss) for job in jobs):
-        with Stop() as stop:
+        with Stop(accelerator.num_processes) as stop:
             frozen.use_cache(config, teachers, data, display, stop.check)
             stop.check()
     return teachers

@@ -226,6 +226,7 @@ class Trainer:
 
     def restore(self) -> None:
         """Continues after the last checkpoint, if there is one."""
+        self.run.remove_unfinished()
         state = self.run.load_checkpoint()
         if state is None:
             self.run.cut_metrics(0) if self.run.metrics.is_file() else None

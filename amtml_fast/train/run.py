@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,6 +36,9 @@ UNREADABLE = (
     ImportError,
     pickle.PickleError,
 )
+
+# What _write_and_rename writes before it renames.
+_TEMPORARY = re.compile(r"\..+\.(pt|json|jsonl|yaml|safetensors)\.[a-z0-9_]{8}")
 
 # Full, over quota, a file too large, or broken.
 DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO")}
@@ -138,9 +142,17 @@ class Run:
             raise RunError(f"{self.checkpoint}: format {FORMAT!r} wanted, got {found!r}. {advice}")
         return state
 
+    def remove_unfinished(self) -> None:
+        """Removes what a process that was killed while it wrote had not finished."""
+        if self.writes:
+            for path in self.folder.iterdir() if self.folder.is_dir() else []:
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         """Removes what an earlier run left here, and nothing that this library did not write."""
         if self.writes and self.folder.is_dir():
+            self.remove_unfinished()
             files = [self.record, self.result, self.checkpoint, self.metrics, self.config]
             files += [*self.folder.glob("*.safetensors"), *self.folder.glob("tensorboard/**/events.out.tfevents.*")]
             for path in files:
