@@ -28,7 +28,7 @@ from small_run import Place, launched, metrics, own_weights, start_and_wait, ten
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amtml_fast import checks
-from amtml_fast.train import loop
+from amtml_fast.train import jobs, loop
 from amtml_fast.train.run import Run, read_json
 from amtml_fast.train.stop import Interrupted
 
@@ -252,16 +252,23 @@ def test_no_step_waits_for_the_device(place: Place, monkeypatch: pytest.MonkeyPa
 
 def test_a_step_is_timed_by_its_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     marks: list[str] = []
-    mark = loop.StepTimer.mark
+    mark, make = loop.StepTimer.mark, loop.make_distiller
 
     def noted(self: loop.StepTimer, part: str) -> None:
         marks.append(part)
         mark(self, part)
 
+    def watched(*args: object) -> jobs.Distiller:
+        distiller = make(*args)
+        distiller.student.model.register_full_backward_pre_hook(lambda *_: marks.append("backward"))
+        return distiller
+
     monkeypatch.setattr(loop.StepTimer, "mark", noted)
+    monkeypatch.setattr(loop, "make_distiller", watched)
     run = place.train("distill.epochs=2")
-    # Backward comes through the losses first, and through the student after them.
-    assert marks == 2 * STEPS * ["data", "teachers", "student", "losses", "losses", "student", "optimizer"]
+    # Backward comes through the losses first, and only then through the student, whose first maps the hints are for too.
+    step = ["data", "teachers", "student", "losses", "losses", "backward", "student", "optimizer"]
+    assert marks == 2 * STEPS * step
     record = run.read_record()
     assert list(record["step_seconds"]) == ["data", "teachers", "student", "losses", "optimizer"]
     assert all(seconds > 0 for seconds in record["step_seconds"].values())

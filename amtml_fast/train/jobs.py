@@ -243,6 +243,9 @@ class Distiller(nn.Module):
     ) -> tuple[StepLoss, Tensor]:
         """The objective's StepLoss and the student's logits [N, C]."""
         logits, maps = self.student(images)
+        if self.timer is not None:
+            # Views, whose gradients are from the losses alone: a map's own is whole only after the layers behind it.
+            logits, maps = logits.view_as(logits), {name: x.view_as(x) for name, x in maps.items()}
         self._mark("student")
         out = self.objective(Step(logits, maps, labels, teacher_logits, teacher_maps, images))
         self._mark("losses")
