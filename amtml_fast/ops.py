@@ -251,15 +251,24 @@ def _(feature_map, height, width, normalize):
 
 @_fake("hint_pool_bwd")
 def _(grad, feature_map, norms, normalize):
-    return torch.empty_like(feature_map, memory_format=torch.contiguous_format)
+    return torch.empty_like(feature_map, memory_format=_map_layout(feature_map))
 
 
 @_fake("hint_fwd")
 def _(student, teacher, weight, *needs):
     inputs = student, teacher, weight
-    wide = wide_dtype(*inputs)
-    grads = (_empty(student, needed, t.shape, wide) for t, needed in zip(inputs, needs))
+    wide, layouts = wide_dtype(*inputs), (_map_layout(student), _map_layout(teacher), torch.contiguous_format)
+    grads = (
+        torch.empty_like(t, dtype=wide, memory_format=layout) if needed else student.new_empty(0, dtype=wide)
+        for t, needed, layout in zip(inputs, needs, layouts)
+    )
     return student.new_empty((), dtype=wide), *grads
+
+
+def _map_layout(feature_map: Tensor) -> torch.memory_format:
+    """Of a gradient to it: on the CPU its own."""
+    last = feature_map.device.type == "cpu" and feature_map.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not feature_map.is_contiguous() else torch.contiguous_format
 
 
 @_fake("hint_mse_fwd")

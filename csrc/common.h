@@ -86,15 +86,9 @@ inline void fill_for_tests(void* data, size_t bytes) {
   if (fill && bytes > 0) std::memset(data, 0xff, bytes);
 }
 
-// A new contiguous tensor on the device of `like`. By way of torch's C interface: a call through the dispatcher costs
-// five times as much, and a small loss makes a dozen tensors.
-inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  Shape strides(shape.size());
-  int64_t stride = 1;
-  for (size_t d = shape.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= std::max<int64_t>(shape[d], 1);
-  }
+// A new tensor on the device of `like`. By way of torch's C interface: a call through the dispatcher costs five times
+// as much, and a small loss makes a dozen tensors.
+inline Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape& strides, ScalarType dtype) {
   int32_t device_type = 0, device_index = 0;
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -107,6 +101,17 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
     fill_for_tests(made.mutable_data_ptr(), made.numel() * made.element_size());
   }
   return made;
+}
+
+// Contiguous.
+inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  Shape strides(shape.size());
+  int64_t stride = 1;
+  for (size_t d = shape.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(shape[d], 1);
+  }
+  return empty_strided(like, shape, strides, dtype);
 }
 
 // t in another dtype, and contiguous as well: t itself where it is that already.

@@ -147,7 +147,7 @@ def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop.Trainer, "save", save_and_stop)
 
 
-# One epoch is 11 steps.
+# One epoch is 9 steps.
 PLAIN = [
     "student.factory=plain_net:net",
     "student.args={width: 4}",

@@ -24,7 +24,7 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import psutil
 import torch
-from small_run import Place, launched, metrics, own_weights, start_and_wait, tensors
+from small_run import Place, interrupt_after, launched, metrics, own_weights, start_and_wait, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amtml_fast import checks
@@ -113,6 +113,18 @@ def test_killed_at_random_moments_it_loses_an_interval_at_most_and_ends_the_same
     print(f"{kills} kills in {SOAK} runs")
 
 
+def test_checkpoints_within_an_epoch(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, saved = loop.Trainer.save, list[tuple[int, int]]()
+
+    def noted(self: loop.Trainer) -> None:
+        save(self)
+        saved.append((self.done, self.step))
+
+    monkeypatch.setattr(loop.Trainer, "save", noted)
+    place.train("distill.epochs=2", f"engine.checkpoint_steps={INTERVAL}")
+    assert saved == [(0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0)]
+
+
 # --- a stop within an epoch ---------------------------------------------------------------------------------------------
 
 
@@ -175,21 +187,26 @@ def test_sigterm_ends_the_command_with_what_it_had(place: Place) -> None:
 # --- a full disk --------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(place: Place) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource
 
     settings = ["distill.epochs=4", *own_weights(place)]
     unbroken = place.train(*settings, "name=unbroken")
-    size = unbroken.checkpoint.stat().st_size
-    # No file may grow beyond half a checkpoint: the system refuses to write the rest, as on a full disk.
-    command = place.command("distill", *settings)
-    done = subprocess.run(
-        command, cwd=place.folder, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)),
-    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Interrupted):
+            place.train(*settings)
     run = Run(place.folder / "small" / "amtml_kd-seed0")
+    before = run.checkpoint.read_bytes()
+    # No file may grow beyond half a checkpoint: the system refuses to write the rest, as on a full disk.
+    done = subprocess.run(
+        [*place.command("distill", *settings), "--resume"], cwd=place.folder, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)),
+    )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"error: {run.checkpoint}: File too large: " in done.stderr and "is whole" in done.stderr, done.stderr
+    assert run.checkpoint.read_bytes() == before
     assert not [path for path in run.folder.iterdir() if path.name.startswith(".")]
     assert_equal(place.train(*settings, resume=True), unbroken)
 

@@ -196,6 +196,43 @@ def test_teacher_weights_in_either_layout(memory_format, fused):
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    "planes", [((8, 8), (8, 8)), ((8, 12), (4, 4)), ((7, 5), (3, 9))], ids=["one", "halved", "uneven"]
+)
+def test_hints_with_channels_last(planes, normalize, fused):
+    maps = [torch.randn(3, c, *plane) for c, plane in zip((18, 7), planes)]
+    weight = torch.randn(7, 18, requires_grad=True)
+
+    def leaves(layout):
+        return *(m.clone(memory_format=layout).requires_grad_() for m in maps), weight
+
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        args = convert(leaves(torch.channels_last), dtype=dtype)
+        assert args[0].is_contiguous(memory_format=torch.channels_last)
+        want, want_grads = value_and_grads(
+            af.reference.hint_loss, convert(args, dtype=torch.float64), normalize=normalize
+        )
+        got, grads = value_and_grads(af.hint_loss, args, normalize=normalize)
+        assert relative_error(got, want) <= tolerance
+        assert all(relative_error(g, w) <= tolerance for g, w in zip(grads, want_grads))
+        if fused == "cpp":  # no copy: the gradients lie as the maps do
+            assert all(g.stride() == m.stride() for g, m in zip(grads[:2], args))
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fakes_of_hints_know_channels_last(dtype):
+    last = torch.channels_last
+    student, teacher = (torch.randn(2, c, 6, 6, dtype=dtype).contiguous(memory_format=last) for c in (5, 3))
+    kernels = torch.ops.amtml
+    for normalize in (False, True):
+        torch.library.opcheck(kernels.hint_pool_fwd.default, (student, 3, 2, normalize))
+        pooled, norms = kernels.hint_pool_fwd(student, 3, 2, normalize)
+        torch.library.opcheck(kernels.hint_pool_bwd.default, (pooled, student, norms, normalize))
+    torch.library.opcheck(kernels.hint_fwd.default, (student, teacher, torch.randn(3, 5), True, True, True))
+
+
 @pytest.mark.parametrize("margin", [10, 15, 20])
 def test_angle_gradient_of_soft_rows_beside_tight_pairs(margin, fused):
     """Two confident rows of a class are very close: their 1/distance must cancel in the gradient of every other row."""

@@ -79,7 +79,7 @@ def start(gather: bool | str) -> Net:
 
 
 def _process(rank: int, folder: str) -> None:
-    from amtml_fast.train.processes import shard
+    from amtml_fast.train.processes import same_buffers, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -96,7 +96,10 @@ def _process(rank: int, folder: str) -> None:
         loss(torch.randn(3, classes), [torch.randn(3, classes)], torch.zeros(3).long(), torch.randn(3, 8))
     except ValueError as error:
         refused = str(error)
-    torch.save({"found": found, "refused": refused}, f"{folder}/{rank}")
+    norm = nn.BatchNorm1d(2)
+    norm(torch.full((4, 2), float(rank)))
+    same_buffers(norm)
+    torch.save({"found": found, "refused": refused, "buffers": norm.state_dict()}, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
@@ -138,3 +141,9 @@ def test_processes_with_other_classes_all_say_so(two: list[dict]) -> None:
             "the same classes on every process, and labels or none, got 3 x 4, with labels; 3 x 5, with labels"
             in process["refused"]
         )
+
+
+def test_the_running_statistics_are_those_of_the_first_process(two: list[dict]) -> None:
+    first, second = (process["buffers"] for process in two)
+    assert not first["running_mean"].any() and first["num_batches_tracked"] == 1
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

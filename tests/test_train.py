@@ -124,7 +124,16 @@ def stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     random = ["student.factory=plain_net:dropout_net", "student.args={}", "distill.optimizer=adamw"]
-    unbroken = place.train(*random, "name=unbroken", method="student")
+    learn, seeds = loop.Trainer.learn, list[int]()
+
+    def watched(self: loop.Trainer, *args: object) -> None:
+        seeds.append(torch.initial_seed())
+        learn(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "learn", watched)
+        unbroken = place.train(*random, "name=unbroken", method="student")
+    assert len(set(seeds)) == len(seeds) == 4 * unbroken.read_record()["steps_per_epoch"]
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
         with pytest.raises(Interrupted):
@@ -255,6 +264,48 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(place: Pl
     done = subprocess.run(launched(command), cwd=place.folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "continuing after epoch" in done.stdout, done.stderr
     assert_near(unbroken, run, tolerance=1e-4)  # ten times the steps of the test above
+
+
+# Asks the second process alone to stop, in the fourth step of the second epoch; and notes each process's seeds.
+STOPPING = """
+import os, runpy, signal, torch
+from amtml_fast.train import loop
+
+learn, batches = loop.Trainer.learn, 0
+
+
+def terminated(self, *args):
+    global batches
+    with open("seeds" + os.environ["RANK"], "a") as file:
+        print(torch.initial_seed(), file=file)
+    learn(self, *args)
+    batches += 1
+    if batches == self.steps + 4 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+
+
+loop.Trainer.learn = terminated
+runpy.run_module("amtml_fast", run_name="__main__")
+"""
+
+
+def test_two_processes_stop_together_within_an_epoch_and_count_it_once(place: Place) -> None:
+    settings = [*PLAIN, "distill.epochs=3", "distill.batch_size=64", *own_weights(place)]
+    unbroken = place.train(*settings, "name=unbroken")
+    (place.folder / "stopping.py").write_text(STOPPING)
+    command = place.command("distill", *settings)
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    stopping = launched([command[0], "stopping.py", *command[3:]])
+    done = subprocess.run(stopping, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert "1 of 3 epochs and 10 steps of the next one are safe" in done.stderr, done.stderr
+    assert "has gone" not in done.stderr and not run.finished()
+    seeds = [(place.folder / f"seeds{rank}").read_text().splitlines() for rank in range(2)]
+    assert len(set(seeds[0] + seeds[1])) == len(seeds[0] + seeds[1])  # no two draw the same
+    done = subprocess.run(
+        launched([*command, "--resume"]), cwd=place.folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "continuing after epoch 1 of 3 and 10 steps" in done.stdout, done.stderr
+    assert_near(unbroken, run)
 
 
 def test_accumulated_steps_equal_whole_ones(place: Place) -> None:

@@ -8,7 +8,17 @@ namespace {
 
 constexpr char kOp[] = "hint_loss";
 
-// The length of each pixel of an example over its channels, and 1 / that.
+// The lengths of pixels from their squares, in place, and 1 / that.
+template <class A>
+AMTML_INLINE void lengths_of(int64_t pixels, A* length, A* scale) {
+#pragma omp simd
+  for (int64_t p = 0; p < pixels; ++p) {
+    length[p] = std::sqrt(length[p]);
+    scale[p] = 1 / std::max(length[p], A(kSmallestNorm));
+  }
+}
+
+// Those of each pixel of an example over its channels.
 template <class T, class A>
 AMTML_INLINE void norms_of(const T* example, int64_t channels, int64_t plane, A* length, A* scale) {
   std::fill_n(length, plane, A(0));
@@ -17,10 +27,32 @@ AMTML_INLINE void norms_of(const T* example, int64_t channels, int64_t plane, A*
 #pragma omp simd
     for (int64_t p = 0; p < plane; ++p) length[p] += static_cast<A>(x[p]) * static_cast<A>(x[p]);
   }
-  for (int64_t p = 0; p < plane; ++p) {
-    length[p] = std::sqrt(length[p]);
-    scale[p] = 1 / std::max(length[p], A(kSmallestNorm));
+  lengths_of(plane, length, scale);
+}
+
+// An example with its channels last, averaged: pooled [channels, averages]. length, if not null, becomes its norms;
+// scale (ones without) and sums are scratch for a row and for the averages.
+template <class T, class A>
+AMTML_INLINE void pool_channels_last(const T* x, int64_t channels, const Axis<A>& down, const Axis<A>& across,
+                                     A* length, A* scale, A* sums, A* pooled) {
+  const int64_t w = across.in(), averages = down.out() * across.out();
+  std::fill_n(sums, averages * channels, A(0));
+  for (int64_t a = 0; a < down.in(); ++a, x += w * channels) {
+    if (length) {
+      for (int64_t b = 0; b < w; ++b) {
+        A square = 0;
+#pragma omp simd reduction(+ : square)
+        for (int64_t c = 0; c < channels; ++c) {
+          square += static_cast<A>(x[b * channels + c]) * static_cast<A>(x[b * channels + c]);
+        }
+        length[b] = square;
+      }
+      lengths_of(w, length, scale);
+      length += w;
+    }
+    pool_row(x, scale, channels, a, down, across, sums);
   }
+  transpose(averages, channels, sums, channels, pooled, averages);
 }
 
 std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t height, int64_t width, bool normalize) {
@@ -30,7 +62,8 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
   STD_TORCH_CHECK(height >= 1 && width >= 1 && height <= h && width <= w, kOp, ": cannot pool [", h, ", ", w, "] to [",
                   height, ", ", width, "]");
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
-  const Tensor x = dense(feature_map);
+  const bool last = is_channels_last(feature_map);
+  const Tensor x = last ? feature_map : dense(feature_map);
   Tensor pooled = empty(x, {n, channels, height, width}, wide);
   Tensor norms = empty_or_none(x, normalize, {n, h, w}, wide);
   dispatch_wide(wide, [&](auto zero) {
@@ -41,10 +74,15 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
       using T = decltype(element);
       const T* in = static_cast<const T*>(x.const_data_ptr());
       torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> scale(plane, A(1)), row(w);
+        std::vector<A> scale(plane, A(1)), row(last ? height * width * channels : w);
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
             const T* example = in + i * channels * plane;
+            if (last) {
+              pool_channels_last(example, channels, down, across, normalize ? norm + i * plane : nullptr, scale.data(),
+                                 row.data(), out + i * channels * height * width);
+              continue;
+            }
             if (normalize) norms_of(example, channels, plane, norm + i * plane, scale.data());
             for (int64_t c = i * channels; c < (i + 1) * channels; ++c) {
               pool(in + c * plane, scale.data(), down, across, row.data(), out + c * height * width);
@@ -58,7 +96,17 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
 }
 
 // y = x r with r = 1 / |x|, or 1 / kSmallestNorm where |x| is less:  dx = r dy - x inner, inner = r^3 <x, dy> or 0
-// there.
+// there. inner is <x, dy> at first; scale becomes r.
+template <class A>
+AMTML_INLINE void factors_of(int64_t pixels, const A* length, A* scale, A* inner) {
+#pragma omp simd
+  for (int64_t p = 0; p < pixels; ++p) {
+    const bool small = length[p] < A(kSmallestNorm);
+    scale[p] = 1 / (small ? A(kSmallestNorm) : length[p]);
+    inner[p] = small ? A(0) : inner[p] * scale[p] * scale[p] * scale[p];
+  }
+}
+
 template <class T, class A>
 AMTML_INLINE void inner_products(const A* grad, const T* example, int64_t channels, const A* length,
                                  const Axis<A>& down, const Axis<A>& across, A* shares, A* scale, A* inner) {
@@ -71,11 +119,50 @@ AMTML_INLINE void inner_products(const A* grad, const T* example, int64_t channe
       for (int64_t b = 0; b < across.in(); ++b) inner[first + b] += d[b] * static_cast<A>(x[first + b]);
     });
   }
+  factors_of(plane, length, scale, inner);
+}
+
+// Of an example with its channels last. grad [channels, averages]; length is null without norms, and x is not read
+// then; shares, sum, scale and inner are scratch for the averages, a pixel and twice a row.
+template <class T, class A>
+AMTML_INLINE void unpool_channels_last(const A* grad, const T* x, int64_t channels, const A* length,
+                                       const Axis<A>& down, const Axis<A>& across, A* shares, A* sum, A* scale,
+                                       A* inner, T* out) {
+  const int64_t w = across.in(), averages = down.out() * across.out();
+  transpose(channels, averages, grad, averages, shares, channels);
+  for (int64_t o = 0; o < averages; ++o) {
+    const A share = down.share[o / across.out()] * across.share[o % across.out()];
 #pragma omp simd
-  for (int64_t p = 0; p < plane; ++p) {
-    const bool small = length[p] < A(kSmallestNorm);
-    scale[p] = 1 / (small ? A(kSmallestNorm) : length[p]);
-    inner[p] = small ? A(0) : inner[p] * scale[p] * scale[p] * scale[p];
+    for (int64_t c = 0; c < channels; ++c) shares[o * channels + c] *= share;
+  }
+  for (int64_t a = 0; a < down.in(); ++a) {
+    const int64_t first = a * w * channels;
+    if (length) {
+      for (int64_t b = 0; b < w; ++b) {
+        const A* d = spread_to(a, b, shares, channels, down, across, sum);
+        const T* source = x + first + b * channels;
+        A product = 0;
+#pragma omp simd reduction(+ : product)
+        for (int64_t c = 0; c < channels; ++c) product += d[c] * static_cast<A>(source[c]);
+        inner[b] = product;
+      }
+      factors_of(w, length + a * w, scale, inner);
+    }
+    for (int64_t b = 0; b < w; ++b) {
+      const A* d = spread_to(a, b, shares, channels, down, across, sum);
+      T* target = out + first + b * channels;
+      if (!length) {
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) target[c] = static_cast<T>(d[c]);
+        continue;
+      }
+      const T* source = x + first + b * channels;
+      const A r = scale[b], along = inner[b];
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) {
+        target[c] = static_cast<T>(d[c] * r - static_cast<A>(source[c]) * along);
+      }
+    }
   }
 }
 
@@ -85,9 +172,11 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
                 w = feature_map.size(3), height = grad.size(2), width = grad.size(3), plane = h * w;
   check_shape(kOp, "grad", grad, {n, channels, height, width});
   const ScalarType wide = wide_dtype(feature_map.scalar_type());
-  const Tensor x = normalize ? dense(feature_map) : feature_map;  // else it is not read
+  const bool last = is_channels_last(feature_map);
+  const Tensor x = normalize && !last ? dense(feature_map) : feature_map;  // read only with norms
   const Tensor incoming = dense(grad, wide);
-  Tensor grad_map = empty(x, {n, channels, h, w}, x.scalar_type());
+  const Shape shape{n, channels, h, w};
+  Tensor grad_map = last ? empty_channels_last(x, shape, x.scalar_type()) : empty(x, shape, x.scalar_type());
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
     const Axis<A> down(h, height), across(w, width);
@@ -98,11 +187,18 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
       const T* in = static_cast<const T*>(x.const_data_ptr());
       T* out = static_cast<T*>(grad_map.mutable_data_ptr());
       torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> scratch((height + 1) * w), scale(normalize ? plane : 0), inner(normalize ? plane : 0);
+        std::vector<A> scratch(last ? (height * width + 1) * channels : (height + 1) * w), scale(normalize ? plane : 0),
+            inner(normalize ? plane : 0);
         vectorized([&] AMTML_BODY() {
           for (int64_t i = begin; i < end; ++i) {
             A *shares = scratch.data(), *r = scale.data(), *along = inner.data();
             const A* from = g + i * channels * height * width;
+            if (last) {
+              unpool_channels_last(from, in + i * channels * plane, channels, normalize ? norm + i * plane : nullptr,
+                                   down, across, shares, shares + height * width * channels, r, along,
+                                   out + i * channels * plane);
+              continue;
+            }
             if (normalize) {
               inner_products(from, in + i * channels * plane, channels, norm + i * plane, down, across, shares, r,
                              along);
@@ -129,11 +225,13 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
 constexpr int64_t kPixels = 64;  // of a block
 constexpr int64_t kGroups = 16;  // that the blocks are cut into at most: each adds up a gradient of the weight
 
-// A map [n, channels, pixels] as a matrix: the pixels of all examples are its columns, [first, end) of them a block.
+// A map [n, channels, pixels], or [n, pixels, channels] with the channels last, as a matrix: the pixels of all examples
+// are its columns, [first, end) of them a block.
 template <class A>
 struct Columns {
   A* data;
   int64_t channels, pixels;
+  bool last;
 
   // run(x, y, count) for all neighbours in one channel of an example, x in the map and y in panel [channels, kPixels].
   template <class Panel, class Run>
@@ -148,6 +246,7 @@ struct Columns {
   // panel = by times the block, or the block = by times the panel.
   template <class Panel>
   AMTML_INLINE void read(int64_t first, int64_t end, Panel by, Panel* panel) const {
+    if (last) return transpose(end - first, channels, data + first * channels, channels, panel, kPixels, by);
     each_run(first, end, panel, [by] AMTML_BODY(const Panel* x, Panel* y, int64_t count) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) y[i] = by * x[i];
@@ -155,6 +254,7 @@ struct Columns {
   }
   template <class Panel>
   AMTML_INLINE void write(int64_t first, int64_t end, Panel by, const Panel* panel) const {
+    if (last) return transpose(channels, end - first, panel, kPixels, data + first * channels, channels, by);
     each_run(first, end, panel, [by] AMTML_BODY(Panel* x, const Panel* y, int64_t count) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) x[i] = by * y[i];
@@ -273,9 +373,17 @@ Tensor4 hint_fwd(const Tensor& student, const Tensor& teacher, const Tensor& wei
   bool is_double = false;
   for (const Tensor* t : {&student, &teacher, &weight}) is_double |= t->scalar_type() == ScalarType::Double;
   const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
-  const Tensor v = dense(student, wide), u = dense(teacher, wide);
-  Tensor loss = empty(v, {}, wide), grad_student = empty_or_none(v, need_student_grad, {n, c_s, h, w}, wide),
-         grad_teacher = empty_or_none(v, need_teacher_grad, {n, c_t, h, w}, wide),
+  auto map = [&](const Tensor& t) {
+    const Tensor x = converted(t, wide);
+    return is_channels_last(x) ? x : dense(x);
+  };
+  const Tensor v = map(student), u = map(teacher);
+  const bool v_last = is_channels_last(v), u_last = is_channels_last(u);
+  auto map_or_none = [&](bool needed, bool last, const Shape& shape) {
+    return needed && last ? empty_channels_last(v, shape, wide) : empty_or_none(v, needed, shape, wide);
+  };
+  Tensor loss = empty(v, {}, wide), grad_student = map_or_none(need_student_grad, v_last, {n, c_s, h, w}),
+         grad_teacher = map_or_none(need_teacher_grad, u_last, {n, c_t, h, w}),
          grad_weight = empty_or_none(v, need_weight_grad, {c_t, c_s}, wide);
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
@@ -285,10 +393,10 @@ Tensor4 hint_fwd(const Tensor& student, const Tensor& teacher, const Tensor& wei
     const int64_t pitch = padded(c_s, 32) + 16;
     const std::vector<A> factors = padded_weight<A>(weight, rows_u, pitch);
     const double count = static_cast<double>(std::max<int64_t>(columns * c_t, 1));
-    const Error<A> error{{static_cast<const A*>(v.const_data_ptr()), c_s, pixels},
-                         {static_cast<const A*>(u.const_data_ptr()), c_t, pixels},
-                         {out(grad_student, need_student_grad), c_s, pixels},
-                         {out(grad_teacher, need_teacher_grad), c_t, pixels},
+    const Error<A> error{{static_cast<const A*>(v.const_data_ptr()), c_s, pixels, v_last},
+                         {static_cast<const A*>(u.const_data_ptr()), c_t, pixels, u_last},
+                         {out(grad_student, need_student_grad), c_s, pixels, v_last},
+                         {out(grad_teacher, need_teacher_grad), c_t, pixels, u_last},
                          factors.data(),
                          rows_u,
                          rows_v,

@@ -1,4 +1,4 @@
-// Adaptive average pooling of one plane, and the way back.
+// Adaptive average pooling, and the way back: of one plane, or of an example with its channels last.
 #pragma once
 
 #include "../arithmetic.h"
@@ -107,6 +107,59 @@ AMTML_INLINE void spread(const A* grad, const Axis<A>& down, const Axis<A>& acro
     }
     use(a * w, d);
   }
+}
+
+// Whether the channels of a pixel of t [n, c, h, w] lie side by side, and the pixels as in a contiguous tensor.
+inline bool is_channels_last(const Tensor& t) {
+  if (t.is_contiguous()) return false;
+  int64_t stride = 1;
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != stride) return false;
+    stride *= t.size(d);
+  }
+  return true;
+}
+
+inline Tensor empty_channels_last(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  const int64_t c = shape[1], h = shape[2], w = shape[3];
+  return empty_strided(like, shape, {c * h * w, 1, c * w, c}, dtype);
+}
+
+// sums [averages, channels] += row a of an example, each pixel times its scale and its share in the averages. row is
+// [w, channels].
+template <class T, class A>
+AMTML_INLINE void pool_row(const T* row, const A* scale, int64_t channels, int64_t a, const Axis<A>& down,
+                           const Axis<A>& across, A* sums) {
+  for (int64_t b = 0; b < across.in(); ++b) {
+    const T* x = row + b * channels;
+    for (int64_t y = down.outputs[a].begin; y < down.outputs[a].end; ++y) {
+      for (int64_t z = across.outputs[b].begin; z < across.outputs[b].end; ++z) {
+        const A part = scale[b] * (down.share[y] * across.share[z]);
+        A* sum = sums + (y * across.out() + z) * channels;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) sum[c] += part * static_cast<A>(x[c]);
+      }
+    }
+  }
+}
+
+// The way back to the pixel (a, b): the gradients of the averages that it takes part in, [averages, channels] and times
+// their shares already. sum: scratch for one pixel.
+template <class A>
+AMTML_INLINE const A* spread_to(int64_t a, int64_t b, const A* shares, int64_t channels, const Axis<A>& down,
+                                const Axis<A>& across, A* sum) {
+  const Window<int64_t> rows = down.outputs[a], columns = across.outputs[b];
+  const A* first = shares + (rows.begin * across.out() + columns.begin) * channels;
+  if (rows.size() == 1 && columns.size() == 1) return first;
+  std::fill_n(sum, channels, A(0));
+  for (int64_t y = rows.begin; y < rows.end; ++y) {
+    for (int64_t z = columns.begin; z < columns.end; ++z) {
+      const A* d = shares + (y * across.out() + z) * channels;
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) sum[c] += d[c];
+    }
+  }
+  return sum;
 }
 
 }  // namespace amtml

@@ -52,23 +52,30 @@ AMTML_INLINE void add_product(int64_t rows, int64_t columns, int64_t depth, cons
   }
 }
 
-// to [columns, rows] = x^T, by squares that fit in registers. rows and columns must be multiples of 4.
-template <class A>
-AMTML_INLINE void transpose(int64_t rows, int64_t columns, const A* x, int64_t x_pitch, A* to, int64_t to_pitch) {
+// to [columns, rows] = scale times x^T, by squares that fit in registers.
+template <class A, class T>
+AMTML_INLINE void transpose(int64_t rows, int64_t columns, const T* x, int64_t x_pitch, A* to, int64_t to_pitch,
+                            A scale = 1) {
   constexpr int kSide = 4;
-  for (int64_t i = 0; i < rows; i += kSide) {
-    for (int64_t j = 0; j < columns; j += kSide) {
+  const int64_t whole_rows = rows - rows % kSide, whole_columns = columns - columns % kSide;
+  for (int64_t i = 0; i < whole_rows; i += kSide) {
+    for (int64_t j = 0; j < whole_columns; j += kSide) {
       A square[kSide][kSide];
 #pragma GCC unroll 4
       for (int r = 0; r < kSide; ++r) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kSide; ++c) square[c][r] = x[(i + r) * x_pitch + j + c];
+        for (int c = 0; c < kSide; ++c) square[c][r] = scale * static_cast<A>(x[(i + r) * x_pitch + j + c]);
       }
 #pragma GCC unroll 4
       for (int c = 0; c < kSide; ++c) {
 #pragma GCC unroll 4
         for (int r = 0; r < kSide; ++r) to[(j + c) * to_pitch + i + r] = square[c][r];
       }
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j) {
+      to[j * to_pitch + i] = scale * static_cast<A>(x[i * x_pitch + j]);
     }
   }
 }
