@@ -520,6 +520,34 @@ def test_without_locks_two_writers_still_end_with_a_whole_cache(
     assert not list(tmp_path.glob("teacher-cache/*/.shard-*"))
 
 
+def test_teachers_in_threads_leave_the_compiler_as_it_was(tmp_path: Path, data: ImageData) -> None:
+    found = teachers.load(load(tmp_path), data, hints=False)
+    inside, leave = [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
+    mine = threading.local()
+    forward = found.models[0].forward
+
+    def waits(images: torch.Tensor) -> object:
+        inside[mine.number].set()
+        assert leave[mine.number].wait(60)
+        return forward(images)
+
+    found.models[0].forward = waits  # type: ignore[method-assign]
+
+    def run(number: int) -> None:
+        mine.number = number
+        found.live(torch.zeros(2, *data.train.images.shape[1:]))
+
+    team = [threading.Thread(target=run, args=(number,)) for number in range(2)]
+    for thread, there in zip(team, inside):
+        thread.start()
+        assert there.wait(60)
+    for thread, go in zip(team, leave):  # the first to come is the first to leave
+        go.set()
+        thread.join()
+    compiled = torch.compile(lambda x: x + int(torch.compiler.is_compiling()), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == 1
+
+
 def test_a_file_that_another_machines_writer_took_away_is_written_again(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,18 +88,20 @@ class Teachers:
 
     def live(self, images: Tensor) -> Outputs:
         """The teachers run on any number of `images` [n, C, H, W]; never compiled."""
-        with torch.compiler.set_stance("force_eager"):
-            return self.run(images)
+        return self._outputs(images, [model.forward for model in self.models])
 
     def run(self, images: Tensor) -> Outputs:
         """The teachers run on a batch of the training, compiled if they were."""
+        return self._outputs(images, self.models)
+
+    def _outputs(self, images: Tensor, teachers: Sequence[Callable[[Tensor], Any]]) -> Outputs:
         outputs = []
         with (
             torch.inference_mode(),
             torch.autocast(images.device.type, self.precision, enabled=self.precision is not None),
         ):
-            for model in self.models:
-                logits, caught = model(images)
+            for teacher in teachers:
+                logits, caught = teacher(images)
                 outputs.append((logits, caught.get(HINT)))
         return Outputs([_ordinary(x) for x, _ in outputs], [_ordinary(x) for _, x in outputs if x is not None])
 
@@ -222,11 +224,10 @@ def right(
     was_training = model.training
     model.eval()
     count = torch.zeros((), dtype=torch.int64, device=split.labels.device)
-    # What is compiled is compiled for the training's batches.
-    with torch.compiler.set_stance("force_eager"):
-        for batch in datasets.Loader(split, data, EVAL_BATCH * world_size, rank=rank, world_size=world_size):
-            if len(batch.labels):
-                count += (model(batch.images)[0].argmax(1) == batch.labels).sum()
+    for batch in datasets.Loader(split, data, EVAL_BATCH * world_size, rank=rank, world_size=world_size):
+        if len(batch.labels):
+            # Not model(...): what is compiled is compiled for the training's batches.
+            count += (model.forward(batch.images)[0].argmax(1) == batch.labels).sum()
     model.train(was_training)
     return count
 
