@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,13 +102,13 @@ def equal(a: teachers.Outputs, b: teachers.Outputs) -> bool:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of images in each run of the teachers, but for a single probe."""
     counts: list[int] = []
-    live = teachers.Teachers.run
+    outputs = teachers.Teachers._outputs
 
-    def counted(self: teachers.Teachers, images: Tensor) -> teachers.Outputs:
+    def counted(self: teachers.Teachers, images: Tensor, networks: Sequence) -> teachers.Outputs:
         counts.append(len(images)) if len(images) > 2 else None
-        return live(self, images)
+        return outputs(self, images, networks)
 
-    monkeypatch.setattr(teachers.Teachers, "run", counted)
+    monkeypatch.setattr(teachers.Teachers, "_outputs", counted)
     return counts
 
 
