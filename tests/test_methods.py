@@ -119,9 +119,10 @@ def test_every_method_trains_the_student_and_its_own_parts(name: str) -> None:
 def test_only_the_keys_that_a_method_reads_make_its_runs_another_configuration() -> None:
     assert set(METHODS["avg_mkd"].loss(make_config())) == {"temperature", "alpha", "mode", "label_smoothing"}
     assert set(METHODS["student"].loss(make_config())) == {"label_smoothing"}
-    assert "at_weight" in METHODS["at"].loss(make_config()) and "at_weight" not in METHODS["amtml_kd"].loss(
-        make_config()
-    )
+    of_one = {"at": {"at_weight"}, "aekd": {"aekd_gradients", "aekd_bound"}}
+    for name, keys in of_one.items():
+        assert keys <= set(METHODS[name].loss(make_config()))
+        assert all(keys.isdisjoint(other.loss(make_config())) for key, other in METHODS.items() if key != name)
 
 
 # --- formulas ---------------------------------------------------------------------------------------------------------
@@ -174,37 +175,75 @@ def test_ca_mkd_weighs_by_the_label_and_its_hints_alike() -> None:
     torch.testing.assert_close(made(step).loss, want)
 
 
-def test_aekd_takes_the_min_norm_point() -> None:
+@pytest.mark.parametrize("bound", [1.0, 0.6, 0.4])
+def test_aekd_takes_the_min_norm_point(bound: float) -> None:
     g = torch.Generator().manual_seed(0)
     shares = torch.distributions.Dirichlet(torch.full((T,), 0.7))
     torch.manual_seed(0)
+    bounded = 0
     for _ in range(20):
         vectors = torch.randn(T, 4, generator=g) + torch.randn(1, 4, generator=g)
         gram = vectors @ vectors.T
-        w = min_norm_weights(gram)
-        assert (w >= 0).all() and abs(w.sum().item() - 1) < 1e-6
-        value, others = (w @ vectors).square().sum(), (shares.sample((4000,)) @ vectors).square().sum(1)
-        assert value <= others.min() + 1e-6
-        # No corner lies on the near side of the plane through the point: the condition of the minimum.
-        assert (vectors @ (w @ vectors) >= value - 1e-5).all()
+        w = min_norm_weights(gram, bound)
+        assert (w >= 0).all() and w.max() <= bound + 1e-6 and abs(w.sum().item() - 1) < 1e-6
+        others = shares.sample((4000,))
+        others = others[(others <= bound).all(1)]
+        value = (w @ vectors).square().sum()
+        assert value <= (others @ vectors).square().sum(1).min() + 1e-6
+        # The condition of the minimum: no weight can be moved from one vector to another to make it less.
+        slope = vectors @ (w @ vectors)
+        assert slope[w < bound - 1e-6].min() >= slope[w > 0].max() - 1e-5
+        bounded += int((w > bound - 1e-6).any())
+    assert bounded > 0
 
 
 def test_aekd_with_equal_or_single_teachers() -> None:
-    torch.testing.assert_close(min_norm_weights(torch.ones(3, 3)), torch.full((3,), 1 / 3), rtol=0, atol=1e-5)
-    torch.testing.assert_close(min_norm_weights(torch.zeros(2, 2)), torch.full((2,), 0.5))
-    torch.testing.assert_close(min_norm_weights(torch.tensor([[4.0]])), torch.ones(1))
+    for bound in (1.0, 0.6, 0.2):  # below 1 / T it is 1 / T
+        weights = min_norm_weights(torch.ones(3, 3), bound)
+        torch.testing.assert_close(weights, torch.full((3,), 1 / 3), rtol=0, atol=1e-5)
+        torch.testing.assert_close(min_norm_weights(torch.zeros(2, 2), bound), torch.full((2,), 0.5))
+        torch.testing.assert_close(min_norm_weights(torch.tensor([[4.0]]), bound), torch.ones(1))
     # One gradient far shorter than the others and in their direction: it alone is the min-norm point.
-    torch.testing.assert_close(min_norm_weights(torch.tensor([[1.0, 5.0], [5.0, 30.0]])), torch.tensor([1.0, 0.0]))
+    gram = torch.tensor([[1.0, 5.0], [5.0, 30.0]])
+    torch.testing.assert_close(min_norm_weights(gram), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.tensor([0.6, 0.4]))
 
 
-def test_aekd_weighs_the_gradients_of_the_batch() -> None:
-    step, tau = make_step(), 4.0
+def aekd_gradients(step: Step, tau: float = 4.0) -> Tensor:
+    """Of every teacher's KL to the student's logits, by autograd: [T, N, C]."""
     gradients = []
     for z in step.teacher_logits:
         logits = step.logits.detach().requires_grad_()
-        gradients.append(torch.autograd.grad(kl((z / tau).softmax(-1), logits, tau).mean(), logits)[0].flatten())
-    rows = torch.stack(gradients)
-    torch.testing.assert_close(objective("aekd")(step).weights[0], min_norm_weights(rows @ rows.T))
+        gradients.append(torch.autograd.grad(kl((z / tau).softmax(-1), logits, tau).mean(), logits)[0])
+    return torch.stack(gradients)
+
+
+def theirs_aekd(step: Step, bound: float = 0.6) -> Tensor:
+    """The authors' weights for three teachers, on a grid: gradients averaged over the batch, no weight above a bound."""
+    rows = aekd_gradients(step).mean(1)
+    ticks = torch.linspace(0, 1, 1001)
+    first, second = torch.meshgrid(ticks, ticks, indexing="ij")
+    grid = torch.stack([first, second, 1 - first - second], -1).flatten(0, 1)
+    grid = grid[((grid >= -1e-6) & (grid <= bound + 1e-6)).all(1)]
+    return grid[(grid @ rows).square().sum(1).argmin()]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_aekd_weighs_the_mean_gradients_of_the_batch_as_its_authors_do(seed: int) -> None:
+    step = make_step(seed)
+    out = objective("aekd")(step)
+    torch.testing.assert_close(out.weights[0], theirs_aekd(step), rtol=0, atol=2e-3)
+    each = torch.stack([kl((z / 4).softmax(-1), step.logits, 4.0).mean() for z in step.teacher_logits])
+    want = 0.3 * F.cross_entropy(step.logits, step.labels) + 0.7 * out.weights[0] @ each
+    torch.testing.assert_close(out.loss, want)
+
+
+def test_aekd_weighs_the_gradients_of_every_row_where_asked() -> None:
+    step = make_step()
+    rows = aekd_gradients(step).flatten(1)
+    made = objective("aekd", aekd_gradients="rows", aekd_bound=1.0)
+    torch.testing.assert_close(made(step).weights[0], min_norm_weights(rows @ rows.T))
+    assert (made(step).weights[0] - objective("aekd")(step).weights[0]).abs().max() > 0.05
 
 
 def test_dml_learns_with_its_peers() -> None:
@@ -414,6 +453,8 @@ def test_a_variant_is_another_method_with_other_values() -> None:
         ),
         ("loss: {kl_scale: 0}", r"loss.kl_scale: a number above 0 wanted, got 0.0"),
         ("loss: {delta: 0}", r"loss.delta: a number above 0 wanted, got 0.0"),
+        ("loss: {aekd_gradients: row}", r"loss.aekd_gradients: one of mean, rows wanted, got 'row'"),
+        ("loss: {aekd_bound: 0}", r"loss.aekd_bound: a number in \(0, 1\] wanted, got 0.0"),
         ("loss: {distance_weight: -1}", r"loss.distance_weight: 0 or more wanted, got -1.0"),
         ("loss: {kl_trains_weights: false}", r"loss.adapter_label_weight: above 0 wanted where kl_trains_weights"),
         (
