@@ -541,6 +541,25 @@ def test_extreme_logits_and_temperatures(on, tau):
     assert relative_error(got, want) <= 1e-6 and relative_error(grads[0], want_grads[0]) <= 1e-5
 
 
+@pytest.mark.parametrize("depth", [200.0, 1e4, float("inf")])
+@pytest.mark.parametrize("op", ["multi_teacher_kd", "topk_kd"])
+def test_weights_have_a_finite_gradient_where_all_teachers_underflow_to_0(op, depth, on):
+    case = CASES[op]
+    student, *teachers, weights, labels = case.inputs(*case.small, seed=3)
+    spread = 2 if op == "multi_teacher_kd" else 1
+    for one in teachers[-1]:  # logits or log-probabilities of the first class; the student is sure of it
+        one[:, 0] -= spread * depth
+    student.data[:, 0] += 20
+    for options in ({"temperature": 1.0}, {"temperature": 1.0, "reduction": "none"}):
+        args = student, *teachers, weights, labels
+        got, grads = value_and_grads(case.function, args, **options)
+        with af.use_backend("reference"):
+            want, wanted = value_and_grads(case.reference, convert(args, dtype=torch.float64), **options)
+        assert all(g.isfinite().all() for g in grads)
+        for a, b in zip([got, *grads], [want, *wanted]):
+            torch.testing.assert_close(a, b.float(), rtol=2e-5, atol=2e-6)
+
+
 def test_kl_is_0_where_the_student_is_the_teacher_and_never_negative(on):
     student = torch.randn(64, 1000, requires_grad=True)
     for mode in ("mixture", "sum"):
