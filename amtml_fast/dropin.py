@@ -309,9 +309,10 @@ class Adapter(nn.Module):
 
     def __init__(self, teacher_models: Sequence[Any], pool_size: Sequence[int]):
         super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.theta = nn.Parameter(torch.randn(len(teacher_models), pool_size[1], generator=generator))
-        self.W = nn.Parameter(torch.randn(pool_size[1], 1, generator=generator))
+        generator = torch.Generator().manual_seed(1)  # the CPU's, as theirs: the same numbers on every device
+        sizes = (len(teacher_models), pool_size[1]), (pool_size[1], 1)
+        drawn = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
+        self.theta, self.W = (nn.Parameter(x.to(torch.get_default_device())) for x in drawn)
         self.val = False
 
     def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:

@@ -22,7 +22,7 @@ def gram_distances(e, squared=False, eps=1e-12):
     norms = e.pow(2).sum(1)
     d = (norms[:, None] + norms[None, :] - 2 * e @ e.t()).clamp(min=eps)
     d = d if squared else d.sqrt()
-    return d * (1 - torch.eye(len(e), dtype=e.dtype))
+    return d * (1 - torch.eye(len(e), dtype=e.dtype, device=e.device))
 
 
 def plain_distance(student, teacher, squared=False):
@@ -369,6 +369,18 @@ def test_match_logits_broadcasts_its_weights(size, on):
     assert all(relative_error(g, w) < 1e-5 for g, w in zip(grads, want_grads, strict=True))
 
 
+def test_the_gradient_of_a_weight_that_all_rows_share_is_summed_in_float32(on):
+    """Of a single row it is below half's smallest number."""
+    teacher = draw(4096, 3)
+    student = teacher + 0.02 * draw(4096, 4)[:, :3]
+    weight = torch.tensor(1.0, dtype=torch.half, device="cpu")
+    args = student.half(), [teacher.half()], weight.requires_grad_()
+    _, (want,) = gradients(lambda s, ts, w: over_teachers(s, ts, w, 4), exactly(args))
+    assert want / len(student) < torch.finfo(torch.half).smallest_normal / 1024
+    _, (got,) = gradients(dropin.MatchLogits(4), converted(args, lambda a: a.to(DEVICE)))
+    assert relative_error(got, want) < torch.finfo(torch.half).eps / 2
+
+
 @pytest.mark.parametrize("size", [(3,), (2, 1), (N, 3), (1, N, 2)], ids=str)
 def test_match_logits_refuses_other_weights(size):
     with pytest.raises(ValueError, match=r"MatchLogits: logits_weight must be \[12, 2\] or broadcast to it, got \["):
@@ -453,7 +465,7 @@ def test_the_adapters_loss_of_a_student_with_masked_classes(kind, on):
     want, (want_grad,) = gradients(plain, exactly((without(y, 4).detach().requires_grad_(),)))
     student = y.detach().clone()
     student[:, 4] = -math.inf
-    targets = torch.cat([mixed[:, :4], torch.zeros(N, 1), mixed[:, 4:]], 1).to(DEVICE)
+    targets = torch.cat([mixed[:, :4], 0 * mixed[:, :1], mixed[:, 4:]], 1).to(DEVICE)
     of = kind([None] * 4, MAP_S.shape).eval()
     got, (grad,) = gradients(
         lambda y: of.loss(y, labels.to(DEVICE), targets, 5.0), (student.to(DEVICE).requires_grad_(),)
@@ -516,6 +528,11 @@ def test_adapter_is_the_authors(kind):
         torch.testing.assert_close(
             ours.eval().loss(S, labels, mixed, 5, one_term), plain(S, labels, mixed, 5, one_term)
         )
+
+
+def test_adapter_is_made_on_the_default_device():
+    with torch.device("meta"):
+        assert dropin.Adapter([None] * 4, MAP_S.shape).theta.device.type == "meta"
 
 
 def test_the_adapters_loss_broadcasts_one_soft_target():
