@@ -1,5 +1,7 @@
 """amtml_fast.dropin against the plain formulas it replaces, each written out here once, in the dtype of its inputs."""
 
+import ast
+import itertools
 import math
 import pathlib
 import re
@@ -277,8 +279,11 @@ def test_values_and_gradients_are_those_of_the_formula(name, on):
         assert want_grad.norm() > 0 and relative_error(grad, want_grad) < 1e-5
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype, autocast",
+    [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)],
+    ids=["bf16", "fp16", "bf16-autocast"],
+)
 @pytest.mark.parametrize("name", KINDS)
 def test_16_bit_inputs_are_computed_in_float32(name, dtype, autocast, on):
     """The value of the rounded inputs to float32's rounding; of the gradient, only the last step is 16-bit."""
@@ -626,13 +631,70 @@ def test_a_training_script_switches_by_its_import_line():
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
 
 
+# --- docs/dropin.md
+
+
+TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "dropin.md").read_text()
+EXAMPLE = {
+    name: torch.tensor(ast.literal_eval(re.search(rf"^    {name} = (.+)$", TEXT, re.M)[1]), device="cpu").double()
+    for name in "zt"
+}
+SCOPE = {**vars(af), **vars(dropin), **EXAMPLE, "T": 2.0, "F": F, "torch": torch, "kd": af.multi_teacher_kd_loss}
+
+
+def table(columns, heading):
+    """The rows of the table that begins with this heading."""
+    lines = TEXT[TEXT.index(heading) :].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(lambda x: x, lines)]
+    assert rows and all(len(row) == columns for row in rows)
+    return rows
+
+
+def value_of(cell):
+    return f"{float(eval(cell.strip('`'), SCOPE)):.4f}"
+
+
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
-def test_the_worked_number_of_the_docs():
-    """docs/dropin.md: every row's formula gives the value that stands beside it."""
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "dropin.md").read_text()
-    z, t = (torch.tensor(eval(re.search(rf"^    {name} = (.+)$", text, re.M)[1])).double() for name in "zt")
-    scope = {"z": z, "t": t, "T": 2.0, "F": F, "torch": torch, **vars(dropin), **vars(af)}
-    rows = re.findall(r"^\| .+ \| `(.+)` \| .+ \| .+ \| ([0-9.]+) \|$", text, re.M)
-    assert len(rows) >= 7
-    for formula, value in rows:
-        assert f"{float(eval(formula, scope)):.4f}" == value, formula
+def test_the_docs_say_how_the_libraries_define_kl():
+    """Of every row: its columns say what makes the value, and so does what stands under ``here``."""
+    log_q, p = F.log_softmax(EXAMPLE["z"] / 2, 1), F.softmax(EXAMPLE["t"] / 2, 1)
+    kl = (p * (p.log() - log_q)).sum().item()
+    factor = {"yes": 4, "no": 1, "twice": 8}
+    divisor = {"rows": 2, "valid tokens": 2, "rows x classes": 6, "nothing": 1}
+    rows = table(6, "| whose | call | T^2 |")
+    for whose, call, squared, divided_by, here, value in rows:
+        assert f"{factor[squared] * kl / divisor[divided_by]:.4f}" == value, whose
+        assert value_of(call if here == "the same" else here) == value, whose
+        if whose.startswith("torch,"):
+            assert value_of(call) == value, whose
+    assert {"RepDistiller", "mdistiller", "optax"} <= {row[0] for row in rows}
+
+
+def test_the_docs_say_what_is_no_kl():
+    for whose, _, _, formula, value in table(5, "| whose | call | what it is |"):
+        assert value_of(formula) == value, whose
+
+
+def test_the_docs_say_what_becomes_of_the_tail():
+    torch.manual_seed(0)
+    z, t = torch.randn(4, 9, device="cpu"), 2 * torch.randn(4, 9, device="cpu")
+    top, log_q = t.log_softmax(-1).topk(3), z.log_softmax(-1)
+    log_p, log_q_top = top.values, log_q.gather(1, top.indices)
+    rest = (torch.log1p(-x.exp().sum(1, keepdim=True)) for x in (log_p, log_q_top))
+    with_rest = [torch.cat([x, r], 1) for x, r in zip((log_p, log_q_top), rest)]
+
+    def kl(log_p, log_q):
+        return (log_p.exp() * (log_p - log_q)).sum(1).mean()
+
+    got = [
+        *(
+            af.topk_kd_loss(z, [top.indices], [log_p], None, temperature=1.0, tail=tail)
+            for tail in ("renormalize", "ignore", "uniform")
+        ),
+        kl(*with_rest),
+        kl(log_p.log_softmax(1), log_q_top.log_softmax(1)),
+        af.multi_teacher_kd_loss(z, [t], None, temperature=1.0),
+    ]
+    formulas = [kl(log_p.log_softmax(1), log_q_top), kl(log_p, log_q_top)]
+    values = [row[-1] for row in table(3, "| the classes beyond the k |")]
+    assert [f"{x:.4f}" for x in got] == values and [f"{x:.4f}" for x in formulas] == values[:2]
