@@ -1,271 +1,42 @@
-"""amtml_fast.dropin against the plain formulas it replaces, each written out here once, in the dtype of its inputs."""
+"""amtml_fast.dropin against the plain formulas it replaces (``drop_ins.KINDS``), in the dtype of their inputs."""
 
-import ast
-import itertools
 import math
-import pathlib
-import re
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from backends import DEVICE, cpu_only
+from drop_ins import (
+    KINDS,
+    MAP_S,
+    SOFT,
+    TOKENS_S,
+    TOKENS_T,
+    C,
+    N,
+    S,
+    T,
+    converted,
+    draw,
+    exactly,
+    gradients,
+    leaf,
+    mean_kl,
+    over_examples,
+    over_teachers,
+    plain_angle,
+    plain_distance,
+    plain_learning_loss,
+    plain_loss,
+)
 
-import amtml_fast as af
 from amtml_fast import dropin
 from amtml_fast.testing import relative_error
-
-# --- the formulas, as the libraries have them
-
-
-def gram_distances(e, squared=False, eps=1e-12):
-    norms = e.pow(2).sum(1)
-    d = (norms[:, None] + norms[None, :] - 2 * e @ e.t()).clamp(min=eps)
-    d = d if squared else d.sqrt()
-    return d * (1 - torch.eye(len(e), dtype=e.dtype, device=e.device))
-
-
-def plain_distance(student, teacher, squared=False):
-    d, t = gram_distances(student, squared), gram_distances(teacher, squared)
-    return F.smooth_l1_loss(d / d[d > 0].mean(), t / t[t > 0].mean())
-
-
-def angles(x):
-    e = F.normalize(x[None] - x[:, None], dim=2)
-    return torch.bmm(e, e.transpose(1, 2))
-
-
-def plain_angle(student, teacher):
-    return F.smooth_l1_loss(angles(student), angles(teacher))
-
-
-def kl_terms(student, teacher, T):
-    """T^2 p (log p - log q), the classes in dimension 1."""
-    log_q, p = F.log_softmax(student / T, 1), F.softmax(teacher / T, 1)
-    return F.kl_div(log_q, p, reduction="none") * T**2
-
-
-def over_examples(student, teacher, T):
-    """RepDistiller's reduction: the sum over everything, divided by the length of the batch."""
-    return kl_terms(student, teacher, T).sum() / student.shape[0]
-
-
-def over_positions(student, teacher, T):
-    """mdistiller's: the sum over classes, the mean over the rest."""
-    return kl_terms(student, teacher, T).sum(1).mean()
-
-
-def over_teachers(student, teachers, weights, T):
-    """MMKD's: weights are whatever broadcasts to [N, T]."""
-    return (weights * torch.stack([kl_terms(student, t, T).sum(-1) for t in teachers], 1)).sum(-1).mean()
-
-
-def plain_fitnet(student, teacher, weight):
-    if student.dim() == 2:
-        student, teacher = student[..., None, None], teacher[..., None, None]
-    return (F.conv2d(F.normalize(student), weight) - F.normalize(teacher)).pow(2).mean()
-
-
-def standardized(z):
-    return (z - z.mean(-1, keepdim=True)) / (1e-7 + z.std(-1, keepdim=True))
-
-
-def plain_weights(conv_map, theta, W):
-    beta = conv_map.flatten(2).max(-1).values
-    return torch.stack([(beta * t) @ W for t in theta]).squeeze(2).t().softmax(1)
-
-
-def plain_mixture(conv_map, theta, W, soft_targets):
-    return (plain_weights(conv_map, theta, W).unsqueeze(2) * soft_targets).sum(1)
-
-
-def mean_kl(log_q, mixed, T, alpha):
-    return F.kl_div(log_q, mixed, reduction="sum") / mixed.numel() * (T * T * 2 * alpha)
-
-
-def plain_loss(y, labels, mixed, T, alpha):
-    return mean_kl(F.log_softmax(y / T, 1), mixed, T, alpha) + (1 - alpha) * F.cross_entropy(y, labels)
-
-
-def plain_learning_loss(y, labels, mixed, T, alpha):
-    log_q, constant = F.log_softmax(y / T, 1), mixed.detach()
-    kd = mean_kl(log_q, mixed, T, alpha) + (1 - alpha) * F.cross_entropy(log_q, labels)
-    return kd + plain_angle(log_q, constant) + plain_distance(log_q, constant)
-
-
-# --- every drop-in: ours, the formula, and inputs of which the batch is N long
-
-
-N, C = 12, 9
-
-
-def draw(*size):
-    return torch.randn(size, generator=torch.Generator().manual_seed(sum(size)), device="cpu")
-
-
-def leaf(*size):
-    return draw(*size).requires_grad_()
-
-
-def holding(module, **tensors):
-    """The module with these tensors in the place of its parameters."""
-    for name, tensor in tensors.items():
-        delattr(module, name)
-        setattr(module, name, tensor)
-    return module
-
-
-def fitnet(student, teacher, weight):
-    net = dropin.FitNet(student.shape[1], teacher.shape[1])
-    holding(net.transform, weight=weight)
-    return net(student, teacher)
-
-
-def adapter(kind, theta, W):
-    return holding(kind([None] * len(theta), [N, theta.shape[1], 1, 1]), theta=theta, W=W)
-
-
-def stage_one(kind):
-    """From the student's map and logits to the loss, as the notebooks go: forward, the mixture, ``loss``."""
-
-    def ours(conv_map, theta, W, soft_targets, y, labels):
-        of = adapter(kind, theta, W).eval()  # without the regulariser, beside which a wrong gradient would not be seen
-        mixed = of(conv_map, soft_targets)
-        if mixed.shape[1] == len(theta):  # the weights: their notebook goes on from them
-            mixed = (mixed.unsqueeze(2) * soft_targets).sum(1)
-        return of.loss(y, labels, mixed, T=5.0)
-
-    def plain(conv_map, theta, W, soft_targets, y, labels):
-        loss = plain_learning_loss if kind is dropin.LearningAdapter else plain_loss
-        mixed = plain_mixture(conv_map, theta, W, soft_targets)
-        return loss(y, labels, mixed, 5.0, 0.7)
-
-    return ours, plain, (*ADAPTED, SOFT, leaf(N, C), torch.arange(N, device="cpu") % C)
-
-
-S, T = leaf(N, C), draw(N + 1, C)[:N] * 2
-MAP_S, MAP_T = leaf(N, 3, 4, 5), draw(N + 1, 3, 4, 5)[:N]
-TOKENS_S, TOKENS_T = leaf(N, C, 7), draw(N, C, 8)[..., :7]
-PIXELS_S, PIXELS_T = leaf(N, 3, 4, 2), draw(N, 3, 4, 3)[..., :2]
-ADAPTED = MAP_S, leaf(4, 3), leaf(3, 1)  # map, theta, W
-SOFT = torch.stack([draw(N, C + i)[:, :C].softmax(1) for i in range(4)], 1)  # [N, 4, C]
-
-
-def relations(distance, angle):
-    return lambda s, t: (
-        distance * plain_distance(s.flatten(1), t.flatten(1)) + angle * plain_angle(s.flatten(1), t.flatten(1))
-    )
-
-
-KINDS = {
-    "RKdAngle": (dropin.RKdAngle(), plain_angle, (S, T)),
-    "RkdDistance": (dropin.RkdDistance(), plain_distance, (S, T)),
-    "DistillKL": (dropin.DistillKL(4), lambda s, t: over_examples(s, t, 4), (S, T)),
-    "DistillKL-is_ca": (
-        lambda s, t: dropin.DistillKL(3)(s, t, is_ca=True),
-        lambda s, t: kl_terms(s, t, 3).sum(-1),
-        (S, T),
-    ),
-    "DistillKL-unreduce": (
-        lambda s, t: dropin.DistillKL(3)(s, t, unreduce=True),
-        lambda s, t: kl_terms(s, t, 3).sum(-1),
-        (S, T),
-    ),
-    "DistillKL-tokens": (dropin.DistillKL(4), lambda s, t: over_examples(s, t, 4), (TOKENS_S, TOKENS_T)),
-    "DistillKL-pixels": (dropin.DistillKL(4), lambda s, t: over_examples(s, t, 4), (PIXELS_S, PIXELS_T)),
-    "RKDLoss": (dropin.RKDLoss(), relations(25, 50), (S, T)),
-    "RKDLoss-maps": (dropin.RKDLoss(w_d=2, w_a=3), relations(2, 3), (MAP_S, MAP_T)),
-    "HintLoss": (dropin.HintLoss(), F.mse_loss, (MAP_S, MAP_T)),
-    "HintLoss-rows": (dropin.HintLoss(), F.mse_loss, (S, T)),
-    "kd_loss": (lambda s, t: dropin.kd_loss(s, t, 4), lambda s, t: over_positions(s, t, 4), (S, T)),
-    "kd_loss-tokens": (
-        lambda s, t: dropin.kd_loss(s, t, 4),
-        lambda s, t: over_positions(s, t, 4),
-        (TOKENS_S, TOKENS_T),
-    ),
-    "kd_loss-standardized": (
-        lambda s, t: dropin.kd_loss(s, t, 2, True),
-        lambda s, t: over_positions(standardized(s), standardized(t), 2),
-        (S, T),
-    ),
-    "kd_loss-standardized-tokens": (
-        lambda s, t: dropin.kd_loss(s, t, 2, True),
-        lambda s, t: over_positions(standardized(s), standardized(t), 2),
-        (TOKENS_S, TOKENS_T),
-    ),
-    "rkd_loss": (dropin.rkd_loss, relations(25, 50), (S, T)),
-    "rkd_loss-squared": (
-        lambda s, t: dropin.rkd_loss(s, t, squared=True, angle_weight=5),
-        lambda s, t: 25 * plain_distance(s, t, squared=True) + 5 * plain_angle(s, t),
-        (S, T),
-    ),
-    "AngleWiseRKD": (
-        dropin.AngleWiseRKD(),
-        lambda s, t: 50 * plain_angle(F.normalize(s), F.normalize(t)),
-        (S, T.clone().requires_grad_()),
-    ),
-    "AngleWiseRKD-raw": (
-        dropin.AngleWiseRKD(2.0, with_l2_norm=False),
-        relations(0, 2),
-        (MAP_S, MAP_T.clone().requires_grad_()),
-    ),
-    "DistanceWiseRKD": (
-        dropin.DistanceWiseRKD(),
-        lambda s, t: 25 * plain_distance(F.normalize(s), F.normalize(t)),
-        (S, T.clone().requires_grad_()),
-    ),
-    "MatchLogits": (
-        dropin.MatchLogits(SimpleNamespace(kd_T=4)),
-        lambda s, ts, w: over_teachers(s, ts, w, 4),
-        (S, [T, T.flip(0)], draw(N, 2).softmax(1).requires_grad_()),
-    ),
-    "MatchLogits-scalar": (
-        dropin.MatchLogits(4),
-        lambda s, ts, w: over_teachers(s, ts, w, 4),
-        (S, [T, T.flip(0)], leaf()),
-    ),
-    "FitNet": (fitnet, plain_fitnet, (MAP_S, draw(N, 7, 4, 5), leaf(7, 3, 1, 1))),
-    "FitNet-pixel": (fitnet, plain_fitnet, (MAP_S, draw(N, 7, 1, 1), leaf(7, 3, 1, 1))),
-    "FitNet-rows": (fitnet, plain_fitnet, (S, draw(N, 7), leaf(7, C, 1, 1))),
-    "Adapter": (lambda m, theta, W: adapter(dropin.Adapter, theta, W)(m), plain_weights, ADAPTED),
-    "Adapter-loss": stage_one(dropin.Adapter),
-    "MixtureAdapter": (
-        lambda m, theta, W, soft: adapter(dropin.MixtureAdapter, theta, W)(m, soft),
-        plain_mixture,
-        (*ADAPTED, SOFT),
-    ),
-    "MixtureAdapter-loss": stage_one(dropin.MixtureAdapter),
-    "LearningAdapter-loss": stage_one(dropin.LearningAdapter),
-}
 
 
 def test_every_drop_in_is_compared():
     assert {name.split("-")[0] for name in KINDS} == set(dropin.__all__)
-
-
-def converted(args, change):
-    """Fresh leaves of the same tensors."""
-
-    def one(a):
-        if isinstance(a, list):
-            return [one(x) for x in a]
-        return change(a).detach().clone().requires_grad_(a.requires_grad) if a.is_floating_point() else change(a)
-
-    return tuple(one(a) for a in args)
-
-
-def exactly(args):
-    return converted(args, lambda a: a.double() if a.is_floating_point() else a)
-
-
-def gradients(function, args, autocast=False):
-    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-        out = function(*args)
-    upstream = torch.arange(out.numel(), dtype=out.dtype, device=out.device).cos().view(out.shape)
-    return out.detach(), torch.autograd.grad(out, leaves, upstream)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -629,72 +400,3 @@ def test_a_training_script_switches_by_its_import_line():
         runs.append(scope["losses"])
     assert runs[0][-1] < runs[0][0]
     assert runs[0] == pytest.approx(runs[1], rel=1e-4)
-
-
-# --- docs/dropin.md
-
-
-TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "dropin.md").read_text()
-EXAMPLE = {
-    name: torch.tensor(ast.literal_eval(re.search(rf"^    {name} = (.+)$", TEXT, re.M)[1]), device="cpu").double()
-    for name in "zt"
-}
-SCOPE = {**vars(af), **vars(dropin), **EXAMPLE, "T": 2.0, "F": F, "torch": torch, "kd": af.multi_teacher_kd_loss}
-
-
-def table(columns, heading):
-    """The rows of the table that begins with this heading."""
-    lines = TEXT[TEXT.index(heading) :].splitlines()[2:]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in itertools.takewhile(lambda x: x, lines)]
-    assert rows and all(len(row) == columns for row in rows)
-    return rows
-
-
-def value_of(cell):
-    return f"{float(eval(cell.strip('`'), SCOPE)):.4f}"
-
-
-@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
-def test_the_docs_say_how_the_libraries_define_kl():
-    """Of every row: its columns say what makes the value, and so does what stands under ``here``."""
-    log_q, p = F.log_softmax(EXAMPLE["z"] / 2, 1), F.softmax(EXAMPLE["t"] / 2, 1)
-    kl = (p * (p.log() - log_q)).sum().item()
-    factor = {"yes": 4, "no": 1, "twice": 8}
-    divisor = {"rows": 2, "valid tokens": 2, "rows x classes": 6, "nothing": 1}
-    rows = table(6, "| whose | call | T^2 |")
-    for whose, call, squared, divided_by, here, value in rows:
-        assert f"{factor[squared] * kl / divisor[divided_by]:.4f}" == value, whose
-        assert value_of(call if here == "the same" else here) == value, whose
-        if whose.startswith("torch,"):
-            assert value_of(call) == value, whose
-    assert {"RepDistiller", "mdistiller", "optax"} <= {row[0] for row in rows}
-
-
-def test_the_docs_say_what_is_no_kl():
-    for whose, _, _, formula, value in table(5, "| whose | call | what it is |"):
-        assert value_of(formula) == value, whose
-
-
-def test_the_docs_say_what_becomes_of_the_tail():
-    torch.manual_seed(0)
-    z, t = torch.randn(4, 9, device="cpu"), 2 * torch.randn(4, 9, device="cpu")
-    top, log_q = t.log_softmax(-1).topk(3), z.log_softmax(-1)
-    log_p, log_q_top = top.values, log_q.gather(1, top.indices)
-    rest = (torch.log1p(-x.exp().sum(1, keepdim=True)) for x in (log_p, log_q_top))
-    with_rest = [torch.cat([x, r], 1) for x, r in zip((log_p, log_q_top), rest)]
-
-    def kl(log_p, log_q):
-        return (log_p.exp() * (log_p - log_q)).sum(1).mean()
-
-    got = [
-        *(
-            af.topk_kd_loss(z, [top.indices], [log_p], None, temperature=1.0, tail=tail)
-            for tail in ("renormalize", "ignore", "uniform")
-        ),
-        kl(*with_rest),
-        kl(log_p.log_softmax(1), log_q_top.log_softmax(1)),
-        af.multi_teacher_kd_loss(z, [t], None, temperature=1.0),
-    ]
-    formulas = [kl(log_p.log_softmax(1), log_q_top), kl(log_p, log_q_top)]
-    values = [row[-1] for row in table(3, "| the classes beyond the k |")]
-    assert [f"{x:.4f}" for x in got] == values and [f"{x:.4f}" for x in formulas] == values[:2]
