@@ -308,7 +308,8 @@ def _cosines(x: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
     regular = ~(squared.double() <= eps * eps)  # NaN is not degenerate: it stays NaN
     if row_mask is not None:
         regular = regular & row_mask[:, None, None] & row_mask[None, :, None]
-    edge = difference.masked_fill(~regular, 0) / squared.masked_fill(~regular, 1).sqrt()
+    length = squared.masked_fill(~regular, 1).masked_fill(squared.isinf(), torch.nan).sqrt()  # or edges of length 0
+    edge = difference.masked_fill(~regular, 0) / length
     return torch.bmm(edge, edge.transpose(1, 2))
 
 

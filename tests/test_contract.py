@@ -594,6 +594,22 @@ def test_degenerate_pairs_of_the_angle_loss(on):
     assert af.angle_loss(nan, teacher).isnan()
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize(
+    ("loss", "reduction"),
+    [(af.angle_loss, "mean"), (af.angle_loss, "none"), (af.rkd_distance_loss, "mean")],
+    ids=["angle", "angle of vertices", "distance"],
+)
+def test_a_row_that_is_not_finite_is_no_degenerate_one(loss, reduction, side, value, on):
+    rows = [torch.randn(20, 5) for _ in range(2)]
+    rows[side][3, 2] = value
+    for x in rows:
+        x.requires_grad_()
+    out, grads = value_and_grads(loss, rows, reduction=reduction)
+    assert out.isnan().all() and grads[side].isnan().all()
+
+
 def test_distinct_without_three_rows_is_0(on):
     for n in (0, 1, 2):
         assert af.angle_loss(torch.ones(n, 3), torch.eye(3)[:n], reduction="distinct") == 0
