@@ -115,6 +115,8 @@ class LossConfig:
     at_weight: float = 1000.0
     rkd_distance_weight: float = 25.0
     rkd_angle_weight: float = 50.0
+    aekd_gradients: str = "mean"  # mean | rows: the teachers' gradients are averaged over the batch first, or not
+    aekd_bound: float = 0.6  # the largest weight of a teacher; 1: any
 
 
 @dataclass
@@ -263,6 +265,7 @@ CHOICES = {
     "loss.reduction": ("batchmean", "mean"),
     "loss.adapter": ("learned", "uniform"),
     "loss.angle_on": ("probabilities", "logits"),
+    "loss.aekd_gradients": ("mean", "rows"),
     "compare.split": ("test", "validation"),
     "engine.mixed_precision": ("no", "fp16", "bf16"),
     "engine.device": ("auto", "cpu"),
@@ -517,6 +520,8 @@ def _check_values(config: Config) -> None:
         _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
     if not 0.0 <= config.loss.alpha <= 1.0:
         raise ConfigError(f"config: loss.alpha: a number in [0, 1] wanted, got {config.loss.alpha}")
+    if not 0.0 < config.loss.aekd_bound <= 1.0:
+        raise ConfigError(f"config: loss.aekd_bound: a number in (0, 1] wanted, got {config.loss.aekd_bound}")
     for key in ("temperature", "kl_scale", "delta"):
         if not getattr(config.loss, key) > 0.0:
             raise ConfigError(f"config: loss.{key}: a number above 0 wanted, got {getattr(config.loss, key)}")

@@ -169,7 +169,14 @@ def needs_hints(loss: LossConfig) -> bool:
     return loss.hint_weight != 0.0
 
 
-OTHERS = ("fitnet_weight", "at_weight", "rkd_distance_weight", "rkd_angle_weight")  # of other methods
+OTHERS = (  # of other methods
+    "fitnet_weight",
+    "at_weight",
+    "rkd_distance_weight",
+    "rkd_angle_weight",
+    "aekd_gradients",
+    "aekd_bound",
+)
 METHOD = Method(
     name="amtml_kd",
     label="AMTML-KD",
