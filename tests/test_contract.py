@@ -332,6 +332,27 @@ def test_16_bit_gradients_do_not_underflow_under_a_loss_scale(fused):
     torch.testing.assert_close(grad[0, 1:].double(), want[0, 1:], rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_probabilities_are_right_to_rounding(temperature, fused):
+    """Against a point mass in class 0 the gradient of the others is the probabilities of one side alone."""
+    x = torch.rand(64, 1000)
+    options = {"temperature": temperature, "reduction": "sum", "t2_scale": False}
+    first = torch.arange(1000) == 0
+    at_first = torch.where(first, 0.0, -torch.inf).expand(64, -1)
+    losses = {
+        "student": lambda z: af.multi_teacher_kd_loss(z, [at_first], None, **options),
+        "student, topk": lambda z: af.topk_kd_loss(
+            z, [torch.zeros(64, 1, dtype=torch.long)], [torch.zeros(64, 1)], None, **options
+        ),
+        "teacher": lambda z: -af.multi_teacher_kd_loss(z + 1000.0 * first, [x], None, **options),
+    }
+    want = (x.double() / temperature).softmax(-1)
+    for side, loss in losses.items():
+        z = torch.zeros_like(x) if side == "teacher" else x.clone()
+        (grad,) = torch.autograd.grad(loss(z.requires_grad_()), z)
+        assert relative_error(grad[:, 1:] * temperature, want[:, 1:]) <= 2.5e-7, side
+
+
 @in_memory_of_the_cpu
 def test_two_rows_past_2_31_elements(fused):
     stride = 2**31 + 64
