@@ -473,9 +473,12 @@ def test_ticks_are_round(low: float, high: float, want: list[float]) -> None:
 
 
 def test_tables_are_read_back() -> None:
-    text = tables.grid(("A", "B | c", "n"), [("x", "**1 ± 2**", "3"), ("a|b", "-", "4")], left=2) + "\nCaption.\n"
+    text = (
+        tables.grid(("A", "B | c", "n"), [("x", tables.Bold("1 ± 2"), "3"), ("a|b", "-", "4")], left=2) + "\nCaption.\n"
+    )
     table, caption = tables.read(text)
-    assert table == tables.Cells(["A", "B | c", "n"], [["x", "**1 ± 2**", "3"], ["a|b", "-", "4"]], 2)
+    assert table == tables.Cells(["A", "B | c", "n"], [["x", "1 ± 2", "3"], ["a|b", "-", "4"]], 2)
+    assert [isinstance(cell, tables.Bold) for cell in table.lines[0]] == [False, True, False]
     assert caption == "Caption."
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ..cli import backends_table
 from .config import Config, ConfigError, changed, load
@@ -132,6 +133,10 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
         )
         display.say(f"All of it on one page: {shlex.join(['amtml-fast', 'report', str(settings.folder)])}")
         display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
+        for name, reason in outcome.failed.items():
+            display.warn(f"{settings.folder}/figures/{name}.png is not drawn: {reason}")
+    if outcome.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -170,7 +175,7 @@ def methods(
         listing = Table("name", "method", "needs", box=None, pad_edge=False)
         for method in found.values():
             needs = method.needs(changed(settings, method.settings(settings), method.name).loss)
-            listing.add_row(method.name, method.label, ", ".join(needs) or "-")
+            listing.add_row(*map(Text, (method.name, method.label, ", ".join(needs) or "-")))
         display.console.print(listing)
         if config is None:
             display.say("okd stands for okd-<teacher> for every teacher; variants are the configuration's own.")

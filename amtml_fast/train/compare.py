@@ -207,11 +207,12 @@ def one_job(config: Config, method: str, seed: int, student: str | None = None, 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `compare` found, and the files it wrote."""
+    """What `compare` found, the files it wrote, and the pictures that could not be drawn, each with its reason."""
 
     found: results.Found
     files: list[Path]
     seconds: float
+    failed: dict[str, str]
 
 
 def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome:
@@ -230,11 +231,12 @@ def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome
     jobs, data = session.jobs[DISTILL], session.data
     teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
     found = results.collect(config, jobs, teachers, data)
-    files: list[Path] = []
+    files, failed = list[Path](), dict[str, str]()
     if make_accelerator(config.engine, config.folder).is_main_process:
         files += results.write_tables(config, found, time.perf_counter() - began)
-        files += results.write_figures(config, found, jobs, teachers, data)
-    return Outcome(found, files, time.perf_counter() - began)
+        pictures = results.write_figures(config, found, jobs, teachers, data)
+        files, failed = [*files, *pictures.files], pictures.failed
+    return Outcome(found, files, time.perf_counter() - began, failed)
 
 
 def evaluate(config: Config, data: datasets.ImageData, folder: Path, split: str) -> tuple[Path, float]:
