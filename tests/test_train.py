@@ -437,7 +437,7 @@ def test_a_teacher_with_other_classes_is_refused(place: Place) -> None:
     file = place.folder / "seven.safetensors"
     save_file(models.small_cnn(7, width=4).state_dict(), file)
     own = [f"teachers.1.model={{args: {{width: 4, num_classes: 7}}, weights: {file}}}"]
-    with pytest.raises(ValueError, match=r"teacher 'b': 10 classes wanted.*got logits of shape \[2, 7\]"):
+    with pytest.raises(ValueError, match=r"teacher 'b': the network must return logits \[2, 10\].*got \[2, 7\]"):
         place.train(*own)
 
 

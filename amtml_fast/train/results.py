@@ -285,10 +285,14 @@ def write_figures(
         images, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
         return images, list(data.classes), probs[chosen].numpy(), weights.numpy(), labels
 
-    def one(path: Path) -> None:
+    def one_image(path: Path) -> None:
         images, names, probs, weights, labels = examples()
         report.soft_targets(images[0], names, probs[0], weights[0], labels[0], path, asked.names)
 
-    out.draw("soft_targets", one)
-    out.draw("weights_gallery", lambda path: report.weights_gallery(*examples(), path, asked.names))
+    def several_images(path: Path) -> None:
+        images, names, probs, weights, labels = examples()
+        report.weights_gallery(images, names, probs, weights, labels, path, asked.names)
+
+    out.draw("soft_targets", one_image)
+    out.draw("weights_gallery", several_images)
     return out
