@@ -29,10 +29,18 @@ TEACH, DISTILL = "teach", "distill"
 def load_data(config: Config) -> datasets.ImageData:
     """The configured data set on the device that training uses."""
     accelerator, data = make_accelerator(config.engine, config.folder), config.data
-    with accelerator.main_process_first():  # of several processes one downloads
-        loaded = datasets.load(
-            data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=data.download
-        )
+    try:
+        with accelerator.main_process_first():  # of several processes one downloads
+            loaded = datasets.load(
+                data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=data.download
+            )
+    except OSError as error:
+        if error.errno is None:  # a reader's own words
+            raise
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise ConfigError(
+            f"config: data.root must be a folder whose files can be read, got {data.root} ({reason})"
+        ) from error
     return loaded.to(accelerator.device)
 
 

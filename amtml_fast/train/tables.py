@@ -37,7 +37,7 @@ FIELDS = (
     "peak_memory",
     "accuracies",
 )
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how one begins in a spreadsheet
+FORMULA = ("=", "+", "-", "@", "\t")  # how one begins in a spreadsheet
 MEAN = "Mean ± sample standard deviation over seeds"
 MAPPINGS = {"amtml_kd": "best high", "amtml_best_low": "best low", "amtml_random": "random"}  # method -> hint mapping
 
@@ -135,8 +135,9 @@ def csv(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> str:
     writer = csvlib.DictWriter(out, FIELDS, lineterminator="\n")
     writer.writeheader()
     for record in records(rows, teachers):
-        names = {key: f"'{value}" for key, value in record.items() if str(value).startswith(FORMULA)}
-        writer.writerow({**record, **names, "accuracies": " ".join(map(repr, record["accuracies"]))})
+        plain = {key: one_line(value) if isinstance(value, str) else value for key, value in record.items()}
+        formulas = {key: f"'{value}" for key, value in plain.items() if str(value).startswith(FORMULA)}
+        writer.writerow({**plain, **formulas, "accuracies": " ".join(map(repr, record["accuracies"]))})
     return out.getvalue()
 
 
@@ -394,7 +395,11 @@ SPECIAL = re.compile(r"[\\`*|$~#]|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=
 
 def escaped(text: str) -> str:
     """A name, to be read in Markdown as it is; on one line."""
-    return SPECIAL.sub(r"\\\g<0>", re.sub(r"\s*[\r\n]\s*", " ", text))
+    return SPECIAL.sub(r"\\\g<0>", one_line(text))
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"\s*[\r\n]\s*", " ", text)
 
 
 def paragraph(text: str) -> str:
