@@ -128,7 +128,7 @@ def from_datasets(
         wanted, got = list(train_images.shape[1:]), list(test_images.shape[1:])
         raise ValueError(f"test: images must be {wanted} like those of train, got {got}")
     count = int(max(train_labels.max(), test_labels.max())) + 1
-    names = tuple(classes if classes is not None else getattr(train, "classes", map(str, range(count))))
+    names = tuple(map(str, classes if classes is not None else getattr(train, "classes", range(count))))
     if len(names) < count:
         raise ValueError(
             f"classes: must name at least {count} classes (the largest label is {count - 1}), got {len(names)}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from . import data as datasets
-from . import methods
+from . import methods, preflight
 from . import teachers as frozen
 from .config import (
     Config,
@@ -271,15 +271,7 @@ def make_distiller(
         return build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=weights)
 
     student = FeatureExtractor(new(job.weights), job.paths)
-    probe = next(iter(datasets.Loader(data.val, data, 2))).images.cpu()
-    student.eval()
-    with torch.no_grad():
-        logits, maps = student(probe)
-    if logits.ndim != 2 or logits.shape[1] != classes:
-        raise ValueError(
-            f"{job.title}: logits [N, {classes}] wanted (the classes of {data.name}), got {[*logits.shape]}"
-        )
-    student.train()
+    maps = preflight.student_maps(student, job, data)
     context = Context(
         loss=cast(LossConfig, SimpleNamespace(**job.method.loss(job.config))),
         classes=classes,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from amtml_fast.train.names import near_names
 from amtml_fast.train.readers import IMAGENET_MEAN, IMAGENET_STD
@@ -55,6 +56,7 @@ def pytorchcv(
         # Not get_model(pretrained=True): that unpickles whatever the file holds.
         file = _library("pytorchcv.models.common.model_store").get_model_file(name.lower(), **folder)
         state = torch.load(file, map_location="cpu", weights_only=True)
+        state = with_batch_counts(net, state)
         net.load_state_dict({key: state[key] for key in net.state_dict()})  # some files hold more than the net
     small = name.lower().endswith(CIFAR_SUFFIXES)
     return _with_statistics(net, *((CIFAR_MEAN, CIFAR_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)))
@@ -107,6 +109,14 @@ def _fingerprint(factory: str, args: str) -> str:
         digest.update(key.encode() + b"\0")
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def with_batch_counts(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict, with the net's own counts of BatchNorm's batches where it has none, as older files have none."""
+    own = net.state_dict()
+    norms = [f"{name}." if name else "" for name, module in net.named_modules() if isinstance(module, _BatchNorm)]
+    counts = {f"{norm}num_batches_tracked" for norm in norms if f"{norm}running_mean" in state} & own.keys()
+    return {**{key: own[key] for key in counts}, **state}
 
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of each channel, for images in [0, 1]

@@ -182,6 +182,7 @@ METHOD = Method(
     label="AMTML-KD",
     build=AdaptiveKD,
     features=True,
+    pooled=True,
     hints=needs_hints,
     groups=needs_hints,
     reads=tuple(key.name for key in fields(LossConfig) if key.name not in OTHERS),

@@ -65,6 +65,7 @@ class Method:
     teachers: str = ALL  # ALL of them, the BEST one on the validation split, or NONE
     teacher: str | None = None  # this one alone
     features: bool = False  # the student's last convolutional map, Step.maps["features"]
+    pooled: bool = False  # its features may be [N, d], too
     hints: Callable[[LossConfig], bool] = lambda loss: False  # the teachers' hint maps, Step.teacher_maps
     groups: Callable[[LossConfig], bool] = lambda loss: False  # the maps of the student's layer groups
     reads: tuple[str, ...] = ()  # the keys of `loss` that it depends on, beside label_smoothing; it is shown no others
