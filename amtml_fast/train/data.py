@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amtml_fast.train.names import import_factory, near_names
-from amtml_fast.train.readers import DATASETS, DOWNLOADS, Arrays, read_dataset, stratified
+from amtml_fast.train.readers import DATASETS, DOWNLOADS, Arrays, stratified
+from amtml_fast.train.samples import read_dataset
 
 VIEWS = 1  # tells the draws of fixed views from those of an epoch with the same two numbers
 
@@ -117,9 +118,9 @@ def from_datasets(
 ) -> ImageData:
     """ImageData from two map-style Datasets of (image, label) pairs, read once, in full.
 
-    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of that shape in [0, 1], or a PIL image or uint8
-    array [H, W, C] or [H, W]; a label is an int. No random transform belongs into the Datasets: augmentation is the
-    Loader's.
+    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of that shape in [0, 1], a PIL image (grey ones have
+    one channel, all others three), or a uint8 array [H, W, C] or [H, W]; a label is a whole number. No random transform
+    belongs into the Datasets: augmentation is the Loader's.
     classes: the names; None takes `train.classes`, and the numbers if it has none.
     """
     train_images, train_labels = read_dataset(train, "train")
@@ -128,7 +129,7 @@ def from_datasets(
         wanted, got = list(train_images.shape[1:]), list(test_images.shape[1:])
         raise ValueError(f"test: images must be {wanted} like those of train, got {got}")
     count = int(max(train_labels.max(), test_labels.max())) + 1
-    names = tuple(classes if classes is not None else getattr(train, "classes", map(str, range(count))))
+    names = tuple(map(str, classes if classes is not None else getattr(train, "classes", range(count))))
     if len(names) < count:
         raise ValueError(
             f"classes: must name at least {count} classes (the largest label is {count - 1}), got {len(names)}"
