@@ -14,7 +14,7 @@ from . import results, workers
 from . import teachers as frozen
 from .config import Config, ConfigError
 from .features import FeatureExtractor
-from .jobs import Job, applied, job_of, student_job, teacher_job
+from .jobs import Job, applied, job_of, probe, student_job, teacher_job
 from .loop import finished, make_accelerator, train
 from .models import build
 from .progress import Display
@@ -97,15 +97,15 @@ class Session:
             self.display.warn(f"{error} The comparison goes on without {job.method.label}.")
 
     def check(self) -> None:
-        """Makes each kind of student once: a module that it does not have is found before hours of training."""
+        """Makes and runs each kind of network once: what does not fit is found before hours of training."""
         seen = set()
-        for job in self.jobs[DISTILL]:
+        for job in [*self.jobs[TEACH], *self.jobs[DISTILL]]:
             kind = (job.factory, str(job.args), str(job.paths))
             if kind not in seen:
                 seen.add(kind)
                 data = self.data
                 model = build(job.factory, job.args, num_classes=data.num_classes, in_channels=data.in_channels)
-                FeatureExtractor(model, job.paths)
+                probe(FeatureExtractor(model, job.paths), job, data)
 
     def waiting(self, phase: str) -> list[workers.Task]:
         """What is not finished yet. RunError, before anything is trained, for a folder that holds something else."""

@@ -199,14 +199,17 @@ def assemble(names: Sequence[str], models: Sequence[FeatureExtractor], data: dat
     parameters = [sum(p.numel() for p in model.parameters()) for model in models]
     teachers = Teachers(list(names), list(models), [], [], parameters)
     probe = next(iter(datasets.Loader(data.val, data, 2)))
-    first = teachers.live(probe.images)
-    for name, logits in zip(names, first.logits, strict=True):
-        if logits.ndim != 2 or logits.shape[1] != len(data.classes):
+    maps = []
+    for name, model in zip(names, models, strict=True):
+        logits, caught = model.probe(probe.images)
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] != len(data.classes):
+            got = f"logits of shape {[*logits.shape]}" if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(
                 f"teacher {name!r}: {len(data.classes)} classes wanted, those of {data.name} and of the student; "
-                f"got logits of shape {[*logits.shape]} for {len(probe.labels)} images"
+                f"got {got} for {len(probe.labels)} images"
             )
-    teachers.channels = [int(x.shape[1]) for x in first.maps]
+        maps += caught.values()
+    teachers.channels = [int(x.shape[1]) for x in maps]
     teachers.scores = [accuracy(model, data.val, data) for model in models]
     return teachers
 
