@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from small_run import PLAIN, QUIET, Place, assert_near, launched, metrics, own_weights, tensors
 
-from amtml_fast.train import compare, config, teachers
+from amtml_fast.train import compare, teachers
 from amtml_fast.train.data import Loader
 from amtml_fast.train.jobs import student_job
 from amtml_fast.train.models import build

@@ -22,6 +22,7 @@ from .compiling import compile_in_place, new_step
 from .config import ConfigError, EngineConfig, to_yaml
 from .features import as_it_was
 from .jobs import Job, make_distiller, teachers_of
+from .lock import alone
 from .memory import PeakMemory
 from .methods import StepLoss
 from .metrics import Sums, collapsed
@@ -75,51 +76,55 @@ def train(
 ) -> Run:
     """Trains `job` to its last epoch and returns its finished folder; a finished one is returned as it is.
 
-    An unfinished folder is continued if `resume`, started over if `fresh`, and a RunError otherwise. Raises Interrupted
-    on Ctrl-C.
+    An unfinished folder is continued if `resume`, started over if `fresh`, and a RunError otherwise, as is one in which
+    another process is at work. Raises Interrupted on Ctrl-C.
     """
     accelerator = make_accelerator(job.config.engine, job.folder)
     run = Run(job.folder, writes=accelerator.is_main_process)
     with accelerator.main_process_first():  # the recipe of a pretrained teacher may have to fetch it
         recipe = job.recipe()
-    ready = not fresh and finished(job, resume=resume)
+    ready = not fresh and run.finished() and finished(job)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if ready:
         return run
-    if fresh:
-        run.clear()
+    with alone(run.folder, accelerator, display):
+        if not fresh and finished(job, resume=resume):  # by another process, after we had looked
+            return run
         accelerator.wait_for_everyone()
-    data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
-    trainer = Trainer(job, run, accelerator, data, teachers, display)
-    with Stop(accelerator.num_processes) as stop:
-        try:
-            trainer.restore()
-            run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
-            trainer.fit(stop)
-            trainer.finish(recipe, memory.read())
-            stop.check()
-        except KeyboardInterrupt:
-            raise Interrupted(job, *trainer.saved) from None
-        except RuntimeError as error:
-            if accelerator.num_processes == 1:
-                raise
-            if "finished reduction" in str(error):  # DDP waited for gradients that did not come
+        if fresh:
+            run.clear()
+            accelerator.wait_for_everyone()
+        data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
+        trainer = Trainer(job, run, accelerator, data, teachers, display)
+        with Stop(accelerator.num_processes) as stop:
+            try:
+                trainer.restore()
+                run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
+                trainer.fit(stop)
+                trainer.finish(recipe, memory.read())
+                stop.check()
+            except KeyboardInterrupt:
+                raise Interrupted(job, *trainer.saved) from None
+            except RuntimeError as error:
+                if accelerator.num_processes == 1:
+                    raise
+                if "finished reduction" in str(error):  # DDP waited for gradients that did not come
+                    raise RunError(
+                        f"{job.title}: this step leaves parameters out that the first one used, which several processes do "
+                        "not train alike: train it on one"
+                    ) from error
+                if not processes.lost(error):
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise RunError(
-                    f"{job.title}: this step leaves parameters out that the first one used, which several processes do "
-                    "not train alike: train it on one"
-                ) from error
-            if not processes.lost(error):
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise RunError(
-                f"{job.title}: another of the {accelerator.num_processes} processes has gone ({reason}). What was saved last "
-                f"in {job.folder} is whole, and the same command goes on from there."
-            ) from None
-        finally:
-            # Not end_training(): it would also end the process group, which the next run needs.
-            for tracker in accelerator.trackers:
-                tracker.finish()
-            accelerator.free_memory()
+                    f"{job.title}: another of the {accelerator.num_processes} processes has gone ({reason}). What was saved last "
+                    f"in {job.folder} is whole, and the same command goes on from there."
+                ) from None
+            finally:
+                # Not end_training(): it would also end the process group, which the next run needs.
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+                accelerator.free_memory()
     accelerator.wait_for_everyone()
     return run
 
