@@ -311,7 +311,7 @@ class Adapter(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(1)  # the CPU's, as theirs: the same numbers on every device
         sizes = (len(teacher_models), pool_size[1]), (pool_size[1], 1)
-        drawn = [torch.randn(size, generator=generator, device="cpu") for size in sizes]
+        drawn = [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in sizes]
         self.theta, self.W = (nn.Parameter(x.to(torch.get_default_device())) for x in drawn)
         self.val = False
 

@@ -110,7 +110,7 @@ def test_ca_mkd_weighs_by_the_label_and_its_hints_alike() -> None:
     want = 0.3 * F.cross_entropy(step.logits, step.labels) + 0.7 * (weights * torch.stack(rows, 1)).sum(1).mean()
     for t, teacher in enumerate(step.teacher_maps):
         u = F.adaptive_avg_pool2d(teacher, 2)  # to the smaller side, the student's
-        difference = u - F.conv2d(step.maps["features"], made.transforms[str(t)][:, :, None, None])
+        difference = u - F.conv2d(step.features, made.transforms[str(t)][:, :, None, None])
         want = want + 0.5 * (weights[:, t] * difference.square().mean((1, 2, 3))).mean()
     torch.testing.assert_close(made(step).loss, want)
 
@@ -167,7 +167,7 @@ def test_fitnet_at_and_rkd() -> None:
     step = seen(METHODS["fitnet"])
     ce, v, u = (
         F.cross_entropy(step.logits, step.labels),
-        step.maps["features"],
+        step.features,
         F.adaptive_avg_pool2d(step.teacher_maps[0], 2),
     )
     made = objective("fitnet", teachers=1, fitnet_weight=3.0)
@@ -282,7 +282,7 @@ def test_paper_code_is_the_authors_loss() -> None:
     loss = configs.changed(make_config(), METHODS["amtml_paper_code"].settings(make_config()), "a test").loss
     assert (loss.temperature, loss.alpha, loss.mapping) == (5.0, 0.7, {"t0": "low", "t1": "mid"})
     tau, adapter = 5.0, made.adapter
-    b = step.maps["features"].mean((2, 3))
+    b = step.features.mean((2, 3))
     w = ((b[:, None] * adapter.theta) @ adapter.v).softmax(1)
     p = (w[..., None] * torch.stack([(z / tau).softmax(-1) for z in step.teacher_logits], 1)).sum(1)
     q = (step.logits / tau).log_softmax(-1)

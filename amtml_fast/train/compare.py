@@ -15,6 +15,7 @@ from . import teachers as frozen
 from .config import Config, ConfigError
 from .features import FeatureExtractor
 from .jobs import Job, applied, job_of, student_job, teacher_job
+from .lock import alone
 from .loop import finished, make_accelerator, of_classes, train
 from .models import build
 from .progress import Display
@@ -242,27 +243,30 @@ class Outcome:
 
 
 def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome:
-    """Trains the teachers and every student that is not finished yet, and writes tables and pictures."""
+    """Trains the teachers and every student that is not finished yet, and writes tables and pictures. RunError where
+    another comparison is at work in the same folder."""
     began = time.perf_counter()
     session = Session(config, display, fresh=fresh)
     session.check()
-    for phase in (TEACH, DISTILL):
-        try:
-            session.run(phase)
-        except KeyboardInterrupt as stop:
-            jobs = session.jobs[phase]
-            done = sum(Run(job.folder).finished() for job in jobs)
-            what = "teachers" if phase == TEACH else "students"
-            raise KeyboardInterrupt(str(stop) or f"stopped; {done} of {len(jobs)} {what} are finished") from None
-    jobs, data = session.jobs[DISTILL], session.data
-    teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
-    found = results.collect(config, jobs, teachers, data)
-    files, failed = list[Path](), dict[str, str]()
-    if make_accelerator(config.engine, config.folder).is_main_process:
-        files += results.write_tables(config, found, time.perf_counter() - began)
-        pictures = results.write_figures(config, found, jobs, teachers, data)
-        files, failed = [*files, *pictures.files], pictures.failed
-    return Outcome(found, files, time.perf_counter() - began, failed)
+    accelerator = make_accelerator(config.engine, config.folder)
+    with alone(config.folder, accelerator, display):
+        for phase in (TEACH, DISTILL):
+            try:
+                session.run(phase)
+            except KeyboardInterrupt as stop:
+                jobs = session.jobs[phase]
+                done = sum(Run(job.folder).finished() for job in jobs)
+                what = "teachers" if phase == TEACH else "students"
+                raise KeyboardInterrupt(str(stop) or f"stopped; {done} of {len(jobs)} {what} are finished") from None
+        jobs, data = session.jobs[DISTILL], session.data
+        teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
+        found = results.collect(config, jobs, teachers, data)
+        files, failed = list[Path](), dict[str, str]()
+        if accelerator.is_main_process:
+            files += results.write_tables(config, found, time.perf_counter() - began)
+            pictures = results.write_figures(config, found, jobs, teachers, data)
+            files, failed = [*files, *pictures.files], pictures.failed
+        return Outcome(found, files, time.perf_counter() - began, failed)
 
 
 def evaluate(

@@ -52,16 +52,16 @@ def batches(job: Job, data: datasets.ImageData) -> None:
 
 def student_maps(model: FeatureExtractor, job: Job, data: datasets.ImageData) -> dict[str, Tensor]:
     """The maps that the job's method catches, of two images. ConfigError for what is no map that it can take."""
-    maps = _maps(model, job.title, data)
+    maps = _maps(model, job.title, data, modes=(True, False))
     for name, path in job.paths.items():
-        wanted = ANY if name == "features" and job.method.pooled else MAP
-        _check(f"{job.student}.{name if name == 'features' else f'groups.{name}'}", path, maps[name], wanted)
+        wanted = ANY if path == job.features and job.method.pooled else MAP
+        _check(f"{job.student}.{name}", path, maps[name], wanted)
     return maps
 
 
 def teacher_maps(model: FeatureExtractor, name: str, data: datasets.ImageData) -> dict[str, Tensor]:
     """The same of a teacher's hint map."""
-    maps = _maps(model, f"teacher {name!r}", data)
+    maps = _maps(model, f"teacher {name!r}", data, modes=(False,))
     for key, path in model.paths.items():
         _check(f"teachers.{name}.{key}", path, maps[key], MAP)
     return maps
@@ -74,27 +74,27 @@ def _check(key: str, path: str, caught: Tensor, wanted: str) -> None:
         )
 
 
-def _maps(model: FeatureExtractor, what: str, data: datasets.ImageData) -> dict[str, Tensor]:
-    """What the model catches of two images. ValueError where it does not take them, or does not answer with logits."""
+def _maps(model: FeatureExtractor, what: str, data: datasets.ImageData, modes: tuple[bool, ...]) -> dict[str, Tensor]:
+    """What the model catches of two images, run in the modes (training or not) that it will run in. ValueError where it does
+    not take them, or does not answer with logits."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = next(iter(datasets.Loader(data.val, data, 2))).images.to(device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            # Not model(...): what is compiled is compiled for the training's batches.
-            logits, maps = model.forward(images)
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"{what}: the network must take images {[*images.shape]} of {data.name}, got {type(error).__name__}: {reason}"
-        ) from error
-    model.train(was_training)
+    images = images.repeat(2, 1, 1, 1)[:2]  # a BatchNorm does not train on one
     wanted = [len(images), len(data.classes)]
-    got = [*logits.shape] if isinstance(logits, Tensor) else type(logits).__name__
-    if got != wanted:
-        raise ValueError(
-            f"{what}: the network must return logits {wanted}, for {len(images)} images and {wanted[1]} classes of "
-            f"{data.name}, got {got}"
-        )
+    with torch.random.fork_rng(devices=[]):
+        for training in modes:
+            try:
+                logits, maps = model.probe(images, training=training)
+            except Exception as error:
+                reason = (str(error).splitlines() or [""])[0]
+                raise ValueError(
+                    f"{what}: the network must take images {[*images.shape]} of {data.name}, "
+                    f"got {type(error).__name__}: {reason}"
+                ) from error
+            got = [*logits.shape] if isinstance(logits, Tensor) else type(logits).__name__
+            if got != wanted:
+                raise ValueError(
+                    f"{what}: the network must return logits {wanted}, for {len(images)} images and {wanted[1]} classes of "
+                    f"{data.name}, got {got}"
+                )
     return maps

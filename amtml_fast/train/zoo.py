@@ -139,7 +139,8 @@ def renormalise(model: nn.Module, given: Statistics, wanted: Statistics) -> None
                 f"model.{key}: {len(given[0])} numbers wanted, one for each channel of the data, got {list(values)}"
             )
     (mean, std), (own_mean, own_std) = (
-        [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in pair] for pair in (given, wanted)
+        [torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, 1, 1) for values in pair]
+        for pair in (given, wanted)
     )
     model.register_buffer("_input_scale", (std / own_std).float(), persistent=False)
     model.register_buffer("_input_shift", ((mean - own_mean) / own_std).float(), persistent=False)
