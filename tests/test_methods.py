@@ -356,8 +356,8 @@ def test_a_variant_is_another_method_with_other_values() -> None:
         ),
         ("loss: {kl_scale: 0}", r"loss.kl_scale must be above 0, got 0.0"),
         ("loss: {delta: 0}", r"loss.delta must be above 0, got 0.0"),
-        ("loss: {aekd_gradients: row}", r"loss.aekd_gradients must be one of mean, rows, got 'row'"),
-        ("loss: {aekd_bound: 0}", r"loss.aekd_bound must be in (0, 1], got 0.0"),
+        ("loss: {aekd_gradients: row}", r"loss.aekd_gradients: one of mean, rows wanted, got 'row'"),
+        ("loss: {aekd_bound: 0}", r"loss.aekd_bound must be in \(0, 1\], got 0.0"),
         ("loss: {distance_weight: -1}", r"loss.distance_weight must be 0 or more, got -1.0"),
         ("loss: {kl_trains_weights: false}", r"loss.adapter_label_weight: above 0 wanted where kl_trains_weights"),
         (

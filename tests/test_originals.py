@@ -82,7 +82,7 @@ def theirs_aekd_solver(step: Step) -> Tensor:
 
 def cut(step: Step, count: int) -> Step:
     """Its first examples."""
-    logits, maps, labels, teacher_logits, teacher_maps, images = step
+    logits, maps, labels, teacher_logits, teacher_maps, images, features = step
     return Step(
         logits[:count],
         {name: x[:count] for name, x in maps.items()},
@@ -90,6 +90,7 @@ def cut(step: Step, count: int) -> Step:
         [z[:count] for z in teacher_logits],
         [u[:count] for u in teacher_maps],
         images[:count],
+        features[:count],
     )
 
 

@@ -175,8 +175,8 @@ def test_nothing_is_looked_for_where_every_parameter_is_used(nets: Place) -> Non
 # --- networks that do not fit -------------------------------------------------------------------------------------------
 
 MISFITS = [
-    ("two_answers", r"logits \[N, 10\] wanted \(the classes of digits\), got tuple"),
-    ("colours_only", r"nets:colours_only does not take images of digits, \[2, 1, 8, 8\]: .*channels"),
+    ("two_answers", r"the network must return logits \[2, 10\], for 2 images and 10 classes of digits, got tuple"),
+    ("colours_only", r"the network must take images \[2, 1, 8, 8\] of digits, got RuntimeError: .*channels"),
 ]
 
 

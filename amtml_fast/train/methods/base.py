@@ -26,7 +26,8 @@ class Step(NamedTuple):
     teacher_logits: list[Tensor]  # T x [N, C]
     teacher_maps: list[Tensor]  # T x [N, c_t, h_t, w_t]; empty for methods without hints
     images: Tensor  # [N, c, H, W], normalised
-    features: Tensor = torch.empty(0)  # the student's last convolutional map, [N, d, h, w]; empty for methods without
+    # the student's last convolutional map, [N, d, h, w]; empty for methods without
+    features: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class StepLoss(NamedTuple):
