@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from . import data as datasets
-from . import methods, preflight
+from . import environment, methods, preflight
 from . import teachers as frozen
 from .config import (
     Config,
@@ -103,6 +103,8 @@ class Job:
                 recipe["hints"] = {t.name: t.hint for t in config.teachers if t.name in self.teachers}
             if "adapter" in method.reads:
                 recipe["stages"] = to_dict(config.stages)
+        if precision := environment.precision():
+            recipe["environment"] = precision
         if method.peers:
             recipe["peers"] = len(self.teachers)
         return json.loads(json.dumps(recipe))  # as it comes back from run.json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import Tensor, nn
 
 from . import data as datasets
-from . import processes
+from . import environment, processes
 from . import teachers as frozen
 from .compiling import compile_in_place, new_step
 from .config import ConfigError, EngineConfig, to_yaml
@@ -50,10 +49,9 @@ def of_classes(data: datasets.ImageData, classes: Sequence[int] | None) -> datas
 
 def make_accelerator(engine: EngineConfig, folder: Path) -> Accelerator:
     """Accelerate's engine: device, processes (accelerate launch, torchrun), mixed precision, TensorBoard."""
+    environment.check(engine)
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ConfigError("config: engine.fsdp=true wanted in place of accelerate's --use_fsdp")
     # Without cpu=True, a launch of several processes on a machine without GPU trains each one by itself.
     cpu = engine.device == "cpu" or not torch.accelerator.is_available()
     return Accelerator(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data as datasets
-from . import preflight, zoo
+from . import environment, preflight, zoo
 from .cache import Storage, Store, free_disk, locked, no_room
 from .compiling import compile_frozen
 from .config import Config, ConfigError, TeacherConfig
@@ -282,6 +282,7 @@ def stores(config: Config, teachers: Teachers, data: datasets.ImageData) -> dict
             "device": split.images.device.type,
             "channels_last": config.engine.channels_last,
             "mixed_precision": config.engine.mixed_precision,
+            **environment.precision(),
         },
     }
 
