@@ -39,6 +39,13 @@ def run(function: type[torch.autograd.Function], needs_grad: bool, *args: Any) -
     return function.apply(*args) if needs_grad else function.forward(_NoContext(), *args)
 
 
+_NO_SECOND = (
+    "{}: the fused backends have no second derivative; "
+    'compute this part under amtml_fast.use_backend("reference"), which has'
+)
+_is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+
+
 class _NoSecondDerivative(torch.autograd.Function):
     """Identity on a gradient whose own backward raises: never a silently missing second derivative.
 
@@ -52,14 +59,12 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(
-            f"{ctx.op}: the fused backends have no second derivative; "
-            'compute this part under amtml_fast.use_backend("reference"), which has'
-        )
+        raise RuntimeError(_NO_SECOND.format(ctx.op))
 
 
 def _first_order(op: str) -> Callable:
-    """Decorate ``backward``: no graph inside it, and a clear error if someone differentiates it again.
+    """Decorate ``backward``: no graph inside it, and a clear error if someone differentiates it again. Incoming gradients
+    that vmap has stacked (``is_grads_batched``) come one at a time.
 
     Every differentiable input must be among the saved tensors, whether or not ``backward`` reads it.
     """
@@ -67,8 +72,11 @@ def _first_order(op: str) -> Callable:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def wrapped(ctx: Any, *grads: Tensor) -> Any:
+            stacked = None if torch.compiler.is_compiling() else _stacked(grads)
             if not torch.is_grad_enabled():  # always, unless a graph of this backward is asked for
-                return backward(ctx, *grads)
+                return backward(ctx, *grads) if stacked is None else _one_by_one(wrapped, ctx, grads, stacked)
+            if stacked is not None:
+                raise RuntimeError(_NO_SECOND.format(op))
             with torch.no_grad():
                 out = backward(ctx, *grads)
             if torch.compiler.is_compiling():
@@ -79,6 +87,30 @@ def _first_order(op: str) -> Callable:
         return wrapped
 
     return decorate
+
+
+def _stacked(grads: tuple) -> Tensor | None:
+    """The first of the gradients that vmap has stacked."""
+    for g in grads:
+        if g is not None and (_is_legacy_batched(g) or _is_batched(g)):
+            return g
+    return None
+
+
+def _one_by_one(backward: Callable, ctx: Any, grads: tuple, stacked: Tensor) -> tuple:
+    """``backward`` of each of the gradients that one level of vmap has stacked; kernels know no stacks."""
+    if _is_batched(stacked):
+        vmap, level = torch._C._functorch, torch._C._functorch.maybe_get_level(stacked)
+    else:  # autograd's is_grads_batched has a vmap of its own
+        vmap, level = torch, torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+    size = vmap._remove_batch_dim(stacked, level, 0, 0).shape[0]
+    ctx.keep = True
+    each = [None if g is None else vmap._remove_batch_dim(g, level, size, 0).unbind() for g in grads]
+    outs = [backward(ctx, *(None if g is None else g[i] for g in each)) for i in range(size)]
+    return tuple(
+        vmap._add_batch_dim(torch.stack(out), 0, level) if isinstance(out[0], Tensor) else None for out in zip(*outs)
+    )
 
 
 _is_inference = torch.Tensor.is_inference
@@ -103,9 +135,13 @@ def _asked(grad: Tensor | None, needed: bool) -> Tensor | None:
     return grad if needed else None
 
 
-def _scaled(grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
+def _scaled(ctx: Any, grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
     """``grad * by`` of gradients that forward has saved, without a second buffer where no second backward can come."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or getattr(ctx, "keep", False)
+    ):
         return [None if g is None else g * by for g in grads]
     if type(by) is Tensor and by.dim() == 0 and by.is_cpu and by.item() == 1:
         return list(grads)
@@ -120,7 +156,7 @@ def _save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | Non
 
 def _scaled_rows(ctx: Any, grad_loss: Tensor) -> list[Any]:
     """The gradients of ``_save_grads`` from that of the loss, which may have one value a row."""
-    return _scaled(ctx.saved_tensors[:2], grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss)
+    return _scaled(ctx, ctx.saved_tensors[:2], grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss)
 
 
 class TeacherWeights(torch.autograd.Function):
@@ -275,7 +311,7 @@ class Angle(torch.autograd.Function):
                 grad_loss, student, teacher, row_mask, ctx.delta, ctx.eps, *ctx.needs
             )
         else:
-            grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
+            grads = _scaled(ctx, map(_asked, _saved(ctx), ctx.needs), grad_loss)
         out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
         return None, *out, None, None, None, None, None, None
 
@@ -302,7 +338,7 @@ class Distance(torch.autograd.Function):
     @staticmethod
     @_first_order("rkd_distance_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
+        grads = _scaled(ctx, map(_asked, _saved(ctx), ctx.needs), grad_loss)
         out = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
         return None, *out, None, None, None, None, None
 
@@ -402,7 +438,7 @@ class Hint(torch.autograd.Function):
     @staticmethod
     @_first_order("hint_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        grads = _scaled(map(_asked, _saved(ctx), ctx.needs), grad_loss)
+        grads = _scaled(ctx, map(_asked, _saved(ctx), ctx.needs), grad_loss)
         return *(g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)), None
 
 
@@ -418,7 +454,7 @@ class HintMSE(torch.autograd.Function):
     @_first_order("hint_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         difference, *_ = _saved(ctx)
-        (grad,) = _scaled([difference], grad_loss)
+        (grad,) = _scaled(ctx, [difference], grad_loss)
         _, need_prediction, need_target, _ = ctx.needs_input_grad
         return (
             None,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch  # before _C: it brings libtorch into the process
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 OPS = ("teacher_weights", "multi_teacher_kd", "topk_kd", "angle", "distance", "hint", "dual_softmax", "whole_loss")
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
@@ -134,7 +135,7 @@ def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
 def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     """The backend that runs ``op`` on these tensors: never ``auto``, raises if the chosen one cannot."""
     tensors, device_type = (first, *others), first.device.type
-    plain = None if torch.compiler.is_compiling() else _needs_plain_torch()
+    plain = _needs_plain_torch(tensors)
     if _active == "auto":
         if plain is None:
             for name in AUTO.get(device_type, ()):
@@ -148,10 +149,16 @@ def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     return _active
 
 
-def _needs_plain_torch() -> str | None:
-    """Fused kernels have no vmap rule and no forward-mode derivative; plain PyTorch has both."""
+def _needs_plain_torch(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
+    """Fused kernels read memory: they have no vmap rule, no forward-mode derivative, and take no tensor that is made of
+    others. Plain PyTorch has all three. Also asked while torch.compile traces a transform, whose state is then live."""
     if torch._C._are_functorch_transforms_active():
         return "it does not support functorch transforms (vmap, grad, jvp, ...)"
     if torch.autograd.forward_ad._current_level >= 0:
         return "it does not support forward-mode differentiation"
+    for t in tensors:
+        if t is None or type(t) is torch.Tensor or type(t) is torch.nn.Parameter:
+            continue
+        if is_traceable_wrapper_subclass(t):
+            return f"it takes tensors that hold their own values, got a {type(t).__name__}"
     return None

@@ -229,7 +229,7 @@ def weights_shape(function: str, got: tuple[int, ...], rows: int, teachers: int)
         )
 
 
-def num_items(function: str, num_items_in_batch: int | Tensor, reduction: str) -> None:
+def num_items(function: str, num_items_in_batch: int | Tensor, reduction: str, labels: Tensor | None) -> None:
     if reduction != "batchmean":
         raise ValueError(f'{function}: num_items_in_batch goes with reduction "batchmean" only, got "{reduction}"')
     if isinstance(num_items_in_batch, Tensor):
@@ -239,8 +239,9 @@ def num_items(function: str, num_items_in_batch: int | Tensor, reduction: str) -
             )
     elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
         raise TypeError(f"{function}: num_items_in_batch must be an int or a 0-d tensor, got {num_items_in_batch!r}")
-    elif num_items_in_batch <= 0:
-        raise ValueError(f"{function}: num_items_in_batch must be positive, got {num_items_in_batch}")
+    elif num_items_in_batch < (1 if labels is None else 0):
+        wanted = "positive without labels" if labels is None else "at least 0"
+        raise ValueError(f"{function}: num_items_in_batch must be {wanted}, got {num_items_in_batch}")
 
 
 def label_values(function: str, labels: Tensor, classes: int, ignore_index: int) -> None:

@@ -6,10 +6,13 @@ Change the import and nothing else::
     from distiller_zoo import DistillKL, RKDLoss       ->  from amtml_fast.dropin import DistillKL, RKDLoss
 
 Values and gradients are theirs to float32 rounding on ordinary inputs. Where theirs has a defect, the docstring says what
-happens here. Two things hold throughout: teachers' logits are frozen, so logits that require grad are an error, not a
-silently missing gradient; and 16-bit inputs are computed in float32. docs/dropin.md sets the conventions side by side.
+happens here. Four things hold throughout. Teachers' logits are frozen: logits that require grad are an error, not a silently
+missing gradient. 16-bit inputs are computed in float32, under autocast, too, and the loss is float32. A class with a logit of
+-inf counts 0. A batch of 0 gives 0, and so does a batch of 1 where there is nothing to compare (theirs are NaN).
+docs/dropin.md sets the conventions side by side.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from amtml_fast import checks
 from amtml_fast.functional import (
     angle_loss,
     hint_loss,
@@ -25,6 +29,7 @@ from amtml_fast.functional import (
     rkd_distance_loss,
     teacher_weights,
 )
+from amtml_fast.reference import wide_dtype
 
 __all__ = [
     "Adapter",
@@ -33,7 +38,9 @@ __all__ = [
     "DistillKL",
     "FitNet",
     "HintLoss",
+    "LearningAdapter",
     "MatchLogits",
+    "MixtureAdapter",
     "RKDLoss",
     "RKdAngle",
     "RkdDistance",
@@ -43,7 +50,34 @@ __all__ = [
 
 
 def _rows(features: Tensor) -> Tensor:
-    return features.reshape(features.shape[0], -1)
+    return features.reshape(features.shape[0], math.prod(features.shape[1:]))  # not -1: a batch may be empty
+
+
+def _class_rows(function: str, student_name: str, student: Tensor, teacher_name: str, teacher: Tensor) -> list[Tensor]:
+    """Both as [rows, C]. The originals take their softmax over dimension 1: logits may be [N, C, ...]."""
+    checks.tensor(function, student_name, student)
+    checks.tensor(function, teacher_name, teacher)
+    if student.dim() < 2:
+        raise ValueError(
+            f"{function}: {student_name} must be [N, C] or [N, C, ...], the classes in dimension 1, "
+            f"got {checks.shape(student)}"
+        )
+    checks.same_shape(function, teacher_name, teacher, student_name, student)
+    return [z.movedim(1, -1).flatten(0, -2) for z in (student, teacher)]
+
+
+def _two_dimensional(function: str, name: str, logits: Tensor, where: str = "") -> None:
+    checks.tensor(function, name, logits)
+    if logits.dim() != 2:
+        raise ValueError(f"{function}: {name} must be [N, C]{where}, got {checks.shape(logits)}")
+
+
+def _spread(function: str, name: str, value: Tensor, size: Sequence[int]) -> Tensor:
+    """``value`` broadcast to ``size``, made wide first: the gradients of what it stands for are summed before they are rounded."""
+    checks.tensor(function, name, value)
+    if value.dim() > len(size) or any(v not in (1, s) for v, s in zip(reversed(value.shape), reversed(size))):
+        raise ValueError(f"{function}: {name} must be {list(size)} or broadcast to it, got {checks.shape(value)}")
+    return value.to(wide_dtype(value)).expand(*size)
 
 
 class RKdAngle(nn.Module):
@@ -69,19 +103,28 @@ class RkdDistance(nn.Module):
 
 
 class DistillKL(nn.Module):
-    """RepDistiller's ``T^2 KL(p_t || p_s)``, summed over classes, mean over rows.
+    """RepDistiller's ``T^2 KL(p_t || p_s)``, summed over classes, divided by the number of examples.
 
-    ``is_ca=True`` gives one value a row, as CA-MKD's and MMKD's copies of it do. A class that the teacher or both give
-    probability 0 (a logit of -inf) counts 0 here; theirs is NaN.
+    Logits are [N, C] or [N, C, ...] with the classes in dimension 1: the sum over all positions is divided by N, as theirs is.
+    ``is_ca=True`` (CA-MKD, MMKD) or ``unreduce=True`` (MTKD-RL) gives one value a row, for [N, C] only: with more dimensions
+    theirs sums over the last one, which does not hold the classes.
+
+    A class that the teacher gives probability 0 (a logit of -inf) counts 0, here as in theirs. Where the student has -inf as
+    well, theirs is NaN; here it counts 0, too. Where the student alone has -inf, both are +inf.
     """
 
     def __init__(self, T: float):
         super().__init__()
         self.T = T
 
-    def forward(self, y_s: Tensor, y_t: Tensor, is_ca: bool = False) -> Tensor:
-        reduction = "none" if is_ca else "batchmean"
-        return multi_teacher_kd_loss(y_s, [y_t], None, temperature=self.T, reduction=reduction)
+    def forward(self, y_s: Tensor, y_t: Tensor, is_ca: bool = False, unreduce: bool = False) -> Tensor:
+        if is_ca or unreduce:
+            _two_dimensional("DistillKL", "y_s", y_s, " with is_ca or unreduce")
+        student, teacher = _class_rows("DistillKL", "y_s", y_s, "y_t", y_t)
+        reduction = "none" if is_ca or unreduce else "batchmean"
+        loss = multi_teacher_kd_loss(student, [teacher], None, temperature=self.T, reduction=reduction)
+        positions = math.prod(y_s.shape[2:])
+        return loss if positions == 1 else loss * positions  # from the mean over rows to the mean over examples
 
 
 class RKDLoss(nn.Module):
@@ -102,21 +145,39 @@ class HintLoss(nn.Module):
     """
 
     def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
-        if f_s.shape != f_t.shape:
-            raise ValueError(f"HintLoss: f_t must be {list(f_s.shape)} like f_s, got {list(f_t.shape)}")
+        checks.tensor("HintLoss", "f_s", f_s)
+        checks.tensor("HintLoss", "f_t", f_t)
+        checks.same_shape("HintLoss", "f_t", f_t, "f_s", f_s)
+        checks.same_device("HintLoss", "f_t", f_t, "f_s", f_s)
         return hint_mse(f_s, f_t)
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, logit_stand: bool = False) -> Tensor:
     """mdistiller's ``T^2 KL``, summed over classes, mean over rows.
 
-    ``logit_stand`` takes each row's logits to mean 0 and standard deviation 1 first (its logit standardisation).
+    Logits are [N, C] or [N, C, ...] with the classes in dimension 1; every position is a row.
+
+    ``logit_stand`` takes the logits to mean 0 and standard deviation 1 first (its logit standardisation), along the **last**
+    dimension, as theirs does: with more than two dimensions these are positions, not classes. Mean and standard deviation
+    are those of the finite logits, so that a class masked by -inf counts 0 (theirs is NaN).
     """
     if logit_stand:
-        logits_student, logits_teacher = (
-            (z - z.mean(-1, keepdim=True)) / (1e-7 + z.std(-1, keepdim=True)) for z in (logits_student, logits_teacher)
-        )
-    return multi_teacher_kd_loss(logits_student, [logits_teacher], None, temperature=temperature)
+        logits_student, logits_teacher = (_standardized(z) for z in (logits_student, logits_teacher))
+    student, teacher = _class_rows("kd_loss", "logits_student", logits_student, "logits_teacher", logits_teacher)
+    return multi_teacher_kd_loss(student, [teacher], None, temperature=temperature)
+
+
+def _standardized(logits: Tensor) -> Tensor:
+    """``(z - mean) / (1e-7 + std)`` of the logits that are not -inf, which stay so."""
+    z = logits.to(wide_dtype(logits))
+    masked = z == -math.inf  # NaN is not: it stays NaN
+    count = (~masked).sum(-1, keepdim=True)
+    mean = z.masked_fill(masked, 0).sum(-1, keepdim=True) / count.clamp(min=1)
+    centered = (z - mean).masked_fill(masked, 0)
+    variance = centered.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    constant = variance == 0  # where the root has no gradient
+    std = variance.masked_fill(constant, 1).sqrt().masked_fill(constant, 0)
+    return (centered / (1e-7 + std)).masked_fill(masked, -math.inf)
 
 
 def rkd_loss(
@@ -133,17 +194,23 @@ def rkd_loss(
     part is plain PyTorch.
     """
     student, teacher = _rows(f_s), _rows(f_t).detach()
+    angle = angle_loss(student, teacher)
     if squared:
-        distance = F.smooth_l1_loss(_squared_over_mean(student, eps), _squared_over_mean(teacher, eps))
+        wide = wide_dtype(student, teacher)
+        d_s, d_t = (_squared_over_mean(x.to(wide), eps) for x in (student, teacher))
+        distance = F.smooth_l1_loss(d_s, d_t, reduction="sum") / max(d_s.numel(), 1)
     else:
         distance = rkd_distance_loss(student, teacher, eps=eps**0.5)
-    return distance_weight * distance + angle_weight * angle_loss(student, teacher)
+    return distance_weight * distance + angle_weight * angle
 
 
 def _squared_over_mean(x: Tensor, eps: float) -> Tensor:
-    d = (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
-    regular = d > eps
-    return d.masked_fill(~regular, 0) / (d[regular].mean() if regular.any() else 1)
+    """[N, N] squared distances over the mean of those above ``eps``; the others are 0, with gradient 0."""
+    squared = (x.unsqueeze(0) - x.unsqueeze(1)).square().sum(-1)
+    degenerate = squared <= eps  # NaN is not: it stays NaN
+    squared = squared.masked_fill(degenerate, 0)
+    mean = squared.sum() / (~degenerate).sum().clamp(min=1)
+    return squared / mean.masked_fill(degenerate.all(), 1)
 
 
 class DistanceWiseRKD(nn.Module):
@@ -170,11 +237,16 @@ class AngleWiseRKD(nn.Module):
 
 def _normalized(student: Tensor, teacher: Tensor, with_l2_norm: bool) -> tuple[Tensor, Tensor]:
     student, teacher = _rows(student), _rows(teacher)
-    return (F.normalize(student), F.normalize(teacher)) if with_l2_norm else (student, teacher)
+    if not with_l2_norm:
+        return student, teacher
+    return F.normalize(student.to(wide_dtype(student))), F.normalize(teacher.to(wide_dtype(teacher)))
 
 
 class MatchLogits(nn.Module):
     """MMKD's weighted sum of per-teacher KLs: ``mean_i sum_t w_it T^2 KL(p_t || p_s)``, our mode ``"sum"``.
+
+    Logits are [N, C]. ``logits_weight`` is [N, T] or what broadcasts to it, as in theirs: [T] and [1, T] hold for all rows,
+    [N, 1] and a scalar tensor for all teachers. Weights are finite and not negative; nothing makes them sum to 1.
 
     Args:
         opt: anything with ``kd_T``, as theirs takes it, or the temperature itself.
@@ -185,7 +257,9 @@ class MatchLogits(nn.Module):
         self.T = getattr(opt, "kd_T", opt)
 
     def forward(self, logit_s: Tensor, logit_t_list: Sequence[Tensor], logits_weight: Tensor) -> Tensor:
-        return multi_teacher_kd_loss(logit_s, logit_t_list, logits_weight, temperature=self.T, mode="sum")
+        _two_dimensional("MatchLogits", "logit_s", logit_s)
+        weights = _spread("MatchLogits", "logits_weight", logits_weight, (len(logit_s), len(logit_t_list)))
+        return multi_teacher_kd_loss(logit_s, logit_t_list, weights, temperature=self.T, mode="sum")
 
 
 class FitNet(nn.Module):
@@ -211,11 +285,18 @@ class FitNet(nn.Module):
                 f"FitNet: teacher must have the height and width of student {list(student.shape)} or 1 x 1, "
                 f"got {list(teacher.shape)}"
             )
-        return hint_loss(student, teacher, self.transform.weight.flatten(1), normalize=True)
+        with torch.autocast(student.device.type, enabled=False):  # which would narrow a wide convolution
+            return hint_loss(student, teacher, self.transform.weight.flatten(1), normalize=True)
 
 
 class Adapter(nn.Module):
     """The AMTML authors' adapter: weights of the teachers from the student's last map, and the loss of stage one.
+
+    Their six notebooks have three adapters under this one name:
+
+    - ``Adapter``, whose ``forward`` gives the weights: LR_adaptive_Hint and adaptive_FitNet_teacher-level.
+    - ``MixtureAdapter``, whose ``forward`` gives the mixed soft targets: LR_adaptive_KD, LR_adaptive_AT, LR_adaptive_triplets.
+    - ``LearningAdapter``, with another ``loss``: LR_adaptive_learning.
 
     Args:
         teacher_models: as many as there are teachers.
@@ -228,9 +309,10 @@ class Adapter(nn.Module):
 
     def __init__(self, teacher_models: Sequence[Any], pool_size: Sequence[int]):
         super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.theta = nn.Parameter(torch.randn(len(teacher_models), pool_size[1], generator=generator))
-        self.W = nn.Parameter(torch.randn(pool_size[1], 1, generator=generator))
+        generator = torch.Generator().manual_seed(1)  # the CPU's, as theirs: the same numbers on every device
+        sizes = (len(teacher_models), pool_size[1]), (pool_size[1], 1)
+        drawn = [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in sizes]
+        self.theta, self.W = (nn.Parameter(x.to(torch.get_default_device())) for x in drawn)
         self.val = False
 
     def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:
@@ -240,15 +322,71 @@ class Adapter(nn.Module):
     def loss(self, y: Tensor, labels: Tensor, weighted_logits: Tensor, T: float = 10.0, alpha: float = 0.7) -> Tensor:
         """``2 alpha T^2 * mean over N C of the KL terms + (1 - alpha) CE``, and 0.1 (|W|^2 + |theta|^2) before ``eval()``.
 
-        ``weighted_logits`` [N, C] are, in spite of their name, mixed probabilities. Note the mean over N * C: the
-        effective weight of the KL falls with the number of classes.
+        ``weighted_logits`` [N, C], or what broadcasts to it, are, in spite of their name, mixed probabilities. Note the mean
+        over N * C: the effective weight of the KL falls with the number of classes. A class that all teachers give
+        probability 0 counts 0, with gradient 0 (theirs is NaN for ``theta``).
+
+        Three of their notebooks call ``eval()`` before stage one, so that theta and W are never regularised: LR_adaptive_KD,
+        LR_adaptive_Hint and adaptive_FitNet_teacher-level.
         """
-        kl = F.kl_div(F.log_softmax(y / T, dim=1), weighted_logits, reduction="sum") / y.numel()
-        value = kl * (T * T * 2.0 * alpha) + F.cross_entropy(y, labels) * (1.0 - alpha)
-        if not self.val:
-            value = value + 0.1 * (self.W.square().sum() + self.theta.square().sum())
-        return value
+        y, targets = self._logits_and_targets(y, weighted_logits)
+        return self._regularized(_kd_of_mixture((y / T).log_softmax(1), y, labels, targets, T, alpha))
+
+    def _logits_and_targets(self, y: Tensor, weighted_logits: Tensor) -> tuple[Tensor, Tensor]:
+        name = f"{type(self).__name__}.loss"
+        _two_dimensional(name, "y", y)
+        targets = _spread(name, "weighted_logits", weighted_logits, y.shape)
+        y = y.to(wide_dtype(y, targets))
+        return y.masked_fill(y == -math.inf, -math.inf), targets.to(y.dtype)  # no gradient flows into a masked class
+
+    def _regularized(self, value: Tensor) -> Tensor:
+        if self.val:
+            return value
+        return value + 0.1 * sum(p.to(value.dtype).square().sum() for p in (self.W, self.theta))
 
     def train(self, mode: bool = True) -> "Adapter":
         self.val = not mode
         return super().train(mode)
+
+
+def _kd_of_mixture(log_q: Tensor, logits: Tensor, labels: Tensor, targets: Tensor, T: float, alpha: float) -> Tensor:
+    """``2 alpha T^2 * mean over N C of targets (log targets - log_q) + (1 - alpha) CE(logits, labels)``."""
+    value = log_q.new_zeros(())
+    if alpha != 0:  # not 0 * kl: that is NaN where kl is infinite
+        empty = targets == 0
+        kl = (targets * (targets.masked_fill(empty, 1).log() - log_q.masked_fill(empty, 0))).sum()
+        value = value + kl * (2.0 * alpha * T * T / max(log_q.numel(), 1))
+    if alpha != 1:
+        used = (labels != -100).sum().clamp(min=1)
+        value = value + F.cross_entropy(logits, labels, reduction="sum") / used * (1.0 - alpha)
+    return value
+
+
+class MixtureAdapter(Adapter):
+    """The adapter of the authors' LR_adaptive_KD, LR_adaptive_AT and LR_adaptive_triplets notebooks; see ``Adapter``."""
+
+    def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:
+        """The mixture [N, C] of ``te_logits_list`` [N, T, C], which are, in spite of their name, soft targets."""
+        name = "MixtureAdapter"
+        checks.tensor(name, "te_logits_list", te_logits_list)
+        if te_logits_list.dim() != 3 or te_logits_list.shape[:2] != (len(conv_map), len(self.theta)):
+            raise ValueError(
+                f"{name}: te_logits_list must be [{len(conv_map)}, {len(self.theta)}, C], got {checks.shape(te_logits_list)}"
+            )
+        return (super().forward(conv_map).unsqueeze(2) * te_logits_list).sum(1)
+
+
+class LearningAdapter(Adapter):
+    """The adapter of the authors' LR_adaptive_learning notebook; see ``Adapter``. ``forward`` gives the weights."""
+
+    def loss(self, y: Tensor, labels: Tensor, weighted_logits: Tensor, T: float = 10.0, alpha: float = 0.7) -> Tensor:
+        """``Adapter.loss`` with the cross-entropy at temperature T, and the angle and the distance loss (weight 1 each).
+
+        Both take log_softmax(y / T) for the student and the probabilities ``weighted_logits``, as a constant, for the
+        teacher. Coordinates of masked classes are 0 there.
+        """
+        y, targets = self._logits_and_targets(y, weighted_logits)
+        log_q = (y / T).log_softmax(1)
+        rows = log_q.masked_fill(y == -math.inf, 0)
+        relations = angle_loss(rows, targets.detach()) + rkd_distance_loss(rows, targets.detach(), eps=1e-6)
+        return self._regularized(_kd_of_mixture(log_q, log_q, labels, targets, T, alpha) + relations)

@@ -98,7 +98,8 @@ def multi_teacher_kd_loss(
         t2_scale: multiply the KL by ``temperature**2``.
         ignore_index: rows with this label count 0 in value, gradient and denominator.
         label_smoothing: of the cross-entropy, in [0, 1].
-        num_items_in_batch: replaces the denominator of ``"batchmean"`` (gradient accumulation, data parallel).
+        num_items_in_batch: replaces the denominator of ``"batchmean"`` (gradient accumulation, data parallel): an int or
+            a 0-d tensor of any dtype. It may be 0 where every row is ignored; the loss is 0 then.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
@@ -114,7 +115,7 @@ def multi_teacher_kd_loss(
     )
     checks.one_of(name, "reduction", reduction, REDUCTIONS)
     if num_items_in_batch is not None:
-        checks.num_items(name, num_items_in_batch, reduction)
+        checks.num_items(name, num_items_in_batch, reduction, labels)
     student, weights = student_logits, teacher_weights
     if weights is not None and weights.dim() != 2:
         weights = weights.reshape(-1, len(teachers))
@@ -136,7 +137,7 @@ def multi_teacher_kd_loss(
         need_terms=False,
     )
     if num_items_in_batch is not None:
-        return loss / num_items_in_batch
+        return reference.over_items(loss, num_items_in_batch)
     return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
 
 
@@ -236,8 +237,9 @@ def whole_loss(
         needs,
     )
     if divisor is not None:
-        given_on_device = isinstance(divisor, Tensor) and divisor.device == student.device
-        divisor = divisor if given_on_device else torch.full((), float(divisor), device=student.device)  # no sync
+        count = reference.item_count(divisor, torch.float64)
+        on_device = isinstance(count, Tensor) and count.device == student.device
+        divisor = count if on_device else student.new_full((), float(count), dtype=torch.float64)  # no sync
     labels = _as_long(labels)
     return _run(
         (name, labels, student.shape[1], ignore_index, None), autograd.WholeLoss, any(needs),
@@ -318,7 +320,7 @@ def topk_kd_loss(
     checks.one_of(name, "tail", tail, TAILS)
     _check_kd(name, temperature, alpha, label_smoothing)
     if num_items_in_batch is not None:
-        checks.num_items(name, num_items_in_batch, reduction)
+        checks.num_items(name, num_items_in_batch, reduction, labels)
     student = student_logits.reshape(rows, classes)
     sizes = [index.shape[-1] for index in given_indices]
     # Side by side in one tensor: beside the student's rows they are small.
@@ -358,7 +360,7 @@ def topk_kd_loss(
             chosen, student, weights, labels, indices, log_probs, sizes, settings, needs, wide,
         )  # fmt: skip
     if num_items_in_batch is not None:
-        return loss / num_items_in_batch
+        return reference.over_items(loss, num_items_in_batch)
     return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
 
 

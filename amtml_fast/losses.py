@@ -7,11 +7,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from amtml_fast import checks, functional
+from amtml_fast import checks, functional, reference
 from amtml_fast.functional import angle_loss, hint_loss, multi_teacher_kd_loss, teacher_weights
 
 MAPPINGS = ("best_high", "best_low", "random")
+
+
+def _parameter(start: Tensor) -> nn.Parameter:
+    """float32 and drawn on the CPU, whatever torch's defaults are: they say where it is put, not what it holds."""
+    return nn.Parameter(start.to(torch.get_default_device()))
 
 
 class TeacherAdapter(nn.Module):
@@ -35,16 +41,17 @@ class TeacherAdapter(nn.Module):
             checks.number("TeacherAdapter", "init_scale", init_scale, 0, math.inf)
         scale = channels**-0.5 if init_scale is None else init_scale
         self.pool = pool
-        self.theta = nn.Parameter(torch.randn(num_teachers, channels) * scale)
-        self.v = nn.Parameter(torch.randn(channels) * scale)
+        self.theta = _parameter(torch.randn(num_teachers, channels, dtype=torch.float32, device="cpu") * scale)
+        self.v = _parameter(torch.randn(channels, dtype=torch.float32, device="cpu") * scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, d, H, W] or [N, d] -> weights [N, T]."""
         return teacher_weights(features, self.theta, self.v, pool=self.pool)
 
     def regularizer(self) -> Tensor:
-        """``|v|^2 + |theta|^2``, unweighted."""
-        return self.v.square().sum() + self.theta.square().sum()
+        """``|v|^2 + |theta|^2``, unweighted, in float32 (float64 if a parameter is)."""
+        wide = reference.wide_dtype(self.theta, self.v)
+        return self.v.to(wide).square().sum() + self.theta.to(wide).square().sum()
 
     def extra_repr(self) -> str:
         return f"channels={self.theta.shape[1]}, num_teachers={self.theta.shape[0]}, pool={self.pool!r}"
@@ -215,9 +222,9 @@ class MultiGroupHintLoss(nn.Module):
         self.normalize = normalize
         self.transforms = nn.ParameterDict()  # teacher index -> [c_t, c_s]
         for teacher, group in self.mapping.items():
-            weight = nn.Parameter(torch.empty(teacher_channels[teacher], student_channels[group]))
+            weight = torch.empty(teacher_channels[teacher], student_channels[group], dtype=torch.float32, device="cpu")
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d starts
-            self.transforms[str(teacher)] = weight
+            self.transforms[str(teacher)] = _parameter(weight)
         self.num_teachers = len(teacher_channels)
 
     def forward(self, student_maps: Mapping[str, Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
@@ -270,7 +277,7 @@ def _hint_mapping(
             "an explicit mapping may share groups"
         )
     if mapping == "random":
-        order = torch.randperm(num_teachers).tolist()
+        order = torch.randperm(num_teachers, dtype=torch.int64, device="cpu").tolist()
     else:
         if scores is None:
             raise ValueError(f'{name}: mapping "{mapping}" needs teacher_scores (validation accuracies), got None')
@@ -395,7 +402,7 @@ class AMTMLLoss(nn.Module):
             name, student_logits, teacher_logits, None, labels, self.ignore_index
         )
         if num_items_in_batch is not None:
-            checks.num_items(name, num_items_in_batch, self.reduction)
+            checks.num_items(name, num_items_in_batch, self.reduction, labels)
         student = student_logits
         if student.dim() != 2:
             student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
@@ -410,7 +417,9 @@ class AMTMLLoss(nn.Module):
             return out
         hint = self.hints(student_maps, teacher_maps)
         loss, kd, ce, kl, angle, _, regularizer, weights = out  # no _replace: torch.compile 2.11 cannot trace it
-        return AMTMLOutput(loss + self.hint_weight * hint, kd, ce, kl, angle, hint.detach(), regularizer, weights)
+        return AMTMLOutput(
+            torch.add(loss, hint, alpha=self.hint_weight), kd, ce, kl, angle, hint.detach(), regularizer, weights
+        )
 
     def _fused(
         self,
@@ -447,8 +456,8 @@ class AMTMLLoss(nn.Module):
         if not plain:
             weights = sources[3].detach()
             if self.regularizer_weight != 0:
-                term = adapter.regularizer()
-                loss, regularizer = loss + self.regularizer_weight * term, term.detach()
+                term = self._regularizer()
+                loss, regularizer = torch.add(loss, term, alpha=self.regularizer_weight), term.detach()
         return AMTMLOutput(loss, kd, ce, kl, angle, hint, regularizer, weights)
 
     def _composed(
@@ -467,16 +476,16 @@ class AMTMLLoss(nn.Module):
         )  # fmt: skip
         kd, ce, kl = terms.loss, terms.ce, terms.kl
         if divisor is not None:
-            kd, ce, kl = kd / divisor, ce / divisor, kl / divisor
+            kd, ce, kl = (reference.over_items(term, divisor) for term in (kd, ce, kl))
         loss = kd
         angle, hint, regularizer = kd.detach().new_zeros(3).unbind()
         if self.angle_weight != 0:
             row_mask = None if labels is None else labels != self.ignore_index
             angle = self._angle(terms.student_probs, terms.soft_targets, row_mask, gather)
-            loss = loss + self.angle_weight * angle
+            loss = torch.add(loss, angle, alpha=self.angle_weight)
         if self.regularizer_weight != 0:
-            regularizer = self.adapter.regularizer()
-            loss = loss + self.regularizer_weight * regularizer
+            regularizer = self._regularizer()
+            loss = torch.add(loss, regularizer, alpha=self.regularizer_weight)
         return AMTMLOutput(loss, *(t.detach() for t in (kd, ce, kl, angle, hint, regularizer, weights)))
 
     def _weights(self, features: Tensor, student: Tensor, teachers: int) -> Tensor:
@@ -486,6 +495,11 @@ class AMTMLLoss(nn.Module):
         checks.weights_shape("AMTMLLoss", tuple(weights.shape), student.shape[0], teachers)
         checks.same_device("AMTMLLoss", "the adapter's weights", weights, "student_logits", student)
         return weights
+
+    def _regularizer(self) -> Tensor:
+        """Of an adapter that is called. One that FSDP has sharded adds up shards here, outside of its forward."""
+        term = self.adapter.regularizer()
+        return term.full_tensor() if hasattr(term, "full_tensor") else term
 
     def _kd_options(self, divisor: int | Tensor | None) -> dict[str, Any]:
         return dict(
@@ -515,11 +529,15 @@ class AMTMLLoss(nn.Module):
 
 
 def _is_plain(adapter: nn.Module) -> bool:
-    """A TeacherAdapter whose call does nothing but ``teacher_weights``: no own forward, no hook, no parametrization."""
+    """A TeacherAdapter whose parameters can be read in place of calling it: neither its class nor the instance has another
+    ``forward`` or ``regularizer``, and no hook waits for its call."""
+    own = adapter.__dict__
     return (
         type(adapter) is TeacherAdapter
-        and not (adapter._forward_hooks or adapter._forward_pre_hooks or adapter._backward_hooks)
-        and not adapter._backward_pre_hooks
+        and not ("forward" in own or "regularizer" in own)
+        and not (adapter._forward_hooks or adapter._forward_pre_hooks)
+        and not (adapter._backward_hooks or adapter._backward_pre_hooks)
+        and not _has_any_global_hook()
     )
 
 
@@ -547,7 +565,7 @@ class _GatherRows(torch.autograd.Function):
 def _rows_everywhere(rows: Tensor, row_mask: Tensor | None) -> list[int]:
     """How many rows each process has. Where their classes or labels differ all raise together; otherwise they would wait for
     each other, or gather nonsense."""
-    mine = torch.tensor([*rows.shape, row_mask is not None], device=rows.device)
+    mine = torch.tensor([*rows.shape, row_mask is not None], dtype=torch.int64, device=rows.device)
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     found = torch.stack(gathered).tolist()

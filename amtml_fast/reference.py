@@ -31,6 +31,24 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float32
 
 
+def over_items(total: Tensor, num_items_in_batch: int | Tensor) -> Tensor:
+    """A sum over the rows, divided by a count that stands for the whole batch: 0 where no row counts, on either side."""
+    return total / item_count(num_items_in_batch, total.dtype)
+
+
+def item_count(num_items_in_batch: int | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """What a sum is divided by. In place of 0 a number so small that 0 over it is 0 and any other sum is beyond use."""
+    tiny = torch.finfo(torch.float32).tiny
+    if isinstance(num_items_in_batch, Tensor):
+        return num_items_in_batch.to(dtype).clamp(min=tiny)
+    return num_items_in_batch if num_items_in_batch > 0 else tiny
+
+
+def times(x: Tensor, factor: float) -> Tensor:
+    """``x * factor``. (torch gives the product of a 0-d tensor and a Python float a float64 tangent.)"""
+    return x * x.new_full((), factor)
+
+
 def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "max") -> Tensor:
     """Eq 4-6: ``softmax_t(v . (theta_t * pool(features)))``, [N, d, H, W] or [N, d] -> [N, T]."""
     dtype = wide_dtype(features, theta, v)
@@ -72,7 +90,7 @@ def multi_teacher_kd_loss(
         label_smoothing=label_smoothing,
     )
     if num_items_in_batch is not None:
-        return terms.loss / num_items_in_batch
+        return over_items(terms.loss, num_items_in_batch)
     return terms.loss.reshape(student_logits.shape[:-1]) if reduction == "none" else terms.loss
 
 
@@ -162,9 +180,10 @@ def _kd_reduced(
         ce = ce.sum() / count
         kl = kl.sum() / (count * (z.shape[1] if reduction == "mean" else 1))
     if labels is None or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
-        loss = kl if labels is None else alpha * kl
+        loss = kl if labels is None else times(kl, alpha)
     else:
-        loss = (1 - alpha) * ce if alpha == 0 else (1 - alpha) * ce + alpha * kl
+        loss = times(ce, 1 - alpha)
+        loss = loss if alpha == 0 else torch.add(loss, kl, alpha=alpha)
     return loss, ce, kl
 
 
@@ -206,7 +225,7 @@ def topk_kd_loss(
         tail=tail,
     )
     if num_items_in_batch is not None:
-        return loss / num_items_in_batch
+        return over_items(loss, num_items_in_batch)
     return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
 
 
@@ -289,7 +308,8 @@ def _cosines(x: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
     regular = ~(squared.double() <= eps * eps)  # NaN is not degenerate: it stays NaN
     if row_mask is not None:
         regular = regular & row_mask[:, None, None] & row_mask[None, :, None]
-    edge = difference.masked_fill(~regular, 0) / squared.masked_fill(~regular, 1).sqrt()
+    length = squared.masked_fill(~regular, 1).masked_fill(squared.isinf(), torch.nan).sqrt()  # or edges of length 0
+    edge = difference.masked_fill(~regular, 0) / length
     return torch.bmm(edge, edge.transpose(1, 2))
 
 

@@ -20,6 +20,7 @@ class Case:
     Attributes:
         op: its stem. function, reference: the public function and its float64 oracle.
         make: ``make(generator, *size) -> args``, float32 on the CPU; tensors that require grad are differentiated.
+        small: one size with nothing special about it, for promises that hold at any.
         sizes: what the tests run, each with the reason it is there (see the comments).
         variants: keyword arguments to run each size with.
         bytes: ``bytes(itemsize, *size)`` read and written once by forward and backward together.
@@ -29,6 +30,7 @@ class Case:
     function: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     make: Callable[..., tuple]
+    small: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     variants: tuple[dict[str, Any], ...]
     bytes: Callable[..., int] = field(repr=False)
@@ -70,7 +72,9 @@ def value_and_grads(
     out = function(*args, **options)
     if upstream is None:
         upstream = (
-            torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").half().bfloat16()
+            torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32, device="cpu")
+            .half()
+            .bfloat16()
         )  # exact in any dtype
     leaves = [t for t in tensors(args) if t.requires_grad]
     grads = torch.autograd.grad(out, leaves, upstream.to(out), allow_unused=True)
@@ -85,7 +89,7 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def _randn(g: torch.Generator, *size: int) -> Tensor:
-    return torch.randn(size, generator=g, device="cpu")
+    return torch.randn(size, generator=g, dtype=torch.float32, device="cpu")
 
 
 def _teacher_weights(g: torch.Generator, n: int, d: int, h: int, w: int, t: int) -> tuple:
@@ -94,7 +98,7 @@ def _teacher_weights(g: torch.Generator, n: int, d: int, h: int, w: int, t: int)
 
 
 def _multi_teacher_kd(g: torch.Generator, n: int, c: int, t: int) -> tuple:
-    labels = torch.randint(0, c, (n,), generator=g, device="cpu")
+    labels = torch.randint(0, c, (n,), generator=g, dtype=torch.int64, device="cpu")
     labels[1::5] = -100  # some rows ignored
     weights = _randn(g, n, t).softmax(-1)
     return (
@@ -132,6 +136,7 @@ CASES = {
             functional.teacher_weights,
             reference.teacher_weights,
             _teacher_weights,
+            (3, 4, 2, 3, 2),
             # n, d, h, w, T: empty; one of all; pooled already; odd; one pixel column; several threads' worth
             ((0, 4, 2, 2, 3), (1, 1, 1, 1, 1), (5, 7, 0, 0, 3), (3, 5, 3, 5, 2), (2, 8, 5, 1, 4), (33, 64, 8, 8, 3)),
             ({"pool": "max"}, {"pool": "avg"}),
@@ -142,6 +147,7 @@ CASES = {
             functional.multi_teacher_kd_loss,
             reference.multi_teacher_kd_loss,
             _multi_teacher_kd,
+            (6, 5, 3),
             # n, C, T: empty; one of all; one class; less and more than a vector; past several summation blocks; threads
             ((0, 10, 3), (1, 1, 1), (3, 1, 2), (2, 7, 3), (7, 10, 1), (33, 100, 3), (5, 1030, 2), (256, 257, 5)),
             (
@@ -158,6 +164,7 @@ CASES = {
             functional.topk_kd_loss,
             reference.topk_kd_loss,
             _topk_kd,
+            (6, 5, 3, 2),
             # n, C, k, T: empty; one of all; all classes, and all but one; a single entry; past a vector and a chunk; threads
             (
                 (0, 10, 2, 3),
@@ -183,6 +190,7 @@ CASES = {
             functional.angle_loss,
             reference.angle_loss,
             _angle,
+            (6, 4),
             # n, C: empty; no triplet; one width; less and more than a vector; several threads; wide
             ((0, 3), (1, 3), (2, 3), (3, 1), (7, 5), (40, 10), (67, 10), (19, 300)),
             (
@@ -198,6 +206,7 @@ CASES = {
             functional.rkd_distance_loss,
             reference.rkd_distance_loss,
             _angle,
+            (6, 4),
             # n, C: empty; no pair; one pair; one width; less and more than a vector; several threads; wide
             ((0, 3), (1, 3), (2, 3), (3, 1), (7, 5), (67, 10), (150, 20), (19, 300)),
             ({}, {"reduction": "sum", "delta": 0.1}, {"reduction": "distinct", "eps": 0.0}),
@@ -208,6 +217,7 @@ CASES = {
             functional.hint_loss,
             reference.hint_loss,
             _hint,
+            (2, 3, 4, 5, 2),
             # n, c_s, h_s, c_t, h_t: empty; one of all; student larger; teacher larger and not a multiple; same size; pixels
             # of several examples in a block, channels that fill no vector; examples of one pixel; an example of several
             # blocks, channels past a vector; several threads
@@ -230,6 +240,7 @@ CASES = {
             functional.dual_softmax,
             reference.dual_softmax,
             _dual_softmax,
+            (4, 6),
             # empty; one of all; a row; a column; past one block of columns; batched
             ((0, 3), (1, 1), (1, 9), (9, 1), (37, 300), (3, 2, 17, 5)),
             ({}, {"mode": "product"}, {"dim1": -1, "dim2": -2}, {"dim1": 0, "dim2": -1, "mode": "product"}),

@@ -126,6 +126,7 @@ class Setting:
         student = FeatureExtractor(
             build("resnet", dict(self.student.args), num_classes=100, in_channels=3, weights=None), paths
         ).to(DEVICE)
+        student.probe(next(iter(datasets.Loader(self.data.val, self.data, 2))).images, training=True)
         widths = {"low": 16, "mid": 32, "high": 64}
         loss = PaperLoss(64, len(self.depths), [(widths[g], c) for g, c in zip(GROUPS, teachers.channels)]).to(DEVICE)
         optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)

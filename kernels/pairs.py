@@ -99,8 +99,9 @@ def distances_kernel(
     d = tl.where(pair, d, 0.0)
     limit = tl.full([1, 1], eps, tl.float64)
     regular = pair & ((d > limit * limit) | (d != d))  # NaN is not degenerate: it stays NaN
-    root = tl.sqrt(tl.where(regular, d, 1.0))
-    inverse = tl.where(regular, 1.0 / root, 0.0).to(r.dtype.element_ty)
+    safe = tl.where(regular, d, 1.0)
+    root = tl.sqrt(safe)
+    inverse = tl.where(regular, root / safe, 0.0).to(r.dtype.element_ty)  # NaN at infinity
     here = side.to(tl.int64) * p * p + i.to(tl.int64)[:, None] * p + j[None, :]
     mirrored = side.to(tl.int64) * p * p + j.to(tl.int64)[None, :] * p + i[:, None]
     tl.store(distance + here, d)

@@ -215,11 +215,11 @@ def _topk_kernel(
             ce = cross_entropy(z_rows, label, used, c, m, s1, all_below, smoothing, SMOOTH)
         ce = tl.where(used, ce, 0.0)
         kl = tl.where(used, kl_scale * kl.to(tl.float32), 0.0)
-        last = used.to(tl.float32)
-        if NONE:
-            last = weighted(ce, kl, ce_weight, kl_weight)
         tl.store(ce_out + rows, ce, mask=inside)
         tl.store(kl_out + rows, kl, mask=inside)
+        last = used.to(tl.float32)
+        if NONE:  # behind those stores: before them, Triton 3.6 takes from their layout what is not there yet, and stops
+            last = weighted(ce, kl, ce_weight, kl_weight)
         tl.store(last_out + rows, last, mask=inside)
 
 

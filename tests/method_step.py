@@ -32,7 +32,6 @@ def make_step(seed: int = 0, teachers: int = T) -> Step:
         return torch.randn(*shape, generator=g)
 
     maps = {"low": draw(N, 3, 8, 8), "mid": draw(N, 4, 4, 4), "high": draw(N, D, 2, 2)}
-    maps["features"] = maps["high"]
     maps = {name: x.requires_grad_() for name, x in maps.items()}
     logits = (2 * draw(N, C)).requires_grad_()
     labels = torch.randint(C, (N,), generator=g)
@@ -43,6 +42,7 @@ def make_step(seed: int = 0, teachers: int = T) -> Step:
         [3 * draw(N, C) for _ in range(teachers)],
         [draw(N, c, 4, 4).relu() for c in TEACHER_CHANNELS[:teachers]],
         draw(N, 1, 2, 4),
+        maps["high"],
     )
 
 

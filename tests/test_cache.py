@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amtml_fast.train import cache, compare, config, jobs, loop, models, run, teachers
+from amtml_fast.train import cache, compare, config, jobs, lock, loop, models, run, teachers
 from amtml_fast.train.cache import CacheError, Storage, Store, locked
 from amtml_fast.train.data import Batch, ImageData, ImageSet, Loader
 from amtml_fast.train.progress import Display
@@ -498,7 +498,7 @@ def test_the_second_waits_and_goes_on_when_the_first_dies(
 def test_without_locks_two_writers_still_end_with_a_whole_cache(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     settings = load(tmp_path)
     found = [teachers.load(settings, data, hints=True) for _ in range(2)]
     errors: list[BaseException] = []

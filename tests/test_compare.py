@@ -289,6 +289,20 @@ def test_a_stopped_comparison_side_by_side_ends_like_one_run_after_another(compa
         assert one.accuracies == two.accuracies
 
 
+def test_a_second_comparison_in_one_folder_is_refused(tmp_path: Path) -> None:
+    process = start(tmp_path, "distill.epochs=500")
+    until(lambda: list(tmp_path.glob("small/*-seed0/metrics.jsonl")), process, "a student in training")
+    other = start(tmp_path, "distill.epochs=500")
+    _, err = other.communicate(timeout=120)
+    assert other.returncode == 1 and f"error: {tmp_path / 'small'}: process {process.pid} on " in err, err
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    with pytest.raises(RunError, match=r"train\.epochs: 500 there, 1 here"):  # not the lock
+        compare.compare(load(tmp_path, "distill.epochs=1"), QUIET)
+    assert not (tmp_path / "small" / ".lock").exists()
+
+
 def test_a_worker_that_dies_is_named_and_the_others_stop(tmp_path: Path) -> None:
     process = start(tmp_path, "compare.workers=2", "distill.epochs=30")
     until(lambda: len(list(tmp_path.glob("small/*-seed0/metrics.jsonl"))) >= 2, process, "students in training")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from amtml_fast.train import data, readers
+from amtml_fast.train import data, readers, samples
 
 # --- digits and the validation split
 
@@ -374,6 +374,51 @@ def test_image_folder_takes_val_where_there_is_no_test(folder):
     assert loaded.test.labels.tolist() == [1] and loaded.test.images[0, :, 0, 0].tolist() == [128] * 3
 
 
+def test_image_folder_reads_every_image_at_any_depth(folder, tmp_path_factory):
+    wanted = data.load("image_folder", folder, val_fraction=0.25)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    save_image(elsewhere / "linked.png", (0, 11, 200))
+    for place, shade in (
+        ("images/5.png", 5),
+        ("images/deep/6.JPEG", 6),
+        ("7.bmp", 7),
+        ("more/8.webp", 8),
+        ("x/9.gif", 9),
+    ):
+        save_image(folder / "train" / "cat" / place, (0, shade, 200))
+    (folder / "train" / "cat" / "link").symlink_to(elsewhere)
+    save_image(folder / "test" / "dog" / "images" / "1.png", 0)
+    loaded = data.load("image_folder", folder, val_fraction=0.25)
+    assert len(loaded.train) + len(loaded.val) == len(wanted.train) + len(wanted.val) + 6
+    assert loaded.test.labels.tolist() == [0, 1, 1]
+
+
+def test_image_folder_leaves_hidden_folders_and_files_out(folder):
+    wanted = data.load("image_folder", folder)
+    save_image(folder / "train" / ".ipynb_checkpoints" / "0.png", 0)
+    save_image(folder / "train" / "cat" / ".ipynb_checkpoints" / "0.png", 0)
+    save_image(folder / "test" / ".ipynb_checkpoints" / "0.png", 0)
+    (folder / "train" / "cat" / "._0.png").write_bytes(b"what macOS leaves on other disks")
+    (folder / "train" / "._0.png").write_bytes(b"")
+    loaded = data.load("image_folder", folder)
+    assert loaded.classes == ("cat", "dog")
+    for split in ("train", "val", "test"):
+        assert torch.equal(getattr(loaded, split).images, getattr(wanted, split).images)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_image_beside_the_class_folders_is_named(folder, part):
+    save_image(folder / part / "stray.jpg", 0)
+    with pytest.raises(ValueError, match=rf"{part}/stray.jpg: an image must be in the folder of its class"):
+        data.load("image_folder", folder)
+
+
+def test_tiny_imagenet_does_not_mind_a_hidden_folder(tiny):
+    (tiny / "wnids.txt").write_text("n02\nn01\n")
+    (tiny / "train" / ".ipynb_checkpoints").mkdir()
+    assert len(data.load("tiny_imagenet", tiny).train) == 2
+
+
 def test_image_folder_errors_name_the_place(folder, tmp_path_factory):
     save_image(folder / "train" / "dog" / "9.png", 0, size=(5, 4))
     with pytest.raises(ValueError, match=r"dog/9.png: images must be of one size, 6x4 like .*cat/0.png, got 5x4"):
@@ -466,6 +511,99 @@ def test_half_a_tiny_imagenet_is_named(tiny):
         data.load("tiny_imagenet", tiny)
 
 
+# --- images in every mode
+
+LEVELS = np.array([[0, 1, 63, 127], [128, 191, 254, 255]], dtype=np.uint8)
+COLOURS = np.stack([LEVELS, LEVELS[::-1], 255 - LEVELS], 2)
+
+
+def image_of(kind):
+    """A PIL image of the kind, and what must be read of it, [H, W] or [H, W, 3] uint8."""
+    if kind.startswith("16 bits"):
+        wide = LEVELS.astype(np.uint16)
+        return Image.fromarray(wide * 257 if kind.endswith("repeated") else wide << 8), LEVELS
+    if kind == "palette" or kind == "palette, transparent":
+        image = Image.fromarray(np.arange(8, dtype=np.uint8).reshape(2, 4)).convert("P")
+        image.putpalette(COLOURS.tobytes())
+        if kind.endswith("transparent"):
+            image.info["transparency"] = bytes([0, 128, 255, 0, 7, 8, 9, 10])  # of each colour
+        return image, COLOURS
+    image = Image.fromarray(COLOURS)
+    alpha = Image.fromarray(255 - LEVELS)
+    if kind == "1 bit":
+        return Image.fromarray(LEVELS > 127), np.where(LEVELS > 127, 255, 0)
+    if kind == "grey, transparent":
+        return Image.merge("LA", [Image.fromarray(LEVELS), alpha]), LEVELS
+    if kind == "transparent":
+        image.putalpha(alpha)
+        return image, COLOURS
+    if kind == "CMYK":
+        return image.convert("CMYK"), COLOURS
+    if kind == "grey":
+        return Image.fromarray(LEVELS), LEVELS
+    assert kind == "colour"
+    return image, COLOURS
+
+
+KINDS = [
+    "16 bits, repeated",
+    "16 bits, shifted",
+    "palette",
+    "palette, transparent",
+    "1 bit",
+    "grey",
+    "grey, transparent",
+]
+KINDS += ["colour", "transparent", "CMYK"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mode_of_image_in_a_folder_and_from_a_dataset(kind, tmp_path):
+    image, wanted = image_of(kind)
+    suffix = "tif" if kind == "CMYK" else "png"  # PNG has no inks
+    for place in ("train/a/0", "train/a/1", "test/a/0"):
+        path = tmp_path / f"{place}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    read = data.load("image_folder", tmp_path).test.images[0].numpy()
+    assert np.array_equal(read, np.broadcast_to(wanted.reshape(2, 4, -1), (2, 4, 3)).transpose(2, 0, 1))
+
+    with Image.open(tmp_path / f"test/a/0.{suffix}") as opened:
+        for each in (image, opened):
+            loaded = data.from_datasets([(each, 0), (each, 0)], [(each, 0)])
+            assert np.array_equal(loaded.test.images[0].numpy(), wanted.reshape(2, 4, -1).transpose(2, 0, 1))
+
+
+def test_sixteen_bits_in_mode_i_are_those_of_a_png(tmp_path):
+    """As older versions of Pillow open them, and as every version opens a PGM."""
+    path = tmp_path / "0.pgm"
+    path.write_bytes(b"P5 4 2 65535\n" + (LEVELS.astype(">u2") * 257).tobytes())
+    with Image.open(path) as image:
+        assert image.mode == "I"
+        assert np.array_equal(np.asarray(samples.eight_bits(image)), LEVELS)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_32_bits_have_no_white(mode, tmp_path):
+    for place in ("train/a/0.tif", "train/a/1.tif", "test/a/0.tif"):
+        save_image(tmp_path / place, 70_000, mode=mode)
+    with pytest.raises(ValueError, match=rf"0.tif: not a readable image \(8 or 16 bits .* got 32 \(mode {mode}\)"):
+        data.load("image_folder", tmp_path)
+    image = Image.new(mode, (6, 4), 70_000)
+    with pytest.raises(ValueError, match=rf"train\[0\]: not a readable image .* got 32 \(mode {mode}\)"):
+        data.from_datasets([(image, 0)], [(image, 0)])
+
+
+def test_an_exif_orientation_turns_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    pixels = random_images(4, 6, 3)
+    for place in ("train/a/0.png", "train/a/1.png", "test/a/0.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / place, exif=exif)
+    assert np.array_equal(data.load("image_folder", tmp_path).test.images[0].numpy(), pixels.transpose(2, 0, 1))
+
+
 # --- Datasets from Python
 
 
@@ -483,6 +621,10 @@ def test_from_datasets_takes_every_kind_of_image():
         loaded = data.from_datasets(pairs(*images), pairs(*images), classes=["a", "b"], val_fraction=0.5)
         assert np.array_equal(loaded.test.images.numpy(), pixels)
         assert loaded.classes == ("a", "b") and len(loaded.train) == len(loaded.val) == 2
+    halves = [image.bfloat16() / 255 for image in as_uint8], [image.half() / 255 for image in as_uint8]
+    for images, most in zip(halves, (1, 0), strict=True):  # bfloat16 has 8 bits of a value, float16 has 11
+        read = data.from_datasets(pairs(*images), pairs(*images)).test.images.numpy()
+        assert np.abs(read.astype(int) - pixels).max() <= most
     grey = [torch.zeros(5, 6, dtype=torch.uint8)] * 4
     assert data.from_datasets(pairs(*grey), pairs(*grey)).test.images.shape == (4, 1, 5, 6)
 
@@ -494,6 +636,59 @@ def test_from_datasets_takes_the_datasets_own_class_names():
     images = [torch.zeros(1, 4, 4)] * 4
     assert data.from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("x", "y", "z")
     assert data.from_datasets(pairs(*images), pairs(*images)).classes == ("0", "1")
+    Named.classes = [7, 8]  # as some data sets have them
+    assert data.from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("7", "8")
+
+
+LABELS = [
+    2,
+    2.0,
+    np.int64(2),
+    np.uint8(2),
+    np.float32(2),
+    np.array(2),
+    np.array([2]),
+    torch.tensor(2),
+    torch.tensor([2]),
+]
+LABELS += [torch.tensor(2, dtype=torch.int16), torch.tensor([[2.0]]), torch.tensor(2.0, requires_grad=True)]
+
+
+@pytest.mark.parametrize("label", LABELS, ids=repr)
+def test_a_whole_label_of_any_type_is_taken(label):
+    images = [torch.zeros(1, 4, 4)] * 2
+    assert data.from_datasets([(x, label) for x in images], [(images[0], label)]).test.labels.tolist() == [2]
+
+
+def test_labels_may_be_true_and_false():
+    images = [torch.zeros(1, 4, 4)] * 4
+    both = [False, np.bool_(True), torch.tensor(False), True]
+    loaded = data.from_datasets(pairs(*images, labels=both), pairs(*images, labels=both))
+    assert loaded.test.labels.tolist() == [0, 1, 0, 1]
+
+
+NO_LABELS = [
+    (1.7, ValueError, r"train\[1\]: the label must be a whole number, got 1.7"),
+    (np.float32(0.5), ValueError, r"train\[1\]: the label must be a whole number, got 0.5"),
+    (torch.tensor(0.5), ValueError, r"train\[1\]: the label must be a whole number, got 0.5"),
+    (float("nan"), ValueError, r"train\[1\]: the label must be a whole number, got nan"),
+    (float("inf"), ValueError, r"train\[1\]: the label must be a whole number, got inf"),
+    ("1", TypeError, r"train\[1\]: the label must be a whole number, got str"),
+    (np.str_("1"), TypeError, r"train\[1\]: the label must be a whole number, got str"),
+    (None, TypeError, r"train\[1\]: the label must be a whole number, got NoneType"),
+    ([1], TypeError, r"train\[1\]: the label must be a whole number, got list of 1"),
+    (torch.tensor([0, 1]), TypeError, r"train\[1\]: the label must be one whole number, got Tensor of shape \[2\]"),
+    (np.array([0, 1]), TypeError, r"train\[1\]: the label must be one whole number, got ndarray of shape \[2\]"),
+    (torch.tensor([]), TypeError, r"train\[1\]: the label must be one whole number, got Tensor of shape \[0\]"),
+    (-1, ValueError, r"train\[1\]: the label must be 0 or more, got -1"),
+    (torch.tensor([-1.0]), ValueError, r"train\[1\]: the label must be 0 or more, got -1"),
+]
+
+
+@pytest.mark.parametrize("label, error, message", NO_LABELS, ids=range(len(NO_LABELS)))
+def test_what_is_no_whole_label_is_named(label, error, message):
+    with pytest.raises(error, match=message):
+        data.from_datasets(pairs(ZERO, ZERO, labels=[0, label]), pairs(ZERO, ZERO))
 
 
 ZERO = torch.zeros(1, 4, 4)
@@ -503,6 +698,15 @@ BAD_DATASETS = [
     (pairs(ZERO - 1), ValueError, r"train\[0\]: a float image must be in \[0, 1\] .* got \[-1, -1\]"),
     (pairs(ZERO * float("nan")), ValueError, r"train\[0\]: a float image must be in \[0, 1\]"),
     (pairs(ZERO.long()), TypeError, r"train\[0\]: an image must be uint8, .* got int64"),
+    (pairs(torch.zeros(8, 6, 3)), ValueError, r"train\[0\]: a tensor must have its channels first, got \[8, 6, 3\]"),
+    (
+        pairs(np.zeros((3, 6, 8), np.uint8)),
+        ValueError,
+        r"train\[0\]: an array must have its channels last, got \[3, 6, 8\]",
+    ),
+    ([(ZERO, 0, 1)], TypeError, r"train\[0\]: a pair \(image, label\) wanted, got tuple of 3"),
+    ([{"image": ZERO, "label": 0}], TypeError, r"train\[0\]: a pair \(image, label\) wanted, got dict"),
+    (pairs(np.zeros((6, 8), np.uint16)), TypeError, r"train\[0\]: an image must be uint8, .* got uint16"),
     (pairs(ZERO[0, 0]), ValueError, r"train\[0\]: an image must have 2 or 3 dimensions, got \[4\]"),
     (pairs(ZERO, ZERO, labels=[0, -1]), ValueError, r"train\[1\]: the label must be 0 or more, got -1"),
     (pairs(ZERO, ZERO, labels=[0, 5]), ValueError, r"at least 6 classes \(the largest label is 5\), got 2"),

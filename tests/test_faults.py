@@ -6,11 +6,14 @@ AMTML_SOAK=20 (make soak): that many runs killed at random moments.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import time
 import traceback
@@ -28,7 +31,9 @@ from small_run import Place, interrupt_after, launched, metrics, own_weights, st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amtml_fast import checks
-from amtml_fast.train import jobs, loop
+from amtml_fast.train import compare, jobs, lock, loop
+from amtml_fast.train.jobs import student_job
+from amtml_fast.train.progress import Display
 from amtml_fast.train.run import Run, read_json
 from amtml_fast.train.stop import Interrupted
 
@@ -182,6 +187,81 @@ def test_sigterm_ends_the_command_with_what_it_had(place: Place) -> None:
     told = re.search(r"(\d+) of 500 epochs(?: and (\d+) steps)?", said)
     assert state is not None and told is not None
     assert (state["epoch"], state["step"]) == (int(told[1]), int(told[2] or 0))
+
+
+# --- two at once --------------------------------------------------------------------------------------------------------
+
+
+def refused(place: Place, *words: str, by: int) -> None:
+    done = subprocess.run(place.command(*words), cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    assert f"error: {run.folder}: process {by} on {socket.gethostname()} is at work there." in done.stderr, done.stderr
+
+
+def test_a_second_process_is_refused_until_the_first_one_is_gone(place: Place) -> None:
+    process = start_and_wait(place, place.command("distill", "distill.epochs=5000"), 2)
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    for option in ([], ["--resume"], ["--fresh"]):
+        refused(place, "distill", "distill.epochs=5000", *option, by=process.pid)
+    epochs = len(run.read_metrics())
+    assert epochs >= 2 and run.exists()
+    assert place.train("distill.epochs=1", method="student").finished()  # another run of the same configuration
+    process.kill()
+    process.communicate()
+    assert (run.folder / lock.NAME).is_file()  # no more than a file
+    rows = run.read_metrics()
+    assert [row["epoch"] for row in rows] == [*range(1, len(rows) + 1)] and len(rows) >= epochs  # by one process
+    done = subprocess.run(
+        place.command("distill", "distill.epochs=1", "--fresh"), cwd=place.folder, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0 and run.finished() and not (run.folder / lock.NAME).exists()
+
+
+def test_several_processes_are_one_to_the_lock_and_are_all_refused(place: Place) -> None:
+    command = launched(place.command("distill", "distill.epochs=5000"))
+    process = start_and_wait(place, command, 2)
+    done = subprocess.run([*command, "--resume"], cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("is at work there") == 2 and "has gone" not in done.stderr
+    assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=60)
+    assert not (place.folder / "small" / "amtml_kd-seed0" / lock.NAME).exists()
+
+
+def test_a_lock_is_free_again_whoever_had_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = lock.Lock(tmp_path / "run"), lock.Lock(tmp_path / "run")
+    assert one.take() and two.take() is False and f"process {os.getpid()}" in two.holder()
+    two.release()  # has nothing
+    assert one.file.is_file()
+    one.release()
+    assert not (tmp_path / "run").exists()
+    opened = os.open
+
+    def slow(path: Path, *args: int) -> int:
+        """The file is opened, and then removed by the process that had the lock."""
+        handle = opened(path, *args)
+        monkeypatch.setattr(os, "open", opened)
+        Path(path).unlink()
+        return handle
+
+    monkeypatch.setattr(os, "open", slow)
+    assert one.take() and one.file.is_file() and two.take() is False
+    one.release()
+    assert two.take()
+    two.release()
+
+
+def test_where_there_are_no_locks_a_line_says_so(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    settings = place.load("distill.epochs=1")
+    run = loop.train(student_job(settings, "student", 0), compare.load_data(settings), None, Display())
+    assert run.finished() and capsys.readouterr().out.count("no locks on this file system") == 1
 
 
 # --- a full disk --------------------------------------------------------------------------------------------------------

@@ -56,6 +56,106 @@ def test_nothing_is_held_after_forward():
     assert extractor._caught == {}
 
 
+class Overwriting(nn.Module):
+    """Its maps are overwritten: `bn` always, `late` in training mode alone, `drop` in evaluation mode alone; `last` never."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.late, self.drop, self.last = (nn.BatchNorm2d(2) for _ in range(4))
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x):
+        out = self.bn(x)
+        out += x  # as published residual blocks do
+        out = torch.relu_(out)
+        out = self.late(out)
+        out = out.mul_(0.5) if self.training else out * 2
+        out = self.drop(out)
+        out = out * 2 if self.training else out.mul_(0.5)
+        return self.head(self.last(out).mean((2, 3)))
+
+
+MAPS = ("bn", "late", "drop", "last")
+
+
+def overwriting():
+    torch.manual_seed(0)
+    model = Overwriting()
+    for norm in (model.bn, model.late, model.drop, model.last):
+        nn.init.uniform_(norm.weight)
+        nn.init.uniform_(norm.bias, -1, 1)
+    return model
+
+
+def maps_by_hand(model, x):
+    """What the modules return, by code that overwrites nothing."""
+    found = {"bn": model.bn(x)}
+    found["late"] = model.late((found["bn"] + x).relu())
+    found["drop"] = model.drop(found["late"] * (0.5 if model.training else 2))
+    found["last"] = model.last(found["drop"] * (2 if model.training else 0.5))
+    return found
+
+
+def same_maps_and_gradients(extractor, model):
+    """In extractor's mode, with gradients unless they are off."""
+    twin, x = copy.deepcopy(model), torch.randn(4, 2, 3, 3)
+    _, maps = extractor(x)
+    wanted = maps_by_hand(twin, x)
+    for name in MAPS:
+        torch.testing.assert_close(maps[name], wanted[name])
+    if torch.is_grad_enabled():
+        names = [name for name, _ in twin.named_parameters() if "head" not in name]
+        got = torch.autograd.grad(sum(maps[k].square().sum() for k in MAPS), [model.get_parameter(k) for k in names])
+        want = torch.autograd.grad(sum(wanted[k].square().sum() for k in MAPS), [twin.get_parameter(k) for k in names])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+STUDENT, TEACHER = (torch.enable_grad, True), (torch.inference_mode, False)
+RUNS = [
+    (mode, training, backend) for mode, training in (STUDENT, TEACHER) for backend in (None, "aot_eager", "inductor")
+]
+RUNS += [(mode, training, None) for mode in (torch.no_grad, torch.enable_grad) for training in (True, False)]
+
+
+@pytest.mark.parametrize(("mode", "training", "backend"), RUNS)
+@pytest.mark.parametrize("probed", [False, True], ids=["not probed", "probed"])
+def test_a_map_that_is_overwritten_later_is_the_modules_output(mode, backend, probed, training):
+    torch.compiler.reset()
+    model = overwriting().train(training)
+    extractor = FeatureExtractor(model, {name: name for name in MAPS}).train(training)
+    if probed:
+        extractor.probe(torch.randn(2, 2, 3, 3), training=True)
+        extractor.probe(torch.randn(2, 2, 3, 3))
+    if backend is not None:
+        extractor.compile(backend=backend, fullgraph=True)
+    with mode():
+        same_maps_and_gradients(extractor, model)
+
+
+def test_a_probe_leaves_mode_and_statistics_and_ends_needless_copies(monkeypatch):
+    model = overwriting()
+    extractor = FeatureExtractor(model, {name: name for name in MAPS}).eval()
+    before = copy.deepcopy(model.state_dict())
+    extractor.probe(torch.randn(4, 2, 3, 3), training=True)
+    assert not extractor.training and not model.bn.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x: copied.append(tuple(x.shape)) or clone(x))
+    extractor.train()(torch.randn(3, 2, 3, 3))
+    assert len(copied) == 2  # bn and late
+
+
+def test_a_map_that_is_overwritten_in_another_mode_than_the_probes_is_an_error():
+    extractor = FeatureExtractor(overwriting(), {name: name for name in MAPS})
+    extractor.probe(torch.randn(4, 2, 3, 3))
+    with pytest.raises(
+        RuntimeError, match=r"the output of late='late' is overwritten by a later layer.*probe\(x\) again"
+    ):
+        extractor.train()(torch.randn(4, 2, 3, 3))
+    extractor.probe(torch.randn(4, 2, 3, 3), training=True)
+    extractor(torch.randn(4, 2, 3, 3))
+
+
 def test_a_deep_copy_catches_for_itself():
     extractor = FeatureExtractor(small(), GROUPS)
     twin = copy.deepcopy(extractor)

@@ -236,22 +236,69 @@ def test_whole_loss_is_one_node_and_passes_opcheck(adapter, dtype, on):
             torch.library.opcheck(func, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
 
 
-@pytest.mark.parametrize("adapter", ["own", "hooked"])
-def test_an_adapter_with_a_forward_of_its_own_is_called(adapter):
-    """The shortcut past the adapter's forward is for TeacherAdapter alone, without hooks; both ways agree."""
+def _replace_forward(adapter, called):
+    forward = adapter.forward  # as accelerate's hooks do
+    adapter.forward = lambda features: called.append("forward") or forward(features)
+
+
+def _replace_regularizer(adapter, called):
+    regularizer = adapter.regularizer
+    adapter.regularizer = lambda: called.append("regularizer") or regularizer()
+
+
+REPLACED = {
+    "forward": _replace_forward,
+    "regularizer": _replace_regularizer,
+    "forward hook": lambda adapter, called: adapter.register_forward_hook(lambda *_: called.append("hook")),
+    "pre-hook": lambda adapter, called: adapter.register_forward_pre_hook(lambda *_: called.append("hook")),
+    "backward hook": lambda adapter, called: adapter.register_full_backward_hook(lambda *_: called.append("hook")),
+    "backward pre-hook": lambda adapter, called: adapter.register_full_backward_pre_hook(
+        lambda *_: called.append("hook")
+    ),
+    "hook of all modules": lambda adapter, called: torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: called.append("hook") if module is adapter else None
+    ),
+}
+
+
+@pytest.mark.parametrize("replaced", ["its class", *REPLACED])
+def test_what_an_adapter_replaces_is_what_runs(replaced, on):
+    """The shortcut past the adapter's call is for a TeacherAdapter that nothing was done to; both ways agree."""
     plain = af.AMTMLLoss(af.TeacherAdapter(D, T))
-    other = af.AMTMLLoss(_OwnAdapter(D, T) if adapter == "own" else af.TeacherAdapter(D, T))
+    other = af.AMTMLLoss(_OwnAdapter(D, T) if replaced == "its class" else af.TeacherAdapter(D, T))
     other.load_state_dict(plain.state_dict())
     called = []
-    if adapter == "hooked":
-        other.adapter.register_forward_hook(lambda *_: called.append(1))
+    handle = REPLACED[replaced](other.adapter, called) if replaced in REPLACED else None
     batch = _plain_batch()
-    want, got = plain(**batch), other(**batch)
-    torch.testing.assert_close(tuple(got), tuple(want))
-    leaves = batch["student_logits"], batch["features"]
-    for a, b in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, leaves)):
-        torch.testing.assert_close(a, b)
-    assert (len(called) == 1) == (adapter == "hooked")
+    try:
+        want, got = plain(**batch), other(**batch)
+        torch.testing.assert_close(tuple(got), tuple(want))
+        leaves = batch["student_logits"], batch["features"]
+        for a, b in zip(torch.autograd.grad(got.loss, leaves), torch.autograd.grad(want.loss, leaves)):
+            torch.testing.assert_close(a, b)
+    finally:
+        if hasattr(handle, "remove"):
+            handle.remove()
+    assert len(called) == (replaced != "its class")
+
+
+@pytest.mark.parametrize("name", ["forward", "regularizer"])
+def test_another_forward_or_regularizer_of_the_adapter_changes_the_loss(name, on):
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T))
+    batch = _plain_batch()
+    if name == "forward":
+        uniform = torch.full((N, T), 1 / T)
+        loss.adapter.forward = lambda features: uniform
+        assert torch.equal(loss(**batch).weights, uniform)
+    else:
+        loss.adapter.regularizer = lambda: torch.tensor(7.0)
+        assert loss(**batch).regularizer == 7
+
+
+def test_the_regularizer_of_16_bit_parameters_is_in_float32():
+    adapter = af.TeacherAdapter(64, 3).bfloat16()
+    exact = sum(p.double().square().sum() for p in adapter.parameters())
+    torch.testing.assert_close(adapter.regularizer(), exact.float(), rtol=1e-6, atol=0)
 
 
 def test_whole_loss_backward_twice_and_scaled():

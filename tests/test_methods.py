@@ -110,7 +110,7 @@ def test_ca_mkd_weighs_by_the_label_and_its_hints_alike() -> None:
     want = 0.3 * F.cross_entropy(step.logits, step.labels) + 0.7 * (weights * torch.stack(rows, 1)).sum(1).mean()
     for t, teacher in enumerate(step.teacher_maps):
         u = F.adaptive_avg_pool2d(teacher, 2)  # to the smaller side, the student's
-        difference = u - F.conv2d(step.maps["features"], made.transforms[str(t)][:, :, None, None])
+        difference = u - F.conv2d(step.features, made.transforms[str(t)][:, :, None, None])
         want = want + 0.5 * (weights[:, t] * difference.square().mean((1, 2, 3))).mean()
     torch.testing.assert_close(made(step).loss, want)
 
@@ -167,7 +167,7 @@ def test_fitnet_at_and_rkd() -> None:
     step = seen(METHODS["fitnet"])
     ce, v, u = (
         F.cross_entropy(step.logits, step.labels),
-        step.maps["features"],
+        step.features,
         F.adaptive_avg_pool2d(step.teacher_maps[0], 2),
     )
     made = objective("fitnet", teachers=1, fitnet_weight=3.0)
@@ -282,7 +282,7 @@ def test_paper_code_is_the_authors_loss() -> None:
     loss = configs.changed(make_config(), METHODS["amtml_paper_code"].settings(make_config()), "a test").loss
     assert (loss.temperature, loss.alpha, loss.mapping) == (5.0, 0.7, {"t0": "low", "t1": "mid"})
     tau, adapter = 5.0, made.adapter
-    b = step.maps["features"].mean((2, 3))
+    b = step.features.mean((2, 3))
     w = ((b[:, None] * adapter.theta) @ adapter.v).softmax(1)
     p = (w[..., None] * torch.stack([(z / tau).softmax(-1) for z in step.teacher_logits], 1)).sum(1)
     q = (step.logits / tau).log_softmax(-1)
@@ -354,19 +354,19 @@ def test_a_variant_is_another_method_with_other_values() -> None:
             "variants: {mine: {method: eb_kd, stages: {adapter_epochs: 1}}}\ncompare: {methods: [mine]}",
             r"variants.mine: keys that eb_kd reads wanted, got stages",
         ),
-        ("loss: {kl_scale: 0}", r"loss.kl_scale: a number above 0 wanted, got 0.0"),
-        ("loss: {delta: 0}", r"loss.delta: a number above 0 wanted, got 0.0"),
+        ("loss: {kl_scale: 0}", r"loss.kl_scale must be above 0, got 0.0"),
+        ("loss: {delta: 0}", r"loss.delta must be above 0, got 0.0"),
         ("loss: {aekd_gradients: row}", r"loss.aekd_gradients: one of mean, rows wanted, got 'row'"),
-        ("loss: {aekd_bound: 0}", r"loss.aekd_bound: a number in \(0, 1\] wanted, got 0.0"),
-        ("loss: {distance_weight: -1}", r"loss.distance_weight: 0 or more wanted, got -1.0"),
+        ("loss: {aekd_bound: 0}", r"loss.aekd_bound must be in \(0, 1\], got 0.0"),
+        ("loss: {distance_weight: -1}", r"loss.distance_weight must be 0 or more, got -1.0"),
         ("loss: {kl_trains_weights: false}", r"loss.adapter_label_weight: above 0 wanted where kl_trains_weights"),
         (
             "loss: {kl_trains_weights: false, adapter_label_weight: 1, angle_trains_weights: true}",
             r"loss.angle_trains_weights: false wanted where kl_trains_weights=false",
         ),
         ("compare: {teachers: [2]}", r"compare.teachers: 1 to 0 \(the teachers\) wanted, got 2"),
-        ("compare: {students: [{name: student}]}", r"compare.students.name: unique names"),
-        ("compare: {workers: 0}", r"compare.workers: 1 or more wanted, got 0"),
+        ("compare: {students: [{name: student}]}", r"compare.students.name must be unique names"),
+        ("compare: {workers: 0}", r"compare.workers must be 1 or more, got 0"),
         ("base: nowhere", r"'nowhere' is neither a YAML file"),
         ("base: bad.yaml", r"base: files that name each other: .*bad.yaml -> .*bad.yaml"),
     ],

@@ -220,3 +220,39 @@ def test_weights_of_another_architecture_name_the_first_differences_and_change_n
         models.load_weights(model, path)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_weights_without_batch_counts_load_and_nothing_else_may_be_missing(tmp_path, prefix):
+    saved, path = small(), tmp_path / "old.pt"
+    for norm in (module for module in saved.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        torch.nn.init.normal_(norm.running_mean)
+    old = {prefix + key: x for key, x in saved.state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert len(old) == len(saved.state_dict()) - 3
+    torch.save(old, path)
+    model = small()
+    model.block1[1].num_batches_tracked += 7
+    models.load_weights(model, path)
+    for key, value in model.state_dict().items():
+        assert torch.equal(
+            value, saved.state_dict()[key] if prefix + key in old else torch.tensor(7 * ("block1" in key))
+        )
+    for key in (f"{prefix}block1.1.running_mean", f"{prefix}fc.bias", f"{prefix}block2.2.weight"):
+        torch.save({name: x for name, x in old.items() if name != key}, path)
+        with pytest.raises(ValueError, match=rf"{key.removeprefix(prefix)}: the file has no such key"):
+            models.load_weights(model, path)
+
+
+class Counted(torch.nn.Module):
+    """A count of its own, which is no BatchNorm's."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.register_buffer("running_mean", torch.tensor(0.0))
+
+
+def test_a_count_that_is_no_batch_norms_is_asked_for(tmp_path):
+    torch.save({"running_mean": torch.tensor(0.0)}, tmp_path / "old.pt")
+    with pytest.raises(ValueError, match="num_batches_tracked: the file has no such key"):
+        models.load_weights(Counted(10), tmp_path / "old.pt")

@@ -82,7 +82,7 @@ def theirs_aekd_solver(step: Step) -> Tensor:
 
 def cut(step: Step, count: int) -> Step:
     """Its first examples."""
-    logits, maps, labels, teacher_logits, teacher_maps, images = step
+    logits, maps, labels, teacher_logits, teacher_maps, images, features = step
     return Step(
         logits[:count],
         {name: x[:count] for name, x in maps.items()},
@@ -90,6 +90,7 @@ def cut(step: Step, count: int) -> Step:
         [z[:count] for z in teacher_logits],
         [u[:count] for u in teacher_maps],
         images[:count],
+        features[:count],
     )
 
 
@@ -106,9 +107,9 @@ def differences() -> dict[str, tuple[Tensor, Tensor]]:
     """Theirs and ours, for every row of docs/method.md's table that has figures."""
     step, many = make_step(), larger(make_step())
     rows = objective("aekd", aekd_gradients="rows", aekd_bound=1.0)
-    v, u = step.maps["features"], step.teacher_maps[0]  # of 2 x 2 and 4 x 4 pixels
+    v, u = step.features, step.teacher_maps[0]  # of 2 x 2 and 4 x 4 pixels
     one, none = cut(step, 1), cut(step, 0)
-    pooled = [x.mean((2, 3)) for x in (one.maps["features"], one.teacher_maps[0])]
+    pooled = [x.mean((2, 3)) for x in (one.features, one.teacher_maps[0])]
     nothing = kl((none.teacher_logits[0] / 4).softmax(-1), none.logits, 4.0).mean()
     return {
         "CA-MKD": (theirs_ca_mkd(step), objective("ca_mkd", alpha=1.0, hint_weight=0.0)(step).loss),
@@ -148,7 +149,7 @@ def test_at_with_maps_of_one_size_is_the_authors_loss() -> None:
     step = seen(METHODS["at"])
     step = step._replace(teacher_maps=[step.teacher_maps[0][:, :, :2, :2]])
     ours = objective("at", teachers=1)(step).terms["attention"]
-    torch.testing.assert_close(ours, theirs_at(step.maps["features"], step.teacher_maps[0]).detach())
+    torch.testing.assert_close(ours, theirs_at(step.features, step.teacher_maps[0]).detach())
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -198,17 +198,6 @@ def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch, fused):
     assert [g.numel() for g in made[-1]] == [student.numel(), 0, 0, 0, 0]
 
 
-def test_functorch_runs_on_the_reference_or_says_why_not():
-    student, teachers, labels, features = _problem()
-    loss = af.AMTMLLoss(af.TeacherAdapter(D, 3))
-    function = lambda z: loss(z, teachers, labels, features).loss  # noqa: E731
-    want = torch.autograd.grad(function(student), student)[0]
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(function)(student.detach())
-    with af.use_backend("auto"):
-        torch.testing.assert_close(torch.func.grad(function)(student.detach()), want)
-
-
 @in_memory_of_the_cpu
 def test_rows_past_2_31_elements():
     stride = 2**31 + 64

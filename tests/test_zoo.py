@@ -312,7 +312,7 @@ def test_a_published_teacher_sees_its_own_normalisation(libraries, tmp_path, ima
     "model, message",
     [
         ("{weights: a.pt, mean: [0.5]}", r"teachers.t0.model: mean and std .*got mean=\[0.5\], std=None"),
-        ("{weights: a.pt, mean: [0.5], std: [0.0]}", "std above 0, .*std=.0.0"),
+        ("{weights: a.pt, mean: [0.5], std: [0.0]}", r"teachers.0.model.std must be above 0, got 0.0"),
         ("{weights: a.pt, mean: [0.5], std: [1, 1]}", r"of equal length wanted, .*std=\[1.0, 1.0\]"),
         ("{mean: [0.5], std: [1]}", "t0.model.mean: weights from elsewhere wanted .* got none"),
         ("{weights: a.pt, mean: half}", "model.mean: .*list"),

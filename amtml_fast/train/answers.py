@@ -117,5 +117,7 @@ def telling(probs: Tensor, weights: Tensor, student: Tensor, labels: Tensor) -> 
 
 def by_class(values: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The mean of values [N, T] over each class's images, [classes, T]; NaN for a class without images."""
-    sums = torch.zeros(classes, values.shape[1]).index_add_(0, labels.cpu(), values.float())
+    sums = torch.zeros(classes, values.shape[1], dtype=torch.float32, device="cpu").index_add_(
+        0, labels.cpu(), values.float()
+    )
     return sums / torch.bincount(labels.cpu(), minlength=classes)[:, None]

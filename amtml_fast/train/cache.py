@@ -31,12 +31,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .lock import NAME as LOCK
+from .lock import flock
 from .run import DiskError, RunError, differences, write_atomic
-
-try:
-    import fcntl
-except ImportError:  # Windows: two writers then do the same work twice, and the last rename of equal files counts
-    fcntl = None  # type: ignore[assignment]
 
 FORMAT = "amtml-fast teacher cache 1"
 SHARD_BYTES = 2**28
@@ -294,22 +291,11 @@ def free_disk(folder: Path) -> int:
 @contextmanager
 def locked(store: Store) -> Iterator[bool]:
     """True if this process, and no other, may write until the end of the block. Of a process that dies the system takes
-    the lock back. Where there are no locks it is always True: files appear whole, and two writers' are equal."""
+    the lock back. Where there are no locks it is always True: two writers do the same work twice, files appear whole, and
+    of equal ones the last counts."""
     store.folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(store.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(store.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield _lock(handle)
+        yield flock(handle) is not False
     finally:
         os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    if fcntl is None:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network drive without locks
-        return True
-    return True

@@ -14,12 +14,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from ..cli import backends_table
 from .config import Config, ConfigError, changed, load
 from .progress import Display
 from .run import Run, RunError, read_json
+from .schema import RANGE, SEED
 from .timing import shares
+from .yaml_text import INT
 
 app = typer.Typer(
     name="amtml-fast",
@@ -35,6 +38,22 @@ Source = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as distill.epochs=5.")
 ]
+
+
+def integer(text: str) -> int:
+    """An option's number, read as in a configuration."""
+    if not INT.fullmatch(text):
+        raise typer.BadParameter(f"must be an integer without leading zeros and underscores, got {text}")
+    return int(text, 0)
+
+
+def seed_of(text: str) -> int:
+    seed, allowed = integer(text), SEED[RANGE]
+    if seed not in allowed:
+        raise typer.BadParameter(f"must be {allowed}, got {seed}")
+    return seed
+
+
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over, whatever the folders hold.")]
 
 
@@ -48,6 +67,7 @@ def teach(
     """Train the teachers; finished ones are skipped."""
     with friendly() as display:
         settings = load(config, overrides or [])
+        say_one_process(display)
         from . import compare as work
 
         if not settings.teachers:
@@ -62,15 +82,20 @@ def distill(
     config: Source,
     overrides: Overrides = None,
     method: Annotated[str, typer.Option(help="A name that `amtml-fast methods` lists.")] = "amtml_kd",
-    seed: Annotated[int | None, typer.Option(help="The run's seed; the configuration's if not given.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(parser=seed_of, metavar="INTEGER", help="The run's; the configuration's if not given.")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="One of compare.students, by name.")] = None,
-    teachers: Annotated[int | None, typer.Option(help="Only the first so many teachers.")] = None,
+    teachers: Annotated[
+        int | None, typer.Option(parser=integer, metavar="INTEGER", help="Only the first so many teachers.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished run.")] = False,
     fresh: Fresh = False,
 ) -> None:
     """Train one student from the trained teachers."""
     with friendly("--resume") as display:
         settings = load(config, overrides or [])
+        say_one_process(display)
         from . import compare as work
 
         seed = settings.seed if seed is None else seed
@@ -93,12 +118,14 @@ def distill(
 def evaluate(
     config: Source,
     overrides: Overrides = None,
-    method: Annotated[str, typer.Option(help="Which method's student.")] = "amtml_kd",
-    seed: Annotated[int | None, typer.Option(help="Which seed's student.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Which method's student; the run's, or amtml_kd, if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(parser=seed_of, metavar="INTEGER", help="Which seed's student.")] = None,
     teacher: Annotated[str | None, typer.Option(help="A teacher's name, to measure it instead.")] = None,
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
 ) -> None:
-    """Accuracy of a trained student or teacher. CONFIG may be the run's own folder."""
+    """Accuracy of a trained student or teacher. CONFIG may be the run's own folder, or that of one beside it."""
     with friendly() as display:
         settings = load(config, overrides or [])
         if split not in ("train", "val", "test"):
@@ -106,7 +133,8 @@ def evaluate(
         from . import compare as work
 
         data = work.load_data(settings)
-        file, accuracy = work.evaluate(settings, data, find_run(config, settings, method, seed, teacher), split)
+        folder = find_run(config, settings, method, seed, teacher)
+        file, accuracy = work.evaluate(settings, data, folder, split, teacher)
         images = len(getattr(data, split).labels)
         display.say(f"{split} accuracy {100 * accuracy:.2f} % on {images} images of {data.name} ({file})")
 
@@ -119,6 +147,7 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
     """
     with friendly() as display:
         settings = load(config, overrides or [])
+        say_one_process(display)
         from . import compare as work
         from .report import table
 
@@ -132,6 +161,10 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
         )
         display.say(f"All of it on one page: {shlex.join(['amtml-fast', 'report', str(settings.folder)])}")
         display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
+        for name, reason in outcome.failed.items():
+            display.warn(f"{settings.folder}/figures/{name}.png is not drawn: {reason}")
+    if outcome.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -170,7 +203,7 @@ def methods(
         listing = Table("name", "method", "needs", box=None, pad_edge=False)
         for method in found.values():
             needs = method.needs(changed(settings, method.settings(settings), method.name).loss)
-            listing.add_row(method.name, method.label, ", ".join(needs) or "-")
+            listing.add_row(*map(Text, (method.name, method.label, ", ".join(needs) or "-")))
         display.console.print(listing)
         if config is None:
             display.say("okd stands for okd-<teacher> for every teacher; variants are the configuration's own.")
@@ -182,13 +215,41 @@ def backends() -> None:
     print(backends_table())
 
 
-def find_run(source: str, config: Config, method: str, seed: int | None, teacher: str | None) -> Path:
-    """The folder to evaluate: the source itself if it is a run folder, else the one that the options name."""
-    if (Path(source) / "run.json").is_file():
-        return Path(source)
+def find_run(source: str, config: Config, method: str | None, seed: int | None, teacher: str | None) -> Path:
+    """The folder to evaluate: the one that the options name, in the comparison of the source where that is a run's folder."""
+    run = Run(Path(source))
+    if run.exists():
+        record = run.read_record()
+        place = run.folder.parent if record.get("student") else run.folder.parent.parent
+    else:
+        record, place = {}, config.folder
     if teacher is not None:
-        return config.folder / "teachers" / teacher
-    return config.folder / f"{method}-seed{config.seed if seed is None else seed}"
+        names = [one.name for one in config.teachers]
+        if teacher not in names or method is not None or seed is not None:
+            got = repr(teacher) if teacher not in names else f"{teacher!r} beside --method or --seed"
+            raise ConfigError(
+                f"--teacher must be one of {', '.join(names) or '(none)'}, without another choice, got {got}"
+            )
+        return place / "teachers" / teacher
+    if run.exists() and method is None and seed is None:
+        return run.folder
+    middle = "-"
+    if record.get("student"):  # what stands between is the student and the number of teachers
+        middle = run.folder.name.removeprefix(record["method"]).removesuffix(f"seed{record['seed']}")
+    method = method or (record["method"] if record.get("student") else "amtml_kd")
+    seed = (record["seed"] if record.get("student") else config.seed) if seed is None else seed
+    return place / f"{method}{middle}seed{seed}"
+
+
+def say_one_process(display: Display) -> None:
+    """accelerate's launcher starts one process on the CPU however many it is asked for, and leaves this trace of them."""
+    sizes = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "LOCAL_RANK")
+    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    if asked and not any(size in os.environ for size in sizes):
+        display.warn(
+            "accelerate launch was asked for several processes and started one; for several on the CPU: "
+            "torchrun --nproc-per-node N -m amtml_fast ... engine.device=cpu"
+        )
 
 
 def positions(images: str | None) -> list[int] | None:
@@ -229,10 +290,11 @@ def friendly(resume: str = "") -> Iterator[Display]:
         raise typer.Exit(130) from None
     except ModuleNotFoundError:
         raise  # amtml_fast.cli says what to install
-    except (ConfigError, RunError, ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (ConfigError, RunError, ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("AMTML_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"error: {said}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from . import data as datasets
 from . import methods as registry
-from . import results, workers
+from . import preflight, results, workers
 from . import teachers as frozen
 from .config import Config, ConfigError
 from .features import FeatureExtractor
 from .jobs import Job, applied, job_of, student_job, teacher_job
-from .loop import finished, make_accelerator, train
+from .lock import alone
+from .loop import finished, make_accelerator, of_classes, train
 from .models import build
 from .progress import Display
 from .run import Diverged, Run, read_json
@@ -29,10 +30,18 @@ TEACH, DISTILL = "teach", "distill"
 def load_data(config: Config) -> datasets.ImageData:
     """The configured data set on the device that training uses."""
     accelerator, data = make_accelerator(config.engine, config.folder), config.data
-    with accelerator.main_process_first():  # of several processes one downloads
-        loaded = datasets.load(
-            data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=data.download
-        )
+    try:
+        with accelerator.main_process_first():  # of several processes one downloads
+            loaded = datasets.load(
+                data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=data.download
+            )
+    except OSError as error:
+        if error.errno is None:  # a reader's own words
+            raise
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise ConfigError(
+            f"config: data.root must be a folder whose files can be read, got {data.root} ({reason})"
+        ) from error
     return loaded.to(accelerator.device)
 
 
@@ -97,15 +106,9 @@ class Session:
             self.display.warn(f"{error} The comparison goes on without {job.method.label}.")
 
     def check(self) -> None:
-        """Makes each kind of student once: a module that it does not have is found before hours of training."""
-        seen = set()
-        for job in self.jobs[DISTILL]:
-            kind = (job.factory, str(job.args), str(job.paths))
-            if kind not in seen:
-                seen.add(kind)
-                data = self.data
-                model = build(job.factory, job.args, num_classes=data.num_classes, in_channels=data.in_channels)
-                FeatureExtractor(model, job.paths)
+        """What does not fit is found before hours of training."""
+        preflight.places(self.config)
+        check(self.config, self.data, [*self.jobs[TEACH], *self.jobs[DISTILL]])
 
     def waiting(self, phase: str) -> list[workers.Task]:
         """What is not finished yet. RunError, before anything is trained, for a folder that holds something else."""
@@ -135,6 +138,26 @@ class Session:
                     done(task)
 
 
+def check(config: Config, data: datasets.ImageData, jobs: Sequence[Job]) -> None:
+    """Makes each kind of network that these jobs train or learn from once, and shows it two images."""
+    seen = set()
+    for job in jobs:
+        preflight.batches(job, of_classes(data, job.classes))
+        kind = (job.factory, str(job.args), job.weights, str(job.paths), job.method.name)
+        if kind not in seen:
+            seen.add(kind)
+            model = build(
+                job.factory,
+                job.args,
+                num_classes=data.num_classes,
+                in_channels=data.in_channels,
+                weights=job.weights,
+            )
+            preflight.student_maps(FeatureExtractor(model, job.paths), job, data)
+    if any(job.method.needs_teachers for job in jobs):
+        frozen.check(config, data, hints=need_hints(jobs))
+
+
 def say_result(job: Job, run: Run, display: Display) -> None:
     result = read_json(run.result)
     validation = "" if job.student else f"validation {100 * result['val_accuracy']:.2f} %, "
@@ -146,12 +169,15 @@ def teach(
     config: Config, data: datasets.ImageData, display: Display, *, resume: bool = True, fresh: bool = False
 ) -> list[Run]:
     """Trains every teacher that brings no weights of its own; finished ones are skipped."""
-    runs = []
+    preflight.places(config)
+    trained = [teacher for teacher in config.teachers if not brings_weights(teacher.model)]
+    jobs = [teacher_job(config, teacher) for teacher in trained]
+    check(config, data, jobs)
     for teacher in config.teachers:
-        if brings_weights(teacher.model):
+        if teacher not in trained:
             display.say(f"teacher {teacher.name}: brings its weights")
-            continue
-        job = teacher_job(config, teacher)
+    runs = []
+    for job in jobs:
         runs.append(train(job, data, None, display, resume=resume, fresh=fresh))
         say_result(job, runs[-1], display)
     return runs
@@ -191,6 +217,7 @@ def distill(
     fresh: bool,
 ) -> Run:
     """Trains one student; the teachers must be there."""
+    preflight.places(config)
     job = one_job(config, method, seed, student, teachers)
     return train(job, data, load_teachers(config, data, [job], display), display, resume=resume, fresh=fresh)
 
@@ -207,38 +234,50 @@ def one_job(config: Config, method: str, seed: int, student: str | None = None, 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `compare` found, and the files it wrote."""
+    """What `compare` found, the files it wrote, and the pictures that could not be drawn, each with its reason."""
 
     found: results.Found
     files: list[Path]
     seconds: float
+    failed: dict[str, str]
 
 
 def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome:
-    """Trains the teachers and every student that is not finished yet, and writes tables and pictures."""
+    """Trains the teachers and every student that is not finished yet, and writes tables and pictures. RunError where
+    another comparison is at work in the same folder."""
     began = time.perf_counter()
     session = Session(config, display, fresh=fresh)
     session.check()
-    for phase in (TEACH, DISTILL):
-        try:
-            session.run(phase)
-        except KeyboardInterrupt as stop:
-            jobs = session.jobs[phase]
-            done = sum(Run(job.folder).finished() for job in jobs)
-            what = "teachers" if phase == TEACH else "students"
-            raise KeyboardInterrupt(str(stop) or f"stopped; {done} of {len(jobs)} {what} are finished") from None
-    jobs, data = session.jobs[DISTILL], session.data
-    teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
-    found = results.collect(config, jobs, teachers, data)
-    files: list[Path] = []
-    if make_accelerator(config.engine, config.folder).is_main_process:
-        files += results.write_tables(config, found, time.perf_counter() - began)
-        files += results.write_figures(config, found, jobs, teachers, data)
-    return Outcome(found, files, time.perf_counter() - began)
+    accelerator = make_accelerator(config.engine, config.folder)
+    with alone(config.folder, accelerator, display):
+        for phase in (TEACH, DISTILL):
+            try:
+                session.run(phase)
+            except KeyboardInterrupt as stop:
+                jobs = session.jobs[phase]
+                done = sum(Run(job.folder).finished() for job in jobs)
+                what = "teachers" if phase == TEACH else "students"
+                raise KeyboardInterrupt(str(stop) or f"stopped; {done} of {len(jobs)} {what} are finished") from None
+        jobs, data = session.jobs[DISTILL], session.data
+        teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
+        found = results.collect(config, jobs, teachers, data)
+        files, failed = list[Path](), dict[str, str]()
+        if accelerator.is_main_process:
+            files += results.write_tables(config, found, time.perf_counter() - began)
+            pictures = results.write_figures(config, found, jobs, teachers, data)
+            files, failed = [*files, *pictures.files], pictures.failed
+        return Outcome(found, files, time.perf_counter() - began, failed)
 
 
-def evaluate(config: Config, data: datasets.ImageData, folder: Path, split: str) -> tuple[Path, float]:
-    """(weights file, accuracy on a split) of the run in `folder`, from its weights and its recipe's model alone."""
+def evaluate(
+    config: Config, data: datasets.ImageData, folder: Path, split: str, teacher: str | None = None
+) -> tuple[Path | str, float]:
+    """(weights file, accuracy on a split) of the run in `folder`, from its weights and its recipe's model alone; of a teacher
+    that brings its weights, from those."""
+    given = next((one for one in config.teachers if one.name == teacher and brings_weights(one.model)), None)
+    if given is not None:
+        net = frozen.extractor(config, given, data, hints=False).to(data.train.images.device)
+        return given.model.weights or given.model.factory, frozen.accuracy(net, getattr(data, split), data)
     run = Run(folder)
     if not run.exists():
         raise FileNotFoundError(f"eval: looked for {run.record}: no such run; train it first with teach or distill")

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -15,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from . import schema, yaml_text
+from .schema import COUNT, FINITE, NOT_NEGATIVE, PATH, POSITIVE, SEED, SHARE, Range, keys_of, nearest, within
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -28,23 +30,41 @@ class ConfigError(ValueError):
 @dataclass
 class DataConfig:
     name: str = "digits"  # a name in readers.DATASETS or package.module:factory
-    root: str | None = None
+    root: str | None = field(default=None, metadata=PATH)
     download: bool = False  # fetch CIFAR through torchvision where its files are missing
-    val_fraction: float = 0.1
+    val_fraction: float = field(default=0.1, metadata=within(Range(0, 1, above=True, below=True)))
     augment: bool = False
     # Of students alone: this many fixed augmented versions of each image, one an epoch in turn; null: new ones every epoch.
-    views: int | None = None
-    augment_seed: int | None = None  # what the views are drawn from; null: seed
+    views: int | None = field(default=None, metadata=COUNT)
+    augment_seed: int | None = field(default=None, metadata=SEED)  # what the views are drawn from; null: seed
 
 
 @dataclass
 class ModelConfig:
     factory: str = "small_cnn"  # a name in models.MODELS or package.module:factory
     args: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None  # a state dict: .safetensors, or .pt read with weights_only
+    # a state dict: .safetensors, or .pt read with weights_only
+    weights: str | None = field(default=None, metadata=PATH)
     # What its training images were normalised by, for weights from elsewhere; null: what the net says, else as the data.
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    mean: list[float] | None = field(default=None, metadata=FINITE)
+    std: list[float] | None = field(default=None, metadata=POSITIVE)
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = field(default=30, metadata=COUNT)
+    # images per optimiser step, over all processes and accumulation steps
+    batch_size: int = field(default=128, metadata=COUNT)
+    optimizer: str = "sgd"
+    lr: float = field(default=0.1, metadata=NOT_NEGATIVE)
+    momentum: float = field(default=0.9, metadata=SHARE)
+    nesterov: bool = False
+    weight_decay: float = field(default=5e-4, metadata=NOT_NEGATIVE)
+    schedule: str = "onecycle"
+    warmup: float = field(default=0.0, metadata=NOT_NEGATIVE)  # epochs of linear warm-up; onecycle has its own
+    # epochs after which `step` multiplies lr by gamma
+    milestones: list[int] = field(default_factory=list, metadata=NOT_NEGATIVE)
+    gamma: float = field(default=0.1, metadata=NOT_NEGATIVE)
 
 
 @dataclass
@@ -52,8 +72,10 @@ class TeacherConfig:
     name: str = "teacher"
     model: ModelConfig = field(default_factory=ModelConfig)
     hint: str | None = None  # dotted path of the module whose output is the hint map u_t
-    classes: list[int] | None = None  # a specialist: trained on the images of these classes alone; null: on all
-    train: dict[str, Any] = field(default_factory=dict)  # this teacher's overrides of `teach`
+    # a specialist: trained on the images of these classes alone; null: on all
+    classes: list[int] | None = field(default=None, metadata=NOT_NEGATIVE)
+    # this teacher's overrides of `teach`
+    train: dict[str, Any] = field(default_factory=dict, metadata=keys_of(TrainConfig))
 
 
 @dataclass
@@ -61,69 +83,60 @@ class StudentConfig:
     name: str = "student"
     factory: str = "small_cnn"
     args: dict[str, Any] = field(default_factory=dict)
-    weights: str | None = None
+    weights: str | None = field(default=None, metadata=PATH)
     features: str | None = None  # the adapter's input: dotted path of the last convolutional map
     groups: dict[str, str] = field(default_factory=dict)  # layer groups, low to high: name -> dotted path
 
 
 @dataclass
-class TrainConfig:
-    epochs: int = 30
-    batch_size: int = 128  # images per optimiser step, over all processes and accumulation steps
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    schedule: str = "onecycle"
-    warmup: float = 0.0  # epochs of linear warm-up; onecycle has its own
-    milestones: list[int] = field(default_factory=list)  # epochs after which `step` multiplies lr by gamma
-    gamma: float = 0.1
-
-
-@dataclass
 class LossConfig:
-    temperature: float = 4.0
-    alpha: float = 0.7
+    temperature: float = field(default=4.0, metadata=POSITIVE)
+    alpha: float = field(default=0.7, metadata=SHARE)
     mode: str = "mixture"
     reduction: str = "batchmean"  # batchmean | mean: the KL is also divided by the number of classes
-    kl_scale: float = 1.0  # on the KL term alone
-    label_smoothing: float = 0.0
+    kl_scale: float = field(default=1.0, metadata=POSITIVE)  # on the KL term alone
+    label_smoothing: float = field(default=0.0, metadata=SHARE)
     # The adapter
     adapter: str = "learned"  # learned | uniform: the same weight for every teacher
-    init_scale: float | None = None
-    adapter_seed: int | None = None  # draws theta and v from a seed of their own
+    init_scale: float | None = field(default=None, metadata=NOT_NEGATIVE)
+    adapter_seed: int | None = field(default=None, metadata=SEED)  # draws theta and v from a seed of their own
     pool: str = "max"
-    regularizer_weight: float = 1e-3
+    regularizer_weight: float = field(default=1e-3, metadata=NOT_NEGATIVE)
     kl_trains_weights: bool = True  # false: the KL takes the teachers' weights as they are
-    adapter_label_weight: float = 0.0  # on -log of the true class's probability in the mixture
+    # on -log of the true class's probability in the mixture
+    adapter_label_weight: float = field(default=0.0, metadata=NOT_NEGATIVE)
     # The angle loss
-    angle_weight: float = 1.0
-    delta: float = 1.0
+    angle_weight: float = field(default=1.0, metadata=NOT_NEGATIVE)
+    delta: float = field(default=1.0, metadata=POSITIVE)
     angle_trains_weights: bool = False
     angle_on: str = "probabilities"  # probabilities | logits: the student's side of angle and distance
-    distance_weight: float = 0.0  # of RKD's distance loss beside the angle loss
+    distance_weight: float = field(default=0.0, metadata=NOT_NEGATIVE)  # of RKD's distance loss beside the angle loss
     # The hints
-    hint_weight: float = 1.0
+    hint_weight: float = field(default=1.0, metadata=NOT_NEGATIVE)
     mapping: Any = "best_high"  # best_high | best_low | random | {teacher name: group name}
     normalize_hints: bool = False
     pool_teacher_hints: bool = False  # each teacher's map is its mean over the positions
-    hint_bound: float | None = None  # the projections F_t start as U(-bound, bound)
+    hint_bound: float | None = field(default=None, metadata=POSITIVE)  # the projections F_t start as U(-bound, bound)
     train_hints: bool = True
     # Other methods
-    fitnet_weight: float = 1.0
-    at_weight: float = 1000.0
-    rkd_distance_weight: float = 25.0
-    rkd_angle_weight: float = 50.0
+    fitnet_weight: float = field(default=1.0, metadata=NOT_NEGATIVE)
+    at_weight: float = field(default=1000.0, metadata=NOT_NEGATIVE)
+    rkd_distance_weight: float = field(default=25.0, metadata=NOT_NEGATIVE)
+    rkd_angle_weight: float = field(default=50.0, metadata=NOT_NEGATIVE)
     aekd_gradients: str = "mean"  # mean | rows: the teachers' gradients are averaged over the batch first, or not
-    aekd_bound: float = 0.6  # the largest weight of a teacher; 1: any
+    aekd_bound: float = field(
+        default=0.6, metadata=within(Range(0, 1, above=True))
+    )  # the largest weight of a teacher; 1: any
 
 
 @dataclass
 class StagesConfig:
-    adapter_epochs: int | None = None  # the adapter is frozen after this many epochs; null: never
-    adapter_lr: float | None = None  # the adapter's own constant learning rate; null: the student's
-    adapter_milestones: list[int] = field(default_factory=list)  # epochs after which it is multiplied by 0.1
+    # the adapter is frozen after this many epochs; null: never
+    adapter_epochs: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    # the adapter's own constant learning rate; null: the student's
+    adapter_lr: float | None = field(default=None, metadata=NOT_NEGATIVE)
+    # epochs after which it is multiplied by 0.1
+    adapter_milestones: list[int] = field(default_factory=list, metadata=NOT_NEGATIVE)
 
 
 @dataclass
@@ -132,31 +145,34 @@ class VariantConfig:
 
     method: str = "amtml_kd"
     label: str | None = None
-    loss: dict[str, Any] = field(default_factory=dict)
-    stages: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict, metadata=keys_of(LossConfig))
+    stages: dict[str, Any] = field(default_factory=dict, metadata=keys_of(StagesConfig))
 
 
 @dataclass
 class CompareConfig:
     methods: list[str] = field(default_factory=lambda: ["student", "avg_mkd", "amtml_kd"])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    teachers: list[int] = field(default_factory=list)  # numbers of teachers: the first n of them; empty: all
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata=SEED)
+    # numbers of teachers: the first n of them; empty: all
+    teachers: list[int] = field(default_factory=list, metadata=COUNT)
     students: list[StudentConfig] = field(default_factory=list)  # further students, beside `student`
     split: str = "test"  # test | validation: where the tables' accuracies are measured; choose settings on validation
-    workers: int | None = None  # trainings side by side; null: one a GPU, else one
+    workers: int | None = field(default=None, metadata=COUNT)  # trainings side by side; null: one a GPU, else one
 
 
 @dataclass
 class EngineConfig:
     mixed_precision: str = "no"
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(default=1, metadata=COUNT)
     compile: bool = False  # torch.compile for teachers and student
     cuda_graphs: bool = False  # with compile, on a GPU: the student's step is replayed as CUDA graphs
     fsdp: bool = False  # several processes share parameters and optimiser state (FSDP2); false: each has all (DDP)
     channels_last: bool = False
-    checkpoint_steps: int | None = None  # a checkpoint after so many steps of an epoch, too; null: after each epoch
+    # a checkpoint after so many steps of an epoch, too; null: after each epoch
+    checkpoint_steps: int | None = field(default=None, metadata=COUNT)
     device: str = "auto"  # auto | cpu
-    threads: int | None = None  # torch.set_num_threads; null: torch's own choice
+    # torch.set_num_threads; null: torch's own choice
+    threads: int | None = field(default=None, metadata=within(Range(1, 4096)))
 
 
 @dataclass
@@ -164,7 +180,8 @@ class CacheConfig:
     """The teachers' outputs for the training images, kept on the disk; docs/cache.md."""
 
     teachers: str = "auto"  # auto: where images are fixed and there is room | always | never
-    folder: str | None = None  # null: teacher-cache in `out`, shared by all that is trained there
+    # null: teacher-cache in `out`, shared by all that is trained there
+    folder: str | None = field(default=None, metadata=PATH)
     logits: Any = "float32"  # float32 | float16 | k: the k largest log-probabilities and the mass of the others
     hints: str = "float32"  # float32 | float16 | never: methods with hints then run the teachers in each step
 
@@ -172,7 +189,7 @@ class CacheConfig:
 @dataclass
 class Config:
     name: str = "run"
-    seed: int = 0
+    seed: int = field(default=0, metadata=SEED)
     preset: str = "default"
     data: DataConfig = field(default_factory=DataConfig)
     teachers: list[TeacherConfig] = field(default_factory=list)
@@ -185,7 +202,7 @@ class Config:
     compare: CompareConfig = field(default_factory=CompareConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
-    out: str = "runs"
+    out: str = field(default="runs", metadata=PATH)
 
     @property
     def folder(self) -> Path:
@@ -198,6 +215,13 @@ class Config:
     @property
     def augment_seed(self) -> int:
         return self.seed if self.data.augment_seed is None else self.data.augment_seed
+
+
+@dataclass
+class File(Config):
+    """What a file may say."""
+
+    base: str | None = None  # another file, over which this one is read
 
 
 def two_stage(config: Config) -> dict[str, Any]:
@@ -305,6 +329,7 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     if plain.preset not in PRESETS:
         raise ConfigError(_bad_choice("preset", plain.preset, tuple(PRESETS)))
     config = _merge(PRESETS[plain.preset](plain), written, overrides, str(path))
+    _expand(config)
     _check(config)
     return config
 
@@ -312,6 +337,7 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
 def parse(written: Mapping[str, Any], source: str) -> Config:
     """The configuration that `to_dict` made a mapping of; `source` is named in errors."""
     config = _merge({}, written, [], source)
+    _expand(config)
     _check(config)
     return config
 
@@ -321,10 +347,14 @@ def _read(path: Path, inner: tuple[Path, ...] = ()) -> Any:
     if path in inner:
         raise ConfigError(f"config: base: files that name each other: {' -> '.join(map(str, (*inner, path)))}")
     try:
-        written = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        with _errors(Config, "", str(path)):
+            found = yaml_text.read(path.read_text(encoding="utf-8"), File)
+            if not isinstance(found, dict | types.NoneType):
+                raise ConfigError(f"config: {path} must hold a mapping of keys, got {type(found).__name__}")
+            written = OmegaConf.create(found or {})
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise ConfigError(f"config: {path} is not readable YAML: {error}") from None
-    if not isinstance(written, DictConfig) or "base" not in written:
+    if "base" not in written:
         return written
     base = str(written.pop("base"))
     beside = path.parent / base
@@ -370,108 +400,55 @@ def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: s
         with _errors(Config, "", f"the override {override!r}"):
             try:
                 # A mapping of free keys (args, groups) is replaced whole; a section (distill={...}) is merged into.
-                hint, new = _hint_at(Config, key.strip()), yaml_value(value)
-                if isinstance(new, list) and dataclasses.is_dataclass(_inner(hint)):
-                    new = [OmegaConf.merge(OmegaConf.structured(_inner(hint)), item) for item in new]
+                hint, free = (schema.hint_at(Config, key.strip(), free=free) for free in (False, True))
+                new = yaml_text.value(value, free, key.strip())
+                if isinstance(new, list) and dataclasses.is_dataclass(schema.inner(hint)):
+                    new = [OmegaConf.merge(OmegaConf.structured(schema.inner(hint)), item) for item in new]
                 OmegaConf.update(merged, key.strip(), new, merge=dataclasses.is_dataclass(hint))
             except (IndexError, TypeError, ValueError) as error:
-                if isinstance(error, OmegaConfBaseException):
+                if isinstance(error, (OmegaConfBaseException, yaml_text.Ambiguous)):
                     raise
                 raise ConfigError(f"config: {key}: {error} (in the override {override!r})") from None
     with _errors(Config, "", source):
         return typing.cast(Config, OmegaConf.to_object(merged))
 
 
-def yaml_value(text: str) -> Any:
-    """One override's value, read as YAML (so that `[0, 1]`, `null` and `5e-4` mean what they mean in a file)."""
-    try:
-        return OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text.strip() else "value: null"))["value"]  # type: ignore[index, call-overload]
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return text
-
-
 class _errors:
-    """Turns OmegaConf's exceptions into ConfigError with the key, the nearest key and the wanted type."""
+    """Turns OmegaConf's and the reading's exceptions into ConfigError with the key, the nearest key and the wanted type."""
 
-    def __init__(self, schema: type, prefix: str, source: str = "") -> None:
-        self.schema, self.prefix, self.source = schema, prefix, source
+    def __init__(self, of: type, prefix: str, source: str = "") -> None:
+        self.schema, self.prefix, self.source = of, prefix, source
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        place = f" (in {self.source})" if self.source else ""
+        if isinstance(error, yaml_text.Ambiguous):
+            raise ConfigError(f"config: {error}{place}") from None
         if not isinstance(error, OmegaConfBaseException):
             return
         key = re.sub(r"\[(\d+)\]", r".\1", str(getattr(error, "full_key", "") or "")).strip(".")
         shown = ".".join(part for part in (self.prefix, key) if part) or "config"
-        place = f" (in {self.source})" if self.source else ""
         if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
-            names = _keys(self.schema)
+            names = schema.keys(self.schema)
             near = nearest(re.sub(r"\.\d+(?=\.)", "", key), names)
             raise ConfigError(f"config: {shown}: no such key{near}{place}") from None
-        wanted = _wanted(self.schema, key) if isinstance(error, ValidationError) else ""
+        wanted = schema.wanted(self.schema, key) if isinstance(error, ValidationError) else ""
         came = str(error).splitlines()[0]
         raise ConfigError(f"config: {shown}: {f'{wanted} wanted: ' if wanted else ''}{came}{place}") from None
 
 
-def _hints(schema: type) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
-
-
-def _inner(hint: Any) -> Any:
-    """The dataclass inside Optional[...] or list[...], or the type itself."""
-    if typing.get_origin(hint) in (list, typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
-
-
-def _keys(schema: type) -> list[str]:
-    """Every valid dotted key of a configuration class; list positions are left out."""
-    names: list[str] = []
-    for name, hint in _hints(schema).items():
-        names.append(name)
-        inner = _inner(hint)
-        if dataclasses.is_dataclass(inner):
-            names += [f"{name}.{rest}" for rest in _keys(typing.cast(type, inner))]
-    return names
-
-
-def _hint_at(schema: type, key: str) -> Any:
-    """The annotation at a dotted key; Any below free mappings and where there is no such key."""
-    hint: Any = schema
-    for part in key.split("."):
-        hint = _inner(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else hint
-        if part.isdigit():
-            hint = _inner(hint)
-        elif dataclasses.is_dataclass(hint):
-            hint = _hints(typing.cast(type, hint)).get(part, Any)
-        elif typing.get_origin(hint) is dict:
-            hint = typing.get_args(hint)[1]
-        else:
-            return Any
-    return hint
-
-
-def _wanted(schema: type, key: str) -> str:
-    """The type at a dotted key, in words."""
-    hint = _hint_at(schema, key)
-    optional = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    hint = _inner(hint) if optional else hint
-    if typing.get_origin(hint) is None and isinstance(hint, type):
-        name = "a mapping of keys" if dataclasses.is_dataclass(hint) else hint.__name__
-    else:
-        name = str(hint).replace("typing.", "").replace(f"{__name__}.", "")
-    return f"{name} or null" if optional else name
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean ...?` for the closest of `names`, by the whole dotted key first, by its last part second."""
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if not close:
-        last = {full.rpartition(".")[2]: full for full in names}
-        close = [last[match] for match in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.6)]
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _expand(config: Config) -> None:
+    """Puts the home folder in place of ~ in every path."""
+    for key, value, section, one in schema.leaves(config):
+        if value is not None and schema.HOME in one.metadata and value.startswith("~"):
+            try:
+                setattr(section, one.name, str(Path(value).expanduser()))
+            except RuntimeError:
+                raise ConfigError(
+                    f"config: {key} must be a path, with the home folder of a known user for ~, got {value!r}"
+                ) from None
 
 
 def _bad_choice(key: str, value: Any, choices: Iterable[str]) -> str:
@@ -486,48 +463,33 @@ def _check(config: Config) -> None:
 
 
 def _check_values(config: Config) -> None:
-    # YAML reads a bare `no` as false, which becomes the string "False" in a text field.
-    if config.engine.mixed_precision == "False":
-        config.engine.mixed_precision = "no"
+    if out := schema.out_of_range(config):
+        raise ConfigError(f"config: {out}")
     for key, choices in CHOICES.items():
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
         if value not in choices:
             raise ConfigError(_bad_choice(key, value, choices))
+    _check_place(config.name)
     if not isinstance(config.loss.mapping, Mapping) and config.loss.mapping not in MAPPINGS:
         raise ConfigError(_bad_choice("loss.mapping", config.loss.mapping, MAPPINGS) + " (or teacher: group pairs)")
     logits = config.cache.logits
     if logits not in ("float32", "float16") and not (type(logits) is int and logits >= 1):
         raise ConfigError(f"config: cache.logits: float32, float16 or a number k of 1 or more wanted, got {logits!r}")
-    if config.data.views is not None and (config.data.views < 1 or not config.data.augment):
-        raise ConfigError(
-            "config: data.views: 1 or more with data.augment=true, else null wanted, "
-            f"got {config.data.views} with data.augment={str(config.data.augment).lower()}"
-        )
+    if config.data.views is not None and not config.data.augment:
+        raise ConfigError(f"config: data.views must be null with data.augment=false, got {config.data.views}")
     if config.cache.teachers == "always" and config.data.augment and config.data.views is None:
         raise ConfigError(
             "config: cache.teachers=always: data.views (a number of fixed versions of each image) or data.augment=false "
             "wanted, got images that are drawn anew every epoch"
         )
+    _check_train("teach", config.teach)
     _check_train("distill", config.distill)
-    names = [teacher.name for teacher in config.teachers]
-    for name in names:
-        if not re.fullmatch(r"[\w.-]+", name) or names.count(name) > 1:
-            raise ConfigError(f"config: teachers.name: unique names of letters, digits, - and _ wanted, got {names}")
+    _check_names("teachers.name", [teacher.name for teacher in config.teachers])
     for teacher in config.teachers:
         _check_train(f"teachers.{teacher.name}.train", teacher_train(config, teacher))
         _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
-    if not 0.0 <= config.loss.alpha <= 1.0:
-        raise ConfigError(f"config: loss.alpha: a number in [0, 1] wanted, got {config.loss.alpha}")
-    if not 0.0 < config.loss.aekd_bound <= 1.0:
-        raise ConfigError(f"config: loss.aekd_bound: a number in (0, 1] wanted, got {config.loss.aekd_bound}")
-    for key in ("temperature", "kl_scale", "delta"):
-        if not getattr(config.loss, key) > 0.0:
-            raise ConfigError(f"config: loss.{key}: a number above 0 wanted, got {getattr(config.loss, key)}")
-    for key, weight in to_dict(config.loss).items():
-        if key.endswith("_weight") and not weight >= 0.0:
-            raise ConfigError(f"config: loss.{key}: 0 or more wanted, got {weight}")
     loss = config.loss
     if loss.adapter == "learned" and not loss.kl_trains_weights:
         if loss.adapter_label_weight == 0.0:
@@ -539,48 +501,45 @@ def _check_values(config: Config) -> None:
                 "config: loss.angle_trains_weights: false wanted where kl_trains_weights=false, got true: the weights would "
                 "be fixed for the angle loss, too"
             )
-    _check_engine(config.engine)
-    if not 0.0 < config.data.val_fraction < 1.0:
-        raise ConfigError(f"config: data.val_fraction: a number in (0, 1) wanted, got {config.data.val_fraction}")
-
-
-def _check_engine(engine: EngineConfig) -> None:
-    for key in ("gradient_accumulation_steps", "checkpoint_steps"):
-        value = getattr(engine, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"config: engine.{key}: 1 or more wanted, got {value}")
+    engine = config.engine
     if engine.cuda_graphs and not engine.compile:
         raise ConfigError("config: engine.cuda_graphs: engine.compile=true wanted beside it, got false")
     if engine.fsdp and engine.mixed_precision == "fp16":
         raise ConfigError("config: engine.mixed_precision: no or bf16 wanted with engine.fsdp=true, got fp16")
 
 
+def _check_place(name: str) -> None:
+    """That runs of this name lie in `out`."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ConfigError(f"config: name must be a folder's name, below out, got {name!r}")
+
+
+def _check_names(key: str, names: list[str]) -> None:
+    """That these can be parts of folders' names, each of its own."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
+            raise ConfigError(f"config: {key} must be unique names of letters, digits, ., - and _, got {names}")
+
+
 def _check_compare(config: Config) -> None:
     from .methods import chosen
 
     asked = config.compare
-    for method in chosen(config, asked.methods):
+    compared = chosen(config, asked.methods)
+    for method in chosen(config, dict.fromkeys([*asked.methods, *config.variants])):
         epochs = changed(config, method.settings(config), f"the method {method.name}").distill.epochs
-        if epochs != config.distill.epochs:
+        if method in compared and epochs != config.distill.epochs:
             raise ConfigError(
                 f"config: {method.name}: the same {config.distill.epochs} epochs for all wanted, got {epochs}"
             )
-    for name in config.variants:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ConfigError(f"config: variants: names of letters, digits, - and _ wanted, got {name!r}")
-    for number in asked.teachers:
-        if not 1 <= number <= len(config.teachers):
+    _check_names("variants", list(config.variants))
+    for count in asked.teachers:
+        if not 1 <= count <= len(config.teachers):
             raise ConfigError(
-                f"config: compare.teachers: 1 to {len(config.teachers)} (the teachers) wanted, got {number}"
+                f"config: compare.teachers: 1 to {len(config.teachers)} (the teachers) wanted, got {count}"
             )
-    names = [config.student.name, *(student.name for student in asked.students)]
-    for name in names:
-        if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
-            raise ConfigError(
-                f"config: compare.students.name: unique names of letters, digits, - and _ wanted, got {names}"
-            )
-    if asked.workers is not None and asked.workers < 1:
-        raise ConfigError(f"config: compare.workers: 1 or more wanted, got {asked.workers}")
+    _check_names("compare.students.name", [config.student.name, *(student.name for student in asked.students)])
 
 
 def _check_statistics(where: str, model: ModelConfig) -> None:
@@ -589,9 +548,9 @@ def _check_statistics(where: str, model: ModelConfig) -> None:
 
     if model.mean is None and model.std is None:
         return
-    if model.mean is None or model.std is None or len(model.mean) != len(model.std) or min(model.std, default=0) <= 0:
+    if not model.mean or not model.std or len(model.mean) != len(model.std):
         raise ConfigError(
-            f"config: {where}: mean and std of equal length wanted, std above 0, got mean={model.mean}, std={model.std}"
+            f"config: {where}: mean and std of equal length wanted, got mean={model.mean}, std={model.std}"
         )
     if not brings_weights(model):
         raise ConfigError(
@@ -605,6 +564,5 @@ def _check_train(where: str, train: TrainConfig) -> None:
         raise ConfigError(_bad_choice(f"{where}.optimizer", train.optimizer, OPTIMIZERS))
     if train.schedule not in SCHEDULES:
         raise ConfigError(_bad_choice(f"{where}.schedule", train.schedule, SCHEDULES))
-    for key, lowest in (("epochs", 1), ("batch_size", 1), ("lr", 0.0), ("warmup", 0.0), ("weight_decay", 0.0)):
-        if not getattr(train, key) >= lowest:
-            raise ConfigError(f"config: {where}.{key}: {lowest} or more wanted, got {getattr(train, key)}")
+    if out := schema.out_of_range(train, where):
+        raise ConfigError(f"config: {out}")

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from amtml_fast.train.names import import_factory, near_names
-from amtml_fast.train.readers import DATASETS, DOWNLOADS, Arrays, read_dataset, stratified
+from amtml_fast.train.readers import DATASETS, DOWNLOADS, Arrays, stratified
+from amtml_fast.train.samples import read_dataset
 
 VIEWS = 1  # tells the draws of fixed views from those of an epoch with the same two numbers
 
@@ -117,9 +118,9 @@ def from_datasets(
 ) -> ImageData:
     """ImageData from two map-style Datasets of (image, label) pairs, read once, in full.
 
-    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of that shape in [0, 1], or a PIL image or uint8
-    array [H, W, C] or [H, W]; a label is an int. No random transform belongs into the Datasets: augmentation is the
-    Loader's.
+    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of that shape in [0, 1], a PIL image (grey ones have
+    one channel, all others three), or a uint8 array [H, W, C] or [H, W]; a label is a whole number. No random transform
+    belongs into the Datasets: augmentation is the Loader's.
     classes: the names; None takes `train.classes`, and the numbers if it has none.
     """
     train_images, train_labels = read_dataset(train, "train")
@@ -128,7 +129,7 @@ def from_datasets(
         wanted, got = list(train_images.shape[1:]), list(test_images.shape[1:])
         raise ValueError(f"test: images must be {wanted} like those of train, got {got}")
     count = int(max(train_labels.max(), test_labels.max())) + 1
-    names = tuple(classes if classes is not None else getattr(train, "classes", map(str, range(count))))
+    names = tuple(map(str, classes if classes is not None else getattr(train, "classes", range(count))))
     if len(names) < count:
         raise ValueError(
             f"classes: must name at least {count} classes (the largest label is {count - 1}), got {len(names)}"
@@ -165,7 +166,7 @@ def _image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of uint8 images [N, C, H, W], in [0, 1] units, exact by counting."""
-    levels = torch.arange(256, dtype=torch.float64) / 255
+    levels = torch.arange(256, dtype=torch.float64, device="cpu") / 255
     means, stds = [], []
     for c in range(images.shape[1]):
         weights = torch.bincount(images[:, c].reshape(-1), minlength=256).double()
@@ -236,7 +237,9 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
         device = split.images.device
-        mean, std = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (data.mean, data.std))
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device="cpu").view(-1, 1, 1) for values in (data.mean, data.std)
+        )
         self._scale = (1 / (255 * std)).to(device)
         self._shift = (-mean / std).to(device)
 
@@ -280,12 +283,17 @@ class Loader:
         """The epoch's order [N], flips [N] and crop offsets [N, 2], drawn on the CPU: the same on every device."""
         n, (height, width) = len(self.split), self.split.images.shape[2:]
         generator = _generator(self.seed, self.epoch)
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        if self.shuffle:
+            order = torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")
+        else:
+            order = torch.arange(n, dtype=torch.int64, device="cpu")
         if self.augment and self.view is not None:
             generator = _generator(self.augment_seed, self.view, VIEWS)
-        flips = torch.rand(n, generator=generator) < 0.5
-        rows = torch.randint(2 * (height // 8) + 1, (n,), generator=generator)
-        columns = torch.randint(2 * (width // 8) + 1, (n,), generator=generator)
+        flips = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu") < 0.5
+        rows, columns = (
+            torch.randint(2 * (side // 8) + 1, (n,), generator=generator, dtype=torch.int64, device="cpu")
+            for side in (height, width)
+        )
         device = self.split.images.device
         return order.to(device), flips.to(device), torch.stack([rows, columns], dim=1).to(device)
 
@@ -312,5 +320,5 @@ def flip_and_crop(images: Tensor, flips: Tensor, offsets: Tensor) -> Tensor:
     mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(-1), images)
     padded = F.pad(mirrored, (pad_x, pad_x, pad_y, pad_y))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [n, C, 2 pad_y + 1, 2 pad_x + 1, H, W], a view
-    each = torch.arange(len(images), device=images.device)
+    each = torch.arange(len(images), dtype=torch.int64, device=images.device)
     return windows[each, :, offsets[:, 0], offsets[:, 1]]

@@ -27,6 +27,7 @@ STYLE: Any = {
     "savefig.bbox": None,
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "text.parse_math": False,  # a $ in a name is a $
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": "#999999",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from . import data as datasets
-from . import methods
+from . import environment, methods, preflight
 from . import teachers as frozen
 from .config import (
     Config,
@@ -32,14 +32,15 @@ from .methods import METHODS, Context, Method, Step, StepLoss
 from .models import build
 from .timing import StepTimer
 
-FEATURES = "features"
+# How the student's modules to catch are named: a group by GROUP and its own name.
+FEATURES, GROUP = "features", "groups."
 # Of `data`; what counts of the last two is in Job.fixed_views.
 NOT_IN_RECIPE = ("root", "download", "views", "augment_seed")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to train, and where it goes. `paths`: student modules to catch, by the name the method knows them under."""
+    """What to train, and where it goes. `features` and `groups`: the student's modules whose maps the method asks for."""
 
     config: Config  # with the method's own values in it
     folder: Path
@@ -50,11 +51,18 @@ class Job:
     args: dict[str, Any]
     weights: str | None
     train: TrainConfig
-    paths: dict[str, str] = field(default_factory=dict)
+    features: str | None = None
+    groups: dict[str, str] = field(default_factory=dict)
     teachers: tuple[str, ...] = ()  # those it may learn from; of these the method takes all, the best one or none
     classes: tuple[int, ...] | None = None  # trains on the images of these alone; None: on all
     student: str = ""  # the student's name; empty for a teacher
     file: str = "student.safetensors"
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The student's modules to catch, by names that the settings have too."""
+        last = {} if self.features is None else {FEATURES: self.features}
+        return last | {f"{GROUP}{name}": path for name, path in self.groups.items()}
 
     def fixed_views(self) -> dict[str, int]:
         """The Loader's `views` and `augment_seed`, if this trains on fixed views: a student does, for what they are there
@@ -79,8 +87,8 @@ class Job:
             "engine": {k: engine[k] for k in ("mixed_precision", "gradient_accumulation_steps")},
             "method": method.base or method.name,
             "seed": self.seed,
-            "paths": self.paths,
-            "groups": list(self.paths),  # their order decides who guides which
+            "features": self.features,
+            "groups": list(self.groups.items()),  # their order decides who guides which
         }
         if method.needs_teachers:
             prints = frozen.fingerprint(config)
@@ -95,6 +103,8 @@ class Job:
                 recipe["hints"] = {t.name: t.hint for t in config.teachers if t.name in self.teachers}
             if "adapter" in method.reads:
                 recipe["stages"] = to_dict(config.stages)
+        if precision := environment.precision():
+            recipe["environment"] = precision
         if method.peers:
             recipe["peers"] = len(self.teachers)
         return json.loads(json.dumps(recipe))  # as it comes back from run.json
@@ -150,7 +160,7 @@ def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, te
         names = [chosen.teacher]
     elif len(names) < len(config.teachers) and (chosen.needs_teachers or chosen.peers):
         parts.append(f"{len(names)}teachers")
-    paths = feature_paths(student, chosen, config)
+    features, groups = asked_maps(student, chosen, config)
     config = with_mapping(config, chosen, student, names)
     return Job(
         config=config,
@@ -162,7 +172,8 @@ def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, te
         args=student.args,
         weights=student.weights,
         train=config.distill,
-        paths=paths,
+        features=features,
+        groups=groups,
         teachers=tuple(names),
         student=student.name,
     )
@@ -174,22 +185,19 @@ def applied(config: Config, method: Method, student: StudentConfig) -> Config:
     return changed(config, settings, f"the method {method.name}") if settings else config
 
 
-def feature_paths(student: StudentConfig, method: Method, config: Config) -> dict[str, str]:
-    """The student's modules to catch, by the name the method knows them under. ConfigError for what it does not offer."""
-    paths = {}
-    if method.features:
-        if student.features is None:
-            raise ConfigError(
-                f"config: {student.name}.features: the last convolutional map's path wanted by {method.name}, got null"
-            )
-        paths[FEATURES] = student.features
-    if method.groups(config.loss):
-        if not student.groups:
-            raise ConfigError(
-                f"config: {student.name}.groups: layer groups wanted by {method.name}'s hints (or loss.hint_weight=0)"
-            )
-        paths |= student.groups
-    return paths
+def asked_maps(student: StudentConfig, method: Method, config: Config) -> tuple[str | None, dict[str, str]]:
+    """The paths of the student's last map and of its layer groups, as far as the method asks for them. ConfigError for
+    what the student does not offer."""
+    if method.features and student.features is None:
+        raise ConfigError(
+            f"config: {student.name}.features: the last convolutional map's path wanted by {method.name}, got null"
+        )
+    groups = dict(student.groups) if method.groups(config.loss) else {}
+    if method.groups(config.loss) and not groups:
+        raise ConfigError(
+            f"config: {student.name}.groups: layer groups wanted by {method.name}'s hints (or loss.hint_weight=0)"
+        )
+    return student.features if method.features else None, groups
 
 
 def with_mapping(config: Config, method: Method, student: StudentConfig, teachers: Sequence[str]) -> Config:
@@ -247,7 +255,8 @@ class Distiller(nn.Module):
             # Views, whose gradients are from the losses alone: a map's own is whole only after the layers behind it.
             logits, maps = logits.view_as(logits), {name: x.view_as(x) for name, x in maps.items()}
         self._mark("student")
-        out = self.objective(Step(logits, maps, labels, teacher_logits, teacher_maps, images))
+        features, groups = maps.get(FEATURES, Step._field_defaults["features"]), by_group(maps)
+        out = self.objective(Step(logits, groups, labels, teacher_logits, teacher_maps, images, features))
         self._mark("losses")
         caught = [x for x in (logits, *maps.values()) if x.requires_grad]
         if self.timer is not None and caught and out.loss.requires_grad:
@@ -271,20 +280,12 @@ def make_distiller(
         return build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=weights)
 
     student = FeatureExtractor(new(job.weights), job.paths)
-    probe = next(iter(datasets.Loader(data.val, data, 2))).images.cpu()
-    student.eval()
-    with torch.no_grad():
-        logits, maps = student(probe)
-    if logits.ndim != 2 or logits.shape[1] != classes:
-        raise ValueError(
-            f"{job.title}: logits [N, {classes}] wanted (the classes of {data.name}), got {[*logits.shape]}"
-        )
-    student.train()
+    maps = preflight.student_maps(student, job, data)
     context = Context(
         loss=cast(LossConfig, SimpleNamespace(**job.method.loss(job.config))),
         classes=classes,
         feature_channels=int(maps[FEATURES].shape[1]) if FEATURES in maps else 0,
-        student_channels={name: int(x.shape[1]) for name, x in maps.items() if name != FEATURES},
+        student_channels={name: int(x.shape[1]) for name, x in by_group(maps).items()},
         teacher_channels=teachers.channels if teachers else (),
         teacher_names=teachers.names if teachers else (),
         teacher_scores=teachers.scores if teachers else (),
@@ -293,6 +294,11 @@ def make_distiller(
         new_student=new,
     )
     return Distiller(student, job.method.build(context))
+
+
+def by_group(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a student's maps those of its layer groups, by their own names."""
+    return {name.removeprefix(GROUP): x for name, x in maps.items() if name.startswith(GROUP)}
 
 
 def teachers_of(job: Job, everyone: frozen.Teachers | None) -> frozen.Teachers | None:

@@ -43,7 +43,8 @@ class Sums:
             self._add("entropy", entropy)
             self._add("weight_mean", w.sum(0))
             # Not bincount, which waits for the device to learn how many bins there are.
-            self._add("weight_won", (w.argmax(1, keepdim=True) == torch.arange(w.shape[1], device=w.device)).sum(0))
+            each = torch.arange(w.shape[1], dtype=torch.int64, device=w.device)
+            self._add("weight_won", (w.argmax(1, keepdim=True) == each).sum(0))
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double() if self.device.type != "mps" else value.float()
@@ -51,8 +52,8 @@ class Sums:
 
     def reduced(self, accelerator: Accelerator) -> dict[str, Tensor]:
         """The sums over all processes, on the CPU; one transfer."""
-        totals = {**self.totals, EXAMPLES: torch.tensor(float(self.examples), device=self.device)}
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        totals = {**self.totals, EXAMPLES: torch.tensor(self.examples, dtype=dtype, device=self.device)}
         flat = torch.cat([value.reshape(-1).to(dtype) for value in totals.values()])
         parts = accelerator.reduce(flat, reduction="sum").cpu().split([value.numel() for value in totals.values()])
         return {name: part.reshape(value.shape) for (name, value), part in zip(totals.items(), parts, strict=True)}

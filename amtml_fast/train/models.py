@@ -167,7 +167,15 @@ def build(
     if weights is not None and zoo.pretrained(factory, args):
         args["pretrained"] = False
     keywords = _keywords(make, factory, args, num_classes, in_channels)
-    model = make(**keywords)
+    try:
+        model = make(**keywords)
+    except (ValueError, TypeError, ImportError, OSError):
+        raise
+    except Exception as error:  # of torch's or of the factory's own
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"model.factory: {factory} must make a network with {keywords}, got {type(error).__name__}: {reason}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"model.factory: {factory} must return a torch.nn.Module, got {type(model).__name__}")
     if weights is not None:
@@ -208,12 +216,13 @@ def _keywords(
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a state dict file into `model`: safetensors by its suffix, else a torch file, read with weights_only=True.
 
-    The prefixes that DDP and torch.compile add to every key are taken off. A file that is missing is a
+    The prefixes that DDP and torch.compile add to every key are taken off. Older files have no count of BatchNorm's
+    batches: the model keeps its own. A file that is missing is a
     FileNotFoundError; one that is truncated, is no state dict, or differs from the model in a key or a shape is a
     ValueError that names it, and leaves the model as it was.
     """
     path = Path(path)
-    state = _without_prefixes(_read_state(path))
+    state = zoo.with_batch_counts(model, _without_prefixes(_read_state(path)))
     own = model.state_dict()
     problems = [f"{key}: the file has no such key" for key in own if key not in state]
     problems += [f"{key}: the model has no such key" for key in state if key not in own]

@@ -121,7 +121,13 @@ def main_table(found: Gathered) -> dict[str, Any] | None:
     low, high = (min(values), max(values)) if values else (0.0, 100.0)
     dots: list[Any] = [None] * len(teachers) + [svg.strip([100 * v for v in row.accuracies], low, high) for row in rows]
     body = [
-        {"cells": cells, "dots": strip, "teacher": strip is None, "best": cells[2].startswith("**"), "value": row.mean}
+        {
+            "cells": cells,
+            "dots": strip,
+            "teacher": strip is None,
+            "best": isinstance(cells[2], tables.Bold),
+            "value": row.mean,
+        }
         for cells, strip, row in zip(table.lines, dots, [*teachers, *rows], strict=True)
     ]
     return {"header": table.header, "lines": body, "caption": caption, "low": f"{low:.1f}", "high": f"{high:.1f}"}

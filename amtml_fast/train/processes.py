@@ -78,7 +78,7 @@ def _options() -> whole.StateDictOptions:
 
 def anyone(accelerator: Accelerator, asked: bool) -> bool:
     """Whether any process was asked; each has to call this at the same step."""
-    flag = torch.tensor([float(asked)], device=accelerator.device)
+    flag = torch.tensor([float(asked)], dtype=torch.float32, device=accelerator.device)
     return bool(accelerator.reduce(flag, reduction="sum").item())
 
 

@@ -31,12 +31,12 @@ class Display:
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console or Console(quiet=quiet)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f}%"),
             _Rate(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
             transient=True,
             disable=quiet or not self.console.is_terminal,
@@ -51,7 +51,7 @@ class Display:
         self.progress.stop()
 
     def say(self, message: str) -> None:
-        self.console.print(message, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(Text(message), soft_wrap=True)  # Text: no markup, and no pictures for :names:
 
     def warn(self, message: str) -> None:
         self.console.print(Text("warning: ", style="yellow") + Text(message), highlight=False, soft_wrap=True)

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+
+from .samples import eight_bits
 
 DEFAULT_FOLDER = Path("data")  # for the sets that no package installs; below the working directory
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -33,7 +36,7 @@ FASHION_MNIST_CLASSES = (
     "Ankle boot",
 )
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class Arrays(NamedTuple):
@@ -188,21 +191,22 @@ def _read_records(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarra
 
 
 def read_image_folder(root: Path | None = None) -> Arrays:
-    """train/<class>/*.png|jpg|jpeg and the same below test/ (or val/, if there is no test/); or Tiny-ImageNet's layout.
+    """The images below train/<class>/, at any depth, and below test/<class>/ (or val/<class>/, if there is no test/).
 
     Tiny-ImageNet: train/<wnid>/images, val/images with val/val_annotations.txt, names from words.txt; its val/ is the
-    test set (its test/ has no labels). All images must be of one size; they are read as RGB.
+    test set (its test/ has no labels). All images must be of one size; they are read as RGB. Hidden folders and files,
+    whose names begin with a dot, are left out, and so is what has no suffix of IMAGE_SUFFIXES.
     """
     root = DEFAULT_FOLDER if root is None else root
     source = "wanted train/<class>/*.png (or .jpg, .jpeg) and test/<class>/ or val/<class>/ beside it"
     if not (root / "train").is_dir():
         raise FileNotFoundError(f"data.root: looked for the folder train in {root}, not found; {source}")
-    folders = sorted(folder for folder in (root / "train").iterdir() if folder.is_dir())
-    classes = [folder.name for folder in folders]
+    classes = _class_folders(root / "train")
     train_files, train_labels = _class_images(root / "train", classes)
     missing = sorted(set(range(len(classes))) - set(train_labels.tolist()))
     if missing:
-        raise ValueError(f"{folders[missing[0]]}: a class of the training set must have an image, found none")
+        folder = root / "train" / classes[missing[0]]
+        raise ValueError(f"{folder}: a class of the training set must have an image, found none")
     annotations = root / "val" / "val_annotations.txt"
     if annotations.is_file():
         test_files, test_labels = _annotated_images(annotations, classes)
@@ -210,9 +214,7 @@ def read_image_folder(root: Path | None = None) -> Arrays:
         test_folder = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
         if test_folder is None:
             raise FileNotFoundError(f"data.root: looked for the folder test or val in {root}, not found; {source}")
-        strangers = sorted(
-            folder.name for folder in test_folder.iterdir() if folder.is_dir() and folder.name not in classes
-        )
+        strangers = [name for name in _class_folders(test_folder) if name not in classes]
         if strangers:
             raise ValueError(f"{test_folder / strangers[0]}: this class has no folder in {root / 'train'}")
         test_files, test_labels = _class_images(test_folder, classes)
@@ -236,18 +238,24 @@ def read_tiny_imagenet(root: Path | None = None) -> Arrays:
             f"{train / missing[0]}: {folder / 'wnids.txt'} lists this class, but there is no such folder "
             f"({len(missing)} of {len(wnids)} are missing); {source}"
         )
-    strangers = sorted(inner.name for inner in train.iterdir() if inner.is_dir() and inner.name not in wnids)
+    strangers = [name for name in _class_folders(train) if name not in wnids]
     if strangers:
         raise ValueError(f"{train / strangers[0]}: {folder / 'wnids.txt'} does not list this class")
     return read_image_folder(folder)
 
 
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(inner.name for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+
+
 def _class_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
     files: list[Path] = []
     labels: list[int] = []
+    strays = sorted(file for file in folder.iterdir() if file.is_file() and _is_image(file.name))
+    if strays:
+        raise ValueError(f"{strays[0]}: an image must be in the folder of its class, {folder}/<class>/")
     for label, name in enumerate(classes):
-        inner = folder / name / "images"  # Tiny-ImageNet has one more level
-        found = sorted(_images_in(inner if inner.is_dir() else folder / name))
+        found = sorted(_images_below(folder / name))
         files += found
         labels += [label] * len(found)
     if not files:
@@ -255,8 +263,20 @@ def _class_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.
     return files, np.array(labels, dtype=np.int64)
 
 
-def _images_in(folder: Path) -> list[Path]:
-    return [file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES] if folder.is_dir() else []
+def _images_below(folder: Path) -> Iterator[Path]:
+    """At any depth, through links too, as torchvision's ImageFolder."""
+    for inner, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(inner, name) for name in files if _is_image(name))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def _unreadable(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # a test set may lack a class
+        raise error
 
 
 def _annotated_images(annotations: Path, classes: Sequence[str]) -> tuple[list[Path], np.ndarray]:
@@ -297,7 +317,7 @@ def _decode(files: Sequence[Path]) -> np.ndarray:
     def pixels(file: Path) -> np.ndarray:
         try:
             with Image.open(file) as image:
-                return np.asarray(image.convert("RGB"))  # [H, W, 3]
+                return np.asarray(eight_bits(image).convert("RGB"))  # [H, W, 3]
         except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a broken file
             raise ValueError(f"{file}: not a readable image ({error})") from error
 
@@ -348,45 +368,3 @@ DOWNLOADS: dict[str, Callable[[Path | None], Arrays]] = {
     "cifar10": partial(read_cifar10, download=True),
     "cifar100": partial(read_cifar100, download=True),
 }
-
-
-def read_dataset(dataset: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """A Dataset of (image, label) pairs as images [N, C, H, W] uint8 and labels [N] int64.
-
-    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of the same shape in [0, 1], or what numpy can read
-    as a uint8 array [H, W, C] or [H, W] (a PIL image, an array). `what` opens the error message ("train").
-    """
-    images: list[np.ndarray] = []
-    labels: list[int] = []
-    for i in range(len(dataset)):
-        image, label = dataset[i]
-        image = _to_uint8(image, f"{what}[{i}]")
-        if images and image.shape != images[0].shape:
-            wanted, got = list(images[0].shape), list(image.shape)
-            raise ValueError(f"{what}[{i}]: images must be of one size, {wanted} like {what}[0], got {got}")
-        if int(label) < 0:
-            raise ValueError(f"{what}[{i}]: the label must be 0 or more, got {int(label)}")
-        images.append(image)
-        labels.append(int(label))
-    if not images:
-        raise ValueError(f"{what}: the data set is empty")
-    return np.stack(images), np.array(labels, dtype=np.int64)
-
-
-def _to_uint8(image: Any, what: str) -> np.ndarray:
-    channels_first = hasattr(image, "dim")  # a tensor; arrays and PIL images have their channels last
-    array = image.detach().cpu().numpy() if channels_first else np.asarray(image)
-    if array.ndim == 2:
-        array = array[None]
-    elif array.ndim == 3 and not channels_first:
-        array = array.transpose(2, 0, 1)
-    if array.ndim != 3:
-        raise ValueError(f"{what}: an image must have 2 or 3 dimensions, got {list(array.shape)}")
-    if array.dtype == np.uint8:
-        return array
-    if not (channels_first and np.issubdtype(array.dtype, np.floating)):
-        raise TypeError(f"{what}: an image must be uint8, or a float tensor in [0, 1], got {array.dtype}")
-    if not (array.min() >= 0 and array.max() <= 1):
-        got = f"[{array.min():.3g}, {array.max():.3g}]"
-        raise ValueError(f"{what}: a float image must be in [0, 1] (leave the normalising to the Loader), got {got}")
-    return np.rint(array * 255).astype(np.uint8)

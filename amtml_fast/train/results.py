@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +20,7 @@ from .config import Config, to_dict
 from .jobs import Job
 from .methods import OKD
 from .run import Run, RunError, read_json, versions, write_atomic
+from .tables import escaped, paragraph
 from .zoo import brings_weights
 
 RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
@@ -206,7 +209,7 @@ def paired_records(rows: Sequence[report.Row]) -> list[dict[str, Any]]:
 
 
 def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
-    """results.csv, results.md and results.json in the comparison's folder."""
+    """results.json, results.csv and results.md in the comparison's folder, each written before the next is made."""
     whole: dict[str, Any] = {
         "name": config.name,
         "finding": found.sentence,
@@ -218,49 +221,78 @@ def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
         "versions": versions(),
         "config": to_dict(config),
     }
-    title = f"# {config.name}: {config.distill.epochs} epochs, seeds {', '.join(map(str, config.compare.seeds))}\n\n"
+    title = f"# {escaped(config.name)}: {config.distill.epochs} epochs, seeds {', '.join(map(str, config.compare.seeds))}\n\n"
     contents = {
-        "results.csv": report.csv(found.rows, found.teachers),
-        "results.md": title + f"{found.sentence}\n\n{tables(config, found)}",
-        "results.json": json.dumps(whole, indent=2) + "\n",
+        "results.json": lambda: json.dumps(whole, indent=2) + "\n",
+        "results.csv": lambda: report.csv(found.rows, found.teachers),
+        "results.md": lambda: f"{title}{paragraph(found.sentence)}\n\n{tables(config, found)}",
     }
     for name, text in contents.items():
-        write_atomic(config.folder / name, text.encode())
+        write_atomic(config.folder / name, text().encode())
     return [config.folder / name for name in contents]
+
+
+class Pictures:
+    """PNG files drawn into a folder. One that cannot be drawn is left out and said, for what was trained is worth more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files, self.failed = folder, list[Path](), dict[str, str]()
+
+    def draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        path = self.folder / f"{name}.png"
+        try:
+            path.unlink(missing_ok=True)  # one of an earlier comparison would pass for this one's
+            draw(path)
+        except Exception as error:
+            if os.environ.get("AMTML_DEBUG"):
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            self.failed[name] = f"{type(error).__name__}: {reason}"
+        else:
+            self.files.append(path)
 
 
 def write_figures(
     config: Config, found: Found, jobs: Sequence[Job], teachers: frozen.Teachers | None, data: datasets.ImageData
-) -> list[Path]:
+) -> Pictures:
     """The pictures; those of single images come from the first seed of the first method that has an adapter."""
-    place = config.folder / "figures"
-    place.mkdir(parents=True, exist_ok=True)
+    out = Pictures(config.folder / "figures")
     histories = {label: [run.read_metrics() for run in runs] for label, runs in found.runs.items()}
-    files = [place / "curves.png"]
-    report.curves(histories, files[0])
+    out.draw("curves", lambda path: report.curves(histories, path))
     if len(found.main) > 1:
-        files.append(place / "accuracies.png")
-        report.accuracies(found.main, files[-1])
+        out.draw("accuracies", lambda path: report.accuracies(found.main, path))
     numbers = [row for row in found.rows if row.student == config.student.name and not is_okd(row)]
     if any(len({row.teachers for row in numbers if row.method == name}) > 1 for name in {r.method for r in numbers}):
-        files.append(place / "number_of_teachers.png")
-        report.number_of_teachers([*numbers, *okd_means(config, found)], files[-1])
+        several = [*numbers, *okd_means(config, found)]
+        out.draw("number_of_teachers", lambda path: report.number_of_teachers(several, path))
     weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
+    if teachers is None or not weighted:
+        return out
     adapters = [label for label in weighted if has_adapter(found.runs[label][0])]
-    if teachers is not None:
-        teachers = teachers.only(teachers.names[: most(config)], hints=bool(teachers.channels))
-    if weighted and teachers is not None:
-        files.append(place / "entropy.png")
-        first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
-        report.entropy({label: weighted[label] for label in first}, files[-1], teachers.names)
-    if not adapters or teachers is None:
-        return files
+    asked = teachers.only(teachers.names[: most(config)], hints=bool(teachers.channels))
+    first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
+    out.draw("entropy", lambda path: report.entropy({label: weighted[label] for label in first}, path, asked.names))
+    if not adapters:
+        return out
     adapted = next(job for job in jobs if job.folder == found.runs[adapters[0]][0].folder)
-    probs = soft_targets(teacher_logits(teachers, data.val, data), adapted.config.loss.temperature)
-    chosen = contested(probs, data.val.labels)[:GALLERY]
-    probs, weights = probs[chosen], weights_and_logits(adapted, teachers, data.val, data)[0][chosen]
-    pictures, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
-    names, both = list(data.classes), [place / "soft_targets.png", place / "weights_gallery.png"]
-    report.soft_targets(pictures[0], names, probs[0].numpy(), weights[0].numpy(), labels[0], both[0], teachers.names)
-    report.weights_gallery(pictures, names, probs.numpy(), weights.numpy(), labels, both[1], teachers.names)
-    return [*files, *both]
+
+    @functools.cache
+    def examples() -> tuple[Any, ...]:
+        """Images on which the teachers disagree, the class names, the soft targets, the weights and the labels."""
+        probs = soft_targets(teacher_logits(asked, data.val, data), adapted.config.loss.temperature)
+        chosen = contested(probs, data.val.labels)[:GALLERY]
+        weights = weights_and_logits(adapted, asked, data.val, data)[0][chosen]
+        images, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
+        return images, list(data.classes), probs[chosen].numpy(), weights.numpy(), labels
+
+    def one_image(path: Path) -> None:
+        images, names, probs, weights, labels = examples()
+        report.soft_targets(images[0], names, probs[0], weights[0], labels[0], path, asked.names)
+
+    def several_images(path: Path) -> None:
+        images, names, probs, weights, labels = examples()
+        report.weights_gallery(images, names, probs, weights, labels, path, asked.names)
+
+    out.draw("soft_targets", one_image)
+    out.draw("weights_gallery", several_images)
+    return out

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv as csvlib
 import io
 import math
+import re
 import statistics
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ FIELDS = (
     "peak_memory",
     "accuracies",
 )
+FORMULA = ("=", "+", "-", "@", "\t")  # how one begins in a spreadsheet
 MEAN = "Mean ± sample standard deviation over seeds"
 MAPPINGS = {"amtml_kd": "best high", "amtml_best_low": "best low", "amtml_random": "random"}  # method -> hint mapping
 
@@ -94,13 +96,14 @@ class Network(NamedTuple):
 
 def table(rows: Sequence[Row], teachers: Sequence[Row] = (), *, title: str | None = None) -> Table:
     """The comparison as a rich table: teachers above the line, methods below it."""
-    out = Table(title=title, title_justify="left", caption=_caption(rows), caption_justify="left")
+    # Text, not str, wherever a name may be: [brackets] are no markup, and :colons: no pictures.
+    heading = None if title is None else Text(title, style="table.title")
+    out = Table(title=heading, title_justify="left", caption=_caption(rows), caption_justify="left")
     header, body = _main(rows, teachers)
     for i, name in enumerate(header):
         # Left for the accuracy too: with and without a deviation, the decimal points stay below each other.
         out.add_column(name, justify="left" if i in (0, 2) else "right", overflow="fold")
     for line in body[: len(teachers)]:
-        # Text, not str: a label with [brackets] is no markup.
         out.add_row(*(Text(cell, style="dim") for cell in line))
     if teachers:
         out.add_section()
@@ -124,12 +127,17 @@ def markdown(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> str:
 
 
 def csv(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> str:
-    """The comparison as CSV (fractions at full precision; `accuracies` holds every seed's, separated by spaces)."""
+    """The comparison as CSV (fractions at full precision; `accuracies` holds every seed's, separated by spaces).
+
+    A name that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     out = io.StringIO()
     writer = csvlib.DictWriter(out, FIELDS, lineterminator="\n")
     writer.writeheader()
     for record in records(rows, teachers):
-        writer.writerow({**record, "accuracies": " ".join(map(repr, record["accuracies"]))})
+        plain = {key: one_line(value) if isinstance(value, str) else value for key, value in record.items()}
+        formulas = {key: f"'{value}" for key, value in plain.items() if str(value).startswith(FORMULA)}
+        writer.writerow({**plain, **formulas, "accuracies": " ".join(map(repr, record["accuracies"]))})
     return out.getvalue()
 
 
@@ -204,7 +212,7 @@ def by_teachers(rows: Sequence[Row]) -> str:
         if len(counts) > 1:
             lines = _methods(own, counts, lambda row: row.teachers)
             table = _best_of_columns("Method", [count_of(count) for count in counts], lines)
-            tables.append((f"Student {student}:" if len(students) > 1 else "", table))
+            tables.append((f"Student {escaped(student)}:" if len(students) > 1 else "", table))
     return _section(tables, rows)
 
 
@@ -370,18 +378,43 @@ def _caption(rows: Sequence[Row]) -> str:
     return f"{MEAN}; best student in bold."
 
 
+class Bold(str):
+    """A cell in bold."""
+
+    bold = True
+
+
 def _bold(text: str, best: bool) -> str:
-    return f"**{text}**" if best else text
+    return Bold(text) if best else text
+
+
+# What Markdown would not print as it is: marks of emphasis, code, tables and formulas wherever they stand, the rest where
+# it would be understood (an underscore within a word is not).
+SPECIAL = re.compile(r"[\\`*|$~#]|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])")
+
+
+def escaped(text: str) -> str:
+    """A name, to be read in Markdown as it is; on one line."""
+    return SPECIAL.sub(r"\\\g<0>", one_line(text))
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"\s*[\r\n]\s*", " ", text)
+
+
+def paragraph(text: str) -> str:
+    """The same for a text that begins a line."""
+    return re.sub(r"^(\d*)(?=[-+>=.)])", r"\1\\", escaped(text.lstrip()))
 
 
 def grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; its first `left` columns are text, the others numbers."""
+    """A Markdown table of cells as they are to be read; its first `left` columns are text, the others numbers."""
     rule = "|" + "|".join(":---" if i < left else "---:" for i in range(len(header))) + "|"
     return "\n".join([_line(header), rule, *map(_line, lines)]) + "\n"
 
 
 class Cells(NamedTuple):
-    """A table that `grid` wrote, as cells again; the bold ones keep their asterisks."""
+    """A table that `grid` wrote, as cells again, some of them Bold."""
 
     header: list[str]
     lines: list[list[str]]
@@ -394,12 +427,21 @@ def read(text: str) -> list[str | Cells]:
     for block in text.strip().split("\n\n"):
         lines = block.splitlines()
         if not block.startswith("| "):
-            blocks.append(block)
+            blocks.append(_plain(block))
             continue
-        header, *body = ([cell.replace("\\|", "|") for cell in line[2:-2].split(" | ")] for line in lines)
+        header, *body = ([_plain(cell) for cell in line[2:-2].split(" | ")] for line in lines)
         blocks.append(Cells(header, body[1:], lines[1].split("|").count(":---")))
     return blocks
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return (
+        "| " + " | ".join(f"**{escaped(cell)}**" if isinstance(cell, Bold) else escaped(cell) for cell in cells) + " |"
+    )
+
+
+def _plain(text: str) -> str:
+    """What `escaped` was given."""
+    bold = len(text) > 4 and text.startswith("**") and text.endswith("**")
+    plain = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text[2:-2] if bold else text)
+    return Bold(plain) if bold else plain

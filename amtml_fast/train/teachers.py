@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data as datasets
-from . import zoo
+from . import environment, preflight, zoo
 from .cache import Storage, Store, free_disk, locked, no_room
 from .compiling import compile_frozen
 from .config import Config, ConfigError, TeacherConfig
@@ -164,11 +164,10 @@ def load(config: Config, data: datasets.ImageData, *, hints: bool, channels_last
                 f"config: teachers.{teacher.name}.hint: the dotted path of the module whose output is the hint wanted, "
                 "got null; or set loss.hint_weight=0"
             )
-        model = _model(config, teacher, data)
-        extractor = FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
+        net = extractor(config, teacher, data, hints=hints)
         memory = torch.channels_last if channels_last else torch.contiguous_format
-        extractor.to(device, memory_format=memory)  # type: ignore[call-overload]
-        models.append(extractor.eval().requires_grad_(False))
+        net.to(device, memory_format=memory)  # type: ignore[call-overload]
+        models.append(net.eval().requires_grad_(False))
     teachers = assemble([teacher.name for teacher in config.teachers], models, data)
     if config.engine.compile:
         for model in models:
@@ -177,6 +176,25 @@ def load(config: Config, data: datasets.ImageData, *, hints: bool, channels_last
     maps = Storage() if config.cache.hints == "never" else Storage(config.cache.hints)
     teachers.kinds = Kinds(Storage(config.cache.logits), maps)
     return teachers
+
+
+def check(config: Config, data: datasets.ImageData, *, hints: bool) -> None:
+    """That every teacher fits the data and has the module of its hint, before those are trained that will be."""
+    for teacher in config.teachers:
+        preflight.teacher_maps(extractor(config, teacher, data, hints=hints, untrained=True), teacher.name, data)
+
+
+def extractor(
+    config: Config, teacher: TeacherConfig, data: datasets.ImageData, *, hints: bool, untrained: bool = False
+) -> FeatureExtractor:
+    """The teacher's net; untrained: one that `teach` trains has random weights."""
+    own = teacher.model
+    if untrained and not brings_weights(own):
+        channels = data.train.images.shape[1]
+        model = build(own.factory, dict(own.args), num_classes=len(data.classes), in_channels=channels)
+    else:
+        model = _model(config, teacher, data)
+    return FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
 
 
 def _model(config: Config, teacher: TeacherConfig, data: datasets.ImageData) -> nn.Module:
@@ -198,15 +216,8 @@ def assemble(names: Sequence[str], models: Sequence[FeatureExtractor], data: dat
     """Teachers from ready extractors: checks their class count and measures them on the validation split."""
     parameters = [sum(p.numel() for p in model.parameters()) for model in models]
     teachers = Teachers(list(names), list(models), [], [], parameters)
-    probe = next(iter(datasets.Loader(data.val, data, 2)))
-    first = teachers.live(probe.images)
-    for name, logits in zip(names, first.logits, strict=True):
-        if logits.ndim != 2 or logits.shape[1] != len(data.classes):
-            raise ValueError(
-                f"teacher {name!r}: {len(data.classes)} classes wanted, those of {data.name} and of the student; "
-                f"got logits of shape {[*logits.shape]} for {len(probe.labels)} images"
-            )
-    teachers.channels = [int(x.shape[1]) for x in first.maps]
+    maps = [preflight.teacher_maps(model, name, data) for name, model in zip(names, models, strict=True)]
+    teachers.channels = [int(x.shape[1]) for caught in maps for x in caught.values()]
     teachers.scores = [accuracy(model, data.val, data) for model in models]
     return teachers
 
@@ -271,6 +282,7 @@ def stores(config: Config, teachers: Teachers, data: datasets.ImageData) -> dict
             "device": split.images.device.type,
             "channels_last": config.engine.channels_last,
             "mixed_precision": config.engine.mixed_precision,
+            **environment.precision(),
         },
     }
 

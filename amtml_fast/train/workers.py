@@ -151,7 +151,7 @@ def work(connection: Connection, config: Config, fresh: bool) -> None:
         return
     except KeyboardInterrupt:
         sys.exit(STOPPED)
-    except (RunError, ValueError, TypeError, FileNotFoundError, ImportError) as error:
+    except (RunError, ValueError, TypeError, OSError, ImportError) as error:
         send("failed", error)
 
 

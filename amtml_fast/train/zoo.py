@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from amtml_fast.train.names import near_names
 from amtml_fast.train.readers import IMAGENET_MEAN, IMAGENET_STD
@@ -55,6 +56,7 @@ def pytorchcv(
         # Not get_model(pretrained=True): that unpickles whatever the file holds.
         file = _library("pytorchcv.models.common.model_store").get_model_file(name.lower(), **folder)
         state = torch.load(file, map_location="cpu", weights_only=True)
+        state = with_batch_counts(net, state)
         net.load_state_dict({key: state[key] for key in net.state_dict()})  # some files hold more than the net
     small = name.lower().endswith(CIFAR_SUFFIXES)
     return _with_statistics(net, *((CIFAR_MEAN, CIFAR_STD) if small else (IMAGENET_MEAN, IMAGENET_STD)))
@@ -109,6 +111,14 @@ def _fingerprint(factory: str, args: str) -> str:
     return digest.hexdigest()
 
 
+def with_batch_counts(net: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict, with the net's own counts of BatchNorm's batches where it has none, as older files have none."""
+    own = net.state_dict()
+    norms = [f"{name}." if name else "" for name, module in net.named_modules() if isinstance(module, _BatchNorm)]
+    counts = {f"{norm}num_batches_tracked" for norm in norms if f"{norm}running_mean" in state} & own.keys()
+    return {**{key: own[key] for key in counts}, **state}
+
+
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of each channel, for images in [0, 1]
 
 
@@ -129,7 +139,8 @@ def renormalise(model: nn.Module, given: Statistics, wanted: Statistics) -> None
                 f"model.{key}: {len(given[0])} numbers wanted, one for each channel of the data, got {list(values)}"
             )
     (mean, std), (own_mean, own_std) = (
-        [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in pair] for pair in (given, wanted)
+        [torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, 1, 1) for values in pair]
+        for pair in (given, wanted)
     )
     model.register_buffer("_input_scale", (std / own_std).float(), persistent=False)
     model.register_buffer("_input_shift", ((mean - own_mean) / own_std).float(), persistent=False)

@@ -111,8 +111,8 @@ struct Side {
       std::memcpy(sum, sums, sizeof(sum));
       for (int64_t row = 0; row < kRows; ++row) {
 #pragma omp simd
-        for (int64_t l = 0; l < kCount; ++l) {  // NaN is not degenerate
-          inverse[row][l] = sum[row][l] <= eps * eps ? A(0) : static_cast<A>(1 / std::sqrt(sum[row][l]));
+        for (int64_t l = 0; l < kCount; ++l) {  // NaN is not degenerate, nor is infinity: its quotient is NaN
+          inverse[row][l] = sum[row][l] <= eps * eps ? A(0) : static_cast<A>(std::sqrt(sum[row][l]) / sum[row][l]);
         }
       }
       const bool whole = j0 >= i0 + kRows && j0 + kCount <= n;

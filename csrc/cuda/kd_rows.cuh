@@ -6,10 +6,8 @@
 
 namespace amtml::gpu {
 
-// As on the CPU: exponentials of the second sweep are kept times 2^24, so that a probability may be as small as float32
-// can hold.
-constexpr float kScale = 24;
-constexpr double kLogScale = 24 * 0.693147180559945309417;
+// Exponentials are exp2f((x - maximum) * unit). Nothing is added to its argument, which is exact to 2^-24 of itself and
+// would lose that beside a larger number; its results go down to the smallest float32.
 constexpr int64_t kCountInline = 1024;  // up to so many labels each block counts them for itself
 constexpr float kLog2e = 1.4426950408889634f;
 

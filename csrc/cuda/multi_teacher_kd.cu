@@ -83,9 +83,9 @@ __device__ void make_stats(const Problem& pr, int64_t i, int64_t begin, int64_t 
     for (unsigned rank = 1; rank < cluster_size(); ++rank) o = combined(o, *in_block(&s.whole[t], rank), unit);
     if (o.max == -INFINITY) o.sum = o.sum1 = NAN;  // no class has a probability
     s.max[t] = o.max;
-    s.inverse[t] = exp2f(-kScale) / o.sum;
+    s.inverse[t] = 1 / o.sum;
     if (t == 0) {
-      s.inverse1 = exp2f(-kScale) / (pr.labels ? o.sum1 : 1.0f);
+      s.inverse1 = 1 / (pr.labels ? o.sum1 : 1.0f);
       s.log_sum1 = static_cast<float>(log(static_cast<double>(o.sum1)));
     }
   }
@@ -119,7 +119,7 @@ __device__ inline void make_factors(const Problem& pr, int64_t i, Scratch& s) {
   }
   __syncthreads();
   for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
-    const double log_sum = -log(static_cast<double>(s.inverse[t])) - kLogScale;
+    const double log_sum = -log(static_cast<double>(s.inverse[t]));
     s.log_sum[t] = static_cast<float>(log_sum);
     s.rest[t] = log_sum - s.log_sum[t];
   }
@@ -190,7 +190,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
       float sum = 0;
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
-        const float e = exp2f((x[k] - top) * unit + kScale);
+        const float e = exp2f((x[k] - top) * unit);
         p[k] += factor * e;
         const float log_ratio = ((x[k] - top) * per_tau - s.log_sum[t + 1]) - log_q[k];
         if (!pr.mixture) sum += if_mass(e * inverse, e * inverse * log_ratio);
@@ -218,7 +218,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
         float of_kl = 0, of_p = 0;
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
-          const float e = exp2f((x[k] - top) * unit + kScale);
+          const float e = exp2f((x[k] - top) * unit);
           if (need_ratio) of_kl += inverse * mixture_gradient(e, p[k], ratio[k]);
           if (back_p) of_p += by * back[k] * (e * inverse);
         }
@@ -234,7 +234,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
     if (!need_q) continue;
     float q[kPack];
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) q[k] = exp2f((z[k] - m) * unit + kScale) * s.inverse[0];
+    for (int k = 0; k < kPack; ++k) q[k] = exp2f((z[k] - m) * unit) * s.inverse[0];
     if (want.student_probs) store(want.student_probs + i * pr.classes + c, q);
     if (!want.grad_student) continue;
     float back[kPack], grad[kPack];
@@ -244,7 +244,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
       // a teacher without weight in the loss may hold NaN
       float g = kl_grad == 0 ? 0.0f : kl_gradient(kl_grad * per_tau, s.total, q[k], p[k]);
       if (pr.labels) {
-        const float q1 = exp2f((z[k] - m) * kLog2e + kScale) * s.inverse1;
+        const float q1 = exp2f((z[k] - m) * kLog2e) * s.inverse1;
         g += ce_grad * (q1 - even - (c + k == label ? 1 - pr.label_smoothing : 0.0f));
       }
       if (back_q) g += per_tau * softmax_gradient(q[k], by * back[k], inner);
@@ -271,7 +271,7 @@ __device__ void make_inner(const Problem& pr, const Incoming& in, int64_t i, int
     load_row<kPack, S>(pr.student, i, c, z);
     load(in.grad_probs + i * pr.classes + c, back);
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) part += back[k] * (exp2f((z[k] - s.max[0]) * unit + kScale) * s.inverse[0]);
+    for (int k = 0; k < kPack; ++k) part += back[k] * (exp2f((z[k] - s.max[0]) * unit) * s.inverse[0]);
     inner += part;
   }
   inner = in.of_probs() * block_sum(inner, s.sums);

@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(2 * kSideThreads, 2)
       const bool regular = pair && !(d <= eps * eps);  // NaN is not degenerate: it stays NaN
       const double root = sqrt(d);
       tile.e[side][i * kBlock + j] = static_cast<typename Tile::T>(d / 2);
-      tile.r[side][i * kBlock + j] = regular ? static_cast<typename Tile::A>(1 / root) : 0;
+      tile.r[side][i * kBlock + j] = regular ? static_cast<typename Tile::A>(root / d) : 0;  // NaN at infinity
       if (regular) distance += root, ++regulars;
       scratch.regular[side][i][j] = regular;
     }

@@ -70,15 +70,15 @@ __device__ void make_stats(const Problem& pr, int64_t i, Scratch& s, float* stat
     if (o.max == -INFINITY) o.sum = o.sum1 = NAN;  // no class has a probability
     s.log_sum1 = static_cast<float>(log(static_cast<double>(o.sum1)));
     stats[i * 3] = o.max;
-    stats[i * 3 + 1] = exp2f(-kScale) / o.sum;
-    stats[i * 3 + 2] = exp2f(-kScale) / (pr.has_ce() ? o.sum1 : 1.0f);
+    stats[i * 3 + 1] = 1 / o.sum;
+    stats[i * 3 + 2] = 1 / (pr.has_ce() ? o.sum1 : 1.0f);
   }
 }
 
 // In thread 0.
 __device__ inline void read_stats(int64_t i, Scratch& s, const float* stats) {
   s.max = stats[i * 3], s.inverse = stats[i * 3 + 1], s.inverse1 = stats[i * 3 + 2];
-  const double log_sum = -log(static_cast<double>(s.inverse)) - kLogScale;
+  const double log_sum = -log(static_cast<double>(s.inverse));
   s.log_sum = static_cast<float>(log_sum);
   s.rest = log_sum - s.log_sum;
 }
@@ -200,11 +200,11 @@ struct Scales {
 // d loss / d z where the mixture has p.
 __device__ __forceinline__ float student_gradient(const Problem& pr, const Scratch& s, const Scales& by, float z,
                                                   float p, bool at_label) {
-  const float q = exp2f((z - s.max) * by.unit + kScale) * s.inverse;
+  const float q = exp2f((z - s.max) * by.unit) * s.inverse;
   // a teacher without weight in the loss may hold NaN
   float g = by.kl == 0 ? 0.0f : kl_gradient(by.kl * by.per_tau, s.total, q, p);
   if (pr.has_ce()) {
-    const float q1 = exp2f((z - s.max) * kLog2e + kScale) * s.inverse1;
+    const float q1 = exp2f((z - s.max) * kLog2e) * s.inverse1;
     const float even = pr.label_smoothing / static_cast<float>(pr.classes);
     g += by.ce * (q1 - even - (at_label ? 1 - pr.label_smoothing : 0.0f));
   }

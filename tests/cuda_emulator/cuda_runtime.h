@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber with a stack of its own; barriers and warp shuffles switch between fibers. Blocks run
 // one after another (those of a cluster together), with threads in rising order in one and in falling order in the
-// next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. What it cannot
-// show: speed, the rounding of the GPU's own exp2f and logf, races inside a warp.
+// next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. exp2f, expf and
+// logf are as far off as CUDA says theirs may be. What it cannot show: speed, races inside a warp.
 #pragma once
 
 #include <setjmp.h>
@@ -247,3 +247,28 @@ inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+
+namespace emulation {
+
+// `exact` in float32, up to `ulps` beside the nearest, by the bits of the argument x; what float32 holds stays.
+inline float off(double exact, float x, int ulps) {
+  float y = static_cast<float>(exact);
+  if (y == exact || y != y) return y;
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int steps = static_cast<int>((bits * 2654435761u >> 16) % (2 * ulps + 1)) - ulps;
+  for (int i = 0; i < std::abs(steps); ++i) y = std::nextafter(y, steps > 0 ? INFINITY : -INFINITY);
+  return y;
+}
+
+}  // namespace emulation
+
+// Float32 in and out, and as far from the nearest float32 as CUDA's programming guide says that its own may be. In the
+// kernels' namespace these names hide the C library's.
+namespace amtml {
+
+inline float exp2f(float x) { return emulation::off(std::exp2(static_cast<double>(x)), x, 2); }
+inline float expf(float x) { return emulation::off(std::exp(static_cast<double>(x)), x, 1); }
+inline float logf(float x) { return emulation::off(std::log(static_cast<double>(x)), x, 1); }
+
+}  // namespace amtml

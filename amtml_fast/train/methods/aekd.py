@@ -52,7 +52,7 @@ def faces(count: int, bound: float, device: torch.device) -> tuple[Tensor, Tenso
         for face in itertools.product((0, 1, 2), repeat=count)  # 0, free, at the bound
         if 1 in face and face.count(2) * bound < 1
     ]
-    table = torch.tensor(states, device=device)
+    table = torch.tensor(states, dtype=torch.int64, device=device)
     return (table == 1).double(), bound * (table == 2).double()
 
 

@@ -26,7 +26,7 @@ class UniformAdapter(nn.Module):
         super().__init__()
         self.num_teachers = num_teachers
         self.nothing: Tensor
-        self.register_buffer("nothing", torch.zeros(()), persistent=False)
+        self.register_buffer("nothing", torch.zeros((), dtype=torch.float32, device="cpu"), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         return features.new_full((features.shape[0], self.num_teachers), 1 / self.num_teachers, dtype=torch.float32)
@@ -88,7 +88,7 @@ class AdaptiveKD(nn.Module):
             step.logits,
             step.teacher_logits,
             step.labels,
-            step.maps["features"],
+            step.features,
             student_maps={group: step.maps[group] for group in self.groups} if self.groups else None,
             teacher_maps=self.teacher_maps(step) if self.groups else None,
         )
@@ -96,7 +96,7 @@ class AdaptiveKD(nn.Module):
         terms = {name: getattr(out, name) for name in TERMS}
         terms["kd"] = self.factor * out.kd
         if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
-            weights = self.adapter(step.maps["features"]) if settings.angle_trains_weights else out.weights
+            weights = self.adapter(step.features) if settings.angle_trains_weights else out.weights
             mixture = soft_targets(step.teacher_logits, weights, settings.temperature)
             student = step.logits if settings.angle_on == "logits" else (step.logits / settings.temperature).softmax(-1)
             if settings.angle_on == "logits" and settings.angle_weight != 0:
@@ -124,9 +124,9 @@ class AdaptiveKD(nn.Module):
         Its gradient goes on into the student's features, as that of every use of the weights does.
         """
         tau = self.settings.temperature
-        rows = torch.arange(len(step.labels), device=step.labels.device)
+        rows = torch.arange(len(step.labels), dtype=torch.int64, device=step.labels.device)
         right = torch.stack([(z.float() / tau).softmax(-1)[rows, step.labels] for z in step.teacher_logits], 1)
-        weights = self.adapter(step.maps["features"])
+        weights = self.adapter(step.features)
         return -(weights.float() * right).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log().mean()
 
 
@@ -182,6 +182,7 @@ METHOD = Method(
     label="AMTML-KD",
     build=AdaptiveKD,
     features=True,
+    pooled=True,
     hints=needs_hints,
     groups=needs_hints,
     reads=tuple(key.name for key in fields(LossConfig) if key.name not in OTHERS),

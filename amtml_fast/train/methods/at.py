@@ -24,7 +24,7 @@ class AttentionTransfer(nn.Module):
 
     def forward(self, step: Step) -> StepLoss:
         ce = cross_entropy(step, self.settings)
-        student, teacher = step.maps["features"], step.teacher_maps[0]
+        student, teacher = step.features, step.teacher_maps[0]
         size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
         at = F.mse_loss(attention(student, size), attention(teacher, size))
         return StepLoss(ce + self.settings.at_weight * at, {"ce": ce.detach(), "attention": at.detach()})

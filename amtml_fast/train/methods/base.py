@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,11 +21,13 @@ class Step(NamedTuple):
     """One batch, as an objective sees it."""
 
     logits: Tensor  # [N, C] of the student
-    maps: dict[str, Tensor]  # the student's "features" and layer groups, [N, c, h, w] each; what the method asked for
+    maps: dict[str, Tensor]  # of the student's layer groups, [N, c, h, w] each; empty for methods without
     labels: Tensor  # [N] int64
     teacher_logits: list[Tensor]  # T x [N, C]
     teacher_maps: list[Tensor]  # T x [N, c_t, h_t, w_t]; empty for methods without hints
     images: Tensor  # [N, c, H, W], normalised
+    # the student's last convolutional map, [N, d, h, w]; empty for methods without
+    features: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 class StepLoss(NamedTuple):
@@ -64,7 +67,8 @@ class Method:
     build: Callable[[Context], nn.Module]
     teachers: str = ALL  # ALL of them, the BEST one on the validation split, or NONE
     teacher: str | None = None  # this one alone
-    features: bool = False  # the student's last convolutional map, Step.maps["features"]
+    features: bool = False  # the student's last convolutional map, Step.features
+    pooled: bool = False  # its features may be [N, d], too
     hints: Callable[[LossConfig], bool] = lambda loss: False  # the teachers' hint maps, Step.teacher_maps
     groups: Callable[[LossConfig], bool] = lambda loss: False  # the maps of the student's layer groups
     reads: tuple[str, ...] = ()  # the keys of `loss` that it depends on, beside label_smoothing; it is shown no others

@@ -47,7 +47,7 @@ class ConfidenceKD(nn.Module):
         if self.transforms is None:
             return StepLoss(kd, {"kd": kd.detach()}, weights)
         # F_t and the pooling are linear: maps scaled by sqrt(w) have a mean square weighted by w.
-        student, roots = step.maps["features"], weights.sqrt().to(step.logits.dtype)[:, :, None, None, None]
+        student, roots = step.features, weights.sqrt().to(step.logits.dtype)[:, :, None, None, None]
         hints = [
             hint_loss(roots[:, t] * student, roots[:, t] * teacher, self.transforms[str(t)])
             for t, teacher in enumerate(step.teacher_maps)

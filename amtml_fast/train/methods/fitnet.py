@@ -20,7 +20,7 @@ class FitNet(nn.Module):
 
     def forward(self, step: Step) -> StepLoss:
         ce = cross_entropy(step, self.settings)
-        hint = self.hint(step.maps, step.teacher_maps)
+        hint = self.hint({"features": step.features}, step.teacher_maps)
         return StepLoss(ce + self.settings.fitnet_weight * hint, {"ce": ce.detach(), "hint": hint.detach()})
 
 

@@ -19,7 +19,7 @@ class RelationalKD(nn.Module):
 
     def forward(self, step: Step) -> StepLoss:
         ce = cross_entropy(step, self.settings)
-        student, teacher = step.maps["features"].mean((2, 3)), step.teacher_maps[0].mean((2, 3))  # [N, d], [N, d_t]
+        student, teacher = step.features.mean((2, 3)), step.teacher_maps[0].mean((2, 3))  # [N, d], [N, d_t]
         distance, angle = self.distance(student, teacher), self.angle(student, teacher)
         loss = ce + self.settings.rkd_distance_weight * distance + self.settings.rkd_angle_weight * angle
         return StepLoss(loss, {"ce": ce.detach(), "distance": distance.detach(), "angle": angle.detach()})

@@ -1,0 +1,107 @@
+"""A folder for one process at a time.
+
+The lock is the system's, on a file in the folder: of a process that ends, however it ends, it is taken back. Where there are
+no locks (Windows, some network drives) nothing is refused, and a line says so.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from . import processes
+from .progress import Display
+from .run import RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+NAME = ".lock"
+
+
+def flock(handle: int) -> bool | None:
+    """True: this open file is ours until it is closed; False: it is another's; None: there are no locks here."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a network drive without locks
+        return None
+    return True
+
+
+class Lock:
+    """The lock of one folder, which is made if it is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / NAME
+        self.handle: int | None = None
+
+    def take(self) -> bool | None:
+        """As `flock`. The file then says who has it."""
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            taken = flock(handle)
+            if taken is False:
+                os.close(handle)
+                return False
+            if self._is(handle):
+                break
+            os.close(handle)  # it was removed by the process that had it, while we opened it
+        self.handle = handle
+        with suppress(OSError):  # a full disk does not matter here
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        return taken
+
+    def _is(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self.file))
+        except FileNotFoundError:
+            return False
+
+    def holder(self) -> str:
+        with suppress(OSError):
+            return self.file.read_text() or "another process"
+        return "another process"
+
+    def release(self) -> None:
+        """Leaves nothing behind: no file, and no folder that is still empty."""
+        if self.handle is None:
+            return
+        with suppress(OSError):
+            self.file.unlink()
+        os.close(self.handle)
+        self.handle = None
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+@contextmanager
+def alone(folder: Path, accelerator: Accelerator, display: Display) -> Iterator[None]:
+    """Until the end of the block no other command writes in the folder. RunError, on every process of this one, where
+    another one does already."""
+    lock = Lock(folder)
+    taken = lock.take() if accelerator.is_main_process else True
+    if processes.anyone(accelerator, taken is False):
+        lock.release()
+        raise RunError(
+            f"{folder}: {lock.holder()} is at work there. Wait until it has ended, or give this one a place of its own with "
+            "name=... or out=..."
+        )
+    if taken is None:
+        display.warn(f"{folder}: no locks on this file system: nothing keeps another process from writing there, too")
+    try:
+        yield
+    finally:
+        lock.release()

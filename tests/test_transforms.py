@@ -1,0 +1,196 @@
+"""Transforms of torch.func, also under torch.compile, stacked incoming gradients, and tensors made of others: right, or a clear error."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from backends import cpu_only
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import amtml_fast as af
+from amtml_fast.testing import CASES
+
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+either = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+
+
+def _of_one_input(case):
+    """The operator as a scalar function of its first input, and that input."""
+    first, *rest = ([x.detach() for x in a] if isinstance(a, list) else a.detach() for a in case.inputs(*case.small))
+    return (lambda x: case.function(x, *rest).square().sum()), first
+
+
+def _whole_loss_of_theta():
+    torch.manual_seed(0)
+    loss = af.AMTMLLoss(af.TeacherAdapter(4, 2))
+    batch = torch.randn(6, 5), [torch.randn(6, 5) for _ in range(2)], torch.arange(6) % 5, torch.randn(6, 4)
+    parameters = {name: p.detach() for name, p in loss.named_parameters()}
+
+    def function(theta):
+        return torch.func.functional_call(loss, {**parameters, "adapter.theta": theta}, batch).loss
+
+    return function, parameters["adapter.theta"]
+
+
+FUNCTIONS = {
+    **{op: lambda case=case: _of_one_input(case) for op, case in CASES.items()},
+    "AMTMLLoss": _whole_loss_of_theta,
+}
+
+
+def _transforms(f, direction):
+    return {
+        "grad": torch.func.grad(f),
+        "vjp": lambda x: torch.func.vjp(f, x)[1](x.new_ones(()))[0],
+        "jacrev": torch.func.jacrev(f),
+        "jvp": lambda x: torch.func.jvp(f, (x,), (direction,))[1],
+        "jacfwd": torch.func.jacfwd(f),
+        "vmap": lambda x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
+        "vmap of grad": lambda x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
+    }
+
+
+def _gradient(f, x):
+    return torch.autograd.grad(f(leaf := x.clone().requires_grad_()), leaf)[0]
+
+
+@cpu_only  # under auto the reference runs, on any device
+@either
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=list(FUNCTIONS))
+def test_transforms_are_right_under_auto(make, compiled):
+    f, x = make()
+    direction = torch.randn_like(x)
+    with af.use_backend("reference"):
+        gradient, second = _gradient(f, x), _gradient(f, 2 * x)
+        value, other = f(x), f(2 * x)
+    want = {
+        **dict.fromkeys(["grad", "vjp", "jacrev", "jacfwd"], gradient),
+        "jvp": (gradient * direction).sum(),
+        "vmap": torch.stack([value, other]),
+        "vmap of grad": torch.stack([gradient, second]),
+    }
+    assert gradient.norm() > 0
+    for name, transformed in _transforms(f, direction).items():
+        torch._dynamo.reset()
+        run = torch.compile(transformed, fullgraph=True, backend="eager") if compiled else transformed
+        torch.testing.assert_close(run(x), want[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@either
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=list(FUNCTIONS))
+def test_a_named_backend_refuses_transforms(make, compiled, fused):
+    f, x = make()
+    transforms = _transforms(f, torch.ones_like(x))
+    for name in ("grad", "jvp", "vmap") if compiled else transforms:
+        torch._dynamo.reset()
+        run = torch.compile(transforms[name], backend="eager") if compiled else transforms[name]
+        with pytest.raises(RuntimeError, match=r'use_backend\("reference"\)'):
+            print(name, run(x))
+
+
+@each_case
+def test_dual_tensors_run_on_the_reference(case):
+    f, x = _of_one_input(case)
+    want = _gradient(f, x).sum()
+    with torch.autograd.forward_ad.dual_level():
+        out = f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, want, rtol=1e-4, atol=1e-6)
+
+
+# --- several incoming gradients at once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_case
+def test_stacked_incoming_gradients_come_one_by_one(case, dtype, on):
+    options = next((v for v in case.variants if v.get("reduction") == "none"), {})
+    args = case.inputs(*case.small, dtype=dtype)
+    leaves = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
+    out = case.function(*args, **options)
+    stack = torch.randn(3, *out.shape).to(out)
+    want = [torch.autograd.grad(out, leaves, g, retain_graph=True) for g in stack]
+    want = tuple(map(torch.stack, zip(*want)))
+    by_vmap = torch.func.vmap(lambda g: torch.autograd.grad(out, leaves, g, retain_graph=True))(stack)
+    twice = [
+        torch.autograd.grad(out, leaves, stack, is_grads_batched=True, retain_graph=keep) for keep in (True, False)
+    ]
+    for got in (by_vmap, *twice):
+        if on == "reference":  # torch's batched formulas add up in another order
+            torch.testing.assert_close(got, want)
+        else:
+            assert all(map(torch.equal, got, want))
+
+
+def test_stacked_gradients_of_the_whole_loss(on):
+    loss = af.AMTMLLoss(af.TeacherAdapter(4, 2))
+    student, features = torch.randn(6, 5, requires_grad=True), torch.randn(6, 4)
+    out = loss(student, [torch.randn(6, 5) for _ in range(2)], torch.arange(6) % 5, features).loss
+    leaves = [student, *loss.parameters()]
+    once = torch.autograd.grad(out, leaves, retain_graph=True)
+    stacked = torch.autograd.grad(out, leaves, torch.tensor([1.0, 4.0]), is_grads_batched=True)
+    for a, b in zip(once, stacked):
+        torch.testing.assert_close(b, torch.stack([a, 4 * a]))
+
+
+@each_case
+def test_a_graph_of_stacked_gradients_is_refused(case, fused):
+    args = case.inputs(*case.small)
+    out = case.function(*args)
+    with pytest.raises(RuntimeError, match=r'no second derivative.*use_backend\("reference"\)'):
+        torch.autograd.grad(out, args[0], torch.ones(2, *out.shape), is_grads_batched=True, create_graph=True)
+
+
+# --- DTensor and FSDP2, in a group of one process
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@cpu_only
+@pytest.mark.parametrize("placement", [Replicate(), Shard(0)], ids=["replicated", "sharded"])
+@each_case
+def test_dtensors_run_on_the_reference(case, placement, mesh):
+    args = case.inputs(*case.small)
+    want = case.function(*args)
+    grad = torch.autograd.grad(want.sum(), args[0])[0]
+
+    def spread(a):
+        if isinstance(a, (list, tuple)):
+            return [spread(x) for x in a]
+        return distribute_tensor(a.detach(), mesh, [placement]).requires_grad_(a.requires_grad)
+
+    parts = [spread(a) for a in args]
+    with af.use_backend("auto"):
+        got = case.function(*parts)
+    got_grad = torch.autograd.grad(got.sum(), parts[0])[0]
+    torch.testing.assert_close(got.full_tensor(), want)
+    torch.testing.assert_close(got_grad.full_tensor(), grad, rtol=1e-4, atol=1e-6)
+    with af.use_backend("cpp"), pytest.raises(RuntimeError, match=r'got a DTensor. use_backend\("reference"\)'):
+        case.function(*parts)
+
+
+@cpu_only
+@pytest.mark.parametrize("sharded", ["adapter", "loss", "adapter, then loss"])
+def test_fsdp_of_an_adapter_leaves_value_and_gradients_alone(sharded, mesh):
+    plain = af.AMTMLLoss(af.TeacherAdapter(4, 2), regularizer_weight=0.1)
+    loss = copy.deepcopy(plain)
+    for part in sharded.split(", then "):
+        fully_shard(loss.adapter if part == "adapter" else loss, mesh=mesh)
+    student, features = torch.randn(6, 5, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    batch = student, [torch.randn(6, 5) for _ in range(2)], torch.arange(6) % 5, features
+    for _ in range(2):  # the second step starts from shards
+        for module in (plain, loss):  # before forward: between it and backward FSDP's gradients are out of reach
+            module.zero_grad()
+        outs = plain(*batch), loss(*batch)
+        torch.testing.assert_close(tuple(outs[1]), tuple(outs[0]))
+        for out in outs:
+            out.loss.backward()
+        for a, b in zip(plain.parameters(), loss.parameters()):
+            torch.testing.assert_close(b.grad.full_tensor(), a.grad)
