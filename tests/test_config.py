@@ -245,3 +245,20 @@ def test_a_run_stays_below_out(tmp_path: Path, name: str) -> None:
 def test_names_that_are_parts_of_folders(tmp_path: Path, key: str, name: str) -> None:
     with pytest.raises(config.ConfigError, match=r"name must be unique names|name: str wanted"):
         load(tmp_path, WHOLE, f"{key}={name}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["variants.new={method: amtml_kd, loss: {alpha: 0.5}}"],
+        ["variants.new={method: amtml_kd}", "variants.new.loss.alpha=0.5"],
+        ["variants.new.method=amtml_kd", "variants.new.loss={alpha: 0.5}"],
+        ["variants={new: {method: amtml_kd, loss: {alpha: 0.5}}}"],
+    ],
+)
+def test_a_variant_can_be_made_on_the_command_line(tmp_path: Path, overrides: list[str]) -> None:
+    loaded = load(tmp_path, WHOLE, *overrides)
+    assert loaded.variants["new"] == config.VariantConfig(method="amtml_kd", loss={"alpha": 0.5})
+    assert ("mine" in loaded.variants) == ("variants={" not in overrides[0])
+    with pytest.raises(config.ConfigError, match=r"variants\.new\.lost: no such key"):
+        load(tmp_path, WHOLE, "variants.new={method: amtml_kd, lost: 1}")

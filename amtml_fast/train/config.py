@@ -382,6 +382,15 @@ def changed(config: Config, settings: Mapping[str, Any], source: str) -> Config:
     return result
 
 
+def _make_sections(merged: Any, key: str) -> None:
+    """Those on the way to a dotted key that are not there yet (a new variant): OmegaConf would make plain mappings."""
+    parts = key.split(".")
+    for place in (".".join(parts[: n + 1]) for n in range(len(parts))):
+        hint = schema.hint_at(Config, place)
+        if dataclasses.is_dataclass(hint) and OmegaConf.select(merged, place) is None:
+            OmegaConf.update(merged, place, OmegaConf.structured(hint))
+
+
 def teacher_train(config: Config, teacher: TeacherConfig) -> TrainConfig:
     """`teach` with this teacher's own `train` keys over it."""
     where = f"teachers.{teacher.name}.train"
@@ -404,6 +413,10 @@ def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: s
                 new = yaml_text.value(value, free, key.strip())
                 if isinstance(new, list) and dataclasses.is_dataclass(schema.inner(hint)):
                     new = [OmegaConf.merge(OmegaConf.structured(schema.inner(hint)), item) for item in new]
+                section = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+                if isinstance(new, dict) and dataclasses.is_dataclass(section):
+                    new = {name: OmegaConf.merge(OmegaConf.structured(section), one) for name, one in new.items()}
+                _make_sections(merged, key.strip())
                 OmegaConf.update(merged, key.strip(), new, merge=dataclasses.is_dataclass(hint))
             except (IndexError, TypeError, ValueError) as error:
                 if isinstance(error, (OmegaConfBaseException, yaml_text.Ambiguous)):
