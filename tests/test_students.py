@@ -32,7 +32,7 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.second = (nn.Conv2d(c, width, 3, padding=1) for c in (in_channels, width))
         self.head = nn.Linear(16 * width, num_classes)
-        self.overwrites, self.skips = overwrites, skips
+        self.overwrites, self.skips, self.calls = overwrites, skips, 0
         if unused:
             self.unused = nn.Linear(3, 3)
 
@@ -44,12 +44,13 @@ class Net(nn.Module):
             out = torch.tanh_(out)
         else:
             out = (out + x).tanh()
-        if self.skips and self.training:
+        self.calls += self.training
+        if self.skips and self.training and self.calls >= self.skips:
             out = 0 * x + 1
         return self.head(nn.functional.avg_pool2d(out, 2).flatten(1))
 
 
-def net(num_classes, in_channels, width=4, overwrites=False, unused=False, skips=False):
+def net(num_classes, in_channels, width=4, overwrites=False, unused=False, skips=0):
     return Net(num_classes, in_channels, width, overwrites, unused, skips)
 
 
@@ -148,11 +149,11 @@ def test_the_recipe_tells_the_adapters_map_from_the_groups(place: Place) -> None
 
 
 @pytest.mark.parametrize("engine", [[], ["engine.fsdp=true"]], ids=["ddp", "fsdp"])
-@pytest.mark.parametrize("kind", ["unused", "skips"])
+@pytest.mark.parametrize("kind", [{"unused": True}, {"skips": 1}], ids=["unused", "skips"])
 def test_a_student_with_unused_parameters_trains_the_same_on_two_processes(
-    nets: Place, engine: list[str], kind: str
+    nets: Place, engine: list[str], kind: dict[str, object]
 ) -> None:
-    settings = [*SMALL, *engine, "student.groups={}", args(**{kind: True}), *own_weights(nets)]
+    settings = [*SMALL, *engine, "student.groups={}", args(**kind), *own_weights(nets)]
     one = nets.train(*settings, "name=one", method="avg_mkd")
     done = subprocess.run(
         launched(nets.command("distill", *settings, "--method=avg_mkd")),
@@ -162,6 +163,15 @@ def test_a_student_with_unused_parameters_trains_the_same_on_two_processes(
     two = Run(nets.folder / "small" / "avg_mkd-seed0")
     assert two.read_record()["processes"] == 2
     assert_near(one, two)
+
+
+def test_a_step_that_leaves_parameters_out_later_ends_two_processes_with_a_message(nets: Place) -> None:
+    settings = [*SMALL, "student.groups={}", args(skips=9), *own_weights(nets), "--method=avg_mkd"]
+    done = subprocess.run(
+        launched(nets.command("distill", *settings)), cwd=nets.folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0 and "Traceback (most recent call last)" not in done.stderr
+    assert "a step leaves parameters out that the first one used" in done.stderr, done.stderr
 
 
 def test_nothing_is_looked_for_where_every_parameter_is_used(nets: Place) -> None:

@@ -108,8 +108,8 @@ def train(
                     raise
                 if "finished reduction" in str(error):  # DDP waited for gradients that did not come
                     raise RunError(
-                        f"{job.title}: this step leaves parameters out that the first one used, which several processes do "
-                        "not train alike: train it on one"
+                        f"{job.title}: a step leaves parameters out that the first one used, which several processes do not "
+                        "train alike: train it on one"
                     ) from error
                 if not processes.lost(error):
                     raise
