@@ -199,7 +199,7 @@ def test_what_decides_a_result_is_in_its_recipe(compared: Compared) -> None:
 
 def test_a_module_that_the_student_does_not_have(compared: Compared) -> None:
     settings = load(compared.folder, "student.groups={low: block1, mid: blok2, high: block3}", "name=untaught")
-    with pytest.raises(ValueError, match=r"no module mid='blok2'; near names: block"):
+    with pytest.raises(ValueError, match=r"no module groups.mid='blok2'; near names: block"):
         compare.compare(settings, QUIET)
     assert not (compared.folder / "untaught").exists()  # before anything was trained
 
