@@ -99,6 +99,7 @@ def _stacked(grads: tuple) -> Tensor | None:
 
 def _one_by_one(backward: Callable, ctx: Any, grads: tuple, stacked: Tensor) -> tuple:
     """``backward`` of each of the gradients that one level of vmap has stacked; kernels know no stacks."""
+    vmap: Any
     if _is_batched(stacked):
         vmap, level = torch._C._functorch, torch._C._functorch.maybe_get_level(stacked)
     else:  # autograd's is_grads_batched has a vmap of its own

@@ -236,14 +236,15 @@ def whole_loss(
         float(regularizer_weight),
         needs,
     )
+    count = None
     if divisor is not None:
-        count = reference.item_count(divisor, torch.float64)
-        on_device = isinstance(count, Tensor) and count.device == student.device
-        divisor = count if on_device else student.new_full((), float(count), dtype=torch.float64)  # no sync
+        given = reference.item_count(divisor, torch.float64)
+        on_device = isinstance(given, Tensor) and given.device == student.device
+        count = given if on_device else student.new_full((), float(given), dtype=torch.float64)  # no sync
     labels = _as_long(labels)
     return _run(
         (name, labels, student.shape[1], ignore_index, None), autograd.WholeLoss, any(needs),
-        *sources, student, labels, divisor, objective, *teachers,
+        *sources, student, labels, count, objective, *teachers,
     )  # fmt: skip
 
 
