@@ -70,14 +70,14 @@ def colours_only(num_classes, in_channels):
     return net(num_classes, 3)
 '''
 
-SMALL = ["student.factory=nets:net", "student.features=second", "student.groups={low: first, high: second}"]
+SMALL = ["student.factory=own_nets:net", "student.features=second", "student.groups={low: first, high: second}"]
 SMALL += ["distill.epochs=2", "distill.lr=0.05"]
 
 
 @pytest.fixture
 def nets(place: Place) -> Place:
     """A place whose configurations know the networks above."""
-    (place.folder / "nets.py").write_text(NETS)
+    (place.folder / "own_nets.py").write_text(NETS)
     return place
 
 
@@ -108,8 +108,8 @@ def test_the_hint_of_a_teacher_that_overwrites_it_is_the_modules_output(nets: Pl
         torch.manual_seed(0)
         own = {"width": 3, "overwrites": overwrites}
         file = nets.folder / f"{overwrites}.safetensors"
-        save_file(build("nets:net", own, num_classes=10, in_channels=1, weights=None).state_dict(), file)
-        model = f"model: {{factory: 'nets:net', args: {{width: 3, overwrites: {str(overwrites).lower()}}}, weights: {file}}}"
+        save_file(build("own_nets:net", own, num_classes=10, in_channels=1, weights=None).state_dict(), file)
+        model = f"model: {{factory: 'own_nets:net', args: {{width: 3, overwrites: {str(overwrites).lower()}}}, weights: {file}}}"
         settings = nets.load(
             f"teachers=[{{name: t, hint: second, {model}}}]", f"engine.compile={str(compiled).lower()}"
         )
@@ -194,14 +194,14 @@ MISFITS = [
 def test_a_network_that_does_not_fit_is_named_before_anything_is_trained(
     nets: Place, factory: str, message: str
 ) -> None:
-    own = [f"student.factory=nets:{factory}", "student.args={}", "student.features=null", "student.groups={}"]
+    own = [f"student.factory=own_nets:{factory}", "student.args={}", "student.features=null", "student.groups={}"]
     with pytest.raises(ValueError, match=rf"student alone, seed 0: {message}"):
         nets.train(*own, method="student")
     settings = nets.load(*own, "name=untaught", "compare.methods=[student]")
     with pytest.raises(ValueError, match=message):
         compare.compare(settings, QUIET)
     settings = nets.load(
-        f"teachers.1.model.factory=nets:{factory}",
+        f"teachers.1.model.factory=own_nets:{factory}",
         "teachers.1.model.args={}",
         "name=untaught",
         "compare.methods=[student]",
