@@ -5,15 +5,23 @@ tests/cuda_emulator. ``gpu``: CUDA and Triton on a GPU.
 """
 
 import contextlib
+import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from two_devices import TwoDevices
 
 import amtml_fast as af
 
+if (
+    importlib.util.find_spec("amtml_fast.kernels") is None
+):  # not installed, but built in place: setup.py maps it to here
+    af.__path__.append(str(Path(__file__).parents[1]))
+
 CHOSEN = os.environ.get("AMTML_TEST_BACKENDS", "")
-DEVICE = "cuda" if CHOSEN == "gpu" else "cpu"
+DEVICE = {"gpu": "cuda", "emulated": "cpu:0"}.get(CHOSEN, "cpu")  # "cpu:0" stands for a GPU: two_devices.py
 FUSED = {"": ["cpp"], "triton": ["triton"], "emulated": ["cuda"], "gpu": ["cuda", "triton"]}[CHOSEN]
 BACKENDS = [*FUSED, "reference"]
 
@@ -25,7 +33,11 @@ in_memory_of_the_cpu = pytest.mark.skipif(CHOSEN == "gpu", reason="untouched pag
 def run_on(name):
     """The backend, and its device for new tensors."""
     with af.use_backend(name), torch.device(DEVICE) if DEVICE != "cpu" else contextlib.nullcontext():
-        yield
+        before, TwoDevices.unknown = TwoDevices.unknown, torch.device(DEVICE)
+        try:
+            yield
+        finally:
+            TwoDevices.unknown = before
 
 
 def takes(name, *dtypes):

@@ -1,9 +1,7 @@
 """Shared by all tests: uninitialised memory is NaN, so that a kernel that leaves an element unwritten is seen."""
 
-import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +17,14 @@ if os.environ.get("AMTML_TEST_BACKENDS") == "emulated":
 
     backend.HAS_CUDA, backend.DEVICES["cuda"], backend.KERNELS["cpp"] = True, ("cpu",), ()
 
+    from two_devices import TwoDevices
+
+    TwoDevices().__enter__()  # before the tests' modules make tensors
+
 from backends import BACKENDS, FUSED, run_on
 
-import amtml_fast
 from amtml_fast import backend
 
-if (
-    importlib.util.find_spec("amtml_fast.kernels") is None
-):  # not installed, but built in place: setup.py maps it to here
-    amtml_fast.__path__.append(str(Path(__file__).parents[1]))
 if os.environ.get("AMTML_TEST_BACKENDS") == "triton" and not backend.HAS_TRITON:
     pytest.exit("Triton is not installed: nothing to test", returncode=0)
 if os.environ.get("TRITON_INTERPRET") == "1" and backend.HAS_TRITON:

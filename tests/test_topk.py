@@ -17,8 +17,8 @@ each_tail = pytest.mark.parametrize("tail", TAILS)
 
 
 def _dense(index, log_prob, tail, classes=C):
-    """One teacher's probabilities [N, C], written class by class."""
-    out = torch.zeros(len(index), classes, dtype=torch.float64)
+    """One teacher's probabilities [N, C], written class by class, on the CPU."""
+    out = torch.zeros(len(index), classes, dtype=torch.float64, device="cpu")
     for i in range(len(index)):
         given = {}
         for c, x in zip(index[i].tolist(), log_prob[i].tolist()):
@@ -35,7 +35,7 @@ def _dense(index, log_prob, tail, classes=C):
 def _wanted(student, indices, log_probs, weights, labels=None, *, tail, temperature=4.0, alpha=0.7):
     """Eq 7-8 in float64, a value a row."""
     z = student.double()
-    w = torch.full((N, len(indices)), 1 / len(indices)) if weights is None else weights
+    w = torch.full((N, len(indices)), 1 / len(indices), device="cpu") if weights is None else weights
     probs = torch.stack([_dense(i, p, tail) for i, p in zip(indices, log_probs)], 1)
     p = (w.double()[..., None] * probs).sum(1)
     log_ratio = torch.where(p > 0, p, 1).log() - (z / temperature).log_softmax(-1)
@@ -98,14 +98,25 @@ def _agrees(args, **options):
         assert relative_error(grad, want_grad) <= 1e-5
 
 
+def _calls(args, tail):
+    yield args, {"tail": tail}
+    yield (*args[:3], None), {"tail": tail, "temperature": 1.0}
+    yield (*args[:4], None), {"tail": tail, "temperature": 0.5}
+
+
+def dense_calls():
+    """What the next test calls the loss with, but for values."""
+    for kind in KINDS:
+        for tail in TAILS:
+            yield from _calls(_case(kind), tail)
+
+
 @each_tail
 @pytest.mark.parametrize("empty", [False, True], ids=["", "with entries of -inf"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_the_loss_of_the_dense_probabilities(kind, empty, tail, on):
-    args = _case(kind, empty)
-    _agrees(args, tail=tail)
-    _agrees((*args[:3], None), tail=tail, temperature=1.0)
-    _agrees((*args[:4], None), tail=tail, temperature=0.5)
+    for args, options in _calls(_case(kind, empty), tail):
+        _agrees(args, **options)
 
 
 @each_tail
@@ -242,7 +253,7 @@ def test_all_probabilities_0(tail, on):
     elif tail == "ignore":
         assert loss == 0 and (grad == 0).all()
     else:
-        p = torch.full((N, C), 1 / (C - 5), dtype=torch.float64).scatter(1, indices[0].cpu(), 0)
+        p = torch.full((N, C), 1 / (C - 5), dtype=torch.float64, device="cpu").scatter(1, indices[0].cpu(), 0)
         want = (p * (-math.log(C - 5) - (student.detach().double().cpu() / 4).log_softmax(1))).sum(1).mean() * 16
         assert relative_error(loss, want) <= 1e-6
 
