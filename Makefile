@@ -8,7 +8,7 @@ export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := $(addprefix tests/test_,ops.py contract.py losses.py topk.py whole_loss.py dropin.py properties.py)
 
-.PHONY: train test test-zoo triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
+.PHONY: train test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
@@ -21,21 +21,37 @@ test: $(INSTALLED)
 triton emulated: $(INSTALLED)
 	AMTML_TEST_BACKENDS=$@ OMP_NUM_THREADS=1 $(PYTEST) $(or $(TESTS),$(OPERATORS))
 
-# The newest torch with torchvision, timm and pytorchcv, in an environment of its own (several GB): nets of theirs as
-# teachers, with random weights, and the operators' tests. Built from a copy, so that the tree's own build stays as it is;
-# a pyproject.toml beside the tests, for pytest would find the tree's and take the package from there.
-ZOO := ../../.venv-zoo/bin
+# Tests on another torch, in an environment of its own, .venv-NAME. Built from a copy, so that the tree's own build stays as
+# it is; a pyproject.toml beside the tests, for pytest would find the tree's and take the package from there.
+define install_copy
+	rm -rf build/$(1) && mkdir -p build/$(1)/source
+	cp -r amtml_fast csrc kernels benchmarks setup.py pyproject.toml README.md LICENSE build/$(1)/source/
+	rm -f build/$(1)/source/amtml_fast/*.so
+	AMTML_BUILD_CUDA=0 .venv-$(1)/bin/pip install -q --no-build-isolation "./build/$(1)/source[$(EXTRAS)]"
+	cp -r tests docs build/$(1)/
+	sed '/^pythonpath/d' pyproject.toml > build/$(1)/pyproject.toml
+	.venv-$(1)/bin/pip list | grep -iE '^(torch|torchvision|timm|pytorchcv|triton) '
+endef
+test_copy = cd build/$(1) && OMP_NUM_THREADS=1 ../../.venv-$(1)/bin/python -m pytest -n $(or $(JOBS),2)
+
+# The newest torch with torchvision, timm and pytorchcv (several GB): nets of theirs as teachers, with random weights, and the
+# operators' tests.
+test-zoo: EXTRAS := train,test,zoo
 test-zoo:
 	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo
 	.venv-zoo/bin/pip install -q --upgrade "setuptools>=77" ninja numpy torch torchvision timm pytorchcv
-	rm -rf build/zoo && mkdir -p build/zoo/source
-	cp -r amtml_fast csrc kernels benchmarks setup.py pyproject.toml README.md LICENSE build/zoo/source/
-	rm -f build/zoo/source/amtml_fast/*.so
-	AMTML_BUILD_CUDA=0 .venv-zoo/bin/pip install -q --no-build-isolation "./build/zoo/source[train,test,zoo]"
-	cp -r tests docs build/zoo/
-	sed '/^pythonpath/d' pyproject.toml > build/zoo/pyproject.toml
-	cd build/zoo && $(ZOO)/python -m pip list | grep -iE '^(torch|torchvision|timm|pytorchcv|triton) '
-	cd build/zoo && OMP_NUM_THREADS=1 $(ZOO)/python -m pytest -n $(or $(JOBS),2) tests/test_zoo.py $(OPERATORS)
+	$(call install_copy,zoo)
+	$(call test_copy,zoo) tests/test_zoo.py $(OPERATORS)
+
+# The oldest torch that the package promises, and the Triton that it brings (5 GB): every Triton kernel compiled, and the
+# operators' tests on the CPU.
+oldest: EXTRAS := test
+oldest: TORCH := torch==$(shell sed -n 's/^dependencies = .*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml).0
+oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install -q "setuptools>=77" ninja numpy "$(TORCH)"
+	$(call install_copy,oldest)
+	export AMTML_CUBINS=all; $(call test_copy,oldest) $(or $(TESTS),tests/test_cubins.py $(OPERATORS))
 
 # Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
 gpu:
@@ -87,4 +103,4 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.
 	touch $@
 
 clean:
-	rm -rf .venv .venv-zoo build dist *.egg-info amtml_fast/*.so
+	rm -rf .venv .venv-zoo .venv-oldest build dist *.egg-info amtml_fast/*.so

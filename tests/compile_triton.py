@@ -1,19 +1,27 @@
-"""Compiles what the Triton launchers would launch, without a GPU: ``python compile_triton.py CAPABILITY FOLDER``.
+"""Compiles what the Triton launchers would launch, without a GPU: ``python compile_triton.py CAPABILITY FOLDER [PART]``.
 
 A driver that only knows the target stands in for CUDA's, launches stop after compilation, and the launchers are called with
-empty tensors of the CPU. One cubin a variant, named after its kernel, and a JSON file with its warps and shared memory.
+tensors of the CPU: of every size, variant and dtype of the operators' tests (PART 0, 1 or 2: a third of them), and of sizes as
+people use them. Triton compiles once what differs in nothing that the code depends on. One cubin each, named after its kernel,
+and a JSON file with its warps, its shared memory and whether it is one of the large sizes'.
 """
 
 import json
 import os
 import sys
+import traceback
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
+os.environ["AMTML_TEST_BACKENDS"] = ""  # of the tests' modules: all that they would run
 
 import torch
 import triton
+from test_ops import GRID, STEP
+from test_topk import dense_calls
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -21,7 +29,7 @@ import amtml_fast as af
 from amtml_fast import backend
 from amtml_fast.testing import CASES, value_and_grads
 
-SIZES = {  # as large as people use them, small enough for the CPU to hold
+LARGE = {  # as large as people use them, small enough for the CPU to hold
     "teacher_weights": [(128, 64, 8, 8, 3), (16, 64, 0, 0, 3)],
     "multi_teacher_kd": [(128, 100, 3), (50_000, 10, 2), (64, 1000, 3), (4, 32000, 3), (4, 128256, 1)],
     "topk_kd": [(128, 100, 8, 3), (4, 32000, 64, 3), (4, 128256, 32, 1)],
@@ -54,32 +62,63 @@ class Driver:
         return divmod(self.target.arch, 10)
 
 
-def main(capability: int, folder: Path) -> None:
+def large_calls() -> Iterator[tuple[Any, tuple, dict]]:
+    for case in CASES.values():
+        for size in LARGE[case.op]:
+            for options, dtype in zip(case.variants, (torch.bfloat16, torch.float32)):
+                yield case.function, case.inputs(*size, dtype=dtype), options
+    student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
+    yield af.multi_teacher_kd_loss, (student, teachers, weights, None), {}  # no case lacks its labels
+
+
+def test_calls() -> Iterator[tuple[Any, tuple, dict]]:
+    for case, size, options in (grid.values for grid in GRID):
+        for dtype in STEP:
+            if dtype != torch.float64:
+                yield case.function, case.inputs(*size, dtype=dtype), options
+    for args, options in dense_calls():
+        yield af.topk_kd_loss, args, {"reduction": "none", **options}
+
+
+def thirds(calls: Iterator, part: int) -> Iterator:
+    """Every third, and of the three dtypes of a size and variant one."""
+    return (call for i, call in enumerate(calls) if (i + i // 3) % 3 == part)
+
+
+def main(capability: int, folder: Path, part: int | None = None) -> int:
     triton.runtime.driver.set_active(Driver(capability))
     backend.DEVICES["triton"] = ("cpu",)
     compiled: dict[str, Any] = {}
+    failed: Counter[str] = Counter()
     launch = JITFunction.run
 
     def only_compile(self: JITFunction, *args: object, grid: object, warmup: bool = False, **options: object) -> object:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled[f"{self.__name__}-{kernel.hash[:12]}"] = kernel
+        try:
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        except RuntimeError as error:  # the compiler's; the rest is to be tried even so
+            if not failed:
+                traceback.print_exc()
+            failed[f"{self.__name__}: {str(error).splitlines()[0]}"] += 1
+            return None
+        compiled.setdefault(f"{self.__name__}-{kernel.hash[:12]}", kernel)
         return kernel
 
     JITFunction.run = only_compile  # type: ignore[method-assign]
-    for case in CASES.values():
-        for size in SIZES[case.op]:
-            for options, dtype in zip(case.variants, (torch.bfloat16, torch.float32)):
-                with af.use_backend("triton"):
-                    value_and_grads(case.function, case.inputs(*size, dtype=dtype), **options)
-    student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
-    with af.use_backend("triton"):  # no case lacks its labels
-        value_and_grads(af.multi_teacher_kd_loss, (student, teachers, weights, None))
+    large: set[str] = set()
+    for calls in (large_calls(), test_calls() if part is None else thirds(test_calls(), part)):
+        for function, args, options in calls:
+            with af.use_backend("triton"):
+                value_and_grads(function, args, **options)
+        large = large or set(compiled)
     for name, kernel in compiled.items():
         (folder / f"{name}.cubin").write_bytes(kernel.asm["cubin"])
-        sizes = {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared}
-        (folder / f"{name}.json").write_text(json.dumps(sizes))
-    print(len(compiled), "kernels")
+        facts = {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared, "large": name in large}
+        (folder / f"{name}.json").write_text(json.dumps(facts))
+    print(len(compiled), "kernels,", len(large), "of large sizes; Triton", triton.__version__)
+    for what, count in failed.items():
+        print(count, "launches failed:", what, file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])))
