@@ -218,9 +218,7 @@ def _topk_kernel(
         tl.store(ce_out + rows, ce, mask=inside)
         tl.store(kl_out + rows, kl, mask=inside)
         last = used.to(tl.float32)
-        if (
-            NONE
-        ):  # behind those stores: before them, Triton 3.6 takes from their layout what is not there yet, and stops
+        if NONE:  # behind those stores: Triton 3.6 stops at it before them, for it takes there what they make
             last = weighted(ce, kl, ce_weight, kl_weight)
         tl.store(last_out + rows, last, mask=inside)
 

@@ -1,9 +1,9 @@
 """Compiles what the Triton launchers would launch, without a GPU: ``python compile_triton.py CAPABILITY FOLDER [PART]``.
 
 A driver that only knows the target stands in for CUDA's, launches stop after compilation, and the launchers are called with
-tensors of the CPU: of every size, variant and dtype of the operators' tests, and of sizes as people use them. Triton compiles
-once what differs in nothing that the code depends on. PART 0, 1 or 2 is a third of the tests'. One cubin each, named after its kernel, and a JSON file with its warps,
-its shared memory and whether it is one of the large sizes'.
+tensors of the CPU: of every size, variant and dtype of the operators' tests (PART 0, 1 or 2: a third of them), and of sizes as
+people use them. Triton compiles once what differs in nothing that the code depends on. One cubin each, named after its kernel,
+and a JSON file with its warps, its shared memory and whether it is one of the large sizes'.
 """
 
 import json

@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber with a stack of its own; barriers and warp shuffles switch between fibers. Blocks run
 // one after another (those of a cluster together), with threads in rising order in one and in falling order in the
-// next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. exp2f, expf and
-// logf err like the GPU's own. What it cannot show: speed, races inside a warp.
+// next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. exp2f and expf err
+// like the GPU's own. What it cannot show: speed, the rounding of its logf, races inside a warp.
 #pragma once
 
 #include <setjmp.h>
@@ -250,25 +250,23 @@ inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 namespace emulation {
 
-// `exact` in float32, up to `ulps` from it, by the bits of the argument x. What float32 holds stays, and so do numbers below
-// the normal ones.
-inline float off(double exact, float x, double ulps) {
+// `exact` in float32: one of the two beside it, by the bits of the argument x. Numbers below the normal ones are rounded.
+inline float faithful(double exact, float x) {
   const float nearest = static_cast<float>(exact);
   if (nearest == exact || !std::isnormal(nearest)) return nearest;
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof(bits));
-  const float moved = std::nextafter(nearest, bits * 2654435761u >> 31 ? INFINITY : -INFINITY);
-  return std::fabs(moved - exact) <= ulps * std::fabs(static_cast<double>(moved) - nearest) ? moved : nearest;
+  const bool up = bits * 2654435761u >> 31;
+  return up == (nearest > exact) ? nearest : std::nextafter(nearest, up ? INFINITY : -INFINITY);
 }
 
 }  // namespace emulation
 
-// Float32 in and out, and not the nearest: errors as those of the GPU's own, whose bounds are 2, 1 and 1 ulp. In the kernels'
-// namespace these names hide the C library's.
+// Float32 in and out, and as often the wrong neighbour as the right one: the GPU makes them of its approximate ex2, and
+// CUDA promises 2 ulps and 1. In the kernels' namespace these names hide the C library's.
 namespace amtml {
 
-inline float exp2f(float x) { return emulation::off(std::exp2(static_cast<double>(x)), x, 1.5); }
-inline float expf(float x) { return emulation::off(std::exp(static_cast<double>(x)), x, 1); }
-inline float logf(float x) { return emulation::off(std::log(static_cast<double>(x)), x, 1); }
+inline float exp2f(float x) { return emulation::faithful(std::exp2(static_cast<double>(x)), x); }
+inline float expf(float x) { return emulation::faithful(std::exp(static_cast<double>(x)), x); }
 
 }  // namespace amtml
