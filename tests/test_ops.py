@@ -294,7 +294,7 @@ def test_hints_on_either_side_of_the_largest_weight(size):
     want, want_grads = value_and_grads(af.reference.hint_loss, convert(args, dtype=torch.float64))
     with run_on("cpp"):
         got, grads = value_and_grads(af.hint_loss, args)
-        node = af.hint_loss(*args).grad_fn.name()
+        node = type(af.hint_loss(*args).grad_fn).__name__  # name() is not there in torch 2.11
     assert node == ("HintBackward" if size[1] == 256 else "HintMSEBackward")
     assert relative_error(got, want) <= 1e-6
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
