@@ -29,6 +29,7 @@ from amtml_fast.functional import (
     rkd_distance_loss,
     teacher_weights,
 )
+from amtml_fast.losses import parameter
 from amtml_fast.reference import wide_dtype
 
 __all__ = [
@@ -272,7 +273,7 @@ class FitNet(nn.Module):
     def __init__(self, in_feature: int, out_feature: int):
         super().__init__()
         self.in_feature, self.out_feature = in_feature, out_feature
-        self.transform = nn.Conv2d(in_feature, out_feature, 1, bias=False)
+        self.transform = nn.Conv2d(in_feature, out_feature, 1, bias=False, dtype=torch.float32)
         nn.init.uniform_(self.transform.weight, -0.005, 0.005)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -312,7 +313,7 @@ class Adapter(nn.Module):
         generator = torch.Generator().manual_seed(1)  # the CPU's, as theirs: the same numbers on every device
         sizes = (len(teacher_models), pool_size[1]), (pool_size[1], 1)
         drawn = [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in sizes]
-        self.theta, self.W = (nn.Parameter(x.to(torch.get_default_device())) for x in drawn)
+        self.theta, self.W = map(parameter, drawn)
         self.val = False
 
     def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:

@@ -15,7 +15,7 @@ from amtml_fast.functional import angle_loss, hint_loss, multi_teacher_kd_loss, 
 MAPPINGS = ("best_high", "best_low", "random")
 
 
-def _parameter(start: Tensor) -> nn.Parameter:
+def parameter(start: Tensor) -> nn.Parameter:
     """float32 and drawn on the CPU, whatever torch's defaults are: they say where it is put, not what it holds."""
     return nn.Parameter(start.to(torch.get_default_device()))
 
@@ -41,8 +41,8 @@ class TeacherAdapter(nn.Module):
             checks.number("TeacherAdapter", "init_scale", init_scale, 0, math.inf)
         scale = channels**-0.5 if init_scale is None else init_scale
         self.pool = pool
-        self.theta = _parameter(torch.randn(num_teachers, channels, dtype=torch.float32, device="cpu") * scale)
-        self.v = _parameter(torch.randn(channels, dtype=torch.float32, device="cpu") * scale)
+        self.theta = parameter(torch.randn(num_teachers, channels, dtype=torch.float32, device="cpu") * scale)
+        self.v = parameter(torch.randn(channels, dtype=torch.float32, device="cpu") * scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, d, H, W] or [N, d] -> weights [N, T]."""
@@ -224,7 +224,7 @@ class MultiGroupHintLoss(nn.Module):
         for teacher, group in self.mapping.items():
             weight = torch.empty(teacher_channels[teacher], student_channels[group], dtype=torch.float32, device="cpu")
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d starts
-            self.transforms[str(teacher)] = _parameter(weight)
+            self.transforms[str(teacher)] = parameter(weight)
         self.num_teachers = len(teacher_channels)
 
     def forward(self, student_maps: Mapping[str, Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:

@@ -32,12 +32,12 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def over_items(total: Tensor, num_items_in_batch: int | Tensor) -> Tensor:
-    """A sum over the rows, divided by a count that stands for the whole batch: 0 where no row counts, on either side."""
+    """A sum over rows, divided by the count of the whole batch; 0 where both are 0."""
     return total / item_count(num_items_in_batch, total.dtype)
 
 
 def item_count(num_items_in_batch: int | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """What a sum is divided by. In place of 0 a number so small that 0 over it is 0 and any other sum is beyond use."""
+    """The divisor. A count of 0 becomes a tiny number: a sum of 0 then gives 0, and any other an absurdly large loss."""
     tiny = torch.finfo(torch.float32).tiny
     if isinstance(num_items_in_batch, Tensor):
         return num_items_in_batch.to(dtype).clamp(min=tiny)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import amtml_fast as af
+from amtml_fast import dropin
 from amtml_fast.testing import CASES, value_and_grads
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -68,6 +69,8 @@ def test_parameters_start_the_same(dtype, defaults):
         yield af.TeacherAdapter(4, 2)
         yield af.MultiGroupHintLoss({"a": 3, "b": 5}, [2, 4], teacher_scores=[1.0, 2.0])
         yield af.MultiGroupHintLoss({"a": 3, "b": 5}, [2, 4], mapping="random")
+        yield dropin.FitNet(3, 5)
+        yield dropin.Adapter([None, None], (6, 4))
 
     want = [dict(m.named_parameters()) for m in modules()]
     torch.set_default_dtype(dtype)

@@ -124,9 +124,8 @@ class LossConfig:
     rkd_distance_weight: float = field(default=25.0, metadata=NOT_NEGATIVE)
     rkd_angle_weight: float = field(default=50.0, metadata=NOT_NEGATIVE)
     aekd_gradients: str = "mean"  # mean | rows: the teachers' gradients are averaged over the batch first, or not
-    aekd_bound: float = field(
-        default=0.6, metadata=within(Range(0, 1, above=True))
-    )  # the largest weight of a teacher; 1: any
+    # the largest weight of a teacher; 1: any
+    aekd_bound: float = field(default=0.6, metadata=within(Range(0, 1, above=True)))
 
 
 @dataclass
