@@ -43,6 +43,7 @@ _NO_SECOND = (
     "{}: the fused backends have no second derivative; "
     'compute this part under amtml_fast.use_backend("reference"), which has'
 )
+_LEVELS = 64  # of vmap that torch can nest
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -102,9 +103,11 @@ def _one_by_one(backward: Callable, ctx: Any, grads: tuple, stacked: Tensor) -> 
     vmap: Any
     if _is_batched(stacked):
         vmap, level = torch._C._functorch, torch._C._functorch.maybe_get_level(stacked)
-    else:  # autograd's is_grads_batched has a vmap of its own
-        vmap, level = torch, torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+    else:  # autograd's is_grads_batched has a vmap of its own, and a GPU's backward a thread that does not count levels
+        vmap, level = (
+            torch,
+            next(k for k in range(_LEVELS, 0, -1) if torch._remove_batch_dim(stacked, k, 0, 0).shape[0]),
+        )
     size = vmap._remove_batch_dim(stacked, level, 0, 0).shape[0]
     ctx.keep = True
     each = [None if g is None else vmap._remove_batch_dim(g, level, size, 0).unbind() for g in grads]

@@ -1,6 +1,7 @@
 """Transforms of torch.func, also under torch.compile, stacked incoming gradients, and tensors made of others: right, or a clear error."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -135,6 +136,19 @@ def test_stacked_gradients_of_the_whole_loss(on):
     stacked = torch.autograd.grad(out, leaves, torch.tensor([1.0, 4.0]), is_grads_batched=True)
     for a, b in zip(once, stacked):
         torch.testing.assert_close(b, torch.stack([a, 4 * a]))
+
+
+def test_stacked_gradients_in_a_thread_of_their_own(on):
+    """As on a GPU, where autograd runs backward in another thread than the one that has stacked them."""
+    student, threads = torch.randn(6, 5, requires_grad=True), ThreadPoolExecutor(1)
+    out = af.multi_teacher_kd_loss(student, [torch.randn(6, 5)], None, reduction="none")
+    stack = torch.randn(3, 6)
+    want = torch.stack([torch.autograd.grad(out, student, g, retain_graph=True)[0] for g in stack])
+
+    def backward(g):
+        return threads.submit(torch.autograd.grad, out, student, g).result()[0]
+
+    torch.testing.assert_close(torch._vmap_internals._vmap(backward)(stack), want)
 
 
 @each_case
