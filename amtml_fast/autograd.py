@@ -1,9 +1,10 @@
 """One autograd.Function per operator, and one for the whole loss, over the raw ops: the cheapest route to ``backward``.
 
 Float32 and float64 gradients are written by the forward kernel, next to the value, and only multiplied in backward: in
-place where the graph is not kept, so that a second backward still finds what it needs. 16-bit inputs recompute them in
-backward from saved row statistics, so that they are rounded once, after the incoming gradient (and a loss scale with
-it) has been applied.
+place where the graph is not kept, so that a second backward still finds what it needs. 16-bit gradients are to be rounded
+once, after the incoming gradient (and a loss scale with it) has been applied: backward makes them from saved row
+statistics. On GPUs forward writes those of bfloat16 too, and backward makes them again unless the incoming gradient is a
+power of two; float16 has too small a range for that.
 
 Arguments ``need_*`` are decided by the caller: inside ``forward`` grad mode is always off.
 """
@@ -141,15 +142,20 @@ def _asked(grad: Tensor | None, needed: bool) -> Tensor | None:
 
 def _scaled(ctx: Any, grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
     """``grad * by`` of gradients that forward has saved, without a second buffer where no second backward can come."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-        or getattr(ctx, "keep", False)
-    ):
+    if not _for_the_last_time(ctx):
         return [None if g is None else g * by for g in grads]
     if type(by) is Tensor and by.dim() == 0 and by.is_cpu and by.item() == 1:
         return list(grads)
     return [None if g is None else g.mul_(by) for g in grads]
+
+
+def _for_the_last_time(ctx: Any) -> bool:
+    """Whether nobody asks for the saved tensors again, so that they may be overwritten."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+        or getattr(ctx, "keep", False)
+    )
 
 
 def _save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | None], needs: tuple[bool, bool]) -> None:
@@ -160,6 +166,12 @@ def _save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | Non
 
 def _scaled_rows(ctx: Any, grad_loss: Tensor) -> list[Any]:
     """The gradients of ``_save_grads`` from that of the loss, which may have one value a row."""
+    if ctx.backend != "cpp" and _for_the_last_time(ctx):
+        grads = ctx.saved_tensors[:2]
+        for g in grads:
+            if g is not None:
+                _kernels(ctx.backend).scale_rows_.default(g, grad_loss)
+        return list(grads)
     return _scaled(ctx, ctx.saved_tensors[:2], grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss)
 
 
@@ -201,16 +213,19 @@ class MultiTeacherKD(torch.autograd.Function):
         *teachers: Tensor,
     ) -> Any:
         # With probabilities given out, backward has to add what comes back through them: it recomputes the rest too.
-        in_forward = student.dtype == wide and not need_terms
+        rounded = student.dtype == torch.bfloat16 and wide == torch.float32 and backend != "cpp"
+        in_forward = (student.dtype == wide or rounded) and not need_terms
         now = needs if in_forward else (False, False)
         out = _kernels(backend).multi_teacher_kd_fwd.default(
             student, teachers, weights, labels, *settings, *now, need_terms
         )
         loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights = out
         ctx.in_forward, ctx.settings, ctx.needs, ctx.loss_shape = in_forward, settings, needs, loss.shape
-        ctx.backend = backend
+        ctx.backend, ctx.rounded = backend, rounded
         ctx.set_materialize_grads(False)
-        if in_forward:
+        if in_forward and rounded:
+            _save(ctx, grad_student, grad_weights, student, weights, labels, stats, *teachers)
+        elif in_forward:
             _save_grads(ctx, (grad_student, grad_weights), (student, weights), needs)
         else:
             _save(ctx, student, weights, labels, stats, *teachers)
@@ -226,7 +241,8 @@ class MultiTeacherKD(torch.autograd.Function):
         if ctx.in_forward:
             if grad_loss is None:
                 return None, None, None, *fixed
-            return None, *_scaled_rows(ctx, grad_loss), *fixed
+            made = _rescaled(ctx, grad_loss) if ctx.rounded else _scaled_rows(ctx, grad_loss)
+            return None, *map(_asked, made, ctx.needs), *fixed
         need_student, need_weights = ctx.needs
         student, weights, labels, stats, *teachers = _saved(ctx)
         if grad_loss is None:
@@ -236,6 +252,17 @@ class MultiTeacherKD(torch.autograd.Function):
             grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
         )
         return None, _asked(grad_student, need_student), _asked(grad_weights, need_weights), *fixed
+
+
+def _rescaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
+    """The bfloat16 gradients of ``MultiTeacherKD`` that forward has made, for this gradient of the loss."""
+    *grads, student, weights, labels, stats = _saved(ctx)[:6]
+    if not _for_the_last_time(ctx):
+        grads = [g.clone() for g in grads]
+    _kernels(ctx.backend).multi_teacher_kd_rescale_.default(
+        *grads, grad_loss, student, _saved(ctx)[6:], weights, labels, stats, *ctx.settings
+    )
+    return grads
 
 
 class TopkKD(torch.autograd.Function):

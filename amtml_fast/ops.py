@@ -19,6 +19,7 @@ _KD_SETTINGS = (
     "float temperature, float ce_weight, float kl_weight, float kl_scale, str mode, str reduction, "
     "int ignore_index, float label_smoothing"
 )
+# (rescale_ names the mode kl_of: torch.compile keeps the name for itself in operators that write into their arguments.)
 _TOPK_SETTINGS = _KD_SETTINGS.replace("mode", "tail")
 
 SCHEMAS = {
@@ -34,6 +35,10 @@ SCHEMAS = {
     "multi_teacher_kd_bwd": "(Tensor grad_loss, Tensor? grad_probs, Tensor? grad_targets, Tensor student, "
     f"Tensor[] teachers, Tensor? weights, Tensor? labels, Tensor stats, {_KD_SETTINGS}, "
     "bool need_student_grad, bool need_weights_grad) -> (Tensor, Tensor)",
+    # The gradients that forward has made of a bfloat16 student, and of its weights, for an incoming gradient of 1: made
+    # those for grad_loss, in place
+    "multi_teacher_kd_rescale_": "(Tensor(a!) grad_student, Tensor(b!) grad_weights, Tensor grad_loss, Tensor student, "
+    f"Tensor[] teachers, Tensor? weights, Tensor? labels, Tensor stats, {_KD_SETTINGS.replace('mode', 'kl_of')}) -> ()",
     # All teachers' entries of a row side by side: indices (int64) and log_probs [N, K], of teacher t the next sizes[t].
     # loss (scalar, or [N] for "none"), stats [N, 3], grad_student, grad_weights
     "topk_kd_fwd": "(Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
@@ -70,17 +75,29 @@ SCHEMAS = {
     "bool need_weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
     # loss, d loss / d prediction = -d loss / d target
     "hint_mse_fwd": "(Tensor prediction, Tensor target, bool need_grad) -> (Tensor, Tensor)",
+    # rows [N, ...] float32 times by, [N] or [], in place; where that is 1, nothing is read or written
+    "scale_rows_": "(Tensor(a!) rows, Tensor by) -> ()",
     # scores [B, R, K]. result; the softmax over R, in the wide dtype; maxima and sums of the softmax over K [B, R, 2]
     "dual_softmax_fwd": "(Tensor scores, str mode) -> (Tensor, Tensor, Tensor)",
     "dual_softmax_bwd": "(Tensor grad, Tensor scores, Tensor first, Tensor row_stats, str mode) -> Tensor",
 }
 
 CPU_ONLY = ("hint_fwd",)  # on GPUs the convolution is torch's, and hint_mse_fwd follows
+GPU_ONLY = ("multi_teacher_kd_rescale_", "scale_rows_")
 
 TRITON = {  # schema -> its file in kernels/
     name: next(
         op
-        for op in ("teacher_weights", "multi_teacher_kd", "topk_kd", "angle", "distance", "hint", "dual_softmax")
+        for op in (
+            "teacher_weights",
+            "multi_teacher_kd",
+            "topk_kd",
+            "angle",
+            "distance",
+            "hint",
+            "dual_softmax",
+            "scale_rows",
+        )
         if name.startswith(op)
     )
     for name in SCHEMAS
@@ -146,7 +163,8 @@ def _(student, teachers, weights, labels, *settings):
     value = [student.new_empty((n,) if reduction == "none" else (), dtype=wide) for _ in range(3)]
     probs = [_empty(student, need_probs, (n, c), wide) for _ in range(2)]
     stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
-    grad_student = _empty(student, need_student_grad, (n, c), wide)
+    made = torch.bfloat16 if student.dtype == torch.bfloat16 else wide
+    grad_student = _empty(student, need_student_grad, (n, c), made)
     grad_weights = _empty(student, need_weights_grad, (n, len(teachers)), wide)
     return *value, *probs, stats, grad_student, grad_weights
 
@@ -158,6 +176,14 @@ def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, s
         _empty(student, need_student_grad, student.shape, student.dtype),
         _empty(student, need_weights_grad, (student.shape[0], len(teachers)), stats.dtype),
     )
+
+
+@_fake("multi_teacher_kd_rescale_")
+def _(*_): ...
+
+
+@_fake("scale_rows_")
+def _(rows, by): ...
 
 
 @_fake("topk_kd_fwd")

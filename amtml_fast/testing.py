@@ -148,8 +148,19 @@ CASES = {
             reference.multi_teacher_kd_loss,
             _multi_teacher_kd,
             (6, 5, 3),
-            # n, C, T: empty; one of all; one class; less and more than a vector; past several summation blocks; threads
-            ((0, 10, 3), (1, 1, 1), (3, 1, 2), (2, 7, 3), (7, 10, 1), (33, 100, 3), (5, 1030, 2), (256, 257, 5)),
+            # n, C, T: empty; one of all; one class; less and more than a vector; past several summation blocks; whole packs
+            # of 16 bytes; threads
+            (
+                (0, 10, 3),
+                (1, 1, 1),
+                (3, 1, 2),
+                (2, 7, 3),
+                (7, 10, 1),
+                (33, 100, 3),
+                (5, 1030, 2),
+                (9, 1040, 3),
+                (256, 257, 5),
+            ),
             (
                 {},
                 {"mode": "sum", "reduction": "none", "temperature": 1.0},

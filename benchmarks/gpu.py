@@ -28,10 +28,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-PARTS = ("tests", "kd", "angle", "loss")
+PARTS = ("tests", "kd", "topk", "angle", "loss")
 PLAN = {
     "tests": "the operators' tests on both GPU backends, CUDA graphs, syncs, launches; compute-sanitizer where it works",
-    "kd": "KL + CE, bf16, 4096 x 128256 and 4096 x 32000, T = 3; KL alone at T = 1",
+    "kd": "KL + CE, 4096 x 128256 in bf16 and float32 and 4096 x 32000, T = 3; KL alone at T = 1",
+    "topk": "KL from the 64 largest of 128256 classes, bf16, N = 4096, T = 3",
     "angle": "angle loss, N = 1024 and 4096 with C = 100, N = 8192 with C = 1000",
     "loss": "AMTMLLoss, N = 128 C = 100 T = 3, called and as a CUDA graph",
 }
@@ -41,9 +42,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", *PARTS), default="all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--built", action="store_true", help="take the library that lies in amtml_fast/")
     args = parser.parse_args()
     parts = PARTS if args.part == "all" else (args.part,)
-    build()
+    build(args.built)
     if not torch.cuda.is_available():
         print("\nWould run:", *(f"  {part}: {PLAN[part]}" for part in parts), sep="\n")
         print("\nNo GPU was found: the extension is built, nothing was run and nothing was measured.")
@@ -52,7 +54,12 @@ def main() -> int:
     failed = False
     if parts != ("tests",):  # before the tests: what is measured is kept, whatever they do
         report["limits"] = limits()
-    for part, measure in (("loss", measure_loss), ("kd", measure_kd), ("angle", measure_angle)):
+    for part, measure in (
+        ("loss", measure_loss),
+        ("kd", measure_kd),
+        ("angle", measure_angle),
+        ("topk", measure_topk),
+    ):
         if part in parts:
             measure(report)
     if "tests" in parts:
@@ -66,17 +73,22 @@ def main() -> int:
     return int(failed)
 
 
-def build() -> None:
-    """The extension with its CUDA kernels, in place, for the GPU of this machine."""
+def build(built: bool) -> None:
+    """The extension with its CUDA kernels, in place, for the GPU of this machine, unless it was built elsewhere."""
+    if not built:
+        compile_extension()
+    import amtml_fast
+
+    amtml_fast.__path__.append(str(ROOT))  # where amtml_fast.kernels is, as long as the package is not installed
+
+
+def compile_extension() -> None:
     env = {**os.environ, "AMTML_BUILD_EXT": "1", "AMTML_BUILD_CUDA": "1"}
     if torch.cuda.is_available():
         env.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
     print("Building the extension with CUDA, for some minutes ...", flush=True)
     start = time.time()
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, env=env, check=True)
-    import amtml_fast
-
-    amtml_fast.__path__.append(str(ROOT))  # where amtml_fast.kernels is, as long as the package is not installed
     print(f"... built in {time.time() - start:.0f} s", flush=True)
 
 
@@ -310,12 +322,18 @@ def gradients(function: Callable[..., torch.Tensor], args: tuple, leaves: list[t
 def measure_kd(report: dict) -> None:
     import amtml_fast as af
 
-    for n, c, t, labelled in ((4096, 128256, 3, True), (4096, 32000, 3, True), (4096, 128256, 1, False)):
-        make = lambda: 2 * torch.randn(n, c, device="cuda", dtype=torch.bfloat16)  # noqa: B023, E731
+    bf16, f32 = torch.bfloat16, torch.float32
+    for n, c, t, labelled, dtype in (
+        (4096, 128256, 3, True, bf16),
+        (4096, 32000, 3, True, bf16),
+        (4096, 128256, 1, False, bf16),
+        (4096, 128256, 3, True, f32),
+    ):
+        make = lambda: 2 * torch.randn(n, c, device="cuda", dtype=dtype)  # noqa: B023, E731
         teachers, labels = [make() for _ in range(t)], torch.randint(0, c, (n,), device="cuda") if labelled else None
         student, weights = make().requires_grad_(), torch.randn(n, t, device="cuda").softmax(-1)
         temperature = 4.0 if labelled else 1.0
-        case = f"kd bf16 {n}x{c} T={t}" + ("" if labelled else ", no labels, tau=1")
+        case = f"kd {'bf16' if dtype == bf16 else 'fp32'} {n}x{c} T={t}" + ("" if labelled else ", no labels, tau=1")
 
         def function(z: torch.Tensor, ts: list, w: torch.Tensor, y: Any, tau: float = temperature) -> torch.Tensor:
             return af.multi_teacher_kd_loss(z, ts, w, y, temperature=tau)
@@ -332,10 +350,41 @@ def measure_kd(report: dict) -> None:
             ):
                 continue
             step = gradients(call, (student, teachers, weights, labels), [student])
-            measured(report, case, provider, step, bytes=2 * n * c * (t + 2))
+            measured(report, case, provider, step, bytes=dtype.itemsize * n * c * (t + 2))
         if not labelled:
             measure_liger(report, case, student, teachers[0], 2 * n * c * (t + 2))
         del teachers, student, labels, weights
+
+
+def measure_topk(report: dict) -> None:
+    import amtml_fast as af
+
+    n, c, k, t = 4096, 128256, 64, 3
+    case = f"topk bf16 {n}x{c} k={k} T={t}"
+    student = (2 * torch.randn(n, c, device="cuda", dtype=torch.bfloat16)).requires_grad_()
+    labels, weights = torch.randint(0, c, (n,), device="cuda"), torch.randn(n, t, device="cuda").softmax(-1)
+    indices = [torch.rand(n, c, device="cuda").topk(k).indices for _ in range(t)]
+    log_probs = [torch.randn(n, k, device="cuda").log_softmax(-1) - 0.1 for _ in range(t)]
+
+    def function(z: torch.Tensor, i: list, p: list, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return af.topk_kd_loss(z, i, p, w, y)
+
+    some = slice(0, 32)
+    few = [x[some] for x in indices], [x[some] for x in log_probs], weights[some], labels[some]
+    leaf = student.detach()[some].requires_grad_()
+    exact = student.detach()[some].double().requires_grad_()
+    want = gradients(
+        af.reference.topk_kd_loss,
+        (exact, few[0], [x.double() for x in few[1]], weights[some].double(), few[3]),
+        [exact],
+    )()
+    for provider, call in providers(function).items():
+        if provider in ("cuda", "triton") and not right(
+            report, case, provider, gradients(call, (leaf, *few), [leaf]), want, 5e-3
+        ):
+            continue
+        step = gradients(call, (student, indices, log_probs, weights, labels), [student])
+        measured(report, case, provider, step, bytes=2 * n * c * 2 + 12 * n * k * t)
 
 
 def measure_liger(report: dict, case: str, student: torch.Tensor, teacher: torch.Tensor, moved: int) -> None:

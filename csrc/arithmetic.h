@@ -25,11 +25,12 @@ AMTML_SHARED A kl_gradient(A scale, A total, A q, A p) {
 
 // d/dw_t of the mixture's KL is sum_c p_t (log p - log q + 1), over the classes that have mass in p. This is what a
 // class adds to it, times the sum of the exponentials of teacher t, of which e is one; but for the 1, which is to be
-// added at the end: sum_c p_t = 1, and beside it the small logarithms would be rounded away. log_ratio = log p - log q.
+// added at the end: sum_c p_t = 1, and beside it the small logarithms would be rounded away. log_ratio = log p - log q,
+// in the logarithm of which e has the logarithm `one`.
 template <class A>
-AMTML_SHARED A mixture_gradient(A e, A p, A log_ratio) {
+AMTML_SHARED A mixture_gradient(A e, A p, A log_ratio, A one = A(1)) {
   const A term = e == 0 ? A(0) : e * log_ratio;
-  return p == 0 ? -e : term;
+  return p == 0 ? -e * one : term;
 }
 
 // d/dx of sum g y with y = softmax(x), where mean = sum g y.

@@ -7,7 +7,7 @@
 
 Shapes   student z [N, C] and T teachers z_t [N, C] in float32|bfloat16|float16, each its own, read in place where C is
          dense; weights [N, T] float32; labels [N] int64 -> losses [] or [N], stats [N, 3 + 2T] and gradients, float32
-         (backward: the student's in its dtype)
+         (the student's in its dtype)
 Grid     one program for a tile of whole rows. Tiles of up to HELD_BYTES are read once and stay in registers; a longer
          row is read twice, in chunks: first for maxima and sums (each lane its own, so that the loop has no barrier),
          then for all that follows from them. Backward has those in stats and reads every row once. One or two small
@@ -26,6 +26,7 @@ loss of its row NaN, and nothing outside of the row is read or written. Weights 
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -159,7 +160,8 @@ def _kd_forward_kernel(
             grad = student_grad(
                 z_tile, e, p, cols, labels, label, m, s, s1, total, rate1, per_tau, ce_grad, kl_grad, smoothing, even
             )
-            tl.store(grad_out + at, tl.where(used & (z_tile != -float("inf")), grad, 0.0), mask=inside & real)
+            grad = tl.where(used & (z_tile != -float("inf")), grad, 0.0)
+            tl.store(grad_out + at, grad.to(grad_out.dtype.element_ty), mask=inside & real)
 
     slope = slopes(dots, w, inverses, total / s, MIXTURE)
     if MIXTURE:
@@ -193,12 +195,35 @@ def _kd_backward_kernel(
     loss_stride, probs_stride, targets_stride, stride, teacher_strides, weight_stride, weight_along, label_stride,
     num_counts, ignore_index, rate, rate1, per_tau, ce_grad, kl_grad, smoothing, even,
     MIXTURE: tl.constexpr, COUNT: tl.constexpr, COUNT_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-    BACK_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, FOLD: tl.constexpr,
+    RESCALE: tl.constexpr, BACK_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from what comes back to loss, probabilities and soft targets, and from the stats of forward."""
+    """Gradients from what comes back to loss, probabilities and soft targets, and from the stats of forward.
+
+    With RESCALE they are there already, for an incoming gradient of 1, and are made again where they cannot be scaled
+    without rounding them a second time."""
     T: tl.constexpr = len(teachers)
     c = aligned(c, ALIGN)
     rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
+    if RESCALE:
+        scale = tl.load(grad_loss + rows * loss_stride, mask=used, other=1.0)
+        if tl.max((scale != 1).to(tl.int32)) == 0:
+            return
+        bits = scale.to(tl.int32, bitcast=True)
+        exponent = (bits >> 23) & 255
+        rounds = ((bits & 0x7FFFFF) != 0) | (exponent == 0) | (exponent == 255)  # all but powers of 2
+        if tl.max(rounds.to(tl.int32)) == 0:
+            if grad_out is not None:
+                for step in range(STEPS):
+                    cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+                    at = grad_out + rows * c + cols
+                    grad = tl.load(at, mask=used & (cols < c)).to(tl.float32) * scale
+                    tl.store(at, grad.to(grad_out.dtype.element_ty), mask=used & (cols < c))
+            if slopes_out is not None:
+                for t in tl.static_range(T):
+                    at = slopes_out + rows * T + t
+                    tl.store(at, tl.load(at, mask=used) * scale, mask=used)
+            return
     w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
     m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
     inverses = inverses_of(sums, w)
@@ -378,11 +403,13 @@ def multi_teacher_kd_fwd(
     """loss, ce, kl (scalars, or [N] for "none"), student_probs, soft_targets, stats, grad_student, grad_weights."""
     (n, c), count, none = student.shape, len(teachers), reduction == "none"
 
-    def make(wanted: bool, *shape: int) -> Tensor:
-        return student.new_empty(shape if wanted else (0,), dtype=torch.float32)
+    def make(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return student.new_empty(shape if wanted else (0,), dtype=dtype)
 
     values = [make(True, *((n,) if none else ())) for _ in range(3)]
-    probs, targets, grad = make(need_probs, n, c), make(need_probs, n, c), make(need_student_grad, n, c)
+    probs, targets = make(need_probs, n, c), make(need_probs, n, c)
+    rounded = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
+    grad = make(need_student_grad, n, c, dtype=rounded)
     stats, slopes = make(True, n, 3 + 2 * count), make(need_weights_grad, n, count)
     out = *values, probs, targets, stats, grad, slopes
     if n == 0:
@@ -441,26 +468,72 @@ def multi_teacher_kd_bwd(
     n, c = student.shape
     grad = student.new_empty((n, c) if need_student_grad else (0,))
     slopes = stats.new_empty((n, len(teachers)) if need_weights_grad else (0,))
-    if n == 0 or not (need_student_grad or need_weights_grad):
-        return grad, slopes
-    arguments = _arguments(
-        student, teachers, weights, labels, temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index,
-        label_smoothing, True,
-    )  # fmt: skip
     back_q = dense(grad_probs) if grad_probs is not None and need_student_grad else None
     back_p = dense(grad_targets) if grad_targets is not None and need_weights_grad else None
+    arguments = temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing
+    _backward(
+        grad, slopes, grad_loss, back_q, back_p, student, teachers, weights, labels, stats, *arguments, rescale=False
+    )
+    return grad, slopes
+
+
+def multi_teacher_kd_rescale_(
+    grad_student: Tensor,
+    grad_weights: Tensor,
+    grad_loss: Tensor,
+    student: Tensor,
+    teachers: list[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    ce_weight: float,
+    kl_weight: float,
+    kl_scale: float,
+    kl_of: str,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> None:
+    """The gradients that forward has made for an incoming gradient of 1, for this one."""
+    arguments = temperature, ce_weight, kl_weight, kl_scale, kl_of, reduction, ignore_index, label_smoothing
+    _backward(
+        grad_student, grad_weights, grad_loss, None, None, student, teachers, weights, labels, stats, *arguments,
+        rescale=True,
+    )  # fmt: skip
+
+
+def _backward(
+    grad: Tensor,
+    slopes: Tensor,
+    grad_loss: Tensor,
+    back_q: Tensor | None,
+    back_p: Tensor | None,
+    student: Tensor,
+    teachers: list[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    stats: Tensor,
+    *settings: Any,
+    rescale: bool,
+) -> None:
+    """Writes into grad and slopes, unless they are empty."""
+    n, c = student.shape
+    if grad.numel() == slopes.numel() == 0:
+        return
     strides = [0 if t is None else t.stride(0) for t in (back_q, back_p)]
+    arguments = _arguments(student, teachers, weights, labels, *settings, need_grad=True)
     _kd_backward_kernel[(triton.cdiv(n, arguments["ROWS"]),)](
         **arguments,
         grad_loss=grad_loss,
         grad_probs=back_q,
         grad_targets=back_p,
         stats=stats,
-        grad_out=grad if need_student_grad else None,
-        slopes_out=slopes if need_weights_grad else None,
-        loss_stride=grad_loss.stride(0) if reduction == "none" else 0,
+        grad_out=grad if grad.numel() else None,
+        slopes_out=slopes if slopes.numel() else None,
+        loss_stride=grad_loss.stride(0) if grad_loss.dim() else 0,
         probs_stride=strides[0],
         targets_stride=strides[1],
+        RESCALE=rescale,
         BACK_ALIGN=alignment(c, *strides),
     )
-    return grad, slopes

@@ -28,7 +28,9 @@ def test_every_operator_has_all_its_parts(case):
     assert any(name.endswith("_fwd") for name in schemas)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in schemas:
-        if name not in ops.CPU_ONLY or CHOSEN != "emulated":  # whose library is that of the CUDA kernels
+        if name not in (
+            ops.CPU_ONLY if CHOSEN == "emulated" else ops.GPU_ONLY
+        ):  # whose library is that of the CUDA kernels
             assert has_kernel(f"amtml::{name}", "CPU"), f"csrc/cpu lacks {name}"
         assert has_kernel(f"amtml::{name}", "Meta"), f"ops.py lacks {name}'s fake"
 
@@ -70,11 +72,12 @@ def test_opcheck(case, fused):
         for options in case.variants:
             if options.get("dim1") != 0:
                 value_and_grads(case.function, case.inputs(*case.small), **options)
-                value_and_grads(case.function, case.inputs(*case.small, dtype=torch.bfloat16), **options)
+                for dtype in (torch.bfloat16, torch.float16):
+                    value_and_grads(case.function, case.inputs(*case.small, dtype=dtype), **options)
         if case.op == "hint":  # the error alone, which on the CPU is not part of it
             value_and_grads(af.functional.hint_mse, case.inputs(*case.small)[:1] * 2)
-    elsewhere = () if fused == "cpp" else ops.CPU_ONLY
-    assert {f.overloadpacket.__name__ for f, _ in seen} == {
+    elsewhere = ops.GPU_ONLY if fused == "cpp" else ops.CPU_ONLY
+    assert {f.overloadpacket.__name__ for f, _ in seen} - {"scale_rows_"} == {
         n for n in ops.SCHEMAS if n.startswith(case.op) and n not in elsewhere
     }
     assert {f.namespace for f, _ in seen} == {"amtml_triton" if fused == "triton" else "amtml"}
@@ -330,6 +333,64 @@ def test_16_bit_gradients_do_not_underflow_under_a_loss_scale(fused):
     want = scale * 4 * (1 / 60000 - exact)
     assert (want[0, 1:] / scale).abs().max() < 5e-8  # it would underflow
     torch.testing.assert_close(grad[0, 1:].double(), want[0, 1:], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("size", [(9, 1040, 3), (6, 5, 2)])
+@pytest.mark.parametrize("kept", [False, True], ids=["freed", "kept"])
+def test_bfloat16_gradients_are_rounded_once(size, kept, fused):
+    """Whatever comes back to the loss, and whether forward has made them or backward does."""
+    case = CASES["multi_teacher_kd"]
+    student, teachers, weights, labels = case.inputs(*size, dtype=torch.bfloat16)
+    args = student, teachers, weights.detach().float().requires_grad_(), labels
+    exact, scales = convert(args, dtype=torch.float64), torch.tensor([1.0, 0.25, -8.0, 3.0, 0.0, 1e-3, 2.0**20])
+    for reduction, upstream in [("batchmean", g) for g in scales] + [("none", scales[torch.arange(size[0]) % 7])]:
+        loss = af.multi_teacher_kd_loss(*args, reduction=reduction)
+        grads = torch.autograd.grad(loss, (args[0], args[2]), upstream, retain_graph=kept)
+        again = torch.autograd.grad(loss, (args[0], args[2]), upstream) if kept else grads
+        want = torch.autograd.grad(
+            af.reference.multi_teacher_kd_loss(*exact, reduction=reduction), (exact[0], exact[2]), upstream.double()
+        )
+        assert all(map(torch.equal, grads, again)) and relative_error(grads[1], want[1]) <= 1e-5
+        error, most = (grads[0].double() - want[0]).abs(), want[0].abs().max()
+        assert (error <= 1.01 * 2**-8 * want[0].abs() + 1e-6 * most).all(), (reduction, upstream)
+
+
+def _odd_rows(student, teachers):
+    """Rows with numbers that need care, a kind each."""
+    least = torch.finfo(student.dtype).min
+    student[0, 3:500] = teachers[0][0, 3:500] = teachers[1][0, 3:500] = -torch.inf  # masked everywhere
+    student[1, :2] = -torch.inf  # by the student alone: an infinite loss
+    student[2, 5] = torch.nan
+    student[3, 7] = torch.inf
+    teachers[0][4, 900] = torch.nan
+    student[5] = teachers[1][5] = -torch.inf  # no class has a probability
+    student[6, :600] = teachers[0][6, :600] = teachers[1][6, :600] = least  # masked by the least number
+    student[7] = least
+    teachers[0][8] = 0.9 * -least
+    student[9] += 20000
+    teachers[0][10] *= 40  # most probabilities underflow
+    teachers[1][10] *= 40
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("classes", [1040, 1041])
+def test_odd_numbers_stay_in_their_rows(classes, labelled, dtype, fused):
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(12, classes, 2, dtype=dtype)
+    with torch.no_grad():
+        _odd_rows(student, teachers)
+    weights = weights.detach().float().requires_grad_()
+    labels = labels.clamp(min=0) if labelled else None
+    for temperature in (1.0, 4.0):
+        args, options = (student, teachers, weights, labels), {"reduction": "none", "temperature": temperature}
+        got, grads = value_and_grads(af.multi_teacher_kd_loss, args, **options)
+        want, wanted = value_and_grads(
+            af.reference.multi_teacher_kd_loss, convert(args, dtype=torch.float64), **options
+        )
+        torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6, equal_nan=True)
+        torch.testing.assert_close(grads[1].double(), wanted[1], rtol=2e-5, atol=1e-5, equal_nan=True)
+        near = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2**-8, "atol": 1e-6}
+        torch.testing.assert_close(grads[0].double(), wanted[0], **near, equal_nan=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

@@ -91,3 +91,18 @@ def test_cuda_kernels_do_not_spill_and_load_16_bytes_at_a_time():
     assert len(whole_packs) == 6  # three dtypes, forward and backward
     for name, text in whole_packs.items():
         assert "LDG.E.128" in text, name
+
+
+@pytest.mark.skipif(not backend.HAS_CUDA, reason="the extension was built without CUDA")
+def test_both_sweeps_of_the_distillation_read_all_tensors_16_bytes_at_a_time():
+    library = Path(importlib.util.find_spec("amtml_fast._C").origin)
+    registers = _resources(library, "REG")["REG"]
+    sweeps = {n: t for n, t in _sass(library, "-arch", "sm_90").items() if "13sweeps_kernelI" in n}
+    assert len(sweeps) == 24  # three dtypes, one to eight teachers
+    for name, text in sweeps.items():
+        teachers = int(re.search(r"Li(\d)E", name)[1])
+        assert len(re.findall(r"LDG\.E\S*\.128", text)) >= 2 * (teachers + 1), name
+        assert re.search(r"STG\.E\S*\.128", text), name
+        assert registers[name] <= (64 if teachers <= 2 else 80 if teachers <= 4 else 128), (
+            name
+        )  # on 8.0, for 4, 3, 2 blocks

@@ -183,9 +183,19 @@ def test_dtensors_run_on_the_reference(case, placement, mesh):
         return distribute_tensor(a.detach(), mesh, [placement]).requires_grad_(a.requires_grad)
 
     parts = [spread(a) for a in args]
+
+    def value_and_gradient(function):
+        got = function(*parts)
+        return got, torch.autograd.grad(got.sum(), parts[0])[0]
+
+    try:
+        value_and_gradient(case.reference)
+    except (RuntimeError, NotImplementedError) as error:  # torch 2.11 pools no DTensors
+        with af.use_backend("auto"), pytest.raises(type(error)):
+            value_and_gradient(case.function)
+        return
     with af.use_backend("auto"):
-        got = case.function(*parts)
-    got_grad = torch.autograd.grad(got.sum(), parts[0])[0]
+        got, got_grad = value_and_gradient(case.function)
     torch.testing.assert_close(got.full_tensor(), want)
     torch.testing.assert_close(got_grad.full_tensor(), grad, rtol=1e-4, atol=1e-6)
     with af.use_backend("cpp"), pytest.raises(RuntimeError, match=r'got a DTensor. use_backend\("reference"\)'):

@@ -45,6 +45,7 @@ struct KDProblem {
   const int64_t* labels;  // null: none
   int64_t ignore_index;
   float temperature, ce_weight, kl_weight, kl_scale, label_smoothing;
+  float unit;                    // log2(e) over the temperature
   bool mean_rows, mean_classes;  // what the reduction divides by
   const int64_t* counted;        // rows that count, or null: found inline
 

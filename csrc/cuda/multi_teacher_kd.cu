@@ -4,51 +4,16 @@
 //   q = softmax(z / tau), p_t = softmax(z_t / tau), p = sum_t w_t p_t; csrc/cpu/multi_teacher_kd.cpp has the formulas.
 //
 // student [N, C] and T teachers [N, C], read in place. Two sweeps over a row: the first makes maxima and sums of all
-// T + 1 softmaxes online, the second everything else. A row of a long vocabulary is spread over a cluster of up to 8
-// blocks, so that few rows are under way at a time and the second sweep finds them in the second-level cache.
-//
-// Traffic: T + 1 rows in (twice, the second time from cache), one out where the gradient is made. Exponentials: T + 2
-// in the first sweep, T + 1 (and one for the labels) in the second, and T more for the gradient of the weights.
-#include <cfloat>
-
-#include "../arithmetic.h"
-#include "kd_rows.cuh"
+// T + 1 softmaxes online, the second everything else. multi_teacher_kd.cuh has the kernel that most calls take; this
+// one takes all others: the sum of KLs, any alignment and number of teachers, teachers of another dtype than the
+// student, and probabilities that are given out or send something back.
+#include "multi_teacher_kd.cuh"
 
 namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
-constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp, kMaxTeachers = 32, kMaxCluster = 8;
-
-struct Problem : KDProblem {
-  Rows teacher[kMaxTeachers];
-  bool mixture;
-};
-
-// What to make; null where it is not asked for.
-struct Wanted {
-  double *ce_rows, *kl_rows;       // [N] times kl_scale, before the reduction
-  float *loss, *ce, *kl;           // [N], instead, for the reduction "none"
-  float *student_probs, *targets;  // [N, C]
-  float* stats;                    // [N, 3 + 2T]: maximum, inverse sums at tau and at 1; maximum, inverse sum a teacher
-  void* grad_student;              // [N, C]
-  float* grad_weights;             // [N, T]
-};
-
-// What comes back, for backward.
-struct Incoming {
-  const float* grad_loss;  // [N] or one
-  bool each_row;
-  const float* divisor;                    // of the loss, or null
-  const float *grad_probs, *grad_targets;  // [N, C] dense, or null
-  float probs_factor;                      // if not NaN, they count that times grad_loss
-
-  __device__ float of_loss(int64_t i) const {
-    const float g = grad_loss[each_row ? i : 0];
-    return divisor ? g / *divisor : g;
-  }
-  __device__ float of_probs() const { return probs_factor == probs_factor ? probs_factor * *grad_loss : 1.0f; }
-};
+constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp;
 
 struct Scratch {
   Online part[kMaxTeachers + 1][kMaxWarps], whole[kMaxTeachers + 1];  // of this block
@@ -286,24 +251,6 @@ __device__ void make_inner(const Problem& pr, const Incoming& in, int64_t i, int
   __syncthreads();
 }
 
-template <class S>
-__device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i, int64_t begin, int64_t end,
-                              bool again) {
-  for (int64_t c = i * pr.classes + begin + threadIdx.x; c < i * pr.classes + end; c += blockDim.x) {
-    if (want.student_probs) want.student_probs[c] = 0;
-    if (want.targets) want.targets[c] = 0;
-    if (want.grad_student) static_cast<S*>(want.grad_student)[c] = S(0.0f);
-  }
-  if (cluster_rank() != 0) return;
-  for (int t = threadIdx.x; t < 3 + 2 * pr.teachers; t += blockDim.x) {
-    if (!again) want.stats[i * (3 + 2 * pr.teachers) + t] = 0;
-    if (want.grad_weights && t < pr.teachers) want.grad_weights[i * pr.teachers + t] = 0;
-  }
-  if (threadIdx.x != 0) return;
-  if (want.kl_rows) want.kl_rows[i] = want.ce_rows[i] = 0;
-  if (want.kl) want.kl[i] = want.ce[i] = want.loss[i] = 0;
-}
-
 // The row's scalars and the gradient of its weights, from sums over all classes: in the first block of the cluster.
 template <class S>
 __device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, float kl_grad, bool through_targets,
@@ -317,29 +264,27 @@ __device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, floa
     want.grad_weights[i * pr.teachers + t] = grad;
   }
   if (threadIdx.x != 0 || !(want.kl_rows || want.kl)) return;
-  double kl = s.totals[0], ce = 0;
+  double kl = s.totals[0];
   for (int t = 0; t < pr.teachers; ++t) {
     if (s.weight[t] != 0) kl += s.weight[t] * (pr.mixture ? s.rest[0] : s.rest[0] - s.rest[t + 1]);
   }
-  kl *= pr.kl_scale;
-  AMTML_DEVICE_CHECK(!pr.labels || pr.has_label(i), "multi_teacher_kd_loss: labels must be in [0, C) or ignore_index");
-  if (pr.labels) ce = cross_entropy<S>(pr, i, s.max[0], s.log_sum1, s.totals[1]);
-  if (want.kl_rows) want.kl_rows[i] = kl, want.ce_rows[i] = ce;
-  if (!want.kl) return;
-  want.kl[i] = static_cast<float>(kl);
-  want.ce[i] = static_cast<float>(ce);
-  want.loss[i] = static_cast<float>(weighted(pr, ce, kl));
+  write_values<S>(pr, want, i, kl, s.totals[1], s.max[0], s.log_sum1);
 }
 
 // again: the statistics are there already (backward), else they are made.
 template <class S, class E, int kPack, bool kAgain>
 __global__ void __launch_bounds__(kMaxThreads, kPack == 8 ? 2 : 3)
-    rows_kernel(const __grid_constant__ Problem pr, const Wanted want, const Incoming in, const float* stats) {
+    rows_kernel(const __grid_constant__ Problem pr, const Wanted want, const Incoming in, const float* stats,
+                Pass pass) {
   Scratch& s = shared<Scratch>();
   const int64_t i = blockIdx.x / cluster_size();
   const int64_t packs = (pr.classes + kPack - 1) / kPack, slice = (packs + cluster_size() - 1) / cluster_size() * kPack;
   const int64_t begin = least(cluster_rank() * slice, pr.classes), end = least(begin + slice, pr.classes);
-  if (pr.ignored(i)) return write_ignored<S>(pr, want, i, begin, end, kAgain);
+  if (pr.ignored(i)) {
+    if (pass != Pass::kRescale) write_ignored<S>(pr, want, i, begin, end, kAgain);
+    return;
+  }
+  if (pass == Pass::kRescale && rescaled<S, kPack>(pr, want, i, begin, end, in.of_loss(i))) return;
   float ce_grad, kl_grad;
   gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
   if (kAgain) {
@@ -443,9 +388,38 @@ struct Inputs {
   }
 };
 
-template <bool kAgain>
-void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, const float* stats, const OnDevice& on) {
+// Whether the kernel of the header can do it.
+bool takes_sweeps(const Inputs& inputs, const Wanted& want, const Incoming& in) {
+  const bool packs = inputs.same && inputs.pack * inputs.student.element_size() == 16;
+  const bool probs = want.student_probs || want.targets || in.grad_probs || in.grad_targets;
+  return packs && inputs.pr.mixture && !probs && inputs.pr.teachers <= kSweepTeachers && inputs.pr.classes < 1LL << 31;
+}
+
+template <class S, int T = 1>
+void run_sweeps(const Problem& pr, const Wanted& want, const Incoming& in, const float* stats, Pass pass,
+                const OnDevice& on) {
+  if constexpr (T < kSweepTeachers) {
+    if (pr.teachers > T) return run_sweeps<S, T + 1>(pr, want, in, stats, pass, on);
+  }
+  auto* const kernel = sweeps_kernel<S, T>;
+  const int64_t packs = pr.classes / Packed<S>::kCount;
+  // Long rows by several blocks, so that fewer are under way at a time, and few rows, so that all multiprocessors work.
+  unsigned cluster = 1, threads = kWarp;
+  while (cluster < kMaxCluster && packs / cluster > kSweepThreads * kSweepSteps) cluster *= 2;
+  while (cluster < kMaxCluster && pr.rows * cluster < kSweepBlocks && packs / cluster > kSweepThreads) cluster *= 2;
+  if (cluster > 1) cluster = on.largest_cluster(kernel, cluster);
+  while (threads < packs / cluster && threads < kSweepThreads) threads *= 2;
+  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster, sizeof(SweepScratch<T>)};
+  launch(kernel, spread, on, pr, want, in, stats, pass);
+}
+
+void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, const float* stats, Pass pass,
+              const OnDevice& on) {
   const Problem& pr = inputs.pr;
+  if (takes_sweeps(inputs, want, in)) {
+    return dispatch_gpu(inputs.student.scalar_type(), kOp,
+                        [&](auto element) { run_sweeps<decltype(element)>(pr, want, in, stats, pass, on); });
+  }
   const unsigned cluster = inputs.cluster(on);
   const int64_t packs = (pr.classes / cluster + inputs.pack - 1) / inputs.pack;
   unsigned threads = kWarp;
@@ -456,10 +430,14 @@ void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, cons
   dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
     using S = decltype(element);
     constexpr int wide = 16 / sizeof(S);
-    auto* const kernel =
-        inputs.same ? (inputs.pack == 1 ? rows_kernel<S, S, 1, kAgain> : rows_kernel<S, S, wide, kAgain>)
-                    : (inputs.pack == 1 ? rows_kernel<S, AnyType, 1, kAgain> : rows_kernel<S, AnyType, 4, kAgain>);
-    launch(kernel, spread, on, pr, want, in, stats);
+    auto run = [&](auto again) {
+      constexpr bool kAgain = decltype(again)::value;
+      auto* const kernel =
+          inputs.same ? (inputs.pack == 1 ? rows_kernel<S, S, 1, kAgain> : rows_kernel<S, S, wide, kAgain>)
+                      : (inputs.pack == 1 ? rows_kernel<S, AnyType, 1, kAgain> : rows_kernel<S, AnyType, 4, kAgain>);
+      launch(kernel, spread, on, pr, want, in, stats, pass);
+    };
+    pass == Pass::kForward ? run(std::false_type{}) : run(std::true_type{});
   });
 }
 
@@ -480,7 +458,7 @@ void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64
   pr.rows = n, pr.classes = student.size(1), pr.teachers = static_cast<int>(teachers);
   pr.student = Rows(student);
   pr.ignore_index = set.ignore_index;
-  pr.temperature = static_cast<float>(set.temperature);
+  pr.temperature = static_cast<float>(set.temperature), pr.unit = kLog2e / pr.temperature;
   pr.ce_weight = static_cast<float>(set.ce_weight), pr.kl_weight = static_cast<float>(set.kl_weight);
   pr.kl_scale = static_cast<float>(set.kl_scale), pr.label_smoothing = static_cast<float>(set.label_smoothing);
   pr.mean_classes = set.reduction == "mean", pr.mean_rows = pr.mean_classes || set.reduction == "batchmean";
@@ -509,20 +487,22 @@ KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& t
                              const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
                              const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
                              bool reduce, const OnDevice& on) {
-  STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == ScalarType::Float, kOp,
-                  ": the forward gradient of a 16-bit student is made in backward");
+  STD_TORCH_CHECK(!need_student_grad || student.scalar_type() != ScalarType::Half, kOp,
+                  ": the gradient of a float16 student is made in backward");
   const Inputs inputs(student, teachers, weights, labels, set, on);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
   const bool none = set.reduction == "none";
   auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, ScalarType::Float); };
+  const bool rounded = student.scalar_type() == ScalarType::BFloat16;
   const Shape value = none ? Shape{n} : Shape{};
+  const ScalarType made = student.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
   KDRows out{make(true, value),
              make(true, value),
              make(true, value),
              make(need_probs, {n, c}),
              make(need_probs, {n, c}),
              make(true, {n, 3 + 2 * count}),
-             make(need_student_grad, {n, c}),
+             empty_or_none(student, need_student_grad, {n, c}, made),
              make(need_weights_grad, {n, count}),
              empty(student, {2, none ? 0 : n}, ScalarType::Double)};
   Wanted want{};
@@ -533,8 +513,9 @@ KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& t
     want.kl_rows = want.ce_rows + n;
   }
   want.student_probs = data(out.student_probs), want.targets = data(out.soft_targets), want.stats = data(out.stats);
-  want.grad_student = data(out.grad_student), want.grad_weights = data(out.grad_weights);
-  run_rows<false>(inputs, want, {}, nullptr, on);
+  if (need_student_grad) want.grad_student = out.grad_student.mutable_data_ptr();
+  want.grad_weights = data(out.grad_weights);
+  run_rows(inputs, want, {}, nullptr, Pass::kForward, on);
   if (reduce && !none) {
     reduce_rows(inputs.pr, want.ce_rows, want.kl_rows, data(out.loss), data(out.ce), data(out.kl), on);
   }
@@ -591,7 +572,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_back(const KDIncoming& incoming, con
   want.grad_weights = data(grad_weights);
   const Incoming in{values(grad_loss), none,           values(divisor),
                     values(back_q),    values(back_p), static_cast<float>(incoming.probs_factor.value_or(NAN))};
-  run_rows<true>(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), on);
+  run_rows(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), Pass::kBackward, on);
   return {grad_student, grad_weights};
 }
 
@@ -611,11 +592,33 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
                                need_weights_grad, on);
 }
 
+// The gradients that forward has made for an incoming gradient of 1, for this one.
+void multi_teacher_kd_rescale_(const Tensor& grad_student, const Tensor& grad_weights, const Tensor& grad_loss,
+                               const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
+                               std::optional<Tensor> labels, const Tensor& stats, double temperature, double ce_weight,
+                               double kl_weight, double kl_scale, std::string mode, std::string reduction,
+                               int64_t ignore_index, double label_smoothing) {
+  const OnDevice on(student);
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
+  const Inputs inputs(student, teachers, weights, labels, set, on);
+  const int64_t n = student.size(0), count = static_cast<int64_t>(teachers.size());
+  const bool none = reduction == "none";
+  check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});
+  check_shape(kOp, "stats", stats, {n, 3 + 2 * count});
+  const Tensor incoming = dense(grad_loss, ScalarType::Float), saved = dense(stats);
+  Wanted want{};
+  if (grad_student.numel()) want.grad_student = grad_student.mutable_data_ptr();
+  want.grad_weights = data(grad_weights);
+  const Incoming in{static_cast<const float*>(incoming.const_data_ptr()), none, nullptr, nullptr, nullptr, NAN};
+  run_rows(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), Pass::kRescale, on);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {
   m.impl("multi_teacher_kd_fwd", TORCH_BOX(&multi_teacher_kd_fwd));
   m.impl("multi_teacher_kd_bwd", TORCH_BOX(&multi_teacher_kd_bwd));
+  m.impl("multi_teacher_kd_rescale_", TORCH_BOX(&multi_teacher_kd_rescale_));
 }
 
 }  // namespace amtml::gpu

@@ -25,6 +25,7 @@
 #define __host__
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -233,6 +234,8 @@ T __shfl_sync(unsigned, T value, int lane) {
   return emulation::exchange(value, lane);
 }
 
+using std::max;
+using std::min;
 inline float __fmul_rn(float a, float b) {
   volatile float product = a * b;  // not contracted with an addition
   return product;

@@ -1,0 +1,32 @@
+"""Gradients that forward has made for an incoming gradient of 1, times that gradient: rows of float32, in place.
+
+A factor of 1, what ``loss.backward()`` sends, moves nothing.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import OPTIONS
+
+BLOCK, PROGRAMS = 1024, 4096
+
+
+@triton.jit(do_not_specialize=["count", "length"])
+def _scale_kernel(rows, by, count, length, by_stride, BLOCK: tl.constexpr):
+    for i in range(tl.program_id(1), count, tl.num_programs(1)):
+        factor = tl.load(by + i * by_stride)
+        if factor != 1:
+            for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                at = rows + i * length.to(tl.int64) + cols
+                tl.store(at, tl.load(at, mask=cols < length) * factor, mask=cols < length)
+
+
+def scale_rows_(rows: Tensor, by: Tensor) -> None:
+    count = rows.shape[0] if by.dim() else 1
+    if rows.numel() == 0:
+        return
+    length = rows.numel() // count
+    grid = min(triton.cdiv(length, BLOCK), PROGRAMS), min(count, PROGRAMS)
+    _scale_kernel[grid](rows, by, count, length, by.stride(0) if by.dim() else 0, BLOCK=BLOCK, num_warps=4, **OPTIONS)
