@@ -7,9 +7,10 @@ import types
 import torch
 from torch import Tensor, nn
 
-from amtml_fast.train import config as configs
-from amtml_fast.train.config import Config, LossConfig, TeacherConfig
-from amtml_fast.train.methods import Context, Method, Step, chosen
+from amtml_fast.train import reading
+from amtml_fast.train.methods.base import Context, Method, Step
+from amtml_fast.train.methods.registry import chosen
+from amtml_fast.train.schema import Config, LossConfig, StudentConfig, TeacherConfig
 
 N, C, T, D = 12, 5, 3, 6
 CHANNELS = {"low": 3, "mid": 4, "high": D}
@@ -49,7 +50,7 @@ def make_step(seed: int = 0, teachers: int = T) -> Step:
 def make_config(**loss: object) -> Config:
     return Config(
         teachers=[TeacherConfig(name=f"t{i}") for i in range(T)],
-        student=configs.StudentConfig(groups={"low": "a", "mid": "b", "high": "c"}),
+        student=StudentConfig(groups={"low": "a", "mid": "b", "high": "c"}),
         loss=LossConfig(**loss),  # type: ignore[arg-type]
     )
 
@@ -59,7 +60,7 @@ def objective(method: str | Method, teachers: int = T, seed: int = 0, **loss: ob
     torch.manual_seed(seed)
     whole = make_config(**loss)
     made = chosen(whole, [method])[0] if isinstance(method, str) else method
-    settings = configs.changed(whole, made.settings(whole), "a test")
+    settings = reading.changed(whole, made.settings(whole), "a test")
     context = Context(
         loss=types.SimpleNamespace(**made.loss(settings)),  # type: ignore[arg-type]
         classes=C,

@@ -14,9 +14,13 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amtml_fast.train import compare, config, loop
+from amtml_fast.train import reading, tasks, trainer
+from amtml_fast.train.folder import Run
+from amtml_fast.train.plan import checked
+from amtml_fast.train.prepare import load_data
 from amtml_fast.train.progress import Display
-from amtml_fast.train.run import Run
+from amtml_fast.train.schema import Config
+from amtml_fast.train.tasks import distill
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)
@@ -57,8 +61,8 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder, self.yaml = folder, folder / "small.yaml"
 
-    def load(self, *overrides: str) -> config.Config:
-        return config.load(self.yaml, [f"out={self.folder}", *overrides])
+    def load(self, *overrides: str) -> Config:
+        return checked(reading.load(self.yaml, [f"out={self.folder}", *overrides]))
 
     def command(self, *words: str) -> list[str]:
         """`words` of the command line, then this place's configuration and output folder."""
@@ -67,8 +71,8 @@ class Place:
 
     def train(self, *overrides: str, method: str = "amtml_kd", seed: int = 0, resume: bool = False) -> Run:
         settings = self.load(*overrides)
-        data = compare.load_data(settings)
-        return compare.distill(settings, data, method, seed, QUIET, resume=resume, fresh=False)
+        data = load_data(settings)
+        return distill(settings, data, method, seed, QUIET, resume=resume, fresh=False)
 
 
 def tensors(run: Run) -> dict[str, Tensor]:
@@ -114,7 +118,7 @@ def teach(folder: Path) -> Path:
     place = Place(folder)
     place.yaml.write_text(YAML)
     settings = place.load()
-    compare.teach(settings, compare.load_data(settings), QUIET)
+    tasks.teach(settings, load_data(settings), QUIET)
     return folder
 
 
@@ -137,14 +141,14 @@ def own_weights(place: Place) -> list[str]:
 
 def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C right after this epoch's checkpoint, in this process."""
-    save = loop.Trainer.save
+    save = trainer.Trainer.save
 
-    def save_and_stop(self: loop.Trainer) -> None:
+    def save_and_stop(self: trainer.Trainer) -> None:
         save(self)
         if self.done == epochs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.Trainer, "save", save_and_stop)
+    monkeypatch.setattr(trainer.Trainer, "save", save_and_stop)
 
 
 # One epoch is 9 steps.

@@ -26,10 +26,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amtml_fast.train import cache, compare, config, jobs, lock, loop, models, run, teachers
-from amtml_fast.train.cache import CacheError, Storage, Store, locked
-from amtml_fast.train.data import Batch, ImageData, ImageSet, Loader
+from amtml_fast.train import fill, frozen, lock, reading, trainer
+from amtml_fast.train.evaluate import EVAL_BATCH
+from amtml_fast.train.fill import stores, use_cache
+from amtml_fast.train.frozen import Outputs, Teachers
+from amtml_fast.train.images import Batch, ImageData, ImageSet, Loader
+from amtml_fast.train.job import student_job, teacher_job
+from amtml_fast.train.networks import small_cnn
+from amtml_fast.train.prepare import load_data, load_teachers
 from amtml_fast.train.progress import Display
+from amtml_fast.train.schema import Config, ConfigError
+from amtml_fast.train.store import CacheError, Storage, Store, locked, no_room
+from amtml_fast.train.tasks import distill
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)
@@ -48,35 +56,35 @@ engine: {threads: 1, device: cpu}
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third of the logits, and a small part of the maps, in each shard; no shard ends where a batch does."""
-    whole = cache.Store.__init__
-    monkeypatch.setattr(cache.Store.__init__, "__kwdefaults__", {**(whole.__kwdefaults__ or {}), "shard_bytes": 24_000})
+    whole = Store.__init__
+    monkeypatch.setattr(Store.__init__, "__kwdefaults__", {**(whole.__kwdefaults__ or {}), "shard_bytes": 24_000})
 
 
-def load(folder: Path, *overrides: str) -> config.Config:
+def load(folder: Path, *overrides: str) -> Config:
     """A configuration with two teachers of random weights."""
     path = folder / "small.yaml"
     if not path.exists():
         path.write_text(YAML.replace("FOLDER", str(folder)))
         for seed, (name, width) in enumerate((("a", 4), ("b", 3))):
             torch.manual_seed(seed)
-            save_file(models.small_cnn(10, width=width).state_dict(), folder / f"{name}.safetensors")
-    return config.load(path, [f"out={folder}", *overrides])
+            save_file(small_cnn(10, width=width).state_dict(), folder / f"{name}.safetensors")
+    return reading.load(path, [f"out={folder}", *overrides])
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
-    return compare.load_data(load(tmp_path_factory.mktemp("data")))
+    return load_data(load(tmp_path_factory.mktemp("data")))
 
 
-def taught(settings: config.Config, data: ImageData, method: str = "amtml_kd") -> teachers.Teachers:
-    found = compare.load_teachers(settings, data, [jobs.student_job(settings, method, 0)], QUIET)
+def taught(settings: Config, data: ImageData, method: str = "amtml_kd") -> Teachers:
+    found = load_teachers(settings, data, [student_job(settings, method, 0)], QUIET)
     assert found is not None
     return found
 
 
-def batches(settings: config.Config, data: ImageData, epoch: int = 1, **options: int) -> list[Batch]:
+def batches(settings: Config, data: ImageData, epoch: int = 1, **options: int) -> list[Batch]:
     """As a student sees them; what is random has a seed that no cache knows."""
-    views = jobs.student_job(settings, "student", 0).fixed_views()
+    views = student_job(settings, "student", 0).fixed_views()
     augment = settings.data.augment
     loader = Loader(data.train, data, 96, shuffle=True, seed=77, augment=augment, **views, **options)
     loader.set_epoch(epoch)
@@ -93,7 +101,7 @@ def one(folder: Path, pattern: str) -> Path:
     return found
 
 
-def equal(a: teachers.Outputs, b: teachers.Outputs) -> bool:
+def equal(a: Outputs, b: Outputs) -> bool:
     pairs = list(zip([*a.logits, *a.maps], [*b.logits, *b.maps], strict=True))
     return all(torch.equal(x, y) and x.dtype == y.dtype == torch.float32 for x, y in pairs)
 
@@ -102,13 +110,13 @@ def equal(a: teachers.Outputs, b: teachers.Outputs) -> bool:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of images in each run of the teachers, but for a single probe."""
     counts: list[int] = []
-    outputs = teachers.Teachers._outputs
+    outputs = Teachers._outputs
 
-    def counted(self: teachers.Teachers, images: Tensor, networks: Sequence) -> teachers.Outputs:
+    def counted(self: Teachers, images: Tensor, networks: Sequence) -> Outputs:
         counts.append(len(images)) if len(images) > 2 else None
         return outputs(self, images, networks)
 
-    monkeypatch.setattr(teachers.Teachers, "_outputs", counted)
+    monkeypatch.setattr(Teachers, "_outputs", counted)
     return counts
 
 
@@ -119,14 +127,12 @@ def test_what_is_kept_is_what_the_teachers_said_bit_for_bit(tmp_path: Path, data
     settings = load(tmp_path)
     found = taught(settings, data)
     assert len(list(tmp_path.glob("teacher-cache/a-logits-*/shard-*"))) == 3
-    plain = list(Loader(data.train, data, teachers.EVAL_BATCH))
+    plain = list(Loader(data.train, data, EVAL_BATCH))
     parts = [found.live(batch.images) for batch in plain]  # in the same batches: other sizes round otherwise
-    whole = teachers.Outputs(
-        *([torch.cat([getattr(p, k)[t] for p in parts]) for t in range(2)] for k in ("logits", "maps"))
-    )
+    whole = Outputs(*([torch.cat([getattr(p, k)[t] for p in parts]) for t in range(2)] for k in ("logits", "maps")))
     seen = 0
     for batch in batches(settings, data):
-        rows = teachers.Outputs([x[batch.index] for x in whole.logits], [x[batch.index] for x in whole.maps])
+        rows = Outputs([x[batch.index] for x in whole.logits], [x[batch.index] for x in whole.maps])
         assert equal(found.outputs(batch), rows)
         seen += len(batch.index)
     assert seen == len(data.train) and found.outputs(batch).maps[0].shape[1:] == (16, 2, 2)
@@ -190,7 +196,7 @@ def test_the_largest_by_hand() -> None:
 
 
 def test_as_many_as_there_are_classes_are_refused(tmp_path: Path, data: ImageData) -> None:
-    with pytest.raises(config.ConfigError, match=r"cache\.logits: fewer than the 10 classes of digits wanted, got 10"):
+    with pytest.raises(ConfigError, match=r"cache\.logits: fewer than the 10 classes of digits wanted, got 10"):
         taught(load(tmp_path, "cache.logits=10"), data)
 
 
@@ -240,8 +246,8 @@ def test_lookups_across_shards_are_those_of_one(tmp_path: Path) -> None:
 def test_hints_may_be_left_out(tmp_path: Path, data: ImageData, calls: list[int]) -> None:
     settings = load(tmp_path, "cache.hints=never")
     assert not taught(settings, data).cache and not (tmp_path / "teacher-cache").exists()  # nothing would be looked up
-    both = [jobs.student_job(settings, method, 0) for method in ("avg_mkd", "amtml_kd")]
-    found = compare.load_teachers(settings, data, both, QUIET)
+    both = [student_job(settings, method, 0) for method in ("avg_mkd", "amtml_kd")]
+    found = load_teachers(settings, data, both, QUIET)
     assert found is not None and not list(tmp_path.glob("teacher-cache/*hint*"))
     batch = batches(settings, data)[0]
     calls.clear()
@@ -257,7 +263,7 @@ VIEWS = ("data.augment=true", "data.views=2")
 def test_views_are_drawn_by_image_whatever_the_order(tmp_path: Path, data: ImageData) -> None:
     settings = load(tmp_path, *VIEWS)
 
-    def images(epoch: int, settings: config.Config = settings, **options: int) -> Tensor:
+    def images(epoch: int, settings: Config = settings, **options: int) -> Tensor:
         out = torch.empty(len(data.train), *data.train.images.shape[1:])
         for batch in batches(settings, data, epoch, **options):
             out[batch.index] = batch.images
@@ -313,7 +319,7 @@ def test_a_student_on_views_learns_the_same_from_the_disk_and_live(tmp_path: Pat
     rows = []
     for name, kept in (("kept", "always"), ("live", "never")):
         settings = load(tmp_path, *VIEWS, f"name={name}", f"cache.teachers={kept}", "distill.lr=0.01")
-        rows.append(compare.distill(settings, data, "avg_mkd", 4, QUIET, resume=False, fresh=False).read_metrics())
+        rows.append(distill(settings, data, "avg_mkd", 4, QUIET, resume=False, fresh=False).read_metrics())
     for a, b in zip(*rows, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert len({row["loss"] for row in rows[0]}) == 3
@@ -321,7 +327,7 @@ def test_a_student_on_views_learns_the_same_from_the_disk_and_live(tmp_path: Pat
 
 def test_what_changes_results_is_in_the_recipe(tmp_path: Path) -> None:
     def recipe(*overrides: str, method: str = "amtml_kd") -> dict[str, object]:
-        return jobs.student_job(load(tmp_path, *overrides), method, 0).recipe()
+        return student_job(load(tmp_path, *overrides), method, 0).recipe()
 
     plain = recipe()
     assert "cache" not in plain and set(plain["data"]) == {"name", "val_fraction", "augment"}  # as before there was one
@@ -336,7 +342,7 @@ def test_what_changes_results_is_in_the_recipe(tmp_path: Path) -> None:
     assert recipe(*VIEWS, "data.augment_seed=0", method="student") == views != recipe(*VIEWS[:1], method="student")
     assert recipe(*VIEWS, "data.augment_seed=1", method="student") != views
     settings = load(tmp_path, *VIEWS)
-    of_teacher = jobs.teacher_job(settings, settings.teachers[0]).recipe()
+    of_teacher = teacher_job(settings, settings.teachers[0]).recipe()
     assert set(of_teacher["data"]) == {"name", "val_fraction", "augment"}  # they are trained without views
 
 
@@ -349,48 +355,48 @@ def test_what_changes_results_is_in_the_recipe(tmp_path: Path) -> None:
      "engine.channels_last=true", "mean"],
 )  # fmt: skip
 def test_what_decides_the_outputs_is_in_the_key(tmp_path: Path, data: ImageData, change: str) -> None:
-    def folders(settings: config.Config, data: ImageData) -> list[str]:
-        found = teachers.load(settings, data, hints=True)
-        return [store.folder.name for store in teachers.stores(settings, found, data)[0].of(0)]
+    def folders(settings: Config, data: ImageData) -> list[str]:
+        found = frozen.load(settings, data, hints=True)
+        return [store.folder.name for store in stores(settings, found, data)[0].of(0)]
 
     before, overrides = folders(load(tmp_path), data), []
     if change == "weights":
-        save_file(models.small_cnn(10, width=4).state_dict(), tmp_path / "a.safetensors")
+        save_file(small_cnn(10, width=4).state_dict(), tmp_path / "a.safetensors")
     elif change == "mean":
         overrides = ["teachers.0.model.mean=[0.3]", "teachers.0.model.std=[0.2]"]
     else:
         overrides = [change]
     settings = load(tmp_path, *overrides)
-    logits, maps = folders(settings, compare.load_data(settings))
+    logits, maps = folders(settings, load_data(settings))
     assert maps != before[1]
     assert (logits == before[0]) == (change in ("teachers.0.hint=block1", "cache.hints=float16"))
 
 
 def test_the_order_of_images_and_labels_is_in_the_key(tmp_path: Path, data: ImageData) -> None:
     settings, train = load(tmp_path), data.train
-    found = teachers.load(settings, data, hints=False)
+    found = frozen.load(settings, data, hints=False)
     turned = ImageSet(train.images.flip(0), train.labels), ImageSet(train.images, train.labels.flip(0))
     all_data = (data, *(replace(data, train=split) for split in turned))  # the statistics are the same
-    assert len({teachers.stores(settings, found, each)[0].logits[0].folder for each in all_data}) == 3
+    assert len({stores(settings, found, each)[0].logits[0].folder for each in all_data}) == 3
 
 
 def test_room_decides(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     size = 2 * len(data.train) * 10 * 4  # bytes of two teachers' logits
-    monkeypatch.setattr(teachers, "free_disk", lambda folder: 2 * size - 1)
-    job = [jobs.student_job(load(tmp_path), "avg_mkd", 0)]
-    found = compare.load_teachers(load(tmp_path), data, job, Display())
+    monkeypatch.setattr(fill, "free_disk", lambda folder: 2 * size - 1)
+    job = [student_job(load(tmp_path), "avg_mkd", 0)]
+    found = load_teachers(load(tmp_path), data, job, Display())
     assert found is not None and not found.cache and not (tmp_path / "teacher-cache").exists()
     assert "half of the free disk" in capsys.readouterr().out
-    monkeypatch.setattr(teachers, "free_disk", lambda folder: size - 1)
+    monkeypatch.setattr(fill, "free_disk", lambda folder: size - 1)
     with pytest.raises(CacheError, match=rf"teacher-cache: no room .* {size:,} bytes wanted.*nothing was written"):
         taught(load(tmp_path, "cache.teachers=always"), data, "avg_mkd")
-    monkeypatch.setattr(teachers, "free_disk", lambda folder: size)
+    monkeypatch.setattr(fill, "free_disk", lambda folder: size)
     assert taught(load(tmp_path, "cache.teachers=always"), data, "avg_mkd").cache
-    monkeypatch.setattr(teachers, "free_disk", lambda folder: 0)
+    monkeypatch.setattr(fill, "free_disk", lambda folder: 0)
     assert taught(load(tmp_path), data, "avg_mkd").cache  # nothing more is wanted
-    monkeypatch.setattr(teachers, "free_memory", lambda device: size - 1)
+    monkeypatch.setattr(fill, "free_memory", lambda device: size - 1)
     assert not taught(load(tmp_path), data, "avg_mkd").cache
     assert taught(load(tmp_path, "cache.teachers=always"), data, "avg_mkd").cache
 
@@ -399,12 +405,14 @@ def test_room_decides(
 
 FILL = """
 import os, signal, sys
-from amtml_fast.train import cache, compare, config, jobs
+from amtml_fast.train import prepare, reading
+from amtml_fast.train.job import student_job
 from amtml_fast.train.progress import Display
+from amtml_fast.train.store import Store
 
-cache.Store.__init__.__kwdefaults__["shard_bytes"] = 24_000
+Store.__init__.__kwdefaults__["shard_bytes"] = 24_000
 dies = int(sys.argv[2])
-write, written = cache.Store._write, []
+write, written = Store._write, []
 
 def counted(self, path, *content):
     if path.suffix == ".safetensors":
@@ -414,12 +422,12 @@ def counted(self, path, *content):
             os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)
     return write(self, path, *content)
 
-cache.Store._write = counted
-settings = config.load(sys.argv[1] + "/small.yaml", ["out=" + sys.argv[1]])
+Store._write = counted
+settings = reading.load(sys.argv[1] + "/small.yaml", ["out=" + sys.argv[1]])
 print("ready", flush=True)
 sys.stdin.readline()
-data = compare.load_data(settings)
-found = compare.load_teachers(settings, data, [jobs.student_job(settings, "amtml_kd", 0)], Display())
+data = prepare.load_data(settings)
+found = prepare.load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], Display())
 print(len(written), bool(found.cache), flush=True)
 """
 
@@ -480,13 +488,13 @@ def test_the_second_waits_and_goes_on_when_the_first_dies(
     tmp_path: Path, data: ImageData, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = load(tmp_path)
-    found = teachers.load(settings, data, hints=False)
-    held = teachers.stores(settings, found, data)[0].logits
+    found = frozen.load(settings, data, hints=False)
+    held = stores(settings, found, data)[0].logits
     with locked(held[0]) as first, locked(held[1]) as second:
         assert first and second
         with locked(held[0]) as again:
             assert not again
-        waiting = threading.Thread(target=teachers.use_cache, args=(settings, found, data, Display()))
+        waiting = threading.Thread(target=use_cache, args=(settings, found, data, Display()))
         waiting.start()
         time.sleep(0.5)
         assert waiting.is_alive() and not list(tmp_path.glob("teacher-cache/*/shard-*"))
@@ -500,12 +508,12 @@ def test_without_locks_two_writers_still_end_with_a_whole_cache(
 ) -> None:
     monkeypatch.setattr(lock, "fcntl", None)
     settings = load(tmp_path)
-    found = [teachers.load(settings, data, hints=True) for _ in range(2)]
+    found = [frozen.load(settings, data, hints=True) for _ in range(2)]
     errors: list[BaseException] = []
 
-    def use(one: teachers.Teachers) -> None:
+    def use(one: Teachers) -> None:
         try:
-            teachers.use_cache(settings, one, data, QUIET)
+            use_cache(settings, one, data, QUIET)
         except BaseException as error:
             errors.append(error)
 
@@ -521,7 +529,7 @@ def test_without_locks_two_writers_still_end_with_a_whole_cache(
 
 
 def test_teachers_in_threads_leave_the_compiler_as_it_was(tmp_path: Path, data: ImageData) -> None:
-    found = teachers.load(load(tmp_path), data, hints=False)
+    found = frozen.load(load(tmp_path), data, hints=False)
     inside, leave = [threading.Event() for _ in range(2)], [threading.Event() for _ in range(2)]
     mine = threading.local()
     forward = found.models[0].forward
@@ -603,7 +611,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half(
         sync(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(CacheError, match=r"teacher-cache.a-hint-\w+: no room .* bytes wanted, [\d,]+ free; files"):
             taught(load(tmp_path), data)
     left = shards(tmp_path)
@@ -736,12 +744,12 @@ def test_a_shard_that_went_missing_is_made_again_alone(tmp_path: Path, data: Ima
 def test_a_worker_reports_it(tmp_path: Path) -> None:
     import pickle
 
-    error = pickle.loads(pickle.dumps(cache.no_room(tmp_path, 5, "x")))
+    error = pickle.loads(pickle.dumps(no_room(tmp_path, 5, "x")))
     assert isinstance(error, CacheError) and "5 bytes wanted" in str(error)
 
 
 def test_the_run_folders_know_nothing_of_it(tmp_path: Path, data: ImageData) -> None:
     settings = load(tmp_path, "cache.folder=" + str(tmp_path / "elsewhere"), "distill.epochs=1")
-    job = jobs.student_job(settings, "avg_mkd", 0)
-    assert loop.train(job, data, taught(settings, data, "avg_mkd"), QUIET).finished()
+    job = student_job(settings, "avg_mkd", 0)
+    assert trainer.train(job, data, taught(settings, data, "avg_mkd"), QUIET).finished()
     assert len(list((tmp_path / "elsewhere").iterdir())) == 2 and not (tmp_path / "teacher-cache").exists()

@@ -19,13 +19,22 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import torch
 
-from amtml_fast.train import compare, config, loop, optim, results, workers
-from amtml_fast.train import teachers as frozen
-from amtml_fast.train.data import Loader
-from amtml_fast.train.jobs import student_job, teachers_of
+from amtml_fast.train import frozen, optim, reading, results, workers
+from amtml_fast.train.distiller import make_distiller, teachers_of
+from amtml_fast.train.files import RunError, read_json
+from amtml_fast.train.fill import use_cache
+from amtml_fast.train.folder import Run
+from amtml_fast.train.frozen import Teachers
+from amtml_fast.train.images import Loader, of_classes
+from amtml_fast.train.job import student_job
 from amtml_fast.train.memory import PeakMemory
+from amtml_fast.train.plan import checked, plan
+from amtml_fast.train.prepare import load_data
 from amtml_fast.train.progress import Display
-from amtml_fast.train.run import Run, RunError, read_json
+from amtml_fast.train.schema import Config, ConfigError, StagesConfig
+from amtml_fast.train.session import Outcome, compare
+from amtml_fast.train.tables import Row
+from amtml_fast.train.tasks import distill, teach
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)
@@ -48,10 +57,10 @@ engine: {threads: 1, device: cpu}
 """
 
 
-def load(folder: Path, *overrides: str, lines: str = YAML) -> config.Config:
+def load(folder: Path, *overrides: str, lines: str = YAML) -> Config:
     path = folder / "small.yaml"
     path.write_text(lines)
-    return config.load(path, [f"out={folder}", *overrides])
+    return checked(reading.load(path, [f"out={folder}", *overrides]))
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -60,7 +69,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 class Compared(NamedTuple):
     folder: Path
-    outcome: compare.Outcome
+    outcome: Outcome
     weights: dict[str, bytes]
 
 
@@ -68,7 +77,7 @@ class Compared(NamedTuple):
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
     """The whole comparison, one run after another."""
     folder = tmp_path_factory.mktemp("compared")
-    outcome = compare.compare(load(folder), QUIET)
+    outcome = compare(load(folder), QUIET)
     return Compared(folder, outcome, weights(folder))
 
 
@@ -76,7 +85,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
 
 
 def test_every_student_is_trained_once_and_named_by_what_differs(tmp_path: Path) -> None:
-    jobs = compare.plan(load(tmp_path, "compare.seeds=[3]"))
+    jobs = plan(load(tmp_path, "compare.seeds=[3]"))
     assert [job.folder.name for job in jobs] == [
         "student-seed3",
         "avg_mkd-2teachers-seed3",
@@ -94,7 +103,7 @@ def test_every_student_is_trained_once_and_named_by_what_differs(tmp_path: Path)
 
 
 def test_single_teachers_do_not_depend_on_how_many_there_are(tmp_path: Path) -> None:
-    jobs = compare.plan(load(tmp_path, "compare.methods=[okd, dml]", "compare.seeds=[0]", "compare.students=[]"))
+    jobs = plan(load(tmp_path, "compare.methods=[okd, dml]", "compare.seeds=[0]", "compare.students=[]"))
     assert [(job.folder.name, job.teachers) for job in jobs] == [
         ("okd-a-seed0", ("a",)),
         ("okd-b-seed0", ("b",)),
@@ -106,11 +115,11 @@ def test_single_teachers_do_not_depend_on_how_many_there_are(tmp_path: Path) -> 
 
 def test_a_method_is_given_the_teachers_and_maps_that_it_asks_for(compared: Compared) -> None:
     settings = load(compared.folder)
-    data = compare.load_data(settings)
+    data = load_data(settings)
     everyone = frozen.load(settings, data, hints=True)
-    frozen.use_cache(settings, everyone, data, QUIET)
+    use_cache(settings, everyone, data, QUIET)
 
-    def of(method: str, number: int | None = None) -> frozen.Teachers | None:
+    def of(method: str, number: int | None = None) -> Teachers | None:
         return teachers_of(student_job(settings, method, 0, teachers=number), everyone)
 
     two, best, single, none = of("avg_mkd", 2), of("fitnet"), of("okd-b"), of("student")
@@ -142,7 +151,7 @@ def test_a_method_is_given_the_teachers_and_maps_that_it_asks_for(compared: Comp
     ],
 )
 def test_what_the_student_does_not_offer(tmp_path: Path, method: str, change: str, message: str) -> None:
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         student_job(load(tmp_path, change), method, 0)
 
 
@@ -151,13 +160,13 @@ def test_an_explicit_mapping_is_cut_to_the_teachers_that_there_are(tmp_path: Pat
     assert student_job(settings, "amtml_kd", 0).config.loss.mapping == {"b": "low", "a": "high", "c": "mid"}
     assert student_job(settings, "amtml_kd", 0, teachers=1).config.loss.mapping == {"a": "high"}
     assert student_job(settings, "amtml_paper_code", 0, teachers=1).config.loss.mapping == {"a": "low"}
-    with pytest.raises(config.ConfigError, match=r"at least one of a wanted, got {'b': 'low'}"):
+    with pytest.raises(ConfigError, match=r"at least one of a wanted, got {'b': 'low'}"):
         student_job(load(tmp_path, "loss.mapping={b: low}"), "amtml_kd", 0, teachers=1)
 
 
 def test_paper_code_takes_the_groups_of_the_student_at_hand(tmp_path: Path) -> None:
     other = "compare.students=[{name: other, factory: small_cnn, features: block3, groups: {x: block1, y: block2, z: block3}}]"
-    jobs = compare.plan(load(tmp_path, other, "compare.methods=[amtml_paper_code]", "compare.seeds=[0]"))
+    jobs = plan(load(tmp_path, other, "compare.methods=[amtml_paper_code]", "compare.seeds=[0]"))
     assert {str(job.config.loss.mapping) for job in jobs} == {"{'a': 'low', 'b': 'mid'}", "{'a': 'x', 'b': 'y'}"}
 
 
@@ -172,8 +181,8 @@ def test_what_would_be_mixed_up(tmp_path: Path, variants: str, message: str) -> 
     lines = YAML.replace("methods: [student, avg_mkd, amtml_kd]", "methods: [one, two, one-wide]")
     lines = lines + f"variants: {{{variants}}}\n"
     names = "[one, two]" if "two" in variants else "[one, one-wide]"
-    with pytest.raises(config.ConfigError, match=message):
-        compare.plan(load(tmp_path, f"compare.methods={names}", lines=lines.replace("[one, two, one-wide]", names)))
+    with pytest.raises(ConfigError, match=message):
+        plan(load(tmp_path, f"compare.methods={names}", lines=lines.replace("[one, two, one-wide]", names)))
 
 
 def test_what_decides_a_result_is_in_its_recipe(compared: Compared) -> None:
@@ -200,7 +209,7 @@ def test_what_decides_a_result_is_in_its_recipe(compared: Compared) -> None:
 def test_a_module_that_the_student_does_not_have(compared: Compared) -> None:
     settings = load(compared.folder, "student.groups={low: block1, mid: blok2, high: block3}", "name=untaught")
     with pytest.raises(ValueError, match=r"no module groups.mid='blok2'; near names: block"):
-        compare.compare(settings, QUIET)
+        compare(settings, QUIET)
     assert not (compared.folder / "untaught").exists()  # before anything was trained
 
 
@@ -208,42 +217,42 @@ def test_a_module_that_the_student_does_not_have(compared: Compared) -> None:
 
 
 def test_a_specialist_sees_its_classes_alone(tmp_path: Path) -> None:
-    data = compare.load_data(load(tmp_path))
-    part = loop.of_classes(data, [0, 1, 2])
+    data = load_data(load(tmp_path))
+    part = of_classes(data, [0, 1, 2])
     assert part.train.labels.unique().tolist() == [0, 1, 2] and part.val is data.val and part.test is data.test
     whole = data.train.labels
     assert len(part.train) == sum((whole == label).sum().item() for label in (0, 1, 2))
     assert torch.equal(part.train.images, data.train.images[whole <= 2])
-    assert loop.of_classes(data, None) is data
+    assert of_classes(data, None) is data
     for classes in ([], [3, 10]):
-        with pytest.raises(config.ConfigError, match=r"labels in \[0, 10\) wanted"):
-            loop.of_classes(data, classes)
+        with pytest.raises(ConfigError, match=r"labels in \[0, 10\) wanted"):
+            of_classes(data, classes)
 
 
 def test_a_specialist_never_predicts_another_class(compared: Compared) -> None:
     settings = load(compared.folder, "teach.epochs=8", "name=specialist", "compare.methods=[student]")
-    data = compare.load_data(settings)
-    compare.teach(settings, data, QUIET)
+    data = load_data(settings)
+    teach(settings, data, QUIET)
     teachers = frozen.load(settings, data, hints=False)
     guesses = teachers.live(next(iter(Loader(data.test, data, 300))).images).logits
     assert set(guesses[2].argmax(1).tolist()) <= {0, 1, 2} and len(set(guesses[0].argmax(1).tolist())) > 3
 
 
 def test_the_adapter_may_have_a_rate_of_its_own() -> None:
-    stages = config.StagesConfig(adapter_lr=0.2, adapter_milestones=[2, 4])
+    stages = StagesConfig(adapter_lr=0.2, adapter_milestones=[2, 4])
     rates = [optim.adapter_rate(stages, epoch) for epoch in range(1, 7)]
     assert rates == pytest.approx([0.2, 0.2, 0.02, 0.02, 0.002, 0.002])
-    assert optim.adapter_rate(config.StagesConfig(), 1) is None
+    assert optim.adapter_rate(StagesConfig(), 1) is None
 
 
 def test_an_adapter_at_rate_zero_stays_while_the_student_learns(compared: Compared) -> None:
     from safetensors.torch import load_file
 
     settings = load(compared.folder, "stages.adapter_lr=0.0", "name=small", "distill.epochs=1")
-    data = compare.load_data(settings)
-    run = compare.distill(settings, data, "amtml_kd", 5, QUIET, resume=False, fresh=False)
+    data = load_data(settings)
+    run = distill(settings, data, "amtml_kd", 5, QUIET, resume=False, fresh=False)
     teachers = frozen.load(settings, data, hints=True)
-    fresh = loop.make_distiller(student_job(settings, "amtml_kd", 5), data, teachers)
+    fresh = make_distiller(student_job(settings, "amtml_kd", 5), data, teachers)
     after, before = load_file(run.folder / "objective.safetensors"), fresh.objective.state_dict()
     for key, value in before.items():
         assert torch.equal(after[key], value) == ("adapter" in key), key
@@ -282,7 +291,7 @@ def test_a_stopped_comparison_side_by_side_ends_like_one_run_after_another(compa
     assert process.returncode == 130, err
     assert "of 20 students are finished" in err and "To go on: amtml-fast compare" in err
     assert children_of(process.pid) == []
-    other = compare.compare(load(tmp_path, "compare.workers=2"), QUIET)
+    other = compare(load(tmp_path, "compare.workers=2"), QUIET)
     assert weights(tmp_path) == compared.weights and len(compared.weights) > 20
     for one, two in zip(compared.outcome.found.rows, other.found.rows, strict=True):
         assert (one.method, one.student, one.teachers) == (two.method, two.student, two.teachers)
@@ -299,7 +308,7 @@ def test_a_second_comparison_in_one_folder_is_refused(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     with pytest.raises(RunError, match=r"train\.epochs: 500 there, 1 here"):  # not the lock
-        compare.compare(load(tmp_path, "distill.epochs=1"), QUIET)
+        compare(load(tmp_path, "distill.epochs=1"), QUIET)
     assert not (tmp_path / "small" / ".lock").exists()
 
 
@@ -330,14 +339,14 @@ def children_of(pid: int) -> list[int]:
 def test_a_workers_mistake_is_the_parents_message(tmp_path: Path) -> None:
     settings = load(tmp_path, "compare.workers=2", "teachers.0.model.factory=small_cn")
     with pytest.raises(ValueError, match=r"no model 'small_cn'; near names: small_cnn"):
-        compare.compare(settings, QUIET)
+        compare(settings, QUIET)
 
 
 def test_a_method_that_diverges_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = YAML.replace("methods: [student, avg_mkd, amtml_kd]", "methods: [student, bad, avg_mkd]")
     lines += "variants: {bad: {method: amtml_kd, label: Bad, loss: {hint_weight: 1e30}}}\n"
     settings = load(tmp_path, "compare.students=[]", "compare.teachers=[]", "compare.seeds=[0]", lines=lines)
-    found = compare.compare(settings, Display()).found
+    found = compare(settings, Display()).found
     assert [row.method for row in found.main] == ["student", "avg_mkd"]
     assert found.missing == ["Bad, seed 0"] and "Left out" in found.sentence and "Bad, seed 0" in found.sentence
     assert "goes on without Bad" in capsys.readouterr().out
@@ -347,12 +356,10 @@ def test_a_method_that_diverges_is_left_out_and_said(tmp_path: Path, capsys: pyt
 def test_a_comparison_grows_without_training_again(compared: Compared) -> None:
     folder = compared.folder
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("small/*/run.json")}
-    grown = compare.compare(
-        load(folder, "compare.methods=[student, avg_mkd, eb_kd, amtml_kd]", "loss.at_weight=3"), QUIET
-    )
+    grown = compare(load(folder, "compare.methods=[student, avg_mkd, eb_kd, amtml_kd]", "loss.at_weight=3"), QUIET)
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert {row.method for row in grown.found.rows} == {"student", "avg_mkd", "eb_kd", "amtml_kd"}
-    compare.compare(load(folder), QUIET)  # the tables as they were
+    compare(load(folder), QUIET)  # the tables as they were
 
 
 def test_a_folder_of_another_configuration_is_refused_before_anything_is_trained(
@@ -361,7 +368,7 @@ def test_a_folder_of_another_configuration_is_refused_before_anything_is_trained
     folder = compared.folder
     before = sorted(folder.glob("small/*"))
     with pytest.raises(RunError, match=r"train\.lr: 0\.1 there, 0\.2 here"):
-        compare.compare(load(folder, "compare.seeds=[9, 0]", "distill.lr=0.2"), QUIET)
+        compare(load(folder, "compare.seeds=[9, 0]", "distill.lr=0.2"), QUIET)
     assert sorted(folder.glob("small/*")) == before
 
 
@@ -396,10 +403,10 @@ def test_tables_have_every_side_of_the_comparison(compared: Compared) -> None:
 
 def test_the_plain_case_is_the_one_with_the_most_teachers_compared(compared: Compared) -> None:
     settings = load(compared.folder, "compare.teachers=[2]")
-    found = compare.compare(settings, QUIET).found
+    found = compare(settings, QUIET).found
     assert [(row.method, row.teachers) for row in found.main] == [("student", None), ("avg_mkd", 2), ("amtml_kd", 2)]
     assert "AMTML-KD" in found.sentence and "AvgMKD" in found.sentence
-    compare.compare(load(compared.folder), QUIET)  # the tables as they were
+    compare(load(compared.folder), QUIET)  # the tables as they were
 
 
 def test_every_network_is_in_the_table_of_sizes(compared: Compared) -> None:
@@ -426,7 +433,7 @@ def test_the_share_of_examples_won_is_logged(compared: Compared) -> None:
 
 def test_okds_mean_is_over_the_first_teachers(tmp_path: Path) -> None:
     settings = load(tmp_path)
-    row = results.report.Row
+    row = Row
     main = [row(f"okd-{name}", name, 10, [value, value + 0.1]) for name, value in (("a", 0.3), ("b", 0.5), ("c", 0.7))]
     found = results.Found(main, main, [], [], "", {})
     means = results.okd_means(settings, found)

@@ -10,14 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
-from amtml_fast.train import data, readers, samples
+from amtml_fast.train import readers, samples
+from amtml_fast.train.images import (
+    Batch,
+    ImageData,
+    ImageSet,
+    Loader,
+    channel_statistics,
+    flip_and_crop,
+    from_datasets,
+    load,
+)
 
 # --- digits and the validation split
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.load("digits", val_fraction=0.15, seed=3)
+    return load("digits", val_fraction=0.15, seed=3)
 
 
 def test_digits_are_the_1797_scans(digits):
@@ -34,7 +44,7 @@ def test_digits_are_the_1797_scans(digits):
 
 
 def test_the_test_split_does_not_depend_on_seed_or_fraction(digits):
-    other = data.load("digits", val_fraction=0.3, seed=4)
+    other = load("digits", val_fraction=0.3, seed=4)
     assert torch.equal(other.test.images, digits.test.images)
     assert torch.equal(other.test.labels, digits.test.labels)
     counts = torch.bincount(digits.test.labels)
@@ -42,7 +52,7 @@ def test_the_test_split_does_not_depend_on_seed_or_fraction(digits):
 
 
 def test_load_is_a_function_of_its_seed(digits):
-    again, other = data.load("digits", val_fraction=0.15, seed=3), data.load("digits", val_fraction=0.15, seed=4)
+    again, other = load("digits", val_fraction=0.15, seed=3), load("digits", val_fraction=0.15, seed=4)
     assert torch.equal(again.val.images, digits.val.images) and torch.equal(again.train.images, digits.train.images)
     assert not torch.equal(other.val.images, digits.val.images)
 
@@ -69,21 +79,21 @@ def test_mean_and_std_are_those_of_the_training_split(digits):
     assert digits.std == pytest.approx([pixels.std(correction=0).item()], abs=1e-12)
     images = torch.stack([torch.full((4, 2, 2), 51, dtype=torch.uint8), torch.full((4, 2, 2), 7, dtype=torch.uint8)], 1)
     images[:2, 0] = 0
-    mean, std = data.channel_statistics(images)
+    mean, std = channel_statistics(images)
     assert mean == pytest.approx([0.1, 7 / 255]) and std == pytest.approx([0.1, 1.0])  # a constant channel has std 1
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_val_fraction_must_be_a_fraction(fraction):
     with pytest.raises(ValueError, match=f"data.val_fraction: must be between 0 and 1, got {fraction}"):
-        data.load("digits", val_fraction=fraction)
+        load("digits", val_fraction=fraction)
 
 
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="no data set 'cifar'; near names: cifar10"):
-        data.load("cifar")
+        load("cifar")
     with pytest.raises(ValueError, match="digits are inside scikit-learn"):
-        data.load("digits", tmp_path)
+        load("digits", tmp_path)
 
 
 # --- fashion_mnist
@@ -111,7 +121,7 @@ def fashion(tmp_path):
 
 def test_fashion_mnist_is_read_byte_for_byte(fashion):
     folder, images = fashion
-    loaded = data.load("fashion_mnist", str(folder))
+    loaded = load("fashion_mnist", str(folder))
     assert np.array_equal(loaded.test.images[:, 0].numpy(), images["t10k"])
     assert loaded.test.labels.tolist() == [*range(10)] * 2
     assert loaded.test.images.shape == (20, 1, 28, 28)
@@ -127,17 +137,17 @@ def test_fashion_mnist_missing_says_what_where_and_whence(fashion, monkeypatch):
     (folder / "t10k-labels-idx1-ubyte.gz").unlink()
     message = rf"looked for t10k-labels-idx1-ubyte.gz in {folder}, not found; .*apt-get install dataset-fashion-mnist"
     with pytest.raises(FileNotFoundError, match=message):
-        data.load("fashion_mnist", folder)
+        load("fashion_mnist", folder)
     monkeypatch.setattr(readers, "FASHION_MNIST_FOLDER", folder / "nowhere")
     with pytest.raises(FileNotFoundError, match=f"looked for train-images-idx3-ubyte.gz in {folder / 'nowhere'}"):
-        data.load("fashion_mnist")
+        load("fashion_mnist")
 
 
 @pytest.mark.skipif(
     not readers.FASHION_MNIST_FOLDER.is_dir(), reason="the package dataset-fashion-mnist is not installed"
 )
 def test_fashion_mnist_as_debian_installs_it():
-    loaded = data.load("fashion_mnist")
+    loaded = load("fashion_mnist")
     assert len(loaded.train) == 54_000 and len(loaded.val) == 6_000 and len(loaded.test) == 10_000
     assert loaded.mean == pytest.approx([0.286], abs=1e-3) and loaded.std == pytest.approx([0.353], abs=1e-3)
 
@@ -170,14 +180,14 @@ def test_a_broken_idx_file_is_named(fashion, file, content, message):
     folder, _ = fashion
     (folder / f"{file}-ubyte.gz").write_bytes(content)
     with pytest.raises(ValueError, match=f"{file}-ubyte.gz: .*{message}"):
-        data.load("fashion_mnist", folder)
+        load("fashion_mnist", folder)
 
 
 def test_idx_counts_must_agree(fashion):
     folder, _ = fashion
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(39) % 10)))
     with pytest.raises(ValueError, match=r"has 40 images, train-labels-idx1-ubyte.gz 39 labels"):
-        data.load("fashion_mnist", folder)
+        load("fashion_mnist", folder)
 
 
 def test_a_split_without_images_is_an_error(fashion):
@@ -185,7 +195,7 @@ def test_a_split_without_images_is_an_error(fashion):
     (folder / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(random_images(0, 28, 28))))
     (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(0))))
     with pytest.raises(ValueError, match="fashion_mnist must have images for training and for testing, got 40 and 0"):
-        data.load("fashion_mnist", folder)
+        load("fashion_mnist", folder)
 
 
 # --- CIFAR
@@ -216,13 +226,13 @@ CIFAR = [("cifar10", "cifar-10-batches-bin", 10, 5), ("cifar100", "cifar-100-bin
 @pytest.mark.parametrize("name, folder, classes, files", CIFAR)
 def test_cifar_binary_version(tmp_path, name, folder, classes, files):
     test = write_cifar(tmp_path / folder, classes)
-    loaded = data.load(name, tmp_path)
+    loaded = load(name, tmp_path)
     assert np.array_equal(loaded.test.images.numpy(), test)
     assert loaded.test.labels.tolist() == np.repeat(np.arange(classes), 2).tolist()
     assert len(loaded.train) + len(loaded.val) == 2 * classes * files
     assert loaded.classes == tuple(f"class{i}" for i in range(classes))
     assert loaded.mean == (0.485, 0.456, 0.406) and loaded.std == (0.229, 0.224, 0.225)
-    inside = data.load(name, tmp_path / folder)  # the folder itself is found too
+    inside = load(name, tmp_path / folder)  # the folder itself is found too
     assert torch.equal(inside.train.images, loaded.train.images)
 
 
@@ -231,9 +241,9 @@ def test_cifar_default_folder_is_data(tmp_path, monkeypatch):
     with pytest.raises(
         FileNotFoundError, match=r"looked for data_batch_1.bin in data/cifar-10-batches-bin and data, not found"
     ):
-        data.load("cifar10")
+        load("cifar10")
     write_cifar(tmp_path / "data" / "cifar-10-batches-bin", 10)
-    assert len(data.load("cifar10").test) == 20
+    assert len(load("cifar10").test) == 20
 
 
 @pytest.mark.parametrize("name, folder, classes, files", CIFAR)
@@ -246,11 +256,11 @@ def test_broken_cifar_files_are_named(tmp_path, name, folder, classes, files):
     record = 3073 if classes == 10 else 3074
     message = f"{file.name}: wrong size, must be whole records of {record} bytes, got {len(content) - 1} bytes"
     with pytest.raises(ValueError, match=message):
-        data.load(name, tmp_path)
+        load(name, tmp_path)
 
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=f"{file.name}: wrong size"):
-        data.load(name, tmp_path)
+        load(name, tmp_path)
 
     broken = bytearray(content)
     broken[record + record - 3073] = classes  # the (fine) label of the second record
@@ -258,19 +268,19 @@ def test_broken_cifar_files_are_named(tmp_path, name, folder, classes, files):
     with pytest.raises(
         ValueError, match=rf"{file.name}: labels must be in \[0, {classes}\), got {classes} at record 1"
     ):
-        data.load(name, tmp_path)
+        load(name, tmp_path)
 
     file.unlink()
     with pytest.raises(
         FileNotFoundError, match=rf"looked for {file.name} in .*https://www.cs.toronto.edu/.*-binary.tar.gz"
     ):
-        data.load(name, tmp_path)
+        load(name, tmp_path)
 
     file.write_bytes(content)
     names = next((tmp_path / folder).glob("*.txt"))
     names.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=f"{names.name}: must hold {classes} class names, got 2"):
-        data.load(name, tmp_path)
+        load(name, tmp_path)
 
 
 class FakeCIFAR:
@@ -302,9 +312,9 @@ def torchvision(monkeypatch):
 @pytest.mark.parametrize("name, folder, classes, files", CIFAR)
 def test_cifar_is_fetched_where_it_is_missing_and_asked_for(tmp_path, torchvision, name, folder, classes, files):
     with pytest.raises(FileNotFoundError, match=r"binary.tar.gz and unpack it there, or set data.download=true"):
-        data.load(name, tmp_path)
+        load(name, tmp_path)
     assert torchvision == []
-    loaded = data.load(name, tmp_path, download=True)
+    loaded = load(name, tmp_path, download=True)
     assert torchvision == [(tmp_path, True), (tmp_path, False)]
     assert np.array_equal(loaded.test.images.numpy(), random_images(2 * classes, 3, 32, 32))
     assert loaded.test.labels.tolist() == [*range(classes)] * 2
@@ -313,7 +323,7 @@ def test_cifar_is_fetched_where_it_is_missing_and_asked_for(tmp_path, torchvisio
     assert len(loaded.train) + len(loaded.val) == 2 * classes
 
     test = write_cifar(tmp_path / folder, classes)  # the files that are there go first
-    assert np.array_equal(data.load(name, tmp_path, download=True).test.images.numpy(), test)
+    assert np.array_equal(load(name, tmp_path, download=True).test.images.numpy(), test)
     assert len(torchvision) == 2
 
 
@@ -325,12 +335,12 @@ def test_fetching_says_what_it_needs(tmp_path, torchvision, monkeypatch):
 
     monkeypatch.setattr(FakeCIFAR, "__init__", no_network)
     with pytest.raises(FileNotFoundError, match=rf"fetch CIFAR10 into {tmp_path} \(no route to host\); {by_hand}"):
-        data.load("cifar10", tmp_path, download=True)
+        load("cifar10", tmp_path, download=True)
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=rf'needs torchvision \(pip install "amtml-fast\[zoo\]"\); or {by_hand}'):
-        data.load("cifar10", tmp_path, download=True)
+        load("cifar10", tmp_path, download=True)
     with pytest.raises(ValueError, match=r"only cifar10 and cifar100 can be fetched, got data.name='digits'"):
-        data.load("digits", download=True)
+        load("digits", download=True)
 
 
 # --- image_folder
@@ -352,7 +362,7 @@ def folder(tmp_path):
 
 
 def test_image_folder(folder):
-    loaded = data.load("image_folder", folder, val_fraction=0.25)
+    loaded = load("image_folder", folder, val_fraction=0.25)
     assert loaded.classes == ("cat", "dog")
     assert loaded.test.images.shape == (2, 3, 4, 6) and loaded.test.labels.tolist() == [0, 1]
     assert loaded.test.images[:, :, 0, 0].tolist() == [[0, 99, 200], [10, 99, 200]]
@@ -363,19 +373,19 @@ def test_image_folder(folder):
 def test_image_folder_keeps_every_pixel_in_its_place(folder):
     pixels = random_images(4, 6, 3)
     Image.fromarray(pixels).save(folder / "test" / "dog" / "0.PNG")
-    assert np.array_equal(data.load("image_folder", folder).test.images[1].numpy(), pixels.transpose(2, 0, 1))
+    assert np.array_equal(load("image_folder", folder).test.images[1].numpy(), pixels.transpose(2, 0, 1))
 
 
 def test_image_folder_takes_val_where_there_is_no_test(folder):
     save_image(folder / "val" / "dog" / "0.jpg", 128, mode="L")  # grey JPEGs become RGB
-    assert len(data.load("image_folder", folder).test) == 2  # test/ goes first
+    assert len(load("image_folder", folder).test) == 2  # test/ goes first
     (folder / "test").rename(folder / "kept")
-    loaded = data.load("image_folder", folder)
+    loaded = load("image_folder", folder)
     assert loaded.test.labels.tolist() == [1] and loaded.test.images[0, :, 0, 0].tolist() == [128] * 3
 
 
 def test_image_folder_reads_every_image_at_any_depth(folder, tmp_path_factory):
-    wanted = data.load("image_folder", folder, val_fraction=0.25)
+    wanted = load("image_folder", folder, val_fraction=0.25)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     save_image(elsewhere / "linked.png", (0, 11, 200))
     for place, shade in (
@@ -388,19 +398,19 @@ def test_image_folder_reads_every_image_at_any_depth(folder, tmp_path_factory):
         save_image(folder / "train" / "cat" / place, (0, shade, 200))
     (folder / "train" / "cat" / "link").symlink_to(elsewhere)
     save_image(folder / "test" / "dog" / "images" / "1.png", 0)
-    loaded = data.load("image_folder", folder, val_fraction=0.25)
+    loaded = load("image_folder", folder, val_fraction=0.25)
     assert len(loaded.train) + len(loaded.val) == len(wanted.train) + len(wanted.val) + 6
     assert loaded.test.labels.tolist() == [0, 1, 1]
 
 
 def test_image_folder_leaves_hidden_folders_and_files_out(folder):
-    wanted = data.load("image_folder", folder)
+    wanted = load("image_folder", folder)
     save_image(folder / "train" / ".ipynb_checkpoints" / "0.png", 0)
     save_image(folder / "train" / "cat" / ".ipynb_checkpoints" / "0.png", 0)
     save_image(folder / "test" / ".ipynb_checkpoints" / "0.png", 0)
     (folder / "train" / "cat" / "._0.png").write_bytes(b"what macOS leaves on other disks")
     (folder / "train" / "._0.png").write_bytes(b"")
-    loaded = data.load("image_folder", folder)
+    loaded = load("image_folder", folder)
     assert loaded.classes == ("cat", "dog")
     for split in ("train", "val", "test"):
         assert torch.equal(getattr(loaded, split).images, getattr(wanted, split).images)
@@ -410,39 +420,39 @@ def test_image_folder_leaves_hidden_folders_and_files_out(folder):
 def test_an_image_beside_the_class_folders_is_named(folder, part):
     save_image(folder / part / "stray.jpg", 0)
     with pytest.raises(ValueError, match=rf"{part}/stray.jpg: an image must be in the folder of its class"):
-        data.load("image_folder", folder)
+        load("image_folder", folder)
 
 
 def test_tiny_imagenet_does_not_mind_a_hidden_folder(tiny):
     (tiny / "wnids.txt").write_text("n02\nn01\n")
     (tiny / "train" / ".ipynb_checkpoints").mkdir()
-    assert len(data.load("tiny_imagenet", tiny).train) == 2
+    assert len(load("tiny_imagenet", tiny).train) == 2
 
 
 def test_image_folder_errors_name_the_place(folder, tmp_path_factory):
     save_image(folder / "train" / "dog" / "9.png", 0, size=(5, 4))
     with pytest.raises(ValueError, match=r"dog/9.png: images must be of one size, 6x4 like .*cat/0.png, got 5x4"):
-        data.load("image_folder", folder)
+        load("image_folder", folder)
     (folder / "train" / "dog" / "9.png").write_bytes((folder / "train" / "dog" / "0.png").read_bytes()[:40])
     with pytest.raises(ValueError, match=r"dog/9.png: not a readable image"):
-        data.load("image_folder", folder)
+        load("image_folder", folder)
     (folder / "train" / "dog" / "9.png").unlink()
     (folder / "train" / "eel").mkdir()
     with pytest.raises(ValueError, match="train/eel: a class of the training set must have an image, found none"):
-        data.load("image_folder", folder)
+        load("image_folder", folder)
     (folder / "train" / "eel").rmdir()
     save_image(folder / "test" / "eel" / "0.png", 0)
     with pytest.raises(ValueError, match=r"test/eel: this class has no folder in .*train"):
-        data.load("image_folder", folder)
+        load("image_folder", folder)
     (folder / "test").rename(folder / "kept")
     with pytest.raises(FileNotFoundError, match=f"looked for the folder test or val in {folder}, not found"):
-        data.load("image_folder", folder)
+        load("image_folder", folder)
     (folder / "test").mkdir()
     with pytest.raises(FileNotFoundError, match=r"looked for .*test/<class>/\*.png \(or .jpg, .jpeg\), found no image"):
-        data.load("image_folder", folder)
+        load("image_folder", folder)
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(FileNotFoundError, match=f"looked for the folder train in {empty}, not found"):
-        data.load("image_folder", empty)
+        load("image_folder", empty)
 
 
 @pytest.fixture
@@ -462,7 +472,7 @@ def tiny(tmp_path):
 
 
 def test_tiny_imagenet_layout(tiny):
-    loaded = data.load("image_folder", tiny)
+    loaded = load("image_folder", tiny)
     assert loaded.classes == ("goldfish", "n02")  # the first name of words.txt, and the folder's where it has none
     assert len(loaded.train) == 2 and len(loaded.val) == 2
     assert loaded.test.labels.tolist() == [0, 1, 0]
@@ -472,17 +482,17 @@ def test_tiny_imagenet_layout(tiny):
 def test_tiny_imagenet_errors(tiny):
     (tiny / "val" / "images" / "val_1.JPEG").unlink()
     with pytest.raises(FileNotFoundError, match=r"looked for val_1.JPEG in .*val_annotations.txt names it"):
-        data.load("image_folder", tiny)
+        load("image_folder", tiny)
     (tiny / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn01\nval_2.JPEG\tn09\n")
     with pytest.raises(
         ValueError, match=r"val_annotations.txt: line 2 must be .* a class of train/, got 'val_2.JPEG\\tn09'"
     ):
-        data.load("image_folder", tiny)
+        load("image_folder", tiny)
 
 
 def test_tiny_imagenet_by_its_name(tiny, tmp_path_factory, monkeypatch):
     (tiny / "wnids.txt").write_text("n02\nn01\n")
-    loaded, as_folder = data.load("tiny_imagenet", tiny), data.load("image_folder", tiny)
+    loaded, as_folder = load("tiny_imagenet", tiny), load("image_folder", tiny)
     assert loaded.name == "tiny_imagenet" and loaded.classes == as_folder.classes
     assert torch.equal(loaded.train.images, as_folder.train.images)
     assert torch.equal(loaded.test.labels, as_folder.test.labels)
@@ -491,24 +501,24 @@ def test_tiny_imagenet_by_its_name(tiny, tmp_path_factory, monkeypatch):
     (working / "data").mkdir()
     (working / "data" / "tiny-imagenet-200").symlink_to(tiny)
     monkeypatch.chdir(working)
-    assert len(data.load("tiny_imagenet").test) == 3  # the default folder
-    assert len(data.load("tiny_imagenet", working / "data").test) == 3  # where the archive was unpacked
+    assert len(load("tiny_imagenet").test) == 3  # the default folder
+    assert len(load("tiny_imagenet", working / "data").test) == 3  # where the archive was unpacked
 
 
 def test_half_a_tiny_imagenet_is_named(tiny):
     source = "get it from http://cs231n.stanford.edu/tiny-imagenet-200.zip"
     with pytest.raises(FileNotFoundError, match=rf"wnids.txt in .*200 and {tiny}, not found; {source}"):
-        data.load("tiny_imagenet", tiny)
+        load("tiny_imagenet", tiny)
     (tiny / "wnids.txt").write_text("n02\nn03\nn01\n")
     with pytest.raises(FileNotFoundError, match=rf"train/n03: .*wnids.txt lists .*\(1 of 3 are missing\); {source}"):
-        data.load("tiny_imagenet", tiny)
+        load("tiny_imagenet", tiny)
     (tiny / "wnids.txt").write_text("n02\n")
     with pytest.raises(ValueError, match=r"train/n01: .*wnids.txt does not list this class"):
-        data.load("tiny_imagenet", tiny)
+        load("tiny_imagenet", tiny)
     (tiny / "wnids.txt").write_text("n02\nn01\n")
     (tiny / "val" / "val_annotations.txt").unlink()  # without it test/ would be read, which has no labels
     with pytest.raises(FileNotFoundError, match=rf"looked for val/val_annotations.txt in .*; {source}"):
-        data.load("tiny_imagenet", tiny)
+        load("tiny_imagenet", tiny)
 
 
 # --- images in every mode
@@ -565,12 +575,12 @@ def test_every_mode_of_image_in_a_folder_and_from_a_dataset(kind, tmp_path):
         path = tmp_path / f"{place}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-    read = data.load("image_folder", tmp_path).test.images[0].numpy()
+    read = load("image_folder", tmp_path).test.images[0].numpy()
     assert np.array_equal(read, np.broadcast_to(wanted.reshape(2, 4, -1), (2, 4, 3)).transpose(2, 0, 1))
 
     with Image.open(tmp_path / f"test/a/0.{suffix}") as opened:
         for each in (image, opened):
-            loaded = data.from_datasets([(each, 0), (each, 0)], [(each, 0)])
+            loaded = from_datasets([(each, 0), (each, 0)], [(each, 0)])
             assert np.array_equal(loaded.test.images[0].numpy(), wanted.reshape(2, 4, -1).transpose(2, 0, 1))
 
 
@@ -588,10 +598,10 @@ def test_32_bits_have_no_white(mode, tmp_path):
     for place in ("train/a/0.tif", "train/a/1.tif", "test/a/0.tif"):
         save_image(tmp_path / place, 70_000, mode=mode)
     with pytest.raises(ValueError, match=rf"0.tif: not a readable image \(8 or 16 bits .* got 32 \(mode {mode}\)"):
-        data.load("image_folder", tmp_path)
+        load("image_folder", tmp_path)
     image = Image.new(mode, (6, 4), 70_000)
     with pytest.raises(ValueError, match=rf"train\[0\]: not a readable image .* got 32 \(mode {mode}\)"):
-        data.from_datasets([(image, 0)], [(image, 0)])
+        from_datasets([(image, 0)], [(image, 0)])
 
 
 def test_an_exif_orientation_turns_nothing(tmp_path):
@@ -601,7 +611,7 @@ def test_an_exif_orientation_turns_nothing(tmp_path):
     for place in ("train/a/0.png", "train/a/1.png", "test/a/0.png"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / place, exif=exif)
-    assert np.array_equal(data.load("image_folder", tmp_path).test.images[0].numpy(), pixels.transpose(2, 0, 1))
+    assert np.array_equal(load("image_folder", tmp_path).test.images[0].numpy(), pixels.transpose(2, 0, 1))
 
 
 # --- Datasets from Python
@@ -618,15 +628,15 @@ def test_from_datasets_takes_every_kind_of_image():
     as_array = [image.transpose(1, 2, 0) for image in pixels]
     as_pil = [Image.fromarray(image) for image in as_array]
     for images in (as_uint8, as_float, as_array, as_pil):
-        loaded = data.from_datasets(pairs(*images), pairs(*images), classes=["a", "b"], val_fraction=0.5)
+        loaded = from_datasets(pairs(*images), pairs(*images), classes=["a", "b"], val_fraction=0.5)
         assert np.array_equal(loaded.test.images.numpy(), pixels)
         assert loaded.classes == ("a", "b") and len(loaded.train) == len(loaded.val) == 2
     halves = [image.bfloat16() / 255 for image in as_uint8], [image.half() / 255 for image in as_uint8]
     for images, most in zip(halves, (1, 0), strict=True):  # bfloat16 has 8 bits of a value, float16 has 11
-        read = data.from_datasets(pairs(*images), pairs(*images)).test.images.numpy()
+        read = from_datasets(pairs(*images), pairs(*images)).test.images.numpy()
         assert np.abs(read.astype(int) - pixels).max() <= most
     grey = [torch.zeros(5, 6, dtype=torch.uint8)] * 4
-    assert data.from_datasets(pairs(*grey), pairs(*grey)).test.images.shape == (4, 1, 5, 6)
+    assert from_datasets(pairs(*grey), pairs(*grey)).test.images.shape == (4, 1, 5, 6)
 
 
 def test_from_datasets_takes_the_datasets_own_class_names():
@@ -634,10 +644,10 @@ def test_from_datasets_takes_the_datasets_own_class_names():
         classes = ("x", "y", "z")
 
     images = [torch.zeros(1, 4, 4)] * 4
-    assert data.from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("x", "y", "z")
-    assert data.from_datasets(pairs(*images), pairs(*images)).classes == ("0", "1")
+    assert from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("x", "y", "z")
+    assert from_datasets(pairs(*images), pairs(*images)).classes == ("0", "1")
     Named.classes = [7, 8]  # as some data sets have them
-    assert data.from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("7", "8")
+    assert from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("7", "8")
 
 
 LABELS = [
@@ -657,13 +667,13 @@ LABELS += [torch.tensor(2, dtype=torch.int16), torch.tensor([[2.0]]), torch.tens
 @pytest.mark.parametrize("label", LABELS, ids=repr)
 def test_a_whole_label_of_any_type_is_taken(label):
     images = [torch.zeros(1, 4, 4)] * 2
-    assert data.from_datasets([(x, label) for x in images], [(images[0], label)]).test.labels.tolist() == [2]
+    assert from_datasets([(x, label) for x in images], [(images[0], label)]).test.labels.tolist() == [2]
 
 
 def test_labels_may_be_true_and_false():
     images = [torch.zeros(1, 4, 4)] * 4
     both = [False, np.bool_(True), torch.tensor(False), True]
-    loaded = data.from_datasets(pairs(*images, labels=both), pairs(*images, labels=both))
+    loaded = from_datasets(pairs(*images, labels=both), pairs(*images, labels=both))
     assert loaded.test.labels.tolist() == [0, 1, 0, 1]
 
 
@@ -688,7 +698,7 @@ NO_LABELS = [
 @pytest.mark.parametrize("label, error, message", NO_LABELS, ids=range(len(NO_LABELS)))
 def test_what_is_no_whole_label_is_named(label, error, message):
     with pytest.raises(error, match=message):
-        data.from_datasets(pairs(ZERO, ZERO, labels=[0, label]), pairs(ZERO, ZERO))
+        from_datasets(pairs(ZERO, ZERO, labels=[0, label]), pairs(ZERO, ZERO))
 
 
 ZERO = torch.zeros(1, 4, 4)
@@ -718,7 +728,7 @@ BAD_DATASETS = [
 @pytest.mark.parametrize("train, error, message", BAD_DATASETS, ids=range(len(BAD_DATASETS)))
 def test_from_datasets_refuses(train, error, message):
     with pytest.raises(error, match=message):
-        data.from_datasets(train, pairs(ZERO, ZERO), classes=["a", "b"])
+        from_datasets(train, pairs(ZERO, ZERO), classes=["a", "b"])
 
 
 def test_load_by_import_path(tmp_path, monkeypatch):
@@ -730,11 +740,11 @@ def test_load_by_import_path(tmp_path, monkeypatch):
         "def one():\n    return [1]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    loaded = data.load("sets_of_tests:both", val_fraction=0.25)
+    loaded = load("sets_of_tests:both", val_fraction=0.25)
     assert loaded.name == "sets_of_tests:both" and len(loaded.train) == 6 and loaded.train.images.max() == 255
-    assert data.load("sets_of_tests:both", tmp_path).train.images.max() == 0
+    assert load("sets_of_tests:both", tmp_path).train.images.max() == 0
     with pytest.raises(TypeError, match=r"must return \(train Dataset, test Dataset\), got list"):
-        data.load("sets_of_tests:one")
+        load("sets_of_tests:one")
     sys.modules.pop("sets_of_tests")
 
 
@@ -744,12 +754,12 @@ def test_load_by_import_path(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def coloured():
     """23 images of 3x16x16 and labels, as all three splits."""
-    images = data.ImageSet(torch.from_numpy(random_images(23, 3, 16, 16)), torch.arange(23) % 5)
-    return data.ImageData("coloured", images, images, images, tuple("abcde"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    images = ImageSet(torch.from_numpy(random_images(23, 3, 16, 16)), torch.arange(23) % 5)
+    return ImageData("coloured", images, images, images, tuple("abcde"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
 def test_batches_cover_the_split_once_in_order(coloured):
-    loader = data.Loader(coloured.test, coloured, 5)
+    loader = Loader(coloured.test, coloured, 5)
     batches = list(loader)
     assert len(loader) == len(batches) == 5 and [len(batch.labels) for batch in batches] == [5, 5, 5, 5, 3]
     assert torch.cat([batch.index for batch in batches]).tolist() == [*range(23)]
@@ -757,7 +767,7 @@ def test_batches_cover_the_split_once_in_order(coloured):
 
 
 def test_images_are_normalised_per_channel(coloured):
-    images = torch.cat([batch.images for batch in data.Loader(coloured.test, coloured, 5)])
+    images = torch.cat([batch.images for batch in Loader(coloured.test, coloured, 5)])
     wanted = coloured.test.images.double() / 255
     wanted -= torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64).view(3, 1, 1)
     wanted /= torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64).view(3, 1, 1)
@@ -766,14 +776,14 @@ def test_images_are_normalised_per_channel(coloured):
 
 
 def test_index_is_the_position_in_the_split(coloured):
-    for batch in data.Loader(coloured.train, coloured, 5, shuffle=True):
+    for batch in Loader(coloured.train, coloured, 5, shuffle=True):
         assert torch.equal(batch.labels, coloured.train.labels[batch.index])
-        plain = next(iter(data.Loader(coloured.train, coloured, 23))).images
+        plain = next(iter(Loader(coloured.train, coloured, 23))).images
         assert torch.equal(batch.images, plain[batch.index])
 
 
 def test_drop_last_drops_the_smaller_batch(coloured):
-    loader = data.Loader(coloured.train, coloured, 5, shuffle=True, drop_last=True)
+    loader = Loader(coloured.train, coloured, 5, shuffle=True, drop_last=True)
     batches = list(loader)
     assert len(loader) == len(batches) == 4 and all(len(batch.labels) == 5 for batch in batches)
 
@@ -784,7 +794,7 @@ def same(a, b):
 
 def test_an_epoch_is_a_pure_function_of_seed_and_epoch(coloured):
     def loader(seed=1):
-        return data.Loader(coloured.train, coloured, 4, shuffle=True, augment=True, seed=seed)
+        return Loader(coloured.train, coloured, 4, shuffle=True, augment=True, seed=seed)
 
     first = loader()
     first.set_epoch(3)
@@ -808,14 +818,14 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(coloured):
 @pytest.mark.parametrize("augment", [False, True])
 def test_the_slices_of_all_ranks_are_the_batch_of_one_process(coloured, world_size, augment):
     options = {"shuffle": True, "augment": augment, "seed": 7}
-    whole = list(data.Loader(coloured.train, coloured, 6, **options))
+    whole = list(Loader(coloured.train, coloured, 6, **options))
     ranks = [
-        list(data.Loader(coloured.train, coloured, 6, **options, rank=rank, world_size=world_size))
+        list(Loader(coloured.train, coloured, 6, **options, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     for number, batch in enumerate(whole):
         parts = [batches[number] for batches in ranks]
-        joined = data.Batch(*(torch.cat([getattr(p, k) for p in parts]) for k in ("index", "images", "labels")))
+        joined = Batch(*(torch.cat([getattr(p, k) for p in parts]) for k in ("index", "images", "labels")))
         assert same(joined, batch)
         if number < 3:
             assert [len(part.labels) for part in parts] == [6 // world_size] * world_size
@@ -823,7 +833,7 @@ def test_the_slices_of_all_ranks_are_the_batch_of_one_process(coloured, world_si
 
 
 def test_a_last_batch_smaller_than_the_world_leaves_some_ranks_empty(coloured):
-    last = [list(data.Loader(coloured.train, coloured, 22, rank=rank, world_size=2))[-1] for rank in range(2)]
+    last = [list(Loader(coloured.train, coloured, 22, rank=rank, world_size=2))[-1] for rank in range(2)]
     assert sorted(len(batch.labels) for batch in last) == [0, 1]
     assert last[0].images.shape[1:] == last[1].images.shape[1:] == (3, 16, 16)
 
@@ -839,13 +849,13 @@ LOADER_ERRORS = [
 @pytest.mark.parametrize("options, message", LOADER_ERRORS)
 def test_loader_refuses(coloured, options, message):
     with pytest.raises(ValueError, match=message):
-        data.Loader(coloured.train, coloured, **options)
+        Loader(coloured.train, coloured, **options)
 
 
 def test_loader_refuses_an_empty_split(coloured):
-    empty = data.ImageSet(coloured.train.images[:0], coloured.train.labels[:0])
+    empty = ImageSet(coloured.train.images[:0], coloured.train.labels[:0])
     with pytest.raises(ValueError, match="0 images make no batch of 4"):
-        data.Loader(empty, coloured, 4)
+        Loader(empty, coloured, 4)
 
 
 # --- augmentation
@@ -856,7 +866,7 @@ def test_flip_and_crop_by_hand():
     image[0, 0, 0, 0], image[0, 0, 7, 6], image[0, 0, 3, 4] = 1, 2, 3
     images, keep, flip = image.expand(4, 1, 8, 8), torch.tensor([False]), torch.tensor([True])
     offsets = torch.tensor([[1, 1], [1, 1], [0, 2], [2, 0]])  # the window's corner: [1, 1] is the image itself
-    out = data.flip_and_crop(images, torch.cat([keep, flip, keep, flip]), offsets)[:, 0]
+    out = flip_and_crop(images, torch.cat([keep, flip, keep, flip]), offsets)[:, 0]
     assert torch.equal(out[0], image[0, 0])
     assert torch.equal(out[1], image[0, 0].flip(-1))
     moved = torch.zeros(8, 8, dtype=torch.uint8)  # one row down, one column left: pixels 1 and 2 leave the window
@@ -869,17 +879,17 @@ def test_flip_and_crop_by_hand():
 
 def test_padding_follows_each_side():
     images = torch.full((1, 2, 16, 32), 9, dtype=torch.uint8)
-    out = data.flip_and_crop(images, torch.tensor([False]), torch.tensor([[0, 0]]))
+    out = flip_and_crop(images, torch.tensor([False]), torch.tensor([[0, 0]]))
     assert (out[0, :, :2] == 0).all() and (out[0, :, :, :4] == 0).all() and (out[0, :, 2:, 4:] == 9).all()
 
 
 def test_the_loader_draws_every_flip_and_offset():
     corner = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
     corner[0, 0, 7, 5] = 255  # stays in every window
-    split = data.ImageSet(corner.expand(2000, 1, 16, 16), torch.zeros(2000, dtype=torch.int64))
-    all_data = data.ImageData("corner", split, split, split, ("a",), (0.0,), (1.0,))
+    split = ImageSet(corner.expand(2000, 1, 16, 16), torch.zeros(2000, dtype=torch.int64))
+    all_data = ImageData("corner", split, split, split, ("a",), (0.0,), (1.0,))
     counts = torch.zeros(16, 16)
-    for batch in data.Loader(split, all_data, 500, augment=True):
+    for batch in Loader(split, all_data, 500, augment=True):
         counts += batch.images.sum(dim=(0, 1))
     wanted = torch.zeros(16, 16)
     for column in (5, 10):  # as it is, and mirrored; moved by -2 to 2 in both directions
@@ -890,14 +900,14 @@ def test_the_loader_draws_every_flip_and_offset():
 
 
 def test_augmentation_pads_with_black_before_normalising(coloured):
-    white = data.ImageSet(torch.full((64, 3, 16, 16), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
-    batch = next(iter(data.Loader(white, coloured, 64, augment=True)))
+    white = ImageSet(torch.full((64, 3, 16, 16), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    batch = next(iter(Loader(white, coloured, 64, augment=True)))
     values = sorted({round(value, 4) for value in batch.images[:, 0].flatten().tolist()})
     assert values == [-2.5, 2.5]  # (0 - 0.5) / 0.2 and (1 - 0.5) / 0.2
     assert (white.images == 255).all()
 
 
 def test_to_moves_every_split():
-    moved = data.load("digits").to("meta")
+    moved = load("digits").to("meta")
     assert {split.images.device.type for split in (moved.train, moved.val, moved.test)} == {"meta"}
     assert moved.train.labels.device.type == "meta"

@@ -13,10 +13,14 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 from small_run import QUIET, Place, metrics
 
-from amtml_fast.train import compare, environment, teachers
-from amtml_fast.train.config import ConfigError
-from amtml_fast.train.jobs import student_job
-from amtml_fast.train.run import Run, RunError
+from amtml_fast.train import environment, frozen
+from amtml_fast.train.files import RunError
+from amtml_fast.train.fill import stores
+from amtml_fast.train.folder import Run
+from amtml_fast.train.job import student_job
+from amtml_fast.train.prepare import load_data
+from amtml_fast.train.schema import ConfigError
+from amtml_fast.train.tasks import distill
 
 ONE = ["distill.epochs=1"]
 
@@ -89,11 +93,11 @@ def test_a_lower_precision_is_another_recipe_and_another_cache(
     place: Place, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     settings = place.load(*ONE)
-    data = compare.load_data(settings)
-    taught = teachers.load(settings, data, hints=False)
+    data = load_data(settings)
+    taught = frozen.load(settings, data, hints=False)
 
     def keys() -> list[str]:
-        return [store.hash for kept in teachers.stores(settings, taught, data).values() for store in kept.logits]
+        return [store.hash for kept in stores(settings, taught, data).values() for store in kept.logits]
 
     monkeypatch.delenv(name, raising=False)
     before, recipe = keys(), student_job(settings, "student", 0).recipe()
@@ -104,5 +108,5 @@ def test_a_lower_precision_is_another_recipe_and_another_cache(
     assert not set(before) & set(keys())
     with pytest.raises(RunError, match=rf"environment.{name}: None there, '1' here|environment: None there"):
         place.train(*ONE, method="student")
-    compare.distill(settings, data, "student", 0, QUIET, resume=False, fresh=True)
+    distill(settings, data, "student", 0, QUIET, resume=False, fresh=True)
     assert run.read_record()["recipe"]["environment"] == {name: "1"}

@@ -31,10 +31,13 @@ from small_run import Place, interrupt_after, launched, metrics, own_weights, st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amtml_fast import checks
-from amtml_fast.train import compare, jobs, lock, loop
-from amtml_fast.train.jobs import student_job
+from amtml_fast.train import lock, timing, trainer
+from amtml_fast.train.distiller import Distiller, make_distiller
+from amtml_fast.train.files import read_json
+from amtml_fast.train.folder import Run
+from amtml_fast.train.job import student_job
+from amtml_fast.train.prepare import load_data
 from amtml_fast.train.progress import Display
-from amtml_fast.train.run import Run, read_json
 from amtml_fast.train.stop import Interrupted
 
 SOAK = int(os.environ.get("AMTML_SOAK", "2"))
@@ -56,18 +59,18 @@ def assert_equal(run: Run, unbroken: Run) -> None:
 def _train_and_count(folder: Path, overrides: list[str], steps: Synchronized) -> None:
     """A training in a process of its own that counts its steps where the test can read them."""
     os.chdir(folder)
-    learn = loop.Trainer.learn
-    restore = loop.Trainer.restore
+    learn = trainer.Trainer.learn
+    restore = trainer.Trainer.restore
 
-    def counting_restore(self: loop.Trainer) -> None:
+    def counting_restore(self: trainer.Trainer) -> None:
         restore(self)
         steps.value = self.done * self.steps + self.step
 
-    def counting_learn(self: loop.Trainer, *args: object) -> None:
+    def counting_learn(self: trainer.Trainer, *args: object) -> None:
         learn(self, *args)
         steps.value += 1
 
-    loop.Trainer.learn, loop.Trainer.restore = counting_learn, counting_restore  # type: ignore[method-assign]
+    trainer.Trainer.learn, trainer.Trainer.restore = counting_learn, counting_restore  # type: ignore[method-assign]
     Place(folder).train(*overrides, resume=True)
 
 
@@ -119,13 +122,13 @@ def test_killed_at_random_moments_it_loses_an_interval_at_most_and_ends_the_same
 
 
 def test_checkpoints_within_an_epoch(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, saved = loop.Trainer.save, list[tuple[int, int]]()
+    save, saved = trainer.Trainer.save, list[tuple[int, int]]()
 
-    def noted(self: loop.Trainer) -> None:
+    def noted(self: trainer.Trainer) -> None:
         save(self)
         saved.append((self.done, self.step))
 
-    monkeypatch.setattr(loop.Trainer, "save", noted)
+    monkeypatch.setattr(trainer.Trainer, "save", noted)
     place.train("distill.epochs=2", f"engine.checkpoint_steps={INTERVAL}")
     assert saved == [(0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0)]
 
@@ -139,16 +142,16 @@ def test_sigterm_within_an_epoch_saves_there(place: Place, monkeypatch: pytest.M
     unbroken = place.train(*settings, "name=unbroken")
     batches = 0
     with monkeypatch.context() as patch:
-        learn = loop.Trainer.learn
+        learn = trainer.Trainer.learn
 
-        def terminated(self: loop.Trainer, *args: object) -> None:
+        def terminated(self: trainer.Trainer, *args: object) -> None:
             nonlocal batches
             learn(self, *args)
             batches += 1
             if batches == (STEPS + 5) * accumulation:
                 signal.raise_signal(signal.SIGTERM)
 
-        patch.setattr(loop.Trainer, "learn", terminated)
+        patch.setattr(trainer.Trainer, "learn", terminated)
         before = signal.signal(signal.SIGTERM, lambda *_: None)  # as the command has it
         try:
             with pytest.raises(Interrupted, match="1 of 3 epochs and 5 steps of the next one are safe"):
@@ -164,16 +167,16 @@ def test_sigterm_within_an_epoch_saves_there(place: Place, monkeypatch: pytest.M
 
 
 def test_a_stop_that_does_not_wait_names_only_what_was_saved(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    learn, batches = loop.Trainer.learn, 0
+    learn, batches = trainer.Trainer.learn, 0
 
-    def insisted(self: loop.Trainer, *args: object) -> None:
+    def insisted(self: trainer.Trainer, *args: object) -> None:
         nonlocal batches
         learn(self, *args)
         batches += 1
         if batches == STEPS + 5:
             raise KeyboardInterrupt  # as a second Ctrl-C does, anywhere
 
-    monkeypatch.setattr(loop.Trainer, "learn", insisted)
+    monkeypatch.setattr(trainer.Trainer, "learn", insisted)
     with pytest.raises(Interrupted, match="1 of 3 epochs are safe"):
         place.train("distill.epochs=3")
 
@@ -209,13 +212,13 @@ def test_a_second_process_is_refused_until_the_first_one_is_gone(place: Place) -
     assert place.train("distill.epochs=1", method="student").finished()  # another run of the same configuration
     process.kill()
     process.communicate()
-    assert (run.folder / lock.NAME).is_file()  # no more than a file
+    assert (run.folder / lock.LOCK_FILE).is_file()  # no more than a file
     rows = run.read_metrics()
     assert [row["epoch"] for row in rows] == [*range(1, len(rows) + 1)] and len(rows) >= epochs  # by one process
     done = subprocess.run(
         place.command("distill", "distill.epochs=1", "--fresh"), cwd=place.folder, capture_output=True, timeout=120
     )
-    assert done.returncode == 0 and run.finished() and not (run.folder / lock.NAME).exists()
+    assert done.returncode == 0 and run.finished() and not (run.folder / lock.LOCK_FILE).exists()
 
 
 def test_several_processes_are_one_to_the_lock_and_are_all_refused(place: Place) -> None:
@@ -226,7 +229,7 @@ def test_several_processes_are_one_to_the_lock_and_are_all_refused(place: Place)
     assert process.poll() is None
     process.terminate()
     process.communicate(timeout=60)
-    assert not (place.folder / "small" / "amtml_kd-seed0" / lock.NAME).exists()
+    assert not (place.folder / "small" / "amtml_kd-seed0" / lock.LOCK_FILE).exists()
 
 
 def test_a_lock_is_free_again_whoever_had_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +263,7 @@ def test_where_there_are_no_locks_a_line_says_so(
 
     monkeypatch.setattr(fcntl, "flock", none)
     settings = place.load("distill.epochs=1")
-    run = loop.train(student_job(settings, "student", 0), compare.load_data(settings), None, Display())
+    run = trainer.train(student_job(settings, "student", 0), load_data(settings), None, Display())
     assert run.finished() and capsys.readouterr().out.count("no locks on this file system") == 1
 
 
@@ -335,33 +338,33 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["student", "avg_mkd", "ca_mkd", "aekd", "amtml_kd", "amtml_label_weights"])
 def test_no_step_waits_for_the_device(place: Place, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    learn, watches = loop.Trainer.learn, list[Watch]()
+    learn, watches = trainer.Trainer.learn, list[Watch]()
 
-    def watched(self: loop.Trainer, *args: object) -> None:
+    def watched(self: trainer.Trainer, *args: object) -> None:
         with Watch() as watch:
             learn(self, *args)
         watches.append(watch)
 
-    monkeypatch.setattr(loop.Trainer, "learn", watched)
+    monkeypatch.setattr(trainer.Trainer, "learn", watched)
     place.train("distill.epochs=1", method=method)
     assert len(watches) == STEPS and not any(watch.seen for watch in watches), [watch.seen for watch in watches]
 
 
 def test_a_step_is_timed_by_its_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     marks: list[str] = []
-    mark, make = loop.StepTimer.mark, loop.make_distiller
+    mark, make = timing.StepTimer.mark, make_distiller
 
-    def noted(self: loop.StepTimer, part: str) -> None:
+    def noted(self: timing.StepTimer, part: str) -> None:
         marks.append(part)
         mark(self, part)
 
-    def watched(*args: object) -> jobs.Distiller:
+    def watched(*args: object) -> Distiller:
         distiller = make(*args)
         distiller.student.model.register_full_backward_pre_hook(lambda *_: marks.append("backward"))
         return distiller
 
-    monkeypatch.setattr(loop.StepTimer, "mark", noted)
-    monkeypatch.setattr(loop, "make_distiller", watched)
+    monkeypatch.setattr(timing.StepTimer, "mark", noted)
+    monkeypatch.setattr(trainer, "make_distiller", watched)
     run = place.train("distill.epochs=2")
     # Backward comes through the losses first, and only then through the student, whose first maps the hints are for too.
     step = ["data", "teachers", "student", "losses", "losses", "backward", "student", "optimizer"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from amtml_fast.train import models
+from amtml_fast.train import networks
 from amtml_fast.train.features import FeatureExtractor
 
 GROUPS = {"low": "block1", "high": "block3"}
@@ -14,7 +14,7 @@ GROUPS = {"low": "block1", "high": "block3"}
 
 def small():
     torch.manual_seed(0)
-    return models.small_cnn(10, width=4).eval()
+    return networks.small_cnn(10, width=4).eval()
 
 
 def check(extractor, model, dtype=torch.float32):

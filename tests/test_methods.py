@@ -21,13 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from amtml_fast import reference
 from amtml_fast.dropin import FitNet
-from amtml_fast.train import config as configs
-from amtml_fast.train.config import ConfigError, VariantConfig
-from amtml_fast.train.methods import METHODS, StepLoss, chosen, known
+from amtml_fast.train import reading
 from amtml_fast.train.methods.aekd import min_norm_weights
 from amtml_fast.train.methods.amtml_kd import soft_targets
+from amtml_fast.train.methods.base import StepLoss
 from amtml_fast.train.methods.ca_mkd import confidence_weights
 from amtml_fast.train.methods.eb_kd import entropy_weights
+from amtml_fast.train.methods.registry import METHODS, chosen, known
+from amtml_fast.train.plan import checked
+from amtml_fast.train.presets import paper_code
+from amtml_fast.train.schema import ConfigError, TrainConfig, VariantConfig
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -279,7 +282,7 @@ def test_the_adapters_own_seed_fixes_it_and_nothing_else() -> None:
 def test_paper_code_is_the_authors_loss() -> None:
     """Every term written out as their notebooks have it; `docs/method.md` lists them."""
     step, made = make_step(), objective("amtml_paper_code")
-    loss = configs.changed(make_config(), METHODS["amtml_paper_code"].settings(make_config()), "a test").loss
+    loss = reading.changed(make_config(), METHODS["amtml_paper_code"].settings(make_config()), "a test").loss
     assert (loss.temperature, loss.alpha, loss.mapping) == (5.0, 0.7, {"t0": "low", "t1": "mid"})
     tau, adapter = 5.0, made.adapter
     b = step.features.mean((2, 3))
@@ -326,7 +329,7 @@ def test_a_variant_is_another_method_with_other_values() -> None:
     mine = VariantConfig("amtml_no_angle", "Mine", {"hint_weight": 0.25}, {"adapter_epochs": 2})
     whole = replace(make_config(), variants={"mine": mine})
     method = known(whole)["mine"]
-    made = configs.changed(whole, method.settings(whole), "a test")
+    made = reading.changed(whole, method.settings(whole), "a test")
     assert (method.label, made.loss.angle_weight, made.loss.hint_weight) == ("Mine", 0.0, 0.25)
     assert made.stages.adapter_epochs == 2 and whole.loss.hint_weight == 1.0
 
@@ -375,26 +378,24 @@ def test_what_a_comparison_cannot_mean(tmp_path: Path, lines: str, message: str)
     path = tmp_path / "bad.yaml"
     path.write_text(lines + "\n")
     with pytest.raises(ConfigError, match=message):
-        configs.load(path)
+        checked(reading.load(path))
 
 
 def test_a_methods_own_mapping_replaces_the_configurations() -> None:
     whole = make_config(mapping={"t2": "high"})
     settings = METHODS["amtml_paper_code"].settings(whole)
-    assert configs.changed(whole, settings, "a test").loss.mapping == {"t0": "low", "t1": "mid"}
-    assert configs.changed(whole, METHODS["amtml_no_angle"].settings(whole), "a test").loss.mapping == {"t2": "high"}
+    assert reading.changed(whole, settings, "a test").loss.mapping == {"t0": "low", "t1": "mid"}
+    assert reading.changed(whole, METHODS["amtml_no_angle"].settings(whole), "a test").loss.mapping == {"t2": "high"}
 
 
 def test_a_file_goes_on_from_its_base(tmp_path: Path) -> None:
     (tmp_path / "first.yaml").write_text("name: first\ndistill: {epochs: 3, lr: 0.5}\n")
     (tmp_path / "second.yaml").write_text("base: first.yaml\nname: second\ndistill: {epochs: 4}\n")
-    made = configs.load(tmp_path / "second.yaml")
+    made = reading.load(tmp_path / "second.yaml")
     assert (made.name, made.distill.epochs, made.distill.lr) == ("second", 4, 0.5)
 
 
 def test_paper_code_scales_its_stages() -> None:
-    made = configs.changed(
-        make_config(), configs.paper_code(replace(make_config(), distill=configs.TrainConfig(epochs=28))), "a test"
-    )
+    made = reading.changed(make_config(), paper_code(replace(make_config(), distill=TrainConfig(epochs=28))), "a test")
     assert (made.stages.adapter_epochs, made.stages.adapter_milestones) == (8, [4, 5])
     assert made.distill.milestones == [18, 23] and math.isclose(made.distill.weight_decay, 5e-4)

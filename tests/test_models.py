@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from amtml_fast.train import models
+from amtml_fast.train import networks
 
 COUNTS = [  # depth, blocks, width, parameters at 10 and 100 classes
     (20, None, 16, 269_722, 275_572),
@@ -24,12 +24,12 @@ COUNTS = [  # depth, blocks, width, parameters at 10 and 100 classes
 @pytest.mark.parametrize("depth, blocks, width, ten, hundred", COUNTS)
 def test_resnet_has_the_published_parameter_counts(depth, blocks, width, ten, hundred):
     for classes, wanted in [(10, ten), (100, hundred)]:
-        model = models.resnet(classes, depth=depth, blocks=blocks, width=width)
+        model = networks.resnet(classes, depth=depth, blocks=blocks, width=width)
         assert sum(p.numel() for p in model.parameters()) == wanted
 
 
 def test_resnet_stages_halve_the_size_and_double_the_width():
-    model = models.resnet(7, blocks=[1, 2, 1], width=4, in_channels=1)
+    model = networks.resnet(7, blocks=[1, 2, 1], width=4, in_channels=1)
     assert [name for name, _ in model.named_children()] == ["conv1", "bn1", "stage1", "stage2", "stage3", "fc"]
     out = model.stage1(model.conv1(torch.zeros(2, 1, 28, 28)))
     assert out.shape == (2, 4, 28, 28)
@@ -40,7 +40,7 @@ def test_resnet_stages_halve_the_size_and_double_the_width():
 
 
 def test_option_a_shortcut_is_a_strided_identity_padded_with_zeros():
-    block = models.BasicBlock(2, 4, stride=2).eval()
+    block = networks.BasicBlock(2, 4, stride=2).eval()
     nn.init.zeros_(block.bn2.weight)  # silences the convolutions: the block's output is relu(shortcut)
     x = torch.arange(1.0, 33.0).reshape(1, 2, 4, 4)
     wanted = torch.zeros(1, 4, 2, 2)  # channel 0 and 3 are new, 1 and 2 are the old ones at even rows and columns
@@ -48,18 +48,18 @@ def test_option_a_shortcut_is_a_strided_identity_padded_with_zeros():
     wanted[0, 2] = torch.tensor([[17.0, 19.0], [25.0, 27.0]])
     assert torch.equal(block(x), wanted)
     assert torch.equal(block.shortcut(-x), -wanted)
-    same = models.BasicBlock(2, 2, stride=1)
+    same = networks.BasicBlock(2, 2, stride=1)
     assert same.shortcut(x) is x
 
 
 def test_odd_widths_pad_one_channel_more_behind():
-    block = models.BasicBlock(1, 4, stride=1)
+    block = networks.BasicBlock(1, 4, stride=1)
     padded = block.shortcut(torch.ones(1, 1, 2, 2))
     assert padded.sum(dim=(0, 2, 3)).tolist() == [0, 4, 0, 0]
 
 
 def test_small_cnn_takes_8x8_digits():
-    model = models.small_cnn(10, width=8)
+    model = networks.small_cnn(10, width=8)
     assert [name for name, _ in model.named_children()] == ["block1", "block2", "block3", "fc"]
     maps = model.block3(model.block2(model.block1(torch.zeros(3, 1, 8, 8))))
     assert maps.shape == (3, 32, 2, 2)
@@ -80,16 +80,16 @@ def test_small_cnn_takes_8x8_digits():
 )
 def test_resnet_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        models.resnet(10, **arguments)
+        networks.resnet(10, **arguments)
 
 
 # --- build
 
 
 def test_build_fills_in_classes_and_channels_unless_args_do():
-    model = models.build("small_cnn", {"width": 4}, num_classes=7, in_channels=3)
+    model = networks.build("small_cnn", {"width": 4}, num_classes=7, in_channels=3)
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 7)
-    model = models.build("small_cnn", {"width": 4, "num_classes": 5}, num_classes=7, in_channels=3)
+    model = networks.build("small_cnn", {"width": 4, "num_classes": 5}, num_classes=7, in_channels=3)
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
 
 
@@ -110,9 +110,9 @@ def zoo(tmp_path, monkeypatch):
 
 
 def test_build_by_import_path_passes_only_what_the_signature_takes(zoo):
-    model = models.build("zoo_of_tests:plain", {"hidden": 3}, num_classes=7, in_channels=1)
+    model = networks.build("zoo_of_tests:plain", {"hidden": 3}, num_classes=7, in_channels=1)
     assert isinstance(model, nn.Linear)
-    models.build("zoo_of_tests:anything", {"a": 1}, num_classes=7, in_channels=1)
+    networks.build("zoo_of_tests:anything", {"a": 1}, num_classes=7, in_channels=1)
     assert sys.modules["zoo_of_tests"].seen == [3, {"num_classes": 7, "a": 1}]
 
 
@@ -131,14 +131,14 @@ def test_build_by_import_path_passes_only_what_the_signature_takes(zoo):
 )
 def test_build_refuses(zoo, factory, args, error, message):
     with pytest.raises(error, match=message):
-        models.build(factory, args, num_classes=10, in_channels=1)
+        networks.build(factory, args, num_classes=10, in_channels=1)
 
 
 # --- weights
 
 
 def small(width=4):
-    return models.small_cnn(10, width=width)
+    return networks.small_cnn(10, width=width)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
@@ -148,7 +148,7 @@ def test_weights_load_from_both_formats_and_out_of_wrappers(tmp_path, suffix, pr
     model, path = small(), tmp_path / f"weights{suffix}"
     state = {prefix + key: value for key, value in model.state_dict().items()}
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
-    loaded = models.build("small_cnn", {"width": 4}, num_classes=10, in_channels=1, weights=path)
+    loaded = networks.build("small_cnn", {"width": 4}, num_classes=10, in_channels=1, weights=path)
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value)
 
@@ -161,22 +161,22 @@ def test_a_truncated_weights_file_is_named(tmp_path, suffix, keep):
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
     with pytest.raises(ValueError, match=rf"weights{suffix} is truncated or no state dict"):
-        models.load_weights(small(), path)
+        networks.load_weights(small(), path)
 
 
 def test_foreign_and_missing_weights_files_are_named(tmp_path):
     text = tmp_path / "notes.pt"
     text.write_text("not a state dict")
     with pytest.raises(ValueError, match=r"notes.pt is truncated or no state dict"):
-        models.load_weights(small(), text)
+        networks.load_weights(small(), text)
     torch.save({"epoch": 3, "model": small().state_dict()}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match=r"must hold a state dict .* got a dict with the keys \['epoch', 'model'\]"):
-        models.load_weights(small(), tmp_path / "checkpoint.pt")
+        networks.load_weights(small(), tmp_path / "checkpoint.pt")
     torch.save([torch.zeros(1)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match=r"must hold a state dict .* got list"):
-        models.load_weights(small(), tmp_path / "list.pt")
+        networks.load_weights(small(), tmp_path / "list.pt")
     with pytest.raises(FileNotFoundError, match=r"looked for the state dict .*nowhere.pt, not found"):
-        models.load_weights(small(), tmp_path / "nowhere.pt")
+        networks.load_weights(small(), tmp_path / "nowhere.pt")
 
 
 class Evil:
@@ -189,7 +189,7 @@ class Evil:
 def test_a_pickle_is_never_executed(tmp_path):
     torch.save({"weight": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(ValueError, match=r"evil.pt"):
-        models.load_weights(small(), tmp_path / "evil.pt")
+        networks.load_weights(small(), tmp_path / "evil.pt")
     assert not hasattr(sys, "was_executed")
 
 
@@ -201,23 +201,23 @@ def test_weights_of_another_architecture_name_the_first_differences_and_change_n
     with pytest.raises(
         ValueError, match=r"block1.0.weight: the model has \[4, 1, 3, 3\], the file \[8, 1, 3, 3\].*more"
     ):
-        models.load_weights(model, path)
+        networks.load_weights(model, path)
 
-    torch.save(models.resnet(10, depth=32, width=4).state_dict(), path)
+    torch.save(networks.resnet(10, depth=32, width=4).state_dict(), path)
     with pytest.raises(
         ValueError,
         match=r"weights.pt does not fit ResNet: stage1.3.conv1.weight: the model has no such key; .*; and 69 more",
     ):
-        models.load_weights(models.resnet(10, depth=20, width=4), path)
-    torch.save(models.resnet(10, depth=20, width=4).state_dict(), path)
+        networks.load_weights(networks.resnet(10, depth=20, width=4), path)
+    torch.save(networks.resnet(10, depth=20, width=4).state_dict(), path)
     with pytest.raises(ValueError, match=r"fit ResNet: stage1.3.conv1.weight: the file has no such key; .*69 more"):
-        models.load_weights(models.resnet(10, depth=32, width=4), path)
+        networks.load_weights(networks.resnet(10, depth=32, width=4), path)
 
     state = small(4).state_dict()
     state["head.weight"] = state.pop("fc.weight")
     torch.save(state, path)
     with pytest.raises(ValueError, match=r"fc.weight: the file has no .*head.weight: the model has no"):
-        models.load_weights(model, path)
+        networks.load_weights(model, path)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
 
@@ -232,7 +232,7 @@ def test_weights_without_batch_counts_load_and_nothing_else_may_be_missing(tmp_p
     torch.save(old, path)
     model = small()
     model.block1[1].num_batches_tracked += 7
-    models.load_weights(model, path)
+    networks.load_weights(model, path)
     for key, value in model.state_dict().items():
         assert torch.equal(
             value, saved.state_dict()[key] if prefix + key in old else torch.tensor(7 * ("block1" in key))
@@ -240,7 +240,7 @@ def test_weights_without_batch_counts_load_and_nothing_else_may_be_missing(tmp_p
     for key in (f"{prefix}block1.1.running_mean", f"{prefix}fc.bias", f"{prefix}block2.2.weight"):
         torch.save({name: x for name, x in old.items() if name != key}, path)
         with pytest.raises(ValueError, match=rf"{key.removeprefix(prefix)}: the file has no such key"):
-            models.load_weights(model, path)
+            networks.load_weights(model, path)
 
 
 class Counted(torch.nn.Module):
@@ -255,4 +255,4 @@ class Counted(torch.nn.Module):
 def test_a_count_that_is_no_batch_norms_is_asked_for(tmp_path):
     torch.save({"running_mean": torch.tensor(0.0)}, tmp_path / "old.pt")
     with pytest.raises(ValueError, match="num_batches_tracked: the file has no such key"):
-        models.load_weights(Counted(10), tmp_path / "old.pt")
+        networks.load_weights(Counted(10), tmp_path / "old.pt")

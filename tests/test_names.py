@@ -16,9 +16,21 @@ for extra in ("rich", "matplotlib", "jinja2", "markdown_it"):
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from amtml_fast.train import charts, drawing, figures, page, report, svg, tables
+from amtml_fast.train import charts, curves, drawing, significance, svg, tables
 from amtml_fast.train.progress import Display
-from amtml_fast.train.report import Network, Row
+from amtml_fast.train.tables import (
+    Bold,
+    Cells,
+    Network,
+    Row,
+    by_student,
+    by_teachers,
+    escaped,
+    markdown,
+    networks,
+    paragraph,
+    read,
+)
 
 NAMES = [
     "cost $5 or $6",
@@ -75,10 +87,10 @@ def test_pictures_draw_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(drawing, "save", watched)
     probs, image = np.full((2, 3), 1 / 3), np.zeros((1, 8, 8), np.uint8)
     classes, teachers, weights = [name, "b", "c"], [name, "other"], np.array([0.4, 0.6])
-    figures.curves(histories(name), tmp_path / "1.png")
-    figures.entropy(histories(name), tmp_path / "2.png", teachers)
-    figures.soft_targets(image, classes, probs, weights, 0, tmp_path / "3.png", teachers)
-    figures.weights_gallery([image], classes, probs[None], weights[None], [0], tmp_path / "4.png", teachers)
+    curves.curves(histories(name), tmp_path / "1.png")
+    curves.entropy(histories(name), tmp_path / "2.png", teachers)
+    curves.soft_targets(image, classes, probs, weights, 0, tmp_path / "3.png", teachers)
+    curves.weights_gallery([image], classes, probs[None], weights[None], [0], tmp_path / "4.png", teachers)
     charts.accuracies(rows(name), tmp_path / "5.png")
     charts.number_of_teachers(rows(name), tmp_path / "6.png")
     assert all((tmp_path / f"{i}.png").stat().st_size > 1000 for i in range(1, 7))
@@ -88,7 +100,7 @@ def test_pictures_draw_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", NAMES)
 def test_the_terminal_prints_it(name: str) -> None:
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
-    console.print(report.table(rows(name), rows(name), title=name))
+    console.print(tables.table(rows(name), rows(name), title=name))
     display = Display(console)
     display.say(name)
     display.warn(name)
@@ -115,16 +127,16 @@ def read_markdown(text: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_markdown_prints_it(name: str) -> None:
-    found = read_markdown(tables.paragraph(f"{name} wins"))
+    found = read_markdown(paragraph(f"{name} wins"))
     assert found == [f"{name} wins"]
-    assert read_markdown(f"# {tables.escaped(name)}: 3") == [f"{name}: 3"]
-    text = report.markdown(rows(name)[:2], rows(name)[:1])
+    assert read_markdown(f"# {escaped(name)}: 3") == [f"{name}: 3"]
+    text = markdown(rows(name)[:2], rows(name)[:1])
     assert name in read_markdown(text)
     text = "\n\n".join([
-        report.networks([Network(name, "teacher", 10, 0.5)]),
-        report.by_teachers(rows(name)),
-        report.by_student([*rows(name), Row("x", name, 10, [0.5, 0.5], teachers=3, student="other")]),
-        report.paired_tests(rows(name)[1], rows(name)[:1]),
+        networks([Network(name, "teacher", 10, 0.5)]),
+        by_teachers(rows(name)),
+        by_student([*rows(name), Row("x", name, 10, [0.5, 0.5], teachers=3, student="other")]),
+        significance.paired_tests(rows(name)[1], rows(name)[:1]),
     ])  # fmt: skip
     found = read_markdown(text)
     assert found.count(name) == 3 and f"{name} (10)" in found and f"{name} - student alone" in found
@@ -133,24 +145,23 @@ def test_markdown_prints_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_has_the_cells_that_markdown_has(name: str) -> None:
-    table, _ = tables.read(report.markdown(rows(name)[1:2]))
-    assert isinstance(table, tables.Cells)
-    assert table.lines[0][0] == name and isinstance(table.lines[0][2], tables.Bold)
-    assert not isinstance(table.lines[0][0], tables.Bold)
-    grid = tables.read(tables.grid([name, name], [[name, tables.Bold(name)]]))
-    assert grid == [tables.Cells([name, name], [[name, name]], 1)]
+    table, _ = read(markdown(rows(name)[1:2]))
+    assert isinstance(table, Cells)
+    assert table.lines[0][0] == name and isinstance(table.lines[0][2], Bold)
+    assert not isinstance(table.lines[0][0], Bold)
+    grid = read(tables.grid([name, name], [[name, Bold(name)]]))
+    assert grid == [Cells([name, name], [[name, name]], 1)]
     chart = svg.lines([svg.Line(name, np.array([[0.1, 0.2]]), "c1")], name)
     assert str(svg.Markup.escape(f"{name} 0.20")) in chart and f'aria-label="{svg.Markup.escape(name)}"' in chart
-    assert page.svg is svg
 
 
 @pytest.mark.parametrize("name", [*NAMES, "\tx", "x"])
 def test_no_spreadsheet_computes_it(name: str) -> None:
-    (line,) = csv.DictReader(io.StringIO(report.csv(rows(name)[1:2]), newline=""))
+    (line,) = csv.DictReader(io.StringIO(tables.csv(rows(name)[1:2]), newline=""))
     begins = name.startswith(("=", "+", "-", "@", "\t"))
     assert line["label"] == line["student"] == (f"'{name}" if begins else name)
     assert line["method"] == "x" and line["accuracies"] == "0.7 0.8"
 
 
 def test_a_name_stays_on_its_line() -> None:
-    assert tables.escaped("a\n b\r\nc") == "a b c"
+    assert escaped("a\n b\r\nc") == "a b c"

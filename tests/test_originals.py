@@ -16,8 +16,9 @@ from sklearn.svm import OneClassSVM
 from torch import Tensor
 from torch.nn import functional as F
 
-from amtml_fast.train.methods import METHODS, Step
 from amtml_fast.train.methods.aekd import min_norm_weights
+from amtml_fast.train.methods.base import Step
+from amtml_fast.train.methods.registry import METHODS
 
 
 def theirs_ca_mkd(step: Step, tau: float = 4.0) -> Tensor:

@@ -34,9 +34,16 @@ import numpy as np
 import torch
 
 from amtml_fast import cli
-from amtml_fast.train import answers, compare, config, gather, page, svg, tables
+from amtml_fast.train import answers, gather, page, reading, svg, tables
+from amtml_fast.train.files import read_json
+from amtml_fast.train.folder import Run
+from amtml_fast.train.job import one_job
+from amtml_fast.train.plan import plan
+from amtml_fast.train.prepare import load_data, load_teachers
 from amtml_fast.train.progress import Display
-from amtml_fast.train.run import Run, read_json
+from amtml_fast.train.schema import ConfigError
+from amtml_fast.train.session import compare
+from amtml_fast.train.tables import Bold, Cells, grid
 
 QUIET = Display(quiet=True)
 NASTY = """<script>alert("1")</script> & 'co' {{ 7 * 7 }}"""
@@ -108,7 +115,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a comparison of five methods and two seeds."""
     folder = tmp_path_factory.mktemp("page")
     (folder / "tiny.yaml").write_text(YAML)
-    compare.compare(config.load(folder / "tiny.yaml", [f"out={folder}"]), QUIET)
+    compare(reading.load(folder / "tiny.yaml", [f"out={folder}"]), QUIET)
     return folder / "tiny"
 
 
@@ -190,15 +197,15 @@ def test_the_curves_end_where_the_metrics_do(whole: tuple[str, Reader], compared
 
 
 def test_by_class_are_the_networks_own_answers(whole: tuple[str, Reader], compared: Path) -> None:
-    settings = config.load(compared.parent / "tiny.yaml", [f"out={compared.parent}"])
-    data = compare.load_data(settings)
-    teachers = compare.load_teachers(settings, data, compare.plan(settings), QUIET)
+    settings = reading.load(compared.parent / "tiny.yaml", [f"out={compared.parent}"])
+    data = load_data(settings)
+    teachers = load_teachers(settings, data, plan(settings), QUIET)
     assert teachers is not None
     right = answers.teacher_logits(teachers, data.test, data).argmax(-1) == data.test.labels[:, None]
     for c, name in enumerate(data.classes):
         shares = right[data.test.labels == c].float().mean(0)
         assert f"{name} {100 * shares[0]:.1f} {100 * shares[1]:.1f}" in whole[1].text
-    seeds = [compare.one_job(settings, "amtml_kd", seed) for seed in (0, 1)]
+    seeds = [one_job(settings, "amtml_kd", seed) for seed in (0, 1)]
     weights = torch.stack([answers.weights_and_logits(job, teachers, data.test, data)[0] for job in seeds])
     three = weights[:, data.test.labels == 3].mean((0, 1))
     assert f"3 {three[0]:.2f} {three[1]:.2f}" in whole[1].text.split("Weights, AMTML-KD")[1]
@@ -209,7 +216,7 @@ def test_images_are_what_was_asked_for(compared: Path) -> None:
     shown = [attributes for tag, attributes in reader.tags if tag == "img"]
     assert [(x["alt"] or "").split(",")[0] for x in shown] == ["Test image 3", "Test image 17"]
     assert all((x["src"] or "").startswith("data:image/png;base64,") for x in shown)
-    with pytest.raises(config.ConfigError, match=r"--images: 0 to \d+ \(the test split\) wanted, got 99999"):
+    with pytest.raises(ConfigError, match=r"--images: 0 to \d+ \(the test split\) wanted, got 99999"):
         read(compared, images=[99999])
 
 
@@ -405,14 +412,14 @@ def test_what_is_no_run_is_named(
 
 
 def test_how_to_get_it_again() -> None:
-    plain = gather.Gathered("digits", config.load("digits"), True, [])
+    plain = gather.Gathered("digits", reading.load("digits"), True, [])
     assert gather.command(plain) == ("amtml-fast compare digits", False)
     other = gather.Gathered(
-        "digits", config.load("digits", ["distill.epochs=3", "compare.seeds=[7]", "out=/x"]), True, []
+        "digits", reading.load("digits", ["distill.epochs=3", "compare.seeds=[7]", "out=/x"]), True, []
     )
     words, save = gather.command(other)
     assert words == "amtml-fast compare digits distill.epochs=3 'compare.seeds=[7]'" and not save
-    own = gather.Gathered("mine", config.load("digits", ["name=mine"]), True, [])
+    own = gather.Gathered("mine", reading.load("digits", ["name=mine"]), True, [])
     assert gather.command(own) == ("amtml-fast compare mine.yaml", True)
     assert "out:" not in gather.shown_config(own.config)
 
@@ -473,12 +480,10 @@ def test_ticks_are_round(low: float, high: float, want: list[float]) -> None:
 
 
 def test_tables_are_read_back() -> None:
-    text = (
-        tables.grid(("A", "B | c", "n"), [("x", tables.Bold("1 ± 2"), "3"), ("a|b", "-", "4")], left=2) + "\nCaption.\n"
-    )
+    text = grid(("A", "B | c", "n"), [("x", Bold("1 ± 2"), "3"), ("a|b", "-", "4")], left=2) + "\nCaption.\n"
     table, caption = tables.read(text)
-    assert table == tables.Cells(["A", "B | c", "n"], [["x", "1 ± 2", "3"], ["a|b", "-", "4"]], 2)
-    assert [isinstance(cell, tables.Bold) for cell in table.lines[0]] == [False, True, False]
+    assert table == Cells(["A", "B | c", "n"], [["x", "1 ± 2", "3"], ["a|b", "-", "4"]], 2)
+    assert [isinstance(cell, Bold) for cell in table.lines[0]] == [False, True, False]
     assert caption == "Caption."
 
 

@@ -12,12 +12,15 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import torch
 
-from amtml_fast.train import compare, config, models, preflight
-from amtml_fast.train import teachers as frozen
-from amtml_fast.train.data import ImageData, Loader
+from amtml_fast.train import networks, preflight, reading
+from amtml_fast.train.distiller import make_distiller, teachers_of
 from amtml_fast.train.features import FeatureExtractor
-from amtml_fast.train.jobs import make_distiller, student_job, teachers_of
-from amtml_fast.train.methods import METHODS
+from amtml_fast.train.frozen import Outputs, assemble
+from amtml_fast.train.images import ImageData, Loader
+from amtml_fast.train.job import student_job
+from amtml_fast.train.methods.registry import METHODS
+from amtml_fast.train.prepare import load_data
+from amtml_fast.train.schema import Config, ConfigError
 
 YAML = """
 name: small
@@ -33,26 +36,26 @@ engine: {threads: 1, device: cpu}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
-    return compare.load_data(load(tmp_path_factory.mktemp("data")))
+    return load_data(load(tmp_path_factory.mktemp("data")))
 
 
-def load(folder: Path, *overrides: str) -> config.Config:
+def load(folder: Path, *overrides: str) -> Config:
     (folder / "small.yaml").write_text(YAML)
-    return config.load(folder / "small.yaml", [f"out={folder}", *overrides])
+    return reading.load(folder / "small.yaml", [f"out={folder}", *overrides])
 
 
-def step(settings: config.Config, name: str, data: ImageData) -> torch.Tensor:
+def step(settings: Config, name: str, data: ImageData) -> torch.Tensor:
     """The loss of one step from untrained teachers."""
     job = student_job(settings, name, 0)
-    nets = [models.small_cnn(10, width=width) for width in (2, 3)]
+    nets = [networks.small_cnn(10, width=width) for width in (2, 3)]
     hints = [{"hint": teacher.hint or "block3"} for teacher in settings.teachers]
-    everyone = frozen.assemble(
+    everyone = assemble(
         ["a", "b"], [FeatureExtractor(net, hint).eval() for net, hint in zip(nets, hints, strict=True)], data
     )
     teachers = teachers_of(job, everyone) if job.method.needs_teachers else None
     distiller = make_distiller(job, data, teachers)
     batch = next(iter(Loader(data.train, data, 16)))
-    taught = teachers.run(batch.images) if teachers else frozen.Outputs([], [])
+    taught = teachers.run(batch.images) if teachers else Outputs([], [])
     out, _ = distiller(batch.images, batch.labels, taught.logits, taught.maps)
     out.loss.backward()
     return out.loss.detach()
@@ -67,17 +70,17 @@ def test_every_method_with_every_kind_of_features(tmp_path: Path, data: ImageDat
         message = (
             r"^config: student\.features must name a module whose output is \[N, c, h, w\], got 'fc', .* \[2, 10\]$"
         )
-        for run in (lambda: compare.check(settings, data, [job]), lambda: step(settings, name, data)):
-            with pytest.raises(config.ConfigError, match=message):
+        for run in (lambda: preflight.networks(settings, data, [job]), lambda: step(settings, name, data)):
+            with pytest.raises(ConfigError, match=message):
                 run()
         return
-    compare.check(settings, data, [job])
+    preflight.networks(settings, data, [job])
     assert torch.isfinite(step(settings, name, data))
 
 
 def with_hints() -> list[str]:
-    plain = config.Config()
-    settings = {name: config.changed(plain, method.settings(plain), name) for name, method in METHODS.items()}
+    plain = Config()
+    settings = {name: reading.changed(plain, method.settings(plain), name) for name, method in METHODS.items()}
     return [name for name, method in METHODS.items() if method.hints(settings[name].loss)]
 
 
@@ -85,9 +88,9 @@ def with_hints() -> list[str]:
 def test_every_method_with_a_teachers_output_that_is_no_map(tmp_path: Path, data: ImageData, name: str) -> None:
     settings = load(tmp_path, "teachers.1.hint=fc")
     message = r"^config: teachers\.b\.hint must name a module whose output is \[N, c, h, w\], got 'fc', .* \[2, 10\]$"
-    with pytest.raises(config.ConfigError, match=message):
-        compare.check(settings, data, [student_job(settings, name, 0)])
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
+        preflight.networks(settings, data, [student_job(settings, name, 0)])
+    with pytest.raises(ConfigError, match=message):
         step(settings, name, data)
 
 
@@ -98,6 +101,6 @@ def test_places_leave_nothing_behind(tmp_path: Path) -> None:
     preflight.places(settings)
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/b", "small.yaml"]
     (tmp_path / "c").symlink_to("nowhere")
-    with pytest.raises(config.ConfigError, match=r"cache\.folder must be a folder, got .*c/d where .*c is none"):
+    with pytest.raises(ConfigError, match=r"cache\.folder must be a folder, got .*c/d where .*c is none"):
         preflight.places(settings)
     preflight.places(load(tmp_path, f"cache.folder={tmp_path}/c/d", "cache.teachers=never"))

@@ -18,8 +18,18 @@ from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats
 
-from amtml_fast.train import charts, drawing, figures, report
-from amtml_fast.train.report import Network, Row
+from amtml_fast.train import charts, curves, drawing, numbers, significance, tables
+from amtml_fast.train.tables import (
+    FIELDS,
+    Network,
+    Row,
+    by_mapping,
+    by_student,
+    by_teachers,
+    markdown,
+    networks,
+    records,
+)
 
 HEADER = ["Model", "Parameters", "Test accuracy (%)", "Seeds", "s / epoch"]
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
@@ -69,15 +79,15 @@ def test_mean_and_sample_std():
 def test_the_table_of_paired_tests_is_their_numbers():
     ours = Row("amtml_kd", "AMTML-KD", 10, [0.80, 0.82, 0.81])
     other, level = Row("a", "A", 10, [0.78, 0.79, 0.785]), Row("b", "B", 10, [0.80, 0.82, 0.81])
-    lines = report.paired_tests(ours, [other, level]).splitlines()
+    lines = significance.paired_tests(ours, [other, level]).splitlines()
     gaps = [0.02, 0.03, 0.025]
     low, high = stats.t.interval(0.95, 2, statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(3))
     p = stats.ttest_rel(ours.accuracies, other.accuracies).pvalue
     interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
     assert cells(lines[2]) == ["AMTML-KD - A", "+2.50 ± 0.50 points", interval, f"p = {p:.2g}"]
     assert cells(lines[3]) == ["AMTML-KD - B", "+0.00 ± 0.00 points", "+0.00 to +0.00", "p = 1"]
-    assert report.paired_tests(Row("c", "C", 10, [0.5]), [Row("d", "D", 10, [0.6])]) == ""
-    assert report.paired_tests(ours, []) == ""
+    assert significance.paired_tests(Row("c", "C", 10, [0.5]), [Row("d", "D", 10, [0.6])]) == ""
+    assert significance.paired_tests(ours, []) == ""
 
 
 @pytest.mark.parametrize("accuracies", [[], [0.9, 91.0], [-0.1]])
@@ -88,15 +98,15 @@ def test_a_row_refuses_what_is_no_fraction(accuracies):
 
 def test_paired_difference_cancels_what_seeds_share():
     student, average, ours = rows()
-    assert report.paired_difference(ours, average)[:3] == pytest.approx((0.01, 0.0, 3))
-    mean, std, n, *_ = report.paired_difference(ours, student)
+    assert significance.paired_difference(ours, average)[:3] == pytest.approx((0.01, 0.0, 3))
+    mean, std, n, *_ = significance.paired_difference(ours, student)
     gaps = [0.03, 0.04, -0.01]
     assert (mean, std, n) == pytest.approx((statistics.fmean(gaps), statistics.stdev(gaps), 3))
-    assert str(report.paired_difference(ours, student)) == "+2.00 ± 2.65 points"
-    assert report.paired_difference(student, ours).mean == pytest.approx(-0.02)
-    assert report.paired_difference(Row("a", "A", 1, [0.5]), Row("b", "B", 1, [0.4])).std is None
+    assert str(significance.paired_difference(ours, student)) == "+2.00 ± 2.65 points"
+    assert significance.paired_difference(student, ours).mean == pytest.approx(-0.02)
+    assert significance.paired_difference(Row("a", "A", 1, [0.5]), Row("b", "B", 1, [0.4])).std is None
     with pytest.raises(ValueError, match="'B' must have 3 seeds like 'AvgMKD', got 1"):
-        report.paired_difference(average, Row("b", "B", 1, [0.4]))
+        significance.paired_difference(average, Row("b", "B", 1, [0.4]))
 
 
 def pair(gaps: list[float]) -> tuple[Row, Row]:
@@ -115,7 +125,7 @@ TWO_SIDED = {  # p of Student's t with these degrees of freedom, in closed form
 @pytest.mark.parametrize("gaps", [[0.03, 0.01], [0.03, 0.04, -0.01], [-0.02, -0.03, -0.01, -0.025, -0.04]])
 def test_the_paired_t_test_by_its_formula(gaps):
     a, b = pair(gaps)
-    test = report.paired_difference(a, b)
+    test = significance.paired_difference(a, b)
     n, error = len(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
     t = statistics.fmean(gaps) / error
     assert (test.t, test.p) == pytest.approx((t, TWO_SIDED[n - 1](t)))
@@ -130,15 +140,15 @@ def test_the_paired_t_test_by_its_formula(gaps):
 @pytest.mark.parametrize(("gap", "t", "p"), [(0.1, math.inf, 0), (-0.1, -math.inf, 0), (0.0, 0, 1), (1e-16, 0, 1)])
 def test_equal_differences_have_a_p_without_a_spread(gap, t, p):
     """0.1 + 0.2 - 0.2 and its like differ in the last bit: that is no spread."""
-    test = report.paired_difference(*pair([gap] * 3))
+    test = significance.paired_difference(*pair([gap] * 3))
     assert (test.std, test.t, test.p) == (0, t, p)
     assert (test.mean, test.low, test.high) == pytest.approx((gap, gap, gap), abs=1e-12)
 
 
 def test_one_seed_and_a_diverged_one_have_no_p():
-    assert report.paired_difference(*pair([0.1]))[1:] == (None, 1, None, None, None, None)
+    assert significance.paired_difference(*pair([0.1]))[1:] == (None, 1, None, None, None, None)
     a, b = Row("a", "A", 1, [0.9, math.nan, 0.8]), Row("b", "B", 1, [0.9, 0.7, 0.8])
-    for test in (report.paired_difference(a, b), report.paired_difference(b, a)):
+    for test in (significance.paired_difference(a, b), significance.paired_difference(b, a)):
         assert test.n == 3
         assert all(math.isnan(value) for value in (test.mean, test.std, test.t, test.p, test.low, test.high))
 
@@ -162,12 +172,12 @@ def test_one_seed_and_a_diverged_one_have_no_p():
     ],
 )
 def test_the_verdict_says_what_was_measured_and_whether_it_is_chance(gaps, said):
-    assert report.verdict(*pair(gaps)) == said
+    assert significance.verdict(*pair(gaps)) == said
 
 
 def test_a_difference_of_more_than_its_spread_may_still_be_chance():
     """Three seeds: the mean is 1.9 times the deviation, p is 0.08."""
-    said = report.verdict(*pair([0.01, 0.02, 0.027]))
+    said = significance.verdict(*pair([0.01, 0.02, 0.027]))
     assert said.startswith("cannot be told from B") and "+1.90 ± 0.85 points" in said
 
 
@@ -176,14 +186,14 @@ def test_a_difference_of_more_than_its_spread_may_still_be_chance():
     [(0.0334, "p = 0.033"), (0.0496, "p = 0.0496"), (0.0504, "p = 0.05"), (0.00099, "p < 0.001"), (0.001, "p = 0.001")],
 )
 def test_p_is_rounded_but_never_over_the_level(p, said):
-    assert report._p(p) == said
+    assert significance._p(p) == said
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
 
 
 def test_markdown_reads_back_with_only_the_best_student_in_bold():
-    lines = report.markdown(rows(), teachers()).splitlines()
+    lines = markdown(rows(), teachers()).splitlines()
     assert cells(lines[0]) == HEADER
     assert set(lines[1]) <= set("|:-")
     assert cells(lines[2]) == ["teacher: cnn-wide", "1,234,567", "99.00", "1", "-"]
@@ -194,16 +204,16 @@ def test_markdown_reads_back_with_only_the_best_student_in_bold():
 
 
 def test_memory_is_a_column_where_it_was_measured():
-    assert "memory" not in report.markdown(rows(), teachers())
+    assert "memory" not in markdown(rows(), teachers())
     some = rows()
     some[1].peak_memory, some[2].peak_memory = 684_400_000, 1_230_000_000
-    lines = [cells(line) for line in report.markdown(some, teachers()).splitlines()[:6]]
+    lines = [cells(line) for line in markdown(some, teachers()).splitlines()[:6]]
     assert lines[0] == [*HEADER, "Peak memory"]
     assert [line[-1] for line in lines[2:]] == ["-", "-", "684 MB", "1.2 GB"]
-    plain, _ = printed(report.table(some, teachers()))
-    assert "Peak memory" in plain and "684 MB" in plain and "Peak" not in printed(report.table(rows()))[0]
+    plain, _ = printed(tables.table(some, teachers()))
+    assert "Peak memory" in plain and "684 MB" in plain and "Peak" not in printed(tables.table(rows()))[0]
     of_teacher = [Row("t", "t", 1, [0.9], peak_memory=5)]
-    assert cells(report.markdown(rows(), of_teacher).splitlines()[2])[-1] == "5 B"
+    assert cells(markdown(rows(), of_teacher).splitlines()[2])[-1] == "5 B"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +223,7 @@ def test_memory_is_a_column_where_it_was_measured():
 )
 def test_memory_in_units_of_a_thousand(count, said):
     memory = Row("m", "M", 1, [0.9], peak_memory=int(count))
-    assert cells(report.markdown([memory]).splitlines()[2])[-1] == said
+    assert cells(markdown([memory]).splitlines()[2])[-1] == said
 
 
 def test_rows_of_one_method_are_told_apart_by_what_differs():
@@ -223,28 +233,28 @@ def test_rows_of_one_method_are_told_apart_by_what_differs():
         Row("m", "M", 1, [0.9], student="a", teachers=3),
         Row("k", "K", 1, [0.9], student="a", teachers=3),
     ]
-    shown = [cells(line)[0] for line in report.markdown(some).splitlines()[2:6]]
+    shown = [cells(line)[0] for line in markdown(some).splitlines()[2:6]]
     assert shown == ["Alone", "M, 1 teacher", "M, 3 teachers", "K"]
     some.append(Row("s", "Alone", 1, [0.9], student="b"))
-    shown = [cells(line)[0] for line in report.markdown(some).splitlines()[2:7]]
+    shown = [cells(line)[0] for line in markdown(some).splitlines()[2:7]]
     assert shown == ["Alone, a", "M, a, 1 teacher", "M, a, 3 teachers", "K, a", "Alone, b"]
 
 
 def test_equal_looking_means_are_bold_together():
     tied = [Row("a", "A", 1, [0.90001]), Row("b", "B", 1, [0.90004]), Row("c", "C", 1, [0.8999])]
-    lines = report.markdown(tied).splitlines()
+    lines = markdown(tied).splitlines()
     assert [cells(line)[2] for line in lines[2:5]] == ["**90.00**", "**90.00**", "89.99"]
     assert "One seed" in lines[-1] and "±" not in "".join(lines)
 
 
 def test_a_diverged_seed_is_shown_and_never_best():
     broken = [Row("a", "A", 1, [math.nan, 0.9]), Row("b", "B", 1, [0.5, 0.6])]
-    lines = report.markdown(broken).splitlines()
+    lines = markdown(broken).splitlines()
     assert [cells(line)[2] for line in lines[2:4]] == ["nan ± nan", "**55.00 ± 7.07**"]
 
 
 def test_terminal_table_shows_the_best_in_bold_and_labels_as_they_are():
-    plain, styled = printed(report.table(rows(), teachers(), title="digits"))
+    plain, styled = printed(tables.table(rows(), teachers(), title="digits"))
     for text in (
         "digits",
         "cnn-wide",
@@ -263,8 +273,8 @@ def test_terminal_table_shows_the_best_in_bold_and_labels_as_they_are():
 
 
 def test_csv_reads_back_exactly():
-    back = list(csv.DictReader(io.StringIO(report.csv(rows(), teachers()))))
-    assert tuple(back[0]) == report.FIELDS
+    back = list(csv.DictReader(io.StringIO(tables.csv(rows(), teachers()))))
+    assert tuple(back[0]) == FIELDS
     assert [line["role"] for line in back] == ["teacher", "student", "student", "student"]
     assert (back[0]["accuracy_std"], back[0]["seconds_per_epoch"]) == ("", "")
     for line, row in zip(back[1:], rows(), strict=True):
@@ -274,13 +284,13 @@ def test_csv_reads_back_exactly():
         assert (int(line["seeds"]), float(line["seconds_per_epoch"])) == (3, row.seconds_per_epoch)
         assert (line["student"], line["teachers"], line["peak_memory"]) == ("", "", "")
     known = Row("m", "M", 1, [0.9], None, 1_000, "resnet8", 3)
-    (line,) = csv.DictReader(io.StringIO(report.csv([known])))
+    (line,) = csv.DictReader(io.StringIO(tables.csv([known])))
     assert (line["peak_memory"], line["student"], line["teachers"]) == ("1000", "resnet8", "3")
 
 
 def test_records_are_the_same_numbers():
-    record = report.records(rows(), teachers())[-1]
-    assert tuple(record) == report.FIELDS
+    record = records(rows(), teachers())[-1]
+    assert tuple(record) == FIELDS
     assert (record["accuracy_mean"], record["accuracies"]) == (pytest.approx(0.93), [0.92, 0.94, 0.93])
 
 
@@ -315,7 +325,7 @@ def lines_of(text: str) -> list[list[str]]:
 
 
 def test_the_table_of_networks():
-    text = report.networks(
+    text = networks(
         [
             Network("wide | 32", "teacher", 1_000_000, 0.99127),
             Network("narrow", "teacher", 500_000, math.nan),
@@ -330,14 +340,14 @@ def test_the_table_of_networks():
         ["resnet8", "student", "157,000", "6.4x", "-"],
         ["tiny", "student", "700", "1,429x", "50.00"],
     ]
-    assert report.networks([]) == ""
-    assert lines_of(report.networks([Network("s", "student", 5)]))[1] == ["s", "student", "5", "-", "-"]
+    assert networks([]) == ""
+    assert lines_of(networks([Network("s", "student", 5)]))[1] == ["s", "student", "5", "-", "-"]
 
 
 def test_methods_by_number_of_teachers():
     alone, avg1, avg3, ours1, ours3 = grid()
     only = Row("okd", "OKD", 75290, [0.5, 0.6, 0.7], student="resnet8", teachers=1)
-    text = report.by_teachers([alone, avg3, avg1, ours1, ours3, only])
+    text = by_teachers([alone, avg3, avg1, ours1, ours3, only])
     assert "sample standard deviation" in text
     assert lines_of(text) == [
         ["Method", "1 teacher", "3 teachers"],
@@ -346,8 +356,8 @@ def test_methods_by_number_of_teachers():
         ["AMTML-KD", f"**{mean_std(ours1)}**", f"**{mean_std(ours3)}**"],
         ["OKD", mean_std(only), "-"],
     ]
-    assert report.by_teachers([alone, avg1, ours1]) == "" and report.by_teachers([]) == ""
-    assert "one seed: no spread" in report.by_teachers(grid(seeds=1))
+    assert by_teachers([alone, avg1, ours1]) == "" and by_teachers([]) == ""
+    assert "one seed: no spread" in by_teachers(grid(seeds=1))
 
 
 def test_the_best_of_a_column_is_that_columns_and_never_nan():
@@ -359,7 +369,7 @@ def test_the_best_of_a_column_is_that_columns_and_never_nan():
         Row("b", "B", 1, [math.nan], teachers=2),
         Row("c", "C", 1, [0.90001], teachers=1),
     ]
-    assert lines_of(report.by_teachers(rows))[1:] == [
+    assert lines_of(by_teachers(rows))[1:] == [
         ["A", "**90.00**", "**70.00**", "70.00"],  # alone in the last column: nothing was beaten
         ["B", "80.00", "nan", "-"],
         ["C", "**90.00**", "-", "-"],
@@ -367,20 +377,20 @@ def test_the_best_of_a_column_is_that_columns_and_never_nan():
 
 
 def test_one_table_of_teachers_a_student():
-    text = report.by_teachers(grid(students=("small", "large")))
+    text = by_teachers(grid(students=("small", "large")))
     assert text.count("Test accuracy in percent, mean") == 1 and text.index("Student small:") < text.index(
         "Student large:"
     )
     assert len(lines_of(text)) == 8
     only_small = [row for row in grid(students=("small", "large")) if row.student == "small" or row.teachers != 1]
-    text = report.by_teachers(only_small)
+    text = by_teachers(only_small)
     assert "Student small:" in text and "Student large:" not in text
 
 
 def test_methods_by_student():
     rows = grid(counts=(3,), students=("small", "large"))
     alone, avg, ours, alone2, _, ours2 = rows
-    text = report.by_student([row for row in rows if row is not rows[4]])
+    text = by_student([row for row in rows if row is not rows[4]])
     assert text.startswith("| Method") and "With" not in text
     assert lines_of(text) == [
         ["Method", "small (75,290)", "large (150,580)"],
@@ -388,15 +398,15 @@ def test_methods_by_student():
         ["AvgMKD", mean_std(avg), "-"],
         ["AMTML-KD", f"**{mean_std(ours)}**", f"**{mean_std(ours2)}**"],
     ]
-    assert report.by_student(grid()) == "" and report.by_student([]) == ""
-    assert lines_of(report.by_student([alone, alone2]))[1] == ["Student alone", mean_std(alone), mean_std(alone2)]
+    assert by_student(grid()) == "" and by_student([]) == ""
+    assert lines_of(by_student([alone, alone2]))[1] == ["Student alone", mean_std(alone), mean_std(alone2)]
 
 
 def test_one_table_of_students_a_number_of_teachers():
     rows = grid(counts=(1, 3), students=("small", "large"))
-    text = report.by_student(rows)
+    text = by_student(rows)
     assert text.index("With 1 teacher:") < text.index("With 3 teachers:") and len(lines_of(text)) == 8
-    text = report.by_student([row for row in rows if row.student == "small" or row.teachers != 1])
+    text = by_student([row for row in rows if row.student == "small" or row.teachers != 1])
     assert "With 3 teachers:" in text and "With 1" not in text  # one student only: nothing to compare
 
 
@@ -404,22 +414,22 @@ def test_hint_mappings():
     low = Row("amtml_best_low", "AMTML-KD, best teacher low", 1, [0.91, 0.92, 0.93], student="resnet8", teachers=3)
     random = Row("amtml_random", "AMTML-KD, random mapping", 1, [0.93, 0.95, 0.97], student="resnet8", teachers=3)
     ours = grid()[-1]
-    text = report.by_mapping([random, *grid(), low])
+    text = by_mapping([random, *grid(), low])
     assert lines_of(text) == [
         ["Mapping", "Test accuracy (%)"],
         ["best high", mean_std(ours)],
         ["best low", "92.00 ± 1.00"],
         ["random", "**95.00 ± 2.00**"],
     ]
-    assert report.by_mapping(grid()) == "" and report.by_mapping([low]) == "" and report.by_mapping([]) == ""
+    assert by_mapping(grid()) == "" and by_mapping([low]) == "" and by_mapping([]) == ""
     few = Row("amtml_random", "random", 1, [0.5], student="resnet8", teachers=1)
-    text = report.by_mapping([*grid(), low, few])
+    text = by_mapping([*grid(), low, few])
     assert lines_of(text)[0] == ["Mapping", "resnet8, 1 teacher", "resnet8, 3 teachers"]
     assert [line[1:].count("-") for line in lines_of(text)[1:]] == [0, 1, 1]
 
 
 def test_two_rows_of_one_cell_are_refused():
-    for call in (report.by_teachers, report.by_student, report.by_mapping):
+    for call in (by_teachers, by_student, by_mapping):
         rows = grid(students=("small", "large"))
         with pytest.raises(
             ValueError, match=r"rows must differ.*got two for 'AMTML-KD' with student '.*' and \d teacher"
@@ -499,15 +509,15 @@ def words(figure: Figure) -> str:
 @pytest.mark.parametrize(
     ("build", "args"),
     [
-        (figures._curves, (histories(),)),
-        (figures._curves, (histories(epochs=1, seeds=1),)),
-        (figures._curves, ({f"Method {i} of the family": history(0.9) for i in range(6)},)),  # all end at one point
-        (figures._curves, ({f"A method with a very long name {i}": history(0.8 + i / 10) for i in range(2)},)),
-        (figures._curves, ({f"AMTML-KD, angle trains weights {i}": history(0.9) for i in range(10)},)),
-        (figures._curves, ({f"AMTML-KD, no {i}": history(0.8 + i / 200, seeds=1) for i in range(20)},)),
-        (figures._entropy, (histories(), TEACHERS[:3])),
-        (figures._entropy, ({"AMTML-KD, angle trains weights": history(0.9, teachers=5, led=True)}, TEACHERS)),
-        (figures._entropy, ({"A": history(0.9, teachers=3, seeds=5), "B": history(0.9, teachers=3, led=True)}, None)),
+        (curves._curves, (histories(),)),
+        (curves._curves, (histories(epochs=1, seeds=1),)),
+        (curves._curves, ({f"Method {i} of the family": history(0.9) for i in range(6)},)),  # all end at one point
+        (curves._curves, ({f"A method with a very long name {i}": history(0.8 + i / 10) for i in range(2)},)),
+        (curves._curves, ({f"AMTML-KD, angle trains weights {i}": history(0.9) for i in range(10)},)),
+        (curves._curves, ({f"AMTML-KD, no {i}": history(0.8 + i / 200, seeds=1) for i in range(20)},)),
+        (curves._entropy, (histories(), TEACHERS[:3])),
+        (curves._entropy, ({"AMTML-KD, angle trains weights": history(0.9, teachers=5, led=True)}, TEACHERS)),
+        (curves._entropy, ({"A": history(0.9, teachers=3, seeds=5), "B": history(0.9, teachers=3, led=True)}, None)),
         (charts._number_of_teachers, (grid(),)),
         (charts._number_of_teachers, (grid(counts=(1, 2, 3, 5), seeds=5, methods="abcdefgh"),)),
         (charts._number_of_teachers, (grid(counts=(1, 2, 3, 5), seeds=1, students=("a", "b"), methods="abcdefghij"),)),
@@ -515,13 +525,13 @@ def words(figure: Figure) -> str:
         (charts._accuracies, (grid(),)),
         (charts._accuracies, (grid(counts=(1, 2, 3), seeds=5, methods="abcdefgh"),)),
         (charts._accuracies, (grid(counts=(1, 3), seeds=1, students=("a-wide-one", "b"), methods="abcdef")[:25],)),
-        (figures._entropy, ({"A": history(0.9, teachers=5), "B": history(0.8, teachers=2, seeds=1)}, None)),
-        (figures._soft_targets, one_of(*examples())),
-        (figures._soft_targets, one_of(*examples(count=1))),
-        (figures._soft_targets, one_of(*examples(count=5, classes=100))),
-        (figures._weights_gallery, examples()),
-        (figures._weights_gallery, examples(n=1, count=1)),
-        (figures._weights_gallery, examples(n=8, count=5, classes=100)),
+        (curves._entropy, ({"A": history(0.9, teachers=5), "B": history(0.8, teachers=2, seeds=1)}, None)),
+        (curves._soft_targets, one_of(*examples())),
+        (curves._soft_targets, one_of(*examples(count=1))),
+        (curves._soft_targets, one_of(*examples(count=5, classes=100))),
+        (curves._weights_gallery, examples()),
+        (curves._weights_gallery, examples(n=1, count=1)),
+        (curves._weights_gallery, examples(n=8, count=5, classes=100)),
     ],
 )
 def test_no_two_texts_meet_and_none_leaves_the_picture(build, args):
@@ -543,21 +553,21 @@ def test_pictures_are_written_and_follow_the_data(tmp_path):
     one, other = tmp_path / "new" / "one.png", tmp_path / "other.png"
     changed = {**histories(), "AvgMKD": history(0.7)}
     calls = [
-        (lambda path, h: report.curves(h, path), histories(), changed),
+        (lambda path, h: curves.curves(h, path), histories(), changed),
         (
-            lambda path, h: report.entropy(h, path, teacher_names),
+            lambda path, h: curves.entropy(h, path, teacher_names),
             histories(),
             {"X": history(0.9, teachers=3, epochs=7)},
         ),
-        (lambda path, r: report.number_of_teachers(r, path), grid(), grid()[1:]),
-        (lambda path, r: report.accuracies(r, path), grid(), grid()[1:]),
+        (lambda path, r: charts.number_of_teachers(r, path), grid(), grid()[1:]),
+        (lambda path, r: charts.accuracies(r, path), grid(), grid()[1:]),
         (
-            lambda path, w: report.soft_targets(images[0], names, probs[0], w, labels[0], path, teacher_names),
+            lambda path, w: curves.soft_targets(images[0], names, probs[0], w, labels[0], path, teacher_names),
             weights[0],
             weights[1],
         ),
         (
-            lambda path, w: report.weights_gallery(images, names, probs, w, labels, path, teacher_names),
+            lambda path, w: curves.weights_gallery(images, names, probs, w, labels, path, teacher_names),
             weights,
             weights[::-1],
         ),
@@ -569,14 +579,14 @@ def test_pictures_are_written_and_follow_the_data(tmp_path):
         assert first[:8] == b"\x89PNG\r\n\x1a\n" and len(first) > 15_000
         assert first != other.read_bytes()
         assert 1150 <= imread(one).shape[1] <= 1250  # 8 inches at 150 dpi
-    report.curves(histories(), one)
-    report.curves(histories(), other)
+    curves.curves(histories(), one)
+    curves.curves(histories(), other)
     assert one.read_bytes() == other.read_bytes()
 
 
 def test_no_global_state_is_left(tmp_path):
     before = dict(matplotlib.rcParams)
-    report.curves(histories(), tmp_path / "curves.png")
+    curves.curves(histories(), tmp_path / "curves.png")
     assert dict(matplotlib.rcParams) == before
 
 
@@ -585,10 +595,10 @@ def test_mixtures_are_mixtures_of_probabilities():
     probs = np.array([[0.57, 0.43], [0.31, 0.69], [0.12, 0.88]])
     weights = np.array([0.70, 0.25, 0.05])
     image = np.zeros((8, 8), np.uint8)
-    said = words(draw(figures._soft_targets, image, ["plane", "dog"], probs, weights, 0, TEACHERS[:3]))
+    said = words(draw(curves._soft_targets, image, ["plane", "dog"], probs, weights, 0, TEACHERS[:3]))
     assert "The adaptive mixture gives the true class 0.48, the equal one 0.33" in said
     gallery = words(
-        draw(figures._weights_gallery, [image], ["plane", "dog"], probs[None], weights[None], [0], TEACHERS[:3])
+        draw(curves._weights_gallery, [image], ["plane", "dog"], probs[None], weights[None], [0], TEACHERS[:3])
     )
     assert "0.48" in gallery and "0.57" in gallery and "0.70" in gallery
 
@@ -598,9 +608,9 @@ def test_the_true_class_is_always_shown():
     probs[0, :20] = np.linspace(0.05, 0.03, 20)
     names = [f"class {c}" for c in range(100)]
     image = np.zeros((3, 8, 8))
-    said = words(draw(figures._soft_targets, image, names, probs, np.ones(1), 77, ["t"])).splitlines()
+    said = words(draw(curves._soft_targets, image, names, probs, np.ones(1), 77, ["t"])).splitlines()
     assert said.count("class 77") == 2 and "class 8" in said and "class 9" not in said  # once below the image
-    said = words(draw(figures._weights_gallery, [image], names, probs[None], np.ones((1, 1)), [77], ["t"])).splitlines()
+    said = words(draw(curves._weights_gallery, [image], names, probs[None], np.ones((1, 1)), [77], ["t"])).splitlines()
     assert "class 77" in said and "class 2" in said and "class 3" not in said
 
 
@@ -615,7 +625,7 @@ def test_the_true_class_is_always_shown():
 )
 def test_the_title_of_the_curves_says_what_is_seen(finals, finding):
     runs = {k: [[{"epoch": 1, "loss": 1.0, "val_accuracy": a}] for a in v] for k, v in finals.items()}
-    assert finding in words(draw(figures._curves, runs))
+    assert finding in words(draw(curves._curves, runs))
 
 
 @pytest.mark.parametrize(
@@ -629,14 +639,14 @@ def test_the_title_of_the_curves_says_what_is_seen(finals, finding):
 )
 def test_the_title_of_the_entropy_says_what_is_seen(values, finding):
     run = [{"epoch": i + 1, "entropy": v, "weight_mean": [0.5, 0.5]} for i, v in enumerate(values)]
-    assert finding in words(draw(figures._entropy, {"AMTML-KD": [run]}, None))
+    assert finding in words(draw(curves._entropy, {"AMTML-KD": [run]}, None))
 
 
 def test_no_mean_weight_is_cut_off():
     """A teacher that leads early and falls back stays inside the picture."""
     shares = [[0.5, 0.5], [0.98, 0.02], [0.6, 0.4]]
     run = [{"epoch": i + 1, "entropy": 0.5, "weight_mean": share} for i, share in enumerate(shares)]
-    axes = draw(figures._entropy, {"AMTML-KD": [run]}, None).axes[1]
+    axes = draw(curves._entropy, {"AMTML-KD": [run]}, None).axes[1]
     assert axes.get_ylim()[1] > 0.98
 
 
@@ -647,7 +657,7 @@ def test_the_title_of_the_gallery_says_which_teacher_leads():
         ([[0.2, 0.7, 0.1], [0.2, 0.6, 0.2]], "Largest weight: T2 (resnet20-narrow), on all 2 images"),
         ([[1 / 3] * 3] * 2, "The teachers weigh the same on every image (0.33 each)"),
     ]:
-        said = words(draw(figures._weights_gallery, images, names, probs, weights, labels, teacher_names))
+        said = words(draw(curves._weights_gallery, images, names, probs, weights, labels, teacher_names))
         assert finding in said
 
 
@@ -656,7 +666,7 @@ def test_unfinished_and_diverged_runs_are_drawn_as_far_as_they_go():
     runs[1] = runs[1][:4]
     runs[2][-1] = {"epoch": 10, "loss": math.inf, "val_accuracy": 0.1}
     del runs[0][2]["val_accuracy"]
-    loss, accuracy = (axes.lines[0].get_data()[1] for axes in draw(figures._curves, {"A": runs}).axes)
+    loss, accuracy = (axes.lines[0].get_data()[1] for axes in draw(curves._curves, {"A": runs}).axes)
     assert loss[-1] == pytest.approx(runs[0][-1]["loss"])  # of the three, one stopped early and one diverged
     assert accuracy[-1] == pytest.approx(100 * (runs[0][-1]["val_accuracy"] + 0.1) / 2)
     assert accuracy[2] == pytest.approx(100 * (runs[1][2]["val_accuracy"] + runs[2][2]["val_accuracy"]) / 2)
@@ -771,7 +781,7 @@ def test_the_title_of_every_seed_says_what_is_seen(finals, said):
 
 def test_of_many_curves_the_highest_are_named():
     finals = {f"Method {i}": 0.80 + 0.01 * ((7 * i) % 20) for i in range(20)}
-    figure = draw(figures._curves, {label: history(final, seeds=1) for label, final in finals.items()})
+    figure = draw(curves._curves, {label: history(final, seeds=1) for label, final in finals.items()})
     named = sorted(finals, key=lambda label: -finals[label])[:7]
     said = words(figure).splitlines()
     assert [label for label in finals if any(line.startswith(f"{label} 9") for line in said)] == [
@@ -780,7 +790,7 @@ def test_of_many_curves_the_highest_are_named():
     assert "grey: 13 other methods that end lower" in words(figure)
     for axes in figure.axes:
         assert len(axes.lines) == 20 and [line.get_color() for line in axes.lines].count(drawing.OTHERS) == 13
-    seven = draw(figures._curves, {f"Method {i}": history(0.9) for i in range(7)})
+    seven = draw(curves._curves, {f"Method {i}": history(0.9) for i in range(7)})
     assert "grey" not in words(seven) and len({line.get_color() for line in seven.axes[1].lines}) == 7
 
 
@@ -789,32 +799,32 @@ def test_the_share_of_examples_that_a_teacher_leads():
         [{"epoch": e, "entropy": 0.5, "weight_mean": [0.5, 0.5], "weight_won": won} for e, won in enumerate(each, 1)]
         for each in ([[0.5, 0.5], [0.9, 0.1]], [[0.5, 0.5], [0.7, 0.3]])
     ]
-    figure = draw(figures._entropy, {"AMTML-KD": runs}, ["wide", "narrow"])
+    figure = draw(curves._entropy, {"AMTML-KD": runs}, ["wide", "narrow"])
     led = figure.axes[2]
     assert np.array([line.get_ydata() for line in led.lines[:2]]) == pytest.approx(np.array([[0.5, 0.8], [0.5, 0.2]]))
     assert {"wide\n0.80", "narrow\n0.20", "Largest weight", "on this share of the examples"} <= {
         text.get_text() for text in led.texts
     }
     old = [[{k: v for k, v in epoch.items() if k != "weight_won"} for epoch in run] for run in runs]
-    assert len(draw(figures._entropy, {"AMTML-KD": old}, None).axes) == 2
-    both = draw(figures._entropy, {"old": old, "new": runs}, ["wide", "narrow"])
+    assert len(draw(curves._entropy, {"AMTML-KD": old}, None).axes) == 2
+    both = draw(curves._entropy, {"old": old, "new": runs}, ["wide", "narrow"])
     assert len(both.axes) == 5 and words(both).count("Largest weight") == 1
-    resumed = draw(figures._entropy, {"AMTML-KD": [old[0][:1] + runs[0][1:]]}, None).axes[2]
+    resumed = draw(curves._entropy, {"AMTML-KD": [old[0][:1] + runs[0][1:]]}, None).axes[2]
     assert [(x, y) for x, y in zip(*resumed.lines[0].get_data(), strict=True)] == [(2, 0.9)]  # not at epoch 1
 
 
 def test_wrong_shapes_are_named():
     images, names, probs, weights, labels, teacher_names = examples()
     with pytest.raises(ValueError, match=r"soft_targets: teacher_probs must be \[3, 10\].*got \[4, 3, 10\]"):
-        figures._soft_targets(images[0], names, probs, weights[0], 0, teacher_names)
+        curves._soft_targets(images[0], names, probs, weights[0], 0, teacher_names)
     with pytest.raises(ValueError, match=r"weights_gallery: weights must be \[4, 3\], got \[3\]"):
-        figures._weights_gallery(images, names, probs, weights[0], labels, teacher_names)
+        curves._weights_gallery(images, names, probs, weights[0], labels, teacher_names)
     with pytest.raises(ValueError, match="images must be as many as labels"):
-        figures._weights_gallery(images[:2], names, probs, weights, labels, teacher_names)
+        curves._weights_gallery(images[:2], names, probs, weights, labels, teacher_names)
     with pytest.raises(ValueError, match="no epoch with an 'entropy' in the histories of"):
-        figures._entropy({"AvgMKD": history(0.9)}, None)
+        curves._entropy({"AvgMKD": history(0.9)}, None)
     with pytest.raises(ValueError, match="curves: histories must hold epochs"):
-        figures._curves({"A": []})
+        curves._curves({"A": []})
     with pytest.raises(
         ValueError, match=r"number_of_teachers: rows must hold a method with two numbers.*got \['3 teachers'\]"
     ):
@@ -824,8 +834,8 @@ def test_wrong_shapes_are_named():
 
 
 def test_spread_keeps_what_fits_and_parts_what_does_not():
-    assert drawing.spread([0.2, 0.8], [0.1, 0.1]) == pytest.approx([0.2, 0.8])
-    assert drawing.spread([0.52, 0.48], [0.1, 0.1]) == pytest.approx([0.55, 0.45])
-    places = drawing.spread([1.0, 1.0, 0.97], [0.1, 0.2, 0.1])
+    assert numbers.spread([0.2, 0.8], [0.1, 0.1]) == pytest.approx([0.2, 0.8])
+    assert numbers.spread([0.52, 0.48], [0.1, 0.1]) == pytest.approx([0.55, 0.45])
+    places = numbers.spread([1.0, 1.0, 0.97], [0.1, 0.2, 0.1])
     assert max(p + h / 2 for p, h in zip(places, [0.1, 0.2, 0.1], strict=True)) <= 1.03 + 1e-9
     assert sorted(places) == [places[2], places[0], places[1]]

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import save_file
 from small_run import PLAIN, QUIET, Place, assert_near, launched, metrics, own_weights, tensors
 
-from amtml_fast.train import compare, teachers
-from amtml_fast.train.data import Loader
-from amtml_fast.train.jobs import student_job
-from amtml_fast.train.models import build
-from amtml_fast.train.run import Run
+from amtml_fast.train import frozen
+from amtml_fast.train.folder import Run
+from amtml_fast.train.images import Loader
+from amtml_fast.train.job import student_job
+from amtml_fast.train.networks import build
+from amtml_fast.train.prepare import load_data
+from amtml_fast.train.session import compare
 
 NETS = '''
 import torch
@@ -113,8 +115,8 @@ def test_the_hint_of_a_teacher_that_overwrites_it_is_the_modules_output(nets: Pl
         settings = nets.load(
             f"teachers=[{{name: t, hint: second, {model}}}]", f"engine.compile={str(compiled).lower()}"
         )
-        data = compare.load_data(settings)
-        found = teachers.load(settings, data, hints=True)
+        data = load_data(settings)
+        found = frozen.load(settings, data, hints=True)
         batch = next(iter(Loader(data.train, data, 64)))
         assert [each.maps[0].shape for each in (found.run(batch.images), found.live(batch.images))] == [
             (64, 3, 8, 8)
@@ -199,7 +201,7 @@ def test_a_network_that_does_not_fit_is_named_before_anything_is_trained(
         nets.train(*own, method="student")
     settings = nets.load(*own, "name=untaught", "compare.methods=[student]")
     with pytest.raises(ValueError, match=message):
-        compare.compare(settings, QUIET)
+        compare(settings, QUIET)
     settings = nets.load(
         f"teachers.1.model.factory=own_nets:{factory}",
         "teachers.1.model.args={}",
@@ -207,5 +209,5 @@ def test_a_network_that_does_not_fit_is_named_before_anything_is_trained(
         "compare.methods=[student]",
     )
     with pytest.raises(ValueError, match=rf"teacher b: {message}"):
-        compare.compare(settings, QUIET)
+        compare(settings, QUIET)
     assert not (nets.folder / "untaught").exists()

@@ -37,14 +37,21 @@ from small_run import (
 )
 from torch import nn
 
-from amtml_fast.train import compare, config, loop, models, optim, report, results, teachers
-from amtml_fast.train.data import Loader
+from amtml_fast.train import evaluate, fill, optim, reading, results, trainer
 from amtml_fast.train.features import FeatureExtractor
-from amtml_fast.train.jobs import student_job
+from amtml_fast.train.files import RunError, read_json, write_atomic
+from amtml_fast.train.folder import Run
+from amtml_fast.train.images import Loader
+from amtml_fast.train.job import student_job
 from amtml_fast.train.metrics import collapsed
+from amtml_fast.train.networks import build, small_cnn
+from amtml_fast.train.plan import checked, plan
+from amtml_fast.train.prepare import load_data, load_teachers
 from amtml_fast.train.progress import Display
-from amtml_fast.train.run import Run, RunError, read_json, write_atomic
+from amtml_fast.train.schema import ConfigError, TrainConfig
 from amtml_fast.train.stop import Interrupted, Stop
+from amtml_fast.train.tables import Row
+from amtml_fast.train.tasks import distill
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
@@ -124,14 +131,14 @@ def stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     random = ["student.factory=plain_net:dropout_net", "student.args={}", "distill.optimizer=adamw"]
-    learn, seeds = loop.Trainer.learn, list[int]()
+    learn, seeds = trainer.Trainer.learn, list[int]()
 
-    def watched(self: loop.Trainer, *args: object) -> None:
+    def watched(self: trainer.Trainer, *args: object) -> None:
         seeds.append(torch.initial_seed())
         learn(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "learn", watched)
+        patch.setattr(trainer.Trainer, "learn", watched)
         unbroken = place.train(*random, "name=unbroken", method="student")
     assert len(set(seeds)) == len(seeds) == 4 * unbroken.read_record()["steps_per_epoch"]
     with monkeypatch.context() as patch:
@@ -269,9 +276,9 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(place: Pl
 # Asks the second process alone to stop, in the fourth step of the second epoch; and notes each process's seeds.
 STOPPING = """
 import os, runpy, signal, torch
-from amtml_fast.train import loop
+from amtml_fast.train import trainer
 
-learn, batches = loop.Trainer.learn, 0
+learn, batches = trainer.Trainer.learn, 0
 
 
 def terminated(self, *args):
@@ -284,7 +291,7 @@ def terminated(self, *args):
         signal.raise_signal(signal.SIGTERM)
 
 
-loop.Trainer.learn = terminated
+trainer.Trainer.learn = terminated
 runpy.run_module("amtml_fast", run_name="__main__")
 """
 
@@ -321,7 +328,7 @@ def test_two_stages_freeze_the_adapter_and_nothing_else(place: Place) -> None:
     first = tensors(place.train(*constant, "distill.epochs=1", "name=first"))
     run = place.train(*constant, "distill.epochs=4", "preset=two_stage")
     last = tensors(run)
-    assert config.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 1
+    assert reading.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 1
     frozen = [key for key in last if "theta" in key or key.endswith(".v")]
     assert len(frozen) == 2
     for key, value in last.items():
@@ -332,13 +339,15 @@ def test_two_stages_freeze_the_adapter_and_nothing_else(place: Place) -> None:
 
 
 def test_an_explicit_key_beats_the_preset(place: Place) -> None:
-    assert config.load(place.yaml, ["preset=two_stage", "stages.adapter_epochs=3"]).stages.adapter_epochs == 3
+    assert reading.load(place.yaml, ["preset=two_stage", "stages.adapter_epochs=3"]).stages.adapter_epochs == 3
     place.yaml.write_text(YAML + "stages: {adapter_epochs: 2}\n")
-    assert config.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 2
+    assert reading.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 2
 
 
 def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
-    settings = config.load(place.yaml, ["student.args={depth: 20}", "distill={lr: 0.5}", "teachers.0.model={args: {}}"])
+    settings = reading.load(
+        place.yaml, ["student.args={depth: 20}", "distill={lr: 0.5}", "teachers.0.model={args: {}}"]
+    )
     assert settings.student.args == {"depth": 20}
     assert settings.distill.lr == 0.5 and settings.distill.epochs == 4
     assert settings.teachers[0].model.factory == "small_cnn"
@@ -346,7 +355,7 @@ def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
 
 def test_learning_rates() -> None:
     def rates(**kwargs: object) -> list[float]:
-        train = config.TrainConfig(epochs=10, lr=1.0, **kwargs)  # type: ignore[arg-type]
+        train = TrainConfig(epochs=10, lr=1.0, **kwargs)  # type: ignore[arg-type]
         return [optim.learning_rate(train, step, 10) for step in range(100)]
 
     onecycle = rates(schedule="onecycle")
@@ -374,8 +383,8 @@ def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureF
 
     def warned(method: str, *overrides: str) -> str:
         settings = place.load("distill.epochs=2", "distill.lr=1e-6", *overrides)
-        data = compare.load_data(settings)
-        compare.distill(settings, data, method, 0, Display(), resume=False, fresh=True)
+        data = load_data(settings)
+        distill(settings, data, method, 0, Display(), resume=False, fresh=True)
         return capsys.readouterr().out
 
     # Equal weights that are not learned are no collapse; those of an adapter that starts at zero are, and it says so once.
@@ -388,10 +397,10 @@ def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureF
 
 def test_cached_outputs_equal_live_ones(place: Place) -> None:
     settings = place.load()
-    data = compare.load_data(settings)
-    cached = compare.load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
+    data = load_data(settings)
+    cached = load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
     never = place.load("cache.teachers=never")
-    live = compare.load_teachers(never, data, [student_job(never, "amtml_kd", 0)], QUIET)
+    live = load_teachers(never, data, [student_job(never, "amtml_kd", 0)], QUIET)
     assert cached is not None and cached.cache and live is not None and not live.cache
     for batch in Loader(data.train, data, 100, shuffle=True, seed=3):
         a, b = cached.outputs(batch), live.outputs(batch)
@@ -402,23 +411,21 @@ def test_cached_outputs_equal_live_ones(place: Place) -> None:
 
 def test_augmented_images_are_never_taught_from_the_cache(place: Place) -> None:
     settings = place.load("data.augment=true")
-    data = compare.load_data(settings)
-    found = compare.load_teachers(settings, data, [student_job(settings, "avg_mkd", 0)], QUIET)
+    data = load_data(settings)
+    found = load_teachers(settings, data, [student_job(settings, "avg_mkd", 0)], QUIET)
     assert found is not None and not found.cache
-    with pytest.raises(
-        config.ConfigError, match=r"cache\.teachers=always: data\.views .* or data\.augment=false wanted"
-    ):
+    with pytest.raises(ConfigError, match=r"cache\.teachers=always: data\.views .* or data\.augment=false wanted"):
         place.load("data.augment=true", "cache.teachers=always")
     assert place.train("data.augment=true", "distill.epochs=1").finished()
 
 
 def test_teachers_stay_as_they_are(place: Place) -> None:
     settings = place.load("distill.epochs=1", "cache.teachers=never")
-    data = compare.load_data(settings)
-    found = compare.load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
+    data = load_data(settings)
+    found = load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
     assert found is not None
     before = [{k: v.clone() for k, v in model.state_dict().items()} for model in found.models]
-    loop.train(student_job(settings, "amtml_kd", 0), data, found, QUIET)
+    trainer.train(student_job(settings, "amtml_kd", 0), data, found, QUIET)
     for model, state in zip(found.models, before, strict=True):
         assert not model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
         for key, value in model.state_dict().items():
@@ -426,16 +433,16 @@ def test_teachers_stay_as_they_are(place: Place) -> None:
 
 
 def test_measuring_uses_eval_mode_and_leaves_no_trace(place: Place) -> None:
-    data = compare.load_data(place.load())
-    model = FeatureExtractor(models.small_cnn(10, width=2), {}).train()
+    data = load_data(place.load())
+    model = FeatureExtractor(small_cnn(10, width=2), {}).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    teachers.accuracy(model, data.val, data)
+    evaluate.accuracy(model, data.val, data)
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_a_teacher_with_other_classes_is_refused(place: Place) -> None:
     file = place.folder / "seven.safetensors"
-    save_file(models.small_cnn(7, width=4).state_dict(), file)
+    save_file(small_cnn(7, width=4).state_dict(), file)
     own = [f"teachers.1.model={{args: {{width: 4, num_classes: 7}}, weights: {file}}}"]
     with pytest.raises(ValueError, match=r"teacher 'b': the network must return logits \[2, 10\].*got \[2, 7\]"):
         place.train(*own)
@@ -453,10 +460,10 @@ def test_an_untrained_teacher_says_what_to_run(place: Place) -> None:
 
 def test_the_student_loads_without_the_trainer(place: Place) -> None:
     run = place.train()
-    plain: nn.Module = models.small_cnn(10, width=2)
+    plain: nn.Module = small_cnn(10, width=2)
     plain.load_state_dict(load_file(run.folder / "student.safetensors"), strict=True)
     plain.eval()
-    data = compare.load_data(place.load())
+    data = load_data(place.load())
     images = (data.test.images / 255 - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
     accuracy = (plain(images).argmax(1) == data.test.labels).double().mean().item()
     assert accuracy == pytest.approx(read_json(run.result)["test_accuracy"], abs=1e-12)
@@ -479,7 +486,7 @@ def test_mixed_precision_and_compile_leave_a_plain_student(
     engine = ["engine.mixed_precision=bf16", "engine.compile=true", "engine.channels_last=true"]
     run = place.train(*engine, "distill.epochs=2")
     state = load_file(run.folder / "student.safetensors")
-    models.small_cnn(10, width=2).load_state_dict(state, strict=True)
+    small_cnn(10, width=2).load_state_dict(state, strict=True)
     assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
     full = metrics(place.train("engine.mixed_precision=bf16", "distill.epochs=2", "name=bf16", *own_weights(place)))
     assert [row["loss"] for row in metrics(run)] == pytest.approx([row["loss"] for row in full], rel=0.02)
@@ -491,16 +498,16 @@ def test_a_run_records_what_made_it(place: Place) -> None:
     for key in ("versions", "backends", "git_commit", "seed", "parameters", "seconds_per_step", "seconds_total"):
         assert key in record
     assert record["finished"] and record["seconds_per_step"] > 0 and record["teachers"] == ["a", "b"]
-    assert config.load(run.folder).distill.epochs == 2
+    assert reading.load(run.folder).distill.epochs == 2
     assert list(run.folder.glob("tensorboard/**/events*"))
     wanted = "epoch lr loss kd ce kl angle hint regularizer train_accuracy val_accuracy entropy weight_mean weight_won seconds"
     assert all(set(row) >= set(wanted.split()) for row in rows)
     assert all(0 <= row["entropy"] <= 1 and sum(row["weight_mean"]) == pytest.approx(1) for row in rows)
 
 
-def rows_of(**accuracies: list[float]) -> list[report.Row]:
+def rows_of(**accuracies: list[float]) -> list[Row]:
     labels = {"student": "student alone", "avg_mkd": "AvgMKD", "amtml_kd": "AMTML-KD"}
-    return [report.Row(name, labels[name], 10, values, 1.0) for name, values in accuracies.items()]
+    return [Row(name, labels[name], 10, values, 1.0) for name, values in accuracies.items()]
 
 
 def test_the_finding_is_honest() -> None:
@@ -517,7 +524,7 @@ def test_the_finding_is_honest() -> None:
     assert "95.00 %" in results.finding(rows_of(student=[0.95]))
     # The best other method is named too, so that nothing better is passed over.
     labels = {"eb_kd": [0.99, 0.985, 0.99], "avg_mkd": other, "amtml_kd": ours}
-    rows = [report.Row(name, name, 10, values, 1.0) for name, values in labels.items()]
+    rows = [Row(name, name, 10, values, 1.0) for name, values in labels.items()]
     assert "it cannot be told from eb_kd (98.83 %): -1.00 ± 1.00 points" in results.finding(rows)
 
 
@@ -559,28 +566,26 @@ def test_the_finding_is_honest() -> None:
     ],
 )
 def test_config_errors_name_the_key_and_the_nearest(place: Place, override: str, message: str) -> None:
-    with pytest.raises(config.ConfigError, match=message):
-        config.load(place.yaml, [override])
+    with pytest.raises(ConfigError, match=message):
+        checked(reading.load(place.yaml, [override]))
 
 
 def test_config_errors_of_files(tmp_path: Path) -> None:
-    with pytest.raises(config.ConfigError, match=r"packaged name \(cifar10, .*\); did you mean 'digits'"):
-        config.load("digit")
+    with pytest.raises(ConfigError, match=r"packaged name \(cifar10, .*\); did you mean 'digits'"):
+        reading.load("digit")
     bad = tmp_path / "bad.yaml"
     bad.write_text("distill: {epochs: [")
-    with pytest.raises(config.ConfigError, match=r"bad\.yaml is not readable YAML"):
-        config.load(bad)
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not readable YAML"):
+        reading.load(bad)
     bad.write_text("distill: {epoch: 3}")
-    with pytest.raises(
-        config.ConfigError, match=r"distill\.epoch: no such key; did you mean 'distill\.epochs'.*bad\.yaml"
-    ):
-        config.load(bad)
+    with pytest.raises(ConfigError, match=r"distill\.epoch: no such key; did you mean 'distill\.epochs'.*bad\.yaml"):
+        reading.load(bad)
 
 
 def test_a_config_survives_its_own_yaml(place: Place) -> None:
     settings = place.load("loss.mapping={a: high, b: low}", "engine.mixed_precision=no", "distill.lr=3e-2")
-    (place.folder / "again.yaml").write_text(config.to_yaml(settings))
-    assert config.load(place.folder / "again.yaml") == settings
+    (place.folder / "again.yaml").write_text(reading.to_yaml(settings))
+    assert reading.load(place.folder / "again.yaml") == settings
     assert settings.distill.lr == 0.03 and settings.engine.mixed_precision == "no"
 
 
@@ -589,25 +594,27 @@ PACKAGED = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
 
 @pytest.mark.parametrize("name", [*PACKAGED, "fashion_mnist_specialists", *(f"{name}_fast" for name in PACKAGED)])
 def test_packaged_configs_load(name: str) -> None:
-    settings = config.load(name)
+    settings = reading.load(name)
     assert settings.name == name and len(settings.teachers) >= 3
     assert len({str(teacher.model) for teacher in settings.teachers}) == len(settings.teachers)
     engine = settings.engine
     fast = engine.compile and engine.channels_last and engine.mixed_precision == "bf16"
     assert fast == name.endswith("_fast")
     if fast:
-        slow = config.load(name.removesuffix("_fast"))
+        slow = reading.load(name.removesuffix("_fast"))
         assert settings.distill.epochs < slow.distill.epochs and settings.distill.batch_size > slow.distill.batch_size
         assert [teacher.name for teacher in settings.teachers] == [teacher.name for teacher in slow.teachers]
     # Every student offers what every method asks for, and every job has a folder of its own.
-    assert compare.plan(settings)
-    assert config.packaged() == sorted([*PACKAGED, "fashion_mnist_specialists", *(f"{each}_fast" for each in PACKAGED)])
+    assert plan(settings)
+    assert reading.packaged() == sorted(
+        [*PACKAGED, "fashion_mnist_specialists", *(f"{each}_fast" for each in PACKAGED)]
+    )
 
 
 @pytest.mark.parametrize(("name", "classes", "column"), [("cifar10", 10, 0), ("cifar100", 100, 1)])
 def test_the_papers_networks(name: str, classes: int, column: int) -> None:
     """The paper's parameter counts, for 10 and for 100 classes."""
-    settings, paper = config.load(name), {
+    settings, paper = reading.load(name), {
         "resnet20": (269_722, 275_572),
         "resnet32": (464_154, 470_004),
         "resnet44": (658_586, 664_436),
@@ -622,7 +629,7 @@ def test_the_papers_networks(name: str, classes: int, column: int) -> None:
     networks |= {student.name: (student.factory, student.args) for student in students}
     for network, counts in paper.items():
         factory, args = networks[network]
-        model = models.build(factory, args, num_classes=classes, in_channels=3)
+        model = build(factory, args, num_classes=classes, in_channels=3)
         assert sum(p.numel() for p in model.parameters()) == counts[column], network
         if network in {student.name for student in students}:
             student = next(each for each in students if each.name == network)
@@ -634,29 +641,29 @@ def test_the_papers_networks(name: str, classes: int, column: int) -> None:
 def test_the_readmes_comparison_can_be_planned(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text((ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
-    settings = config.load(path)
-    labels = {job.method.label for job in compare.plan(settings)}
+    settings = reading.load(path)
+    labels = {job.method.label for job in plan(settings)}
     assert {"student alone", "OKD from resnet110", "AMTML-KD, authors' code", "AMTML-KD, softer"} <= labels
     assert settings.compare.split == "validation" and settings.compare.teachers == [2, 3]
 
 
 def test_batch_sizes_that_cannot_be_shared_out(place: Place) -> None:
-    with pytest.raises(config.ConfigError, match=r"a multiple of engine\..*=3 wanted, got 128"):
+    with pytest.raises(ConfigError, match=r"a multiple of engine\..*=3 wanted, got 128"):
         place.train("engine.gradient_accumulation_steps=3", method="student")
     with pytest.raises(ValueError, match=r"100000"):
         place.train("distill.batch_size=100000", method="student")
 
 
 def test_methods_say_what_they_miss(place: Place) -> None:
-    with pytest.raises(config.ConfigError, match=r"student\.features"):
+    with pytest.raises(ConfigError, match=r"student\.features"):
         place.train("student.features=null")
-    with pytest.raises(config.ConfigError, match=r"student\.groups"):
+    with pytest.raises(ConfigError, match=r"student\.groups"):
         place.train("student.groups={}")
-    with pytest.raises(config.ConfigError, match=r"teachers\.b\.hint"):
+    with pytest.raises(ConfigError, match=r"teachers\.b\.hint"):
         place.train("teachers.1.hint=null")
-    with pytest.raises(config.ConfigError, match=r"at least one teacher"):
+    with pytest.raises(ConfigError, match=r"at least one teacher"):
         place.train("teachers=[]")
-    with pytest.raises(config.ConfigError, match=r"one of okd, student, .*, okd-a, okd-b wanted, got 'kd'"):
+    with pytest.raises(ConfigError, match=r"one of okd, student, .*, okd-a, okd-b wanted, got 'kd'"):
         place.train(method="kd")
 
 
@@ -667,7 +674,7 @@ def test_an_explicit_mapping_by_teacher_names(place: Place) -> None:
 
 
 def test_free_memory_decides_about_the_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teachers, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(fill, "free_memory", lambda device: 1000)
     settings = place.load()
-    found = compare.load_teachers(settings, compare.load_data(settings), [student_job(settings, "avg_mkd", 0)], QUIET)
+    found = load_teachers(settings, load_data(settings), [student_job(settings, "avg_mkd", 0)], QUIET)
     assert found is not None and not found.cache

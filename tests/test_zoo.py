@@ -18,9 +18,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from amtml_fast.train import compare, config, data, models, readers, run, teachers, zoo
+from amtml_fast.train import frozen, networks, readers, reading, zoo
 from amtml_fast.train.features import FeatureExtractor
+from amtml_fast.train.files import RunError
+from amtml_fast.train.frozen import fingerprint, weights_file
+from amtml_fast.train.images import ImageData, ImageSet, Loader
+from amtml_fast.train.prepare import load_data
 from amtml_fast.train.progress import Display
+from amtml_fast.train.schema import Config, ConfigError
+from amtml_fast.train.tasks import distill, teach
 
 QUIET = Display(quiet=True)
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -109,7 +115,7 @@ def test_a_missing_library_is_named_with_its_remedy(monkeypatch, library):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=rf'needs the package {library} \(pip install "amtml-fast\[zoo\]"\)'):
-        models.build(library, {"name": "resnet18"}, num_classes=10, in_channels=3)
+        networks.build(library, {"name": "resnet18"}, num_classes=10, in_channels=3)
 
 
 def test_a_hole_inside_a_library_is_not_taken_for_the_library(monkeypatch, tmp_path):
@@ -118,7 +124,7 @@ def test_a_hole_inside_a_library_is_not_taken_for_the_library(monkeypatch, tmp_p
     for name in [name for name in sys.modules if name.partition(".")[0] == "timm"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
-        models.build("timm", {"name": "resnet18"}, num_classes=10, in_channels=3)
+        networks.build("timm", {"name": "resnet18"}, num_classes=10, in_channels=3)
 
 
 @pytest.mark.parametrize(
@@ -126,12 +132,12 @@ def test_a_hole_inside_a_library_is_not_taken_for_the_library(monkeypatch, tmp_p
 )
 def test_an_unknown_net_gives_the_near_names(libraries, factory, name, near):
     with pytest.raises(ValueError, match=rf"{factory} has no net '{name}'; near names: {near}"):
-        models.build(factory, {"name": name}, num_classes=10, in_channels=3)
+        networks.build(factory, {"name": name}, num_classes=10, in_channels=3)
 
 
 @pytest.mark.parametrize("factory, name", [("pytorchcv", "ResNet56_CIFAR100"), ("timm", "resnet18.a1")])
 def test_a_net_that_is_not_pretrained_takes_the_classes_and_channels_of_the_data(libraries, factory, name):
-    net = models.build(factory, {"name": name, "width": 6}, num_classes=3, in_channels=1)
+    net = networks.build(factory, {"name": name, "width": 6}, num_classes=3, in_channels=1)
     assert net(torch.zeros(2, 1, 8, 8)).shape == (2, 3) and net.output.in_features == 6
     assert zoo.statistics(net) is None and libraries == []
 
@@ -146,21 +152,21 @@ def test_a_pretrained_net_of_other_classes_or_channels_is_refused_before_it_is_f
     args = {"name": name, "pretrained": True}
     message = rf"10 classes wanted, .*{factory}'s {name} was trained for {classes}"
     with pytest.raises(ValueError, match=message):
-        models.build(factory, args, num_classes=10, in_channels=3)
+        networks.build(factory, args, num_classes=10, in_channels=3)
     with pytest.raises(ValueError, match=message):  # its head would be a new one, with random weights
-        models.build(factory, args | {"num_classes": 10}, num_classes=classes, in_channels=3)
+        networks.build(factory, args | {"num_classes": 10}, num_classes=classes, in_channels=3)
     with pytest.raises(ValueError, match=rf"1 input channels wanted, .*{factory}'s {name} was trained for 3"):
-        models.build(factory, args, num_classes=classes, in_channels=1)
+        networks.build(factory, args, num_classes=classes, in_channels=1)
     assert libraries == []
 
 
 def test_published_weights_are_loaded_into_the_net(libraries, tmp_path):
     wanted = published(tmp_path, "resnet56_cifar100", 100).state_dict()
     args = {"name": "ResNet56_cifar100", "pretrained": True}
-    net = models.build("pytorchcv", args, num_classes=100, in_channels=3)
+    net = networks.build("pytorchcv", args, num_classes=100, in_channels=3)
     assert net.state_dict().keys() == wanted.keys()
     assert all(torch.equal(value, wanted[key]) for key, value in net.state_dict().items())
-    models.build("pytorchcv", args | {"root": "elsewhere"}, num_classes=100, in_channels=3)
+    networks.build("pytorchcv", args | {"root": "elsewhere"}, num_classes=100, in_channels=3)
     assert libraries == [("resnet56_cifar100", "default"), ("resnet56_cifar100", "elsewhere")]
 
 
@@ -172,7 +178,7 @@ class Evil:
 def test_published_weights_are_never_executed(libraries, tmp_path):
     torch.save({"weight": Evil()}, tmp_path / "resnet18.pth")
     with pytest.raises(ValueError, match="pytorchcv's resnet18 cannot be made"):
-        models.build("pytorchcv", {"name": "resnet18", "pretrained": True}, num_classes=1000, in_channels=3)
+        networks.build("pytorchcv", {"name": "resnet18", "pretrained": True}, num_classes=1000, in_channels=3)
     assert not hasattr(sys, "was_executed")
 
 
@@ -186,14 +192,14 @@ def test_published_weights_are_never_executed(libraries, tmp_path):
 )
 def test_what_the_libraries_refuse_names_the_net(libraries, factory, args, error, message):
     with pytest.raises(error, match=message):
-        models.build(factory, args, num_classes=1000, in_channels=3)
+        networks.build(factory, args, num_classes=1000, in_channels=3)
 
 
 def test_a_weights_file_replaces_the_published_weights(libraries, tmp_path):
     net = Net(7)
     save_file(net.state_dict(), tmp_path / "own.safetensors")
     args = {"name": "resnet18", "pretrained": True}
-    loaded = models.build("timm", args, num_classes=7, in_channels=3, weights=tmp_path / "own.safetensors")
+    loaded = networks.build("timm", args, num_classes=7, in_channels=3, weights=tmp_path / "own.safetensors")
     assert torch.equal(loaded.output.weight, net.output.weight)
     assert libraries == [] and args["pretrained"] and zoo.statistics(loaded) is None
 
@@ -210,7 +216,7 @@ def test_a_weights_file_replaces_the_published_weights(libraries, tmp_path):
 )
 def test_a_pretrained_net_says_its_statistics(libraries, tmp_path, factory, name, classes, wanted):
     published(tmp_path, name, classes)
-    net = models.build(factory, {"name": name, "pretrained": True}, num_classes=classes, in_channels=3)
+    net = networks.build(factory, {"name": name, "pretrained": True}, num_classes=classes, in_channels=3)
     assert zoo.statistics(net) == wanted and len(libraries) == 1
 
 
@@ -221,8 +227,8 @@ def test_a_pretrained_net_says_its_statistics(libraries, tmp_path, factory, name
 def images():
     """Sixteen 3x8x8 images of ten classes, normalised as the trainer's CIFAR."""
     pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
-    split = data.ImageSet(pixels, torch.arange(16) % 10)
-    return data.ImageData("coloured", split, split, split, tuple("abcdefghij"), *IMAGENET)
+    split = ImageSet(pixels, torch.arange(16) % 10)
+    return ImageData("coloured", split, split, split, tuple("abcdefghij"), *IMAGENET)
 
 
 def by_hand(pixels, mean, std):
@@ -235,7 +241,7 @@ def test_renormalised_images_are_those_of_the_nets_own_training(images):
     before = list(net.state_dict())
     net.features.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     zoo.renormalise(net, IMAGENET, CIFAR)
-    batch = next(iter(data.Loader(images.test, images, 16)))
+    batch = next(iter(Loader(images.test, images, 16)))
     net(batch.images)
     torch.testing.assert_close(seen[0].double(), by_hand(images.test.images, *CIFAR), rtol=1e-6, atol=1e-6)
     assert list(net.state_dict()) == before and type(net) is Net
@@ -247,7 +253,7 @@ def test_renormalising_survives_copies_and_torch_compile(images, twin):
     net = Net().eval()
     wanted = net(by_hand(images.test.images, *CIFAR).float())
     zoo.renormalise(net, IMAGENET, CIFAR)
-    batch = next(iter(data.Loader(images.test, images, 16)))
+    batch = next(iter(Loader(images.test, images, 16)))
     logits, maps = twin(FeatureExtractor(net, {"hint": "features.stage1"}))(batch.images)
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
     assert maps["hint"].shape == (16, 4, 8, 8)
@@ -261,15 +267,15 @@ def test_statistics_of_another_number_of_channels_are_refused():
 # --- teachers
 
 
-def settings(folder: Path, *models: str, hint: str = "features.stage1", more: str = "") -> config.Config:
-    teachers = "\n".join(f"  - {{name: t{i}, model: {model}, hint: {hint}}}" for i, model in enumerate(models))
+def settings(folder: Path, *models: str, hint: str = "features.stage1", more: str = "") -> Config:
+    fill = "\n".join(f"  - {{name: t{i}, model: {model}, hint: {hint}}}" for i, model in enumerate(models))
     (folder / "zoo.yaml").write_text(
-        f"name: zoo\nout: {folder}\nteachers:\n{teachers}\n"
+        f"name: zoo\nout: {folder}\nteachers:\n{fill}\n"
         "student: {factory: small_cnn, args: {width: 2}, features: block3, groups: {low: block1, high: block3}}\n"
         "teach: {epochs: 1, batch_size: 32}\ndistill: {epochs: 1, batch_size: 32}\n"
         f"engine: {{threads: 1, device: cpu}}\n{more}\n"
     )
-    return config.load(folder / "zoo.yaml")
+    return reading.load(folder / "zoo.yaml")
 
 
 PUBLISHED = "{factory: pytorchcv, args: {name: resnet20_cifar10, pretrained: true}}"
@@ -288,8 +294,8 @@ PUBLISHED = "{factory: pytorchcv, args: {name: resnet20_cifar10, pretrained: tru
 def test_which_teachers_bring_their_weights(tmp_path, model, brings, file):
     asked = settings(tmp_path, model)
     teacher = asked.teachers[0]
-    assert zoo.brings_weights(teacher.model) is brings
-    found = teachers.weights_file(asked, teacher)
+    assert teacher.model.brings_weights is brings
+    found = weights_file(asked, teacher)
     assert (found is None) if file is None else str(found).endswith(file)
 
 
@@ -299,8 +305,8 @@ def test_a_published_teacher_sees_its_own_normalisation(libraries, tmp_path, ima
     save_file(net.state_dict(), tmp_path / "own.safetensors")
     given = f"{own}factory: timm, args: {{name: resnet18}}, weights: {tmp_path}/own.safetensors}}"
     asked = settings(tmp_path, PUBLISHED, own + PUBLISHED[1:], given, given.replace(own, "{"))
-    batch = next(iter(data.Loader(images.val, images, 16)))
-    outputs = teachers.load(asked, images, hints=True).live(batch.images)
+    batch = next(iter(Loader(images.val, images, 16)))
+    outputs = frozen.load(asked, images, hints=True).live(batch.images)
     mine = ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7])
     for i, (mean, std) in enumerate([CIFAR, mine, mine, IMAGENET]):
         seen = by_hand(images.val.images, mean, std)
@@ -319,7 +325,7 @@ def test_a_published_teacher_sees_its_own_normalisation(libraries, tmp_path, ima
     ],
 )
 def test_statistics_in_the_configuration_are_checked(tmp_path, model, message):
-    with pytest.raises(config.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         settings(tmp_path, model)
 
 
@@ -329,21 +335,21 @@ def test_the_fingerprint_of_published_weights_is_of_names_and_bytes(libraries, t
     for key, value in sorted(net.state_dict().items()):
         digest.update(key.encode() + b"\0" + value.numpy().tobytes())
     asked = settings(tmp_path, PUBLISHED, PUBLISHED[:-1] + ", mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}")
-    prints = teachers.fingerprint(asked)
+    prints = fingerprint(asked)
     assert prints["t0"] == digest.hexdigest() and prints["t1"].startswith(prints["t0"]) and prints["t1"] != prints["t0"]
-    assert teachers.fingerprint(asked) == prints and len(libraries) == 1  # made once
+    assert fingerprint(asked) == prints and len(libraries) == 1  # made once
 
     zoo._fingerprint.cache_clear()
     published(tmp_path, "resnet20_cifar10")  # other random weights
-    assert teachers.fingerprint(asked)["t0"] != prints["t0"]
+    assert fingerprint(asked)["t0"] != prints["t0"]
 
 
 def test_an_untrained_teacher_and_a_missing_file_are_still_named(tmp_path):
     asked = settings(tmp_path, "{factory: small_cnn}")
-    with pytest.raises(run.RunError, match=r"'t0': looked for .*model.safetensors: it is not trained yet"):
-        teachers.fingerprint(asked)
-    with pytest.raises(run.RunError, match=r"'t0': looked for gone.pt: there is no such file"):
-        teachers.fingerprint(settings(tmp_path, "{factory: small_cnn, weights: gone.pt}"))
+    with pytest.raises(RunError, match=r"'t0': looked for .*model.safetensors: it is not trained yet"):
+        fingerprint(asked)
+    with pytest.raises(RunError, match=r"'t0': looked for gone.pt: there is no such file"):
+        fingerprint(settings(tmp_path, "{factory: small_cnn, weights: gone.pt}"))
 
 
 RANDOM_IMAGES = """
@@ -366,11 +372,11 @@ def random_images(tmp_path, monkeypatch):
     sys.modules.pop("random_images", None)
 
 
-def distilled(asked: config.Config) -> dict:
+def distilled(asked: Config) -> dict:
     """The teachers that need it taught, a student distilled, one epoch each; the student's recipe."""
-    loaded = compare.load_data(asked)
-    compare.teach(asked, loaded, QUIET)
-    finished = compare.distill(asked, loaded, "amtml_kd", 0, QUIET, resume=False, fresh=False)
+    loaded = load_data(asked)
+    teach(asked, loaded, QUIET)
+    finished = distill(asked, loaded, "amtml_kd", 0, QUIET, resume=False, fresh=False)
     (epoch,) = finished.read_metrics()
     assert all(torch.isfinite(torch.tensor(epoch[name])).all() for name in ("loss", "kl", "hint", "weight_mean"))
     return finished.read_record()["recipe"]
@@ -381,7 +387,7 @@ def test_published_teachers_need_no_teaching(libraries, tmp_path, random_images)
     asked = settings(tmp_path, PUBLISHED, "{factory: small_cnn}", hint="", more=random_images)
     asked.teachers[0].hint, asked.teachers[1].hint = "features.stage1", "block3"
     recipe = distilled(asked)
-    assert recipe["teachers"]["t0"] == teachers.fingerprint(asked)["t0"]
+    assert recipe["teachers"]["t0"] == fingerprint(asked)["t0"]
     assert not (tmp_path / "zoo" / "teachers" / "t0").exists() and (tmp_path / "zoo" / "teachers" / "t1").exists()
 
 
@@ -428,11 +434,11 @@ def test_pretrained_nets_of_both_libraries_teach_as_they_are(offline, tmp_path, 
     )
     asked.teachers[0].hint, asked.teachers[1].hint = "features.stage3", "layer4"
     recipe = distilled(asked)
-    assert recipe["teachers"] == teachers.fingerprint(asked)
+    assert recipe["teachers"] == fingerprint(asked)
     assert not (tmp_path / "zoo" / "teachers").exists()
-    loaded = compare.load_data(asked)
-    batch = next(iter(data.Loader(loaded.val, loaded, 8)))
-    outputs = teachers.load(asked, loaded, hints=True).live(batch.images)
+    loaded = load_data(asked)
+    batch = next(iter(Loader(loaded.val, loaded, 8)))
+    outputs = frozen.load(asked, loaded, hints=True).live(batch.images)
     for i, (mean, std) in enumerate([CIFAR, ([0.5] * 3, [0.5] * 3)]):
         wanted = nets[i].eval()(by_hand(loaded.val.images[:8], mean, std).float())
         torch.testing.assert_close(outputs.logits[i], wanted, rtol=1e-4, atol=1e-4)
@@ -451,7 +457,7 @@ def test_pretrained_nets_of_both_libraries_teach_as_they_are(offline, tmp_path, 
 )
 def test_the_libraries_own_names_and_class_counts(offline, factory, args, error, message):
     with pytest.raises(error, match=message):
-        models.build(factory, args, num_classes=10, in_channels=3)
+        networks.build(factory, args, num_classes=10, in_channels=3)
 
 
 def test_weights_that_cannot_be_fetched(offline, tmp_path, monkeypatch):
@@ -461,7 +467,7 @@ def test_weights_that_cannot_be_fetched(offline, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # read when it was imported
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="the weights of timm's test_resnet could not be fetched"):
-        models.build("timm", {"name": "test_resnet", "pretrained": True}, num_classes=1000, in_channels=3)
+        networks.build("timm", {"name": "test_resnet", "pretrained": True}, num_classes=1000, in_channels=3)
 
 
 @pytest.mark.parametrize("classes", [10, 100])

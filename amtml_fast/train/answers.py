@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import data as datasets
-from . import teachers as frozen
-from .jobs import FEATURES, Job, make_distiller, teachers_of
-from .run import Run
+from .distiller import make_distiller, teachers_of
+from .evaluate import EVAL_BATCH
+from .folder import Run
+from .frozen import Teachers
+from .images import ImageData, ImageSet, Loader
+from .job import FEATURES, Job
 
 GALLERY = 6  # images in the picture of the paper's Figure 4
 LITTLE, MUCH = 0.5, 1.5  # times the equal weight: what counts as little and as much
@@ -26,9 +28,9 @@ def has_adapter(run: Run) -> bool:
 
 
 @torch.no_grad()
-def teacher_logits(teachers: frozen.Teachers, split: datasets.ImageSet, data: datasets.ImageData) -> Tensor:
+def teacher_logits(teachers: Teachers, split: ImageSet, data: ImageData) -> Tensor:
     """[N, T, C]"""
-    batches = datasets.Loader(split, data, frozen.EVAL_BATCH)
+    batches = Loader(split, data, EVAL_BATCH)
     return torch.cat([torch.stack(teachers.live(batch.images).logits, 1).cpu() for batch in batches])
 
 
@@ -37,9 +39,7 @@ def soft_targets(logits: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def weights_and_logits(
-    job: Job, teachers: frozen.Teachers, split: datasets.ImageSet, data: datasets.ImageData
-) -> tuple[Tensor, Tensor]:
+def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: ImageData) -> tuple[Tensor, Tensor]:
     """The adapter's weights [N, T] and the student's logits [N, C], of a finished run that has an adapter."""
     distiller = make_distiller(job, data, teachers_of(job, teachers))
     distiller.student.model.load_state_dict(load_file(job.folder / job.file))
@@ -47,7 +47,7 @@ def weights_and_logits(
     distiller.to(split.images.device).eval()
     adapter = cast(nn.Module, distiller.objective.adapter)
     weights, logits = [], []
-    for batch in datasets.Loader(split, data, frozen.EVAL_BATCH):
+    for batch in Loader(split, data, EVAL_BATCH):
         out, maps = distiller.student(batch.images)
         weights.append(adapter(maps[FEATURES]).float().cpu())
         logits.append(out.float().cpu())

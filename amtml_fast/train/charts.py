@@ -1,6 +1,6 @@
 """Charts of the table's rows, as PNG files: accuracy by the number of teachers, and every seed's accuracy.
 
-Places, colours and type as in figures.py.
+Places, colours and type as in curves.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
-from . import drawing as d
+from . import drawing, numbers
 from .drawing import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
 from .tables import Row, accuracy, count_of, names, split_of, unique
 
@@ -31,12 +31,12 @@ def number_of_teachers(rows: Sequence[Row], path: str | Path) -> None:
     of more methods than fit (eight, with up to five groups) the best are shown. The picture says both. Raises
     ValueError where no method of a student has two numbers of teachers.
     """
-    d.save(_number_of_teachers, path, rows)
+    drawing.save(_number_of_teachers, path, rows)
 
 
 def accuracies(rows: Sequence[Row], path: str | Path) -> None:
     """The main table as a picture: a dot for every seed and a bar for their mean, the best mean at the top."""
-    d.save(_accuracies, path, rows)
+    drawing.save(_accuracies, path, rows)
 
 
 # --- number of teachers -----------------------------------------------------------------------------------------------
@@ -56,19 +56,19 @@ def _number_of_teachers(rows: Sequence[Row]) -> Figure:
     left_out = len({row.method for row in drawn if row.teachers is not None}) - len(methods)
     first, high = 0.72 + LEGEND_ROW * len(entries) + 0.52, 2.1
     figure = Figure(figsize=(8, first + (high + 0.95) * len(panels) - 0.48))
-    _legend(d.panel(figure, 0.2, 0.72, 7.6, LEGEND_ROW * len(entries)), entries)
+    _legend(drawing.panel(figure, 0.2, 0.72, 7.6, LEGEND_ROW * len(entries)), entries)
     wide = 6.05 if any(row.teachers is None for row in drawn) else 7.18
     for i, (student, own) in enumerate(panels.items()):
-        axes = d.panel(figure, 0.62, first + (high + 0.95) * i, wide, high)
+        axes = drawing.panel(figure, 0.62, first + (high + 0.95) * i, wide, high)
         start = _groups(axes, own, colours)
         notes = ["axis starts at 0" if start == 0 else f"axis starts at {start:g} %"]
         notes += ["dashed: without teachers"] if any(row.teachers is None for row in own) else []
         notes += [f"the best {len(methods)} of {len(methods) + left_out} methods"] if left_out else []
         of = f", student {student} ({own[0].parameters:,} parameters)" if student else ""
-        d.heading(axes, f"{split_of(rows)} accuracy (%){of}", "; ".join(notes))
+        drawing.heading(axes, f"{split_of(rows)} accuracy (%){of}", "; ".join(notes))
     rest = any(row not in drawn for row in rows if row.student in panels)
     note = "; methods with one number of teachers are left out" if rest else ""
-    d.headline(figure, _groups_finding(panels), _spread(drawn) + note)
+    drawing.headline(figure, _groups_finding(panels), _spread(drawn) + note)
     return figure
 
 
@@ -99,7 +99,7 @@ def _groups(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> float:
     """The bars of one student; returns where its axis starts."""
     counts = _counts(rows)
     start, high = _limits(rows)
-    wide, tall = d.size_inches(axes)
+    wide, tall = drawing.size_inches(axes)
     inches = min(0.84 * wide / len(counts) / len(colours), 0.62)  # of one bar with its gap
     flat = inches >= 0.44
     for row in rows:
@@ -132,9 +132,9 @@ def _baselines(axes: Axes, rows: Sequence[Row]) -> None:
     for row in rows:
         if math.isfinite(row.mean):
             axes.axhline(100 * row.mean, color=INK, lw=0.9, ls=(0, (4, 3)), zorder=1.5)
-            text = f"{d.wrap(row.label, 14, 2)}\n{100 * row.mean:.2f}"
+            text = f"{drawing.wrap(row.label, 14, 2)}\n{100 * row.mean:.2f}"
             ends.append((axes.get_xlim()[1], 100 * row.mean, text, INK))
-    d.end_labels(axes, ends, left=1.03)
+    drawing.end_labels(axes, ends, left=1.03)
 
 
 def _limits(rows: Sequence[Row]) -> tuple[float, float]:
@@ -153,7 +153,7 @@ def _legend_rows(colours: dict[str, str], wide: float = 7.6) -> list[list[tuple[
     """Lines of (inches from the left, name, colour), broken where the next name would not fit."""
     lines: list[list[tuple[float, str, str]]] = [[]]
     x = 0.0
-    for name, colour in ((d.short(name, 40), colour) for name, colour in colours.items()):
+    for name, colour in ((numbers.short(name, 40), colour) for name, colour in colours.items()):
         needs = 0.2 + TextPath((0, 0), name, size=8.5).get_extents().width / 72 + 0.22
         if lines[-1] and x + needs > wide + 0.22:
             lines.append([])
@@ -164,7 +164,7 @@ def _legend_rows(colours: dict[str, str], wide: float = 7.6) -> list[list[tuple[
 
 
 def _legend(axes: Axes, lines: Sequence[Sequence[tuple[float, str, str]]]) -> None:
-    wide, tall = d.size_inches(axes)
+    wide, tall = drawing.size_inches(axes)
     axes.set(xlim=(0, wide), ylim=(tall, 0), xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     for i, line in enumerate(lines):
@@ -196,9 +196,9 @@ def _groups_finding(panels: dict[str, list[Row]]) -> str:
     (label, count), n = ahead[0], len(groups)
     often = "with every number of teachers" if count == n else f"in {count} of {n} groups"
     if any(row.std is None for group in groups for row in group):
-        return f"{d.short(label, 31)} is highest {often}"
+        return f"{numbers.short(label, 31)} is highest {often}"
     of = "" if clear[label] == count else f" in {clear[label] or 'none'} of {count}"
-    return f"{d.short(label, 31)} is highest {often}, beyond the seeds' spread{of}"
+    return f"{numbers.short(label, 31)} is highest {often}, beyond the seeds' spread{of}"
 
 
 def _spread(rows: Sequence[Row]) -> str:
@@ -217,11 +217,14 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
         raise ValueError("accuracies: rows must hold at least one, got none")
     known = [math.isfinite(row.mean) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (not known[i], -rows[i].mean if known[i] else 0.0))
-    labels = [d.wrap(names(rows)[i], 34, 2) for i in order]
+    labels = [drawing.wrap(names(rows)[i], 34, 2) for i in order]
     lines = max(label.count("\n") + 1 for label in labels)
-    step, left = 0.12 + 0.14 * lines, 0.3 + d.text_inches([line for label in labels for line in label.split("\n")])
+    step, left = (
+        0.12 + 0.14 * lines,
+        0.3 + drawing.text_inches([line for label in labels for line in label.split("\n")]),
+    )
     figure = Figure(figsize=(8, 0.75 + step * len(rows) + 0.55))
-    axes = d.panel(figure, left, 0.75, 8 - left - 1.25, step * len(rows))
+    axes = drawing.panel(figure, left, 0.75, 8 - left - 1.25, step * len(rows))
     for y, i in enumerate(order):
         row, colour = rows[i], BLUE if y else VERMILLION
         seeds = [100 * value for value in row.accuracies if math.isfinite(value)]
@@ -235,7 +238,9 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.margins(x=0.04)
-    d.headline(figure, _accuracies_finding([rows[i] for i in order], [names(rows)[i] for i in order]), _dots(rows))
+    drawing.headline(
+        figure, _accuracies_finding([rows[i] for i in order], [names(rows)[i] for i in order]), _dots(rows)
+    )
     return figure
 
 
@@ -249,10 +254,10 @@ def _accuracies_finding(rows: Sequence[Row], labels: Sequence[str]) -> str:
     """Of rows sorted by their means: who is highest, and whether the seeds' ranges tell it from the next."""
     if not math.isfinite(rows[0].mean):
         return "Every method has a run that diverged"
-    first, best = d.short(labels[0], 31), rows[0]
+    first, best = numbers.short(labels[0], 31), rows[0]
     if len(rows) == 1 or not math.isfinite(rows[1].mean):
         return f"{first} reaches {100 * best.mean:.2f} % on the {best.split} set"
-    second, other = d.short(labels[1], 31), rows[1]
+    second, other = numbers.short(labels[1], 31), rows[1]
     if f"{100 * best.mean:.2f}" == f"{100 * other.mean:.2f}":
         return f"{first} and {second} are level ({100 * best.mean:.2f} %)"
     if len(best.accuracies) > 1 and min(best.accuracies) <= max(other.accuracies):

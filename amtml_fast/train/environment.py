@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from .config import ConfigError, EngineConfig
+from .schema import ConfigError, EngineConfig
 
 NO = ("", "0", "n", "no", "f", "false", "off")
 

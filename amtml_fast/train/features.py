@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amtml_fast.train.models import WRAPPER_PREFIXES, near_names
+from .names import near_names
+from .networks import WRAPPER_PREFIXES
 
 
 class FeatureExtractor(nn.Module):

@@ -13,13 +13,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from . import results
-from .compare import one_job, plan
-from .config import Config, ConfigError, StudentConfig, TeacherConfig, load, packaged, parse, to_dict
-from .jobs import Job
-from .methods import OKD, known
-from .report import Row
+from .files import RunError, differences, read_json
+from .folder import Run
+from .job import Job, one_job
+from .methods.registry import OKD, known
+from .plan import checked, plan
+from .reading import load, packaged, parse
 from .results import Found, Group
-from .run import Run, RunError, differences, read_json
+from .schema import Config, ConfigError, StudentConfig, TeacherConfig, to_dict
+from .tables import Row
 
 WHERE = ("out", "name")  # keys of a configuration that say where a run is, not what
 
@@ -88,7 +90,8 @@ def comparison(folder: Path) -> Gathered:
     config, planned = None, runs
     if ended:
         try:
-            config = parse(read_json(folder / "results.json").get("config", {}), str(folder / "results.json"))
+            written = read_json(folder / "results.json").get("config", {})
+            config = checked(parse(written, str(folder / "results.json")))
             config = replace(config, out=str(folder.parent), name=folder.name)
         except ConfigError as error:
             notes.append(f"The comparison's configuration cannot be read by this version ({error}).")
@@ -130,7 +133,7 @@ def config_of(run: Run) -> Config:
     """config.yaml with the place where the run is now. ConfigError where there is none or it is not understood."""
     if not run.config.is_file():
         raise ConfigError(f"config: there is no {run.config.name} in {run.folder.name}")
-    config = load(run.config)
+    config = checked(load(run.config))
     base = run.folder.parent if run.read_record().get("student") else run.folder.parent.parent
     if not run.read_record().get("student") or (base / "teachers").is_dir() or not config.folder.is_dir():
         config = replace(config, out=str(base.parent), name=base.name)

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from .methods import StepLoss
+from .methods.base import StepLoss
 
 # Mean normalised entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
 UNIFORM, ONE_HOT = 0.999, 0.01

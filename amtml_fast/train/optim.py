@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from .config import StagesConfig, TrainConfig
-from .jobs import Distiller
+from .distiller import Distiller
+from .schema import StagesConfig, TrainConfig
 
 ADAPTER = "adapter"  # its group of the optimiser
 

@@ -15,13 +15,13 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from . import drawing as d
-from . import page_images, results, svg, tables
+from . import numbers, page_images, results, svg, tables
 from .answers import has_adapter
+from .files import write_atomic
+from .folder import Run
 from .gather import Gathered, command, gather, seed, shown_config
 from .metrics import ONE_HOT, UNIFORM, collapsed
 from .progress import Display
-from .run import Run, write_atomic
 from .svg import COLOURS, Line, Mark
 from .timing import PARTS
 
@@ -145,16 +145,16 @@ def other_tables(found: Gathered) -> list[tuple[str, list[Any]]]:
 
 def curves(metrics: Metrics) -> dict[str, Any] | None:
     """Validation accuracy of each method before all others, and its loss with the terms."""
-    accuracies = {name: 100 * d.series(runs, "val_accuracy")[1] for name, runs in metrics.items()}
+    accuracies = {name: 100 * numbers.series(runs, "val_accuracy")[1] for name, runs in metrics.items()}
     accuracies = {name: values for name, values in accuracies.items() if np.isfinite(values).any()}
     if not accuracies:
         return None
-    late = d.finite({name: values[:, values.shape[1] // 2 :] for name, values in accuracies.items()})
+    late = numbers.finite({name: values[:, values.shape[1] // 2 :] for name, values in accuracies.items()})
     low, high = svg.around([late])
     limits, alone = (max(low, 0.0), min(high, 100.0)), len(accuracies) == 1
     panels = []
     for name, values in accuracies.items():
-        last = d.last(values)
+        last = numbers.last(values)
         words = f"{name}: validation accuracy by epoch, at the end {last.mean():.1f} % on average of {len(last)} runs"
         clipped = np.where(values < limits[0], np.nan, values)
         look: Any = {"thin": True, "limits": limits, "digits": 1, "behind": "" if alone else "others"}
@@ -171,17 +171,17 @@ def curves(metrics: Metrics) -> dict[str, Any] | None:
 
 def loss_terms(name: str, runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[Any, str]:
     """The chart of a method's loss and its terms, and what it leaves out."""
-    numbers = (key for run in runs for epoch in run for key, value in epoch.items() if isinstance(value, (int, float)))
-    keys = dict.fromkeys(key for key in numbers if key not in NO_TERMS)
-    series = {key: d.series(runs, key)[1] for key in ["loss", *keys]}
+    known = (key for run in runs for epoch in run for key, value in epoch.items() if isinstance(value, (int, float)))
+    keys = dict.fromkeys(key for key in known if key not in NO_TERMS)
+    series = {key: numbers.series(runs, key)[1] for key in ["loss", *keys]}
     zero = [key for key, values in series.items() if not (np.isfinite(values) & (values != 0)).any()]
     series = {key: values for key, values in series.items() if key not in zero}
     if len(series) == 2 and np.allclose(series["loss"], [*series.values()][1], equal_nan=True):
         series.popitem()  # the one term is the loss
-    flat = d.finite(series)
+    flat = numbers.finite(series)
     spare = itertools.cycle(("c7", "c8"))
     drawn = [Line(key, values, TERMS.get(key) or next(spare)) for key, values in series.items()]
-    said = ", ".join(f"{key} {d.last(values).mean():.3g}" for key, values in series.items())
+    said = ", ".join(f"{key} {numbers.last(values).mean():.3g}" for key, values in series.items())
     log = bool(flat.size) and flat.min() > 0 and flat.max() > 8 * flat.min()
     chart = svg.lines(drawn, f"{name}: training loss and its terms by epoch, at the end {said}", log=log, digits=None)
     left_out = [f"{key} is 0" for key in zero]
@@ -193,9 +193,9 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
     out = []
     for name, runs in weighted.items():
         teachers = next(run.read_record().get("teachers", []) for run in shown[name])
-        entropy = d.series(runs, "entropy")[1]
+        entropy = numbers.series(runs, "entropy")[1]
         marks = [Mark(UNIFORM, "above 0.999: uniform"), Mark(ONE_HOT, "below 0.01: one teacher has all")]
-        words = f"{name}: normalised entropy of the weights by epoch, at the end {d.last(entropy).mean():.3f}"
+        words = f"{name}: normalised entropy of the weights by epoch, at the end {numbers.last(entropy).mean():.3f}"
         charts = [
             ("Entropy", svg.lines([Line("", entropy, "c1")], words, limits=(0, 1), marks=marks, thin=True, digits=3))
         ]
@@ -205,10 +205,10 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
                 continue
             names = [teachers[t] if t < len(teachers) else f"teacher {t + 1}" for t in range(count)]
             lines = [
-                Line(d.short(each, 14), d.of_teacher(runs, key, t), COLOURS[t % len(COLOURS)])
+                Line(numbers.short(each, 14), numbers.of_teacher(runs, key, t), COLOURS[t % len(COLOURS)])
                 for t, each in enumerate(names)
             ]
-            ends = [(each, d.last(line.values)) for each, line in zip(names, lines, strict=True)]
+            ends = [(each, numbers.last(line.values)) for each, line in zip(names, lines, strict=True)]
             said = ", ".join(f"{each} {last.mean():.2f}" for each, last in ends if last.size)
             equal = [Mark(1 / count, "equal")] if key == "weight_mean" else []
             words = f"{name}: {title.lower()} of each teacher by epoch, at the end {said}"

@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import answers, compare
-from . import data as datasets
-from . import drawing as d
-from . import teachers as frozen
-from .config import ConfigError
+from . import answers, frozen, numbers
+from .folder import Run
 from .gather import job_of
-from .jobs import Job
+from .images import ImageData
+from .job import Job, need_hints
+from .prepare import load_data
 from .progress import Display
-from .run import Run
+from .schema import ConfigError
 
 CLASSES = 24  # more do not fit a table that one can read
 SHOWN = 5  # classes of an image
@@ -34,10 +33,8 @@ def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None
         jobs = {name: [job_of(run) for run in runs] for name, runs in adapters.items()}
         first = next(iter(jobs.values()))[0]
         same = {name: [job for job in each if alike(job, first)] for name, each in jobs.items()}
-        data = compare.load_data(first.config)
-        teachers = frozen.load(
-            first.config, data, hints=compare.need_hints([job for each in same.values() for job in each])
-        )
+        data = load_data(first.config)
+        teachers = frozen.load(first.config, data, hints=need_hints([job for each in same.values() for job in each]))
         unknown = strangers(first)
     except (RuntimeError, ValueError, TypeError, LookupError, OSError, ImportError) as error:
         return {
@@ -80,9 +77,7 @@ def strangers(job: Job) -> list[str]:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def image_section(
-    asked: Asked, logits: Tensor, data: datasets.ImageData, images: Sequence[int] | None
-) -> dict[str, Any]:
+def image_section(asked: Asked, logits: Tensor, data: ImageData, images: Sequence[int] | None) -> dict[str, Any]:
     """Of the first run of the first method."""
     name, ((job, weights, student), *_) = next(iter(asked.items()))
     temperature = job.config.loss.temperature
@@ -110,7 +105,7 @@ def one_image(
     probs: Tensor,
     weights: Tensor,
     student: Tensor,
-    data: datasets.ImageData,
+    data: ImageData,
     names: Sequence[str],
 ) -> dict[str, Any]:
     """A table of the image's largest classes: a column a teacher, then the mixture and the student."""
@@ -124,7 +119,7 @@ def one_image(
         {"name": name, "weight": weights[i, t].item() if t < len(names) else None, "right": said[t] == truth}
         for t, name in enumerate([*names, "Mixture", "Student"])
     ]
-    order = d.top_classes(columns.amax(0).numpy(), min(SHOWN, columns.shape[1]), truth)
+    order = numbers.top_classes(columns.amax(0).numpy(), min(SHOWN, columns.shape[1]), truth)
     lines = [{"class": data.classes[c], "true": c == truth, "values": columns[:, c].tolist()} for c in order]
     verdicts = [f"{head['name']} says {data.classes[c]}" for head, c in zip(heads, said, strict=True)]
     return {
@@ -150,7 +145,7 @@ def data_uri(image: Tensor) -> str:
 # --- classes ----------------------------------------------------------------------------------------------------------
 
 
-def class_section(asked: Asked, logits: Tensor, data: datasets.ImageData) -> dict[str, Any]:
+def class_section(asked: Asked, logits: Tensor, data: ImageData) -> dict[str, Any]:
     """The teachers' accuracy by class, and beside it each method's mean weights by class."""
     labels, count = data.test.labels.cpu(), len(data.classes)
     right = logits.argmax(-1) == labels[:, None]  # [N, T]

@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from . import data as datasets
-from .config import Config, ConfigError
+from . import frozen
 from .features import FeatureExtractor
-
-if TYPE_CHECKING:
-    from .jobs import Job
-
-ANY, MAP = "[N, c] or [N, c, h, w]", "[N, c, h, w]"
-DIMS = {ANY: (2, 4), MAP: (4,)}
+from .images import ImageData, of_classes
+from .job import Job, need_hints
+from .networks import build
+from .probe import ANY, MAP, check_map, maps
+from .schema import Config, ConfigError
 
 
 def places(config: Config) -> None:
@@ -41,7 +38,7 @@ def _writable(key: str, folder: Path) -> None:
         ) from None
 
 
-def batches(job: Job, data: datasets.ImageData) -> None:
+def batches(job: Job, data: ImageData) -> None:
     """That the training images of the job make a batch."""
     if job.train.batch_size > len(data.train):
         raise ConfigError(
@@ -50,51 +47,30 @@ def batches(job: Job, data: datasets.ImageData) -> None:
         )
 
 
-def student_maps(model: FeatureExtractor, job: Job, data: datasets.ImageData) -> dict[str, Tensor]:
+def student_maps(model: FeatureExtractor, job: Job, data: ImageData) -> dict[str, Tensor]:
     """The maps that the job's method catches, of two images. ConfigError for what is no map that it can take."""
-    maps = _maps(model, job.title, data, modes=(True, False))
+    caught = maps(model, job.title, data, modes=(True, False))
     for name, path in job.paths.items():
         wanted = ANY if path == job.features and job.method.pooled else MAP
-        _check(f"{job.student}.{name}", path, maps[name], wanted)
-    return maps
+        check_map(f"{job.student}.{name}", path, caught[name], wanted)
+    return caught
 
 
-def teacher_maps(model: FeatureExtractor, name: str, data: datasets.ImageData) -> dict[str, Tensor]:
-    """The same of a teacher's hint map."""
-    maps = _maps(model, f"teacher {name!r}", data, modes=(False,))
-    for key, path in model.paths.items():
-        _check(f"teachers.{name}.{key}", path, maps[key], MAP)
-    return maps
-
-
-def _check(key: str, path: str, caught: Tensor, wanted: str) -> None:
-    if caught.ndim not in DIMS[wanted]:
-        raise ConfigError(
-            f"config: {key} must name a module whose output is {wanted}, got {path!r}, whose output is {[*caught.shape]}"
-        )
-
-
-def _maps(model: FeatureExtractor, what: str, data: datasets.ImageData, modes: tuple[bool, ...]) -> dict[str, Tensor]:
-    """What the model catches of two images, run in the modes (training or not) that it will run in. ValueError where it does
-    not take them, or does not answer with logits."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    images = next(iter(datasets.Loader(data.val, data, 2))).images.to(device)
-    images = images.repeat(2, 1, 1, 1)[:2]  # a BatchNorm does not train on one
-    wanted = [len(images), len(data.classes)]
-    with torch.random.fork_rng(devices=[]):
-        for training in modes:
-            try:
-                logits, maps = model.probe(images, training=training)
-            except Exception as error:
-                reason = (str(error).splitlines() or [""])[0]
-                raise ValueError(
-                    f"{what}: the network must take images {[*images.shape]} of {data.name}, "
-                    f"got {type(error).__name__}: {reason}"
-                ) from error
-            got = [*logits.shape] if isinstance(logits, Tensor) else type(logits).__name__
-            if got != wanted:
-                raise ValueError(
-                    f"{what}: the network must return logits {wanted}, for {len(images)} images and {wanted[1]} classes of "
-                    f"{data.name}, got {got}"
-                )
-    return maps
+def networks(config: Config, data: ImageData, jobs: Sequence[Job]) -> None:
+    """Makes each kind of network that these jobs train or learn from once, and shows it two images."""
+    seen = set()
+    for job in jobs:
+        batches(job, of_classes(data, job.classes))
+        kind = (job.factory, str(job.args), job.weights, str(job.paths), job.method.name)
+        if kind not in seen:
+            seen.add(kind)
+            model = build(
+                job.factory,
+                job.args,
+                num_classes=data.num_classes,
+                in_channels=data.in_channels,
+                weights=job.weights,
+            )
+            student_maps(FeatureExtractor(model, job.paths), job, data)
+    if any(job.method.needs_teachers for job in jobs):
+        frozen.check(config, data, hints=need_hints(jobs))

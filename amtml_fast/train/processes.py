@@ -10,7 +10,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as whole
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
@@ -47,11 +52,11 @@ def same_buffers(module: nn.Module) -> None:
 
 def state(module: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """The state dicts of one process, whatever the number of processes; on the first one, empty on the others."""
-    return whole.get_state_dict(module, optimizer, options=_options())
+    return get_state_dict(module, optimizer, options=_options())
 
 
 def model_state(module: nn.Module) -> dict[str, Tensor]:
-    return cast(dict[str, Tensor], whole.get_model_state_dict(module, options=_options()))
+    return cast(dict[str, Tensor], get_model_state_dict(module, options=_options()))
 
 
 def load_state(module: nn.Module, optimizer: Optimizer, model: Mapping[str, Any], optim: Mapping[str, Any]) -> None:
@@ -68,12 +73,12 @@ def load_state(module: nn.Module, optimizer: Optimizer, model: Mapping[str, Any]
         raise ValueError(
             f"optimizer: the same parameters wanted, got others: {', '.join(sorted(trained ^ grouped)[:3])}"
         )
-    options = whole.StateDictOptions(full_state_dict=True)
-    whole.set_state_dict(module, optimizer, model_state_dict=dict(model), optim_state_dict=dict(optim), options=options)
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(module, optimizer, model_state_dict=dict(model), optim_state_dict=dict(optim), options=options)
 
 
-def _options() -> whole.StateDictOptions:
-    return whole.StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _options() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def anyone(accelerator: Accelerator, asked: bool) -> bool:

@@ -12,16 +12,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from . import data as datasets
-from . import report
-from . import teachers as frozen
+from . import charts, curves, significance, tables
 from .answers import GALLERY, contested, has_adapter, soft_targets, teacher_logits, weights_and_logits
-from .config import Config, to_dict
-from .jobs import Job
-from .methods import OKD
-from .run import Run, RunError, read_json, versions, write_atomic
-from .tables import escaped, paragraph
-from .zoo import brings_weights
+from .evaluate import accuracy
+from .files import RunError, read_json, write_atomic
+from .folder import Run
+from .frozen import Teachers
+from .images import ImageData
+from .job import Job
+from .methods.registry import OKD
+from .schema import Config, to_dict
+from .tables import Network, Row, escaped, paragraph
+from .versions import versions
 
 RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
 ADAPTERS = 5  # methods in the picture of the teacher weights
@@ -43,16 +45,16 @@ class Group:
 class Found:
     """A comparison's numbers: `rows` of every method x student x number of teachers, `main` of the plain case."""
 
-    rows: list[report.Row]
-    main: list[report.Row]  # the configuration's student, learning from the most teachers compared
-    teachers: list[report.Row]
+    rows: list[Row]
+    main: list[Row]  # the configuration's student, learning from the most teachers compared
+    teachers: list[Row]
     missing: list[str]  # titles of runs that diverged; their methods are in no table
     sentence: str
     runs: dict[str, list[Run]]  # by the labels of `main`, a run a seed
     paired: bool = True  # all rows are over the same seeds
 
 
-def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | None, data: datasets.ImageData) -> Found:
+def collect(config: Config, jobs: Sequence[Job], teachers: Teachers | None, data: ImageData) -> Found:
     """Reads every finished run of the comparison."""
     groups: dict[tuple[str, int | None, str], Group] = {}
     for job in jobs:
@@ -71,7 +73,7 @@ def collect(config: Config, jobs: Sequence[Job], teachers: frozen.Teachers | Non
     return replace(found, missing=missing, sentence=found.sentence + left_out)
 
 
-def summary(config: Config, groups: Sequence[Group], teachers: list[report.Row], *, paired: bool = True) -> Found:
+def summary(config: Config, groups: Sequence[Group], teachers: list[Row], *, paired: bool = True) -> Found:
     """What these groups of finished runs and these teachers say. paired: all are over the same seeds."""
     rows, main, runs = [], [], dict[str, list[Run]]()
     for group in groups:
@@ -95,11 +97,11 @@ def most(config: Config) -> int:
     return max(config.compare.teachers or [len(config.teachers)])
 
 
-def row(method: str, label: str, runs: list[Run], split: str) -> report.Row:
+def row(method: str, label: str, runs: list[Run], split: str) -> Row:
     """A line of the table from finished runs, in the order of the seeds."""
     records = [run.read_record() for run in runs]
     peaks = [record["peak_memory"] for record in records if record.get("peak_memory")]
-    return report.Row(
+    return Row(
         method=method,
         label=label,
         parameters=records[0]["parameters"],
@@ -110,19 +112,19 @@ def row(method: str, label: str, runs: list[Run], split: str) -> report.Row:
     )
 
 
-def teacher_row(config: Config, i: int, teachers: frozen.Teachers | None, data: datasets.ImageData) -> report.Row:
+def teacher_row(config: Config, i: int, teachers: Teachers | None, data: ImageData) -> Row:
     """A teacher's line: from its run, or measured now where it brought its weights."""
     teacher = config.teachers[i]
-    if not brings_weights(teacher.model):
+    if not teacher.model.brings_weights:
         run = Run(config.folder / "teachers" / teacher.name)
         return row(teacher.name, teacher.name, [run], config.compare.split)
     assert teachers is not None
     split = config.compare.split
-    accuracy = frozen.accuracy(teachers.models[i], data.test, data) if split == "test" else teachers.scores[i]
-    return report.Row(teacher.name, teacher.name, teachers.parameters[i], [accuracy], split=split)
+    score = accuracy(teachers.models[i], data.test, data) if split == "test" else teachers.scores[i]
+    return Row(teacher.name, teacher.name, teachers.parameters[i], [score], split=split)
 
 
-def finding(rows: Sequence[report.Row]) -> str:
+def finding(rows: Sequence[Row]) -> str:
     """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, the best other one and the student alone."""
     if len(rows) == 1:
         return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the {rows[0].split} set."
@@ -130,11 +132,11 @@ def finding(rows: Sequence[report.Row]) -> str:
     others = {row.method: row for row in rest}
     best = max(rest, key=lambda row: row.mean)
     wanted = [others.get("avg_mkd", best), best, others.get("student", best)]
-    parts = [report.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
+    parts = [significance.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
     return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
 
 
-def highest(rows: Sequence[report.Row]) -> str:
+def highest(rows: Sequence[Row]) -> str:
     """The same for rows over different seeds, which no paired test can compare."""
     best = max(rows, key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
     others = "their seeds differ, so nothing is tested"
@@ -143,43 +145,43 @@ def highest(rows: Sequence[report.Row]) -> str:
     )
 
 
-def ours_and_others(rows: Sequence[report.Row]) -> tuple[report.Row, list[report.Row]]:
+def ours_and_others(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
     """The row that the others are compared with: AMTML-KD's, or else the last one."""
     main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
     return main, [row for row in rows if row is not main]
 
 
-def tables(config: Config, found: Found) -> str:
+def markdown(config: Config, found: Found) -> str:
     """All tables as Markdown."""
     return "\n".join(f"## {title}\n\n{text}" for title, text in sections(config, found).items())
 
 
 def sections(config: Config, found: Found) -> dict[str, str]:
     """The tables by their titles, as Markdown; those left out that would have nothing to compare."""
-    networks = [report.Network(row.label, "teacher", row.parameters, row.mean) for row in found.teachers]
+    networks = [Network(row.label, "teacher", row.parameters, row.mean) for row in found.teachers]
     sizes = {row.student: row.parameters for row in found.rows}
     alone = {row.student: row.mean for row in found.rows if row.method == "student"}
-    networks += [report.Network(name, "student", size, alone.get(name)) for name, size in sizes.items()]
+    networks += [Network(name, "student", size, alone.get(name)) for name, size in sizes.items()]
     named = config.loss.mapping == "best_high" and config.loss.hint_weight != 0  # what the names of by_mapping say
     by_number = [row for row in found.rows if row.student == config.student.name and not is_okd(row)] + okd_means(
         config, found
     )
     found_tables = {
-        "Accuracy": report.markdown(found.main, found.teachers),
-        "Paired tests": report.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else "",
-        "Networks": report.networks(networks, config.compare.split),
-        "Number of teachers": report.by_teachers(by_number),
-        "Students": report.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
-        "Mapping of teachers to layer groups": report.by_mapping(found.main) if named else "",
+        "Accuracy": tables.markdown(found.main, found.teachers),
+        "Paired tests": significance.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else "",
+        "Networks": tables.networks(networks, config.compare.split),
+        "Number of teachers": tables.by_teachers(by_number),
+        "Students": tables.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
+        "Mapping of teachers to layer groups": tables.by_mapping(found.main) if named else "",
     }
     return {title: text for title, text in found_tables.items() if text}
 
 
-def is_okd(row: report.Row) -> bool:
+def is_okd(row: Row) -> bool:
     return row.method.startswith(f"{OKD}-")
 
 
-def okd_means(config: Config, found: Found) -> list[report.Row]:
+def okd_means(config: Config, found: Found) -> list[Row]:
     """For each number n of teachers, OKD's mean over the first n of them, seed by seed."""
     names = [f"{OKD}-{teacher.name}" for teacher in config.teachers]
     single = {row.method: row for row in found.main if is_okd(row)}
@@ -189,7 +191,7 @@ def okd_means(config: Config, found: Found) -> list[report.Row]:
             accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
             parameters = single[names[0]].parameters
             rows.append(
-                report.Row(
+                Row(
                     OKD, "OKD (mean)", parameters, accuracies,
                     student=config.student.name, teachers=number, split=config.compare.split,
                 )
@@ -197,12 +199,12 @@ def okd_means(config: Config, found: Found) -> list[report.Row]:
     return rows
 
 
-def paired_records(rows: Sequence[report.Row]) -> list[dict[str, Any]]:
+def paired_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """For JSON: ours less each other method of the plain case, fractions."""
     if not rows:
         return []
     main, others = ours_and_others(rows)
-    tests = {other.method: report.paired_difference(main, other)._asdict() for other in others}
+    tests = {other.method: significance.paired_difference(main, other)._asdict() for other in others}
     for test in tests.values():
         del test["t"]  # infinite where every seed differs by the same: no JSON
     return [{"method": main.method, "less": less, **test} for less, test in tests.items()]
@@ -213,7 +215,7 @@ def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
     whole: dict[str, Any] = {
         "name": config.name,
         "finding": found.sentence,
-        "rows": report.records(found.rows, found.teachers),
+        "rows": tables.records(found.rows, found.teachers),
         "paired_tests": paired_records(found.main),
         "epochs": config.distill.epochs,
         "seeds": config.compare.seeds,
@@ -224,8 +226,8 @@ def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
     title = f"# {escaped(config.name)}: {config.distill.epochs} epochs, seeds {', '.join(map(str, config.compare.seeds))}\n\n"
     contents = {
         "results.json": lambda: json.dumps(whole, indent=2) + "\n",
-        "results.csv": lambda: report.csv(found.rows, found.teachers),
-        "results.md": lambda: f"{title}{paragraph(found.sentence)}\n\n{tables(config, found)}",
+        "results.csv": lambda: tables.csv(found.rows, found.teachers),
+        "results.md": lambda: f"{title}{paragraph(found.sentence)}\n\n{markdown(config, found)}",
     }
     for name, text in contents.items():
         write_atomic(config.folder / name, text().encode())
@@ -253,25 +255,25 @@ class Pictures:
 
 
 def write_figures(
-    config: Config, found: Found, jobs: Sequence[Job], teachers: frozen.Teachers | None, data: datasets.ImageData
+    config: Config, found: Found, jobs: Sequence[Job], teachers: Teachers | None, data: ImageData
 ) -> Pictures:
     """The pictures; those of single images come from the first seed of the first method that has an adapter."""
     out = Pictures(config.folder / "figures")
     histories = {label: [run.read_metrics() for run in runs] for label, runs in found.runs.items()}
-    out.draw("curves", lambda path: report.curves(histories, path))
+    out.draw("curves", lambda path: curves.curves(histories, path))
     if len(found.main) > 1:
-        out.draw("accuracies", lambda path: report.accuracies(found.main, path))
+        out.draw("accuracies", lambda path: charts.accuracies(found.main, path))
     numbers = [row for row in found.rows if row.student == config.student.name and not is_okd(row)]
     if any(len({row.teachers for row in numbers if row.method == name}) > 1 for name in {r.method for r in numbers}):
         several = [*numbers, *okd_means(config, found)]
-        out.draw("number_of_teachers", lambda path: report.number_of_teachers(several, path))
+        out.draw("number_of_teachers", lambda path: charts.number_of_teachers(several, path))
     weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
     if teachers is None or not weighted:
         return out
     adapters = [label for label in weighted if has_adapter(found.runs[label][0])]
     asked = teachers.only(teachers.names[: most(config)], hints=bool(teachers.channels))
     first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
-    out.draw("entropy", lambda path: report.entropy({label: weighted[label] for label in first}, path, asked.names))
+    out.draw("entropy", lambda path: curves.entropy({label: weighted[label] for label in first}, path, asked.names))
     if not adapters:
         return out
     adapted = next(job for job in jobs if job.folder == found.runs[adapters[0]][0].folder)
@@ -287,11 +289,11 @@ def write_figures(
 
     def one_image(path: Path) -> None:
         images, names, probs, weights, labels = examples()
-        report.soft_targets(images[0], names, probs[0], weights[0], labels[0], path, asked.names)
+        curves.soft_targets(images[0], names, probs[0], weights[0], labels[0], path, asked.names)
 
     def several_images(path: Path) -> None:
         images, names, probs, weights, labels = examples()
-        report.weights_gallery(images, names, probs, weights, labels, path, asked.names)
+        curves.weights_gallery(images, names, probs, weights, labels, path, asked.names)
 
     out.draw("soft_targets", one_image)
     out.draw("weights_gallery", several_images)

@@ -6,7 +6,7 @@ import signal
 import threading
 from typing import Any
 
-from .jobs import Job
+from .job import Job
 
 
 class Interrupted(KeyboardInterrupt):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from .drawing import Array, spread
+from .numbers import Array, spread
 
 WIDE, HIGH = 320, 190  # a chart with names at the ends of its lines
 SMALL = (210, 132)  # one of many

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from .config import Config
+from .files import RunError
 from .progress import Bar, Display, RemoteDisplay
-from .run import RunError
+from .schema import Config
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 STOPPED = 130  # a worker's exit code after a stop
@@ -35,6 +35,14 @@ class Task(NamedTuple):
     title: str
 
 
+class Trains(Protocol):
+    """What a worker makes: session.Session, which it is given, for that one imports this file."""
+
+    def __init__(self, config: Config, display: Display, *, fresh: bool = False) -> None: ...
+
+    def train(self, phase: str, position: int) -> None: ...
+
+
 def count(config: Config) -> int:
     """How many trainings run side by side: compare.workers, else one a GPU. One under accelerate launch or torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -42,14 +50,22 @@ def count(config: Config) -> int:
     return config.compare.workers or max(1, gpus(config))
 
 
-def run(config: Config, tasks: Iterable[Task], display: Display, *, fresh: bool, done: Callable[[Task], None]) -> None:
-    """Trains the tasks in count(config) processes, done(task) after each.
+def run(
+    session: type[Trains],
+    config: Config,
+    tasks: Iterable[Task],
+    display: Display,
+    *,
+    fresh: bool,
+    done: Callable[[Task], None],
+) -> None:
+    """Trains the tasks in count(config) processes, done(task) after each. Every process makes a `session` of its own.
 
     Raises a worker's error, RunError for a worker that died, KeyboardInterrupt after a stop; before, the others have
     been stopped, with what they had after their last epoch on the disk.
     """
     queue = deque(tasks)
-    team = [Worker(number, config, fresh) for number in range(min(count(config), len(queue)))]
+    team = [Worker(number, session, config, fresh) for number in range(min(count(config), len(queue)))]
     try:
         for worker in team:
             worker.give(queue.popleft())
@@ -73,10 +89,10 @@ def run(config: Config, tasks: Iterable[Task], display: Display, *, fresh: bool,
 class Worker:
     """The parent's side of one process."""
 
-    def __init__(self, number: int, config: Config, fresh: bool) -> None:
+    def __init__(self, number: int, session: type[Trains], config: Config, fresh: bool) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA and OpenMP do not survive a fork
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, share(config), fresh))
+        self.process = context.Process(target=work, args=(theirs, session, share(config), fresh))
         with its_gpu(config, number):
             self.process.start()
         theirs.close()
@@ -129,11 +145,10 @@ class Worker:
             raise
 
 
-def work(connection: Connection, config: Config, fresh: bool) -> None:
+def work(connection: Connection, session: type[Trains], config: Config, fresh: bool) -> None:
     """The worker's side: trains what it is given until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent's word counts
     signal.signal(signal.SIGTERM, _stop)
-    from .compare import Session
 
     def send(*message: object) -> None:
         try:
@@ -142,10 +157,10 @@ def work(connection: Connection, config: Config, fresh: bool) -> None:
             raise KeyboardInterrupt from None  # nobody is there to show it to
 
     try:
-        session = Session(config, RemoteDisplay(send), fresh=fresh)
+        jobs = session(config, RemoteDisplay(send), fresh=fresh)
         while True:
             task = connection.recv()
-            session.train(task.phase, task.position)
+            jobs.train(task.phase, task.position)
             send("done")
     except EOFError:
         return

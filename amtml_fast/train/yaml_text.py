@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .schema import below, inner, optional
+from .fields import below, inner, optional
 
 NULLS = ("", "~", "null", "Null", "NULL")
 TAG = "tag:yaml.org,2002:"

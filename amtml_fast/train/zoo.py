@@ -15,17 +15,14 @@ import pickle
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from amtml_fast.train.names import near_names
-from amtml_fast.train.readers import IMAGENET_MEAN, IMAGENET_STD
-
-if TYPE_CHECKING:
-    from amtml_fast.train.config import ModelConfig
+from .names import near_names
+from .readers import IMAGENET_MEAN, IMAGENET_STD
 
 # What pytorchcv trained its nets for 32x32 images with, SVHN's too.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -85,16 +82,6 @@ def timm(
 
 
 FACTORIES: dict[str, Callable[..., nn.Module]] = {"pytorchcv": pytorchcv, "timm": timm}
-
-
-def pretrained(factory: str, args: Mapping[str, Any]) -> bool:
-    """Whether `factory` makes a net that brings its weights: for another factory than the zoo's, its own matter."""
-    return factory in FACTORIES and bool(args.get("pretrained"))
-
-
-def brings_weights(model: ModelConfig) -> bool:
-    """Whether a teacher needs no training here: it has a weights file, or it is a pretrained net of the zoo."""
-    return model.weights is not None or pretrained(model.factory, model.args)
 
 
 def fingerprint(factory: str, args: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
-from ..config import PRESETS, LossConfig
+from ..presets import paper_code
+from ..schema import LossConfig
 from .base import Context, Method, Step, StepLoss
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
@@ -205,5 +206,5 @@ ABLATIONS = (
     ablation("label_weights", "weights from labels", kl_trains_weights=False, adapter_label_weight=1.0),
 )
 PAPER_CODE = replace(
-    METHOD, base=METHOD.name, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=PRESETS["paper_code"]
+    METHOD, base=METHOD.name, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=paper_code
 )

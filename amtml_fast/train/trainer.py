@@ -5,68 +5,43 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from . import data as datasets
-from . import environment, processes
-from . import teachers as frozen
+from . import processes
 from .compiling import compile_in_place, new_step
-from .config import ConfigError, EngineConfig, to_yaml
+from .distiller import make_distiller, teachers_of
+from .evaluate import right
 from .features import as_it_was
-from .jobs import Job, make_distiller, teachers_of
-from .lock import alone
+from .files import RunError, differences
+from .folder import Diverged, Run, alone
+from .frozen import Outputs, Teachers
+from .images import Batch, ImageData, ImageSet, Loader, drawn_seed, of_classes
+from .job import Job
 from .memory import PeakMemory
-from .methods import StepLoss
+from .methods.base import StepLoss
 from .metrics import Sums, collapsed
 from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
+from .prepare import make_accelerator
 from .progress import Bar, Display
-from .run import Diverged, Run, RunError, chosen_backends, differences, git_commit, versions
+from .reading import to_yaml
+from .schema import ConfigError
 from .stop import Interrupted, Stop
 from .timing import PARTS, StepTimer
+from .versions import chosen_backends, git_commit, versions
 
 # Several processes agree on a stop at every so many steps: each time they wait for each other.
 AGREE_EVERY = 10
 
 
-def of_classes(data: datasets.ImageData, classes: Sequence[int] | None) -> datasets.ImageData:
-    """The data with the training images of these classes alone; validation and test stay whole."""
-    if classes is None:
-        return data
-    known = len(data.classes)
-    if not classes or not all(0 <= label < known for label in classes):
-        raise ConfigError(f"config: teachers.classes: labels in [0, {known}) wanted, got {list(classes)}")
-    train = data.train
-    keep = torch.isin(train.labels, torch.tensor(list(classes), dtype=torch.int64, device=train.labels.device))
-    return replace(data, train=datasets.ImageSet(train.images[keep], train.labels[keep]))
-
-
-def make_accelerator(engine: EngineConfig, folder: Path) -> Accelerator:
-    """Accelerate's engine: device, processes (accelerate launch, torchrun), mixed precision, TensorBoard."""
-    environment.check(engine)
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
-    # Without cpu=True, a launch of several processes on a machine without GPU trains each one by itself.
-    cpu = engine.device == "cpu" or not torch.accelerator.is_available()
-    return Accelerator(
-        cpu=cpu,
-        mixed_precision=engine.mixed_precision,
-        gradient_accumulation_steps=engine.gradient_accumulation_steps,
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(folder)),
-    )
-
-
 def train(
     job: Job,
-    data: datasets.ImageData,
-    teachers: frozen.Teachers | None,
+    data: ImageData,
+    teachers: Teachers | None,
     display: Display,
     *,
     resume: bool = True,
@@ -157,8 +132,8 @@ class Trainer:
         job: Job,
         run: Run,
         accelerator: Accelerator,
-        data: datasets.ImageData,
-        teachers: frozen.Teachers | None,
+        data: ImageData,
+        teachers: Teachers | None,
         display: Display,
     ) -> None:
         self.job, self.run, self.accelerator, self.display = job, run, accelerator, display
@@ -227,14 +202,14 @@ class Trainer:
         else:
             self.model, self.optimizer = accelerator.prepare(module, make_optimizer(self.job.train, self.bare))
 
-    def _loader(self, accumulation: int) -> datasets.Loader:
+    def _loader(self, accumulation: int) -> Loader:
         train = self.job.train
         if train.batch_size % accumulation:
             raise ConfigError(
                 f"config: batch_size: a multiple of engine.gradient_accumulation_steps={accumulation} wanted, "
                 f"got {train.batch_size}"
             )
-        return datasets.Loader(
+        return Loader(
             self.data.train,
             self.data,
             train.batch_size // accumulation,
@@ -328,7 +303,7 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = own_lr if group.get("name") == ADAPTER and own_lr is not None else lr
             # All randomness of a step follows from (seed, epoch, step, process): resuming needs no generator's state.
-            torch.manual_seed(datasets.drawn_seed(job.seed, epoch, step, self.accelerator.process_index))
+            torch.manual_seed(drawn_seed(job.seed, epoch, step, self.accelerator.process_index))
             for _ in range(engine.gradient_accumulation_steps):
                 self.learn(next(batches), sums, frozen_adapter)
             bar.add(job.train.batch_size)
@@ -348,7 +323,7 @@ class Trainer:
         row["step_seconds"] = {part: total / max(1, self.steps - first) for part, total in self.timer.read().items()}
         return row
 
-    def learn(self, batch: datasets.Batch, sums: Sums, frozen_adapter: Sequence[nn.Parameter] = ()) -> None:
+    def learn(self, batch: Batch, sums: Sums, frozen_adapter: Sequence[nn.Parameter] = ()) -> None:
         """Forward, backward and, if it is the step's last batch, the optimiser's step. Nothing here waits for the device."""
         accelerator, timer = self.accelerator, self.timer
         with accelerator.accumulate(self.model):
@@ -362,14 +337,12 @@ class Trainer:
         timer.mark("optimizer")
         sums.add(out, logits, batch.labels)
 
-    def forward(
-        self, model: nn.Module, batch: datasets.Batch, timer: StepTimer | None = None
-    ) -> tuple[StepLoss, Tensor]:
+    def forward(self, model: nn.Module, batch: Batch, timer: StepTimer | None = None) -> tuple[StepLoss, Tensor]:
         """What the module says about a batch that the teachers have seen."""
         mark = timer.mark if timer is not None else lambda part: None
         images = batch.images.contiguous(memory_format=self.memory)
         mark("data")
-        taught = self.teachers.outputs(batch) if self.teachers else frozen.Outputs([], [])
+        taught = self.teachers.outputs(batch) if self.teachers else Outputs([], [])
         mark("teachers")
         new_step()
         with self.accelerator.autocast():
@@ -384,19 +357,19 @@ class Trainer:
     def agree_every(self) -> int:
         return AGREE_EVERY if self.accelerator.num_processes > 1 else 1
 
-    def accuracy(self, split: datasets.ImageSet) -> float:
+    def accuracy(self, split: ImageSet) -> float:
         """Fraction of `split` that the student gets right; each process measures its share."""
         accelerator = self.accelerator
         processes.same_buffers(self.bare)
         with processes.complete(self.bare):
-            right = frozen.right(
+            count = right(
                 self.bare.student,
                 split,
                 self.data,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
-        return int(accelerator.reduce(right, reduction="sum").item()) / max(1, len(split))
+        return int(accelerator.reduce(count, reduction="sum").item()) / max(1, len(split))
 
     def frozen_adapter(self, epoch: int) -> list[nn.Parameter]:
         """The adapter's parameters in the second of two stages: without a gradient the optimiser leaves them alone.

@@ -5,23 +5,25 @@ Every file appears whole or not at all: it is written beside its place, flushed 
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
 import pickle
-import platform
 import re
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
+
+from . import processes
+from .files import RunError, read_json, write_atomic
+from .lock import Lock
+from .progress import Display
 
 FORMAT = "amtml-fast checkpoint 2"
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
@@ -39,17 +41,6 @@ UNREADABLE = (
 
 # What _write_and_rename writes before it renames.
 _TEMPORARY = re.compile(r"\..+\.(pt|json|jsonl|yaml|safetensors)\.[a-z0-9_]{8}")
-
-# Full, over quota, a file too large, or broken.
-DISK = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EIO")}
-
-
-class RunError(RuntimeError):
-    """A run folder that cannot be used as asked; the message says which file and what to do."""
-
-
-class DiskError(RunError):
-    """A file that the disk does not take."""
 
 
 class Diverged(RunError):
@@ -159,120 +150,21 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, *content: bytes | memoryview) -> None:
-    """Writes a temporary file of these pieces beside `path`, flushes it to the disk and renames it over `path`.
-
-    DiskError where the disk does not take it: what was at `path` stays whole.
-    """
-    try:
-        _write_and_rename(path, *content)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        size, free = sum(memoryview(piece).nbytes for piece in content), shutil.disk_usage(path.parent).free
-        raise DiskError(
-            f"{path}: {error.strerror or error}: {size:,} bytes to write, {free:,} free on the disk. The file that was "
-            "there before is whole; make room, and the same command goes on from it."
-        ) from None
-
-
-def _write_and_rename(path: Path, *content: bytes | memoryview) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the permissions that open() would have.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def differences(there: Any, here: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    """(dotted key, there, here) for every leaf that differs between two nested dicts."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        found = []
-        for name in dict.fromkeys([*here, *there]):
-            inner = f"{key}.{name}" if key else str(name)
-            found += differences(there.get(name), here.get(name), inner)
-        return found
-    return [] if there == here else [(key, there, here)]
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself reaches the disk with the folder; some systems cannot open a folder."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+@contextmanager
+def alone(folder: Path, accelerator: Accelerator, display: Display) -> Iterator[None]:
+    """Until the end of the block no other command writes in the folder. RunError, on every process of this one, where
+    another one does already."""
+    lock = Lock(folder)
+    taken = lock.take() if accelerator.is_main_process else True
+    if processes.anyone(accelerator, taken is False):
+        lock.release()
         raise RunError(
-            f"{path}: not readable as JSON ({error}); repair it or start the run over with --fresh"
-        ) from None
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: a JSON object wanted, got {type(value).__name__}")
-    return value
-
-
-def versions() -> dict[str, str]:
-    import accelerate
-
-    from .. import __version__
-
-    return {
-        "amtml_fast": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "accelerate": str(accelerate.__version__),
-        "platform": platform.platform(),
-    }
-
-
-def chosen_backends() -> dict[str, str]:
-    """The backend that each operator runs on by default here: the first available one."""
-    from .. import backends
-
-    chosen: dict[str, str] = {}
-    for op, backend, available, _ in backends():
-        if available:
-            chosen.setdefault(op, backend)
-    return chosen
-
-
-def git_commit() -> str | None:
-    """Commit of the source tree that this code runs from (with -dirty), None outside a repository."""
-    here = Path(__file__).resolve().parent
-    try:
-        tracked = ["git", "-C", str(here), "ls-files", "--error-unmatch", "run.py"]
-        subprocess.run(tracked, check=True, capture_output=True, timeout=10)
-        described = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=10,
+            f"{folder}: {lock.holder()} is at work there. Wait until it has ended, or give this one a place of its own with "
+            "name=... or out=..."
         )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return described.stdout.strip() or None
+    if taken is None:
+        display.warn(f"{folder}: no locks on this file system: nothing keeps another process from writing there, too")
+    try:
+        yield
+    finally:
+        lock.release()

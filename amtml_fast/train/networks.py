@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amtml_fast.train import zoo
-from amtml_fast.train.names import import_factory, near_names
+from . import zoo
+from .names import import_factory, near_names, pretrained
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of a model's own names
 
@@ -164,7 +164,7 @@ def build(
     """
     make = _factory(factory)
     args = dict(args or {})
-    if weights is not None and zoo.pretrained(factory, args):
+    if weights is not None and pretrained(factory, args):
         args["pretrained"] = False
     keywords = _keywords(make, factory, args, num_classes, in_channels)
     try:

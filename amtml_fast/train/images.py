@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from amtml_fast.train.names import import_factory, near_names
-from amtml_fast.train.readers import DATASETS, DOWNLOADS, Arrays, stratified
-from amtml_fast.train.samples import read_dataset
+from .names import import_factory, near_names
+from .readers import DATASETS, DOWNLOADS, Arrays, stratified
+from .samples import read_dataset
+from .schema import ConfigError
 
 VIEWS = 1  # tells the draws of fixed views from those of an epoch with the same two numbers
 
@@ -158,6 +159,18 @@ def _split(name: str, arrays: Arrays, val_fraction: float, seed: int) -> ImageDa
         mean=mean,
         std=std,
     )
+
+
+def of_classes(data: ImageData, classes: Sequence[int] | None) -> ImageData:
+    """The data with the training images of these classes alone; validation and test stay whole."""
+    if classes is None:
+        return data
+    known = len(data.classes)
+    if not classes or not all(0 <= label < known for label in classes):
+        raise ConfigError(f"config: teachers.classes: labels in [0, {known}) wanted, got {list(classes)}")
+    train = data.train
+    keep = torch.isin(train.labels, torch.tensor(list(classes), dtype=torch.int64, device=train.labels.device))
+    return replace(data, train=ImageSet(train.images[keep], train.labels[keep]))
 
 
 def _image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:

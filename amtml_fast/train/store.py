@@ -31,9 +31,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .lock import NAME as LOCK
-from .lock import flock
-from .run import DiskError, RunError, differences, write_atomic
+from .files import DiskError, RunError, differences, write_atomic
+from .lock import LOCK_FILE, flock
 
 FORMAT = "amtml-fast teacher cache 1"
 SHARD_BYTES = 2**28
@@ -294,7 +293,7 @@ def locked(store: Store) -> Iterator[bool]:
     the lock back. Where there are no locks it is always True: two writers do the same work twice, files appear whole, and
     of equal ones the last counts."""
     store.folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(store.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(store.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         yield flock(handle) is not False
     finally:

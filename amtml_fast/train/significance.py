@@ -1,6 +1,6 @@
-"""What a comparison shows: tables (tables.py), pictures (figures.py, charts.py), and what is more than chance (here).
+"""Which differences of a comparison are more than chance: paired t-tests over seeds.
 
-Pure: numbers in, text or PNG out; nothing of the training code is imported.
+Pure: numbers in, text out; nothing of the training code is imported.
 """
 
 from __future__ import annotations
@@ -10,47 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .charts import accuracies, number_of_teachers
-from .figures import curves, entropy, soft_targets, weights_gallery
-from .tables import (
-    FIELDS,
-    Network,
-    Row,
-    by_mapping,
-    by_student,
-    by_teachers,
-    csv,
-    grid,
-    markdown,
-    networks,
-    records,
-    sample_std,
-    table,
-)
-
-__all__ = [
-    "FIELDS",
-    "Network",
-    "PairedTest",
-    "Row",
-    "accuracies",
-    "by_mapping",
-    "by_student",
-    "by_teachers",
-    "csv",
-    "curves",
-    "entropy",
-    "markdown",
-    "networks",
-    "number_of_teachers",
-    "paired_difference",
-    "paired_tests",
-    "records",
-    "soft_targets",
-    "table",
-    "verdict",
-    "weights_gallery",
-]
+from .tables import Row, grid, sample_std
 
 LEVEL = 0.05  # a difference with a smaller p is told from chance
 

@@ -1,4 +1,4 @@
-"""What to train: jobs made from the configuration, what identifies them, and the module each one trains."""
+"""What to train: jobs made from the configuration, and what identifies them."""
 
 from __future__ import annotations
 
@@ -6,31 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import register_multi_grad_hook
-
-from . import data as datasets
-from . import environment, methods, preflight
-from . import teachers as frozen
-from .config import (
-    Config,
-    ConfigError,
-    LossConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-    changed,
-    teacher_train,
-    to_dict,
-)
-from .features import FeatureExtractor
-from .methods import METHODS, Context, Method, Step, StepLoss
-from .models import build
-from .timing import StepTimer
+from . import environment, frozen
+from .checks import teacher_train
+from .files import sha256
+from .methods import registry
+from .methods.base import Method
+from .methods.registry import METHODS
+from .reading import changed
+from .schema import Config, ConfigError, StudentConfig, TeacherConfig, TrainConfig, to_dict
 
 # How the student's modules to catch are named: a group by GROUP and its own name.
 FEATURES, GROUP = "features", "groups."
@@ -81,7 +66,7 @@ class Job:
             "split_seed": config.seed,
             "classes": self.classes,
             "model": {"factory": self.factory, "args": self.args},
-            "start": frozen.sha256(Path(self.weights)) if self.weights else None,
+            "start": sha256(Path(self.weights)) if self.weights else None,
             "train": to_dict(self.train),
             "loss": method.loss(config),
             "engine": {k: engine[k] for k in ("mixed_precision", "gradient_accumulation_steps")},
@@ -142,8 +127,18 @@ def student_job(
     return job_of(applied(config, chosen, student), chosen, seed, student, teachers)
 
 
+def one_job(config: Config, method: str, seed: int, student: str | None = None, teachers: int | None = None) -> Job:
+    """The job that these names mean."""
+    students = {each.name: each for each in (config.student, *config.compare.students)}
+    if student is not None and student not in students:
+        raise ConfigError(f"--student: one of {', '.join(students)} wanted, got {student!r}")
+    if teachers is not None and not 1 <= teachers <= len(config.teachers):
+        raise ConfigError(f"--teachers: 1 to {len(config.teachers)} wanted, got {teachers}")
+    return student_job(config, method, seed, student=students.get(student or config.student.name), teachers=teachers)
+
+
 def one_method(config: Config, name: str) -> Method:
-    found = methods.chosen(config, [name])
+    found = registry.chosen(config, [name])
     if len(found) != 1:
         names = ", ".join(method.name for method in found) or "none, for there are no teachers"
         raise ConfigError(f"config: method: the name of one method wanted, {name!r} stands for {names}")
@@ -238,76 +233,5 @@ def with_mapping(config: Config, method: Method, student: StudentConfig, teacher
     return replace(config, loss=replace(config.loss, mapping=kept))
 
 
-class Distiller(nn.Module):
-    """Everything that trains in one module, so that DDP, FSDP, checkpoints and the optimiser see all of it."""
-
-    def __init__(self, student: FeatureExtractor, objective: nn.Module) -> None:
-        super().__init__()
-        self.student, self.objective = student, objective
-        self.timer: StepTimer | None = None
-
-    def forward(
-        self, images: Tensor, labels: Tensor, teacher_logits: list[Tensor], teacher_maps: list[Tensor]
-    ) -> tuple[StepLoss, Tensor]:
-        """The objective's StepLoss and the student's logits [N, C]."""
-        logits, maps = self.student(images)
-        if self.timer is not None:
-            # Views, whose gradients are from the losses alone: a map's own is whole only after the layers behind it.
-            logits, maps = logits.view_as(logits), {name: x.view_as(x) for name, x in maps.items()}
-        self._mark("student")
-        features, groups = maps.get(FEATURES, Step._field_defaults["features"]), by_group(maps)
-        out = self.objective(Step(logits, groups, labels, teacher_logits, teacher_maps, images, features))
-        self._mark("losses")
-        caught = [x for x in (logits, *maps.values()) if x.requires_grad]
-        if self.timer is not None and caught and out.loss.requires_grad:
-            # Backward has come through the losses when the student's outputs have their gradients.
-            register_multi_grad_hook(caught, lambda gradients: self._mark("losses"))
-        return out, logits.detach()
-
-    def _mark(self, part: str) -> None:
-        if self.timer is not None:
-            self.timer.mark(part)
-
-
-def make_distiller(
-    job: Job, data: datasets.ImageData, teachers: frozen.Teachers | None, processes: int = 1
-) -> Distiller:
-    """The freshly initialised module of a job, a pure function of its seed, on the CPU."""
-    torch.manual_seed(job.seed)
-    classes, channels = len(data.classes), data.train.images.shape[1]
-
-    def new(weights: str | None = None) -> nn.Module:
-        return build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=weights)
-
-    student = FeatureExtractor(new(job.weights), job.paths)
-    maps = preflight.student_maps(student, job, data)
-    context = Context(
-        loss=cast(LossConfig, SimpleNamespace(**job.method.loss(job.config))),
-        classes=classes,
-        feature_channels=int(maps[FEATURES].shape[1]) if FEATURES in maps else 0,
-        student_channels={name: int(x.shape[1]) for name, x in by_group(maps).items()},
-        teacher_channels=teachers.channels if teachers else (),
-        teacher_names=teachers.names if teachers else (),
-        teacher_scores=teachers.scores if teachers else (),
-        processes=processes,
-        peers=len(job.teachers),
-        new_student=new,
-    )
-    return Distiller(student, job.method.build(context))
-
-
-def by_group(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a student's maps those of its layer groups, by their own names."""
-    return {name.removeprefix(GROUP): x for name, x in maps.items() if name.startswith(GROUP)}
-
-
-def teachers_of(job: Job, everyone: frozen.Teachers | None) -> frozen.Teachers | None:
-    """Those of the loaded teachers that this job's method learns from, without hint maps that it does not ask for."""
-    if not job.method.needs_teachers:
-        return None
-    if everyone is None:
-        raise ValueError(f"{job.title}: teachers wanted by {job.method.name}, got none")
-    names = list(job.teachers)
-    if job.method.teachers == methods.BEST:
-        names = [max(names, key=lambda name: everyone.scores[everyone.names.index(name)])]
-    return everyone.only(names, hints=job.method.hints(job.config.loss))
+def need_hints(jobs: Sequence[Job]) -> bool:
+    return any(job.method.hints(job.config.loss) for job in jobs)
