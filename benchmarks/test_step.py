@@ -19,16 +19,7 @@ from .workloads import Workload
 
 pytest.importorskip("accelerate", reason='the trainer needs "amtml-fast[train]"')
 
-from amtml_fast.train import frozen
-from amtml_fast.train.features import FeatureExtractor
-from amtml_fast.train.folder import Run
-from amtml_fast.train.images import ImageData, ImageSet, Loader
-from amtml_fast.train.job import FEATURES, student_job
-from amtml_fast.train.metrics import Sums
-from amtml_fast.train.networks import build
-from amtml_fast.train.prepare import load_teachers, make_accelerator
-from amtml_fast.train.progress import Display
-from amtml_fast.train.schema import (
+from amtml_fast.train.config.schema import (
     CacheConfig,
     Config,
     DataConfig,
@@ -38,7 +29,16 @@ from amtml_fast.train.schema import (
     TeacherConfig,
     TrainConfig,
 )
-from amtml_fast.train.trainer import Trainer
+from amtml_fast.train.data.images import ImageData, ImageSet, Loader
+from amtml_fast.train.models.features import FeatureExtractor
+from amtml_fast.train.models.networks import build
+from amtml_fast.train.progress import Display
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import FEATURES, student_job
+from amtml_fast.train.run.metrics import Sums
+from amtml_fast.train.run.prepare import load_teachers, make_accelerator
+from amtml_fast.train.run.trainer import Trainer
+from amtml_fast.train.teachers import frozen
 
 GROUPS = {"low": "stage1", "mid": "stage2", "high": "stage3"}
 

@@ -7,10 +7,10 @@ import types
 import torch
 from torch import Tensor, nn
 
-from amtml_fast.train import reading
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config, LossConfig, StudentConfig, TeacherConfig
 from amtml_fast.train.methods.base import Context, Method, Step
 from amtml_fast.train.methods.registry import chosen
-from amtml_fast.train.schema import Config, LossConfig, StudentConfig, TeacherConfig
 
 N, C, T, D = 12, 5, 3, 6
 CHANNELS = {"low": 3, "mid": 4, "high": D}

@@ -14,13 +14,14 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amtml_fast.train import reading, tasks, trainer
-from amtml_fast.train.folder import Run
-from amtml_fast.train.plan import checked
-from amtml_fast.train.prepare import load_data
+from amtml_fast.train.compare.plan import checked
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config
 from amtml_fast.train.progress import Display
-from amtml_fast.train.schema import Config
-from amtml_fast.train.tasks import distill
+from amtml_fast.train.run import tasks, trainer
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.tasks import distill
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)

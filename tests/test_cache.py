@@ -26,18 +26,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amtml_fast.train import fill, frozen, lock, reading, trainer
-from amtml_fast.train.evaluate import EVAL_BATCH
-from amtml_fast.train.fill import stores, use_cache
-from amtml_fast.train.frozen import Outputs, Teachers
-from amtml_fast.train.images import Batch, ImageData, ImageSet, Loader
-from amtml_fast.train.job import student_job, teacher_job
-from amtml_fast.train.networks import small_cnn
-from amtml_fast.train.prepare import load_data, load_teachers
+from amtml_fast.train import lock
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config, ConfigError
+from amtml_fast.train.data.images import Batch, ImageData, ImageSet, Loader
+from amtml_fast.train.models.evaluate import EVAL_BATCH
+from amtml_fast.train.models.networks import small_cnn
 from amtml_fast.train.progress import Display
-from amtml_fast.train.schema import Config, ConfigError
-from amtml_fast.train.store import CacheError, Storage, Store, locked, no_room
-from amtml_fast.train.tasks import distill
+from amtml_fast.train.run import trainer
+from amtml_fast.train.run.job import student_job, teacher_job
+from amtml_fast.train.run.prepare import load_data, load_teachers
+from amtml_fast.train.run.tasks import distill
+from amtml_fast.train.teachers import fill, frozen
+from amtml_fast.train.teachers.fill import stores, use_cache
+from amtml_fast.train.teachers.frozen import Outputs, Teachers
+from amtml_fast.train.teachers.store import CacheError, Storage, Store, locked, no_room
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)
@@ -405,10 +408,11 @@ def test_room_decides(
 
 FILL = """
 import os, signal, sys
-from amtml_fast.train import prepare, reading
-from amtml_fast.train.job import student_job
+from amtml_fast.train.config import reading
+from amtml_fast.train.run import prepare
+from amtml_fast.train.run.job import student_job
 from amtml_fast.train.progress import Display
-from amtml_fast.train.store import Store
+from amtml_fast.train.teachers.store import Store
 
 Store.__init__.__kwdefaults__["shard_bytes"] = 24_000
 dies = int(sys.argv[2])

@@ -210,7 +210,7 @@ def test_odd_names_and_modules_beside_the_configuration(tmp_path: Path) -> None:
     assert script(tmp_path, "methods", "own.yaml", PYTHONSAFEPATH="1").returncode == 0
 
 
-FAILS = "from amtml_fast.train import curves\ndef entropy(*args): raise RuntimeError('no ink\\nleft')\ncurves.entropy = entropy"
+FAILS = "from amtml_fast.train.figures import curves\ndef entropy(*args): raise RuntimeError('no ink\\nleft')\ncurves.entropy = entropy"
 
 
 def test_a_picture_that_fails_loses_nothing(tmp_path: Path) -> None:

@@ -19,22 +19,25 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import torch
 
-from amtml_fast.train import frozen, optim, reading, results, workers
-from amtml_fast.train.distiller import make_distiller, teachers_of
+from amtml_fast.train.compare import results, workers
+from amtml_fast.train.compare.plan import checked, plan
+from amtml_fast.train.compare.session import Outcome, compare
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config, ConfigError, StagesConfig
+from amtml_fast.train.data.images import Loader, of_classes
+from amtml_fast.train.figures.tables import Row
 from amtml_fast.train.files import RunError, read_json
-from amtml_fast.train.fill import use_cache
-from amtml_fast.train.folder import Run
-from amtml_fast.train.frozen import Teachers
-from amtml_fast.train.images import Loader, of_classes
-from amtml_fast.train.job import student_job
-from amtml_fast.train.memory import PeakMemory
-from amtml_fast.train.plan import checked, plan
-from amtml_fast.train.prepare import load_data
 from amtml_fast.train.progress import Display
-from amtml_fast.train.schema import Config, ConfigError, StagesConfig
-from amtml_fast.train.session import Outcome, compare
-from amtml_fast.train.tables import Row
-from amtml_fast.train.tasks import distill, teach
+from amtml_fast.train.run import optim
+from amtml_fast.train.run.distiller import make_distiller, teachers_of
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.memory import PeakMemory
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.tasks import distill, teach
+from amtml_fast.train.teachers import frozen
+from amtml_fast.train.teachers.fill import use_cache
+from amtml_fast.train.teachers.frozen import Teachers
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = Display(quiet=True)

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 for extra in ("omegaconf", "yaml", "accelerate"):
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
-from amtml_fast.train import fields, reading, yaml_text
-from amtml_fast.train.plan import checked
-from amtml_fast.train.schema import Config, ConfigError, File, VariantConfig
+from amtml_fast.train.compare.plan import checked
+from amtml_fast.train.config import fields, reading, yaml_text
+from amtml_fast.train.config.schema import Config, ConfigError, File, VariantConfig
 
 WHOLE = """
 name: small

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from amtml_fast.train import readers, samples
-from amtml_fast.train.images import (
+from amtml_fast.train.data import readers, samples
+from amtml_fast.train.data.images import (
     Batch,
     ImageData,
     ImageSet,

@@ -13,14 +13,15 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 from small_run import QUIET, Place, metrics
 
-from amtml_fast.train import environment, frozen
+from amtml_fast.train.config import environment
+from amtml_fast.train.config.schema import ConfigError
 from amtml_fast.train.files import RunError
-from amtml_fast.train.fill import stores
-from amtml_fast.train.folder import Run
-from amtml_fast.train.job import student_job
-from amtml_fast.train.prepare import load_data
-from amtml_fast.train.schema import ConfigError
-from amtml_fast.train.tasks import distill
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.tasks import distill
+from amtml_fast.train.teachers import frozen
+from amtml_fast.train.teachers.fill import stores
 
 ONE = ["distill.epochs=1"]
 

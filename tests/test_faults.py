@@ -31,14 +31,15 @@ from small_run import Place, interrupt_after, launched, metrics, own_weights, st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amtml_fast import checks
-from amtml_fast.train import lock, timing, trainer
-from amtml_fast.train.distiller import Distiller, make_distiller
+from amtml_fast.train import lock
 from amtml_fast.train.files import read_json
-from amtml_fast.train.folder import Run
-from amtml_fast.train.job import student_job
-from amtml_fast.train.prepare import load_data
 from amtml_fast.train.progress import Display
-from amtml_fast.train.stop import Interrupted
+from amtml_fast.train.run import timing, trainer
+from amtml_fast.train.run.distiller import Distiller, make_distiller
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.stop import Interrupted
 
 SOAK = int(os.environ.get("AMTML_SOAK", "2"))
 STEPS = 9  # an epoch

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from amtml_fast.train import networks
-from amtml_fast.train.features import FeatureExtractor
+from amtml_fast.train.models import networks
+from amtml_fast.train.models.features import FeatureExtractor
 
 GROUPS = {"low": "block1", "high": "block3"}
 

@@ -12,6 +12,10 @@ import pytest
 import amtml_fast
 
 PACKAGE = Path(amtml_fast.__file__).resolve().parent
+TRAIN = "amtml_fast.train"
+SHARED = ("names", "progress", "files", "lock")  # files beside the rooms, for all of them
+# From the lowest to the highest: a room imports from those before it, and from the shared files.
+ROOMS = ("config", "data", "models", "figures", "methods", "teachers", "run", "compare", "report", "commands")
 
 
 class Import(NamedTuple):
@@ -99,6 +103,36 @@ def test_no_files_of_the_trainer_import_one_another() -> None:
     assert circles(found) == []
 
 
+def room_of(name: str) -> str:
+    """Of a file of the trainer: its folder, the file itself if it is `commands`, or "" for the shared ones."""
+    first = name.removeprefix(f"{TRAIN}.").partition(".")[0]
+    return "" if first in SHARED else first
+
+
+def upwards(found: list[Import]) -> list[str]:
+    """The imports that do not go down from room to room."""
+    order = {room: i for i, room in enumerate(("", *ROOMS))}
+    out = []
+    for one in found:
+        if one.file.startswith(f"{TRAIN}.") and one.target.startswith(f"{TRAIN}."):
+            here, there = room_of(one.file), room_of(one.target)
+            if here != there and order[here] <= order[there]:
+                out.append(f"{one.file}:{one.line}: {one.target}")
+    return out
+
+
+def test_rooms_import_downwards_alone() -> None:
+    found = all_imports()
+    files = {one.removeprefix(f"{TRAIN}.") for one in modules(PACKAGE) if one.startswith(f"{TRAIN}.")}
+    assert {one.partition(".")[0] for one in files} == {*SHARED, *ROOMS}, "a new room needs a place in ROOMS"
+    assert upwards(found) == []
+    planted = (
+        Import(f"{TRAIN}.data.images", 1, f"{TRAIN}.run.job", "job"),
+        Import(f"{TRAIN}.files", 1, f"{TRAIN}.lock", "lock"),
+    )
+    assert upwards(list(planted)) == [f"{TRAIN}.data.images:1: {TRAIN}.run.job"]
+
+
 def test_the_package_does_not_import_the_trainer() -> None:
     outside = [one for one in all_imports() if not in_trainer(one.file) and one.file != "amtml_fast.__main__"]
     assert [one for one in outside if in_trainer(one.target)] == []
@@ -125,7 +159,7 @@ def test_no_module_is_imported_under_another_name() -> None:
         ("from . import b", "from . import a"),
         ("from .b import f", "def g():\n    from .a import g"),
         ("def f():\n    import planted.b", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from . import a"),
-        ("from .room import c", "from . import a"),  # b is not in it: a -> room.c -> a
+        ("from .room import c", "from . import a"),  # a -> room.c -> a; b is not in it
     ],
 )
 def test_a_planted_circle_is_found(tmp_path: Path, first: str, second: str) -> None:

@@ -21,16 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from amtml_fast import reference
 from amtml_fast.dropin import FitNet
-from amtml_fast.train import reading
+from amtml_fast.train.compare.plan import checked
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.presets import paper_code
+from amtml_fast.train.config.schema import ConfigError, TrainConfig, VariantConfig
 from amtml_fast.train.methods.aekd import min_norm_weights
 from amtml_fast.train.methods.amtml_kd import soft_targets
 from amtml_fast.train.methods.base import StepLoss
 from amtml_fast.train.methods.ca_mkd import confidence_weights
 from amtml_fast.train.methods.eb_kd import entropy_weights
 from amtml_fast.train.methods.registry import METHODS, chosen, known
-from amtml_fast.train.plan import checked
-from amtml_fast.train.presets import paper_code
-from amtml_fast.train.schema import ConfigError, TrainConfig, VariantConfig
 
 
 @pytest.mark.parametrize("name", METHODS)

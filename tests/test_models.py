@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from amtml_fast.train import networks
+from amtml_fast.train.models import networks
 
 COUNTS = [  # depth, blocks, width, parameters at 10 and 100 classes
     (20, None, 16, 269_722, 275_572),

@@ -16,9 +16,8 @@ for extra in ("rich", "matplotlib", "jinja2", "markdown_it"):
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from amtml_fast.train import charts, curves, drawing, significance, svg, tables
-from amtml_fast.train.progress import Display
-from amtml_fast.train.tables import (
+from amtml_fast.train.figures import charts, curves, drawing, significance, tables
+from amtml_fast.train.figures.tables import (
     Bold,
     Cells,
     Network,
@@ -31,6 +30,8 @@ from amtml_fast.train.tables import (
     paragraph,
     read,
 )
+from amtml_fast.train.progress import Display
+from amtml_fast.train.report import svg
 
 NAMES = [
     "cost $5 or $6",

@@ -34,16 +34,19 @@ import numpy as np
 import torch
 
 from amtml_fast import cli
-from amtml_fast.train import answers, gather, page, reading, svg, tables
+from amtml_fast.train.compare import answers
+from amtml_fast.train.compare.plan import plan
+from amtml_fast.train.compare.session import compare
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import ConfigError
+from amtml_fast.train.figures import tables
+from amtml_fast.train.figures.tables import Bold, Cells, grid
 from amtml_fast.train.files import read_json
-from amtml_fast.train.folder import Run
-from amtml_fast.train.job import one_job
-from amtml_fast.train.plan import plan
-from amtml_fast.train.prepare import load_data, load_teachers
 from amtml_fast.train.progress import Display
-from amtml_fast.train.schema import ConfigError
-from amtml_fast.train.session import compare
-from amtml_fast.train.tables import Bold, Cells, grid
+from amtml_fast.train.report import gather, page, svg
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import one_job
+from amtml_fast.train.run.prepare import load_data, load_teachers
 
 QUIET = Display(quiet=True)
 NASTY = """<script>alert("1")</script> & 'co' {{ 7 * 7 }}"""
@@ -489,7 +492,7 @@ def test_tables_are_read_back() -> None:
 
 def test_the_template_is_packaged() -> None:
     settings = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    (pattern,) = re.findall(r'"amtml_fast\.train" = \["(.+)"\]', settings)
+    (pattern,) = re.findall(r'"amtml_fast\.train\.report" = \["(.+)"\]', settings)
     assert [path.name for path in Path(page.__file__).parent.glob(pattern)] == ["page.html.j2"]
 
 

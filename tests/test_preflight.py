@@ -12,15 +12,17 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import torch
 
-from amtml_fast.train import networks, preflight, reading
-from amtml_fast.train.distiller import make_distiller, teachers_of
-from amtml_fast.train.features import FeatureExtractor
-from amtml_fast.train.frozen import Outputs, assemble
-from amtml_fast.train.images import ImageData, Loader
-from amtml_fast.train.job import student_job
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config, ConfigError
+from amtml_fast.train.data.images import ImageData, Loader
 from amtml_fast.train.methods.registry import METHODS
-from amtml_fast.train.prepare import load_data
-from amtml_fast.train.schema import Config, ConfigError
+from amtml_fast.train.models import networks
+from amtml_fast.train.models.features import FeatureExtractor
+from amtml_fast.train.run import preflight
+from amtml_fast.train.run.distiller import make_distiller, teachers_of
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.teachers.frozen import Outputs, assemble
 
 YAML = """
 name: small

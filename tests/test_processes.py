@@ -79,7 +79,7 @@ def start(gather: bool | str) -> Net:
 
 
 def _process(rank: int, folder: str) -> None:
-    from amtml_fast.train.processes import same_buffers, shard
+    from amtml_fast.train.run.processes import same_buffers, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)

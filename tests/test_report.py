@@ -18,8 +18,8 @@ from matplotlib.text import Text
 from rich.console import Console
 from scipy import stats
 
-from amtml_fast.train import charts, curves, drawing, numbers, significance, tables
-from amtml_fast.train.tables import (
+from amtml_fast.train.figures import charts, curves, drawing, numbers, significance, tables
+from amtml_fast.train.figures.tables import (
     FIELDS,
     Network,
     Row,

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from small_run import PLAIN, QUIET, Place, assert_near, launched, metrics, own_weights, tensors
 
-from amtml_fast.train import frozen
-from amtml_fast.train.folder import Run
-from amtml_fast.train.images import Loader
-from amtml_fast.train.job import student_job
-from amtml_fast.train.networks import build
-from amtml_fast.train.prepare import load_data
-from amtml_fast.train.session import compare
+from amtml_fast.train.compare.session import compare
+from amtml_fast.train.data.images import Loader
+from amtml_fast.train.models.networks import build
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.teachers import frozen
 
 NETS = '''
 import torch

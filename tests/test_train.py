@@ -37,21 +37,25 @@ from small_run import (
 )
 from torch import nn
 
-from amtml_fast.train import evaluate, fill, optim, reading, results, trainer
-from amtml_fast.train.features import FeatureExtractor
+from amtml_fast.train.compare import results
+from amtml_fast.train.compare.plan import checked, plan
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import ConfigError, TrainConfig
+from amtml_fast.train.data.images import Loader
+from amtml_fast.train.figures.tables import Row
 from amtml_fast.train.files import RunError, read_json, write_atomic
-from amtml_fast.train.folder import Run
-from amtml_fast.train.images import Loader
-from amtml_fast.train.job import student_job
-from amtml_fast.train.metrics import collapsed
-from amtml_fast.train.networks import build, small_cnn
-from amtml_fast.train.plan import checked, plan
-from amtml_fast.train.prepare import load_data, load_teachers
+from amtml_fast.train.models import evaluate
+from amtml_fast.train.models.features import FeatureExtractor
+from amtml_fast.train.models.networks import build, small_cnn
 from amtml_fast.train.progress import Display
-from amtml_fast.train.schema import ConfigError, TrainConfig
-from amtml_fast.train.stop import Interrupted, Stop
-from amtml_fast.train.tables import Row
-from amtml_fast.train.tasks import distill
+from amtml_fast.train.run import optim, trainer
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.metrics import collapsed
+from amtml_fast.train.run.prepare import load_data, load_teachers
+from amtml_fast.train.run.stop import Interrupted, Stop
+from amtml_fast.train.run.tasks import distill
+from amtml_fast.train.teachers import fill
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
@@ -276,7 +280,7 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(place: Pl
 # Asks the second process alone to stop, in the fourth step of the second epoch; and notes each process's seeds.
 STOPPING = """
 import os, runpy, signal, torch
-from amtml_fast.train import trainer
+from amtml_fast.train.run import trainer
 
 learn, batches = trainer.Trainer.learn, 0
 

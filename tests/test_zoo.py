@@ -18,15 +18,18 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from amtml_fast.train import frozen, networks, readers, reading, zoo
-from amtml_fast.train.features import FeatureExtractor
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config, ConfigError
+from amtml_fast.train.data import readers
+from amtml_fast.train.data.images import ImageData, ImageSet, Loader
 from amtml_fast.train.files import RunError
-from amtml_fast.train.frozen import fingerprint, weights_file
-from amtml_fast.train.images import ImageData, ImageSet, Loader
-from amtml_fast.train.prepare import load_data
+from amtml_fast.train.models import networks, zoo
+from amtml_fast.train.models.features import FeatureExtractor
 from amtml_fast.train.progress import Display
-from amtml_fast.train.schema import Config, ConfigError
-from amtml_fast.train.tasks import distill, teach
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.tasks import distill, teach
+from amtml_fast.train.teachers import frozen
+from amtml_fast.train.teachers.frozen import fingerprint, weights_file
 
 QUIET = Display(quiet=True)
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))

@@ -17,15 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ..backends_table import backends_table
-from .fields import RANGE, SEED
+from .compare.plan import checked
+from .config.fields import RANGE, SEED
+from .config.reading import changed, load
+from .config.schema import Config, ConfigError
+from .config.yaml_text import INT
 from .files import RunError, read_json
-from .folder import Run
-from .plan import checked
 from .progress import Display
-from .reading import changed, load
-from .schema import Config, ConfigError
-from .timing import shares
-from .yaml_text import INT
+from .run.folder import Run
+from .run.timing import shares
 
 app = typer.Typer(
     name="amtml-fast",
@@ -71,8 +71,8 @@ def teach(
     with friendly() as display:
         settings = checked(load(config, overrides or []))
         say_one_process(display)
-        from . import tasks
-        from .prepare import load_data
+        from .run import tasks
+        from .run.prepare import load_data
 
         if not settings.teachers:
             raise ConfigError("config: teachers: at least one teacher wanted, got none")
@@ -100,8 +100,8 @@ def distill(
     with friendly("--resume") as display:
         settings = checked(load(config, overrides or []))
         say_one_process(display)
-        from . import tasks
-        from .prepare import load_data
+        from .run import tasks
+        from .run.prepare import load_data
 
         seed = settings.seed if seed is None else seed
         run = tasks.distill(
@@ -135,8 +135,8 @@ def evaluate(
         settings = checked(load(config, overrides or []))
         if split not in ("train", "val", "test"):
             raise ConfigError(f"--split: one of train, val, test wanted, got {split!r}")
-        from . import tasks
-        from .prepare import load_data
+        from .run import tasks
+        from .run.prepare import load_data
 
         data = load_data(settings)
         folder = find_run(config, settings, method, seed, teacher)
@@ -154,8 +154,8 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
     with friendly() as display:
         settings = checked(load(config, overrides or []))
         say_one_process(display)
-        from . import session
-        from .tables import table
+        from .compare import session
+        from .figures.tables import table
 
         outcome = session.compare(settings, display, fresh=fresh)
         title = f"{settings.name}: {settings.distill.epochs} epochs"
@@ -187,7 +187,7 @@ def report(
 ) -> None:
     """One HTML page about finished or unfinished runs: tables, curves, weights on test images, where the time goes."""
     with friendly() as display:
-        from . import page
+        from .report import page
 
         display.say(f"wrote {page.write(runs, out, positions(images), display)}")
 

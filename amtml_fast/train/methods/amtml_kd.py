@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
-from ..presets import paper_code
-from ..schema import LossConfig
+from ..config.presets import paper_code
+from ..config.schema import LossConfig
 from .base import Context, Method, Step, StepLoss
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import MultiTeacherKDLoss
-from ..schema import Config, LossConfig
+from ..config.schema import Config, LossConfig
 
 ALL, BEST, NONE = "all", "best", "none"
 KD = ("temperature", "alpha", "mode")  # the keys of Eq 8

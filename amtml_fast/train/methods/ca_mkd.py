@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import MultiGroupHintLoss, hint_loss
-from ..schema import LossConfig
+from ..config.schema import LossConfig
 from .base import KD, Context, Method, Step, StepLoss, multi_teacher_kd
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
+from ..config.schema import Config, ConfigError, LossConfig, VariantConfig
 from ..names import nearest
-from ..schema import Config, ConfigError, LossConfig, VariantConfig
 from . import aekd, amtml_kd, at, avg_mkd, ca_mkd, dml, eb_kd, fitnet, rkd, student
 from .base import Method
 
