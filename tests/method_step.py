@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config, LossConfig, StudentConfig, TeacherConfig
-from amtml_fast.train.methods.base import Context, Method, Step
+from amtml_fast.train.methods.base import Context, Method, Objective, Step
 from amtml_fast.train.methods.registry import chosen
 
 N, C, T, D = 12, 5, 3, 6
@@ -55,7 +55,7 @@ def make_config(**loss: object) -> Config:
     )
 
 
-def objective(method: str | Method, teachers: int = T, seed: int = 0, **loss: object) -> nn.Module:
+def objective(method: str | Method, teachers: int = T, seed: int = 0, **loss: object) -> Objective:
     """As the trainer builds it: the method sees the keys that it says it reads, and no others."""
     torch.manual_seed(seed)
     whole = make_config(**loss)

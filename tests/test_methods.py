@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from amtml_fast import reference
+from amtml_fast import TeacherAdapter, reference
 from amtml_fast.dropin import FitNet
 from amtml_fast.train.compare.plan import checked
 from amtml_fast.train.config import reading
@@ -302,6 +304,38 @@ def test_paper_code_is_the_authors_loss() -> None:
     out = made(step)
     torch.testing.assert_close(out.loss, want)
     assert {"angle", "distance", "hint", "regularizer"} <= set(out.terms)
+
+
+def test_an_adapter_is_in_the_state_dict_once() -> None:
+    """Checkpoints and objective.safetensors keep their names."""
+    for adapter, inside in (
+        ({}, "amtml.adapter."),
+        ({"kl_trains_weights": False, "adapter_label_weight": 1.0}, "amtml.adapter.adapter."),
+    ):
+        made = objective("amtml_kd", **adapter)
+        assert isinstance(made.adapter, TeacherAdapter)
+        assert [key for key in made.state_dict() if "adapter" in key] == [f"{inside}theta", f"{inside}v"]
+
+
+NEW_KEY = """
+import dataclasses
+from amtml_fast.train.config import schema
+
+new = [("another_weight", float, 1.0)]
+schema.LossConfig = dataclasses.make_dataclass("LossConfig", new, bases=(schema.LossConfig,))
+from amtml_fast.train.methods.registry import METHODS
+
+config = schema.Config(loss=schema.LossConfig())
+assert config.loss.another_weight == 1.0
+print([name for name, method in METHODS.items() if "another_weight" in method.loss(config)])
+"""
+
+
+def test_a_new_key_is_in_no_recipe_before_its_method_declares_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NEW_KEY], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_method_that_contributing_shows_works() -> None:

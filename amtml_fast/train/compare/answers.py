@@ -4,11 +4,10 @@ and which images tell something. Everything comes back on the CPU, in the order 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.images import ImageData, ImageSet, Loader
 from ..models.evaluate import EVAL_BATCH
@@ -23,8 +22,7 @@ LITTLE, MUCH = 0.5, 1.5  # times the equal weight: what counts as little and as 
 
 def has_adapter(run: Run) -> bool:
     """Whether the finished run has learned weights for its teachers."""
-    file = run.folder / "objective.safetensors"
-    return file.is_file() and any("adapter.theta" in key for key in load_file(file))
+    return run.read_record()["recipe"]["loss"].get("adapter") == "learned"
 
 
 @torch.no_grad()
@@ -45,7 +43,9 @@ def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: Imag
     distiller.student.model.load_state_dict(load_file(job.folder / job.file))
     distiller.objective.load_state_dict(load_file(job.folder / "objective.safetensors"))
     distiller.to(split.images.device).eval()
-    adapter = cast(nn.Module, distiller.objective.adapter)
+    adapter = distiller.objective.adapter
+    if adapter is None:
+        raise ValueError(f"{job.title}: a method with an adapter wanted, got {job.method.name}")
     weights, logits = [], []
     for batch in Loader(split, data, EVAL_BATCH):
         out, maps = distiller.student(batch.images)

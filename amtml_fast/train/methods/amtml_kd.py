@@ -6,7 +6,7 @@ Its ablations and the authors' own settings are the same objective with other va
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
 from ..config.presets import paper_code
 from ..config.schema import LossConfig
-from .base import Context, Method, Step, StepLoss
+from .base import KD, Context, Method, Objective, Step, StepLoss
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
 
@@ -50,11 +50,13 @@ class Watched(nn.Module):
         return cast(UniformAdapter | TeacherAdapter, self.adapter).regularizer()
 
 
-class AdaptiveKD(nn.Module):
+class AdaptiveKD(Objective):
     """AMTMLLoss with the trainer's calling convention, and what only the trainer's options ask for around it.
 
-    `.adapter` is what the two-stage presets freeze.
+    The two-stage presets freeze its adapter.
     """
+
+    adapter: nn.Module
 
     def __init__(self, context: Context) -> None:
         super().__init__()
@@ -63,6 +65,8 @@ class AdaptiveKD(nn.Module):
         # alpha and this factor make (1 - alpha) CE + kl_scale * alpha * tau^2 KL of Eq 8's (1 - a) CE + a * tau^2 KL.
         self.factor = 1.0 if loss.kl_scale == 1.0 else 1 - loss.alpha + loss.kl_scale * loss.alpha
         adapter = make_adapter(context)
+        # Past nn.Module: the module belongs to `amtml`, and under a second name it would be in the state dict twice.
+        object.__setattr__(self, "adapter", adapter)
         self.amtml = AMTMLLoss(
             adapter if loss.kl_trains_weights else Watched(adapter),
             hint_module(context) if self.groups else None,
@@ -78,11 +82,6 @@ class AdaptiveKD(nn.Module):
             label_smoothing=loss.label_smoothing,
             gather_angle="even" if context.processes > 1 else False,  # as the loader makes them
         )
-
-    @property
-    def adapter(self) -> nn.Module:
-        adapter = self.amtml.adapter
-        return adapter.adapter if isinstance(adapter, Watched) else adapter
 
     def forward(self, step: Step) -> StepLoss:
         out = self.amtml(
@@ -170,14 +169,17 @@ def needs_hints(loss: LossConfig) -> bool:
     return loss.hint_weight != 0.0
 
 
-OTHERS = (  # of other methods
-    "fitnet_weight",
-    "at_weight",
-    "rkd_distance_weight",
-    "rkd_angle_weight",
-    "aekd_gradients",
-    "aekd_bound",
+ADAPTER = (
+    "adapter",
+    "init_scale",
+    "adapter_seed",
+    "pool",
+    "regularizer_weight",
+    "kl_trains_weights",
+    "adapter_label_weight",
 )
+ANGLE = ("angle_weight", "delta", "angle_trains_weights", "angle_on", "distance_weight")
+HINTS = ("hint_weight", "mapping", "normalize_hints", "pool_teacher_hints", "hint_bound", "train_hints")
 METHOD = Method(
     name="amtml_kd",
     label="AMTML-KD",
@@ -186,7 +188,7 @@ METHOD = Method(
     pooled=True,
     hints=needs_hints,
     groups=needs_hints,
-    reads=tuple(key.name for key in fields(LossConfig) if key.name not in OTHERS),
+    reads=(*KD, "reduction", "kl_scale", *ADAPTER, *ANGLE, *HINTS),
     labels=lambda loss: loss.adapter_label_weight != 0.0,
 )
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from ..config.schema import LossConfig
 from ..data.images import ImageData
-from ..methods.base import BEST, Context, Step, StepLoss
+from ..methods.base import BEST, Context, Objective, Step, StepLoss
 from ..models.features import FeatureExtractor
 from ..models.networks import build
 from ..teachers.frozen import Teachers
@@ -24,7 +24,7 @@ from .timing import StepTimer
 class Distiller(nn.Module):
     """Everything that trains in one module, so that DDP, FSDP, checkpoints and the optimiser see all of it."""
 
-    def __init__(self, student: FeatureExtractor, objective: nn.Module) -> None:
+    def __init__(self, student: FeatureExtractor, objective: Objective) -> None:
         super().__init__()
         self.student, self.objective = student, objective
         self.timer: StepTimer | None = None

@@ -14,7 +14,7 @@ ADAPTER = "adapter"  # its group of the optimiser
 
 def make_optimizer(train: TrainConfig, module: Distiller) -> torch.optim.Optimizer:
     """One optimiser over student, hint projections F_t and adapter; the adapter has its regulariser for decay."""
-    adapter = getattr(module.objective, "adapter", None)
+    adapter = module.objective.adapter
     own = list(adapter.parameters()) if adapter is not None else []
     ids = {id(p) for p in own}
     groups = [{"params": [p for p in module.parameters() if id(p) not in ids], "weight_decay": train.weight_decay}]

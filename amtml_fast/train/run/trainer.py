@@ -162,7 +162,7 @@ class Trainer:
         if accelerator.num_processes > 1 and processes.anyone(accelerator, self.leaves_parameters_out()):
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if engine.compile:
-            for network in (module.student, *getattr(module.objective, "peers", ())):
+            for network in (module.student, *module.objective.peers):
                 compile_in_place(network, cuda_graphs=engine.cuda_graphs)
         self._place(module)
         self.timer = module.timer = StepTimer(accelerator.device)
@@ -377,7 +377,7 @@ class Trainer:
         Not requires_grad=False, which DDP does not allow to change; the weights still follow the live student.
         """
         last = self.job.config.stages.adapter_epochs
-        adapter = getattr(self.bare.objective, "adapter", None)
+        adapter = self.bare.objective.adapter
         return list(adapter.parameters()) if adapter is not None and last is not None and epoch > last else []
 
     def check(self, row: dict[str, Any]) -> None:
@@ -387,7 +387,7 @@ class Trainer:
                 f"{self.job.title}: the loss is {row['loss']} after epoch {row['epoch']}; try a lower learning rate "
                 f"(now {self.job.train.lr}). The checkpoint of epoch {self.done} is kept."
             )
-        learned = hasattr(self.bare.objective, "adapter")  # other weights are what their method makes them
+        learned = self.bare.objective.adapter is not None  # other weights are what their method makes them
         collapse = collapsed(row, self.record["teachers"]) if learned else None
         kind = "" if collapse is None else collapse.partition(" (")[0]
         if collapse is not None and kind not in self.warned:
