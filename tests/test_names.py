@@ -17,18 +17,15 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 from amtml_fast.train.figures import charts, curves, drawing, significance, tables
+from amtml_fast.train.figures.markdown import escaped, paragraph, render
 from amtml_fast.train.figures.tables import (
     Bold,
-    Cells,
     Network,
     Row,
     by_student,
     by_teachers,
-    escaped,
-    markdown,
+    comparison,
     networks,
-    paragraph,
-    read,
 )
 from amtml_fast.train.progress import Display
 from amtml_fast.train.report import svg
@@ -101,7 +98,7 @@ def test_pictures_draw_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", NAMES)
 def test_the_terminal_prints_it(name: str) -> None:
     console = Console(file=io.StringIO(), width=200, force_terminal=False)
-    console.print(tables.table(rows(name), rows(name), title=name))
+    console.print(tables.terminal(rows(name), rows(name), title=name))
     display = Display(console)
     display.say(name)
     display.warn(name)
@@ -131,13 +128,13 @@ def test_markdown_prints_it(name: str) -> None:
     found = read_markdown(paragraph(f"{name} wins"))
     assert found == [f"{name} wins"]
     assert read_markdown(f"# {escaped(name)}: 3") == [f"{name}: 3"]
-    text = markdown(rows(name)[:2], rows(name)[:1])
+    text = render(comparison(rows(name)[:2], rows(name)[:1]))
     assert name in read_markdown(text)
     text = "\n\n".join([
-        networks([Network(name, "teacher", 10, 0.5)]),
-        by_teachers(rows(name)),
-        by_student([*rows(name), Row("x", name, 10, [0.5, 0.5], teachers=3, student="other")]),
-        significance.paired_tests(rows(name)[1], rows(name)[:1]),
+        render(networks([Network(name, "teacher", 10, 0.5)])),
+        render(by_teachers(rows(name))),
+        render(by_student([*rows(name), Row("x", name, 10, [0.5, 0.5], teachers=3, student="other")])),
+        render(significance.paired_tests(rows(name)[1], rows(name)[:1])),
     ])  # fmt: skip
     found = read_markdown(text)
     assert found.count(name) == 3 and f"{name} (10)" in found and f"{name} - student alone" in found
@@ -145,13 +142,10 @@ def test_markdown_prints_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_has_the_cells_that_markdown_has(name: str) -> None:
-    table, _ = read(markdown(rows(name)[1:2]))
-    assert isinstance(table, Cells)
+def test_cells_and_charts_of_the_page_have_it(name: str) -> None:
+    table, _ = comparison(rows(name)[1:2])
     assert table.lines[0][0] == name and isinstance(table.lines[0][2], Bold)
     assert not isinstance(table.lines[0][0], Bold)
-    grid = read(tables.grid([name, name], [[name, Bold(name)]]))
-    assert grid == [Cells([name, name], [[name, name]], 1)]
     chart = svg.lines([svg.Line(name, np.array([[0.1, 0.2]]), "c1")], name)
     assert str(svg.Markup.escape(f"{name} 0.20")) in chart and f'aria-label="{svg.Markup.escape(name)}"' in chart
 

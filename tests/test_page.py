@@ -39,8 +39,6 @@ from amtml_fast.train.compare.plan import plan
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import ConfigError
-from amtml_fast.train.figures import tables
-from amtml_fast.train.figures.tables import Bold, Cells, grid
 from amtml_fast.train.files import read_json
 from amtml_fast.train.progress import Display
 from amtml_fast.train.report import gather, page, svg
@@ -480,14 +478,6 @@ def test_lines_go_through_their_values() -> None:
 @pytest.mark.parametrize(("low", "high", "want"), [(0, 1, [0, 0.5, 1]), (81.2, 86.9, [82, 84, 86]), (1, 6, [2, 4, 6])])
 def test_ticks_are_round(low: float, high: float, want: list[float]) -> None:
     assert svg.ticks(low, high, 4) == want
-
-
-def test_tables_are_read_back() -> None:
-    text = grid(("A", "B | c", "n"), [("x", Bold("1 ± 2"), "3"), ("a|b", "-", "4")], left=2) + "\nCaption.\n"
-    table, caption = tables.read(text)
-    assert table == Cells(["A", "B | c", "n"], [["x", "1 ± 2", "3"], ["a|b", "-", "4"]], 2)
-    assert [isinstance(cell, Bold) for cell in table.lines[0]] == [False, True, False]
-    assert caption == "Caption."
 
 
 def test_the_template_is_packaged() -> None:

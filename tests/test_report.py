@@ -19,6 +19,7 @@ from rich.console import Console
 from scipy import stats
 
 from amtml_fast.train.figures import charts, curves, drawing, numbers, significance, tables
+from amtml_fast.train.figures.markdown import render
 from amtml_fast.train.figures.tables import (
     FIELDS,
     Network,
@@ -26,7 +27,7 @@ from amtml_fast.train.figures.tables import (
     by_mapping,
     by_student,
     by_teachers,
-    markdown,
+    comparison,
     networks,
     records,
 )
@@ -79,15 +80,15 @@ def test_mean_and_sample_std():
 def test_the_table_of_paired_tests_is_their_numbers():
     ours = Row("amtml_kd", "AMTML-KD", 10, [0.80, 0.82, 0.81])
     other, level = Row("a", "A", 10, [0.78, 0.79, 0.785]), Row("b", "B", 10, [0.80, 0.82, 0.81])
-    lines = significance.paired_tests(ours, [other, level]).splitlines()
+    lines = render(significance.paired_tests(ours, [other, level])).splitlines()
     gaps = [0.02, 0.03, 0.025]
     low, high = stats.t.interval(0.95, 2, statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(3))
     p = stats.ttest_rel(ours.accuracies, other.accuracies).pvalue
     interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
     assert cells(lines[2]) == ["AMTML-KD - A", "+2.50 ± 0.50 points", interval, f"p = {p:.2g}"]
     assert cells(lines[3]) == ["AMTML-KD - B", "+0.00 ± 0.00 points", "+0.00 to +0.00", "p = 1"]
-    assert significance.paired_tests(Row("c", "C", 10, [0.5]), [Row("d", "D", 10, [0.6])]) == ""
-    assert significance.paired_tests(ours, []) == ""
+    assert render(significance.paired_tests(Row("c", "C", 10, [0.5]), [Row("d", "D", 10, [0.6])])) == ""
+    assert render(significance.paired_tests(ours, [])) == ""
 
 
 @pytest.mark.parametrize("accuracies", [[], [0.9, 91.0], [-0.1]])
@@ -193,7 +194,7 @@ def test_p_is_rounded_but_never_over_the_level(p, said):
 
 
 def test_markdown_reads_back_with_only_the_best_student_in_bold():
-    lines = markdown(rows(), teachers()).splitlines()
+    lines = render(comparison(rows(), teachers())).splitlines()
     assert cells(lines[0]) == HEADER
     assert set(lines[1]) <= set("|:-")
     assert cells(lines[2]) == ["teacher: cnn-wide", "1,234,567", "99.00", "1", "-"]
@@ -204,16 +205,16 @@ def test_markdown_reads_back_with_only_the_best_student_in_bold():
 
 
 def test_memory_is_a_column_where_it_was_measured():
-    assert "memory" not in markdown(rows(), teachers())
+    assert "memory" not in render(comparison(rows(), teachers()))
     some = rows()
     some[1].peak_memory, some[2].peak_memory = 684_400_000, 1_230_000_000
-    lines = [cells(line) for line in markdown(some, teachers()).splitlines()[:6]]
+    lines = [cells(line) for line in render(comparison(some, teachers())).splitlines()[:6]]
     assert lines[0] == [*HEADER, "Peak memory"]
     assert [line[-1] for line in lines[2:]] == ["-", "-", "684 MB", "1.2 GB"]
-    plain, _ = printed(tables.table(some, teachers()))
-    assert "Peak memory" in plain and "684 MB" in plain and "Peak" not in printed(tables.table(rows()))[0]
+    plain, _ = printed(tables.terminal(some, teachers()))
+    assert "Peak memory" in plain and "684 MB" in plain and "Peak" not in printed(tables.terminal(rows()))[0]
     of_teacher = [Row("t", "t", 1, [0.9], peak_memory=5)]
-    assert cells(markdown(rows(), of_teacher).splitlines()[2])[-1] == "5 B"
+    assert cells(render(comparison(rows(), of_teacher)).splitlines()[2])[-1] == "5 B"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_memory_is_a_column_where_it_was_measured():
 )
 def test_memory_in_units_of_a_thousand(count, said):
     memory = Row("m", "M", 1, [0.9], peak_memory=int(count))
-    assert cells(markdown([memory]).splitlines()[2])[-1] == said
+    assert cells(render(comparison([memory])).splitlines()[2])[-1] == said
 
 
 def test_rows_of_one_method_are_told_apart_by_what_differs():
@@ -233,28 +234,28 @@ def test_rows_of_one_method_are_told_apart_by_what_differs():
         Row("m", "M", 1, [0.9], student="a", teachers=3),
         Row("k", "K", 1, [0.9], student="a", teachers=3),
     ]
-    shown = [cells(line)[0] for line in markdown(some).splitlines()[2:6]]
+    shown = [cells(line)[0] for line in render(comparison(some)).splitlines()[2:6]]
     assert shown == ["Alone", "M, 1 teacher", "M, 3 teachers", "K"]
     some.append(Row("s", "Alone", 1, [0.9], student="b"))
-    shown = [cells(line)[0] for line in markdown(some).splitlines()[2:7]]
+    shown = [cells(line)[0] for line in render(comparison(some)).splitlines()[2:7]]
     assert shown == ["Alone, a", "M, a, 1 teacher", "M, a, 3 teachers", "K, a", "Alone, b"]
 
 
 def test_equal_looking_means_are_bold_together():
     tied = [Row("a", "A", 1, [0.90001]), Row("b", "B", 1, [0.90004]), Row("c", "C", 1, [0.8999])]
-    lines = markdown(tied).splitlines()
+    lines = render(comparison(tied)).splitlines()
     assert [cells(line)[2] for line in lines[2:5]] == ["**90.00**", "**90.00**", "89.99"]
     assert "One seed" in lines[-1] and "±" not in "".join(lines)
 
 
 def test_a_diverged_seed_is_shown_and_never_best():
     broken = [Row("a", "A", 1, [math.nan, 0.9]), Row("b", "B", 1, [0.5, 0.6])]
-    lines = markdown(broken).splitlines()
+    lines = render(comparison(broken)).splitlines()
     assert [cells(line)[2] for line in lines[2:4]] == ["nan ± nan", "**55.00 ± 7.07**"]
 
 
 def test_terminal_table_shows_the_best_in_bold_and_labels_as_they_are():
-    plain, styled = printed(tables.table(rows(), teachers(), title="digits"))
+    plain, styled = printed(tables.terminal(rows(), teachers(), title="digits"))
     for text in (
         "digits",
         "cnn-wide",
@@ -325,13 +326,15 @@ def lines_of(text: str) -> list[list[str]]:
 
 
 def test_the_table_of_networks():
-    text = networks(
-        [
-            Network("wide | 32", "teacher", 1_000_000, 0.99127),
-            Network("narrow", "teacher", 500_000, math.nan),
-            Network("resnet8", "student", 157_000, None),
-            Network("tiny", "student", 700, 0.5),
-        ]
+    text = render(
+        networks(
+            [
+                Network("wide | 32", "teacher", 1_000_000, 0.99127),
+                Network("narrow", "teacher", 500_000, math.nan),
+                Network("resnet8", "student", 157_000, None),
+                Network("tiny", "student", 700, 0.5),
+            ]
+        )
     )
     assert text.startswith("| Network | Role | Parameters | Compression | Test accuracy (%) |\n|:---|:---|---:")
     assert lines_of(text)[1:] == [
@@ -340,14 +343,14 @@ def test_the_table_of_networks():
         ["resnet8", "student", "157,000", "6.4x", "-"],
         ["tiny", "student", "700", "1,429x", "50.00"],
     ]
-    assert networks([]) == ""
-    assert lines_of(networks([Network("s", "student", 5)]))[1] == ["s", "student", "5", "-", "-"]
+    assert render(networks([])) == ""
+    assert lines_of(render(networks([Network("s", "student", 5)])))[1] == ["s", "student", "5", "-", "-"]
 
 
 def test_methods_by_number_of_teachers():
     alone, avg1, avg3, ours1, ours3 = grid()
     only = Row("okd", "OKD", 75290, [0.5, 0.6, 0.7], student="resnet8", teachers=1)
-    text = by_teachers([alone, avg3, avg1, ours1, ours3, only])
+    text = render(by_teachers([alone, avg3, avg1, ours1, ours3, only]))
     assert "sample standard deviation" in text
     assert lines_of(text) == [
         ["Method", "1 teacher", "3 teachers"],
@@ -356,8 +359,8 @@ def test_methods_by_number_of_teachers():
         ["AMTML-KD", f"**{mean_std(ours1)}**", f"**{mean_std(ours3)}**"],
         ["OKD", mean_std(only), "-"],
     ]
-    assert by_teachers([alone, avg1, ours1]) == "" and by_teachers([]) == ""
-    assert "one seed: no spread" in by_teachers(grid(seeds=1))
+    assert render(by_teachers([alone, avg1, ours1])) == "" and render(by_teachers([])) == ""
+    assert "one seed: no spread" in render(by_teachers(grid(seeds=1)))
 
 
 def test_the_best_of_a_column_is_that_columns_and_never_nan():
@@ -369,7 +372,7 @@ def test_the_best_of_a_column_is_that_columns_and_never_nan():
         Row("b", "B", 1, [math.nan], teachers=2),
         Row("c", "C", 1, [0.90001], teachers=1),
     ]
-    assert lines_of(by_teachers(rows))[1:] == [
+    assert lines_of(render(by_teachers(rows)))[1:] == [
         ["A", "**90.00**", "**70.00**", "70.00"],  # alone in the last column: nothing was beaten
         ["B", "80.00", "nan", "-"],
         ["C", "**90.00**", "-", "-"],
@@ -377,20 +380,20 @@ def test_the_best_of_a_column_is_that_columns_and_never_nan():
 
 
 def test_one_table_of_teachers_a_student():
-    text = by_teachers(grid(students=("small", "large")))
+    text = render(by_teachers(grid(students=("small", "large"))))
     assert text.count("Test accuracy in percent, mean") == 1 and text.index("Student small:") < text.index(
         "Student large:"
     )
     assert len(lines_of(text)) == 8
     only_small = [row for row in grid(students=("small", "large")) if row.student == "small" or row.teachers != 1]
-    text = by_teachers(only_small)
+    text = render(by_teachers(only_small))
     assert "Student small:" in text and "Student large:" not in text
 
 
 def test_methods_by_student():
     rows = grid(counts=(3,), students=("small", "large"))
     alone, avg, ours, alone2, _, ours2 = rows
-    text = by_student([row for row in rows if row is not rows[4]])
+    text = render(by_student([row for row in rows if row is not rows[4]]))
     assert text.startswith("| Method") and "With" not in text
     assert lines_of(text) == [
         ["Method", "small (75,290)", "large (150,580)"],
@@ -398,15 +401,15 @@ def test_methods_by_student():
         ["AvgMKD", mean_std(avg), "-"],
         ["AMTML-KD", f"**{mean_std(ours)}**", f"**{mean_std(ours2)}**"],
     ]
-    assert by_student(grid()) == "" and by_student([]) == ""
-    assert lines_of(by_student([alone, alone2]))[1] == ["Student alone", mean_std(alone), mean_std(alone2)]
+    assert render(by_student(grid())) == "" and render(by_student([])) == ""
+    assert lines_of(render(by_student([alone, alone2])))[1] == ["Student alone", mean_std(alone), mean_std(alone2)]
 
 
 def test_one_table_of_students_a_number_of_teachers():
     rows = grid(counts=(1, 3), students=("small", "large"))
-    text = by_student(rows)
+    text = render(by_student(rows))
     assert text.index("With 1 teacher:") < text.index("With 3 teachers:") and len(lines_of(text)) == 8
-    text = by_student([row for row in rows if row.student == "small" or row.teachers != 1])
+    text = render(by_student([row for row in rows if row.student == "small" or row.teachers != 1]))
     assert "With 3 teachers:" in text and "With 1" not in text  # one student only: nothing to compare
 
 
@@ -414,16 +417,16 @@ def test_hint_mappings():
     low = Row("amtml_best_low", "AMTML-KD, best teacher low", 1, [0.91, 0.92, 0.93], student="resnet8", teachers=3)
     random = Row("amtml_random", "AMTML-KD, random mapping", 1, [0.93, 0.95, 0.97], student="resnet8", teachers=3)
     ours = grid()[-1]
-    text = by_mapping([random, *grid(), low])
+    text = render(by_mapping([random, *grid(), low]))
     assert lines_of(text) == [
         ["Mapping", "Test accuracy (%)"],
         ["best high", mean_std(ours)],
         ["best low", "92.00 ± 1.00"],
         ["random", "**95.00 ± 2.00**"],
     ]
-    assert by_mapping(grid()) == "" and by_mapping([low]) == "" and by_mapping([]) == ""
+    assert render(by_mapping(grid())) == "" and render(by_mapping([low])) == "" and render(by_mapping([])) == ""
     few = Row("amtml_random", "random", 1, [0.5], student="resnet8", teachers=1)
-    text = by_mapping([*grid(), low, few])
+    text = render(by_mapping([*grid(), low, few]))
     assert lines_of(text)[0] == ["Mapping", "resnet8, 1 teacher", "resnet8, 3 teachers"]
     assert [line[1:].count("-") for line in lines_of(text)[1:]] == [0, 1, 1]
 

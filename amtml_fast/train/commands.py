@@ -155,11 +155,11 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
         settings = checked(load(config, overrides or []))
         say_one_process(display)
         from .compare import session
-        from .figures.tables import table
+        from .figures import tables
 
         outcome = session.compare(settings, display, fresh=fresh)
         title = f"{settings.name}: {settings.distill.epochs} epochs"
-        display.console.print(table(outcome.found.main, outcome.found.teachers, title=title))
+        display.console.print(tables.terminal(outcome.found.main, outcome.found.teachers, title=title))
         display.say(outcome.found.sentence)
         display.say(f"Tables: {settings.folder}/results.md, results.csv, results.json")
         display.say(

@@ -15,7 +15,8 @@ from typing import Any
 from ..config.schema import Config, to_dict
 from ..data.images import ImageData
 from ..figures import charts, curves, significance, tables
-from ..figures.tables import Network, Row, escaped, paragraph
+from ..figures.markdown import escaped, paragraph, render
+from ..figures.tables import Blocks, Network, Row
 from ..files import RunError, read_json, write_atomic
 from ..methods.registry import OKD
 from ..models.evaluate import accuracy
@@ -153,11 +154,11 @@ def ours_and_others(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
 
 def markdown(config: Config, found: Found) -> str:
     """All tables as Markdown."""
-    return "\n".join(f"## {title}\n\n{text}" for title, text in sections(config, found).items())
+    return "\n".join(f"## {title}\n\n{render(blocks)}" for title, blocks in sections(config, found).items())
 
 
-def sections(config: Config, found: Found) -> dict[str, str]:
-    """The tables by their titles, as Markdown; those left out that would have nothing to compare."""
+def sections(config: Config, found: Found) -> dict[str, Blocks]:
+    """The tables by their titles; those left out that would have nothing to compare."""
     networks = [Network(row.label, "teacher", row.parameters, row.mean) for row in found.teachers]
     sizes = {row.student: row.parameters for row in found.rows}
     alone = {row.student: row.mean for row in found.rows if row.method == "student"}
@@ -166,15 +167,15 @@ def sections(config: Config, found: Found) -> dict[str, str]:
     by_number = [row for row in found.rows if row.student == config.student.name and not is_okd(row)] + okd_means(
         config, found
     )
-    found_tables = {
-        "Accuracy": tables.markdown(found.main, found.teachers),
-        "Paired tests": significance.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else "",
+    found_tables: dict[str, Blocks] = {
+        "Accuracy": tables.comparison(found.main, found.teachers),
+        "Paired tests": significance.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else [],
         "Networks": tables.networks(networks, config.compare.split),
         "Number of teachers": tables.by_teachers(by_number),
         "Students": tables.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
-        "Mapping of teachers to layer groups": tables.by_mapping(found.main) if named else "",
+        "Mapping of teachers to layer groups": tables.by_mapping(found.main) if named else [],
     }
-    return {title: text for title, text in found_tables.items() if text}
+    return {title: blocks for title, blocks in found_tables.items() if blocks}
 
 
 def is_okd(row: Row) -> bool:

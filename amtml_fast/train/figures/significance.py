@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .tables import Row, grid, sample_std
+from .tables import Blocks, Row, Table, sample_std
 
 LEVEL = 0.05  # a difference with a smaller p is told from chance
 
@@ -75,8 +75,8 @@ def verdict(a: Row, b: Row) -> str:
     return f"{'beats' if test.mean > 0 else 'falls behind'} {other}: {measured}"
 
 
-def paired_tests(main: Row, others: Sequence[Row]) -> str:
-    """Markdown: main - each other row over the same seeds; "" of one seed, or without others."""
+def paired_tests(main: Row, others: Sequence[Row]) -> Blocks:
+    """main - each other row over the same seeds; nothing of one seed, or without others."""
     tests = [(other, paired_difference(main, other)) for other in others]
     lines = [
         (f"{main.label} - {other.label}", str(test), f"{100 * test.low:+.2f} to {100 * test.high:+.2f}", _p(test.p))
@@ -84,9 +84,10 @@ def paired_tests(main: Row, others: Sequence[Row]) -> str:
         if test.p is not None and test.low is not None and test.high is not None
     ]
     if not lines:
-        return ""
-    table = grid(("Difference", f"{main.split.capitalize()} accuracy", "95 % interval", "Paired t-test"), lines)
-    return f"{table}\nEach line is one test by itself; of twenty that compare equals, one shows p < 0.05 by chance.\n"
+        return []
+    header = ("Difference", f"{main.split.capitalize()} accuracy", "95 % interval", "Paired t-test")
+    caption = "Each line is one test by itself; of twenty that compare equals, one shows p < 0.05 by chance."
+    return [Table(header, lines), caption]
 
 
 def _p(p: float) -> str:

@@ -1,4 +1,4 @@
-"""Tables of a comparison: a rich table for the terminal, Markdown, CSV, and the Markdown tables of a paper.
+"""Tables of a comparison, as cells, for the terminal and as CSV; markdown.py and the page write the cells.
 
 Pure: numbers in, text out; nothing of the training code is imported. Accuracies come in as fractions and are shown in
 percent as mean ± sample standard deviation (ddof = 1) over the seeds; one seed has no deviation. The best mean among
@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-from rich.table import Table
+import rich.table
 from rich.text import Text
 
 HEADER = ("Model", "Parameters", "{} accuracy (%)", "Seeds", "s / epoch")  # of the test or the validation split
@@ -82,6 +82,23 @@ class Row:
         return sample_std(self.accuracies)
 
 
+class Bold(str):
+    """A cell in bold."""
+
+    bold = True
+
+
+class Table(NamedTuple):
+    """Cells as they are to be read, some of them Bold; the first `left` columns are text, the others numbers."""
+
+    header: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    left: int = 1
+
+
+Blocks = Sequence[Table | str]  # tables and paragraphs, in their order
+
+
 class Network(NamedTuple):
     """A network of the comparison. role: "teacher" or "student"; accuracy: a fraction, None where there is none."""
 
@@ -94,11 +111,11 @@ class Network(NamedTuple):
 # --- methods x seeds --------------------------------------------------------------------------------------------------
 
 
-def table(rows: Sequence[Row], teachers: Sequence[Row] = (), *, title: str | None = None) -> Table:
+def terminal(rows: Sequence[Row], teachers: Sequence[Row] = (), *, title: str | None = None) -> rich.table.Table:
     """The comparison as a rich table: teachers above the line, methods below it."""
     # Text, not str, wherever a name may be: [brackets] are no markup, and :colons: no pictures.
     heading = None if title is None else Text(title, style="table.title")
-    out = Table(title=heading, title_justify="left", caption=_caption(rows), caption_justify="left")
+    out = rich.table.Table(title=heading, title_justify="left", caption=_caption(rows), caption_justify="left")
     header, body = _main(rows, teachers)
     for i, name in enumerate(header):
         # Left for the accuracy too: with and without a deviation, the decimal points stay below each other.
@@ -116,14 +133,14 @@ def table(rows: Sequence[Row], teachers: Sequence[Row] = (), *, title: str | Non
     return out
 
 
-def markdown(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> str:
-    """The comparison as a Markdown table with its caption below, ending in a newline."""
+def comparison(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> tuple[Table, str]:
+    """The main table and its caption."""
     best = _best(rows)
     header, body = _main(rows, teachers)
     lines = [(f"teacher: {name}", *rest) for name, *rest in body[: len(teachers)]]
     for row, (name, parameters, accuracy, *rest) in zip(rows, body[len(teachers) :], strict=True):
         lines.append((name, parameters, _bold(accuracy, _printed(row) == best), *rest))
-    return f"{grid(header, lines)}\n{_caption(rows)}\n"
+    return Table(header, lines), _caption(rows)
 
 
 def csv(rows: Sequence[Row], teachers: Sequence[Row] = ()) -> str:
@@ -180,10 +197,10 @@ def names(rows: Sequence[Row]) -> list[str]:
 # --- a paper's tables -------------------------------------------------------------------------------------------------
 
 
-def networks(networks: Sequence[Network], split: str = "test") -> str:
-    """Markdown: every network's size, how much smaller than the largest teacher it is, and its accuracy; "" of none."""
+def networks(networks: Sequence[Network], split: str = "test") -> Blocks:
+    """Every network's size, how much smaller than the largest teacher it is, and its accuracy; nothing of none."""
     if not networks:
-        return ""
+        return []
     largest = max((network.parameters for network in networks if network.role == "teacher"), default=0)
     lines = [
         (
@@ -195,12 +212,15 @@ def networks(networks: Sequence[Network], split: str = "test") -> str:
         )
         for network in networks
     ]
-    table = grid(("Network", "Role", "Parameters", "Compression", f"{split.capitalize()} accuracy (%)"), lines, left=2)
-    return f"{table}\nCompression: parameters of the largest teacher / this network's. A student's accuracy is the one it has alone.\n"
+    header = ("Network", "Role", "Parameters", "Compression", f"{split.capitalize()} accuracy (%)")
+    caption = (
+        "Compression: parameters of the largest teacher / this network's. A student's accuracy is the one it has alone."
+    )
+    return [Table(header, lines, left=2), caption]
 
 
-def by_teachers(rows: Sequence[Row]) -> str:
-    """Markdown: methods x number of teachers, one table a student; "" for fewer than two numbers of teachers.
+def by_teachers(rows: Sequence[Row]) -> Blocks:
+    """Methods x number of teachers, one table a student; nothing for fewer than two numbers of teachers.
 
     A method without teachers has the same value in every column. Raises ValueError for two rows of one cell.
     """
@@ -212,12 +232,12 @@ def by_teachers(rows: Sequence[Row]) -> str:
         if len(counts) > 1:
             lines = _methods(own, counts, lambda row: row.teachers)
             table = _best_of_columns("Method", [count_of(count) for count in counts], lines)
-            tables.append((f"Student {escaped(student)}:" if len(students) > 1 else "", table))
+            tables.append((f"Student {student}:" if len(students) > 1 else "", table))
     return _section(tables, rows)
 
 
-def by_student(rows: Sequence[Row]) -> str:
-    """Markdown: methods x student networks, one table a number of teachers; "" for fewer than two students.
+def by_student(rows: Sequence[Row]) -> Blocks:
+    """Methods x student networks, one table a number of teachers; nothing for fewer than two students.
 
     A method without teachers stands in every table. Raises ValueError for two rows of one cell.
     """
@@ -234,17 +254,17 @@ def by_student(rows: Sequence[Row]) -> str:
     return _section(tables, rows)
 
 
-def by_mapping(rows: Sequence[Row]) -> str:
-    """Markdown: strategies of the hint mapping, a column for each student and number of teachers that tried several.
+def by_mapping(rows: Sequence[Row]) -> Blocks:
+    """Strategies of the hint mapping, a column for each student and number of teachers that tried several.
 
-    "" where none tried more than one. Raises ValueError for two rows of one cell.
+    Nothing where none tried more than one. Raises ValueError for two rows of one cell.
     """
     own = [row for row in rows if row.method in MAPPINGS]
     places = [(row.student, row.teachers) for row in own]
     columns = [place for place in unique(places) if places.count(place) > 1]
     tried = [row for row in own if (row.student, row.teachers) in columns]
     if not columns:
-        return ""
+        return []
     lines = [
         (name, cells)
         for method, name in MAPPINGS.items()
@@ -294,24 +314,24 @@ def _methods(
     return [(labels[method], [line.get(place) for place in columns]) for method, line in lines.items()]
 
 
-def _best_of_columns(corner: str, heads: Sequence[str], lines: Sequence[tuple[str, Sequence[Row | None]]]) -> str:
-    """The grid as Markdown, the best of each column bold where there is something to beat."""
+def _best_of_columns(corner: str, heads: Sequence[str], lines: Sequence[tuple[str, Sequence[Row | None]]]) -> Table:
+    """The best of each column bold where there is something to beat."""
     columns = [[cells[i] for _, cells in lines if cells[i] is not None] for i in range(len(heads))]
     best = [_best([row for row in column if row is not None]) if len(column) > 1 else None for column in columns]
     body = [
         (name, *("-" if row is None else _bold(accuracy(row), _printed(row) == best[i]) for i, row in enumerate(cells)))
         for name, cells in lines
     ]
-    return grid((corner, *heads), body)
+    return Table((corner, *heads), body)
 
 
-def _section(tables: Sequence[tuple[str, str]], rows: Sequence[Row]) -> str:
-    """Each table below the words that say what it is of, and a caption; "" without tables."""
+def _section(tables: Sequence[tuple[str, Table]], rows: Sequence[Row]) -> Blocks:
+    """Each table below the words that say what it is of, and a caption; nothing without tables."""
     if not tables:
-        return ""
+        return []
     spread = "one seed: no spread" if all(len(row.accuracies) == 1 for row in rows) else MEAN.lower()
-    parts = [f"{of}\n\n{table}" if of else table for of, table in tables]
-    return "\n".join([*parts, f"{split_of(rows)} accuracy in percent, {spread}; best of each column in bold.\n"])
+    blocks = [block for of, table in tables for block in (of, table) if block]
+    return [*blocks, f"{split_of(rows)} accuracy in percent, {spread}; best of each column in bold."]
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -378,70 +398,9 @@ def _caption(rows: Sequence[Row]) -> str:
     return f"{MEAN}; best student in bold."
 
 
-class Bold(str):
-    """A cell in bold."""
-
-    bold = True
-
-
 def _bold(text: str, best: bool) -> str:
     return Bold(text) if best else text
 
 
-# What Markdown would not print as it is: marks of emphasis, code, tables and formulas wherever they stand, the rest where
-# it would be understood (an underscore within a word is not).
-SPECIAL = re.compile(r"[\\`*|$~#]|(?<![^\W_])_|_(?![^\W_])|<(?=[A-Za-z/!?])|&(?=#?\w+;)|\](?=[(\[:])")
-
-
-def escaped(text: str) -> str:
-    """A name, to be read in Markdown as it is; on one line."""
-    return SPECIAL.sub(r"\\\g<0>", one_line(text))
-
-
 def one_line(text: str) -> str:
     return re.sub(r"\s*[\r\n]\s*", " ", text)
-
-
-def paragraph(text: str) -> str:
-    """The same for a text that begins a line."""
-    return re.sub(r"^(\d*)(?=[-+>=.)])", r"\1\\", escaped(text.lstrip()))
-
-
-def grid(header: Sequence[str], lines: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table of cells as they are to be read; its first `left` columns are text, the others numbers."""
-    rule = "|" + "|".join(":---" if i < left else "---:" for i in range(len(header))) + "|"
-    return "\n".join([_line(header), rule, *map(_line, lines)]) + "\n"
-
-
-class Cells(NamedTuple):
-    """A table that `grid` wrote, as cells again, some of them Bold."""
-
-    header: list[str]
-    lines: list[list[str]]
-    left: int
-
-
-def read(text: str) -> list[str | Cells]:
-    """The paragraphs and tables of a text made of these functions' results."""
-    blocks: list[str | Cells] = []
-    for block in text.strip().split("\n\n"):
-        lines = block.splitlines()
-        if not block.startswith("| "):
-            blocks.append(_plain(block))
-            continue
-        header, *body = ([_plain(cell) for cell in line[2:-2].split(" | ")] for line in lines)
-        blocks.append(Cells(header, body[1:], lines[1].split("|").count(":---")))
-    return blocks
-
-
-def _line(cells: Sequence[str]) -> str:
-    return (
-        "| " + " | ".join(f"**{escaped(cell)}**" if isinstance(cell, Bold) else escaped(cell) for cell in cells) + " |"
-    )
-
-
-def _plain(text: str) -> str:
-    """What `escaped` was given."""
-    bold = len(text) > 4 and text.startswith("**") and text.endswith("**")
-    plain = re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", text[2:-2] if bold else text)
-    return Bold(plain) if bold else plain

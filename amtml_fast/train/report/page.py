@@ -113,12 +113,11 @@ def unfinished(run: Run) -> dict[str, Any]:
 
 
 def main_table(found: Gathered) -> dict[str, Any] | None:
-    """Cells of the accuracy table as tables.py writes them, and a strip of dots for each student."""
+    """Cells of the accuracy table, and a strip of dots for each student."""
     if found.found is None:
         return None
     rows, teachers = found.found.main or found.found.rows, found.found.teachers
-    table, caption = tables.read(tables.markdown(rows, teachers))
-    assert isinstance(table, tables.Cells)
+    table, caption = tables.comparison(rows, teachers)
     values = [100 * value for row in rows for value in row.accuracies if math.isfinite(value)]
     low, high = (min(values), max(values)) if values else (0.0, 100.0)
     dots: list[Any] = [None] * len(teachers) + [svg.strip([100 * v for v in row.accuracies], low, high) for row in rows]
@@ -135,11 +134,11 @@ def main_table(found: Gathered) -> dict[str, Any] | None:
     return {"header": table.header, "lines": body, "caption": caption, "low": f"{low:.1f}", "high": f"{high:.1f}"}
 
 
-def other_tables(found: Gathered) -> list[tuple[str, list[Any]]]:
+def other_tables(found: Gathered) -> list[tuple[str, tables.Blocks]]:
     if found.found is None:
         return []
-    texts = results.sections(found.config, found.found)
-    return [(title, tables.read(text)) for title, text in texts.items() if title != "Accuracy"]
+    sections = results.sections(found.config, found.found)
+    return [(title, blocks) for title, blocks in sections.items() if title != "Accuracy"]
 
 
 # --- by epoch ---------------------------------------------------------------------------------------------------------
