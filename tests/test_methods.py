@@ -28,7 +28,7 @@ from amtml_fast.train.config import reading
 from amtml_fast.train.config.presets import paper_code
 from amtml_fast.train.config.schema import ConfigError, TrainConfig, VariantConfig
 from amtml_fast.train.methods.aekd import min_norm_weights
-from amtml_fast.train.methods.amtml_kd import soft_targets
+from amtml_fast.train.methods.amtml_kd import mixed_targets
 from amtml_fast.train.methods.base import StepLoss
 from amtml_fast.train.methods.ca_mkd import confidence_weights
 from amtml_fast.train.methods.eb_kd import entropy_weights
@@ -244,14 +244,14 @@ def test_labels_train_the_weights_towards_the_teacher_that_is_right() -> None:
     step, made = make_step(), objective("amtml_label_weights", temperature=2.0)
     plain = objective("amtml_kd", temperature=2.0)
     weights = made(step).weights
-    p = soft_targets(step.teacher_logits, weights, 2.0)[torch.arange(N), step.labels]
+    p = mixed_targets(step.teacher_logits, weights, 2.0)[torch.arange(N), step.labels]
     torch.testing.assert_close(made(step).loss, plain(step).loss - p.log().mean())
     optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
     for _ in range(30):
         optimizer.zero_grad()
         made.surprise(step).backward()
         optimizer.step()
-    after = soft_targets(step.teacher_logits, made(step).weights, 2.0)[torch.arange(N), step.labels]
+    after = mixed_targets(step.teacher_logits, made(step).weights, 2.0)[torch.arange(N), step.labels]
     assert after.mean() > p.mean() + 0.02
 
 

@@ -808,12 +808,6 @@ def test_the_share_of_examples_that_a_teacher_leads():
     assert {"wide\n0.80", "narrow\n0.20", "Largest weight", "on this share of the examples"} <= {
         text.get_text() for text in led.texts
     }
-    old = [[{k: v for k, v in epoch.items() if k != "weight_won"} for epoch in run] for run in runs]
-    assert len(draw(curves._entropy, {"AMTML-KD": old}, None).axes) == 2
-    both = draw(curves._entropy, {"old": old, "new": runs}, ["wide", "narrow"])
-    assert len(both.axes) == 5 and words(both).count("Largest weight") == 1
-    resumed = draw(curves._entropy, {"AMTML-KD": [old[0][:1] + runs[0][1:]]}, None).axes[2]
-    assert [(x, y) for x, y in zip(*resumed.lines[0].get_data(), strict=True)] == [(2, 0.9)]  # not at epoch 1
 
 
 def test_wrong_shapes_are_named():

@@ -225,7 +225,7 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
     run = Run(Path(source))
     if run.exists():
         record = run.read_record()
-        place = run.folder.parent if record.get("student") else run.folder.parent.parent
+        place = run.folder.parent if record["student"] else run.folder.parent.parent
     else:
         record, place = {}, config.folder
     if teacher is not None:
@@ -272,7 +272,7 @@ def show_result(run: Run, display: Display) -> None:
         f"{record['label']}, seed {record['seed']}: validation {100 * result['val_accuracy']:.2f} %, "
         f"test {100 * result['test_accuracy']:.2f} %"
     )
-    display.say(shares(record.get("step_seconds", {})))
+    display.say(shares(record["step_seconds"]))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..data.images import ImageData, ImageSet, Loader
+from ..methods.base import mixture
 from ..models.evaluate import EVAL_BATCH
 from ..run.distiller import make_distiller, teachers_of
 from ..run.folder import Run
@@ -52,11 +53,6 @@ def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: Imag
         weights.append(adapter(maps[FEATURES]).float().cpu())
         logits.append(out.float().cpu())
     return torch.cat(weights), torch.cat(logits)
-
-
-def mixture(probs: Tensor, weights: Tensor) -> Tensor:
-    """Eq 7: probs [N, T, C] weighted by [N, T], [N, C]."""
-    return (probs * weights.unsqueeze(-1)).sum(1)
 
 
 def contested(probs: Tensor, labels: Tensor) -> list[int]:

@@ -101,7 +101,7 @@ def most(config: Config) -> int:
 def row(method: str, label: str, runs: list[Run], split: str) -> Row:
     """A line of the table from finished runs, in the order of the seeds."""
     records = [run.read_record() for run in runs]
-    peaks = [record["peak_memory"] for record in records if record.get("peak_memory")]
+    peaks = [record["peak_memory"] for record in records if record["peak_memory"]]
     return Row(
         method=method,
         label=label,

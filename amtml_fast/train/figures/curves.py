@@ -75,7 +75,7 @@ def weights_gallery(
 
 def entropy(histories: Histories, path: str | Path, teacher_names: Sequence[str] | None = None) -> None:
     """Normalised entropy of the teacher weights per epoch, a line a seed, and of each teacher the mean weight and the
-    share of the examples on which it has the largest weight (`weight_won`; old runs have none, and no such panel).
+    share of the examples on which it has the largest weight.
 
     A method without teacher weights (no `entropy` in its epochs) is left out; ValueError if none is left.
     """
@@ -327,26 +327,18 @@ def _entropy(histories: Histories, teacher_names: Sequence[str] | None) -> Figur
     series = {label: values for label, values in series.items() if np.isfinite(values).any()}
     if not series:
         raise ValueError(f"entropy: no epoch with an 'entropy' in the histories of {list(histories)}")
-    # Runs from before the leading teacher was recorded have no third panel.
-    led = [label for label in series if any("weight_won" in epoch for run in histories[label] for epoch in run)]
     figure = Figure(figsize=(8, 0.67 + 3.05 * len(series)))
     for i, (label, values) in enumerate(series.items()):
         y, runs = 1.17 + 3.05 * i, histories[label]
-        axes = drawing.panel(figure, 0.62, y, 1.5 if led else 2.5, 2.0)
+        axes = drawing.panel(figure, 0.62, y, 1.5, 2.0)
         _entropy_lines(axes, values)
-        drawing.heading(
-            axes,
-            f"Entropy{'' if led else ' of the weights'}, {numbers.short(label, 24 if led else 22)}",
-            _entropy_scale(axes),
-        )
-        band = "one seed" if len(runs) == 1 else "band: seeds" if led else "band: range over seeds"
-        axes = drawing.panel(figure, 3.4 if led else 4.75, y, 1.3 if led else 2.1, 2.0)
-        _teacher_lines(axes, runs, "weight_mean", None if label in led else teacher_names or ())
-        drawing.heading(axes, f"Mean weight{'' if led else ' of each teacher'}", f"dashed: equal; {band}")
-        if label in led:
-            axes = drawing.panel(figure, 5.55, y, 1.3, 2.0)
-            _teacher_lines(axes, runs, "weight_won", teacher_names or ())
-            drawing.heading(axes, "Largest weight", "on this share of the examples")
+        drawing.heading(axes, f"Entropy, {numbers.short(label, 24)}", _entropy_scale(axes))
+        axes = drawing.panel(figure, 3.4, y, 1.3, 2.0)
+        _teacher_lines(axes, runs, "weight_mean", None)
+        drawing.heading(axes, "Mean weight", f"dashed: equal; {'one seed' if len(runs) == 1 else 'band: seeds'}")
+        axes = drawing.panel(figure, 5.55, y, 1.3, 2.0)
+        _teacher_lines(axes, runs, "weight_won", teacher_names or ())
+        drawing.heading(axes, "Largest weight", "on this share of the examples")
     drawing.headline(
         figure, _entropy_finding(series), "entropy per image, normalised to [0, 1], averaged over the epoch"
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
 from ..config.presets import paper_code
 from ..config.schema import LossConfig
-from .base import KD, Context, Method, Objective, Step, StepLoss
+from .base import KD, Context, Method, Objective, Step, StepLoss, mixture
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
 
@@ -97,13 +97,13 @@ class AdaptiveKD(Objective):
         terms["kd"] = self.factor * out.kd
         if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
             weights = self.adapter(step.features) if settings.angle_trains_weights else out.weights
-            mixture = soft_targets(step.teacher_logits, weights, settings.temperature)
+            mixed = mixed_targets(step.teacher_logits, weights, settings.temperature)
             student = step.logits if settings.angle_on == "logits" else (step.logits / settings.temperature).softmax(-1)
             if settings.angle_on == "logits" and settings.angle_weight != 0:
-                angle = angle_loss(student, mixture, delta=settings.delta)
+                angle = angle_loss(student, mixed, delta=settings.delta)
                 loss, terms["angle"] = loss + settings.angle_weight * angle, angle.detach()
             if settings.distance_weight != 0:
-                distance = rkd_distance_loss(student, mixture)
+                distance = rkd_distance_loss(student, mixed)
                 loss, terms["distance"] = loss + settings.distance_weight * distance, distance.detach()
         if settings.adapter_label_weight != 0:
             surprise = self.surprise(step)
@@ -130,10 +130,9 @@ class AdaptiveKD(Objective):
         return -(weights.float() * right).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log().mean()
 
 
-def soft_targets(teacher_logits: list[Tensor], weights: Tensor, temperature: float) -> Tensor:
-    """The mixture of Eq 7, [N, C]."""
-    probs = torch.stack([(z.float() / temperature).softmax(-1) for z in teacher_logits], 1)  # [N, T, C]
-    return (weights.float().unsqueeze(-1) * probs).sum(1)
+def mixed_targets(teacher_logits: list[Tensor], weights: Tensor, temperature: float) -> Tensor:
+    """The mixture of the teachers' tempered probabilities, [N, C]."""
+    return mixture(torch.stack([(z.float() / temperature).softmax(-1) for z in teacher_logits], 1), weights.float())
 
 
 def make_adapter(context: Context) -> nn.Module:

@@ -125,6 +125,11 @@ def cross_entropy(step: Step, loss: LossConfig) -> Tensor:
     return F.cross_entropy(step.logits, step.labels, label_smoothing=loss.label_smoothing)
 
 
+def mixture(probs: Tensor, weights: Tensor) -> Tensor:
+    """Eq 7: probs [N, T, C] weighted by [N, T], [N, C]."""
+    return (probs * weights.unsqueeze(-1)).sum(1)
+
+
 def multi_teacher_kd(loss: LossConfig, mode: str | None = None) -> MultiTeacherKDLoss:
     """Eq 8 with the configuration's temperature and alpha."""
     return MultiTeacherKDLoss(

@@ -16,7 +16,7 @@ from ..compare import results
 from ..compare.plan import checked, plan
 from ..compare.results import Found, Group
 from ..config.reading import load, packaged, parse
-from ..config.schema import Config, ConfigError, StudentConfig, TeacherConfig, to_dict
+from ..config.schema import Config, ConfigError, to_dict
 from ..figures.tables import Row
 from ..files import RunError, differences, read_json
 from ..methods.registry import OKD, known
@@ -73,13 +73,13 @@ def gather(sources: Sequence[Path]) -> Gathered:
     if len(sources) == 1 and not Run(sources[0]).exists():
         return comparison(sources[0])
     runs = [Run(source.resolve()) for source in dict.fromkeys(sources)]
-    config, notes = config_or_stub(runs[0])
+    config = config_of(runs[0])
     groups = grouped(runs, config)
     places = sorted({group.runs[0].folder.parent.name for group in groups})
     if len(places) > 1:
         groups = [replace(group, label=f"{group.label} ({group.runs[0].folder.parent.name})") for group in groups]
     name = runs[0].folder.name if len(runs) == 1 else " and ".join(places)
-    return completed(Gathered(name, config, False, groups, notes=notes), ended=False)
+    return completed(Gathered(name, config, False, groups), ended=False)
 
 
 def comparison(folder: Path) -> Gathered:
@@ -87,21 +87,16 @@ def comparison(folder: Path) -> Gathered:
     folder = folder.resolve()
     ended = (folder / "results.json").is_file()
     runs, notes = runs_in(folder), list[str]()
-    config, planned = None, runs
     if ended:
-        try:
-            written = read_json(folder / "results.json").get("config", {})
-            config = checked(parse(written, str(folder / "results.json")))
-            config = replace(config, out=str(folder.parent), name=folder.name)
-        except ConfigError as error:
-            notes.append(f"The comparison's configuration cannot be read by this version ({error}).")
-    if config is None:
-        config, more = config_or_stub(runs[0]) if runs else (Config(name=folder.name), [])
-        notes += more
+        config = checked(parse(read_json(folder / "results.json")["config"], str(folder / "results.json")))
+        config = replace(config, out=str(folder.parent), name=folder.name)
+    else:
+        config = config_of(runs[0])
+    planned = runs
     try:
         planned = [Run(job.folder) for job in plan(config)]
     except ConfigError as error:
-        notes.append(f"What was planned cannot be told by this version ({error}); every run in the folder is shown.")
+        notes.append(f"No comparison is planned here ({error}); every run in the folder is shown.")
     there = [run for run in planned if run.exists()]
     others = [run.folder.name for run in runs if run.folder not in {run.folder for run in planned}]
     if not there:
@@ -116,32 +111,19 @@ def runs_in(folder: Path) -> list[Run]:
     return [Run(path.parent.resolve()) for path in sorted(folder.glob("*/run.json"))]
 
 
-def config_or_stub(run: Run) -> tuple[Config, list[str]]:
-    """The run's own configuration; where it cannot be read, one with no more than the run's record says, and a note."""
-    record = run.read_record()
-    try:
-        return config_of(run), []
-    except ConfigError as error:
-        student = StudentConfig(name=record.get("student") or "student")
-        teachers = [TeacherConfig(name=name) for name in record.get("recipe", {}).get("teachers", {})]
-        place = run.folder.parent
-        note = f"The configuration of {run.folder.name} cannot be read by this version ({error})."
-        return Config(name=place.name, out=str(place.parent), student=student, teachers=teachers), [note]
-
-
 def config_of(run: Run) -> Config:
-    """config.yaml with the place where the run is now. ConfigError where there is none or it is not understood."""
+    """config.yaml with the place where the run is now. ConfigError where there is none."""
     if not run.config.is_file():
         raise ConfigError(f"config: there is no {run.config.name} in {run.folder.name}")
     config = checked(load(run.config))
-    base = run.folder.parent if run.read_record().get("student") else run.folder.parent.parent
-    if not run.read_record().get("student") or (base / "teachers").is_dir() or not config.folder.is_dir():
+    base = run.folder.parent if run.read_record()["student"] else run.folder.parent.parent
+    if not run.read_record()["student"] or (base / "teachers").is_dir() or not config.folder.is_dir():
         config = replace(config, out=str(base.parent), name=base.name)
     return config
 
 
 def job_of(run: Run) -> Job:
-    """What the run trained. ConfigError where its configuration is not understood any more."""
+    """What the run trained. ConfigError where its configuration cannot be read."""
     record = run.read_record()
     number = None if record["method"].startswith(f"{OKD}-") else teachers_of(record)
     job = one_job(config_of(run), record["method"], record["seed"], record["student"], number)
@@ -150,20 +132,17 @@ def job_of(run: Run) -> Job:
 
 def teachers_of(record: dict[str, Any]) -> int | None:
     """How many teachers, or peers in their place, the run learned from; None: from none."""
-    recipe = record.get("recipe", {})
+    recipe = record["recipe"]
     return len(recipe["teachers"]) if recipe.get("teachers") else recipe.get("peers") or None
 
 
 def grouped(runs: Sequence[Run], config: Config) -> list[Group]:
     """The runs by comparison, student, number of teachers and method, each group in the order of its seeds."""
-    try:
-        single = {name for name, method in known(config).items() if method.teacher is not None}
-    except ConfigError:
-        single = set()
+    single = {name for name, method in known(config).items() if method.teacher is not None}
     groups: dict[tuple[Any, ...], Group] = {}
-    for run in sorted(runs, key=lambda run: run.read_record().get("seed", 0)):
+    for run in sorted(runs, key=seed):
         record = run.read_record()
-        method, student, number = record["method"], record.get("student", ""), teachers_of(record)
+        method, student, number = record["method"], record["student"], teachers_of(record)
         label = record["label"] if student else f"teacher {run.folder.name}"
         alone = method in single or method.startswith(f"{OKD}-")
         key = (run.folder.parent, student, number, method if student else label)
@@ -199,7 +178,7 @@ def completed(gathered: Gathered, ended: bool) -> Gathered:
 
 
 def seed(run: Run) -> int:
-    return int(run.read_record().get("seed", 0))
+    return int(run.read_record()["seed"])
 
 
 def seeds(group: Group) -> set[int]:
@@ -230,7 +209,7 @@ def command(gathered: Gathered) -> tuple[str, bool]:
     if gathered.comparison:
         return shlex.join(["amtml-fast", "compare", *source]), not words
     record = gathered.runs[0].read_record()
-    if not record.get("student"):
+    if not record["student"]:
         return shlex.join(["amtml-fast", "teach", *source]), not words
     options = ["--method", record["method"], "--seed", str(record["seed"])]
     options += ["--student", record["student"]] if record["student"] != config.student.name else []

@@ -29,8 +29,8 @@ from .svg import COLOURS, Line, Mark
 
 TERMS = {"loss": "c0", "kd": "c1", "ce": "c2", "kl": "c3", "angle": "c4", "regularizer": "c5", "hint": "c6"}
 NO_TERMS = ("epoch", "lr", "loss", "train_accuracy", "val_accuracy", "seconds", "entropy", "weight_mean", "weight_won")
-COLOURED = dict(zip(PARTS, COLOURS, strict=False))  # the parts of a step
-REST = "rest"  # of a step, and its colour
+REST = "rest"  # of a step, beside its parts
+COLOURED = {**dict(zip(PARTS, COLOURS, strict=False)), REST: "c0"}
 Metrics = dict[str, list[list[dict[str, Any]]]]  # name -> runs -> epochs
 
 
@@ -87,7 +87,7 @@ def render(found: Gathered, images: Sequence[int] | None, display: Display) -> s
 
 def facts(found: Gathered) -> list[tuple[str, str]]:
     config, records = found.config, [run.read_record() for run in found.runs]
-    sizes = {record.get("student", ""): record["parameters"] for record in records}
+    sizes = {record["student"]: record["parameters"] for record in records}
     students = [f"{name} ({size:,} parameters)" for name, size in sizes.items() if name]
     lines = [
         ("Data", config.data.name),
@@ -104,8 +104,8 @@ def unfinished(run: Run) -> dict[str, Any]:
     record, epochs = run.read_record(), run.read_metrics()
     accuracy = epochs[-1].get("val_accuracy") if epochs else None
     return {
-        "label": record["label"] if record.get("student") else f"teacher {run.folder.name}",
-        "seed": record.get("seed", "-"),
+        "label": record["label"] if record["student"] else f"teacher {run.folder.name}",
+        "seed": record["seed"],
         "done": len(epochs),
         "epochs": record["epochs"],
         "accuracy": "-" if accuracy is None else f"{100 * accuracy:.2f}",
@@ -193,7 +193,7 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
     """Entropy, mean weight and share of examples won by epoch, and what the trainer says about the last epoch."""
     out = []
     for name, runs in weighted.items():
-        teachers = next(run.read_record().get("teachers", []) for run in shown[name])
+        teachers = next(run.read_record()["teachers"] for run in shown[name])
         entropy = numbers.series(runs, "entropy")[1]
         marks = [Mark(UNIFORM, "above 0.999: uniform"), Mark(ONE_HOT, "below 0.01: one teacher has all")]
         words = f"{name}: normalised entropy of the weights by epoch, at the end {numbers.last(entropy).mean():.3f}"
@@ -202,8 +202,6 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
         ]
         for key, title in (("weight_mean", "Mean weight"), ("weight_won", "Share of examples won")):
             count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
-            if not count:
-                continue
             names = [teachers[t] if t < len(teachers) else f"teacher {t + 1}" for t in range(count)]
             lines = [
                 Line(numbers.short(each, 14), numbers.of_teacher(runs, key, t), COLOURS[t % len(COLOURS)])
@@ -216,7 +214,7 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
             charts.append((title, svg.lines(lines, words, limits=(0, 1), marks=equal)))
         learned = name in adapters
         last = [run[-1] for run in runs if run]
-        states = [collapsed(row, teachers) for row in last if "weight_won" in row] if learned else []
+        states = [collapsed(row, teachers) for row in last] if learned else []
         said = next((f"{sum(map(bool, states))} of {len(states)} runs: {state}" for state in states if state), "")
         out.append({"name": name, "charts": charts, "learned": learned, "collapsed": said})
     return sorted(out, key=lambda one: not one["learned"])  # learned weights before those that a rule makes
@@ -226,38 +224,31 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
 
 
 def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
-    """Seconds of a step by part, mean over the finished runs that have them; the whole step of those that do not."""
-    lines: list[dict[str, Any]] = []
-    without = []
+    """Milliseconds of a step by part, mean over the finished runs; None before one has finished."""
+    steps: dict[str, dict[str, float]] = {}
     for name, runs in shown.items():
         records = [run.read_record() for run in runs if run.finished()]
-        steps = [record["seconds_per_step"] for record in records if record.get("seconds_per_step")]
-        split = [record["step_seconds"] for record in records if record.get("step_seconds")]
-        if len(split) < len(records):
-            without.append(name)
-        keys = [*PARTS, *dict.fromkeys(key for each in split for key in each if key not in PARTS)]
-        parts = {key: fmean(each.get(key, 0.0) for each in split) for key in keys} if split else {}
-        whole = max(fmean(steps) if steps else 0.0, sum(parts.values()))
-        if whole:
-            lines.append({"name": name, "parts": {**parts, REST: whole - sum(parts.values())}, "whole": whole})
-    if not lines:
+        if records:
+            parts = {part: fmean(record["step_seconds"][part] for record in records) for part in PARTS}
+            named = sum(parts.values())
+            whole = max(fmean(record["seconds_per_step"] for record in records), named)
+            steps[name] = {**parts, REST: whole - named}
+    if not steps:
         return None
-    none = all(list(line["parts"]) == [REST] for line in lines)
-    keys = [key for key in dict.fromkeys(key for line in lines for key in line["parts"]) if key != REST]
-    spare = iter(("c6", "c7", "c8") * len(keys))
-    colours = {key: COLOURED.get(key) or next(spare) for key in keys} | {REST: "c0"}
-    longest = max(line["whole"] for line in lines)
-    for line in lines:
-        line["bar"] = svg.stacked({colours[key]: value for key, value in line["parts"].items()}, longest)
-        line["cells"] = [milliseconds(line["parts"].get(key)) for key in keys]
-        line["rest"] = milliseconds(line["parts"][REST]) if len(line["parts"]) > 1 else "-"
-        line["whole"] = milliseconds(line["whole"])
-    return {"keys": keys, "colours": colours, "lines": lines, "without": without, "none": none}
+    longest = max(sum(parts.values()) for parts in steps.values())
+    lines = [
+        {
+            "name": name,
+            "bar": svg.stacked({COLOURED[part]: seconds for part, seconds in parts.items()}, longest),
+            "whole": milliseconds(sum(parts.values())),
+            "cells": [milliseconds(seconds) for seconds in parts.values()],
+        }
+        for name, parts in steps.items()
+    ]
+    return {"colours": COLOURED, "lines": lines}
 
 
-def milliseconds(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
+def milliseconds(seconds: float) -> str:
     value = 1000 * seconds
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
@@ -265,14 +256,12 @@ def milliseconds(seconds: float | None) -> str:
 def again(found: Gathered) -> dict[str, Any]:
     words, save = command(found)
     records = [run.read_record() for run in found.runs]
-    values: dict[str, list[str]] = {"commit": [str(record.get("git_commit") or "unknown") for record in records]}
-    values["device"] = [str(record.get("device", "unknown")) for record in records]
-    values["processes"] = [str(record.get("processes", 1)) for record in records]
-    for key in dict.fromkeys(key for record in records for key in record.get("versions", {})):
-        values[key.replace("_", "-")] = [record.get("versions", {}).get(key, "unknown") for record in records]
-    values["backends"] = [
-        ", ".join(f"{op}: {name}" for op, name in record.get("backends", {}).items()) or "unknown" for record in records
-    ]
+    values: dict[str, list[str]] = {"commit": [str(record["git_commit"] or "unknown") for record in records]}
+    values["device"] = [str(record["device"]) for record in records]
+    values["processes"] = [str(record["processes"]) for record in records]
+    for key in dict.fromkeys(key for record in records for key in record["versions"]):
+        values[key.replace("_", "-")] = [record["versions"].get(key, "unknown") for record in records]
+    values["backends"] = [", ".join(f"{op}: {name}" for op, name in record["backends"].items()) for record in records]
     lines = [(key, [(value, each.count(value)) for value in dict.fromkeys(each)]) for key, each in values.items()]
     return {
         "command": words,

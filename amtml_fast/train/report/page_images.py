@@ -15,6 +15,7 @@ from ..compare import answers
 from ..config.schema import ConfigError
 from ..data.images import ImageData
 from ..figures import numbers
+from ..methods.base import mixture
 from ..progress import Display
 from ..run.folder import Run
 from ..run.job import Job, need_hints
@@ -71,7 +72,7 @@ def alike(job: Job, first: Job) -> bool:
 
 def strangers(job: Job) -> list[str]:
     """Teachers whose weights have changed since the student learned from them."""
-    learned = Run(job.folder).read_record().get("recipe", {}).get("teachers", {})
+    learned = Run(job.folder).read_record()["recipe"]["teachers"]
     now = frozen.fingerprint(job.config)
     return [name for name, print_ in learned.items() if now.get(name) != print_]
 
@@ -113,9 +114,7 @@ def one_image(
     """A table of the image's largest classes: a column a teacher, then the mixture and the student."""
     i = choice.index
     assert i is not None
-    columns = torch.cat(
-        [probs[i], answers.mixture(probs[i : i + 1], weights[i : i + 1]), student[i : i + 1]]
-    )  # [T + 2, C]
+    columns = torch.cat([probs[i], mixture(probs[i : i + 1], weights[i : i + 1]), student[i : i + 1]])  # [T + 2, C]
     truth, said = int(data.test.labels[i]), columns.argmax(1).tolist()
     heads = [
         {"name": name, "weight": weights[i, t].item() if t < len(names) else None, "right": said[t] == truth}

@@ -84,5 +84,5 @@ def evaluate(
 def say_result(job: Job, run: Run, display: Display) -> None:
     result = read_json(run.result)
     validation = "" if job.student else f"validation {100 * result['val_accuracy']:.2f} %, "
-    time = shares(run.read_record().get("step_seconds", {}))
+    time = shares(run.read_record()["step_seconds"])
     display.say(f"{job.title}: {validation}test {100 * result['test_accuracy']:.2f} %; {time}")

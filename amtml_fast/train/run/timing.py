@@ -70,8 +70,6 @@ class StepTimer:
 def shares(seconds: Mapping[str, float]) -> str:
     """`12.3 ms a step: data 1 %, teachers 60 %, ...`, for a step's parts in seconds."""
     whole = sum(seconds.values())
-    if not whole:
-        return "the time of its steps was not taken"  # by an earlier version
     parts = ", ".join(f"{part} {percent(value / whole)}" for part, value in seconds.items())
     return f"{1000 * whole:.1f} ms a step: {parts}"
 
