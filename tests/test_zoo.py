@@ -243,7 +243,7 @@ def test_renormalised_images_are_those_of_the_nets_own_training(images):
     net, seen = Net(), []
     before = list(net.state_dict())
     net.features.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    zoo.renormalise(net, IMAGENET, CIFAR)
+    zoo.renormalize(net, IMAGENET, CIFAR)
     batch = next(iter(Loader(images.test, images, 16)))
     net(batch.images)
     torch.testing.assert_close(seen[0].double(), by_hand(images.test.images, *CIFAR), rtol=1e-6, atol=1e-6)
@@ -255,7 +255,7 @@ def test_renormalised_images_are_those_of_the_nets_own_training(images):
 def test_renormalising_survives_copies_and_torch_compile(images, twin):
     net = Net().eval()
     wanted = net(by_hand(images.test.images, *CIFAR).float())
-    zoo.renormalise(net, IMAGENET, CIFAR)
+    zoo.renormalize(net, IMAGENET, CIFAR)
     batch = next(iter(Loader(images.test, images, 16)))
     logits, maps = twin(FeatureExtractor(net, {"hint": "features.stage1"}))(batch.images)
     torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
@@ -264,7 +264,7 @@ def test_renormalising_survives_copies_and_torch_compile(images, twin):
 
 def test_statistics_of_another_number_of_channels_are_refused():
     with pytest.raises(ValueError, match=r"model.mean: 1 numbers wanted, .*got \[0.1, 0.2\]"):
-        zoo.renormalise(Net(), ((0.5,), (0.5,)), ((0.1, 0.2), (0.1, 0.2)))
+        zoo.renormalize(Net(), ((0.5,), (0.5,)), ((0.1, 0.2), (0.1, 0.2)))
 
 
 # --- teachers

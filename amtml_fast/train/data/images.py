@@ -284,7 +284,7 @@ class Loader:
             if self.augment:
                 drawn = rows if self.views is None else index  # by place in the epoch, or by image
                 images = flip_and_crop(images, flips[drawn], offsets[drawn])
-            yield Batch(index, self._normalise(images), self.split.labels[index], self.view)
+            yield Batch(index, self._normalize(images), self.split.labels[index], self.view)
 
     def _rows(self, number: int) -> slice:
         """The part of the epoch's order that is this rank's share of batch `number`."""
@@ -310,7 +310,7 @@ class Loader:
         device = self.split.images.device
         return order.to(device), flips.to(device), torch.stack([rows, columns], dim=1).to(device)
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor) -> Tensor:
         return images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
 

@@ -50,9 +50,9 @@ def _number_of_teachers(rows: Sequence[Row]) -> Figure:
         raise ValueError(f"number_of_teachers: rows must hold a method with two numbers of teachers, got {found}")
     drawn = [row for own in panels.values() for row in own]
     methods = _shown(drawn, groups=max(len(_counts(own)) for own in panels.values()))
-    colours = dict(zip(methods, reversed(BARS[: len(methods)]), strict=True))  # the last, often one's own, is blue
+    colors = dict(zip(methods, reversed(BARS[: len(methods)]), strict=True))  # the last, often one's own, is blue
 
-    entries = _legend_rows({methods[method]: colours[method] for method in methods})
+    entries = _legend_rows({methods[method]: colors[method] for method in methods})
     left_out = len({row.method for row in drawn if row.teachers is not None}) - len(methods)
     first, high = 0.72 + LEGEND_ROW * len(entries) + 0.52, 2.1
     figure = Figure(figsize=(8, first + (high + 0.95) * len(panels) - 0.48))
@@ -60,7 +60,7 @@ def _number_of_teachers(rows: Sequence[Row]) -> Figure:
     wide = 6.05 if any(row.teachers is None for row in drawn) else 7.18
     for i, (student, own) in enumerate(panels.items()):
         axes = drawing.panel(figure, 0.62, first + (high + 0.95) * i, wide, high)
-        start = _groups(axes, own, colours)
+        start = _groups(axes, own, colors)
         notes = ["axis starts at 0" if start == 0 else f"axis starts at {start:g} %"]
         notes += ["dashed: without teachers"] if any(row.teachers is None for row in own) else []
         notes += [f"the best {len(methods)} of {len(methods) + left_out} methods"] if left_out else []
@@ -95,21 +95,21 @@ def _shown(rows: Sequence[Row], groups: int) -> dict[str, str]:
     return {row.method: row.label for row in own if row.method in kept}
 
 
-def _groups(axes: Axes, rows: Sequence[Row], colours: dict[str, str]) -> float:
+def _groups(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> float:
     """The bars of one student; returns where its axis starts."""
     counts = _counts(rows)
     start, high = _limits(rows)
     wide, tall = drawing.size_inches(axes)
-    inches = min(0.84 * wide / len(counts) / len(colours), 0.62)  # of one bar with its gap
+    inches = min(0.84 * wide / len(counts) / len(colors), 0.62)  # of one bar with its gap
     flat = inches >= 0.44
     for row in rows:
-        if row.teachers is None or row.method not in colours:
+        if row.teachers is None or row.method not in colors:
             continue
-        place = list(colours).index(row.method) - (len(colours) - 1) / 2
+        place = list(colors).index(row.method) - (len(colors) - 1) / 2
         x = counts.index(row.teachers) + place * inches * len(counts) / wide
         value, spread = 100 * row.mean, 100 * (row.std or 0.0)
         if math.isfinite(value):
-            axes.bar(x, value, width=0.86 * inches * len(counts) / wide, color=colours[row.method])
+            axes.bar(x, value, width=0.86 * inches * len(counts) / wide, color=colors[row.method])
             if row.std is not None:
                 axes.errorbar(x, value, spread, color=INK, lw=0.9, capsize=2)
         top = value + spread if math.isfinite(value) else start
@@ -149,16 +149,16 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     return (0.0 if start < 0.25 * high else round(start, 1)), high
 
 
-def _legend_rows(colours: dict[str, str], wide: float = 7.6) -> list[list[tuple[float, str, str]]]:
+def _legend_rows(colors: dict[str, str], wide: float = 7.6) -> list[list[tuple[float, str, str]]]:
     """Lines of (inches from the left, name, colour), broken where the next name would not fit."""
     lines: list[list[tuple[float, str, str]]] = [[]]
     x = 0.0
-    for name, colour in ((numbers.short(name, 40), colour) for name, colour in colours.items()):
+    for name, color in ((numbers.short(name, 40), color) for name, color in colors.items()):
         needs = 0.2 + TextPath((0, 0), name, size=8.5).get_extents().width / 72 + 0.22
         if lines[-1] and x + needs > wide + 0.22:
             lines.append([])
             x = 0.0
-        lines[-1].append((x, name, colour))
+        lines[-1].append((x, name, color))
         x += needs
     return lines
 
@@ -169,8 +169,8 @@ def _legend(axes: Axes, lines: Sequence[Sequence[tuple[float, str, str]]]) -> No
     axes.spines[:].set_visible(False)
     for i, line in enumerate(lines):
         y = LEGEND_ROW * (i + 0.5)
-        for x, name, colour in line:
-            axes.add_patch(Rectangle((x, y - 0.055), 0.13, 0.11, color=colour, lw=0))
+        for x, name, color in line:
+            axes.add_patch(Rectangle((x, y - 0.055), 0.13, 0.11, color=color, lw=0))
             axes.text(x + 0.2, y, name, fontsize=8.5, va="center")
 
 
@@ -226,9 +226,9 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8, 0.75 + step * len(rows) + 0.55))
     axes = drawing.panel(figure, left, 0.75, 8 - left - 1.25, step * len(rows))
     for y, i in enumerate(order):
-        row, colour = rows[i], BLUE if y else VERMILLION
+        row, color = rows[i], BLUE if y else VERMILLION
         seeds = [100 * value for value in row.accuracies if math.isfinite(value)]
-        axes.scatter(seeds, [y] * len(seeds), s=26, color=colour, alpha=0.55, lw=0, zorder=3)
+        axes.scatter(seeds, [y] * len(seeds), s=26, color=color, alpha=0.55, lw=0, zorder=3)
         if known[i] and len(seeds) > 1:
             axes.plot([100 * row.mean] * 2, [y - 0.3, y + 0.3], color=INK, lw=1.8, zorder=4)
         axes.annotate(accuracy(row), (1.02, y), xycoords=("axes fraction", "data"), fontsize=8.5, va="center_baseline")

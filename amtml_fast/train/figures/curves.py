@@ -172,12 +172,12 @@ def _lines(
             axes.plot(epochs, mean, color=OTHERS, lw=0.9, zorder=1.5)
             continue
         i = list(shown).index(label)
-        colour = METHODS[i % len(METHODS)]
-        band: Any = {"color": colour, "alpha": 0.18 if len(shown) <= CROWD else 0.09, "lw": 0}
+        color = METHODS[i % len(METHODS)]
+        band: Any = {"color": color, "alpha": 0.18 if len(shown) <= CROWD else 0.09, "lw": 0}
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), **band)
-        axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[i % 5], markevery=[-1], ms=4.5)
+        axes.plot(epochs, mean, color=color, lw=1.8, marker="os^Dv"[i % 5], markevery=[-1], ms=4.5)
         if text is not None:
-            ends.append((float(epochs[-1]), float(mean[-1]), text(label, mean[-1]), colour))
+            ends.append((float(epochs[-1]), float(mean[-1]), text(label, mean[-1]), color))
     drawing.epoch_axis(axes)
     drawing.end_labels(axes, ends)
 
@@ -216,14 +216,14 @@ def _soft_targets(
     for i, (title, (_, below)) in enumerate(zip(titles, heads, strict=True)):
         axes = drawing.panel(figure, left + i * (wide + gap), first, wide, high)
         if i < count:
-            parts, colours, ink = probs[i : i + 1], [drawing.teacher_colour(i)], drawing.dark(drawing.teacher_colour(i))
+            parts, colors, ink = probs[i : i + 1], [drawing.teacher_color(i)], drawing.dark(drawing.teacher_color(i))
         else:
-            parts, colours, ink = (
+            parts, colors, ink = (
                 (equal, adaptive)[i - count],
-                [drawing.teacher_colour(t) for t in range(count)],
+                [drawing.teacher_color(t) for t in range(count)],
                 drawing.dark(INK),
             )
-        drawing.bars(axes, parts[:, order], colours, top, order.index(label), names if i == 0 else None)
+        drawing.bars(axes, parts[:, order], colors, top, order.index(label), names if i == 0 else None)
         drawing.above(axes, title, below, ink)
     figure.text(
         *drawing.at(figure, left, first + high + 0.17), "probability, one scale for all", fontsize=8.5, color=FAINT
@@ -271,7 +271,7 @@ def _weights_gallery(
     first = drawing.first_row(titles)
     figure = Figure(figsize=(left + tags + (count + 2) * (wide + gap) + 0.15 - gap, first + n * row))
     top = max(probs.max(), mixture.sum(1).max())
-    colours = [drawing.teacher_colour(t) for t in range(count)]
+    colors = [drawing.teacher_color(t) for t in range(count)]
     for i, order in enumerate(orders):
         y, true = first + i * row, order.index(truth[i])
         drawing.picture(drawing.panel(figure, 0.2, y, high, high), pictures[i], "")
@@ -280,13 +280,13 @@ def _weights_gallery(
             axes = drawing.panel(figure, left + shift + column * (wide + gap), y, wide, high)
             if column < count:
                 parts = probs[i][column : column + 1, order]
-                drawing.bars(axes, parts, colours[column : column + 1], top, true, names[i] if column == 0 else None)
+                drawing.bars(axes, parts, colors[column : column + 1], top, true, names[i] if column == 0 else None)
             elif column == count:
-                _weight_bars(axes, shares[i], colours)
+                _weight_bars(axes, shares[i], colors)
             else:
-                drawing.bars(axes, mixture[i][:, order], colours, top, true, None)
+                drawing.bars(axes, mixture[i][:, order], colors, top, true, None)
             if i == 0:
-                drawing.above(axes, title, below, drawing.dark(colours[column] if column < count else INK))
+                drawing.above(axes, title, below, drawing.dark(colors[column] if column < count else INK))
     drawing.headline(
         figure,
         _gallery_finding(shares, teacher_names),
@@ -309,9 +309,9 @@ def _gallery_finding(shares: Array, teacher_names: Sequence[str]) -> str:
     return f"The heaviest teacher changes with the image: {', '.join(led)} of {n}"
 
 
-def _weight_bars(axes: Axes, shares: Array, colours: Sequence[str]) -> None:
+def _weight_bars(axes: Axes, shares: Array, colors: Sequence[str]) -> None:
     places = [float(t) for t in range(len(shares))]
-    axes.barh(places, shares, height=0.68, color=colours)
+    axes.barh(places, shares, height=0.68, color=colors)
     for place, share in zip(places, shares, strict=True):
         axes.text(share + 0.03 * drawing.room(axes, 1), place, numbers.two(share), va="center", fontsize=8)
     axes.set_yticks(places, [f"T{t + 1}" for t in range(len(shares))], fontsize=8)
@@ -350,10 +350,10 @@ def _entropy_lines(axes: Axes, values: Array) -> None:
     for seed, run in enumerate(values):
         keep = np.isfinite(run)
         if keep.any():
-            epochs, colour, last = np.flatnonzero(keep) + 1, METHODS[(seed + 1) % len(METHODS)], run[keep][-1]
-            style: Any = {"color": colour, "lw": 1.6, "marker": "os^Dv"[seed % 5], "markevery": [-1], "ms": 4.5}
+            epochs, color, last = np.flatnonzero(keep) + 1, METHODS[(seed + 1) % len(METHODS)], run[keep][-1]
+            style: Any = {"color": color, "lw": 1.6, "marker": "os^Dv"[seed % 5], "markevery": [-1], "ms": 4.5}
             axes.plot(epochs, run[keep], clip_on=False, **style)
-            ends.append((float(epochs[-1]), float(last), f"run {seed + 1}: {numbers.fine(last)}", colour))
+            ends.append((float(epochs[-1]), float(last), f"run {seed + 1}: {numbers.fine(last)}", color))
     axes.set_ylim(drawing.floor(float(np.nanmin(values))), 1)
     drawing.epoch_axis(axes)
     drawing.end_labels(axes, ends)
@@ -385,16 +385,16 @@ def _teacher_lines(
     ends, highest = [], 0.0
     for t in range(count):
         values = numbers.of_teacher(runs, key, t)
-        keep, colour = np.isfinite(values).any(axis=0), drawing.teacher_colour(t)
+        keep, color = np.isfinite(values).any(axis=0), drawing.teacher_color(t)
         epochs, values = np.flatnonzero(keep) + 1, values[:, keep]
         mean = np.nanmean(values, axis=0)
         highest = max(highest, float(np.nanmax(values)))
-        axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=colour, alpha=0.2, lw=0)
-        axes.plot(epochs, mean, color=colour, lw=1.8, marker="os^Dv"[t % 5], markevery=[-1], ms=4.5)
+        axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=color, alpha=0.2, lw=0)
+        axes.plot(epochs, mean, color=color, lw=1.8, marker="os^Dv"[t % 5], markevery=[-1], ms=4.5)
         text = numbers.two(mean[-1])
         if teacher_names is not None:
             text = f"{drawing.wrap(teacher_names[t] if teacher_names else f'teacher {t + 1}', 13, 2)}\n{text}"
-        ends.append((float(epochs[-1]), float(mean[-1]), text, colour))
+        ends.append((float(epochs[-1]), float(mean[-1]), text, color))
     if count:
         axes.set_ylim(0, min(1.12 * highest, 1.02) or 1)
         axes.axhline(1 / count, color=FAINT, lw=0.9, ls=(0, (4, 3)), zorder=1)

@@ -81,18 +81,18 @@ def heading(axes: Axes, text: str, below: str) -> None:
     )
 
 
-def above(axes: Axes, text: str, below: str, colour: str) -> None:
+def above(axes: Axes, text: str, below: str, color: str) -> None:
     axes.annotate(
-        text, (0, 1), (0, 15), "axes fraction", "offset points", fontsize=9, weight="bold", color=colour, va="bottom"
+        text, (0, 1), (0, 15), "axes fraction", "offset points", fontsize=9, weight="bold", color=color, va="bottom"
     )
     axes.annotate(below, (0, 1), (0, 4), "axes fraction", "offset points", fontsize=8, color=FAINT, va="bottom")
 
 
-def bars(axes: Axes, parts: Array, colours: Sequence[str], top: float, truth: int, names: Sequence[str] | None) -> None:
+def bars(axes: Axes, parts: Array, colors: Sequence[str], top: float, truth: int, names: Sequence[str] | None) -> None:
     """Horizontal bars of the classes, stacked from parts [K, classes]; the true one's value bold, tiny ones unnamed."""
     places, start = np.arange(parts.shape[1]), np.zeros(parts.shape[1])
-    for part, colour in zip(parts, colours, strict=True):
-        axes.barh(places, part, left=start, height=0.72, color=colour)
+    for part, color in zip(parts, colors, strict=True):
+        axes.barh(places, part, left=start, height=0.72, color=color)
         start = start + part
     for place, value in zip(places, start, strict=True):
         if value >= 0.01 or place == truth:
@@ -167,7 +167,7 @@ def end_labels(
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((x, y))[1]) for x, y, _, _ in ends]
     heights = [label_inches(text, size) / inches for _, _, text, _ in ends]
-    for (x, y, text, colour), place in zip(ends, spread(wanted, heights), strict=True):
+    for (x, y, text, color), place in zip(ends, spread(wanted, heights), strict=True):
         axes.annotate(
             text,
             (x, y),
@@ -176,10 +176,10 @@ def end_labels(
             textcoords="axes fraction",
             fontsize=size,
             linespacing=1.1,
-            color=dark(colour),
+            color=dark(color),
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": color, "lw": 0.7, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
         )
 
 
@@ -202,13 +202,13 @@ def check(
         raise ValueError(f"{name}: weights must be {list(want_w)}, got {list(weights)}")
 
 
-def teacher_colour(t: int) -> str:
+def teacher_color(t: int) -> str:
     return TEACHERS[t % len(TEACHERS)]
 
 
-def dark(colour: str) -> str:
+def dark(color: str) -> str:
     """The same hue, dark enough to read as text on white."""
-    red, green, blue = to_rgb(colour)
+    red, green, blue = to_rgb(color)
     return to_hex((0.72 * red, 0.72 * green, 0.72 * blue))
 
 

@@ -1,7 +1,7 @@
 """Pretrained networks of other libraries, by name: pytorchcv's (many of them for CIFAR) and timm's.
 
 Both are optional (the extra `zoo`) and imported when a net of theirs is asked for. A pretrained net comes with the
-statistics by which its training images were normalised, as `input_mean` and `input_std`; `renormalise` makes it take
+statistics by which its training images were normalised, as `input_mean` and `input_std`; `renormalize` makes it take
 images that were normalised by others.
 """
 
@@ -114,7 +114,7 @@ def statistics(model: Any) -> Statistics | None:
     return (model.input_mean, model.input_std) if hasattr(model, "input_mean") else None
 
 
-def renormalise(model: nn.Module, given: Statistics, wanted: Statistics) -> None:
+def renormalize(model: nn.Module, given: Statistics, wanted: Statistics) -> None:
     """Make `model` take images normalised by the (mean, std) `given`, though its weights want those of `wanted`.
 
     A pre-hook, so that the model keeps its class, its dotted paths and its state dict. Scale and shift are buffers, so

@@ -25,12 +25,12 @@ from ..run.metrics import ONE_HOT, UNIFORM, collapsed
 from ..run.timing import PARTS
 from . import page_images, svg
 from .gather import Gathered, command, gather, seed, shown_config
-from .svg import COLOURS, Line, Mark
+from .svg import COLORS, Line, Mark
 
 TERMS = {"loss": "c0", "kd": "c1", "ce": "c2", "kl": "c3", "angle": "c4", "regularizer": "c5", "hint": "c6"}
 NO_TERMS = ("epoch", "lr", "loss", "train_accuracy", "val_accuracy", "seconds", "entropy", "weight_mean", "weight_won")
 REST = "rest"  # of a step, beside its parts
-COLOURED = {**dict(zip(PARTS, COLOURS, strict=False)), REST: "c0"}
+COLORED = {**dict(zip(PARTS, COLORS, strict=False)), REST: "c0"}
 Metrics = dict[str, list[list[dict[str, Any]]]]  # name -> runs -> epochs
 
 
@@ -204,7 +204,7 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
             count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
             names = [teachers[t] if t < len(teachers) else f"teacher {t + 1}" for t in range(count)]
             lines = [
-                Line(numbers.short(each, 14), numbers.of_teacher(runs, key, t), COLOURS[t % len(COLOURS)])
+                Line(numbers.short(each, 14), numbers.of_teacher(runs, key, t), COLORS[t % len(COLORS)])
                 for t, each in enumerate(names)
             ]
             ends = [(each, numbers.last(line.values)) for each, line in zip(names, lines, strict=True)]
@@ -239,13 +239,13 @@ def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
     lines = [
         {
             "name": name,
-            "bar": svg.stacked({COLOURED[part]: seconds for part, seconds in parts.items()}, longest),
+            "bar": svg.stacked({COLORED[part]: seconds for part, seconds in parts.items()}, longest),
             "whole": milliseconds(sum(parts.values())),
             "cells": [milliseconds(seconds) for seconds in parts.values()],
         }
         for name, parts in steps.items()
     ]
-    return {"colours": COLOURED, "lines": lines}
+    return {"colors": COLORED, "lines": lines}
 
 
 def milliseconds(seconds: float) -> str:

@@ -15,7 +15,7 @@ from ..figures.numbers import Array, spread
 WIDE, HIGH = 320, 190  # a chart with names at the ends of its lines
 SMALL = (210, 132)  # one of many
 POINTS = 120  # of a line: more than a chart has places for would only make the page heavy
-COLOURS = tuple(f"c{i}" for i in range(1, 9))
+COLORS = tuple(f"c{i}" for i in range(1, 9))
 DECADES = 1e4  # of a logarithmic axis; what is smaller lies at its foot
 LETTER = 5.7  # width of an average letter of the charts' type
 LINE = 13.0  # and its line height
@@ -24,7 +24,7 @@ LINE = 13.0  # and its line height
 class Line(NamedTuple):
     name: str  # at its end; "" for none
     values: Array  # [runs, epochs]
-    colour: str
+    color: str
 
 
 class Mark(NamedTuple):
@@ -142,12 +142,12 @@ def lines(
     for line in series:
         if thin and len(line.values) > 1:
             parts += [
-                Markup('<path class="thin {}" d="{}"/>').format(line.colour, axes.path(run)) for run in line.values
+                Markup('<path class="thin {}" d="{}"/>').format(line.color, axes.path(run)) for run in line.values
             ]
         elif d := axes.band(line.values):
-            parts.append(Markup('<path class="band {}" d="{}"/>').format(line.colour, d))
+            parts.append(Markup('<path class="band {}" d="{}"/>').format(line.color, d))
     for line in series:
-        parts.append(Markup('<path class="line {}" d="{}"/>').format(line.colour, axes.path(mean(line.values))))
+        parts.append(Markup('<path class="line {}" d="{}"/>').format(line.color, axes.path(mean(line.values))))
     parts += [axes.mark(mark) for mark in marks]
     spots = [axes.y(value) for _, _, value in ends]
     room = max(axes.bottom + 4, len(ends) * LINE + axes.top - 6)
@@ -155,10 +155,10 @@ def lines(
         ends, spots, spread(spots, [LINE] * len(ends), axes.top - 6, room), tags, strict=True
     ):
         x, out = axes.x(i + 1), axes.right
-        parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(line.colour, x, y))
+        parts.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="2.6"/>').format(line.color, x, y))
         parts.append(
             Markup('<path class="lead {}" d="M{:.1f} {:.1f}L{:g} {:.1f}"/>').format(
-                line.colour, x + 3, y, out + 7, place
+                line.color, x + 3, y, out + 7, place
             )
         )
         parts.append(Markup('<text x="{:g}" y="{:.1f}">{}</text>').format(out + 9, place + 3.8, tag))
@@ -198,9 +198,9 @@ def strip(values: Sequence[float], low: float, high: float) -> Markup:
 def stacked(parts: Mapping[str, float], longest: float) -> Markup:
     """A bar of parts by their colour class, as long as its share of the longest."""
     x, out = 0.0, []
-    for colour, value in parts.items():
+    for color, value in parts.items():
         wide = 100 * value / (longest or 1)
-        out.append(f'<rect class="{colour}" x="{x:.2f}" y="0" width="{max(wide, 0):.2f}" height="10"/>')
+        out.append(f'<rect class="{color}" x="{x:.2f}" y="0" width="{max(wide, 0):.2f}" height="10"/>')
         x += wide
     return Markup(
         f'<svg class="stack" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">{"".join(out)}</svg>'

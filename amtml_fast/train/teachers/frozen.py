@@ -196,9 +196,9 @@ def _model(config: Config, teacher: TeacherConfig, data: ImageData) -> nn.Module
     classes, channels = len(data.classes), data.train.images.shape[1]
     model = build(own.factory, dict(own.args), num_classes=classes, in_channels=channels, weights=path)
     if own.mean is not None and own.std is not None:
-        zoo.renormalise(model, (data.mean, data.std), (own.mean, own.std))
+        zoo.renormalize(model, (data.mean, data.std), (own.mean, own.std))
     elif own.brings_weights and (said := zoo.statistics(model)) is not None:
-        zoo.renormalise(model, (data.mean, data.std), said)
+        zoo.renormalize(model, (data.mean, data.std), said)
     return model
 
 
