@@ -163,8 +163,8 @@ def load(config: Config, data: ImageData, *, hints: bool, channels_last: bool = 
         for model in models:
             compile_frozen(model)
     teachers.precision = PRECISIONS.get(config.engine.mixed_precision)
-    maps_as = Storage() if config.cache.hints == "never" else Storage(config.cache.hints)
-    teachers.kinds = Kinds(Storage(config.cache.logits), maps_as)
+    hint_storage = Storage() if config.cache.hints == "never" else Storage(config.cache.hints)
+    teachers.kinds = Kinds(Storage(config.cache.logits), hint_storage)
     return teachers
 
 
