@@ -23,7 +23,7 @@ from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.prepare import load_data
 from amtml_fast.train.run.tasks import distill
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Display(quiet=True)
 
 # A net without BatchNorm: its gradient is the mean over the rows, however they are split over processes. It is smooth,

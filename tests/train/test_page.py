@@ -480,7 +480,7 @@ def test_ticks_are_round(low: float, high: float, want: list[float]) -> None:
 
 
 def test_the_template_is_packaged() -> None:
-    settings = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    settings = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
     (pattern,) = re.findall(r'"amtml_fast\.train\.report" = \["(.+)"\]', settings)
     assert [path.name for path in Path(page.__file__).parent.glob(pattern)] == ["page.html.j2"]
 

@@ -17,7 +17,7 @@ from amtml_fast import backends, cli
 for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["teach.epochs=1", "teachers.1.train.epochs=1", "distill.epochs=2", "compare.seeds=[0,1]", "engine.threads=1"]
 
 

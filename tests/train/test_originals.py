@@ -131,7 +131,7 @@ def figure(value: Tensor) -> str:
 
 
 def test_the_table_of_differences_has_the_figures() -> None:
-    text = (Path(__file__).resolve().parent.parent / "docs" / "method.md").read_text()
+    text = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text()
     table = text.split("## Where we differ from the originals")[1].split("\n## ")[0]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     written = {row[0]: row[-2:] for row in cells[2:] if row[-1]}

@@ -42,7 +42,7 @@ from amtml_fast.train.teachers.fill import stores, use_cache
 from amtml_fast.train.teachers.frozen import Outputs, Teachers
 from amtml_fast.train.teachers.store import CacheError, Storage, Store, locked, no_room
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Display(quiet=True)
 YAML = """
 name: small

@@ -39,7 +39,7 @@ from amtml_fast.train.teachers import frozen
 from amtml_fast.train.teachers.fill import use_cache
 from amtml_fast.train.teachers.frozen import Teachers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUIET = Display(quiet=True)
 YAML = """
 name: small
