@@ -41,7 +41,7 @@ test-zoo:
 	test -x .venv-zoo/bin/python || $(PYTHON) -m venv .venv-zoo
 	.venv-zoo/bin/pip install -q --upgrade "setuptools>=77" ninja numpy torch torchvision timm pytorchcv
 	$(call install_copy,zoo)
-	$(call test_copy,zoo) tests/test_zoo.py $(OPERATORS)
+	$(call test_copy,zoo) tests/train/test_zoo.py $(OPERATORS)
 
 # The oldest torch that the package promises, and the Triton that it brings (5 GB): every Triton kernel compiled, and the
 # operators' tests on the CPU.
@@ -58,7 +58,7 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py --part $(or $(PART),all)
 
 soak: $(INSTALLED)  # trainings killed at random moments, AMTML_SOAK of them, and the other faults
-	AMTML_SOAK=$(or $(AMTML_SOAK),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_faults.py
+	AMTML_SOAK=$(or $(AMTML_SOAK),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_faults.py
 
 fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/test_properties.py

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .backends_table import backends_table
+
 EXTRA = (
     "accelerate",
     "jinja2",
@@ -40,17 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f'amtml-fast: the package {error.name} is missing; pip install "amtml-fast[train]"', file=sys.stderr)
         raise SystemExit(1) from None
-
-
-def backends_table() -> str:
-    """amtml_fast.backends() as aligned text: operator, backend, yes or no, and why not."""
-    from . import backends
-
-    rows = [("operator", "backend", "runs here", "why not")]
-    rows += [(op, backend, "yes" if available else "no", why or "") for op, backend, available, why in backends()]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -19,16 +19,26 @@ from .workloads import Workload
 
 pytest.importorskip("accelerate", reason='the trainer needs "amtml-fast[train]"')
 
-from amtml_fast.train import config as configs
-from amtml_fast.train import data as datasets
-from amtml_fast.train import jobs, loop
-from amtml_fast.train import teachers as frozen
-from amtml_fast.train.compare import load_teachers
-from amtml_fast.train.features import FeatureExtractor
-from amtml_fast.train.metrics import Sums
-from amtml_fast.train.models import build
+from amtml_fast.train.config.schema import (
+    CacheConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from amtml_fast.train.data.images import ImageData, ImageSet, Loader
+from amtml_fast.train.models.features import FeatureExtractor
+from amtml_fast.train.models.networks import build
 from amtml_fast.train.progress import Display
-from amtml_fast.train.run import Run
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import FEATURES, student_job
+from amtml_fast.train.run.metrics import Sums
+from amtml_fast.train.run.prepare import load_teachers, make_accelerator
+from amtml_fast.train.run.trainer import Trainer
+from amtml_fast.train.teachers import frozen
 
 GROUPS = {"low": "stage1", "mid": "stage2", "high": "stage3"}
 
@@ -61,28 +71,25 @@ class Setting:
     def __init__(self, student: int, teachers: tuple[int, ...], batch: int) -> None:
         torch.manual_seed(0)
         images = torch.randint(0, 256, (2 * batch + 8, 3, 32, 32), dtype=torch.uint8)
-        whole = datasets.ImageSet(images, torch.randint(0, 100, (len(images),)))
-        part = datasets.ImageSet(images[:8], whole.labels[:8])
+        whole = ImageSet(images, torch.randint(0, 100, (len(images),)))
+        part = ImageSet(images[:8], whole.labels[:8])
         names = tuple(map(str, range(100)))
-        self.data = datasets.ImageData("random", whole, part, part, names, (0.5,) * 3, (0.25,) * 3).to(DEVICE)
+        self.data = ImageData("random", whole, part, part, names, (0.5,) * 3, (0.25,) * 3).to(DEVICE)
         self.batch, self.depths = batch, teachers
-        self.student = configs.StudentConfig(
-            factory="resnet", args={"depth": student}, features="stage3", groups=GROUPS
-        )
+        self.student = StudentConfig(factory="resnet", args={"depth": student}, features="stage3", groups=GROUPS)
         self.teachers = [
-            configs.TeacherConfig(f"resnet{d}", configs.ModelConfig("resnet", {"depth": d}), hint="stage3")
-            for d in teachers
+            TeacherConfig(f"resnet{d}", ModelConfig("resnet", {"depth": d}), hint="stage3") for d in teachers
         ]
 
-    def config(self, switches: Switches, folder: Path) -> configs.Config:
+    def config(self, switches: Switches, folder: Path) -> Config:
         """One for `amtml-fast distill`, with teachers of random weights in `folder`."""
-        config = configs.Config(
-            data=configs.DataConfig(augment=not switches.cached),
+        config = Config(
+            data=DataConfig(augment=not switches.cached),
             teachers=self.teachers,
             student=self.student,
-            distill=configs.TrainConfig(batch_size=self.batch),
-            engine=configs.EngineConfig(channels_last=switches.channels_last, compile=switches.compile),
-            cache=configs.CacheConfig(teachers="always" if switches.cached else "never"),
+            distill=TrainConfig(batch_size=self.batch),
+            engine=EngineConfig(channels_last=switches.channels_last, compile=switches.compile),
+            cache=CacheConfig(teachers="always" if switches.cached else "never"),
             out=str(folder),
         )
         for depth, teacher in zip(self.depths, self.teachers):
@@ -92,13 +99,13 @@ class Setting:
             save_file(net.state_dict(), path)
         return config
 
-    def trainer(self, switches: Switches, folder: Path) -> loop.Trainer:
+    def trainer(self, switches: Switches, folder: Path) -> Trainer:
         """As `amtml-fast distill` makes it."""
         config, display = self.config(switches, folder), Display(quiet=True)
-        job = jobs.student_job(config, "amtml_kd", 0)
-        accelerator = loop.make_accelerator(config.engine, job.folder)
+        job = student_job(config, "amtml_kd", 0)
+        accelerator = make_accelerator(config.engine, job.folder)
         teachers = load_teachers(config, self.data, [job], display)
-        return loop.Trainer(job, Run(job.folder), accelerator, self.data, teachers, display)
+        return Trainer(job, Run(job.folder), accelerator, self.data, teachers, display)
 
     def trainer_step(
         self, switches: Switches, folder: Path
@@ -122,11 +129,11 @@ class Setting:
 
     def paper_step(self, folder: Path) -> Callable[[], object]:
         teachers = frozen.load(self.config(Switches(), folder), self.data, hints=True)
-        paths = {jobs.FEATURES: "stage3", **GROUPS}
+        paths = {FEATURES: "stage3", **GROUPS}
         student = FeatureExtractor(
             build("resnet", dict(self.student.args), num_classes=100, in_channels=3, weights=None), paths
         ).to(DEVICE)
-        student.probe(next(iter(datasets.Loader(self.data.val, self.data, 2))).images, training=True)
+        student.probe(next(iter(Loader(self.data.val, self.data, 2))).images, training=True)
         widths = {"low": 16, "mid": 32, "high": 64}
         loss = PaperLoss(64, len(self.depths), [(widths[g], c) for g, c in zip(GROUPS, teachers.channels)]).to(DEVICE)
         optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
@@ -143,7 +150,7 @@ class Setting:
                 taught.append(out)
                 hints.append(caught["hint"])
             logits, maps = student(images)
-            value = loss(logits, maps[jobs.FEATURES], [maps[g] for g in GROUPS], labels, taught, hints)
+            value = loss(logits, maps[FEATURES], [maps[g] for g in GROUPS], labels, taught, hints)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()

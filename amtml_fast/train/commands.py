@@ -16,13 +16,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..cli import backends_table
-from .config import Config, ConfigError, changed, load
+from ..backends_table import backends_table
+from .compare.plan import checked
+from .config.fields import RANGE, SEED
+from .config.reading import changed, load
+from .config.schema import Config, ConfigError
+from .config.yaml_text import INT
+from .files import RunError, read_json
 from .progress import Display
-from .run import Run, RunError, read_json
-from .schema import RANGE, SEED
-from .timing import shares
-from .yaml_text import INT
+from .run.folder import Run
+from .run.timing import shares
 
 app = typer.Typer(
     name="amtml-fast",
@@ -66,13 +69,14 @@ def teach(
 ) -> None:
     """Train the teachers; finished ones are skipped."""
     with friendly() as display:
-        settings = load(config, overrides or [])
+        settings = checked(load(config, overrides or []))
         say_one_process(display)
-        from . import compare as work
+        from .run import tasks
+        from .run.prepare import load_data
 
         if not settings.teachers:
             raise ConfigError("config: teachers: at least one teacher wanted, got none")
-        runs = work.teach(settings, work.load_data(settings), display, resume=resume, fresh=fresh)
+        runs = tasks.teach(settings, load_data(settings), display, resume=resume, fresh=fresh)
         for run in runs:
             display.say(f"wrote {run.folder}/model.safetensors, metrics.jsonl and run.json")
 
@@ -94,14 +98,15 @@ def distill(
 ) -> None:
     """Train one student from the trained teachers."""
     with friendly("--resume") as display:
-        settings = load(config, overrides or [])
+        settings = checked(load(config, overrides or []))
         say_one_process(display)
-        from . import compare as work
+        from .run import tasks
+        from .run.prepare import load_data
 
         seed = settings.seed if seed is None else seed
-        run = work.distill(
+        run = tasks.distill(
             settings,
-            work.load_data(settings),
+            load_data(settings),
             method,
             seed,
             display,
@@ -127,14 +132,15 @@ def evaluate(
 ) -> None:
     """Accuracy of a trained student or teacher. CONFIG may be the run's own folder, or that of one beside it."""
     with friendly() as display:
-        settings = load(config, overrides or [])
+        settings = checked(load(config, overrides or []))
         if split not in ("train", "val", "test"):
             raise ConfigError(f"--split: one of train, val, test wanted, got {split!r}")
-        from . import compare as work
+        from .run import tasks
+        from .run.prepare import load_data
 
-        data = work.load_data(settings)
+        data = load_data(settings)
         folder = find_run(config, settings, method, seed, teacher)
-        file, accuracy = work.evaluate(settings, data, folder, split, teacher)
+        file, accuracy = tasks.evaluate(settings, data, folder, split, teacher)
         images = len(getattr(data, split).labels)
         display.say(f"{split} accuracy {100 * accuracy:.2f} % on {images} images of {data.name} ({file})")
 
@@ -146,14 +152,14 @@ def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -
     Finished runs are skipped and killed ones continued: call it again after an interruption.
     """
     with friendly() as display:
-        settings = load(config, overrides or [])
+        settings = checked(load(config, overrides or []))
         say_one_process(display)
-        from . import compare as work
-        from .report import table
+        from .compare import session
+        from .figures import tables
 
-        outcome = work.compare(settings, display, fresh=fresh)
+        outcome = session.compare(settings, display, fresh=fresh)
         title = f"{settings.name}: {settings.distill.epochs} epochs"
-        display.console.print(table(outcome.found.main, outcome.found.teachers, title=title))
+        display.console.print(tables.terminal(outcome.found.main, outcome.found.teachers, title=title))
         display.say(outcome.found.sentence)
         display.say(f"Tables: {settings.folder}/results.md, results.csv, results.json")
         display.say(
@@ -181,7 +187,7 @@ def report(
 ) -> None:
     """One HTML page about finished or unfinished runs: tables, curves, weights on test images, where the time goes."""
     with friendly() as display:
-        from . import page
+        from .report import page
 
         display.say(f"wrote {page.write(runs, out, positions(images), display)}")
 
@@ -195,10 +201,9 @@ def methods(
 ) -> None:
     """The training methods that `distill --method` and compare.methods know, and what each needs."""
     with friendly() as display:
-        from .config import Config
-        from .methods import METHODS, known
+        from .methods.registry import METHODS, known
 
-        settings = Config() if config is None else load(config, overrides or [])
+        settings = Config() if config is None else checked(load(config, overrides or []))
         found = METHODS if config is None else known(settings)
         listing = Table("name", "method", "needs", box=None, pad_edge=False)
         for method in found.values():
@@ -220,7 +225,7 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
     run = Run(Path(source))
     if run.exists():
         record = run.read_record()
-        place = run.folder.parent if record.get("student") else run.folder.parent.parent
+        place = run.folder.parent if record["student"] else run.folder.parent.parent
     else:
         record, place = {}, config.folder
     if teacher is not None:
@@ -267,7 +272,7 @@ def show_result(run: Run, display: Display) -> None:
         f"{record['label']}, seed {record['seed']}: validation {100 * result['val_accuracy']:.2f} %, "
         f"test {100 * result['test_accuracy']:.2f} %"
     )
-    display.say(shares(record.get("step_seconds", {})))
+    display.say(shares(record["step_seconds"]))
 
 
 @contextmanager

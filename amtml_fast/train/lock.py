@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-
-from accelerate import Accelerator
-
-from . import processes
-from .progress import Display
-from .run import RunError
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-NAME = ".lock"
+LOCK_FILE = ".lock"
 
 
 def flock(handle: int) -> bool | None:
@@ -43,7 +36,7 @@ class Lock:
     """The lock of one folder, which is made if it is not there."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.file = folder, folder / NAME
+        self.folder, self.file = folder, folder / LOCK_FILE
         self.handle: int | None = None
 
     def take(self) -> bool | None:
@@ -85,23 +78,3 @@ class Lock:
         self.handle = None
         with suppress(OSError):
             self.folder.rmdir()
-
-
-@contextmanager
-def alone(folder: Path, accelerator: Accelerator, display: Display) -> Iterator[None]:
-    """Until the end of the block no other command writes in the folder. RunError, on every process of this one, where
-    another one does already."""
-    lock = Lock(folder)
-    taken = lock.take() if accelerator.is_main_process else True
-    if processes.anyone(accelerator, taken is False):
-        lock.release()
-        raise RunError(
-            f"{folder}: {lock.holder()} is at work there. Wait until it has ended, or give this one a place of its own with "
-            "name=... or out=..."
-        )
-    if taken is None:
-        display.warn(f"{folder}: no locks on this file system: nothing keeps another process from writing there, too")
-    try:
-        yield
-    finally:
-        lock.release()

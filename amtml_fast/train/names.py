@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+LIBRARIES = ("pytorchcv", "timm")  # factories that may bring weights: models/zoo.py
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
     """The known names nearest to `name`, nearest first, as text for an error message; some of them if none is near."""
     known = list(known)
     return ", ".join(difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:8]) or "(none)"
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean ...?` for the closest of `names`, by the whole dotted key first, by its last part second."""
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if not close:
+        last = {full.rpartition(".")[2]: full for full in names}
+        close = [last[match] for match in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.6)]
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def import_factory(path: str, what: str) -> Callable[..., Any]:
@@ -30,3 +42,8 @@ def import_factory(path: str, what: str) -> Callable[..., Any]:
         near = near_names(attribute, [name for name in vars(module) if callable(getattr(module, name))])
         raise ValueError(f"{what}: {module_name} has no callable {attribute!r}; near names: {near}")
     return factory
+
+
+def pretrained(factory: str, args: Mapping[str, Any]) -> bool:
+    """Whether `factory` makes a net that brings its weights: for another factory than the zoo's, its own matter."""
+    return factory in LIBRARIES and bool(args.get("pretrained"))

@@ -12,9 +12,9 @@ import functools
 import itertools
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import KD, Context, Method, Step, StepLoss, multi_teacher_kd
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
 
 
 def min_norm_weights(gram: Tensor, bound: float = 1.0) -> Tensor:
@@ -56,7 +56,7 @@ def faces(count: int, bound: float, device: torch.device) -> tuple[Tensor, Tenso
     return (table == 1).double(), bound * (table == 2).double()
 
 
-class AgreementKD(nn.Module):
+class AgreementKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.settings = context.loss

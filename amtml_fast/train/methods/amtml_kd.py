@@ -6,15 +6,16 @@ Its ablations and the authors' own settings are the same objective with other va
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
-from ..config import PRESETS, LossConfig
-from .base import Context, Method, Step, StepLoss
+from ..config.presets import paper_code
+from ..config.schema import LossConfig
+from .base import KD, Context, Method, Objective, Step, StepLoss, mixture
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
 
@@ -49,11 +50,13 @@ class Watched(nn.Module):
         return cast(UniformAdapter | TeacherAdapter, self.adapter).regularizer()
 
 
-class AdaptiveKD(nn.Module):
+class AdaptiveKD(Objective):
     """AMTMLLoss with the trainer's calling convention, and what only the trainer's options ask for around it.
 
-    `.adapter` is what the two-stage presets freeze.
+    The two-stage presets freeze its adapter.
     """
+
+    adapter: nn.Module
 
     def __init__(self, context: Context) -> None:
         super().__init__()
@@ -62,6 +65,8 @@ class AdaptiveKD(nn.Module):
         # alpha and this factor make (1 - alpha) CE + kl_scale * alpha * tau^2 KL of Eq 8's (1 - a) CE + a * tau^2 KL.
         self.factor = 1.0 if loss.kl_scale == 1.0 else 1 - loss.alpha + loss.kl_scale * loss.alpha
         adapter = make_adapter(context)
+        # Past nn.Module: the module belongs to `amtml`, and under a second name it would be in the state dict twice.
+        object.__setattr__(self, "adapter", adapter)
         self.amtml = AMTMLLoss(
             adapter if loss.kl_trains_weights else Watched(adapter),
             hint_module(context) if self.groups else None,
@@ -78,11 +83,6 @@ class AdaptiveKD(nn.Module):
             gather_angle="even" if context.processes > 1 else False,  # as the loader makes them
         )
 
-    @property
-    def adapter(self) -> nn.Module:
-        adapter = self.amtml.adapter
-        return adapter.adapter if isinstance(adapter, Watched) else adapter
-
     def forward(self, step: Step) -> StepLoss:
         out = self.amtml(
             step.logits,
@@ -97,13 +97,13 @@ class AdaptiveKD(nn.Module):
         terms["kd"] = self.factor * out.kd
         if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
             weights = self.adapter(step.features) if settings.angle_trains_weights else out.weights
-            mixture = soft_targets(step.teacher_logits, weights, settings.temperature)
+            mixed = mixed_targets(step.teacher_logits, weights, settings.temperature)
             student = step.logits if settings.angle_on == "logits" else (step.logits / settings.temperature).softmax(-1)
             if settings.angle_on == "logits" and settings.angle_weight != 0:
-                angle = angle_loss(student, mixture, delta=settings.delta)
+                angle = angle_loss(student, mixed, delta=settings.delta)
                 loss, terms["angle"] = loss + settings.angle_weight * angle, angle.detach()
             if settings.distance_weight != 0:
-                distance = rkd_distance_loss(student, mixture)
+                distance = rkd_distance_loss(student, mixed)
                 loss, terms["distance"] = loss + settings.distance_weight * distance, distance.detach()
         if settings.adapter_label_weight != 0:
             surprise = self.surprise(step)
@@ -130,10 +130,9 @@ class AdaptiveKD(nn.Module):
         return -(weights.float() * right).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log().mean()
 
 
-def soft_targets(teacher_logits: list[Tensor], weights: Tensor, temperature: float) -> Tensor:
-    """The mixture of Eq 7, [N, C]."""
-    probs = torch.stack([(z.float() / temperature).softmax(-1) for z in teacher_logits], 1)  # [N, T, C]
-    return (weights.float().unsqueeze(-1) * probs).sum(1)
+def mixed_targets(teacher_logits: list[Tensor], weights: Tensor, temperature: float) -> Tensor:
+    """The mixture of the teachers' tempered probabilities, [N, C]."""
+    return mixture(torch.stack([(z.float() / temperature).softmax(-1) for z in teacher_logits], 1), weights.float())
 
 
 def make_adapter(context: Context) -> nn.Module:
@@ -169,14 +168,17 @@ def needs_hints(loss: LossConfig) -> bool:
     return loss.hint_weight != 0.0
 
 
-OTHERS = (  # of other methods
-    "fitnet_weight",
-    "at_weight",
-    "rkd_distance_weight",
-    "rkd_angle_weight",
-    "aekd_gradients",
-    "aekd_bound",
+ADAPTER = (
+    "adapter",
+    "init_scale",
+    "adapter_seed",
+    "pool",
+    "regularizer_weight",
+    "kl_trains_weights",
+    "adapter_label_weight",
 )
+ANGLE = ("angle_weight", "delta", "angle_trains_weights", "angle_on", "distance_weight")
+HINTS = ("hint_weight", "mapping", "normalize_hints", "pool_teacher_hints", "hint_bound", "train_hints")
 METHOD = Method(
     name="amtml_kd",
     label="AMTML-KD",
@@ -185,7 +187,7 @@ METHOD = Method(
     pooled=True,
     hints=needs_hints,
     groups=needs_hints,
-    reads=tuple(key.name for key in fields(LossConfig) if key.name not in OTHERS),
+    reads=(*KD, "reduction", "kl_scale", *ADAPTER, *ANGLE, *HINTS),
     labels=lambda loss: loss.adapter_label_weight != 0.0,
 )
 
@@ -205,5 +207,5 @@ ABLATIONS = (
     ablation("label_weights", "weights from labels", kl_trains_weights=False, adapter_label_weight=1.0),
 )
 PAPER_CODE = replace(
-    METHOD, base=METHOD.name, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=PRESETS["paper_code"]
+    METHOD, base=METHOD.name, name="amtml_paper_code", label="AMTML-KD, authors' code", settings=paper_code
 )

@@ -5,10 +5,10 @@ loss = CE + at_weight * mean (a(v) - a(u))^2, where a(m) is the mean over channe
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .base import BEST, Context, Method, Step, StepLoss, cross_entropy
+from .base import BEST, Context, Method, Objective, Step, StepLoss, cross_entropy
 
 
 def attention(features: Tensor, size: tuple[int, int]) -> Tensor:
@@ -17,7 +17,7 @@ def attention(features: Tensor, size: tuple[int, int]) -> Tensor:
     return F.normalize(energy.flatten(1))
 
 
-class AttentionTransfer(nn.Module):
+class AttentionTransfer(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.settings = context.loss

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
-
-from .base import KD, Context, Method, Step, StepLoss, multi_teacher_kd
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
 
 
-class AverageKD(nn.Module):
+class AverageKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.kd = multi_teacher_kd(context.loss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import MultiTeacherKDLoss
-from ..config import Config, LossConfig
+from ..config.schema import Config, LossConfig
 
 ALL, BEST, NONE = "all", "best", "none"
 KD = ("temperature", "alpha", "mode")  # the keys of Eq 8
@@ -38,6 +38,26 @@ class StepLoss(NamedTuple):
     weights: Tensor | None = None  # [N, T] detached teacher weights, for methods that have them
 
 
+class Objective(nn.Module):
+    """What turns one batch's outputs into a loss, called once a step. Its parameters are trained with the student.
+
+    adapter: the module that gives the teachers their weights, if it learns them. It gets no weight decay, its own rate where
+    `stages` has one, and after `stages.adapter_epochs` it is frozen.
+    peers: further networks that train here, compiled where the student is.
+    """
+
+    adapter: nn.Module | None
+    peers: Iterable[nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not on the class: nn.Module finds its submodules only where Python finds no other attribute of that name.
+        self.adapter, self.peers = None, ()
+
+    def forward(self, step: Step) -> StepLoss:
+        raise NotImplementedError(f"{type(self).__name__}: an objective must say how a step's loss is made")
+
+
 def no_model() -> nn.Module:
     raise RuntimeError("Context.new_student: given by the trainer only")
 
@@ -60,18 +80,20 @@ class Context:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train a student. `build` makes the objective, an nn.Module that is called as objective(Step) -> StepLoss."""
+    """A way to train a student. `build` makes its objective."""
 
     name: str
     label: str  # as printed in tables and figures
-    build: Callable[[Context], nn.Module]
+    build: Callable[[Context], Objective]
     teachers: str = ALL  # ALL of them, the BEST one on the validation split, or NONE
     teacher: str | None = None  # this one alone
     features: bool = False  # the student's last convolutional map, Step.features
     pooled: bool = False  # its features may be [N, d], too
     hints: Callable[[LossConfig], bool] = lambda loss: False  # the teachers' hint maps, Step.teacher_maps
     groups: Callable[[LossConfig], bool] = lambda loss: False  # the maps of the student's layer groups
-    reads: tuple[str, ...] = ()  # the keys of `loss` that it depends on, beside label_smoothing; it is shown no others
+    # The keys of `loss` that it depends on, beside label_smoothing, each by name: it is shown no others, and a new key
+    # of another method leaves its finished runs what they are.
+    reads: tuple[str, ...] = ()
     peers: bool = False  # trains as many peers as there are teachers
     labels: Callable[[LossConfig], bool] = lambda loss: False  # labels decide about the teachers' weights
     base: str = ""  # the method of which this is a variant or an ablation
@@ -101,6 +123,11 @@ class Method:
 
 def cross_entropy(step: Step, loss: LossConfig) -> Tensor:
     return F.cross_entropy(step.logits, step.labels, label_smoothing=loss.label_smoothing)
+
+
+def mixture(probs: Tensor, weights: Tensor) -> Tensor:
+    """Eq 7: probs [N, T, C] weighted by [N, T], [N, C]."""
+    return (probs * weights.unsqueeze(-1)).sum(1)
 
 
 def multi_teacher_kd(loss: LossConfig, mode: str | None = None) -> MultiTeacherKDLoss:

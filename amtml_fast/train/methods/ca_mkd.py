@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ... import MultiGroupHintLoss, hint_loss
-from ..config import LossConfig
-from .base import KD, Context, Method, Step, StepLoss, multi_teacher_kd
+from ..config.schema import LossConfig
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
 
 
 def confidence_weights(teacher_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def has_hints(loss: LossConfig) -> bool:
     return loss.hint_weight != 0.0
 
 
-class ConfidenceKD(nn.Module):
+class ConfidenceKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         loss, count = context.loss, len(context.teacher_names)

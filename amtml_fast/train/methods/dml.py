@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from ... import MultiTeacherKDLoss
-from .base import NONE, Context, Method, Step, StepLoss
+from .base import NONE, Context, Method, Objective, Step, StepLoss
 
 
-class MutualLearning(nn.Module):
+class MutualLearning(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.peers = nn.ModuleList(context.new_student() for _ in range(max(1, context.peers)))

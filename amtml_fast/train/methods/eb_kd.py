@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .base import KD, Context, Method, Step, StepLoss, multi_teacher_kd
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
 
 
 def entropy_weights(teacher_logits: Sequence[Tensor]) -> Tensor:
@@ -21,7 +21,7 @@ def entropy_weights(teacher_logits: Sequence[Tensor]) -> Tensor:
     return torch.where((total > 0) & (count > 1), weights, 1 / count)
 
 
-class EntropyKD(nn.Module):
+class EntropyKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.kd = multi_teacher_kd(context.loss)

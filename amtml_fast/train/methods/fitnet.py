@@ -5,13 +5,11 @@ loss = CE + fitnet_weight * mean (u - F(v))^2
 
 from __future__ import annotations
 
-from torch import nn
-
 from ... import MultiGroupHintLoss
-from .base import BEST, Context, Method, Step, StepLoss, cross_entropy
+from .base import BEST, Context, Method, Objective, Step, StepLoss, cross_entropy
 
 
-class FitNet(nn.Module):
+class FitNet(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.settings = context.loss

@@ -5,13 +5,11 @@ loss = CE + rkd_distance_weight * L_distance + rkd_angle_weight * L_angle (Eq 10
 
 from __future__ import annotations
 
-from torch import nn
-
 from ... import AngleLoss, RKDDistanceLoss
-from .base import BEST, Context, Method, Step, StepLoss, cross_entropy
+from .base import BEST, Context, Method, Objective, Step, StepLoss, cross_entropy
 
 
-class RelationalKD(nn.Module):
+class RelationalKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.settings = context.loss

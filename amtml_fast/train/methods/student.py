@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from .base import NONE, Context, Method, Step, StepLoss, cross_entropy
+from .base import NONE, Context, Method, Objective, Step, StepLoss, cross_entropy
 
 
-class CrossEntropy(nn.Module):
+class CrossEntropy(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.settings = context.loss

@@ -1,0 +1,1 @@
+"""Comparisons: many trainings, side by side, and what their results say."""

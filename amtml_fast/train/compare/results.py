@@ -1,0 +1,301 @@
+"""What finished runs say: the rows of a comparison from their folders, its tables, and its pictures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from ..config.schema import Config, to_dict
+from ..data.images import ImageData
+from ..figures import charts, curves, significance, tables
+from ..figures.markdown import escaped, paragraph, render
+from ..figures.tables import Blocks, Network, Row
+from ..files import RunError, read_json, write_atomic
+from ..methods.registry import OKD
+from ..models.evaluate import accuracy
+from ..run.folder import Run
+from ..run.job import Job
+from ..run.versions import versions
+from ..teachers.frozen import Teachers
+from .answers import GALLERY, contested, has_adapter, soft_targets, teacher_logits, weights_and_logits
+
+RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
+ADAPTERS = 5  # methods in the picture of the teacher weights
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method, student network and number of teachers: one a seed, in the order of the seeds."""
+
+    method: str
+    label: str
+    student: str
+    teachers: int | None  # how many it learns from; None: from none
+    single: bool  # learns from one teacher that its name says
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A comparison's numbers: `rows` of every method x student x number of teachers, `main` of the plain case."""
+
+    rows: list[Row]
+    main: list[Row]  # the configuration's student, learning from the most teachers compared
+    teachers: list[Row]
+    missing: list[str]  # titles of runs that diverged; their methods are in no table
+    sentence: str
+    runs: dict[str, list[Run]]  # by the labels of `main`, a run a seed
+    paired: bool = True  # all rows are over the same seeds
+
+
+def collect(config: Config, jobs: Sequence[Job], teachers: Teachers | None, data: ImageData) -> Found:
+    """Reads every finished run of the comparison."""
+    groups: dict[tuple[str, int | None, str], Group] = {}
+    for job in jobs:
+        number, method = len(job.teachers) if job.method.needs_teachers or job.method.peers else None, job.method
+        new = Group(method.name, method.label, job.student, number, method.teacher is not None, [])
+        groups.setdefault((job.student, number, method.name), new).runs.append(Run(job.folder))
+    missing = [job.title for job in jobs if not Run(job.folder).finished()]
+    whole = [group for group in groups.values() if all(run.finished() for run in group.runs)]
+    if not whole:
+        raise RunError(f"{config.name}: no method finished on every seed; diverged: {', '.join(missing)}")
+    rows = [teacher_row(config, i, teachers, data) for i in range(len(config.teachers))]
+    found = summary(config, whole, rows)
+    if not missing:
+        return found
+    left_out = f" Left out, for their loss became no number: {', '.join(missing)}."
+    return replace(found, missing=missing, sentence=found.sentence + left_out)
+
+
+def summary(config: Config, groups: Sequence[Group], teachers: list[Row], *, paired: bool = True) -> Found:
+    """What these groups of finished runs and these teachers say. paired: all are over the same seeds."""
+    rows, main, runs = [], [], dict[str, list[Run]]()
+    for group in groups:
+        line = row(group.method, group.label, group.runs, config.compare.split)
+        line = replace(line, student=group.student, teachers=group.teachers)
+        rows.append(line)
+        if is_plain(config, group):
+            main.append(line)
+            runs[line.label] = group.runs
+    sentence = finding(main or rows) if paired else highest(main or rows)
+    return Found(rows, main, teachers, [], sentence, runs, paired)
+
+
+def is_plain(config: Config, group: Group) -> bool:
+    """Whether the group is of the configuration's student, learning from the most teachers compared or from one by name."""
+    return group.student == config.student.name and (group.teachers in (most(config), None) or group.single)
+
+
+def most(config: Config) -> int:
+    """The largest number of teachers in the comparison."""
+    return max(config.compare.teachers or [len(config.teachers)])
+
+
+def row(method: str, label: str, runs: list[Run], split: str) -> Row:
+    """A line of the table from finished runs, in the order of the seeds."""
+    records = [run.read_record() for run in runs]
+    peaks = [record["peak_memory"] for record in records if record["peak_memory"]]
+    return Row(
+        method=method,
+        label=label,
+        parameters=records[0]["parameters"],
+        accuracies=[read_json(run.result)[RESULTS[split]] for run in runs],
+        seconds_per_epoch=fmean(epoch["seconds"] for run in runs for epoch in run.read_metrics()),
+        peak_memory=min(peaks, default=None),
+        split=split,
+    )
+
+
+def teacher_row(config: Config, i: int, teachers: Teachers | None, data: ImageData) -> Row:
+    """A teacher's line: from its run, or measured now where it brought its weights."""
+    teacher = config.teachers[i]
+    if not teacher.model.brings_weights:
+        run = Run(config.folder / "teachers" / teacher.name)
+        return row(teacher.name, teacher.name, [run], config.compare.split)
+    assert teachers is not None
+    split = config.compare.split
+    score = accuracy(teachers.models[i], data.test, data) if split == "test" else teachers.scores[i]
+    return Row(teacher.name, teacher.name, teachers.parameters[i], [score], split=split)
+
+
+def finding(rows: Sequence[Row]) -> str:
+    """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, the best other one and the student alone."""
+    if len(rows) == 1:
+        return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the {rows[0].split} set."
+    main, rest = ours_and_others(rows)
+    others = {row.method: row for row in rest}
+    best = max(rest, key=lambda row: row.mean)
+    wanted = [others.get("avg_mkd", best), best, others.get("student", best)]
+    parts = [significance.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
+    return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
+
+
+def highest(rows: Sequence[Row]) -> str:
+    """The same for rows over different seeds, which no paired test can compare."""
+    best = max(rows, key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
+    others = "their seeds differ, so nothing is tested"
+    return (
+        f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
+    )
+
+
+def ours_and_others(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
+    """The row that the others are compared with: AMTML-KD's, or else the last one."""
+    main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
+    return main, [row for row in rows if row is not main]
+
+
+def markdown(config: Config, found: Found) -> str:
+    """All tables as Markdown."""
+    return "\n".join(f"## {title}\n\n{render(blocks)}" for title, blocks in sections(config, found).items())
+
+
+def sections(config: Config, found: Found) -> dict[str, Blocks]:
+    """The tables by their titles; those left out that would have nothing to compare."""
+    networks = [Network(row.label, "teacher", row.parameters, row.mean) for row in found.teachers]
+    sizes = {row.student: row.parameters for row in found.rows}
+    alone = {row.student: row.mean for row in found.rows if row.method == "student"}
+    networks += [Network(name, "student", size, alone.get(name)) for name, size in sizes.items()]
+    named = config.loss.mapping == "best_high" and config.loss.hint_weight != 0  # what the names of by_mapping say
+    by_number = [row for row in found.rows if row.student == config.student.name and not is_okd(row)] + okd_means(
+        config, found
+    )
+    found_tables: dict[str, Blocks] = {
+        "Accuracy": tables.comparison(found.main, found.teachers),
+        "Paired tests": significance.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else [],
+        "Networks": tables.networks(networks, config.compare.split),
+        "Number of teachers": tables.by_teachers(by_number),
+        "Students": tables.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
+        "Mapping of teachers to layer groups": tables.by_mapping(found.main) if named else [],
+    }
+    return {title: blocks for title, blocks in found_tables.items() if blocks}
+
+
+def is_okd(row: Row) -> bool:
+    return row.method.startswith(f"{OKD}-")
+
+
+def okd_means(config: Config, found: Found) -> list[Row]:
+    """For each number n of teachers, OKD's mean over the first n of them, seed by seed."""
+    names = [f"{OKD}-{teacher.name}" for teacher in config.teachers]
+    single = {row.method: row for row in found.main if is_okd(row)}
+    rows = []
+    for number in config.compare.teachers or [len(names)]:
+        if set(names[:number]) <= set(single):
+            accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
+            parameters = single[names[0]].parameters
+            rows.append(
+                Row(
+                    OKD, "OKD (mean)", parameters, accuracies,
+                    student=config.student.name, teachers=number, split=config.compare.split,
+                )
+            )  # fmt: skip
+    return rows
+
+
+def paired_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """For JSON: ours less each other method of the plain case, fractions."""
+    if not rows:
+        return []
+    main, others = ours_and_others(rows)
+    tests = {other.method: significance.paired_difference(main, other)._asdict() for other in others}
+    for test in tests.values():
+        del test["t"]  # infinite where every seed differs by the same: no JSON
+    return [{"method": main.method, "less": less, **test} for less, test in tests.items()]
+
+
+def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
+    """results.json, results.csv and results.md in the comparison's folder, each written before the next is made."""
+    whole: dict[str, Any] = {
+        "name": config.name,
+        "finding": found.sentence,
+        "rows": tables.records(found.rows, found.teachers),
+        "paired_tests": paired_records(found.main),
+        "epochs": config.distill.epochs,
+        "seeds": config.compare.seeds,
+        "seconds": seconds,
+        "versions": versions(),
+        "config": to_dict(config),
+    }
+    title = f"# {escaped(config.name)}: {config.distill.epochs} epochs, seeds {', '.join(map(str, config.compare.seeds))}\n\n"
+    contents = {
+        "results.json": lambda: json.dumps(whole, indent=2) + "\n",
+        "results.csv": lambda: tables.csv(found.rows, found.teachers),
+        "results.md": lambda: f"{title}{paragraph(found.sentence)}\n\n{markdown(config, found)}",
+    }
+    for name, text in contents.items():
+        write_atomic(config.folder / name, text().encode())
+    return [config.folder / name for name in contents]
+
+
+class Pictures:
+    """PNG files drawn into a folder. One that cannot be drawn is left out and said, for what was trained is worth more."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files, self.failed = folder, list[Path](), dict[str, str]()
+
+    def draw(self, name: str, draw: Callable[[Path], None]) -> None:
+        path = self.folder / f"{name}.png"
+        try:
+            path.unlink(missing_ok=True)  # one of an earlier comparison would pass for this one's
+            draw(path)
+        except Exception as error:
+            if os.environ.get("AMTML_DEBUG"):
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            self.failed[name] = f"{type(error).__name__}: {reason}"
+        else:
+            self.files.append(path)
+
+
+def write_figures(
+    config: Config, found: Found, jobs: Sequence[Job], teachers: Teachers | None, data: ImageData
+) -> Pictures:
+    """The pictures; those of single images come from the first seed of the first method that has an adapter."""
+    out = Pictures(config.folder / "figures")
+    histories = {label: [run.read_metrics() for run in runs] for label, runs in found.runs.items()}
+    out.draw("curves", lambda path: curves.curves(histories, path))
+    if len(found.main) > 1:
+        out.draw("accuracies", lambda path: charts.accuracies(found.main, path))
+    numbers = [row for row in found.rows if row.student == config.student.name and not is_okd(row)]
+    if any(len({row.teachers for row in numbers if row.method == name}) > 1 for name in {r.method for r in numbers}):
+        several = [*numbers, *okd_means(config, found)]
+        out.draw("number_of_teachers", lambda path: charts.number_of_teachers(several, path))
+    weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
+    if teachers is None or not weighted:
+        return out
+    adapters = [label for label in weighted if has_adapter(found.runs[label][0])]
+    asked = teachers.only(teachers.names[: most(config)], hints=bool(teachers.channels))
+    first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
+    out.draw("entropy", lambda path: curves.entropy({label: weighted[label] for label in first}, path, asked.names))
+    if not adapters:
+        return out
+    adapted = next(job for job in jobs if job.folder == found.runs[adapters[0]][0].folder)
+
+    @functools.cache
+    def examples() -> tuple[Any, ...]:
+        """Images on which the teachers disagree, the class names, the soft targets, the weights and the labels."""
+        probs = soft_targets(teacher_logits(asked, data.val, data), adapted.config.loss.temperature)
+        chosen = contested(probs, data.val.labels)[:GALLERY]
+        weights = weights_and_logits(adapted, asked, data.val, data)[0][chosen]
+        images, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
+        return images, list(data.classes), probs[chosen].numpy(), weights.numpy(), labels
+
+    def one_image(path: Path) -> None:
+        images, names, probs, weights, labels = examples()
+        curves.soft_targets(images[0], names, probs[0], weights[0], labels[0], path, asked.names)
+
+    def several_images(path: Path) -> None:
+        images, names, probs, weights, labels = examples()
+        curves.weights_gallery(images, names, probs, weights, labels, path, asked.names)
+
+    out.draw("soft_targets", one_image)
+    out.draw("weights_gallery", several_images)
+    return out

@@ -1,0 +1,124 @@
+"""What types do not say about a configuration's values: choices, ranges, and what does not go together."""
+
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from . import fields
+from .messages import bad_choice, errors
+from .presets import PRESETS
+from .schema import Config, ConfigError, ModelConfig, TeacherConfig, TrainConfig
+
+CHOICES = {
+    "preset": tuple(PRESETS),
+    "loss.mode": ("mixture", "sum"),
+    "loss.pool": ("max", "avg"),
+    "loss.reduction": ("batchmean", "mean"),
+    "loss.adapter": ("learned", "uniform"),
+    "loss.angle_on": ("probabilities", "logits"),
+    "loss.aekd_gradients": ("mean", "rows"),
+    "compare.split": ("test", "validation"),
+    "engine.mixed_precision": ("no", "fp16", "bf16"),
+    "engine.device": ("auto", "cpu"),
+    "cache.teachers": ("auto", "always", "never"),
+    "cache.hints": ("float32", "float16", "never"),
+}
+MAPPINGS = ("best_high", "best_low", "random")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("onecycle", "step", "cosine", "constant")
+
+
+def check_values(config: Config) -> None:
+    if out := fields.out_of_range(config):
+        raise ConfigError(f"config: {out}")
+    for key, choices in CHOICES.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value not in choices:
+            raise ConfigError(bad_choice(key, value, choices))
+    _check_place(config.name)
+    if not isinstance(config.loss.mapping, Mapping) and config.loss.mapping not in MAPPINGS:
+        raise ConfigError(bad_choice("loss.mapping", config.loss.mapping, MAPPINGS) + " (or teacher: group pairs)")
+    logits = config.cache.logits
+    if logits not in ("float32", "float16") and not (type(logits) is int and logits >= 1):
+        raise ConfigError(f"config: cache.logits: float32, float16 or a number k of 1 or more wanted, got {logits!r}")
+    if config.data.views is not None and not config.data.augment:
+        raise ConfigError(f"config: data.views must be null with data.augment=false, got {config.data.views}")
+    if config.cache.teachers == "always" and config.data.augment and config.data.views is None:
+        raise ConfigError(
+            "config: cache.teachers=always: data.views (a number of fixed versions of each image) or data.augment=false "
+            "wanted, got images that are drawn anew every epoch"
+        )
+    _check_train("teach", config.teach)
+    _check_train("distill", config.distill)
+    check_names("teachers.name", [teacher.name for teacher in config.teachers])
+    for teacher in config.teachers:
+        _check_train(f"teachers.{teacher.name}.train", teacher_train(config, teacher))
+        _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
+    loss = config.loss
+    if loss.adapter == "learned" and not loss.kl_trains_weights:
+        if loss.adapter_label_weight == 0.0:
+            raise ConfigError(
+                "config: loss.adapter_label_weight: above 0 wanted where kl_trains_weights=false, got 0.0"
+            )
+        if loss.angle_trains_weights:
+            raise ConfigError(
+                "config: loss.angle_trains_weights: false wanted where kl_trains_weights=false, got true: the weights would "
+                "be fixed for the angle loss, too"
+            )
+    engine = config.engine
+    if engine.cuda_graphs and not engine.compile:
+        raise ConfigError("config: engine.cuda_graphs: engine.compile=true wanted beside it, got false")
+    if engine.fsdp and engine.mixed_precision == "fp16":
+        raise ConfigError("config: engine.mixed_precision: no or bf16 wanted with engine.fsdp=true, got fp16")
+
+
+def _check_place(name: str) -> None:
+    """That runs of this name lie in `out`."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
+        raise ConfigError(f"config: name must be a folder's name, below out, got {name!r}")
+
+
+def check_names(key: str, names: list[str]) -> None:
+    """That these can be parts of folders' names, each of its own."""
+    for name in names:
+        if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
+            raise ConfigError(f"config: {key} must be unique names of letters, digits, ., - and _, got {names}")
+
+
+def _check_statistics(where: str, model: ModelConfig) -> None:
+    """A teacher's own mean and std, which only make sense beside weights that were trained elsewhere."""
+    if model.mean is None and model.std is None:
+        return
+    if not model.mean or not model.std or len(model.mean) != len(model.std):
+        raise ConfigError(
+            f"config: {where}: mean and std of equal length wanted, got mean={model.mean}, std={model.std}"
+        )
+    if not model.brings_weights:
+        raise ConfigError(
+            f"config: {where}.mean: weights from elsewhere wanted beside it (weights, or a pretrained net), got none: "
+            "what teach trains sees images normalised by the data's own mean and std"
+        )
+
+
+def _check_train(where: str, train: TrainConfig) -> None:
+    if train.optimizer not in OPTIMIZERS:
+        raise ConfigError(bad_choice(f"{where}.optimizer", train.optimizer, OPTIMIZERS))
+    if train.schedule not in SCHEDULES:
+        raise ConfigError(bad_choice(f"{where}.schedule", train.schedule, SCHEDULES))
+    if out := fields.out_of_range(train, where):
+        raise ConfigError(f"config: {out}")
+
+
+def teacher_train(config: Config, teacher: TeacherConfig) -> TrainConfig:
+    """`teach` with this teacher's own `train` keys over it."""
+    where = f"teachers.{teacher.name}.train"
+    with errors(TrainConfig, where):
+        merged = OmegaConf.merge(OmegaConf.structured(config.teach), teacher.train)
+        return typing.cast(TrainConfig, OmegaConf.to_object(merged))

@@ -1,0 +1,149 @@
+"""Configurations from YAML files and `key=value` overrides, and back to YAML.
+
+`load` checks every key against the classes of schema.py: an unknown key, an ill-typed value or an unknown choice is a
+`ConfigError` that names the key, the nearest valid one and what was wanted.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..names import nearest
+from . import fields, yaml_text
+from .checks import check_values
+from .messages import bad_choice, errors
+from .presets import PRESETS
+from .schema import Config, ConfigError, File
+
+CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
+
+
+def packaged() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+
+
+def find(source: str | Path) -> Path:
+    """The YAML file that `source` means: a file, a run folder holding config.yaml, or a packaged name."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if str(source) in packaged():
+        return CONFIG_FOLDER / f"{source}.yaml"
+    raise ConfigError(
+        f"config: {str(source)!r} is neither a YAML file, nor a run folder with a config.yaml, "
+        f"nor a packaged name ({', '.join(packaged())}){nearest(str(source), packaged())}"
+    )
+
+
+def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in `source` (file, run folder or packaged name) with `key=value` overrides applied."""
+    path, overrides = find(source), list(overrides)
+    written = _read(path)
+    plain = _merge({}, written, overrides, str(path))
+    if plain.preset not in PRESETS:
+        raise ConfigError(bad_choice("preset", plain.preset, tuple(PRESETS)))
+    config = _merge(PRESETS[plain.preset](plain), written, overrides, str(path))
+    _expand(config)
+    check_values(config)
+    return config
+
+
+def parse(written: Mapping[str, Any], source: str) -> Config:
+    """The configuration that `to_dict` made a mapping of; `source` is named in errors."""
+    config = _merge({}, written, [], source)
+    _expand(config)
+    check_values(config)
+    return config
+
+
+def _read(path: Path, inner: tuple[Path, ...] = ()) -> Any:
+    """What a file says, over what the file that its `base` names says."""
+    if path in inner:
+        raise ConfigError(f"config: base: files that name each other: {' -> '.join(map(str, (*inner, path)))}")
+    try:
+        with errors(Config, "", str(path)):
+            found = yaml_text.read(path.read_text(encoding="utf-8"), File)
+            if not isinstance(found, dict | types.NoneType):
+                raise ConfigError(f"config: {path} must hold a mapping of keys, got {type(found).__name__}")
+            written = OmegaConf.create(found or {})
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        raise ConfigError(f"config: {path} is not readable YAML: {error}") from None
+    if "base" not in written:
+        return written
+    base = str(written.pop("base"))
+    beside = path.parent / base
+    return OmegaConf.merge(_read(beside if beside.is_file() else find(base), (*inner, path)), written)
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `load` reads back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed(config: Config, settings: Mapping[str, Any], source: str) -> Config:
+    """The configuration with a method's own values in it, checked like a file; `source` is named in errors."""
+    with errors(Config, "", source):
+        merged = OmegaConf.merge(OmegaConf.structured(config), dict(settings))
+        if isinstance(mapping := settings.get("loss", {}).get("mapping"), Mapping):
+            OmegaConf.update(merged, "loss.mapping", dict(mapping), merge=False)
+        result = typing.cast(Config, OmegaConf.to_object(merged))
+    check_values(result)
+    return result
+
+
+def _make_sections(merged: Any, key: str) -> None:
+    """Those on the way to a dotted key that are not there yet (a new variant): OmegaConf would make plain mappings."""
+    parts = key.split(".")
+    for place in (".".join(parts[: n + 1]) for n in range(len(parts))):
+        hint = fields.hint_at(Config, place)
+        if dataclasses.is_dataclass(hint) and OmegaConf.select(merged, place) is None:
+            OmegaConf.update(merged, place, OmegaConf.structured(hint))
+
+
+def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: str) -> Config:
+    with errors(Config, "", source):
+        merged = OmegaConf.merge(OmegaConf.structured(Config), preset, written)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"config: an override is key=value, got {override!r}")
+        with errors(Config, "", f"the override {override!r}"):
+            try:
+                # A mapping of free keys (args, groups) is replaced whole; a section (distill={...}) is merged into.
+                hint, free = (fields.hint_at(Config, key.strip(), free=free) for free in (False, True))
+                new = yaml_text.value(value, free, key.strip())
+                if isinstance(new, list) and dataclasses.is_dataclass(fields.inner(hint)):
+                    new = [OmegaConf.merge(OmegaConf.structured(fields.inner(hint)), item) for item in new]
+                section = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+                if isinstance(new, dict) and dataclasses.is_dataclass(section):
+                    new = {name: OmegaConf.merge(OmegaConf.structured(section), one) for name, one in new.items()}
+                _make_sections(merged, key.strip())
+                OmegaConf.update(merged, key.strip(), new, merge=dataclasses.is_dataclass(hint))
+            except (IndexError, TypeError, ValueError) as error:
+                if isinstance(error, (OmegaConfBaseException, yaml_text.Ambiguous)):
+                    raise
+                raise ConfigError(f"config: {key}: {error} (in the override {override!r})") from None
+    with errors(Config, "", source):
+        return typing.cast(Config, OmegaConf.to_object(merged))
+
+
+def _expand(config: Config) -> None:
+    """Puts the home folder in place of ~ in every path."""
+    for key, value, section, one in fields.leaves(config):
+        if value is not None and fields.HOME in one.metadata and value.startswith("~"):
+            try:
+                setattr(section, one.name, str(Path(value).expanduser()))
+            except RuntimeError:
+                raise ConfigError(
+                    f"config: {key} must be a path, with the home folder of a known user for ~, got {value!r}"
+                ) from None

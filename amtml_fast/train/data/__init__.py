@@ -1,0 +1,1 @@
+"""Data sets: readers of their files, and batches of images on the device."""

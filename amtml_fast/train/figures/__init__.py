@@ -1,0 +1,1 @@
+"""Tables and pictures. Pure: numbers in, text or PNG out."""

@@ -1,0 +1,1 @@
+"""Networks: how they are made, what is caught inside them, how they are compiled and measured."""

@@ -1,0 +1,236 @@
+"""What is on disk about some runs, read as it is: nothing is trained, and no configuration has to equal today's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from ..compare import results
+from ..compare.plan import checked, plan
+from ..compare.results import Found, Group
+from ..config.reading import load, packaged, parse
+from ..config.schema import Config, ConfigError, to_dict
+from ..figures.tables import Row
+from ..files import RunError, differences, read_json
+from ..methods.registry import OKD, known
+from ..run.folder import Run
+from ..run.job import Job, one_job
+
+WHERE = ("out", "name")  # keys of a configuration that say where a run is, not what
+
+
+@dataclass
+class Gathered:
+    """Runs of one comparison, or single ones. `groups` are all of them, `complete` what tables can be made of."""
+
+    name: str
+    config: Config
+    comparison: bool
+    groups: list[Group]
+    complete: list[Group] = field(default_factory=list)
+    found: Found | None = None  # None: no run has finished
+    unfinished: list[Run] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)  # runs in the comparison's folder that are not part of it
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for group in self.groups for run in group.runs]
+
+    def shown(self) -> dict[str, list[Run]]:
+        """The runs of the curves by a name of their own: of the plain case if there is one, unfinished ones too."""
+        plain = [group for group in self.groups if results.is_plain(self.config, group)]
+        groups = plain if self.comparison and plain else self.groups
+        several = {group.label for group in groups if [each.label for each in groups].count(group.label) > 1}
+        names: dict[str, list[Run]] = {}
+        for group in groups:
+            parts = [group.label]
+            if group.label in several:
+                parts += [group.student] if group.student else []
+                parts += [f"{group.teachers} teachers"] if group.teachers else []
+            names[", ".join(parts)] = group.runs
+        return names
+
+
+def gather(sources: Sequence[Path]) -> Gathered:
+    """A comparison's folder, or run folders. RunError for a folder that is neither."""
+    for source in sources:
+        if not Run(source).exists() and (
+            len(sources) > 1 or not (runs_in(source) or (source / "results.json").is_file())
+        ):
+            several = " (several at once must each be a run)" if len(sources) > 1 else ""
+            raise RunError(
+                f"report: {source}: no run here; looked for run.json, as a run has it, "
+                f"and for folders with one, as a comparison has them{several}"
+            )
+    if len(sources) == 1 and not Run(sources[0]).exists():
+        return comparison(sources[0])
+    runs = [Run(source.resolve()) for source in dict.fromkeys(sources)]
+    config = config_of(runs[0])
+    groups = grouped(runs, config)
+    places = sorted({group.runs[0].folder.parent.name for group in groups})
+    if len(places) > 1:
+        groups = [replace(group, label=f"{group.label} ({group.runs[0].folder.parent.name})") for group in groups]
+    name = runs[0].folder.name if len(runs) == 1 else " and ".join(places)
+    return completed(Gathered(name, config, False, groups), ended=False)
+
+
+def comparison(folder: Path) -> Gathered:
+    """The runs that results.json says belong to the comparison; until it is there, those that are planned."""
+    folder = folder.resolve()
+    ended = (folder / "results.json").is_file()
+    runs, notes = runs_in(folder), list[str]()
+    if ended:
+        config = checked(parse(read_json(folder / "results.json")["config"], str(folder / "results.json")))
+        config = replace(config, out=str(folder.parent), name=folder.name)
+    else:
+        config = config_of(runs[0])
+    planned = runs
+    try:
+        planned = [Run(job.folder) for job in plan(config)]
+    except ConfigError as error:
+        notes.append(f"No comparison is planned here ({error}); every run in the folder is shown.")
+    there = [run for run in planned if run.exists()]
+    others = [run.folder.name for run in runs if run.folder not in {run.folder for run in planned}]
+    if not there:
+        there, others = runs, []
+    waiting = [run.folder.name for run in planned if not run.exists()]
+    if waiting:
+        notes.append(f"Planned, but not there: {', '.join(waiting)}.")
+    return completed(Gathered(folder.name, config, True, grouped(there, config), others=others, notes=notes), ended)
+
+
+def runs_in(folder: Path) -> list[Run]:
+    return [Run(path.parent.resolve()) for path in sorted(folder.glob("*/run.json"))]
+
+
+def config_of(run: Run) -> Config:
+    """config.yaml with the place where the run is now. ConfigError where there is none."""
+    if not run.config.is_file():
+        raise ConfigError(f"config: there is no {run.config.name} in {run.folder.name}")
+    config = checked(load(run.config))
+    base = run.folder.parent if run.read_record()["student"] else run.folder.parent.parent
+    if not run.read_record()["student"] or (base / "teachers").is_dir() or not config.folder.is_dir():
+        config = replace(config, out=str(base.parent), name=base.name)
+    return config
+
+
+def job_of(run: Run) -> Job:
+    """What the run trained. ConfigError where its configuration cannot be read."""
+    record = run.read_record()
+    number = None if record["method"].startswith(f"{OKD}-") else teachers_of(record)
+    job = one_job(config_of(run), record["method"], record["seed"], record["student"], number)
+    return replace(job, folder=run.folder)
+
+
+def teachers_of(record: dict[str, Any]) -> int | None:
+    """How many teachers, or peers in their place, the run learned from; None: from none."""
+    recipe = record["recipe"]
+    return len(recipe["teachers"]) if recipe.get("teachers") else recipe.get("peers") or None
+
+
+def grouped(runs: Sequence[Run], config: Config) -> list[Group]:
+    """The runs by comparison, student, number of teachers and method, each group in the order of its seeds."""
+    single = {name for name, method in known(config).items() if method.teacher is not None}
+    groups: dict[tuple[Any, ...], Group] = {}
+    for run in sorted(runs, key=seed):
+        record = run.read_record()
+        method, student, number = record["method"], record["student"], teachers_of(record)
+        label = record["label"] if student else f"teacher {run.folder.name}"
+        alone = method in single or method.startswith(f"{OKD}-")
+        key = (run.folder.parent, student, number, method if student else label)
+        groups.setdefault(key, Group(method, label, student, number, alone, [])).runs.append(run)
+    first = {run.folder: i for i, run in enumerate(runs)}  # methods in the order in which they were given
+    return sorted(groups.values(), key=lambda group: min(first[run.folder] for run in group.runs))
+
+
+def completed(gathered: Gathered, ended: bool) -> Gathered:
+    """Adds what tables can be made of. A comparison that has ended leaves out what did not finish on every seed; of one
+    under way, and of single runs, the seeds count that all have finished, or else each its own, without paired tests."""
+    groups = gathered.groups
+    gathered.unfinished = [run for run in gathered.runs if not run.finished()]
+    done = [replace(group, runs=[run for run in group.runs if run.finished()]) for group in groups]
+    if ended:
+        complete = [group for group, whole in zip(done, groups, strict=True) if len(group.runs) == len(whole.runs)]
+    else:
+        common = set.intersection(*(seeds(group) for group in done)) if done else set()
+        complete = [replace(g, runs=[r for r in g.runs if seed(r) in common]) for g in done] if common else done
+        left_out = sorted({seed(run) for group in done for run in group.runs} - common)
+        if common and left_out:
+            gathered.notes.append(
+                f"Tables are over the seeds that all methods have finished; seed {', '.join(map(str, left_out))} is left out."
+            )
+    gathered.complete = [group for group in complete if group.runs]
+    paired = len({frozenset(seeds(group)) for group in gathered.complete}) <= 1
+    if gathered.complete:
+        rows = teacher_rows(gathered.config) if gathered.comparison else []
+        found = results.summary(gathered.config, gathered.complete, rows, paired=paired)
+        # Single runs are all there is to compare: none of them is aside from a plain case.
+        gathered.found = found if gathered.comparison else replace(found, main=found.rows)
+    return gathered
+
+
+def seed(run: Run) -> int:
+    return int(run.read_record()["seed"])
+
+
+def seeds(group: Group) -> set[int]:
+    return {seed(run) for run in group.runs}
+
+
+def teacher_rows(config: Config) -> list[Row]:
+    """The teachers' lines: from results.json, which also has those that brought their weights, or else from their runs."""
+    file = config.folder / "results.json"
+    if file.is_file():
+        names = {one.name for one in dataclasses.fields(Row)}
+        records = [record for record in read_json(file).get("rows", []) if record.get("role") == "teacher"]
+        return [Row(**{key: value for key, value in record.items() if key in names}) for record in records]
+    runs = {teacher.name: Run(config.folder / "teachers" / teacher.name) for teacher in config.teachers}
+    return [results.row(name, name, [run], config.compare.split) for name, run in runs.items() if run.finished()]
+
+
+def shown_config(config: Config) -> str:
+    """The configuration as YAML, without the place on the machine that ran it."""
+    return OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in to_dict(config).items() if k != "out"}))
+
+
+def command(gathered: Gathered) -> tuple[str, bool]:
+    """What to type to get it again, and whether it needs the configuration saved as a file first."""
+    config = gathered.config
+    words = overrides_of(config)
+    source = words or [f"{config.name}.yaml"]
+    if gathered.comparison:
+        return shlex.join(["amtml-fast", "compare", *source]), not words
+    record = gathered.runs[0].read_record()
+    if not record["student"]:
+        return shlex.join(["amtml-fast", "teach", *source]), not words
+    options = ["--method", record["method"], "--seed", str(record["seed"])]
+    options += ["--student", record["student"]] if record["student"] != config.student.name else []
+    number = teachers_of(record)
+    options += ["--teachers", str(number)] if number and number < len(config.teachers) and number > 1 else []
+    return shlex.join(["amtml-fast", "distill", *source, *options]), not words
+
+
+def overrides_of(config: Config) -> list[str]:
+    """A packaged configuration's name and the overrides that make it this one; [] where six do not."""
+    if config.name not in packaged():
+        return []
+
+    def what(one: Config) -> dict[str, Any]:
+        return {key: value for key, value in to_dict(one).items() if key not in WHERE}
+
+    changes = differences(what(load(config.name)), what(config))
+    words = [f"{key}={here if isinstance(here, str) else json.dumps(here)}" for key, _, here in changes]
+    if len(changes) > 6:
+        return []
+    try:
+        return [config.name, *words] if what(load(config.name, words)) == what(config) else []
+    except ConfigError:
+        return []

@@ -1,0 +1,170 @@
+"""A run's folder: what was asked (config.yaml), what happened (run.json, metrics.jsonl), and what it can resume from.
+
+Every file appears whole or not at all: it is written beside its place, flushed to disk and renamed over it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
+
+from ..files import RunError, read_json, write_atomic
+from ..lock import Lock
+from ..progress import Display
+from . import processes
+
+FORMAT = "amtml-fast checkpoint 2"
+# What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
+UNREADABLE = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    EOFError,
+    OSError,
+    ImportError,
+    pickle.PickleError,
+)
+
+# What _write_and_rename writes before it renames.
+_TEMPORARY = re.compile(r"\..+\.(pt|json|jsonl|yaml|safetensors)\.[a-z0-9_]{8}")
+
+
+class Diverged(RunError):
+    """A loss that is no number any more; other runs are not concerned."""
+
+
+class Run:
+    """One run folder. Only the main process writes: the others are given `writes=False`."""
+
+    def __init__(self, folder: Path, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
+        self.checkpoint = folder / "checkpoint.pt"
+        self.metrics = folder / "metrics.jsonl"
+        self.record = folder / "run.json"
+        self.result = folder / "result.json"
+        self.config = folder / "config.yaml"
+
+    def exists(self) -> bool:
+        return self.record.is_file()
+
+    def finished(self) -> bool:
+        return self.exists() and bool(self.read_record().get("finished"))
+
+    def read_record(self) -> dict[str, Any]:
+        return read_json(self.record)
+
+    def start(self, config_yaml: str, record: Mapping[str, Any]) -> None:
+        if self.writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.config, config_yaml.encode())
+            self.write_record(record)
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        self.write_json(self.record, record)
+
+    def write_json(self, path: Path, value: Any) -> None:
+        if self.writes:
+            write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+    def write_tensors(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """A plain state dict as safetensors: loads into the bare model without this library."""
+        if self.writes:
+            # clone: safetensors refuses tensors that share memory (tied weights).
+            whole = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+            write_atomic(self.folder / name, safetensors_bytes(whole, metadata={"format": "pt"}))
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        if self.writes:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def cut_metrics(self, epochs: int) -> None:
+        """Drops the rows after `epochs`: a run killed between metrics and checkpoint repeats that epoch."""
+        if self.writes:
+            rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
+            write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One dict per epoch; a last line cut short by a kill is left out."""
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        if self.writes:
+            buffer = io.BytesIO()
+            torch.save({"format": FORMAT, **state}, buffer)
+            write_atomic(self.checkpoint, buffer.getvalue())
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, tensors on the CPU; None if there is none. RunError for a file that is not one."""
+        if not self.checkpoint.is_file():
+            return None
+        advice = "The file is left as it is; put a good copy in its place, or start the run over with --fresh."
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except UNREADABLE as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RunError(
+                f"{self.checkpoint}: not a readable checkpoint (truncated or foreign): {reason}. {advice}"
+            ) from None
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            found = state.get("format") if isinstance(state, dict) else type(state).__name__
+            raise RunError(f"{self.checkpoint}: format {FORMAT!r} wanted, got {found!r}. {advice}")
+        return state
+
+    def remove_unfinished(self) -> None:
+        """Removes what a process that was killed while it wrote had not finished."""
+        if self.writes:
+            for path in self.folder.iterdir() if self.folder.is_dir() else []:
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Removes what an earlier run left here, and nothing that this library did not write."""
+        if self.writes and self.folder.is_dir():
+            self.remove_unfinished()
+            files = [self.record, self.result, self.checkpoint, self.metrics, self.config]
+            files += [*self.folder.glob("*.safetensors"), *self.folder.glob("tensorboard/**/events.out.tfevents.*")]
+            for path in files:
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone(folder: Path, accelerator: Accelerator, display: Display) -> Iterator[None]:
+    """Until the end of the block no other command writes in the folder. RunError, on every process of this one, where
+    another one does already."""
+    lock = Lock(folder)
+    taken = lock.take() if accelerator.is_main_process else True
+    if processes.anyone(accelerator, taken is False):
+        lock.release()
+        raise RunError(
+            f"{folder}: {lock.holder()} is at work there. Wait until it has ended, or give this one a place of its own with "
+            "name=... or out=..."
+        )
+    if taken is None:
+        display.warn(f"{folder}: no locks on this file system: nothing keeps another process from writing there, too")
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,238 @@
+"""What to train: jobs made from the configuration, and what identifies them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import environment
+from ..config.checks import teacher_train
+from ..config.reading import changed
+from ..config.schema import Config, ConfigError, StudentConfig, TeacherConfig, TrainConfig, to_dict
+from ..files import sha256
+from ..methods import registry
+from ..methods.base import Method
+from ..methods.registry import METHODS
+from ..teachers import frozen
+
+# How the student's modules to catch are named: a group by GROUP and its own name.
+FEATURES, GROUP = "features", "groups."
+# Of `data`; what counts of the last two is in Job.fixed_views.
+NOT_IN_RECIPE = ("root", "download", "views", "augment_seed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train, and where it goes. `features` and `groups`: the student's modules whose maps the method asks for."""
+
+    config: Config  # with the method's own values in it
+    folder: Path
+    title: str
+    method: Method
+    seed: int
+    factory: str
+    args: dict[str, Any]
+    weights: str | None
+    train: TrainConfig
+    features: str | None = None
+    groups: dict[str, str] = field(default_factory=dict)
+    teachers: tuple[str, ...] = ()  # those it may learn from; of these the method takes all, the best one or none
+    classes: tuple[int, ...] | None = None  # trains on the images of these alone; None: on all
+    student: str = ""  # the student's name; empty for a teacher
+    file: str = "student.safetensors"
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The student's modules to catch, by names that the settings have too."""
+        last = {} if self.features is None else {FEATURES: self.features}
+        return last | {f"{GROUP}{name}": path for name, path in self.groups.items()}
+
+    def fixed_views(self) -> dict[str, int]:
+        """The Loader's `views` and `augment_seed`, if this trains on fixed views: a student does, for what they are there
+        for is to look up what its teachers say; the teachers' own training draws anew."""
+        config = self.config
+        if config.data.views is None or not self.student:
+            return {}
+        return {"views": config.data.views, "augment_seed": config.augment_seed}
+
+    def recipe(self) -> dict[str, Any]:
+        """Everything that decides the result: a folder made by another recipe is neither skipped nor resumed."""
+        config, method = self.config, self.method
+        engine = to_dict(config.engine)
+        recipe: dict[str, Any] = {
+            "data": {k: v for k, v in to_dict(config.data).items() if k not in NOT_IN_RECIPE} | self.fixed_views(),
+            "split_seed": config.seed,
+            "classes": self.classes,
+            "model": {"factory": self.factory, "args": self.args},
+            "start": sha256(Path(self.weights)) if self.weights else None,
+            "train": to_dict(self.train),
+            "loss": method.loss(config),
+            "engine": {k: engine[k] for k in ("mixed_precision", "gradient_accumulation_steps")},
+            "method": method.base or method.name,
+            "seed": self.seed,
+            "features": self.features,
+            "groups": list(self.groups.items()),  # their order decides who guides which
+        }
+        if method.needs_teachers:
+            prints = frozen.fingerprint(config)
+            recipe["teachers"] = {name: prints[name] for name in self.teachers}
+            recipe["order"] = list(self.teachers)
+            # From the disk and live a student is taught the same; only what is rounded is told apart.
+            kept = {"logits": config.cache.logits}
+            kept |= {"hints": config.cache.hints} if method.hints(config.loss) else {}
+            if rounded := {key: kind for key, kind in kept.items() if kind not in ("float32", "never")}:
+                recipe["cache"] = rounded
+            if method.hints(config.loss):
+                recipe["hints"] = {t.name: t.hint for t in config.teachers if t.name in self.teachers}
+            if "adapter" in method.reads:
+                recipe["stages"] = to_dict(config.stages)
+        if precision := environment.precision():
+            recipe["environment"] = precision
+        if method.peers:
+            recipe["peers"] = len(self.teachers)
+        return json.loads(json.dumps(recipe))  # as it comes back from run.json
+
+
+def teacher_job(config: Config, teacher: TeacherConfig) -> Job:
+    """Training one teacher with cross-entropy. Each has its own seed, so that equal architectures differ too."""
+    model = teacher.model
+    return Job(
+        config=config,
+        folder=config.folder / "teachers" / teacher.name,
+        title=f"teacher {teacher.name}",
+        method=METHODS["student"],
+        seed=config.seed + config.teachers.index(teacher),
+        factory=model.factory,
+        args=model.args,
+        weights=None,
+        train=teacher_train(config, teacher),
+        classes=None if teacher.classes is None else tuple(teacher.classes),
+        file="model.safetensors",
+    )
+
+
+def student_job(
+    config: Config,
+    method: str | Method,
+    seed: int,
+    *,
+    student: StudentConfig | None = None,
+    teachers: int | None = None,
+) -> Job:
+    """Training a student by a method, from the first `teachers` teachers (None: all of them)."""
+    student = student or config.student
+    chosen = one_method(config, method) if isinstance(method, str) else method
+    return job_of(applied(config, chosen, student), chosen, seed, student, teachers)
+
+
+def one_job(config: Config, method: str, seed: int, student: str | None = None, teachers: int | None = None) -> Job:
+    """The job that these names mean."""
+    students = {each.name: each for each in (config.student, *config.compare.students)}
+    if student is not None and student not in students:
+        raise ConfigError(f"--student: one of {', '.join(students)} wanted, got {student!r}")
+    if teachers is not None and not 1 <= teachers <= len(config.teachers):
+        raise ConfigError(f"--teachers: 1 to {len(config.teachers)} wanted, got {teachers}")
+    return student_job(config, method, seed, student=students.get(student or config.student.name), teachers=teachers)
+
+
+def one_method(config: Config, name: str) -> Method:
+    found = registry.chosen(config, [name])
+    if len(found) != 1:
+        names = ", ".join(method.name for method in found) or "none, for there are no teachers"
+        raise ConfigError(f"config: method: the name of one method wanted, {name!r} stands for {names}")
+    return found[0]
+
+
+def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, teachers: int | None) -> Job:
+    """The same, of a configuration that has the method's own values in it."""
+    names = [teacher.name for teacher in config.teachers[:teachers]]
+    # What differs from the plain case is in the folder's name, so that a comparison can grow and keep what it has.
+    parts = [chosen.name]
+    parts += [student.name] if student.name != config.student.name else []
+    if chosen.teacher is not None:
+        names = [chosen.teacher]
+    elif len(names) < len(config.teachers) and (chosen.needs_teachers or chosen.peers):
+        parts.append(f"{len(names)}teachers")
+    features, groups = asked_maps(student, chosen, config)
+    config = with_mapping(config, chosen, student, names)
+    return Job(
+        config=config,
+        folder=config.folder / "-".join([*parts, f"seed{seed}"]),
+        title=", ".join([chosen.label, *parts[1:], f"seed {seed}"]),
+        method=chosen,
+        seed=seed,
+        factory=student.factory,
+        args=student.args,
+        weights=student.weights,
+        train=config.distill,
+        features=features,
+        groups=groups,
+        teachers=tuple(names),
+        student=student.name,
+    )
+
+
+def applied(config: Config, method: Method, student: StudentConfig) -> Config:
+    """The configuration with the method's own values for this student in it."""
+    settings = method.settings(replace(config, student=student))
+    return changed(config, settings, f"the method {method.name}") if settings else config
+
+
+def asked_maps(student: StudentConfig, method: Method, config: Config) -> tuple[str | None, dict[str, str]]:
+    """The paths of the student's last map and of its layer groups, as far as the method asks for them. ConfigError for
+    what the student does not offer."""
+    if method.features and student.features is None:
+        raise ConfigError(
+            f"config: {student.name}.features: the last convolutional map's path wanted by {method.name}, got null"
+        )
+    groups = dict(student.groups) if method.groups(config.loss) else {}
+    if method.groups(config.loss) and not groups:
+        raise ConfigError(
+            f"config: {student.name}.groups: layer groups wanted by {method.name}'s hints (or loss.hint_weight=0)"
+        )
+    return student.features if method.features else None, groups
+
+
+def with_mapping(config: Config, method: Method, student: StudentConfig, teachers: Sequence[str]) -> Config:
+    """The configuration with the part of an explicit hint mapping that is about these teachers; its mistakes are found
+    before anything is trained."""
+    if method.hints(config.loss):
+        for teacher in config.teachers:
+            if teacher.name in teachers and teacher.hint is None:
+                raise ConfigError(
+                    f"config: teachers.{teacher.name}.hint: the dotted path of the module whose output is the hint wanted "
+                    f"by {method.name}, got null; or set loss.hint_weight=0"
+                )
+    if not method.groups(config.loss):
+        return config
+    mapping, groups = config.loss.mapping, list(student.groups)
+    if not isinstance(mapping, Mapping):
+        if len(groups) < len(teachers):
+            raise ConfigError(
+                f"config: {student.name}.groups: at least {len(teachers)} for {len(teachers)} teachers wanted, got "
+                f"{', '.join(groups)}; an explicit loss.mapping may share groups"
+            )
+        return config
+    everyone = [teacher.name for teacher in config.teachers]
+    kept: dict[str, str] = {}
+    for key, group in mapping.items():
+        name = str(key) if str(key) in everyone else None
+        name = everyone[int(key)] if name is None and str(key).isdigit() and int(key) < len(everyone) else name
+        if name is None:
+            raise ConfigError(f"config: loss.mapping: {key!r} is no teacher; the teachers are {', '.join(everyone)}")
+        if group not in groups:
+            raise ConfigError(
+                f"config: loss.mapping: a layer group of {student.name} ({', '.join(groups)}) wanted, got {group!r}"
+            )
+        if name in teachers:
+            kept[name] = group
+    if not kept:
+        raise ConfigError(f"config: loss.mapping: at least one of {', '.join(teachers)} wanted, got {dict(mapping)}")
+    return replace(config, loss=replace(config.loss, mapping=kept))
+
+
+def need_hints(jobs: Sequence[Job]) -> bool:
+    return any(job.method.hints(job.config.loss) for job in jobs)

@@ -1,0 +1,82 @@
+"""What an epoch's row of metrics.jsonl is made of, and what to say about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..methods.base import StepLoss
+
+# Mean normalised entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
+UNIFORM, ONE_HOT = 0.999, 0.01
+EXAMPLES = "examples"
+
+
+class Sums:
+    """Sums of an epoch on the device, read once at its end.
+
+    `before`: what `reduced` gave when a stop cut the epoch short; for one of several processes.
+    """
+
+    def __init__(self, device: torch.device, before: Mapping[str, Tensor] | None = None) -> None:
+        self.device, self.totals, self.examples = device, dict[str, Tensor](), 0
+        for name, value in (before or {}).items():
+            if name == EXAMPLES:
+                self.examples = int(value)
+            else:
+                self._add(name, value.to(device))
+
+    def add(self, out: StepLoss, logits: Tensor, labels: Tensor) -> None:
+        n = len(labels)
+        self.examples += n
+        self._add("train_accuracy", (logits.argmax(1) == labels).sum())
+        for name, value in {"loss": out.loss.detach(), **out.terms}.items():
+            self._add(name, value.float() * n)
+        if out.weights is not None:
+            w = out.weights.float().reshape(-1, out.weights.shape[-1])
+            entropy = torch.special.entr(w).sum() / math.log(max(2, w.shape[1]))
+            self._add("entropy", entropy)
+            self._add("weight_mean", w.sum(0))
+            # Not bincount, which waits for the device to learn how many bins there are.
+            each = torch.arange(w.shape[1], dtype=torch.int64, device=w.device)
+            self._add("weight_won", (w.argmax(1, keepdim=True) == each).sum(0))
+
+    def _add(self, name: str, value: Tensor) -> None:
+        value = value.double() if self.device.type != "mps" else value.float()
+        self.totals[name] = self.totals[name] + value if name in self.totals else value
+
+    def reduced(self, accelerator: Accelerator) -> dict[str, Tensor]:
+        """The sums over all processes, on the CPU; one transfer."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        totals = {**self.totals, EXAMPLES: torch.tensor(self.examples, dtype=dtype, device=self.device)}
+        flat = torch.cat([value.reshape(-1).to(dtype) for value in totals.values()])
+        parts = accelerator.reduce(flat, reduction="sum").cpu().split([value.numel() for value in totals.values()])
+        return {name: part.reshape(value.shape) for (name, value), part in zip(totals.items(), parts, strict=True)}
+
+    def means(self, accelerator: Accelerator) -> dict[str, Any]:
+        """Means per example over all processes."""
+        totals = self.reduced(accelerator)
+        n = totals.pop(EXAMPLES)
+        return {name: (value / n).tolist() for name, value in totals.items()}
+
+
+def collapsed(row: Mapping[str, Any], teachers: Sequence[str]) -> str | None:
+    """What to say about an adapter with these metrics of an epoch; None while its entropy is between the bounds."""
+    entropy = row.get("entropy")
+    if entropy is None or ONE_HOT <= entropy <= UNIFORM:
+        return None
+    if entropy > UNIFORM:
+        return (
+            "the teacher weights are uniform (normalised entropy above 0.999); "
+            "if that lasts, try a smaller loss.regularizer_weight or a larger loss.init_scale"
+        )
+    share, name = max(zip(row["weight_won"], teachers, strict=True))
+    return (
+        f"one teacher has all the weight (normalised entropy below 0.01), {name} on {100 * share:.0f} % of the examples; "
+        "if that lasts, try a larger loss.regularizer_weight, a smaller loss.init_scale, or loss.adapter_label_weight=1"
+    )

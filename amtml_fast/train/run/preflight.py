@@ -1,0 +1,76 @@
+"""What is found wrong before anything is trained: a folder that cannot be written, a network that does not fit the data or
+the method."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from ..config.schema import Config, ConfigError
+from ..data.images import ImageData, of_classes
+from ..models.features import FeatureExtractor
+from ..models.networks import build
+from ..models.probe import ANY, MAP, check_map, maps
+from ..teachers import frozen
+from .job import Job, need_hints
+
+
+def places(config: Config) -> None:
+    """That runs can be written below `out`, and the teachers' outputs where they are to be kept. Leaves nothing there."""
+    _writable("out", config.folder)
+    if config.cache.folder is not None and config.teachers and config.cache.teachers != "never":
+        _writable("cache.folder", config.cache_folder)
+
+
+def _writable(key: str, folder: Path) -> None:
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), Path())
+    if not there.is_dir():
+        raise ConfigError(f"config: {key} must be a folder, got {folder} where {there} is none")
+    try:
+        tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise ConfigError(
+            f"config: {key} must be a folder that can be written, got {folder} ({there}: {error.strerror or error})"
+        ) from None
+
+
+def batches(job: Job, data: ImageData) -> None:
+    """That the training images of the job make a batch."""
+    if job.train.batch_size > len(data.train):
+        raise ConfigError(
+            f"config: batch_size must be at most {len(data.train)} for {job.title}, the training images, "
+            f"got {job.train.batch_size}"
+        )
+
+
+def student_maps(model: FeatureExtractor, job: Job, data: ImageData) -> dict[str, Tensor]:
+    """The maps that the job's method catches, of two images. ConfigError for what is no map that it can take."""
+    caught = maps(model, job.title, data, modes=(True, False))
+    for name, path in job.paths.items():
+        wanted = ANY if path == job.features and job.method.pooled else MAP
+        check_map(f"{job.student}.{name}", path, caught[name], wanted)
+    return caught
+
+
+def networks(config: Config, data: ImageData, jobs: Sequence[Job]) -> None:
+    """Makes each kind of network that these jobs train or learn from once, and shows it two images."""
+    seen = set()
+    for job in jobs:
+        batches(job, of_classes(data, job.classes))
+        kind = (job.factory, str(job.args), job.weights, str(job.paths), job.method.name)
+        if kind not in seen:
+            seen.add(kind)
+            model = build(
+                job.factory,
+                job.args,
+                num_classes=data.num_classes,
+                in_channels=data.in_channels,
+                weights=job.weights,
+            )
+            student_maps(FeatureExtractor(model, job.paths), job, data)
+    if any(job.method.needs_teachers for job in jobs):
+        frozen.check(config, data, hints=need_hints(jobs))

@@ -1,0 +1,69 @@
+"""What a training needs beside its job: accelerate's engine, the data and the teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from ..config import environment
+from ..config.schema import Config, ConfigError, EngineConfig
+from ..data import images
+from ..progress import Display
+from ..teachers import fill, frozen
+from .job import Job, need_hints
+from .stop import Stop
+
+
+def make_accelerator(engine: EngineConfig, folder: Path) -> Accelerator:
+    """Accelerate's engine: device, processes (accelerate launch, torchrun), mixed precision, TensorBoard."""
+    environment.check(engine)
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
+    # Without cpu=True, a launch of several processes on a machine without GPU trains each one by itself.
+    cpu = engine.device == "cpu" or not torch.accelerator.is_available()
+    return Accelerator(
+        cpu=cpu,
+        mixed_precision=engine.mixed_precision,
+        gradient_accumulation_steps=engine.gradient_accumulation_steps,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(folder)),
+    )
+
+
+def load_data(config: Config) -> images.ImageData:
+    """The configured data set on the device that training uses."""
+    accelerator, data = make_accelerator(config.engine, config.folder), config.data
+    try:
+        with accelerator.main_process_first():  # of several processes one downloads
+            loaded = images.load(
+                data.name, data.root, val_fraction=data.val_fraction, seed=config.seed, download=data.download
+            )
+    except OSError as error:
+        if error.errno is None:  # a reader's own words
+            raise
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise ConfigError(
+            f"config: data.root must be a folder whose files can be read, got {data.root} ({reason})"
+        ) from error
+    return loaded.to(accelerator.device)
+
+
+def load_teachers(
+    config: Config, data: images.ImageData, jobs: Sequence[Job], display: Display
+) -> frozen.Teachers | None:
+    """The teachers that these jobs need, with their outputs cached where that is right; None if none need any."""
+    jobs = [job for job in jobs if job.method.needs_teachers]
+    if not jobs:
+        return None
+    accelerator = make_accelerator(config.engine, config.folder)
+    with accelerator.main_process_first():  # of several processes one downloads
+        teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
+    if config.cache.hints != "never" or not all(job.method.hints(job.config.loss) for job in jobs):
+        with Stop(accelerator.num_processes) as stop:
+            fill.use_cache(config, teachers, data, display, stop.check)
+            stop.check()
+    return teachers

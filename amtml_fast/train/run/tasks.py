@@ -1,0 +1,88 @@
+"""The work of the commands that train or measure one thing at a time: teach, distill, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config.schema import Config
+from ..data.images import ImageData
+from ..files import read_json
+from ..models.evaluate import accuracy
+from ..models.features import FeatureExtractor
+from ..models.networks import build
+from ..progress import Display
+from ..teachers import frozen
+from . import preflight
+from .folder import Run
+from .job import Job, one_job, teacher_job
+from .prepare import load_teachers
+from .timing import shares
+from .trainer import train
+
+
+def teach(config: Config, data: ImageData, display: Display, *, resume: bool = True, fresh: bool = False) -> list[Run]:
+    """Trains every teacher that brings no weights of its own; finished ones are skipped."""
+    preflight.places(config)
+    trained = [teacher for teacher in config.teachers if not teacher.model.brings_weights]
+    jobs = [teacher_job(config, teacher) for teacher in trained]
+    preflight.networks(config, data, jobs)
+    for teacher in config.teachers:
+        if teacher not in trained:
+            display.say(f"teacher {teacher.name}: brings its weights")
+    runs = []
+    for job in jobs:
+        runs.append(train(job, data, None, display, resume=resume, fresh=fresh))
+        say_result(job, runs[-1], display)
+    return runs
+
+
+def distill(
+    config: Config,
+    data: ImageData,
+    method: str,
+    seed: int,
+    display: Display,
+    *,
+    student: str | None = None,
+    teachers: int | None = None,
+    resume: bool,
+    fresh: bool,
+) -> Run:
+    """Trains one student; the teachers must be there."""
+    preflight.places(config)
+    job = one_job(config, method, seed, student, teachers)
+    return train(job, data, load_teachers(config, data, [job], display), display, resume=resume, fresh=fresh)
+
+
+def evaluate(
+    config: Config, data: ImageData, folder: Path, split: str, teacher: str | None = None
+) -> tuple[Path | str, float]:
+    """(weights file, accuracy on a split) of the run in `folder`, from its weights and its recipe's model alone; of a teacher
+    that brings its weights, from those."""
+    given = next((one for one in config.teachers if one.name == teacher and one.model.brings_weights), None)
+    if given is not None:
+        net = frozen.extractor(config, given, data, hints=False).to(data.train.images.device)
+        return given.model.weights or given.model.factory, accuracy(net, getattr(data, split), data)
+    run = Run(folder)
+    if not run.exists():
+        raise FileNotFoundError(f"eval: looked for {run.record}: no such run; train it first with teach or distill")
+    files = [path for path in (folder / "student.safetensors", folder / "model.safetensors") if path.is_file()]
+    if not files:
+        raise FileNotFoundError(f"eval: looked for student.safetensors in {folder}: this run has not finished yet")
+    made = run.read_record()["recipe"]["model"]
+    model = build(
+        made["factory"],
+        made["args"],
+        num_classes=len(data.classes),
+        in_channels=data.train.images.shape[1],
+        weights=files[0],
+    )
+    extractor = FeatureExtractor(model, {}).to(data.train.images.device)
+    return files[0], accuracy(extractor, getattr(data, split), data)
+
+
+def say_result(job: Job, run: Run, display: Display) -> None:
+    result = read_json(run.result)
+    validation = "" if job.student else f"validation {100 * result['val_accuracy']:.2f} %, "
+    time = shares(run.read_record()["step_seconds"])
+    display.say(f"{job.title}: {validation}test {100 * result['test_accuracy']:.2f} %; {time}")

@@ -1,0 +1,424 @@
+"""One training run, of a teacher or of a student: the loop, its checkpoints and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from ..config.reading import to_yaml
+from ..config.schema import ConfigError
+from ..data.images import Batch, ImageData, ImageSet, Loader, drawn_seed, of_classes
+from ..files import RunError, differences
+from ..methods.base import StepLoss
+from ..models.compiling import compile_in_place, new_step
+from ..models.evaluate import right
+from ..models.features import as_it_was
+from ..progress import Bar, Display
+from ..teachers.frozen import Outputs, Teachers
+from . import processes
+from .distiller import make_distiller, teachers_of
+from .folder import Diverged, Run, alone
+from .job import Job
+from .memory import PeakMemory
+from .metrics import Sums, collapsed
+from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
+from .prepare import make_accelerator
+from .stop import Interrupted, Stop
+from .timing import PARTS, StepTimer
+from .versions import chosen_backends, git_commit, versions
+
+# Several processes agree on a stop at every so many steps: each time they wait for each other.
+AGREE_EVERY = 10
+
+
+def train(
+    job: Job,
+    data: ImageData,
+    teachers: Teachers | None,
+    display: Display,
+    *,
+    resume: bool = True,
+    fresh: bool = False,
+) -> Run:
+    """Trains `job` to its last epoch and returns its finished folder; a finished one is returned as it is.
+
+    An unfinished folder is continued if `resume`, started over if `fresh`, and a RunError otherwise, as is one in which
+    another process is at work. Raises Interrupted on Ctrl-C.
+    """
+    accelerator = make_accelerator(job.config.engine, job.folder)
+    run = Run(job.folder, writes=accelerator.is_main_process)
+    with accelerator.main_process_first():  # the recipe of a pretrained teacher may have to fetch it
+        recipe = job.recipe()
+    ready = not fresh and run.finished() and finished(job)
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if ready:
+        return run
+    with alone(run.folder, accelerator, display):
+        if not fresh and finished(job, resume=resume):  # by another process, after we had looked
+            return run
+        accelerator.wait_for_everyone()
+        if fresh:
+            run.clear()
+            accelerator.wait_for_everyone()
+        data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
+        trainer = Trainer(job, run, accelerator, data, teachers, display)
+        with Stop(accelerator.num_processes) as stop:
+            try:
+                trainer.restore()
+                run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
+                trainer.fit(stop)
+                trainer.finish(recipe, memory.read())
+                stop.check()
+            except KeyboardInterrupt:
+                raise Interrupted(job, *trainer.saved) from None
+            except RuntimeError as error:
+                if accelerator.num_processes == 1:
+                    raise
+                if "finished reduction" in str(error):  # DDP waited for gradients that did not come
+                    raise RunError(
+                        f"{job.title}: a step leaves parameters out that the first one used, which several processes do not "
+                        "train alike: train it on one"
+                    ) from error
+                if not processes.lost(error):
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise RunError(
+                    f"{job.title}: another of the {accelerator.num_processes} processes has gone ({reason}). What was saved last "
+                    f"in {job.folder} is whole, and the same command goes on from there."
+                ) from None
+            finally:
+                # Not end_training(): it would also end the process group, which the next run needs.
+                for tracker in accelerator.trackers:
+                    tracker.finish()
+                accelerator.free_memory()
+    accelerator.wait_for_everyone()
+    return run
+
+
+def finished(job: Job, *, resume: bool = True) -> bool:
+    """True if the folder holds this very run, finished. RunError if it holds another, or one not to be resumed."""
+    run, recipe = Run(job.folder), job.recipe()
+    if not run.exists():
+        return False
+    record = run.read_record()
+    different = differences(record.get("recipe", {}), recipe)
+    if different:
+        shown = "; ".join(f"{key}: {there!r} there, {here!r} here" for key, there, here in different[:3])
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise RunError(
+            f"{run.folder}: holds a run of another configuration ({shown}{more}). "
+            "Start it over with --fresh, or give this one a place of its own with name=... or out=..."
+        )
+    if not record.get("finished") and not resume:
+        raise RunError(
+            f"{run.folder}: holds an unfinished run ({len(run.read_metrics())} of {job.train.epochs} epochs). "
+            "Continue it with --resume or start it over with --fresh."
+        )
+    return bool(record.get("finished"))
+
+
+class Trainer:
+    """The state of one run while it trains."""
+
+    def __init__(
+        self,
+        job: Job,
+        run: Run,
+        accelerator: Accelerator,
+        data: ImageData,
+        teachers: Teachers | None,
+        display: Display,
+    ) -> None:
+        self.job, self.run, self.accelerator, self.display = job, run, accelerator, display
+        self.data = of_classes(data, job.classes)
+        self.teachers = teachers_of(job, teachers)
+        engine = job.config.engine
+        self.memory = torch.channels_last if engine.channels_last else torch.contiguous_format
+        module = make_distiller(job, self.data, self.teachers, accelerator.num_processes)
+        module.to(accelerator.device, memory_format=self.memory)  # type: ignore[call-overload]
+        self.bare = module
+        self.done, self.step = 0, 0  # epochs, and steps of the next one
+        self.saved = (0, 0)  # the same, as the checkpoint has them
+        self.partial: dict[str, Tensor] = {}  # the sums of those steps
+        self.warned = set[str]()
+        self.loader = self._loader(engine.gradient_accumulation_steps)
+        # Accumulation never reaches over the end of an epoch: what does not fill a step is left out, as drop_last does.
+        self.steps = len(self.loader) // engine.gradient_accumulation_steps
+        if self.steps == 0:
+            raise ConfigError(
+                f"config: batch_size: at most {len(self.data.train.labels)} (the training images) wanted, "
+                f"got {job.train.batch_size}"
+            )
+        if engine.cuda_graphs and accelerator.device.type != "cuda":
+            raise ConfigError(f"config: engine.cuda_graphs: a CUDA device wanted, got {accelerator.device.type}")
+        # DDP looks through each step's graph for them where it must; 3 to 7 % of a step that has little to compute.
+        if accelerator.num_processes > 1 and processes.anyone(accelerator, self.leaves_parameters_out()):
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        if engine.compile:
+            for network in (module.student, *module.objective.peers):
+                compile_in_place(network, cuda_graphs=engine.cuda_graphs)
+        self._place(module)
+        self.timer = module.timer = StepTimer(accelerator.device)
+        self.seconds, self.before = 0.0, 0.0  # in all, and in the epoch that a stop cut short
+        self.record: dict[str, Any] = {
+            "method": job.method.name,
+            "label": job.method.label,
+            "student": job.student,
+            "seed": job.seed,
+            "epochs": job.train.epochs,
+            "steps_per_epoch": self.steps,
+            "parameters": sum(p.numel() for p in module.student.parameters()),
+            "device": str(accelerator.device),
+            "processes": accelerator.num_processes,
+            "versions": versions(),
+            "backends": chosen_backends(),
+            "git_commit": git_commit(),
+            "teachers": self.teachers.names if self.teachers else [],
+            "finished": False,
+        }
+
+    def leaves_parameters_out(self) -> bool:
+        """Whether a step has parameters that it does not depend on; found by the first one, which is not made."""
+        self.loader.set_epoch(1)
+        with as_it_was(self.bare):
+            out, _ = self.forward(self.bare.train(), next(self.loader.batches()))
+            trained = [p for p in self.bare.parameters() if p.requires_grad]
+            return any(x is None for x in torch.autograd.grad(out.loss, trained, allow_unused=True))
+
+    def _place(self, module: nn.Module) -> None:
+        """The module as it is called, and its optimiser: as they are, or for several processes by DDP or FSDP2."""
+        engine, accelerator = self.job.config.engine, self.accelerator
+        self.model: nn.Module
+        if engine.fsdp and accelerator.num_processes > 1:
+            self.model = processes.shard(module, accelerator.device)
+            self.optimizer = accelerator.prepare(make_optimizer(self.job.train, self.bare))
+        else:
+            self.model, self.optimizer = accelerator.prepare(module, make_optimizer(self.job.train, self.bare))
+
+    def _loader(self, accumulation: int) -> Loader:
+        train = self.job.train
+        if train.batch_size % accumulation:
+            raise ConfigError(
+                f"config: batch_size: a multiple of engine.gradient_accumulation_steps={accumulation} wanted, "
+                f"got {train.batch_size}"
+            )
+        return Loader(
+            self.data.train,
+            self.data,
+            train.batch_size // accumulation,
+            shuffle=True,
+            augment=self.job.config.data.augment,
+            **self.job.fixed_views(),
+            drop_last=True,
+            seed=self.job.seed,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+
+    def restore(self) -> None:
+        """Continues after the last checkpoint, if there is one."""
+        self.run.remove_unfinished()
+        state = self.run.load_checkpoint()
+        if state is None:
+            self.run.cut_metrics(0) if self.run.metrics.is_file() else None
+            return
+        try:
+            processes.load_state(self.bare, self.optimizer.optimizer, state["model"], state["optimizer"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            self.done, self.step, self.seconds = int(state["epoch"]), int(state["step"]), float(state["seconds"])
+            self.partial, self.before = state["sums"], float(state["before"])
+            self.saved = self.done, self.step
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise RunError(
+                f"{self.run.checkpoint}: does not fit this run: {error}. "
+                "The file is left as it is; start over with --fresh."
+            ) from None
+        if not self.accelerator.is_main_process:  # the sums of all processes count once
+            self.partial = {name: torch.zeros_like(value) for name, value in self.partial.items()}
+        self.run.cut_metrics(self.done)
+
+    def save(self) -> None:
+        """The checkpoint: all that the steps to come depend on. Every process takes part, the first one writes."""
+        model, optimizer = processes.state(self.bare, self.optimizer.optimizer)
+        scaler = self.accelerator.scaler
+        self.run.save_checkpoint(
+            {
+                "epoch": self.done,
+                "step": self.step,
+                "sums": self.partial,
+                "seconds": self.seconds,
+                "before": self.before,
+                "model": model,
+                "optimizer": optimizer,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+        )
+        self.saved = self.done, self.step
+
+    def fit(self, stop: Stop) -> None:
+        job, size = self.job, self.job.train.batch_size
+        if self.done or self.step:
+            more = f" and {self.step} steps" if self.step else ""
+            self.display.say(f"{job.title}: continuing after epoch {self.done} of {job.train.epochs}{more}")
+        # Without purge_step, TensorBoard would show the epoch that a kill cut short twice.
+        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}})
+        with self.display.bar(job.title, self.steps * size * job.train.epochs) as bar:
+            bar.add((self.done * self.steps + self.step) * size)
+            for epoch in range(self.done + 1, job.train.epochs + 1):
+                began = time.perf_counter() - self.before
+                row = self.epoch(epoch, bar, stop)
+                row["val_accuracy"] = self.accuracy(self.data.val)
+                self.seconds += time.perf_counter() - began
+                self.check(row)
+                self.run.add_metrics(row)
+                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
+                self.done, self.step, self.partial, self.before = epoch, 0, {}, 0.0
+                self.save()
+                if self.asked(stop):
+                    raise KeyboardInterrupt
+                bar.note(f"epoch {epoch}/{job.train.epochs}, validation {100 * row['val_accuracy']:.1f} %")
+
+    def epoch(self, epoch: int, bar: Bar, stop: Stop) -> dict[str, Any]:
+        """One pass over the training split; returns its row of metrics.jsonl without the validation accuracy."""
+        job, engine = self.job, self.job.config.engine
+        began, before = time.perf_counter(), self.before
+        sums = Sums(self.accelerator.device, self.partial)
+        frozen_adapter = self.frozen_adapter(epoch)
+        lr, own_lr = 0.0, adapter_rate(job.config.stages, epoch)
+        self.loader.set_epoch(epoch)
+        self.model.train()
+        first = self.step
+        batches = self.loader.batches(first * engine.gradient_accumulation_steps)
+        self.timer.start()
+        for step in range(first, self.steps):
+            lr = learning_rate(job.train, (epoch - 1) * self.steps + step, self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = own_lr if group.get("name") == ADAPTER and own_lr is not None else lr
+            # All randomness of a step follows from (seed, epoch, step, process): resuming needs no generator's state.
+            torch.manual_seed(drawn_seed(job.seed, epoch, step, self.accelerator.process_index))
+            for _ in range(engine.gradient_accumulation_steps):
+                self.learn(next(batches), sums, frozen_adapter)
+            bar.add(job.train.batch_size)
+            self.step = step + 1
+            stopping = self.step < self.steps and (self.step % self.agree_every == 0) and self.asked(stop)
+            if stopping or (
+                engine.checkpoint_steps and self.step % engine.checkpoint_steps == 0 and self.step < self.steps
+            ):
+                self.partial = sums.reduced(self.accelerator)
+                self.before = before + time.perf_counter() - began
+                self.save()
+            if stopping:
+                raise KeyboardInterrupt
+        self.timer.stop()
+        row = {"epoch": epoch, "lr": lr, **sums.means(self.accelerator)}
+        row["seconds"] = before + time.perf_counter() - began
+        row["step_seconds"] = {part: total / max(1, self.steps - first) for part, total in self.timer.read().items()}
+        return row
+
+    def learn(self, batch: Batch, sums: Sums, frozen_adapter: Sequence[nn.Parameter] = ()) -> None:
+        """Forward, backward and, if it is the step's last batch, the optimiser's step. Nothing here waits for the device."""
+        accelerator, timer = self.accelerator, self.timer
+        with accelerator.accumulate(self.model):
+            out, logits = self.forward(self.model, batch, timer)
+            accelerator.backward(out.loss)
+            timer.mark("student")
+            for parameter in frozen_adapter:
+                parameter.grad = None
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        timer.mark("optimizer")
+        sums.add(out, logits, batch.labels)
+
+    def forward(self, model: nn.Module, batch: Batch, timer: StepTimer | None = None) -> tuple[StepLoss, Tensor]:
+        """What the module says about a batch that the teachers have seen."""
+        mark = timer.mark if timer is not None else lambda part: None
+        images = batch.images.contiguous(memory_format=self.memory)
+        mark("data")
+        taught = self.teachers.outputs(batch) if self.teachers else Outputs([], [])
+        mark("teachers")
+        new_step()
+        with self.accelerator.autocast():
+            return model(images, batch.labels, taught.logits, taught.maps)
+
+    def asked(self, stop: Stop) -> bool:
+        """Whether this process, or any other, was asked to stop."""
+        several = self.accelerator.num_processes > 1
+        return processes.anyone(self.accelerator, stop.asked) if several else stop.asked
+
+    @property
+    def agree_every(self) -> int:
+        return AGREE_EVERY if self.accelerator.num_processes > 1 else 1
+
+    def accuracy(self, split: ImageSet) -> float:
+        """Fraction of `split` that the student gets right; each process measures its share."""
+        accelerator = self.accelerator
+        processes.same_buffers(self.bare)
+        with processes.complete(self.bare):
+            count = right(
+                self.bare.student,
+                split,
+                self.data,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            )
+        return int(accelerator.reduce(count, reduction="sum").item()) / max(1, len(split))
+
+    def frozen_adapter(self, epoch: int) -> list[nn.Parameter]:
+        """The adapter's parameters in the second of two stages: without a gradient the optimiser leaves them alone.
+
+        Not requires_grad=False, which DDP does not allow to change; the weights still follow the live student.
+        """
+        last = self.job.config.stages.adapter_epochs
+        adapter = self.bare.objective.adapter
+        return list(adapter.parameters()) if adapter is not None and last is not None and epoch > last else []
+
+    def check(self, row: dict[str, Any]) -> None:
+        """Stops at a diverged loss; warns once about an adapter that no longer tells examples apart."""
+        if not math.isfinite(row["loss"]):
+            raise Diverged(
+                f"{self.job.title}: the loss is {row['loss']} after epoch {row['epoch']}; try a lower learning rate "
+                f"(now {self.job.train.lr}). The checkpoint of epoch {self.done} is kept."
+            )
+        learned = self.bare.objective.adapter is not None  # other weights are what their method makes them
+        collapse = collapsed(row, self.record["teachers"]) if learned else None
+        kind = "" if collapse is None else collapse.partition(" (")[0]
+        if collapse is not None and kind not in self.warned:
+            self.warned.add(kind)
+            self.display.warn(f"{self.job.title}, epoch {row['epoch']}: {collapse}")
+
+    def finish(self, recipe: Mapping[str, Any], peak: int | None) -> None:
+        """The final figures and files; run.json says `finished` last, so a kill in here only repeats this."""
+        result = {
+            "val_accuracy": self.accuracy(self.data.val),
+            "test_accuracy": self.accuracy(self.data.test),
+        }
+        state, inside, objective = processes.model_state(self.bare), "student.model.", "objective."
+        student = {name.removeprefix(inside): x for name, x in state.items() if name.startswith(inside)}
+        self.run.write_tensors(self.job.file, student)
+        if rest := {name.removeprefix(objective): x for name, x in state.items() if name.startswith(objective)}:
+            self.run.write_tensors("objective.safetensors", rest)
+        self.run.write_json(self.run.result, result)
+        rows, steps = self.run.read_metrics(), self.steps * self.job.train.epochs
+        self.record |= {
+            "seconds_total": self.seconds,
+            "seconds_per_step": sum(row["seconds"] for row in rows) / steps,
+            "step_seconds": step_seconds(rows),
+            "peak_memory": peak,
+            "finished": True,
+        }
+        self.run.write_record(self.record | {"recipe": recipe})
+
+
+def step_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The parts of a step in seconds, mean over the epochs; without the first one, which compiles and warms up, where there
+    are more."""
+    rows = rows[1:] or rows
+    return {part: sum(row["step_seconds"][part] for row in rows) / len(rows) for part in PARTS} if rows else {}

@@ -1,0 +1,1 @@
+"""The frozen teachers, and the cache of their outputs on the disk."""

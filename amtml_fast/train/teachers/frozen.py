@@ -1,0 +1,220 @@
+"""The frozen teachers: in eval mode, without gradients, their training outputs kept on the disk where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import Config, ConfigError, TeacherConfig
+from ..data.images import Batch, ImageData
+from ..files import RunError, sha256
+from ..models import zoo
+from ..models.compiling import compile_frozen
+from ..models.evaluate import accuracy
+from ..models.features import FeatureExtractor
+from ..models.networks import build
+from ..models.probe import MAP, check_map, maps
+from .store import Storage, Store
+
+HINT = "hint"
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by engine.mixed_precision
+
+
+@dataclass
+class Outputs:
+    """Outputs of one or more teachers for the same images."""
+
+    logits: list[Tensor]  # T x [N, C] float32
+    maps: list[Tensor]  # T x [N, c_t, h_t, w_t]; empty without hints
+
+
+class Kept(NamedTuple):
+    """The same, as it is kept of every training image in one version."""
+
+    logits: list[Store]
+    maps: list[Store]  # empty: not kept
+
+    def of(self, i: int) -> list[Store]:
+        """What is kept of one teacher."""
+        return [self.logits[i], *self.maps[i : i + 1]]
+
+
+class Kinds(NamedTuple):
+    logits: Storage = Storage()
+    maps: Storage = Storage()
+
+
+@dataclass
+class Teachers:
+    """T frozen teachers; `scores` are validation accuracies, what `best_high` sorts them by."""
+
+    names: list[str]
+    models: list[FeatureExtractor]
+    scores: list[float]
+    channels: list[int]  # of the hint maps; empty without hints
+    parameters: list[int]
+    precision: torch.dtype | None = None  # they run under autocast to it; None: in float32
+    kinds: Kinds = field(default_factory=Kinds)  # how outputs are kept, and so what a student gets to see of them
+    cache: dict[int | None, Kept] = field(default_factory=dict)  # by Batch.view; what is not in it is computed
+
+    def only(self, names: Sequence[str], *, hints: bool) -> Teachers:
+        """These of the teachers, in this order, sharing models and cache; without their hint maps if not `hints`."""
+        chosen = [self.names.index(name) for name in names]
+        cache = {
+            view: Kept([kept.logits[i] for i in chosen], [kept.maps[i] for i in chosen] if hints and kept.maps else [])
+            for view, kept in self.cache.items()
+        }
+        return Teachers(
+            list(names),
+            [self.models[i] for i in chosen],
+            [self.scores[i] for i in chosen],
+            [self.channels[i] for i in chosen] if hints and self.channels else [],
+            [self.parameters[i] for i in chosen],
+            self.precision,
+            self.kinds,
+            cache,
+        )
+
+    def live(self, images: Tensor) -> Outputs:
+        """The teachers run on any number of `images` [n, C, H, W]; never compiled."""
+        return self._outputs(images, [model.forward for model in self.models])
+
+    def run(self, images: Tensor) -> Outputs:
+        """The teachers run on a batch of the training, compiled if they were."""
+        return self._outputs(images, self.models)
+
+    def _outputs(self, images: Tensor, teachers: Sequence[Callable[[Tensor], Any]]) -> Outputs:
+        outputs = []
+        with (
+            torch.inference_mode(),
+            torch.autocast(images.device.type, self.precision, enabled=self.precision is not None),
+        ):
+            for teacher in teachers:
+                logits, caught = teacher(images)
+                outputs.append((logits, caught.get(HINT)))
+        return Outputs([_ordinary(x) for x, _ in outputs], [_ordinary(x) for _, x in outputs if x is not None])
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """Outputs for a batch of the training split: looked up if they are kept, else computed, and rounded alike."""
+        kept = self.cache.get(batch.view)
+        if kept is None or (self.channels and not kept.maps):
+            live = self.run(batch.images)
+            logits = [self.kinds.logits.through(output) for output in live.logits]
+            return Outputs(logits, [self.kinds.maps.through(output) for output in live.maps])
+        return Outputs(
+            [store.rows(batch.index) for store in kept.logits], [store.rows(batch.index) for store in kept.maps]
+        )
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    """float32, and no tensor of the inference mode any more, which no backward may keep."""
+    return x.clone() if x.dtype == torch.float32 else x.float()
+
+
+def weights_file(config: Config, teacher: TeacherConfig) -> Path | None:
+    """The teacher's own weights if the configuration names some, None if a library has them, else what `teach` writes."""
+    if teacher.model.weights is not None:
+        return Path(teacher.model.weights)
+    if teacher.model.brings_weights:
+        return None
+    return config.folder / "teachers" / teacher.name / "model.safetensors"
+
+
+def fingerprint(config: Config) -> dict[str, str]:
+    """SHA-256 of each teacher's weights, and its own input statistics: what a distilled student depends on."""
+    found = {}
+    for teacher in config.teachers:
+        path, model = weights_file(config, teacher), teacher.model
+        if path is not None and not path.is_file():
+            raise RunError(missing(teacher, path))
+        digest = sha256(path) if path is not None else zoo.fingerprint(model.factory, model.args)
+        found[teacher.name] = digest if model.mean is None else f"{digest}, mean {model.mean}, std {model.std}"
+    return found
+
+
+def missing(teacher: TeacherConfig, path: Path) -> str:
+    what = "there is no such file" if teacher.model.weights else "it is not trained yet; run `amtml-fast teach` first"
+    return f"teacher {teacher.name!r}: looked for {path}: {what}"
+
+
+def load(config: Config, data: ImageData, *, hints: bool, channels_last: bool = False) -> Teachers:
+    """Every teacher of the configuration on the data's device, frozen, with its validation accuracy."""
+    if not config.teachers:
+        raise ConfigError("config: teachers: at least one teacher wanted for this method, got none")
+    device = data.train.images.device
+    models = []
+    for teacher in config.teachers:
+        if hints and teacher.hint is None:
+            raise ConfigError(
+                f"config: teachers.{teacher.name}.hint: the dotted path of the module whose output is the hint wanted, "
+                "got null; or set loss.hint_weight=0"
+            )
+        net = extractor(config, teacher, data, hints=hints)
+        memory = torch.channels_last if channels_last else torch.contiguous_format
+        net.to(device, memory_format=memory)  # type: ignore[call-overload]
+        models.append(net.eval().requires_grad_(False))
+    teachers = assemble([teacher.name for teacher in config.teachers], models, data)
+    if config.engine.compile:
+        for model in models:
+            compile_frozen(model)
+    teachers.precision = PRECISIONS.get(config.engine.mixed_precision)
+    hint_storage = Storage() if config.cache.hints == "never" else Storage(config.cache.hints)
+    teachers.kinds = Kinds(Storage(config.cache.logits), hint_storage)
+    return teachers
+
+
+def check(config: Config, data: ImageData, *, hints: bool) -> None:
+    """That every teacher fits the data and has the module of its hint, before those are trained that will be."""
+    for teacher in config.teachers:
+        teacher_maps(extractor(config, teacher, data, hints=hints, untrained=True), teacher.name, data)
+
+
+def extractor(
+    config: Config, teacher: TeacherConfig, data: ImageData, *, hints: bool, untrained: bool = False
+) -> FeatureExtractor:
+    """The teacher's net; untrained: one that `teach` trains has random weights."""
+    own = teacher.model
+    if untrained and not own.brings_weights:
+        channels = data.train.images.shape[1]
+        model = build(own.factory, dict(own.args), num_classes=len(data.classes), in_channels=channels)
+    else:
+        model = _model(config, teacher, data)
+    return FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
+
+
+def _model(config: Config, teacher: TeacherConfig, data: ImageData) -> nn.Module:
+    """The teacher's net with its weights, made to take the data's images where it was trained on images normalised by
+    other statistics: those of the configuration, or those that a net with weights from elsewhere carries itself."""
+    path, own = weights_file(config, teacher), teacher.model
+    if path is not None and not path.is_file():
+        raise RunError(missing(teacher, path))
+    classes, channels = len(data.classes), data.train.images.shape[1]
+    model = build(own.factory, dict(own.args), num_classes=classes, in_channels=channels, weights=path)
+    if own.mean is not None and own.std is not None:
+        zoo.renormalize(model, (data.mean, data.std), (own.mean, own.std))
+    elif own.brings_weights and (said := zoo.statistics(model)) is not None:
+        zoo.renormalize(model, (data.mean, data.std), said)
+    return model
+
+
+def teacher_maps(model: FeatureExtractor, name: str, data: ImageData) -> dict[str, Tensor]:
+    """The hint map that is caught, of two images. ConfigError for what is no map."""
+    caught = maps(model, f"teacher {name!r}", data, modes=(False,))
+    for key, path in model.paths.items():
+        check_map(f"teachers.{name}.{key}", path, caught[key], MAP)
+    return caught
+
+
+def assemble(names: Sequence[str], models: Sequence[FeatureExtractor], data: ImageData) -> Teachers:
+    """Teachers from ready extractors: checks their class count and measures them on the validation split."""
+    parameters = [sum(p.numel() for p in model.parameters()) for model in models]
+    teachers = Teachers(list(names), list(models), [], [], parameters)
+    hints = [teacher_maps(model, name, data) for name, model in zip(names, models, strict=True)]
+    teachers.channels = [int(x.shape[1]) for caught in hints for x in caught.values()]
+    teachers.scores = [accuracy(model, data.val, data) for model in models]
+    return teachers

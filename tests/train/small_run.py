@@ -1,0 +1,176 @@
+"""A small configuration with trained teachers in a folder of its own, to run the trainer on: in this process, and by its command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
+
+from amtml_fast.train.compare.plan import checked
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config
+from amtml_fast.train.progress import Display
+from amtml_fast.train.run import tasks, trainer
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.tasks import distill
+
+ROOT = Path(__file__).resolve().parents[2]
+QUIET = Display(quiet=True)
+
+# A net without BatchNorm: its gradient is the mean over the rows, however they are split over processes. It is smooth,
+# and its outputs tell the images apart from the first step: otherwise rounding tips a ReLU over, or fills the angle
+# loss's differences of nearly equal rows, and two right runs drift apart.
+PLAIN_NET = """
+from torch import nn
+
+
+def net(num_classes, in_channels, width=4):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 3, padding=1), nn.Tanh(), nn.Conv2d(width, 2 * width, 3, padding=1), nn.Tanh(),
+        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(8 * width, num_classes),
+    )
+
+
+def dropout_net(num_classes, in_channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, num_classes))
+"""
+YAML = """
+name: small
+data: {name: digits, val_fraction: 0.15}
+teachers:
+  - {name: a, model: {factory: small_cnn, args: {width: 6}}, hint: block3}
+  - {name: b, model: {factory: small_cnn, args: {width: 4}}, hint: block2}
+student: {factory: small_cnn, args: {width: 2}, features: block3, groups: {low: block1, high: block3}}
+teach: {epochs: 1, batch_size: 128}
+distill: {epochs: 4, batch_size: 128}
+engine: {threads: 1, device: cpu}
+"""
+
+
+class Place:
+    """A folder with a configuration and trained teachers in it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.yaml = folder, folder / "small.yaml"
+
+    def load(self, *overrides: str) -> Config:
+        return checked(reading.load(self.yaml, [f"out={self.folder}", *overrides]))
+
+    def command(self, *words: str) -> list[str]:
+        """`words` of the command line, then this place's configuration and output folder."""
+        command, *rest = words
+        return [sys.executable, "-m", "amtml_fast", command, str(self.yaml), f"out={self.folder}", *rest]
+
+    def train(self, *overrides: str, method: str = "amtml_kd", seed: int = 0, resume: bool = False) -> Run:
+        settings = self.load(*overrides)
+        data = load_data(settings)
+        return distill(settings, data, method, seed, QUIET, resume=resume, fresh=False)
+
+
+def tensors(run: Run) -> dict[str, Tensor]:
+    """Student and objective of a finished run."""
+    found = load_file(run.folder / "student.safetensors")
+    objective = run.folder / "objective.safetensors"
+    if objective.is_file():
+        found |= {f"objective.{key}": value for key, value in load_file(objective).items()}
+    return found
+
+
+def metrics(run: Run) -> list[dict[str, object]]:
+    return [{k: v for k, v in row.items() if k not in ("seconds", "step_seconds")} for row in run.read_metrics()]
+
+
+def launched(command: list[str]) -> list[str]:
+    """The same command in two processes."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command[1:]]
+
+
+def start_and_wait(place: Place, command: list[str], epochs: int) -> subprocess.Popen[str]:
+    """Starts a run and returns once `epochs` epochs are in its metrics."""
+    process = subprocess.Popen(
+        command,
+        cwd=place.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
+    )
+    run, end = Run(place.folder / "small" / "amtml_kd-seed0"), time.monotonic() + 120
+    while len(run.read_metrics()) < epochs:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "the run makes no progress"
+        time.sleep(0.005)
+    return process
+
+
+def teach(folder: Path) -> Path:
+    """The folder, with the configuration's teachers in it."""
+    place = Place(folder)
+    place.yaml.write_text(YAML)
+    settings = place.load()
+    tasks.teach(settings, load_data(settings), QUIET)
+    return folder
+
+
+def furnish(folder: Path, taught: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    shutil.copytree(taught, folder, dirs_exist_ok=True)
+    (folder / "plain_net.py").write_text(PLAIN_NET)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(ROOT)]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Place(folder)
+
+
+def weights(place: Place) -> list[tuple[int, Path]]:
+    return [(i, place.folder / "small" / "teachers" / name / "model.safetensors") for i, name in enumerate("ab")]
+
+
+def own_weights(place: Place) -> list[str]:
+    return [f"teachers.{i}.model.weights={path}" for i, path in weights(place)]
+
+
+def interrupt_after(epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C right after this epoch's checkpoint, in this process."""
+    save = trainer.Trainer.save
+
+    def save_and_stop(self: trainer.Trainer) -> None:
+        save(self)
+        if self.done == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.Trainer, "save", save_and_stop)
+
+
+# One epoch is 9 steps.
+PLAIN = [
+    "student.factory=plain_net:net",
+    "student.args={width: 4}",
+    "student.features='3'",
+    "student.groups={low: '1', high: '3'}",
+    "distill.epochs=1",
+    "distill.lr=0.05",
+]
+
+
+def assert_near(one: Run, two: Run, tolerance: float = 1e-5) -> None:
+    """Same tensors and same metrics to `tolerance`, relative and absolute."""
+    expected = tensors(one)
+    found = tensors(two)
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert ((value - expected[key]).abs() <= tolerance * (1 + expected[key].abs())).all(), key
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a.keys() == b.keys()
+        for key, value in b.items():
+            assert value == pytest.approx(a[key], rel=tolerance, abs=tolerance), key

@@ -1,0 +1,267 @@
+# ruff: noqa: E402
+"""How a configuration is read: ranges of numbers, text as it is written, paths; what it refuses, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+for extra in ("omegaconf", "yaml", "accelerate"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+from amtml_fast.train.compare.plan import checked
+from amtml_fast.train.config import fields, reading, yaml_text
+from amtml_fast.train.config.schema import Config, ConfigError, File, VariantConfig
+
+WHOLE = """
+name: small
+teachers: [{name: a, model: {weights: a.pt, mean: [0.5], std: [0.5]}, classes: [1]}]
+student: {name: s}
+compare: {students: [{name: other}], methods: [student], teachers: [1]}
+variants: {mine: {method: amtml_kd}}
+data: {augment: true, views: 2}
+"""
+TEXTS = (
+    "010",
+    "no",
+    "yes",
+    "on",
+    "5e-4",
+    "1_000",
+    "0x10",
+    "1:30",
+    "08",
+    "1.0",
+    "2024-01-01",
+    ".inf",
+    "null-1",
+    "a # b",
+)
+
+
+def load(folder: Path, lines: str = WHOLE, *overrides: str) -> Config:
+    path = folder / "small.yaml"
+    path.write_text(lines)
+    return checked(reading.load(path, overrides))
+
+
+def sections(schema_class: type = Config) -> list[type]:
+    """The configuration's classes."""
+    found = [schema_class]
+    for hint in fields.hints(schema_class).values():
+        inner = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else fields.inner(hint)
+        found += sections(inner) if dataclasses.is_dataclass(inner) else []
+    return list(dict.fromkeys(found))
+
+
+def kinds(hint: Any) -> set[Any]:
+    return set().union(*map(kinds, typing.get_args(hint))) if typing.get_args(hint) else {hint}
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
+def test_every_number_has_a_range(section: type) -> None:
+    hints = fields.hints(section)
+    for one in dataclasses.fields(section):
+        if kinds(hints[one.name]) & {int, float}:
+            assert isinstance(one.metadata.get(fields.RANGE), fields.Range), one.name
+
+
+def numbers() -> list[str]:
+    return [name for name, _, _, one in fields.leaves(File()) if fields.RANGE in one.metadata] + [
+        "teachers.0.model.mean",
+        "teachers.0.model.std",
+        "teachers.0.classes",
+        "teachers.0.train.lr",
+        "teachers.0.train.epochs",
+    ]
+
+
+@pytest.mark.parametrize("key", numbers())
+def test_a_number_out_of_its_range_is_refused(tmp_path: Path, key: str) -> None:
+    hint = fields.hint_at(Config, key, free=True)
+    section, _, name = key.rpartition(".")
+    owner = fields.hint_at(Config, section, free=True) if section else Config
+    allowed = next(one for one in dataclasses.fields(owner) if one.name == name).metadata[fields.RANGE]
+    bad = [".nan", ".inf", "-.inf"] if float in kinds(hint) else []
+    if allowed.low != float("-inf"):
+        bad.append(str(allowed.low if allowed.above else allowed.low - 1))
+    if allowed.high != float("inf"):
+        bad.append(str(allowed.high if allowed.below else allowed.high + 1))
+    assert bad
+    for value in bad:
+        written = f"[{value}]" if list in (typing.get_origin(hint), typing.get_origin(fields.inner(hint))) else value
+        with pytest.raises(ConfigError, match=rf"^config: \S*{name} must be {_escaped(allowed)}.*, got "):
+            load(tmp_path, WHOLE, f"{key}={written}")
+
+
+def _escaped(allowed: fields.Range) -> str:
+    return "".join(f"\\{letter}" if letter in "[](){}.*+?" else letter for letter in str(allowed))
+
+
+def test_ranges_say_what_they_are() -> None:
+    assert [str(each[fields.RANGE]) for each in (fields.FINITE, fields.COUNT, fields.POSITIVE, fields.SHARE)] == [
+        "finite", "1 or more", "above 0", "in [0, 1]"]  # fmt: skip
+    inside = fields.Range(0, 1, above=True, below=True)
+    assert str(inside) == "in (0, 1)" and 0 not in inside and 1 not in inside and 0.5 in inside
+    assert 10**400 in fields.COUNT[fields.RANGE] and float("inf") not in fields.COUNT[fields.RANGE]
+
+
+@pytest.mark.parametrize("text", ["010", "08", "-010", "1_000", "1:30", "'010'", "' 3'", "0o17", "1__0"])
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        ("seed", ""),
+        ("distill.epochs", "distill: {epochs: 3}"),
+        ("loss.temperature", "loss: {temperature: 3}"),
+        ("teachers.0.train.epochs", "teachers: [{name: a, train: {epochs: 3}}]"),
+        ("variants.mine.loss.alpha", "variants: {mine: {loss: {alpha: 3}}}"),
+        ("compare.seeds.0", "compare: {seeds: [3]}"),
+    ],
+)
+def test_a_number_that_is_read_in_two_ways_is_refused(tmp_path: Path, key: str, place: str, text: str) -> None:
+    wanted = "int wanted|float wanted" if text == "0o17" else rf"{key}\S* must be an? (integer|number) without leading"
+    lines = (place or "seed: 3").replace("3", text)
+    with pytest.raises(ConfigError, match=wanted):
+        load(tmp_path, lines)
+    if key != "compare.seeds.0":
+        with pytest.raises(ConfigError, match=wanted):
+            load(tmp_path, WHOLE, f"{key}={text}")
+
+
+@pytest.mark.parametrize("text", ["010", "5", "1_0"])
+def test_a_truth_value_is_no_number(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.augment must be true or false, got"):
+        load(tmp_path, f"data: {{augment: {text}}}")
+    assert load(tmp_path, "data: {augment: yes}").data.augment and load(tmp_path, "data: {augment: 1}").data.augment
+
+
+@pytest.mark.parametrize(("text", "value"), [("10", 10), ("+3", 3), ("0", 0), ("0x10", 16)])
+def test_plain_integers_are_read(tmp_path: Path, text: str, value: int) -> None:
+    assert load(tmp_path, f"seed: {text}").seed == load(tmp_path, WHOLE, f"seed={text}").seed == value
+
+
+@pytest.mark.parametrize("text", ["1e1", "10.", "10", "1.0e+1", "1E1", "10.0"])
+def test_plain_numbers_are_read(tmp_path: Path, text: str) -> None:
+    assert load(tmp_path, f"loss: {{temperature: {text}}}").loss.temperature == 10.0
+    assert load(tmp_path, WHOLE, f"loss.temperature={text}").loss.temperature == 10.0
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_kept_as_it_is_written(tmp_path: Path, text: str) -> None:
+    settings = load(tmp_path, WHOLE, f"name={text}", f"student.weights={text}", f"data.name={text}")
+    assert (settings.name, settings.student.weights, settings.data.name) == (text, text, text)
+    assert settings.folder == Path("runs") / text
+    if "#" not in text:  # a comment in a file
+        lines = (
+            f"name: {text}\ndata: {{name: {text}}}\nstudent: {{groups: {{{text}: {text}}}}}\ncompare: {{methods: []}}"
+        )
+        if ":" not in text:
+            written = load(tmp_path, lines)
+            assert (written.name, written.data.name, written.student.groups) == (text, text, {text: text})
+            (tmp_path / "again.yaml").write_text(reading.to_yaml(written))
+            assert reading.load(tmp_path / "again.yaml") == written
+        assert load(tmp_path, f"name: {text}").name == text
+
+
+def test_quotes_and_null_are_yamls(tmp_path: Path) -> None:
+    assert load(tmp_path, WHOLE, "name='a: b'").name == "a: b" and load(tmp_path, 'name: "010"').name == "010"
+    assert load(tmp_path, WHOLE, "student.weights=null").student.weights is None
+    with pytest.raises(ConfigError, match="name: str wanted"):
+        load(tmp_path, WHOLE, "name=null")
+    for text in ("a: b", "[a", "{a: b}", "*a", "&a", "%a", "@a", "`a", "!a b"):
+        assert load(tmp_path, WHOLE, f"name={text}").name == text
+
+
+def test_an_anchor_serves_keys_of_several_types(tmp_path: Path) -> None:
+    settings = load(tmp_path, "name: &n 5\nseed: *n\nteach: &t {epochs: 3, lr: 5e-4}\ndistill: {<<: *t, epochs: 4}")
+    assert (settings.name, settings.seed, settings.distill.epochs, settings.distill.lr) == ("5", 5, 4, 5e-4)
+
+
+def test_free_values_keep_what_is_no_plain_number(tmp_path: Path) -> None:
+    args = load(tmp_path, "student: {args: {a: 010, b: 10, c: 1:30, d: [1e-3, yes]}}").student.args
+    assert args == {"a": "010", "b": 10, "c": "1:30", "d": [1e-3, True]}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("- a", "must hold a mapping of keys, got list"),
+        ("text", "must hold a mapping of keys, got str"),
+        ("name: a\nname: b", "found the key 'name' twice"),
+        ("student: &s {args: *s}", "not readable YAML"),
+        ("name: a\x00b", "not readable YAML"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, lines: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, lines)
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    assert load(tmp_path, "# nothing\n") == Config()
+
+
+def test_yaml_text_reads_what_a_dump_writes() -> None:
+    written = {"a": 1e-07, "b": "010", "c": [1, None, True], "d": "1:30", "e": "no", "f": -3, "g": "1e3", "h": ""}
+    assert yaml_text.read(OmegaConf.to_yaml(OmegaConf.create(written)), Any) == written
+
+
+# --- paths and names --------------------------------------------------------------------------------------------------
+
+
+def test_the_home_folder_stands_for_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    keys = [name for name, _, _, one in fields.leaves(load(tmp_path)) if fields.HOME in one.metadata]
+    assert {"out", "data.root", "cache.folder", "student.weights", "teachers.0.model.weights",
+            "compare.students.0.weights"} == set(keys)  # fmt: skip
+    settings = load(tmp_path, WHOLE, *(f"{key}=~/x/{key}" for key in keys))
+    found = {name: value for name, value, _, one in fields.leaves(settings) if fields.HOME in one.metadata}
+    assert found == {key: f"{tmp_path}/home/x/{key}" for key in keys}
+    assert settings.folder == tmp_path / "home/x/out/small"
+    assert load(tmp_path, WHOLE, "out=a~b").out == "a~b"
+    with pytest.raises(ConfigError, match="out must be a path, with the home folder of a known user for ~, got"):
+        load(tmp_path, WHOLE, "out=~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize("name", ["..", "a/../..", "/a", ".", "'a\\0b'", '"a\\0b"'])
+def test_a_run_stays_below_out(tmp_path: Path, name: str) -> None:
+    if name == "'a\\0b'":  # in single quotes a backslash is a backslash
+        assert load(tmp_path, WHOLE, f"name={name}").name == "a\\0b"
+        return
+    with pytest.raises(ConfigError, match="name must be a folder's name, below out, got"):
+        load(tmp_path, WHOLE, f"name={name}")
+
+
+@pytest.mark.parametrize("key", ["teachers.0.name", "student.name", "compare.students.0.name"])
+@pytest.mark.parametrize("name", ["..", "-a", "a/b", "a$b", "a[b", ""])
+def test_names_that_are_parts_of_folders(tmp_path: Path, key: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"name must be unique names|name: str wanted"):
+        load(tmp_path, WHOLE, f"{key}={name}")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["variants.new={method: amtml_kd, loss: {alpha: 0.5}}"],
+        ["variants.new={method: amtml_kd}", "variants.new.loss.alpha=0.5"],
+        ["variants.new.method=amtml_kd", "variants.new.loss={alpha: 0.5}"],
+        ["variants={new: {method: amtml_kd, loss: {alpha: 0.5}}}"],
+    ],
+)
+def test_a_variant_can_be_made_on_the_command_line(tmp_path: Path, overrides: list[str]) -> None:
+    loaded = load(tmp_path, WHOLE, *overrides)
+    assert loaded.variants["new"] == VariantConfig(method="amtml_kd", loss={"alpha": 0.5})
+    assert ("mine" in loaded.variants) == ("variants={" not in overrides[0])
+    with pytest.raises(ConfigError, match=r"variants\.new\.lost: no such key"):
+        load(tmp_path, WHOLE, "variants.new={method: amtml_kd, lost: 1}")

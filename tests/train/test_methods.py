@@ -1,0 +1,435 @@
+# ruff: noqa: E402
+"""The training methods: each objective against its formula in plain PyTorch, and what a configuration can make of them."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import torch
+from method_step import CHANNELS, TEACHER_CHANNELS, C, N, T, kl, make_config, make_step, objective, seen
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from amtml_fast import TeacherAdapter, reference
+from amtml_fast.dropin import FitNet
+from amtml_fast.train.compare.plan import checked
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.presets import paper_code
+from amtml_fast.train.config.schema import ConfigError, TrainConfig, VariantConfig
+from amtml_fast.train.methods.aekd import min_norm_weights
+from amtml_fast.train.methods.amtml_kd import mixed_targets
+from amtml_fast.train.methods.base import StepLoss
+from amtml_fast.train.methods.ca_mkd import confidence_weights
+from amtml_fast.train.methods.eb_kd import entropy_weights
+from amtml_fast.train.methods.registry import METHODS, chosen, known
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_the_student_and_its_own_parts(name: str) -> None:
+    method = METHODS[name]
+    one = method.teachers == "best"
+    made, step = objective(name, teachers=1 if one else T), seen(method)
+    out = made(step)
+    out.loss.backward()
+    assert out.loss.ndim == 0 and out.loss.isfinite()
+    assert step.logits.grad is not None and step.logits.grad.abs().sum() > 0
+    for key, parameter in made.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+    assert all(not value.requires_grad and value.ndim == 0 for value in out.terms.values())
+    if out.weights is not None:
+        assert out.weights.shape == (N, T) and not out.weights.requires_grad
+        torch.testing.assert_close(out.weights.sum(1), torch.ones(N))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_objective_and_all_its_parts_return_tensors_or_tuples(name: str) -> None:
+    """FSDP2 looks for the tensors of an output in tuples, lists and dicts. What it does not find trains nothing, and no
+    error says so: an object of a class of one's own; on torch 2.11 a dataclass, too."""
+    method = METHODS[name]
+    made, seen_types = objective(name, teachers=1 if method.teachers == "best" else T), set()
+    for part in made.modules():
+        part.register_forward_hook(lambda module, args, output: seen_types.add(type(output)))
+    out = made(seen(method))
+    assert StepLoss in seen_types and all(issubclass(kind, Tensor | tuple) for kind in seen_types), seen_types
+    assert any(leaf is out.loss for leaf in tree_leaves(out))
+
+
+def test_only_the_keys_that_a_method_reads_make_its_runs_another_configuration() -> None:
+    assert set(METHODS["avg_mkd"].loss(make_config())) == {"temperature", "alpha", "mode", "label_smoothing"}
+    assert set(METHODS["student"].loss(make_config())) == {"label_smoothing"}
+    of_one = {"at": {"at_weight"}, "aekd": {"aekd_gradients", "aekd_bound"}}
+    for name, keys in of_one.items():
+        assert keys <= set(METHODS[name].loss(make_config()))
+        assert all(keys.isdisjoint(other.loss(make_config())) for key, other in METHODS.items() if key != name)
+
+
+# --- formulas ---------------------------------------------------------------------------------------------------------
+
+
+def test_avg_mkd_and_okd_are_hintons_loss() -> None:
+    step, tau, alpha = make_step(), 3.0, 0.6
+    ce = F.cross_entropy(step.logits, step.labels)
+    p = torch.stack([(z / tau).softmax(-1) for z in step.teacher_logits])
+    want = (1 - alpha) * ce + alpha * kl(p.mean(0), step.logits, tau).mean()
+    torch.testing.assert_close(objective("avg_mkd", temperature=tau, alpha=alpha)(step).loss, want)
+    each = torch.stack([kl(part, step.logits, tau).mean() for part in p]).mean()
+    want = (1 - alpha) * ce + alpha * each
+    torch.testing.assert_close(objective("avg_mkd_sum", temperature=tau, alpha=alpha)(step).loss, want)
+    alone = step._replace(teacher_logits=step.teacher_logits[1:2])
+    want = (1 - alpha) * ce + alpha * kl(p[1], step.logits, tau).mean()
+    torch.testing.assert_close(objective("okd-t1", temperature=tau, alpha=alpha)(alone).loss, want)
+
+
+def test_eb_kd_weighs_by_certainty() -> None:
+    logits = [torch.tensor([[9.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 0.0]])]
+    entropies = [-(z.softmax(-1) * z.log_softmax(-1)).sum().item() for z in logits]
+    want = torch.tensor([[(1 - h / sum(entropies)) / 2 for h in entropies]])
+    torch.testing.assert_close(entropy_weights(logits), want)
+    assert want[0, 0] > want[0, 1] > want[0, 2]
+    certain = [torch.tensor([[500.0, 0.0]]), torch.tensor([[0.0, 500.0]])]
+    torch.testing.assert_close(entropy_weights(certain), torch.full((1, 2), 0.5))
+    torch.testing.assert_close(entropy_weights(logits[:1]), torch.ones(1, 1))
+
+
+def test_ca_mkd_weighs_by_the_label_and_its_hints_alike() -> None:
+    step = make_step()
+    ce = torch.stack([F.cross_entropy(z, step.labels, reduction="none") for z in step.teacher_logits], 1)
+    weights = (1 - ce.softmax(1)) / (T - 1)
+    torch.testing.assert_close(confidence_weights(step.teacher_logits, step.labels), weights)
+    torch.testing.assert_close(confidence_weights(step.teacher_logits[:1], step.labels), torch.ones(N, 1))
+
+    made = objective("ca_mkd", hint_weight=0.5)
+    rows = [kl((z / 4).softmax(-1), step.logits, 4.0) for z in step.teacher_logits]
+    want = 0.3 * F.cross_entropy(step.logits, step.labels) + 0.7 * (weights * torch.stack(rows, 1)).sum(1).mean()
+    for t, teacher in enumerate(step.teacher_maps):
+        u = F.adaptive_avg_pool2d(teacher, 2)  # to the smaller side, the student's
+        difference = u - F.conv2d(step.features, made.transforms[str(t)][:, :, None, None])
+        want = want + 0.5 * (weights[:, t] * difference.square().mean((1, 2, 3))).mean()
+    torch.testing.assert_close(made(step).loss, want)
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.6, 0.4])
+def test_aekd_takes_the_min_norm_point(bound: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    shares = torch.distributions.Dirichlet(torch.full((T,), 0.7))
+    torch.manual_seed(0)
+    bounded = 0
+    for _ in range(20):
+        vectors = torch.randn(T, 4, generator=g) + torch.randn(1, 4, generator=g)
+        gram = vectors @ vectors.T
+        w = min_norm_weights(gram, bound)
+        assert (w >= 0).all() and w.max() <= bound + 1e-6 and abs(w.sum().item() - 1) < 1e-6
+        others = shares.sample((4000,))
+        others = others[(others <= bound).all(1)]
+        value = (w @ vectors).square().sum()
+        assert value <= (others @ vectors).square().sum(1).min() + 1e-6
+        # The condition of the minimum: no weight can be moved from one vector to another to make it less.
+        slope = vectors @ (w @ vectors)
+        assert slope[w < bound - 1e-6].min() >= slope[w > 0].max() - 1e-5
+        bounded += int((w > bound - 1e-6).any())
+    assert bounded > 0
+
+
+def test_aekd_with_equal_or_single_teachers() -> None:
+    for bound in (1.0, 0.6, 0.2):  # below 1 / T it is 1 / T
+        weights = min_norm_weights(torch.ones(3, 3), bound)
+        torch.testing.assert_close(weights, torch.full((3,), 1 / 3), rtol=0, atol=1e-5)
+        torch.testing.assert_close(min_norm_weights(torch.zeros(2, 2), bound), torch.full((2,), 0.5))
+        torch.testing.assert_close(min_norm_weights(torch.tensor([[4.0]]), bound), torch.ones(1))
+    # One gradient far shorter than the others and in their direction: it alone is the min-norm point.
+    gram = torch.tensor([[1.0, 5.0], [5.0, 30.0]])
+    torch.testing.assert_close(min_norm_weights(gram), torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.tensor([0.6, 0.4]))
+
+
+def test_dml_learns_with_its_peers() -> None:
+    step, made = make_step(), objective("dml", teachers=2)
+    every = [step.logits, *(peer(step.images) for peer in made.peers)]
+    want = torch.zeros(())
+    for k, z in enumerate(every):
+        want = want + F.cross_entropy(z, step.labels)
+        others = [other.detach().softmax(-1) for j, other in enumerate(every) if j != k]
+        want = want + torch.stack([kl(p, z, 1.0).mean() for p in others]).mean()
+    out = made(step)
+    torch.testing.assert_close(out.loss, want)
+    theirs = torch.autograd.grad(want, step.logits)[0]
+    torch.testing.assert_close(torch.autograd.grad(out.loss, step.logits)[0], theirs)
+
+
+def test_fitnet_at_and_rkd() -> None:
+    step = seen(METHODS["fitnet"])
+    ce, v, u = (
+        F.cross_entropy(step.logits, step.labels),
+        step.features,
+        F.adaptive_avg_pool2d(step.teacher_maps[0], 2),
+    )
+    made = objective("fitnet", teachers=1, fitnet_weight=3.0)
+    (weight,) = made.parameters()
+    want = ce + 3 * (u - F.conv2d(v, weight[:, :, None, None])).square().mean()
+    torch.testing.assert_close(made(step).loss, want)
+
+    def attention(x: Tensor) -> Tensor:
+        a = F.adaptive_avg_pool2d(x.square().mean(1, keepdim=True), 2).flatten(1)
+        return a / a.norm(dim=1, keepdim=True)
+
+    want = ce + 7 * (attention(v) - attention(step.teacher_maps[0])).square().mean()
+    torch.testing.assert_close(objective("at", teachers=1, at_weight=7.0)(step).loss, want)
+
+    student, teacher = v.mean((2, 3)), step.teacher_maps[0].mean((2, 3))
+    want = ce + 25 * reference.rkd_distance_loss(student, teacher) + 50 * reference.angle_loss(student, teacher)
+    torch.testing.assert_close(objective("rkd", teachers=1)(step).loss, want)
+
+
+# --- AMTML-KD and its options -----------------------------------------------------------------------------------------
+
+
+def test_ablations_take_away_what_they_say() -> None:
+    step = make_step()
+    whole = objective("amtml_kd")(step)
+    assert "weights" not in whole.terms and whole.weights.std(0).max() > 0
+    no_angle = objective("amtml_no_angle")(step)
+    torch.testing.assert_close(whole.loss - whole.terms["angle"], no_angle.loss)
+    no_hint = objective("amtml_no_hint")(step)
+    torch.testing.assert_close(whole.loss - whole.terms["hint"], no_hint.loss)
+    uniform = objective("amtml_no_adapter", angle_weight=0.0, hint_weight=0.0)
+    assert uniform(step).weights is None and not list(uniform.parameters())
+    torch.testing.assert_close(uniform(step).loss, objective("avg_mkd")(step).loss)
+    mappings = {name: objective(name).amtml.hints.mapping for name in ("amtml_kd", "amtml_best_low")}
+    assert mappings == {"amtml_kd": {0: "low", 1: "high", 2: "mid"}, "amtml_best_low": {0: "high", 1: "low", 2: "mid"}}
+
+
+def test_the_angle_trains_the_weights_only_where_asked() -> None:
+    step = make_step()
+
+    def gradient(name: str) -> Tensor:
+        made = objective(name, hint_weight=0.0, regularizer_weight=0.0, angle_weight=100.0)
+        return torch.autograd.grad(made(step).loss, made.adapter.v)[0]
+
+    plain = objective("amtml_no_angle", hint_weight=0.0, regularizer_weight=0.0)
+    alone = torch.autograd.grad(plain(step).loss, plain.adapter.v)[0]
+    torch.testing.assert_close(gradient("amtml_kd"), alone)
+    assert (gradient("amtml_angle_trains_weights") - alone).abs().max() > 1e-4
+
+
+def test_the_angle_on_logits_trains_the_weights_too_where_asked() -> None:
+    step, options = make_step(), {"angle_on": "logits", "angle_weight": 100.0, "hint_weight": 0.0}
+    plain, asked = objective("amtml_kd", **options), objective("amtml_angle_trains_weights", **options)
+    torch.testing.assert_close(plain(step).loss, asked(step).loss)
+    first, second = (torch.autograd.grad(made(step).loss, made.adapter.v)[0] for made in (plain, asked))
+    assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_student_that_diverged_shows_in_the_loss(name: str) -> None:
+    """And raises nothing: the trainer stops that run, and the others go on."""
+    method = METHODS[name]
+    made, step = objective(name, teachers=1 if method.teachers == "best" else T), seen(method)
+    out = made(step._replace(logits=step.logits * float("nan")))
+    assert not out.loss.isfinite()
+
+
+def test_labels_train_the_weights_towards_the_teacher_that_is_right() -> None:
+    step, made = make_step(), objective("amtml_label_weights", temperature=2.0)
+    plain = objective("amtml_kd", temperature=2.0)
+    weights = made(step).weights
+    p = mixed_targets(step.teacher_logits, weights, 2.0)[torch.arange(N), step.labels]
+    torch.testing.assert_close(made(step).loss, plain(step).loss - p.log().mean())
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
+    for _ in range(30):
+        optimizer.zero_grad()
+        made.surprise(step).backward()
+        optimizer.step()
+    after = mixed_targets(step.teacher_logits, made(step).weights, 2.0)[torch.arange(N), step.labels]
+    assert after.mean() > p.mean() + 0.02
+
+
+def test_without_the_kl_only_the_labels_train_the_weights() -> None:
+    step, options = make_step(), {"hint_weight": 0.0, "regularizer_weight": 0.0}
+    made = objective("amtml_kd", kl_trains_weights=False, adapter_label_weight=2.0, **options)
+    plain = objective("amtml_kd", adapter_label_weight=2.0, **options)
+    torch.testing.assert_close(made(step).loss, plain(step).loss)
+    (gradient,) = torch.autograd.grad(made(step).loss, made.adapter.v)
+    (surprise,) = torch.autograd.grad(2 * made.surprise(step), made.adapter.v)
+    torch.testing.assert_close(gradient, surprise)
+    (both,) = torch.autograd.grad(plain(step).loss, plain.adapter.v)
+    assert (both - gradient).abs().max() > 1e-3
+    options["regularizer_weight"] = 0.5
+    regular = objective("amtml_kd", kl_trains_weights=False, adapter_label_weight=2.0, **options)
+    (more,) = torch.autograd.grad(regular(step).loss, regular.adapter.v)
+    torch.testing.assert_close(more, gradient + regular.adapter.v)
+
+
+def test_the_adapters_own_seed_fixes_it_and_nothing_else() -> None:
+    first, second = (objective("amtml_kd", seed=seed, adapter_seed=1) for seed in (3, 4))
+    assert torch.equal(first.adapter.theta, second.adapter.theta)
+    assert not torch.equal(first.amtml.hints.transforms["0"], second.amtml.hints.transforms["0"])
+    other = objective("amtml_kd", seed=3)
+    assert not torch.equal(first.adapter.theta, other.adapter.theta)
+    # Without a seed of its own the adapter takes its draws from the common stream, and the hints those after them.
+    assert not torch.equal(first.amtml.hints.transforms["0"], other.amtml.hints.transforms["0"])
+
+
+def test_paper_code_is_the_authors_loss() -> None:
+    """Every term written out as their notebooks have it; `docs/method.md` lists them."""
+    step, made = make_step(), objective("amtml_paper_code")
+    loss = reading.changed(make_config(), METHODS["amtml_paper_code"].settings(make_config()), "a test").loss
+    assert (loss.temperature, loss.alpha, loss.mapping) == (5.0, 0.7, {"t0": "low", "t1": "mid"})
+    tau, adapter = 5.0, made.adapter
+    b = step.features.mean((2, 3))
+    w = ((b[:, None] * adapter.theta) @ adapter.v).softmax(1)
+    p = (w[..., None] * torch.stack([(z / tau).softmax(-1) for z in step.teacher_logits], 1)).sum(1)
+    q = (step.logits / tau).log_softmax(-1)
+    want = (p * (p.log() - q)).sum() / (N * C) * 2 * 0.7 * tau**2 + 0.3 * F.cross_entropy(step.logits, step.labels)
+    want = want + 0.1 * (adapter.v.square().sum() + adapter.theta.square().sum())
+    target = p.detach()
+    want = want + reference.angle_loss(step.logits, target) + reference.rkd_distance_loss(step.logits, target)
+    for t, group in ((0, "low"), (1, "mid")):
+        theirs = FitNet(CHANNELS[group], TEACHER_CHANNELS[t])
+        transform = made.amtml.hints.transforms[str(t)]
+        assert not transform.requires_grad and 0.004 < transform.abs().max() <= 0.005
+        theirs.transform.weight.data = transform[:, :, None, None]
+        want = want + theirs(step.maps[group], step.teacher_maps[t].mean((2, 3), keepdim=True))
+    out = made(step)
+    torch.testing.assert_close(out.loss, want)
+    assert {"angle", "distance", "hint", "regularizer"} <= set(out.terms)
+
+
+def test_an_adapter_is_in_the_state_dict_once() -> None:
+    """Checkpoints and objective.safetensors keep their names."""
+    for adapter, inside in (
+        ({}, "amtml.adapter."),
+        ({"kl_trains_weights": False, "adapter_label_weight": 1.0}, "amtml.adapter.adapter."),
+    ):
+        made = objective("amtml_kd", **adapter)
+        assert isinstance(made.adapter, TeacherAdapter)
+        assert [key for key in made.state_dict() if "adapter" in key] == [f"{inside}theta", f"{inside}v"]
+
+
+NEW_KEY = """
+import dataclasses
+from amtml_fast.train.config import schema
+
+new = [("another_weight", float, 1.0)]
+schema.LossConfig = dataclasses.make_dataclass("LossConfig", new, bases=(schema.LossConfig,))
+from amtml_fast.train.methods.registry import METHODS
+
+config = schema.Config(loss=schema.LossConfig())
+assert config.loss.another_weight == 1.0
+print([name for name, method in METHODS.items() if "another_weight" in method.loss(config)])
+"""
+
+
+def test_a_new_key_is_in_no_recipe_before_its_method_declares_it() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NEW_KEY], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2]
+    )
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_the_method_that_contributing_shows_works() -> None:
+    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    module = types.ModuleType("amtml_fast.train.methods.shown")
+    module.__package__ = "amtml_fast.train.methods"
+    exec(text.split("```python\n")[1].split("```")[0], module.__dict__)
+    step = make_step()
+    out = objective(module.METHOD)(step)
+    right = torch.stack([z.argmax(1) == step.labels for z in step.teacher_logits], 1)
+    assert out.weights is not None and (out.weights[right.any(1)] > 0).eq(right[right.any(1)]).all()
+    assert right.any(1).any() and not right.any(1).all()
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_okd_stands_for_every_teacher() -> None:
+    names = [method.name for method in chosen(make_config(), ["student", "okd", "okd-t1"])]
+    assert names == ["student", "okd-t0", "okd-t1", "okd-t2"]
+    assert [method.teacher for method in chosen(make_config(), ["okd"])] == ["t0", "t1", "t2"]
+
+
+def test_a_variant_is_another_method_with_other_values() -> None:
+    mine = VariantConfig("amtml_no_angle", "Mine", {"hint_weight": 0.25}, {"adapter_epochs": 2})
+    whole = replace(make_config(), variants={"mine": mine})
+    method = known(whole)["mine"]
+    made = reading.changed(whole, method.settings(whole), "a test")
+    assert (method.label, made.loss.angle_weight, made.loss.hint_weight) == ("Mine", 0.0, 0.25)
+    assert made.stages.adapter_epochs == 2 and whole.loss.hint_weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("compare: {methods: [amtml]}", r"one of okd, student.* wanted, got 'amtml'; did you mean 'amtml_"),
+        ("variants: {mine: {method: avg}}\ncompare: {methods: [mine]}", r"variants.mine.method: .*got 'avg'; did you"),
+        (
+            "variants: {mine: {loss: {hint_weigth: 1}}}\ncompare: {methods: [mine]}",
+            r"loss.hint_weigth: no such key; did you mean 'loss.hint_weight'\? \(in the method mine\)",
+        ),
+        (
+            "variants: {mine: {loss: {mode: max}}}\ncompare: {methods: [mine]}",
+            r"loss.mode: one of mixture, sum wanted, got 'max'",
+        ),
+        ("variants: {student: {method: avg_mkd}}", r"variants: names of their own wanted, got 'student', which is a"),
+        ("variants: {okd-x: {method: avg_mkd}}", r"variants: names of their own wanted, got 'okd-x'"),
+        (
+            "variants: {mine: {method: avg_mkd, loss: {hint_weight: 0.1}}}\ncompare: {methods: [mine]}",
+            r"variants.mine: keys that avg_mkd reads wanted, got loss.hint_weight",
+        ),
+        (
+            "variants: {mine: {method: eb_kd, stages: {adapter_epochs: 1}}}\ncompare: {methods: [mine]}",
+            r"variants.mine: keys that eb_kd reads wanted, got stages",
+        ),
+        ("loss: {kl_scale: 0}", r"loss.kl_scale must be above 0, got 0.0"),
+        ("loss: {delta: 0}", r"loss.delta must be above 0, got 0.0"),
+        ("loss: {aekd_gradients: row}", r"loss.aekd_gradients: one of mean, rows wanted, got 'row'"),
+        ("loss: {aekd_bound: 0}", r"loss.aekd_bound must be in \(0, 1\], got 0.0"),
+        ("loss: {distance_weight: -1}", r"loss.distance_weight must be 0 or more, got -1.0"),
+        ("loss: {kl_trains_weights: false}", r"loss.adapter_label_weight: above 0 wanted where kl_trains_weights"),
+        (
+            "loss: {kl_trains_weights: false, adapter_label_weight: 1, angle_trains_weights: true}",
+            r"loss.angle_trains_weights: false wanted where kl_trains_weights=false",
+        ),
+        ("compare: {teachers: [2]}", r"compare.teachers: 1 to 0 \(the teachers\) wanted, got 2"),
+        ("compare: {students: [{name: student}]}", r"compare.students.name must be unique names"),
+        ("compare: {workers: 0}", r"compare.workers must be 1 or more, got 0"),
+        ("base: nowhere", r"'nowhere' is neither a YAML file"),
+        ("base: bad.yaml", r"base: files that name each other: .*bad.yaml -> .*bad.yaml"),
+    ],
+)
+def test_what_a_comparison_cannot_mean(tmp_path: Path, lines: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(lines + "\n")
+    with pytest.raises(ConfigError, match=message):
+        checked(reading.load(path))
+
+
+def test_a_methods_own_mapping_replaces_the_configurations() -> None:
+    whole = make_config(mapping={"t2": "high"})
+    settings = METHODS["amtml_paper_code"].settings(whole)
+    assert reading.changed(whole, settings, "a test").loss.mapping == {"t0": "low", "t1": "mid"}
+    assert reading.changed(whole, METHODS["amtml_no_angle"].settings(whole), "a test").loss.mapping == {"t2": "high"}
+
+
+def test_a_file_goes_on_from_its_base(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("name: first\ndistill: {epochs: 3, lr: 0.5}\n")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nname: second\ndistill: {epochs: 4}\n")
+    made = reading.load(tmp_path / "second.yaml")
+    assert (made.name, made.distill.epochs, made.distill.lr) == ("second", 4, 0.5)
+
+
+def test_paper_code_scales_its_stages() -> None:
+    made = reading.changed(make_config(), paper_code(replace(make_config(), distill=TrainConfig(epochs=28))), "a test")
+    assert (made.stages.adapter_epochs, made.stages.adapter_milestones) == (8, [4, 5])
+    assert made.distill.milestones == [18, 23] and math.isclose(made.distill.weight_decay, 5e-4)

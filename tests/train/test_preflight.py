@@ -1,0 +1,108 @@
+# ruff: noqa: E402
+"""Every method with maps of every kind: it trains a step, or one line says before anything is trained what it wants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import torch
+
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import Config, ConfigError
+from amtml_fast.train.data.images import ImageData, Loader
+from amtml_fast.train.methods.registry import METHODS
+from amtml_fast.train.models import networks
+from amtml_fast.train.models.features import FeatureExtractor
+from amtml_fast.train.run import preflight
+from amtml_fast.train.run.distiller import make_distiller, teachers_of
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.teachers.frozen import Outputs, assemble
+
+YAML = """
+name: small
+data: {name: digits, val_fraction: 0.15}
+teachers:
+  - {name: a, model: {factory: small_cnn, args: {width: 2}}, hint: block3}
+  - {name: b, model: {factory: small_cnn, args: {width: 3}}, hint: block3}
+student: {factory: small_cnn, args: {width: 1}, features: block3, groups: {low: block2, high: block3}}
+distill: {batch_size: 16}
+engine: {threads: 1, device: cpu}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ImageData:
+    return load_data(load(tmp_path_factory.mktemp("data")))
+
+
+def load(folder: Path, *overrides: str) -> Config:
+    (folder / "small.yaml").write_text(YAML)
+    return reading.load(folder / "small.yaml", [f"out={folder}", *overrides])
+
+
+def step(settings: Config, name: str, data: ImageData) -> torch.Tensor:
+    """The loss of one step from untrained teachers."""
+    job = student_job(settings, name, 0)
+    nets = [networks.small_cnn(10, width=width) for width in (2, 3)]
+    hints = [{"hint": teacher.hint or "block3"} for teacher in settings.teachers]
+    everyone = assemble(
+        ["a", "b"], [FeatureExtractor(net, hint).eval() for net, hint in zip(nets, hints, strict=True)], data
+    )
+    teachers = teachers_of(job, everyone) if job.method.needs_teachers else None
+    distiller = make_distiller(job, data, teachers)
+    batch = next(iter(Loader(data.train, data, 16)))
+    taught = teachers.run(batch.images) if teachers else Outputs([], [])
+    out, _ = distiller(batch.images, batch.labels, taught.logits, taught.maps)
+    out.loss.backward()
+    return out.loss.detach()
+
+
+@pytest.mark.parametrize("features", ["fc", "block3"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_with_every_kind_of_features(tmp_path: Path, data: ImageData, name: str, features: str) -> None:
+    settings = load(tmp_path, f"student.features={features}")
+    job, method = student_job(settings, name, 0), METHODS[name]
+    if features == "fc" and method.features and not method.pooled:
+        message = (
+            r"^config: student\.features must name a module whose output is \[N, c, h, w\], got 'fc', .* \[2, 10\]$"
+        )
+        for run in (lambda: preflight.networks(settings, data, [job]), lambda: step(settings, name, data)):
+            with pytest.raises(ConfigError, match=message):
+                run()
+        return
+    preflight.networks(settings, data, [job])
+    assert torch.isfinite(step(settings, name, data))
+
+
+def with_hints() -> list[str]:
+    plain = Config()
+    settings = {name: reading.changed(plain, method.settings(plain), name) for name, method in METHODS.items()}
+    return [name for name, method in METHODS.items() if method.hints(settings[name].loss)]
+
+
+@pytest.mark.parametrize("name", with_hints())
+def test_every_method_with_a_teachers_output_that_is_no_map(tmp_path: Path, data: ImageData, name: str) -> None:
+    settings = load(tmp_path, "teachers.1.hint=fc")
+    message = r"^config: teachers\.b\.hint must name a module whose output is \[N, c, h, w\], got 'fc', .* \[2, 10\]$"
+    with pytest.raises(ConfigError, match=message):
+        preflight.networks(settings, data, [student_job(settings, name, 0)])
+    with pytest.raises(ConfigError, match=message):
+        step(settings, name, data)
+
+
+def test_places_leave_nothing_behind(tmp_path: Path) -> None:
+    settings = load(tmp_path, f"out={tmp_path}/a/b", f"cache.folder={tmp_path}/c/d")
+    preflight.places(settings)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    preflight.places(settings)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/b", "small.yaml"]
+    (tmp_path / "c").symlink_to("nowhere")
+    with pytest.raises(ConfigError, match=r"cache\.folder must be a folder, got .*c/d where .*c is none"):
+        preflight.places(settings)
+    preflight.places(load(tmp_path, f"cache.folder={tmp_path}/c/d", "cache.teachers=never"))

@@ -1,0 +1,213 @@
+# ruff: noqa: E402
+"""What a student's network may do: overwrite its own maps, leave parameters out, name a group as it likes; and what it may not."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import torch
+from safetensors.torch import save_file
+from small_run import PLAIN, QUIET, Place, assert_near, launched, metrics, own_weights, tensors
+
+from amtml_fast.train.compare.session import compare
+from amtml_fast.train.data.images import Loader
+from amtml_fast.train.models.networks import build
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.teachers import frozen
+
+NETS = '''
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    """A small net with a residual connection, without BatchNorm and smooth (see small_run)."""
+
+    def __init__(self, num_classes, in_channels, width, overwrites, unused, skips):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(c, width, 3, padding=1) for c in (in_channels, width))
+        self.head = nn.Linear(16 * width, num_classes)
+        self.overwrites, self.skips, self.calls = overwrites, skips, 0
+        if unused:
+            self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = self.first(x).tanh()
+        out = self.second(x)
+        if self.overwrites:
+            out += x
+            out = torch.tanh_(out)
+        else:
+            out = (out + x).tanh()
+        self.calls += self.training
+        if self.skips and self.training and self.calls >= self.skips:
+            out = 0 * x + 1
+        return self.head(nn.functional.avg_pool2d(out, 2).flatten(1))
+
+
+def net(num_classes, in_channels, width=4, overwrites=False, unused=False, skips=0):
+    return Net(num_classes, in_channels, width, overwrites, unused, skips)
+
+
+def two_answers(num_classes, in_channels):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net(num_classes, in_channels)
+
+        def forward(self, x):
+            return (self.net(x), self.net(x)) if self.training else self.net(x)
+
+    return Two()
+
+
+def colours_only(num_classes, in_channels):
+    return net(num_classes, 3)
+'''
+
+SMALL = ["student.factory=own_nets:net", "student.features=second", "student.groups={low: first, high: second}"]
+SMALL += ["distill.epochs=2", "distill.lr=0.05"]
+
+
+@pytest.fixture
+def nets(place: Place) -> Place:
+    """A place whose configurations know the networks above."""
+    (place.folder / "own_nets.py").write_text(NETS)
+    return place
+
+
+def args(**args: object) -> str:
+    return f"student.args={args}".replace("'", "").lower()
+
+
+def assert_equal(one: Run, two: Run) -> None:
+    assert metrics(one) == metrics(two)
+    expected, found = tensors(one), tensors(two)
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+# --- maps that are overwritten ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [[], ["engine.compile=true"]], ids=["eager", "compiled"])
+def test_a_student_that_overwrites_its_maps_learns_as_one_that_does_not(nets: Place, engine: list[str]) -> None:
+    plain = nets.train(*SMALL, *engine, *own_weights(nets), args(overwrites=False), "name=plain")
+    overwriting = nets.train(*SMALL, *engine, *own_weights(nets), args(overwrites=True))
+    assert_near(plain, overwriting)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_hint_of_a_teacher_that_overwrites_it_is_the_modules_output(nets: Place, compiled: bool) -> None:
+    maps = []
+    for overwrites in (False, True):
+        torch.manual_seed(0)
+        own = {"width": 3, "overwrites": overwrites}
+        file = nets.folder / f"{overwrites}.safetensors"
+        save_file(build("own_nets:net", own, num_classes=10, in_channels=1, weights=None).state_dict(), file)
+        model = f"model: {{factory: 'own_nets:net', args: {{width: 3, overwrites: {str(overwrites).lower()}}}, weights: {file}}}"
+        settings = nets.load(
+            f"teachers=[{{name: t, hint: second, {model}}}]", f"engine.compile={str(compiled).lower()}"
+        )
+        data = load_data(settings)
+        found = frozen.load(settings, data, hints=True)
+        batch = next(iter(Loader(data.train, data, 64)))
+        assert [each.maps[0].shape for each in (found.run(batch.images), found.live(batch.images))] == [
+            (64, 3, 8, 8)
+        ] * 2
+        maps += [found.run(batch.images).maps[0], found.live(batch.images).maps[0]]
+    for other in maps[1:]:
+        torch.testing.assert_close(other, maps[0], rtol=1e-5, atol=1e-6)
+    assert maps[0].abs().max() > 1  # no tanh has gone over it
+
+
+# --- names --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_may_be_called_features(place: Place) -> None:
+    plain = place.train("student.groups={low: block1, high: block3}", "name=plain", *own_weights(place))
+    named = place.train("student.groups={features: block1, high: block3}", *own_weights(place))
+    assert_equal(plain, named)
+    mapped = place.train("loss.mapping={a: features, b: high}", "student.groups={features: block1, high: block3}",
+                         "name=mapped", *own_weights(place))  # fmt: skip
+    assert mapped.finished()
+
+
+def test_the_recipe_tells_the_adapters_map_from_the_groups(place: Place) -> None:
+    recipes = [
+        student_job(place.load(f"student.groups={{features: {path}, high: block3}}"), "amtml_kd", 0).recipe()
+        for path in ("block1", "block2", "block3")
+    ]
+    assert all(one != two for i, one in enumerate(recipes) for two in recipes[:i])
+
+
+# --- parameters that a step does not depend on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", [[], ["engine.fsdp=true"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [{"unused": True}, {"skips": 1}], ids=["unused", "skips"])
+def test_a_student_with_unused_parameters_trains_the_same_on_two_processes(
+    nets: Place, engine: list[str], kind: dict[str, object]
+) -> None:
+    settings = [*SMALL, *engine, "student.groups={}", args(**kind), *own_weights(nets)]
+    one = nets.train(*settings, "name=one", method="avg_mkd")
+    done = subprocess.run(
+        launched(nets.command("distill", *settings, "--method=avg_mkd")),
+        cwd=nets.folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = Run(nets.folder / "small" / "avg_mkd-seed0")
+    assert two.read_record()["processes"] == 2
+    assert_near(one, two)
+
+
+def test_a_step_that_leaves_parameters_out_later_ends_two_processes_with_a_message(nets: Place) -> None:
+    settings = [*SMALL, "student.groups={}", args(skips=9), *own_weights(nets), "--method=avg_mkd"]
+    done = subprocess.run(
+        launched(nets.command("distill", *settings)), cwd=nets.folder, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "error: AvgMKD, seed 0: a step leaves parameters out that the first one used" in done.stderr, done.stderr
+
+
+def test_nothing_is_looked_for_where_every_parameter_is_used(nets: Place) -> None:
+    done = subprocess.run(
+        launched(nets.command("distill", *PLAIN, *own_weights(nets))),
+        cwd=nets.folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "find_unused_parameters" not in done.stderr, done.stderr
+
+
+# --- networks that do not fit -------------------------------------------------------------------------------------------
+
+MISFITS = [
+    ("two_answers", r"the network must return logits \[2, 10\], for 2 images and 10 classes of digits, got tuple"),
+    ("colours_only", r"the network must take images \[2, 1, 8, 8\] of digits, got RuntimeError: .*channels"),
+]
+
+
+@pytest.mark.parametrize(("factory", "message"), MISFITS, ids=["tuple", "channels"])
+def test_a_network_that_does_not_fit_is_named_before_anything_is_trained(
+    nets: Place, factory: str, message: str
+) -> None:
+    own = [f"student.factory=own_nets:{factory}", "student.args={}", "student.features=null", "student.groups={}"]
+    with pytest.raises(ValueError, match=rf"student alone, seed 0: {message}"):
+        nets.train(*own, method="student")
+    settings = nets.load(*own, "name=untaught", "compare.methods=[student]")
+    with pytest.raises(ValueError, match=message):
+        compare(settings, QUIET)
+    settings = nets.load(
+        f"teachers.1.model.factory=own_nets:{factory}",
+        "teachers.1.model.args={}",
+        "name=untaught",
+        "compare.methods=[student]",
+    )
+    with pytest.raises(ValueError, match=rf"teacher b: {message}"):
+        compare(settings, QUIET)
+    assert not (nets.folder / "untaught").exists()

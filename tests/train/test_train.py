@@ -1,0 +1,684 @@
+# ruff: noqa: E402
+"""The trainer: runs that can be killed, resumed, split over processes and repeated, and what they leave behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from small_run import (
+    PLAIN,
+    QUIET,
+    ROOT,
+    YAML,
+    Place,
+    assert_near,
+    interrupt_after,
+    launched,
+    metrics,
+    own_weights,
+    start_and_wait,
+    tensors,
+)
+from torch import nn
+
+from amtml_fast.train.compare import results
+from amtml_fast.train.compare.plan import checked, plan
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import ConfigError, TrainConfig
+from amtml_fast.train.data.images import Loader
+from amtml_fast.train.figures.tables import Row
+from amtml_fast.train.files import RunError, read_json, write_atomic
+from amtml_fast.train.models import evaluate
+from amtml_fast.train.models.features import FeatureExtractor
+from amtml_fast.train.models.networks import build, small_cnn
+from amtml_fast.train.progress import Display
+from amtml_fast.train.run import optim, trainer
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.metrics import collapsed
+from amtml_fast.train.run.prepare import load_data, load_teachers
+from amtml_fast.train.run.stop import Interrupted, Stop
+from amtml_fast.train.run.tasks import distill
+from amtml_fast.train.teachers import fill
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_and_resumed_run_equals_an_unbroken_one(place: Place) -> None:
+    # Long enough that the kill falls into the middle; onecycle, so that a wrong step count changes every rate after it.
+    epochs = "distill.epochs=15"
+    unbroken = place.train(epochs, "name=unbroken", *own_weights(place))
+    process = start_and_wait(place, place.command("distill", epochs, *own_weights(place)), 3)
+    process.kill()
+    process.communicate()
+    killed = Run(place.folder / "small" / "amtml_kd-seed0")
+    assert not killed.finished() and 3 <= len(killed.read_metrics()) < 15
+    for name in (".checkpoint.pt.ab12_xyz", ".student.safetensors.00000000", ".notes"):  # unfinished; a user's
+        (killed.folder / name).touch()
+    resumed = place.train(epochs, *own_weights(place), resume=True)
+    assert resumed.finished() and metrics(resumed) == metrics(unbroken)
+    expected = tensors(unbroken)
+    for key, value in tensors(resumed).items():
+        assert torch.equal(value, expected[key]), key
+    assert read_json(resumed.result) == read_json(unbroken.result)
+    assert [path.name for path in killed.folder.iterdir() if path.name.startswith(".")] == [".notes"]
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:
+    process = start_and_wait(place, place.command("distill", "distill.epochs=15"), 2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "of 15 epochs are safe" in said and "Traceback" not in said
+    advice = said.split("To go on: amtml-fast ")[1].split()
+    assert advice[0] == "distill" and "--resume" in advice and "distill.epochs=15" in advice
+    again = subprocess.run(
+        [sys.executable, "-m", "amtml_fast", *advice], cwd=place.folder, capture_output=True, text=True, timeout=120
+    )
+    assert again.returncode == 0, again.stderr
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    assert "continuing after epoch" in again.stdout
+    assert run.finished() and [row["epoch"] for row in metrics(run)] == list(range(1, 16))
+
+
+def test_a_stop_waits_for_the_end_of_the_step_and_a_second_one_does_not() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        with Stop() as stop:
+            stop.check()
+            signal.raise_signal(signal.SIGINT)  # would be raised here
+            with pytest.raises(KeyboardInterrupt):
+                stop.check()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_leaves_signals_alone_that_nobody_handles(number: int) -> None:
+    mine = signal.signal(number, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            signal.raise_signal(number)
+            stop.check()
+    finally:
+        signal.signal(number, mine)
+
+
+@pytest.fixture
+def stopped(place: Place, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run stopped after two of four epochs."""
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Interrupted, match=r"[12] of 4 epochs are safe"):
+            place.train()
+    return Run(place.folder / "small" / "amtml_kd-seed0")
+
+
+def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = ["student.factory=plain_net:dropout_net", "student.args={}", "distill.optimizer=adamw"]
+    learn, seeds = trainer.Trainer.learn, list[int]()
+
+    def watched(self: trainer.Trainer, *args: object) -> None:
+        seeds.append(torch.initial_seed())
+        learn(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "learn", watched)
+        unbroken = place.train(*random, "name=unbroken", method="student")
+    assert len(set(seeds)) == len(seeds) == 4 * unbroken.read_record()["steps_per_epoch"]
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Interrupted):
+            place.train(*random, method="student")
+    torch.rand(7)
+    resumed = place.train(*random, method="student", resume=True)
+    assert metrics(resumed) == metrics(unbroken)
+    assert all(torch.equal(value, tensors(unbroken)[key]) for key, value in tensors(resumed).items())
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("owned",)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "empty", "foreign", "other tensors", "pickle"])
+def test_a_bad_checkpoint_is_a_clear_error_and_stays(place: Place, stopped: Run, kind: str) -> None:
+    good = stopped.checkpoint.read_bytes()
+    if kind == "truncated":
+        stopped.checkpoint.write_bytes(good[: len(good) // 2])
+    elif kind == "empty":
+        stopped.checkpoint.write_bytes(b"")
+    elif kind == "foreign":
+        torch.save({"state_dict": {}}, stopped.checkpoint)
+    elif kind == "other tensors":
+        state = torch.load(stopped.checkpoint, weights_only=True)
+        state["model"].pop(next(iter(state["model"])))
+        torch.save(state, stopped.checkpoint)
+    else:
+        stopped.checkpoint.write_bytes(pickle.dumps(Evil()))
+    bad = stopped.checkpoint.read_bytes()
+    with pytest.raises(RunError, match=r"checkpoint\.pt: (not a readable checkpoint|format|does not fit)"):
+        place.train(resume=True)
+    assert stopped.checkpoint.read_bytes() == bad
+    assert not Path("owned").exists()
+    stopped.checkpoint.write_bytes(good)
+    assert place.train(resume=True).finished()
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    write_atomic(path, b"first")
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        RunError, match=r"checkpoint.pt: No space left on device: 6 bytes to write, [\d,]+ free on the disk"
+    ):
+        write_atomic(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_an_unfinished_run_is_neither_continued_nor_lost_unasked(place: Place, stopped: Run) -> None:
+    before = stopped.checkpoint.read_bytes()
+    with pytest.raises(RunError, match=r"2 of 4 epochs\)\. Continue it with --resume or start it over with --fresh"):
+        place.train()
+    assert stopped.checkpoint.read_bytes() == before
+
+
+def test_a_line_cut_short_and_an_epoch_without_checkpoint_are_repeated(place: Place, stopped: Run) -> None:
+    with open(stopped.metrics, "a") as file:
+        file.write(json.dumps({"epoch": 3, "loss": 0.0}) + '\n{"epoch": 4, "lo')
+    rows = metrics(place.train(resume=True))
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and rows[2]["loss"] != 0.0
+
+
+def test_a_folder_of_another_configuration_is_refused(place: Place) -> None:
+    run = place.train("distill.epochs=1", method="student")
+    weights_before = (run.folder / "student.safetensors").read_bytes()
+    with pytest.raises(RunError, match=r"train\.lr: 0\.1 there, 0\.05 here"):
+        place.train("distill.epochs=1", "distill.lr=0.05", method="student")
+    assert (run.folder / "student.safetensors").read_bytes() == weights_before
+
+
+def test_a_finished_run_is_not_trained_again_unless_its_teachers_changed(place: Place) -> None:
+    run = place.train("distill.epochs=1")
+    stamp = run.record.stat().st_mtime_ns
+    place.train("distill.epochs=1")
+    assert run.record.stat().st_mtime_ns == stamp
+    file = place.folder / "small" / "teachers" / "a" / "model.safetensors"
+    save_file({key: value + 1 for key, value in load_file(file).items()}, file)
+    with pytest.raises(RunError, match=r"teachers\.a"):
+        place.train("distill.epochs=1")
+
+
+# --- processes and steps ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "engine"),
+    [("avg_mkd", []), ("amtml_kd", []), ("amtml_kd", ["engine.fsdp=true"])],
+    ids=["avg", "ddp", "fsdp"],
+)
+def test_two_processes_equal_one_with_the_same_global_batch(place: Place, method: str, engine: list[str]) -> None:
+    one = place.train(*PLAIN, *engine, "name=one", *own_weights(place), method=method)
+    done = subprocess.run(
+        launched(place.command("distill", *PLAIN, *engine, *own_weights(place), f"--method={method}")),
+        cwd=place.folder, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    two = Run(place.folder / "small" / f"{method}-seed0")
+    assert two.read_record()["processes"] == 2 and one.read_record()["processes"] == 1
+    assert_near(one, two)
+    # And the comparison would notice: the same steps from another seed end elsewhere.
+    moved = tensors(place.train(*PLAIN, "name=moved", *own_weights(place), method=method, seed=1))
+    assert any((moved[key] - value).abs().max() > 1e-2 for key, value in tensors(one).items())
+
+
+@pytest.mark.parametrize("engine", [[], ["engine.fsdp=true"]], ids=["ddp", "fsdp"])
+def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(place: Place, engine: list[str]) -> None:
+    settings = [*PLAIN, "distill.epochs=20", *engine, *own_weights(place)]
+    unbroken = place.train(*settings, "name=unbroken")
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+
+    def stop(command: list[str], epochs: int) -> None:
+        process = start_and_wait(place, command, epochs)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode not in (0, None) and "are safe in" in said, said
+        assert not run.finished() and run.load_checkpoint() is not None
+
+    command = place.command("distill", *settings, "--resume")
+    stop(launched(command), 2)
+    stop(command, len(run.read_metrics()) + 2)
+    done = subprocess.run(launched(command), cwd=place.folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "continuing after epoch" in done.stdout, done.stderr
+    assert_near(unbroken, run, tolerance=1e-4)  # ten times the steps of the test above
+
+
+# Asks the second process alone to stop, in the fourth step of the second epoch; and notes each process's seeds.
+STOPPING = """
+import os, runpy, signal, torch
+from amtml_fast.train.run import trainer
+
+learn, batches = trainer.Trainer.learn, 0
+
+
+def terminated(self, *args):
+    global batches
+    with open("seeds" + os.environ["RANK"], "a") as file:
+        print(torch.initial_seed(), file=file)
+    learn(self, *args)
+    batches += 1
+    if batches == self.steps + 4 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+
+
+trainer.Trainer.learn = terminated
+runpy.run_module("amtml_fast", run_name="__main__")
+"""
+
+
+def test_two_processes_stop_together_within_an_epoch_and_count_it_once(place: Place) -> None:
+    settings = [*PLAIN, "distill.epochs=3", "distill.batch_size=64", *own_weights(place)]
+    unbroken = place.train(*settings, "name=unbroken")
+    (place.folder / "stopping.py").write_text(STOPPING)
+    command = place.command("distill", *settings)
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    stopping = launched([command[0], "stopping.py", *command[3:]])
+    done = subprocess.run(stopping, cwd=place.folder, capture_output=True, text=True, timeout=120)
+    assert "1 of 3 epochs and 10 steps of the next one are safe" in done.stderr, done.stderr
+    assert "has gone" not in done.stderr and not run.finished()
+    seeds = [(place.folder / f"seeds{rank}").read_text().splitlines() for rank in range(2)]
+    assert len(set(seeds[0] + seeds[1])) == len(seeds[0] + seeds[1])  # no two draw the same
+    done = subprocess.run(
+        launched([*command, "--resume"]), cwd=place.folder, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "continuing after epoch 1 of 3 and 10 steps" in done.stdout, done.stderr
+    assert_near(unbroken, run)
+
+
+def test_accumulated_steps_equal_whole_ones(place: Place) -> None:
+    whole = place.train(*PLAIN, "name=whole", *own_weights(place), method="avg_mkd")
+    accumulated = place.train(*PLAIN, *own_weights(place), "engine.gradient_accumulation_steps=4", method="avg_mkd")
+    assert whole.read_record()["steps_per_epoch"] == accumulated.read_record()["steps_per_epoch"]
+    # lr is the last step's in both; the losses are means over the same images.
+    assert_near(whole, accumulated)
+
+
+def test_two_stages_freeze_the_adapter_and_nothing_else(place: Place) -> None:
+    constant = ["distill.schedule=constant", *own_weights(place)]
+    first = tensors(place.train(*constant, "distill.epochs=1", "name=first"))
+    run = place.train(*constant, "distill.epochs=4", "preset=two_stage")
+    last = tensors(run)
+    assert reading.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 1
+    frozen = [key for key in last if "theta" in key or key.endswith(".v")]
+    assert len(frozen) == 2
+    for key, value in last.items():
+        assert torch.equal(value, first[key]) == (key in frozen), key
+    # The weights are still computed from the live student.
+    means = [row["weight_mean"] for row in metrics(run)]
+    assert means[1] != means[2] != means[3]
+
+
+def test_an_explicit_key_beats_the_preset(place: Place) -> None:
+    assert reading.load(place.yaml, ["preset=two_stage", "stages.adapter_epochs=3"]).stages.adapter_epochs == 3
+    place.yaml.write_text(YAML + "stages: {adapter_epochs: 2}\n")
+    assert reading.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 2
+
+
+def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
+    settings = reading.load(
+        place.yaml, ["student.args={depth: 20}", "distill={lr: 0.5}", "teachers.0.model={args: {}}"]
+    )
+    assert settings.student.args == {"depth": 20}
+    assert settings.distill.lr == 0.5 and settings.distill.epochs == 4
+    assert settings.teachers[0].model.factory == "small_cnn"
+
+
+def test_learning_rates() -> None:
+    def rates(**kwargs: object) -> list[float]:
+        train = TrainConfig(epochs=10, lr=1.0, **kwargs)  # type: ignore[arg-type]
+        return [optim.learning_rate(train, step, 10) for step in range(100)]
+
+    onecycle = rates(schedule="onecycle")
+    assert onecycle[0] == pytest.approx(1 / 25) and onecycle[30] == pytest.approx(1.0) and onecycle[-1] < 0.01
+    assert onecycle[:31] == sorted(onecycle[:31]) and onecycle[30:] == sorted(onecycle[30:], reverse=True)
+    step = rates(schedule="step", milestones=[5, 8])
+    assert [step[i] for i in (0, 49, 50, 79, 80)] == pytest.approx([1.0, 1.0, 0.1, 0.1, 0.01])
+    assert rates(schedule="constant") == [1.0] * 100
+    cosine = rates(schedule="cosine", warmup=2)
+    assert cosine[0] < 0.1 and cosine[20] == pytest.approx(1.0) and cosine[60] == pytest.approx(0.5)
+
+
+def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
+    with pytest.raises(RunError, match=r"the loss is (nan|inf) after epoch \d; try a lower learning rate"):
+        place.train(*PLAIN, "distill.lr=1e12", method="student")
+
+
+def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    won = {"weight_won": [0.02, 0.98]}
+    assert collapsed({}, ["a", "b"]) is None and collapsed({"entropy": 0.5, **won}, ["a", "b"]) is None
+    for entropy, words in ((0.9995, "smaller loss.regularizer_weight"), (0.005, "larger loss.regularizer_weight")):
+        message = collapsed({"entropy": entropy, **won}, ["a", "b"])
+        assert message is not None and words in message and "init_scale" in message
+        assert ("b on 98 % of the examples" in message) == (entropy < 0.5)
+
+    def warned(method: str, *overrides: str) -> str:
+        settings = place.load("distill.epochs=2", "distill.lr=1e-6", *overrides)
+        data = load_data(settings)
+        distill(settings, data, method, 0, Display(), resume=False, fresh=True)
+        return capsys.readouterr().out
+
+    # Equal weights that are not learned are no collapse; those of an adapter that starts at zero are, and it says so once.
+    assert "warning" not in warned("eb_kd") and "warning" not in warned("amtml_no_adapter")
+    assert warned("amtml_kd", "loss.init_scale=0.0").count("the teacher weights are uniform") == 1
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def test_cached_outputs_equal_live_ones(place: Place) -> None:
+    settings = place.load()
+    data = load_data(settings)
+    cached = load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
+    never = place.load("cache.teachers=never")
+    live = load_teachers(never, data, [student_job(never, "amtml_kd", 0)], QUIET)
+    assert cached is not None and cached.cache and live is not None and not live.cache
+    for batch in Loader(data.train, data, 100, shuffle=True, seed=3):
+        a, b = cached.outputs(batch), live.outputs(batch)
+        assert len(a.logits) == len(a.maps) == 2
+        for x, y in zip(a.logits + a.maps, b.logits + b.maps, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_augmented_images_are_never_taught_from_the_cache(place: Place) -> None:
+    settings = place.load("data.augment=true")
+    data = load_data(settings)
+    found = load_teachers(settings, data, [student_job(settings, "avg_mkd", 0)], QUIET)
+    assert found is not None and not found.cache
+    with pytest.raises(ConfigError, match=r"cache\.teachers=always: data\.views .* or data\.augment=false wanted"):
+        place.load("data.augment=true", "cache.teachers=always")
+    assert place.train("data.augment=true", "distill.epochs=1").finished()
+
+
+def test_teachers_stay_as_they_are(place: Place) -> None:
+    settings = place.load("distill.epochs=1", "cache.teachers=never")
+    data = load_data(settings)
+    found = load_teachers(settings, data, [student_job(settings, "amtml_kd", 0)], QUIET)
+    assert found is not None
+    before = [{k: v.clone() for k, v in model.state_dict().items()} for model in found.models]
+    trainer.train(student_job(settings, "amtml_kd", 0), data, found, QUIET)
+    for model, state in zip(found.models, before, strict=True):
+        assert not model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, state[key]), key
+
+
+def test_measuring_uses_eval_mode_and_leaves_no_trace(place: Place) -> None:
+    data = load_data(place.load())
+    model = FeatureExtractor(small_cnn(10, width=2), {}).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    evaluate.accuracy(model, data.val, data)
+    assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_teacher_with_other_classes_is_refused(place: Place) -> None:
+    file = place.folder / "seven.safetensors"
+    save_file(small_cnn(7, width=4).state_dict(), file)
+    own = [f"teachers.1.model={{args: {{width: 4, num_classes: 7}}, weights: {file}}}"]
+    with pytest.raises(ValueError, match=r"teacher 'b': the network must return logits \[2, 10\].*got \[2, 7\]"):
+        place.train(*own)
+
+
+def test_an_untrained_teacher_says_what_to_run(place: Place) -> None:
+    with pytest.raises(
+        RunError, match=r"teacher 'a': looked for .*model\.safetensors: it is not trained yet; run `amtml"
+    ):
+        place.train("name=empty")
+
+
+# --- what a run leaves ------------------------------------------------------------------------------------------------
+
+
+def test_the_student_loads_without_the_trainer(place: Place) -> None:
+    run = place.train()
+    plain: nn.Module = small_cnn(10, width=2)
+    plain.load_state_dict(load_file(run.folder / "student.safetensors"), strict=True)
+    plain.eval()
+    data = load_data(place.load())
+    images = (data.test.images / 255 - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
+    accuracy = (plain(images).argmax(1) == data.test.labels).double().mean().item()
+    assert accuracy == pytest.approx(read_json(run.result)["test_accuracy"], abs=1e-12)
+
+
+@pytest.fixture
+def new_engine() -> Iterator[None]:
+    """Accelerate keeps one precision a process; forget it before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_and_compile_leave_a_plain_student(
+    place: Place, new_engine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The eager backend compiles in no time and wraps the module all the same.
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compile_module(self, backend="eager"))
+    engine = ["engine.mixed_precision=bf16", "engine.compile=true", "engine.channels_last=true"]
+    run = place.train(*engine, "distill.epochs=2")
+    state = load_file(run.folder / "student.safetensors")
+    small_cnn(10, width=2).load_state_dict(state, strict=True)
+    assert all(value.dtype in (torch.float32, torch.int64) for value in state.values())
+    full = metrics(place.train("engine.mixed_precision=bf16", "distill.epochs=2", "name=bf16", *own_weights(place)))
+    assert [row["loss"] for row in metrics(run)] == pytest.approx([row["loss"] for row in full], rel=0.02)
+
+
+def test_a_run_records_what_made_it(place: Place) -> None:
+    run = place.train("distill.epochs=2")
+    record, rows = run.read_record(), run.read_metrics()
+    for key in ("versions", "backends", "git_commit", "seed", "parameters", "seconds_per_step", "seconds_total"):
+        assert key in record
+    assert record["finished"] and record["seconds_per_step"] > 0 and record["teachers"] == ["a", "b"]
+    assert reading.load(run.folder).distill.epochs == 2
+    assert list(run.folder.glob("tensorboard/**/events*"))
+    wanted = "epoch lr loss kd ce kl angle hint regularizer train_accuracy val_accuracy entropy weight_mean weight_won seconds"
+    assert all(set(row) >= set(wanted.split()) for row in rows)
+    assert all(0 <= row["entropy"] <= 1 and sum(row["weight_mean"]) == pytest.approx(1) for row in rows)
+
+
+def rows_of(**accuracies: list[float]) -> list[Row]:
+    labels = {"student": "student alone", "avg_mkd": "AvgMKD", "amtml_kd": "AMTML-KD"}
+    return [Row(name, labels[name], 10, values, 1.0) for name, values in accuracies.items()]
+
+
+def test_the_finding_is_honest() -> None:
+    ours, other = [0.97, 0.985, 0.98], [0.95, 0.96, 0.955]
+    better = results.finding(rows_of(student=[0.90, 0.91, 0.90], avg_mkd=other, amtml_kd=ours))
+    assert "AMTML-KD (97.83 %) beats AvgMKD (95.50 %): +2.33 ± 0.29 points over 3 seeds, p = 0.0051" in better
+    assert "it beats student alone" in better
+    worse = results.finding(rows_of(avg_mkd=ours, amtml_kd=other))
+    assert "falls behind AvgMKD" in worse and "beats" not in worse
+    level = results.finding(rows_of(avg_mkd=[0.95, 0.96, 0.95], amtml_kd=[0.96, 0.955, 0.95]))
+    assert "cannot be told from AvgMKD" in level
+    alone = results.finding(rows_of(avg_mkd=[0.95], amtml_kd=[0.96]))
+    assert "one seed cannot tell that from chance" in alone
+    assert "95.00 %" in results.finding(rows_of(student=[0.95]))
+    # The best other method is named too, so that nothing better is passed over.
+    labels = {"eb_kd": [0.99, 0.985, 0.99], "avg_mkd": other, "amtml_kd": ours}
+    rows = [Row(name, name, 10, values, 1.0) for name, values in labels.items()]
+    assert "it cannot be told from eb_kd (98.83 %): -1.00 ± 1.00 points" in results.finding(rows)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.epohcs=3", r"distill\.epohcs: no such key; did you mean 'distill\.epochs'"),
+        ("distil.epochs=3", r"distil: no such key; did you mean 'distill'"),
+        ("teachers.0.nme=x", r"teachers\.0\.nme: no such key; did you mean 'teachers\.name'"),
+        ("teachers.0.train.epohcs=3", r"teachers\.a\.train\.epohcs: no such key; did you mean 'epochs'"),
+        ("distill.epochs=many", r"distill\.epochs: int wanted: Value 'many'"),
+        ("stages.adapter_epochs=x", r"stages\.adapter_epochs: int or null wanted"),
+        ("data.augment=maybe", r"data\.augment: bool wanted"),
+        ("distill=3", r"distill: a mapping of keys wanted"),
+        ("compare.seeds=3", r"compare\.seeds: list\[int\] wanted"),
+        ("teachers.7.name=x", r"teachers\.7"),
+        (
+            "preset=two_stag",
+            r"preset: one of default, two_stage, paper_code wanted, got 'two_stag'; did you mean 'two_stage'",
+        ),
+        ("loss.mode=mixtur", r"loss\.mode: one of mixture, sum wanted, got 'mixtur'; did you mean 'mixture'"),
+        ("loss.mapping=best", r"loss\.mapping: one of best_high"),
+        ("loss.alpha=1.5", r"loss\.alpha must be in \[0, 1\], got 1\.5"),
+        ("loss.temperature=0", r"loss\.temperature must be above 0, got 0"),
+        ("distill.schedule=onecyle", r"distill\.schedule: one of .* did you mean 'onecycle'"),
+        ("distill.epochs=0", r"distill\.epochs must be 1 or more, got 0"),
+        ("compare.methods=[amtmlkd]", r"method: one of .* did you mean 'amtml_kd'"),
+        ("teachers.1.name=a", r"teachers\.name must be unique names"),
+        ("distill", r"an override is key=value, got 'distill'"),
+        ("cache_teachers=never", r"cache_teachers: no such key; did you mean 'cache\.teachers'"),
+        ("cache.teachers=maybe", r"cache\.teachers: one of auto, always, never wanted, got 'maybe'"),
+        ("cache.logits=float61", r"cache\.logits: float32, float16 or a number k of 1 or more wanted, got 'float61'"),
+        ("cache.logits=0", r"cache\.logits: .* wanted, got 0"),
+        ("cache.hints=3", r"cache\.hints: one of float32, float16, never wanted, got '3'"),
+        ("data.views=4", r"data\.views must be null with data\.augment=false, got 4"),
+    ],
+)
+def test_config_errors_name_the_key_and_the_nearest(place: Place, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(reading.load(place.yaml, [override]))
+
+
+def test_config_errors_of_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"packaged name \(cifar10, .*\); did you mean 'digits'"):
+        reading.load("digit")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("distill: {epochs: [")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not readable YAML"):
+        reading.load(bad)
+    bad.write_text("distill: {epoch: 3}")
+    with pytest.raises(ConfigError, match=r"distill\.epoch: no such key; did you mean 'distill\.epochs'.*bad\.yaml"):
+        reading.load(bad)
+
+
+def test_a_config_survives_its_own_yaml(place: Place) -> None:
+    settings = place.load("loss.mapping={a: high, b: low}", "engine.mixed_precision=no", "distill.lr=3e-2")
+    (place.folder / "again.yaml").write_text(reading.to_yaml(settings))
+    assert reading.load(place.folder / "again.yaml") == settings
+    assert settings.distill.lr == 0.03 and settings.engine.mixed_precision == "no"
+
+
+PACKAGED = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+
+
+@pytest.mark.parametrize("name", [*PACKAGED, "fashion_mnist_specialists", *(f"{name}_fast" for name in PACKAGED)])
+def test_packaged_configs_load(name: str) -> None:
+    settings = reading.load(name)
+    assert settings.name == name and len(settings.teachers) >= 3
+    assert len({str(teacher.model) for teacher in settings.teachers}) == len(settings.teachers)
+    engine = settings.engine
+    fast = engine.compile and engine.channels_last and engine.mixed_precision == "bf16"
+    assert fast == name.endswith("_fast")
+    if fast:
+        slow = reading.load(name.removesuffix("_fast"))
+        assert settings.distill.epochs < slow.distill.epochs and settings.distill.batch_size > slow.distill.batch_size
+        assert [teacher.name for teacher in settings.teachers] == [teacher.name for teacher in slow.teachers]
+    # Every student offers what every method asks for, and every job has a folder of its own.
+    assert plan(settings)
+    assert reading.packaged() == sorted(
+        [*PACKAGED, "fashion_mnist_specialists", *(f"{each}_fast" for each in PACKAGED)]
+    )
+
+
+@pytest.mark.parametrize(("name", "classes", "column"), [("cifar10", 10, 0), ("cifar100", 100, 1)])
+def test_the_papers_networks(name: str, classes: int, column: int) -> None:
+    """The paper's parameter counts, for 10 and for 100 classes."""
+    settings, paper = reading.load(name), {
+        "resnet20": (269_722, 275_572),
+        "resnet32": (464_154, 470_004),
+        "resnet44": (658_586, 664_436),
+        "resnet56": (853_018, 858_868),
+        "resnet110": (1_727_962, 1_733_812),
+        "resnet8": (68_050, 71_020),
+        "resnet15": (116_882, 119_852),
+        "resnet16": (151_634, 154_604),
+    }  # fmt: skip
+    networks = {teacher.name: (teacher.model.factory, teacher.model.args) for teacher in settings.teachers}
+    students = (settings.student, *settings.compare.students)
+    networks |= {student.name: (student.factory, student.args) for student in students}
+    for network, counts in paper.items():
+        factory, args = networks[network]
+        model = build(factory, args, num_classes=classes, in_channels=3)
+        assert sum(p.numel() for p in model.parameters()) == counts[column], network
+        if network in {student.name for student in students}:
+            student = next(each for each in students if each.name == network)
+            FeatureExtractor(model, {"features": student.features or "", **student.groups})
+    train = settings.distill
+    assert (train.epochs, train.batch_size, train.milestones, train.lr) == (200, 128, [100, 150], 0.1)
+
+
+def test_the_readmes_comparison_can_be_planned(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    settings = reading.load(path)
+    labels = {job.method.label for job in plan(settings)}
+    assert {"student alone", "OKD from resnet110", "AMTML-KD, authors' code", "AMTML-KD, softer"} <= labels
+    assert settings.compare.split == "validation" and settings.compare.teachers == [2, 3]
+
+
+def test_batch_sizes_that_cannot_be_shared_out(place: Place) -> None:
+    with pytest.raises(ConfigError, match=r"a multiple of engine\..*=3 wanted, got 128"):
+        place.train("engine.gradient_accumulation_steps=3", method="student")
+    with pytest.raises(ValueError, match=r"100000"):
+        place.train("distill.batch_size=100000", method="student")
+
+
+def test_methods_say_what_they_miss(place: Place) -> None:
+    with pytest.raises(ConfigError, match=r"student\.features"):
+        place.train("student.features=null")
+    with pytest.raises(ConfigError, match=r"student\.groups"):
+        place.train("student.groups={}")
+    with pytest.raises(ConfigError, match=r"teachers\.b\.hint"):
+        place.train("teachers.1.hint=null")
+    with pytest.raises(ConfigError, match=r"at least one teacher"):
+        place.train("teachers=[]")
+    with pytest.raises(ConfigError, match=r"one of okd, student, .*, okd-a, okd-b wanted, got 'kd'"):
+        place.train(method="kd")
+
+
+def test_an_explicit_mapping_by_teacher_names(place: Place) -> None:
+    assert place.train("loss.mapping={a: low, b: high}", "distill.epochs=1").finished()
+    with pytest.raises(ValueError, match=r"'c' is no teacher; the teachers are a, b"):
+        place.train("loss.mapping={c: low}", "distill.epochs=1", "name=other", *own_weights(place))
+
+
+def test_free_memory_decides_about_the_cache(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fill, "free_memory", lambda device: 1000)
+    settings = place.load()
+    found = load_teachers(settings, load_data(settings), [student_job(settings, "avg_mkd", 0)], QUIET)
+    assert found is not None and not found.cache
