@@ -447,7 +447,7 @@ float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_
 
 void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce, float* kl,
                  const OnDevice& on) {
-  launch(reduce_kernel, {1, 256, 1, kWarp * sizeof(double)}, on, pr, ce_rows, kl_rows, loss, ce, kl);
+  launch(reduce_kernel, {1, 1024, 1, kWarp * sizeof(double)}, on, pr, ce_rows, kl_rows, loss, ce, kl);
 }
 
 void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64_t teachers,

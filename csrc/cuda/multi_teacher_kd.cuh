@@ -150,7 +150,8 @@ struct alignas(16) SweepScratch {
 // the sum 0.
 constexpr float kFar = 1 << 23;
 
-__device__ __forceinline__ float base_of(float max, float unit) { return -(max * unit); }
+// (__fmul_rn: a product that became part of a multiply-add would be rounded another way from place to place.)
+__device__ __forceinline__ float base_of(float max, float unit) { return -__fmul_rn(max, unit); }
 
 // The sums from another maximum.
 template <bool kSecond>
