@@ -1,7 +1,7 @@
 """Builds amtml_fast._C, one stable-ABI library for every torch from 2.11 on. Metadata lives in pyproject.toml.
 
 AMTML_BUILD_CUDA=1 adds the CUDA kernels, with nvcc: neither a GPU nor a CUDA build of torch is needed to build the
-library or to load it. (Not by default: not all of these kernels have run on a GPU as they are.)
+library or to load it. (Not by default: most who build it have no nvcc.)
 AMTML_BUILD_EXT=1 makes a failed build fatal, =0 skips it. Otherwise a machine without torch's headers or a working
 compiler gets the pure-Python package with a notice; it then runs on the reference backend. TORCH_CUDA_ARCH_LIST chooses
 the GPUs (default: 8.0, 9.0 and PTX for later ones).

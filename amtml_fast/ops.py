@@ -163,7 +163,7 @@ def _(student, teachers, weights, labels, *settings):
     value = [student.new_empty((n,) if reduction == "none" else (), dtype=wide) for _ in range(3)]
     probs = [_empty(student, need_probs, (n, c), wide) for _ in range(2)]
     stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
-    made = torch.bfloat16 if student.dtype == torch.bfloat16 else wide
+    made = torch.bfloat16 if need_student_grad and student.dtype == torch.bfloat16 else wide
     grad_student = _empty(student, need_student_grad, (n, c), made)
     grad_weights = _empty(student, need_weights_grad, (n, len(teachers)), wide)
     return *value, *probs, stats, grad_student, grad_weights

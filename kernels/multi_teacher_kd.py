@@ -408,8 +408,7 @@ def multi_teacher_kd_fwd(
 
     values = [make(True, *((n,) if none else ())) for _ in range(3)]
     probs, targets = make(need_probs, n, c), make(need_probs, n, c)
-    rounded = torch.bfloat16 if student.dtype == torch.bfloat16 else torch.float32
-    grad = make(need_student_grad, n, c, dtype=rounded)
+    grad = make(need_student_grad, n, c, dtype=student.dtype if need_student_grad else torch.float32)  # not float16
     stats, slopes = make(True, n, 3 + 2 * count), make(need_weights_grad, n, count)
     out = *values, probs, targets, stats, grad, slopes
     if n == 0:

@@ -495,7 +495,7 @@ KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& t
   auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, ScalarType::Float); };
   const bool rounded = student.scalar_type() == ScalarType::BFloat16;
   const Shape value = none ? Shape{n} : Shape{};
-  const ScalarType made = student.scalar_type() == ScalarType::BFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  const ScalarType made = need_student_grad ? student.scalar_type() : ScalarType::Float;  // not float16
   KDRows out{make(true, value),
              make(true, value),
              make(true, value),
