@@ -23,7 +23,7 @@ if (
 CHOSEN = os.environ.get("AMTML_TEST_BACKENDS", "")
 DEVICE = {"gpu": "cuda", "emulated": "cpu:0"}.get(CHOSEN, "cpu")  # "cpu:0" stands for a GPU: two_devices.py
 FUSED = {"": ["cpp"], "triton": ["triton"], "emulated": ["cuda"], "gpu": ["cuda", "triton"]}[CHOSEN]
-BACKENDS = [*FUSED, "reference"]
+BACKENDS = FUSED if CHOSEN == "gpu" else [*FUSED, "reference"]  # time on a GPU is for what runs only there
 
 cpu_only = pytest.mark.skipif(CHOSEN != "", reason="about the CPU's kernels")
 in_memory_of_the_cpu = pytest.mark.skipif(CHOSEN == "gpu", reason="untouched pages cost nothing on the CPU alone")
