@@ -48,8 +48,8 @@ struct Incoming {
 };
 
 constexpr double kLog2eExact = 1.4426950408889634;
-constexpr float kLowest =
-    -80;                    // of the exponents of the student: less its log-sum, over up to 2^31 classes, above -112
+// Of the student's exponents: less its log-sum, which is at most 31 for 2^31 classes, they stay above -112.
+constexpr float kLowest = -80;
 #ifdef AMTML_EMULATED_CUDA  // so that small rows are spread, too
 constexpr int kSweepThreads = 64, kSweepSteps = 1, kSweepBlocks = 8;
 #else
