@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
 export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
-OPERATORS := $(addprefix tests/test_,ops.py contract.py transforms.py defaults.py losses.py topk.py whole_loss.py dropin.py properties.py)
+OPERATORS := tests/ops
 
 .PHONY: train test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
@@ -25,7 +25,7 @@ triton emulated: $(INSTALLED)
 # it is; a pyproject.toml beside the tests, for pytest would find the tree's and take the package from there.
 define install_copy
 	rm -rf build/$(1) && mkdir -p build/$(1)/source
-	cp -r amtml_fast csrc kernels benchmarks setup.py pyproject.toml README.md LICENSE build/$(1)/source/
+	cp -r amtml_fast csrc kernels setup.py pyproject.toml README.md LICENSE build/$(1)/source/
 	rm -f build/$(1)/source/amtml_fast/*.so
 	AMTML_BUILD_CUDA=0 .venv-$(1)/bin/pip install -q --no-build-isolation "./build/$(1)/source[$(EXTRAS)]"
 	cp -r tests docs build/$(1)/
@@ -51,17 +51,17 @@ oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install -q "setuptools>=77" ninja numpy "$(TORCH)"
 	$(call install_copy,oldest)
-	export AMTML_CUBINS=all; $(call test_copy,oldest) $(or $(TESTS),tests/test_cubins.py $(OPERATORS))
+	export AMTML_CUBINS=all; $(call test_copy,oldest) $(or $(TESTS),$(OPERATORS))
 
 # Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
 gpu:
-	$(PYTHON) benchmarks/gpu.py --part $(or $(PART),all)
+	$(PYTHON) -m benchmarks.gpu --part $(or $(PART),all)
 
 soak: $(INSTALLED)  # trainings killed at random moments, AMTML_SOAK of them, and the other faults
 	AMTML_SOAK=$(or $(AMTML_SOAK),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_faults.py
 
 fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
-	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/test_properties.py
+	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/ops/test_properties.py
 
 # The operators' tests on an extension built with the address and undefined-behaviour sanitisers, in a copy of the tree.
 sanitize: $(INSTALLED)
@@ -71,7 +71,7 @@ sanitize: $(INSTALLED)
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_losses.py tests/test_whole_loss.py tests/test_properties.py
+	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops/test_ops.py tests/ops/test_losses.py tests/ops/test_whole_loss.py tests/ops/test_properties.py
 
 # The suite, its tables and its pictures, into RESULTS. bench-quick: in three minutes on two cores, with smaller cases.
 RESULTS ?= benchmarks/results/latest
@@ -89,7 +89,7 @@ dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment 
 	$(PYTHON) -m venv build/outside/venv
 	build/outside/venv/bin/pip install -q "$(TORCH)" numpy pytest hypothesis dist/*.whl
 	cp -r tests docs build/outside/ && sed '/^pythonpath/d' pyproject.toml > build/outside/pyproject.toml
-	cd build/outside && venv/bin/python -m pytest -q tests/test_ops.py tests/test_contract.py tests/test_losses.py tests/test_whole_loss.py tests/test_dropin.py tests/test_properties.py
+	cd build/outside && venv/bin/python -m pytest -q tests/ops --ignore=tests/ops/test_cubins.py
 
 lint: $(INSTALLED)
 	$(BIN)/pip install -q ruff mypy clang-format pre-commit

@@ -104,8 +104,8 @@ def extension() -> dict:
 
 
 setup(
-    packages=[*find_packages(include=["amtml_fast*"]), "amtml_fast.kernels", "amtml_fast.benchmarks"],
-    package_dir={"amtml_fast.kernels": "kernels", "amtml_fast.benchmarks": "benchmarks"},
+    packages=[*find_packages(include=["amtml_fast*"]), "amtml_fast.kernels"],
+    package_dir={"amtml_fast.kernels": "kernels"},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     **extension(),
 )

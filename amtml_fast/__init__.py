@@ -1,5 +1,6 @@
 """Fast multi-teacher knowledge distillation: fused losses for your own loop, and a trainer around them."""
 
+from amtml_fast.amtml import AMTMLLoss, AMTMLOutput
 from amtml_fast.backend import backends, use_backend
 from amtml_fast.functional import (
     angle_loss,
@@ -11,8 +12,6 @@ from amtml_fast.functional import (
     topk_kd_loss,
 )
 from amtml_fast.losses import (
-    AMTMLLoss,
-    AMTMLOutput,
     AngleLoss,
     DualSoftmax,
     MultiGroupHintLoss,

@@ -15,15 +15,15 @@ from typing import NamedTuple
 import torch  # before _C: it brings libtorch into the process
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-OPS = ("teacher_weights", "multi_teacher_kd", "topk_kd", "angle", "distance", "hint", "dual_softmax", "whole_loss")
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on the CPU
 # The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
-# The operators that each of them has. Without whole_loss AMTMLLoss is composed of the others.
-KERNELS = {"cpp": OPS, "cuda": OPS, "triton": OPS[:-1]}
-# What "auto" takes: first choice first, the reference last. No GPU backend has been timed against the other yet, so
-# that the order on GPUs is a guess: C++/CUDA has the whole loss in one node and needs no compilation at run time.
+# The operators, and those that each backend has: the files in ops/ fill both.
+OPS: list[str] = []
+KERNELS: dict[str, list[str]] = {"cpp": [], "cuda": [], "triton": []}
+# What "auto" takes: first choice first, the reference last. On an H200 CUDA is the faster of the two for every operator that
+# was timed but topk_kd at a large vocabulary (benchmarks/results/nvidia-h200); it also needs no compilation at run time.
 AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
 
 try:
@@ -162,3 +162,12 @@ def _needs_plain_torch(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
         if is_traceable_wrapper_subclass(t):
             return f"it takes tensors that hold their own values, got a {type(t).__name__}"
     return None
+
+
+def backends_table() -> str:
+    """``backends()`` as aligned text: operator, backend, yes or no, and why not."""
+    rows = [("operator", "backend", "runs here", "why not")]
+    rows += [(op, name, "yes" if available else "no", why or "") for op, name, available, why in backends()]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .backends_table import backends_table
+from .backend import backends_table
 
 EXTRA = (
     "accelerate",

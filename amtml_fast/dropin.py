@@ -24,12 +24,12 @@ from amtml_fast import checks
 from amtml_fast.functional import (
     angle_loss,
     hint_loss,
-    hint_mse,
     multi_teacher_kd_loss,
     rkd_distance_loss,
     teacher_weights,
 )
 from amtml_fast.losses import parameter
+from amtml_fast.ops.hint import hint_mse
 from amtml_fast.reference import wide_dtype
 
 __all__ = [

@@ -3,7 +3,7 @@
 Equation numbers are those of Liu, Zhang, Wang, *Adaptive multi-teacher multi-level knowledge distillation* (2020);
 see docs/method.md. Each function has the name, signature and meaning of its namesake in ``amtml_fast``, takes any
 floating dtype (16-bit inputs are computed in float32), and can be differentiated any number of times. Arguments are
-taken as already checked: the checks live in ``amtml_fast.checks`` and ``amtml_fast.functional``.
+taken as already checked: the checks live in ``amtml_fast.ops``.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class KDOptions(NamedTuple):
+    """The options of Eq 7-8 that ``multi_teacher_kd_loss`` explains."""
+
+    temperature: float
+    alpha: float
+    mode: str  # "mixture" or "sum"; in topk_kd it holds the tail
+    reduction: str
+    t2_scale: bool
+    ignore_index: int
+    label_smoothing: float
 
 
 class KDTerms(NamedTuple):
@@ -76,18 +88,13 @@ def multi_teacher_kd_loss(
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
     """Eq 7-8: ``(1 - alpha) * CE + alpha * temperature**2 * KL(sum_t w_t p_t || q)``."""
+    row_reduction = "sum" if num_items_in_batch is not None else reduction
     terms = multi_teacher_kd(
         student_logits.reshape(-1, student_logits.shape[-1]),
         [t.reshape(-1, t.shape[-1]) for t in teacher_logits],
         None if teacher_weights is None else teacher_weights.reshape(-1, teacher_weights.shape[-1]),
         None if labels is None else labels.reshape(-1),
-        temperature=temperature,
-        alpha=alpha,
-        mode=mode,
-        reduction="sum" if num_items_in_batch is not None else reduction,
-        t2_scale=t2_scale,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
+        KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing),
     )
     if num_items_in_batch is not None:
         return over_items(terms.loss, num_items_in_batch)
@@ -99,18 +106,12 @@ def multi_teacher_kd(
     teachers: list[Tensor],  # T x [N, C]
     weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
     labels: Tensor | None,  # [N]
-    *,
-    temperature: float,
-    alpha: float,
-    mode: str,
-    reduction: str,
-    t2_scale: bool,
-    ignore_index: int,
-    label_smoothing: float,
+    options: KDOptions,
 ) -> KDTerms:
     """Eq 7-8 on rows, with all the parts. A term with weight 0 or probability 0 is 0, whatever it multiplies."""
+    temperature = options.temperature
     dtype = wide_dtype(student, *teachers, weights)
-    valid, z, w = _kd_rows(student, weights, len(teachers), labels, ignore_index, dtype)
+    valid, z, w = _kd_rows(student, weights, len(teachers), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
     log_q = (z / temperature).log_softmax(-1)
     log_p = [(t.to(dtype).masked_fill(hide, 0) / temperature).log_softmax(-1) for t in teachers]
@@ -119,12 +120,12 @@ def multi_teacher_kd(
     mixture = torch.zeros_like(z)
     for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
         mixture = mixture + _weighted(w[:, t, None], p.exp())
-    if mode == "mixture":
+    if options.mode == "mixture":
         kl = _mixture_kl(mixture, log_q)
     else:
         kl = torch.stack([_weighted(w[:, t], _kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
-    kl = kl * (temperature**2 if t2_scale else 1)
-    loss, ce, kl = _kd_reduced(z, kl, valid, labels, alpha, reduction, ignore_index, label_smoothing)
+    kl = kl * (temperature**2 if options.t2_scale else 1)
+    loss, ce, kl = _kd_reduced(z, kl, valid, labels, options)
     return KDTerms(loss, ce, kl, log_q.exp(), mixture)
 
 
@@ -161,12 +162,10 @@ def _kd_reduced(
     kl: Tensor,
     valid: Tensor,
     labels: Tensor | None,
-    alpha: float,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
+    options: KDOptions,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq 8 from its KL of every row: loss, ce and kl, reduced."""
+    _, alpha, _, reduction, _, ignore_index, label_smoothing = options
     kl = kl.masked_fill(~valid, 0)
     if labels is None:
         ce = torch.zeros_like(kl)
@@ -210,19 +209,14 @@ def topk_kd_loss(
     tail: str = "renormalize",
 ) -> Tensor:
     """Eq 7-8 where of ``softmax(teacher_t / temperature)`` only some classes are given. Dense: O(T N C) memory."""
+    row_reduction = "sum" if num_items_in_batch is not None else reduction
     loss = topk_kd(
         student_logits.reshape(-1, student_logits.shape[-1]),
         [i.reshape(-1, i.shape[-1]) for i in teacher_indices],
         [p.reshape(-1, p.shape[-1]) for p in teacher_log_probs],
         None if teacher_weights is None else teacher_weights.reshape(-1, teacher_weights.shape[-1]),
         None if labels is None else labels.reshape(-1),
-        temperature=temperature,
-        alpha=alpha,
-        reduction="sum" if num_items_in_batch is not None else reduction,
-        t2_scale=t2_scale,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        tail=tail,
+        KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing),
     )
     if num_items_in_batch is not None:
         return over_items(loss, num_items_in_batch)
@@ -235,25 +229,19 @@ def topk_kd(
     log_probs: list[Tensor],  # T x [N, k]
     weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
     labels: Tensor | None,  # [N]
-    *,
-    temperature: float,
-    alpha: float,
-    reduction: str,
-    t2_scale: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    tail: str,
+    options: KDOptions,
 ) -> Tensor:
     """``topk_kd_loss`` on rows."""
+    temperature, tail = options.temperature, options.mode
     dtype = wide_dtype(student, *log_probs, weights)
-    valid, z, w = _kd_rows(student, weights, len(indices), labels, ignore_index, dtype)
+    valid, z, w = _kd_rows(student, weights, len(indices), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
     mixture = torch.zeros_like(z)
     for t, (index, log_p) in enumerate(zip(indices, log_probs)):
         p = _dense_probs(index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0), z.shape[1], tail)
         mixture = mixture + _weighted(w[:, t, None], p)
-    kl = _mixture_kl(mixture, (z / temperature).log_softmax(-1)) * (temperature**2 if t2_scale else 1)
-    return _kd_reduced(z, kl, valid, labels, alpha, reduction, ignore_index, label_smoothing)[0]
+    kl = _mixture_kl(mixture, (z / temperature).log_softmax(-1)) * (temperature**2 if options.t2_scale else 1)
+    return _kd_reduced(z, kl, valid, labels, options)[0]
 
 
 def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tensor:
@@ -345,7 +333,7 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, norma
 
 
 def hint_pool(feature_map: Tensor, height: int, width: int, normalize: bool) -> Tensor:
-    """L2-normalise over channels (if asked for), then average-pool to [N, c, height, width]."""
+    """L2-normalize over channels (if asked for), then average-pool to [N, c, height, width]."""
     wide = feature_map.to(wide_dtype(feature_map))
     if normalize:
         wide = F.normalize(wide, dim=1)

@@ -3,6 +3,7 @@
 Tests and benchmarks both take their cases from here, so that nothing is timed which is not also checked.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,11 @@ class Case:
         small: one size with nothing special about it, for promises that hold at any.
         sizes: what the tests run, each with the reason it is there (see the comments).
         variants: keyword arguments to run each size with.
+        parallel: a size that several threads of a CPU share, or several blocks of a GPU.
+        large: sizes as people use them, small enough for the CPU to hold, at which GPU kernels are compiled.
         bytes: ``bytes(itemsize, *size)`` read and written once by forward and backward together.
+        flops: ``flops(*size)`` operations of forward and backward: what the formulas need at least. Additions,
+            multiplications, comparisons, exponentials and logarithms count one each.
     """
 
     op: str
@@ -33,7 +38,10 @@ class Case:
     small: tuple[int, ...]
     sizes: tuple[tuple[int, ...], ...]
     variants: tuple[dict[str, Any], ...]
+    parallel: tuple[int, ...]
+    large: tuple[tuple[int, ...], ...]
     bytes: Callable[..., int] = field(repr=False)
+    flops: Callable[..., float] = field(repr=False)
 
     def inputs(self, *size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple:
         """Arguments of this size, on the default device; the numbers are the same on all."""
@@ -140,7 +148,10 @@ CASES = {
             # n, d, h, w, T: empty; one of all; pooled already; odd; one pixel column; several threads' worth
             ((0, 4, 2, 2, 3), (1, 1, 1, 1, 1), (5, 7, 0, 0, 3), (3, 5, 3, 5, 2), (2, 8, 5, 1, 4), (33, 64, 8, 8, 3)),
             ({"pool": "max"}, {"pool": "avg"}),
-            lambda s, n, d, h, w, t: 2 * s * n * d * max(h * w, 1),
+            parallel=(64, 32, 8, 8, 3),
+            large=((128, 64, 8, 8, 3), (16, 64, 0, 0, 3)),
+            bytes=lambda s, n, d, h, w, t: 2 * s * n * d * max(h * w, 1),
+            flops=lambda n, d, h, w, t: n * d * (max(h * w, 1) + 8 * t),
         ),
         Case(
             "multi_teacher_kd",
@@ -168,7 +179,10 @@ CASES = {
                 {"mode": "sum", "reduction": "sum", "alpha": 1.0, "t2_scale": False},
                 {"reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
             ),
-            lambda s, n, c, t: s * n * c * (t + 2),
+            parallel=(2000, 100, 3),
+            large=((128, 100, 3), (50_000, 10, 2), (64, 1000, 3), (4, 32000, 3), (4, 128256, 1)),
+            bytes=lambda s, n, c, t: s * n * c * (t + 2),
+            flops=lambda n, c, t: n * c * (7 * t + 20),
         ),
         Case(
             "topk_kd",
@@ -194,7 +208,10 @@ CASES = {
                 {"tail": "uniform", "reduction": "sum", "alpha": 1.0, "temperature": 0.5},
                 {"reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
             ),
-            lambda s, n, c, k, t: 2 * s * n * c + (8 + s) * n * sum(max(k - i, 1) for i in range(t)),
+            parallel=(300, 100, 9, 3),
+            large=((128, 100, 8, 3), (4, 32000, 64, 3), (4, 128256, 32, 1)),
+            bytes=lambda s, n, c, k, t: 2 * s * n * c + (8 + s) * n * sum(max(k - i, 1) for i in range(t)),
+            flops=lambda n, c, k, t: n * (c * 14 + t * k * 30),
         ),
         Case(
             "angle",
@@ -210,7 +227,10 @@ CASES = {
                 {"reduction": "sum", "delta": 0.1},
                 {"reduction": "distinct", "eps": 0.0},
             ),
-            lambda s, n, c: 4 * s * n * c,
+            parallel=(300, 10),
+            large=((128, 100),),
+            bytes=lambda s, n, c: 4 * s * n * c,
+            flops=lambda n, c: 10.0 * n**3 + 12.0 * n * n * c,  # 20 a vertex and unordered pair; distances and back
         ),
         Case(
             "distance",
@@ -221,7 +241,10 @@ CASES = {
             # n, C: empty; no pair; one pair; one width; less and more than a vector; several threads; wide
             ((0, 3), (1, 3), (2, 3), (3, 1), (7, 5), (67, 10), (150, 20), (19, 300)),
             ({}, {"reduction": "sum", "delta": 0.1}, {"reduction": "distinct", "eps": 0.0}),
-            lambda s, n, c: 4 * s * n * c,
+            parallel=(300, 10),
+            large=((128, 100),),
+            bytes=lambda s, n, c: 4 * s * n * c,
+            flops=lambda n, c: 15.0 * n * n + 12.0 * n * n * c,
         ),
         Case(
             "hint",
@@ -244,7 +267,10 @@ CASES = {
                 (18, 8, 8, 16, 8),
             ),
             ({}, {"normalize": True}),
-            lambda s, n, c_s, h_s, c_t, h_t: s * n * (2 * c_s * h_s**2 + 2 * c_t * h_t * (h_t + 1)),
+            parallel=(9, 8, 32, 8, 32),
+            large=((16, 16, 16, 64, 8),),
+            bytes=lambda s, n, c_s, h_s, c_t, h_t: s * n * (2 * c_s * h_s**2 + 2 * c_t * h_t * (h_t + 1)),
+            flops=lambda n, c_s, h_s, c_t, h_t: n * (6.0 * c_s * c_t * h_t * (h_t + 1) + 4 * c_s * h_s**2),
         ),
         Case(
             "dual_softmax",
@@ -255,7 +281,10 @@ CASES = {
             # empty; one of all; a row; a column; past one block of columns; batched
             ((0, 3), (1, 1), (1, 9), (9, 1), (37, 300), (3, 2, 17, 5)),
             ({}, {"mode": "product"}, {"dim1": -1, "dim2": -2}, {"dim1": 0, "dim2": -1, "mode": "product"}),
-            lambda s, *size: 4 * s * int(torch.Size(size).numel()),
+            parallel=(300, 300),
+            large=((512, 512), (2, 4096)),
+            bytes=lambda s, *size: 4 * s * int(torch.Size(size).numel()),
+            flops=lambda *size: 16.0 * math.prod(size),
         ),
     )
 }

@@ -8,7 +8,7 @@ import torch
 
 from . import memory
 from .machine import MOST, free_bytes
-from .providers import ALL, OURS, PLAIN, function_of, why_not
+from .providers import ALL, OURS, PLAIN, checked, function_of, why_not
 from .workloads import WORKLOADS, Workload
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of plain PyTorch in that dtype, too
@@ -29,9 +29,8 @@ def test_op(
     if reason := why_not(provider, workload):
         leave_out(workload.name, provider, reason)
     refuse_too_large(memory.predicted(workload, provider), workload.name, provider)
-    task = workload.task()
+    task = checked(workload, provider, TOLERANCE[workload.dtype])
     step = task.step(function_of(provider, task))
-    task.check(step, TOLERANCE[workload.dtype])
     facts = {"op": workload.op, "size": workload.size, "dtype": str(workload.dtype).removeprefix("torch.")}
     timed(step, workload.name, provider, bytes=workload.bytes, flops=workload.flops, **facts)
 

@@ -9,7 +9,7 @@ import amtml_fast as af
 
 from . import memory
 from .machine import DEVICE, GPU
-from .providers import OURS, function_of, why_not
+from .providers import OURS, checked, function_of, why_not
 from .workloads import Workload
 
 BATCHES = [32, 64, 128, 256, 512, 1024, 2048, 4096, *([8192] if GPU else [])]
@@ -40,9 +40,8 @@ def test_scaling(
     if reason := why_not(provider, workload):
         leave_out(row, provider, reason)
     refuse_too_large(memory.predicted(workload, provider), row, provider)
-    task = workload.task()
+    task = checked(workload, provider, 1e-4)
     step = task.step(function_of(provider, task))
-    task.check(step, 1e-4)
     taken = None
     if axis != "T":
         taken = memory.of(workload.name, provider)[provider]

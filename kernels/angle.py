@@ -35,7 +35,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pairs import COLUMNS, ROWS, TILE, count_taking_part, distances, padded, row_gradient, taking_part, total
+from ._pairs import COLUMNS, ROWS, TILE, count_taking_part, distances, padded, row_gradient, taking_part, total
 
 CHUNK = 64  # rows c whose float32 sums are added up before they go into float64
 

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS
-from .pairs import COLUMNS, ROWS, TILE, distances, padded, row_gradient, total
+from ._common import OPTIONS
+from ._pairs import COLUMNS, ROWS, TILE, distances, padded, row_gradient, total
 
 BLOCK = 8, 128  # rows, and columns at a time, of a program of compare_kernel
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, aligned, alignment, power_of_2
+from ._common import OPTIONS, aligned, alignment, power_of_2
 
 TILE = 4096  # elements that a program holds at once; half where they move one by one and each has its own address
 ROW = 2048  # most columns of a tile of rows

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
+from ._common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
 
 SMALLEST_NORM = tl.constexpr(1e-12)  # as torch.nn.functional.normalize has it
 TILE = 2048  # elements that a program holds at once

@@ -33,10 +33,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, aligned, alignment
-from .kd_rows import (
+from ._common import OPTIONS, aligned, alignment
+from ._kd_rows import (
+    LONG_WARPS,
     add,
+    add_rows,
+    counts_of,
     cross_entropy,
+    dense,
     divergence_terms,
     find_rows,
     folded,
@@ -58,46 +62,9 @@ from .kd_rows import (
 )
 
 HELD_BYTES = 40960  # what a tile may keep in registers, T + 2 numbers a class: two programs share a multiprocessor
-LONG_WARPS = 8  # share a longer row, with 16 bytes of an input a thread at a time
 THREAD_NUMBERS = 80  # that a thread may hold, T + 2 a class, or it spills registers
-INLINE = 1024  # rows whose labels every program counts itself
-SPAN = 4096  # rows that one program adds up
 # Elements that a program takes, and the programs to have before that. An interpreted one is slow, whatever it takes.
 TILE, PROGRAMS = (65536, 3) if triton.knobs.runtime.interpret else (1024, 128)
-
-
-@triton.jit(do_not_specialize=["n"])
-def _count_rows_kernel(labels, label_stride, parts, n, ignore_index, SPAN: tl.constexpr):
-    """How many of SPAN rows count."""
-    rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-    count = tl.load(labels + rows * label_stride, mask=rows < n, other=ignore_index) != ignore_index
-    tl.store(parts + tl.program_id(0), tl.sum(count.to(tl.int32), axis=0))
-
-
-@triton.jit(do_not_specialize=["n"])
-def _add_rows_kernel(
-    values, parts, loss, ce, kl, n, ce_weight, kl_weight, classes, FINAL: tl.constexpr, SPAN: tl.constexpr
-):
-    """Sums of values [3, n] (CE, KL, rows that count) by SPAN rows into parts [3, programs], or at last the losses.
-
-    classes divides the KL; 0 stands for sums instead of means.
-    """
-    rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-    ce_sum = tl.sum(tl.load(values + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
-    kl_sum = tl.sum(tl.load(values + n + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
-    count = tl.sum(tl.load(values + n + n + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
-    if FINAL:
-        by = tl.where(classes == 0, 1.0, tl.maximum(count, 1.0))
-        ce_sum = ce_sum / by
-        kl_sum = kl_sum / (by * tl.where(classes == 0, 1.0, classes))
-        tl.store(ce, ce_sum.to(tl.float32))
-        tl.store(kl, kl_sum.to(tl.float32))
-        tl.store(loss, weighted(ce_sum, kl_sum, ce_weight, kl_weight).to(tl.float32))
-    else:
-        at = parts + tl.program_id(0)
-        tl.store(at, ce_sum)
-        tl.store(at + tl.num_programs(0), kl_sum)
-        tl.store(at + 2 * tl.num_programs(0), count)
 
 
 @triton.jit(do_not_specialize=["n", "num_counts"])
@@ -276,11 +243,6 @@ def _kd_backward_kernel(
         tl.store(slopes_out + rows * T + t, tl.where(used, grad, 0.0), mask=inside)
 
 
-def dense(t: Tensor) -> Tensor:
-    """t with neighbouring columns: itself where that is so."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
 def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int) -> dict[str, int]:
     """Rows and classes of a tile, how many tiles make a row, and warps."""
     block = triton.next_power_of_2(c)
@@ -294,20 +256,6 @@ def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int) -> dict[str, 
         rows //= 2
     warps = rows * block // (32 * min(share, 16 if rows == 1 else 8))  # a thread has numbers of each of its rows, too
     return dict(ROWS=rows, BLOCK=block, STEPS=1, FOLD=1, num_warps=min(16, max(1, warps)), **OPTIONS)
-
-
-def counts_of(labels: Tensor | None, ignore_index: int, needed: bool) -> dict:
-    """What a kernel counts the rows by."""
-    if not needed:
-        return dict(counts=None, num_counts=0, COUNT="none", COUNT_BLOCK=1)
-    n, parts, kind = labels.shape[0], labels, "labels"
-    if n > INLINE:
-        n, kind = triton.cdiv(n, SPAN), "parts"
-        parts = labels.new_empty(n, dtype=torch.int32)
-        _count_rows_kernel[(n,)](
-            labels, labels.stride(0), parts, labels.shape[0], ignore_index, SPAN=SPAN, num_warps=8, **OPTIONS
-        )
-    return dict(counts=parts, num_counts=n, COUNT=kind, COUNT_BLOCK=max(256, triton.next_power_of_2(n)))
 
 
 def _arguments(
@@ -356,30 +304,6 @@ def _arguments(
         **counts_of(labels, ignore_index, need_grad and mean and labels is not None),
         ALIGN=align,
         **_tiles(n, c, align, 1 + len(teachers), max(t.element_size() for t in (student, *teachers))),
-    )
-
-
-def add_rows(values: Tensor, outputs: list[Tensor], ce_weight: float, kl_weight: float, classes: float) -> None:
-    """Loss, CE and KL from values [3, N]: CE, KL and whether a row counts."""
-    while values.shape[1] > SPAN:
-        n = values.shape[1]
-        parts = values.new_empty(3, triton.cdiv(n, SPAN), dtype=torch.float64)
-        _add_rows_kernel[(parts.shape[1],)](
-            values, parts, *outputs, n, ce_weight, kl_weight, classes, FINAL=False, SPAN=SPAN, num_warps=8, **OPTIONS
-        )
-        values = parts
-    _add_rows_kernel[(1,)](
-        values,
-        values,
-        *outputs,
-        values.shape[1],
-        ce_weight,
-        kl_weight,
-        classes,
-        FINAL=True,
-        SPAN=SPAN,
-        num_warps=8,
-        **OPTIONS,
     )
 
 

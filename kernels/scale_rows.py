@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS
+from ._common import OPTIONS
 
 BLOCK, PROGRAMS = 1024, 4096
 

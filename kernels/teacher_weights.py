@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
+from ._common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
 
 TILE = 4096  # elements that a program holds at once
 SLOPES = 2048  # most elements of a tile of teachers by channels

@@ -26,10 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import OPTIONS, aligned, alignment
-from .kd_rows import (
+from ._common import OPTIONS, aligned, alignment
+from ._kd_rows import (
     LN2,
+    LONG_WARPS,
+    add_rows,
+    counts_of,
     cross_entropy,
+    dense,
     find_rows,
     load,
     load_weights,
@@ -39,7 +43,6 @@ from .kd_rows import (
     student_grad,
     weighted,
 )
-from .multi_teacher_kd import LONG_WARPS, add_rows, counts_of, dense
 
 HELD = 4096  # classes that a program keeps in registers; a longer row is read twice
 PAIRS = 256  # of entries that a warp compares at a time: more of them spill registers

@@ -16,7 +16,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..backends_table import backends_table
+from ..backend import backends_table
 from .compare.plan import checked
 from .config.fields import RANGE, SEED
 from .config.reading import changed, load

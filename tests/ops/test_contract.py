@@ -12,7 +12,12 @@ import torch
 from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, takes
 
 import amtml_fast as af
-from amtml_fast import backend, ops, reference
+from amtml_fast import backend, reference
+from amtml_fast.ops import _base as ops
+from amtml_fast.ops.angle import angle
+from amtml_fast.ops.hint import hint_mse, hint_pool
+from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
+from amtml_fast.reference import KDOptions
 from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -32,7 +37,7 @@ def test_every_operator_has_all_its_parts(case):
             ops.CPU_ONLY if CHOSEN == "emulated" else ops.GPU_ONLY
         ):  # whose library is that of the CUDA kernels
             assert has_kernel(f"amtml::{name}", "CPU"), f"csrc/cpu lacks {name}"
-        assert has_kernel(f"amtml::{name}", "Meta"), f"ops.py lacks {name}'s fake"
+        assert has_kernel(f"amtml::{name}", "Meta"), f"ops/{case.op}.py lacks {name}'s fake"
 
 
 @pytest.mark.skipif(not backend.HAS_CUDA, reason="the extension was built without CUDA")
@@ -75,7 +80,7 @@ def test_opcheck(case, fused):
                 for dtype in (torch.bfloat16, torch.float16):
                     value_and_grads(case.function, case.inputs(*case.small, dtype=dtype), **options)
         if case.op == "hint":  # the error alone, which on the CPU is not part of it
-            value_and_grads(af.functional.hint_mse, case.inputs(*case.small)[:1] * 2)
+            value_and_grads(hint_mse, case.inputs(*case.small)[:1] * 2)
     elsewhere = ops.GPU_ONLY if fused == "cpp" else ops.CPU_ONLY
     assert {f.overloadpacket.__name__ for f, _ in seen} - {"scale_rows_"} == {
         n for n in ops.SCHEMAS if n.startswith(case.op) and n not in elsewhere
@@ -254,16 +259,15 @@ def test_teachers_from_inference_mode(on):
 
 @each_case
 def test_same_bits_twice(case, fused):
-    size = {"angle": (70, 10), "multi_teacher_kd": (300, 100, 3), "teacher_weights": (64, 32, 8, 8, 3)}.get(case.op)
-    size = size if fused == "cpp" or CHOSEN == "gpu" else None  # an interpreter's time
-    runs = [value_and_grads(case.function, case.inputs(*(size or case.small))) for _ in range(2)]
+    size = case.parallel if fused == "cpp" or CHOSEN == "gpu" else case.small  # an interpreter's time
+    runs = [value_and_grads(case.function, case.inputs(*size)) for _ in range(2)]
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1]))
 
 
 def _all_of_hint(student_map, teacher_map, weight):
-    pooled = [af.functional._hint_pool("cpp", m, 20, 20, True) for m in (student_map, teacher_map)]
-    return af.functional.hint_mse(*pooled) + af.hint_loss(student_map, teacher_map, weight)
+    pooled = [hint_pool("cpp", m, 20, 20, True) for m in (student_map, teacher_map)]
+    return hint_mse(*pooled) + af.hint_loss(student_map, teacher_map, weight)
 
 
 @cpu_only
@@ -271,21 +275,12 @@ def _all_of_hint(student_map, teacher_map, weight):
 def test_same_bits_from_one_thread_and_from_several(case):
     """Work is cut the same way however many threads share it."""
     function = case.function if case.op != "hint" else _all_of_hint
-    size = {
-        "angle": (300, 10),
-        "distance": (300, 10),
-        "multi_teacher_kd": (300, 100, 3),
-        "topk_kd": (300, 100, 9, 3),
-        "teacher_weights": (64, 32, 8, 8, 3),
-        "hint": (9, 8, 32, 8, 32),
-        "dual_softmax": (300, 300),
-    }[case.op]
     threads, runs = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             with af.use_backend("cpp"):
-                runs.append(value_and_grads(function, case.inputs(*size)))
+                runs.append(value_and_grads(function, case.inputs(*case.parallel)))
     finally:
         torch.set_num_threads(threads)
     for value, grads in runs[1:]:
@@ -552,10 +547,9 @@ def test_what_comes_back_may_start_at_any_address(on):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(4, 100, 2)
 
     def grads(shift):
-        terms = af.functional.multi_teacher_kd(
-            student, teachers, weights, labels, temperature=2.0, alpha=0.7, mode="mixture", reduction="batchmean",
-            t2_scale=True, ignore_index=-100, label_smoothing=0.0,
-        )  # fmt: skip
+        terms = multi_teacher_kd(
+            student, teachers, weights, labels, KDOptions(2.0, 0.7, "mixture", "batchmean", True, -100, 0.0)
+        )
         outputs = terms.loss, terms.student_probs, terms.soft_targets
         back = [torch.ones_like(terms.loss)]
         for out in outputs[1:]:
@@ -711,7 +705,7 @@ def test_angle_of_masked_rows_is_that_of_the_others(on):
     mask = torch.tensor([True, False, True, True, True, False, True, True, True])
     for reduction in ("mean", "sum"):
         got, grads = value_and_grads(
-            lambda s, t, reduction=reduction: af.functional.angle(s, t, mask, delta=1.0, reduction=reduction),
+            lambda s, t, reduction=reduction: angle(s, t, mask, delta=1.0, reduction=reduction),
             (student, teacher),
         )
         want, want_grads = value_and_grads(af.angle_loss, (student, teacher), reduction=reduction)

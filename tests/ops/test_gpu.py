@@ -8,15 +8,6 @@ import amtml_fast as af
 from amtml_fast.testing import CASES, tensors, value_and_grads
 
 pytestmark = pytest.mark.skipif(CHOSEN != "gpu", reason="needs a GPU (AMTML_TEST_BACKENDS=gpu)")
-SIZES = {
-    "teacher_weights": (16, 32, 8, 8, 3),
-    "multi_teacher_kd": (2000, 100, 3),
-    "topk_kd": (300, 100, 8, 3),
-    "angle": (150, 20),
-    "distance": (150, 20),
-    "hint": (4, 8, 8, 16, 4),
-    "dual_softmax": (100, 60),
-}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 
@@ -54,7 +45,7 @@ def _whole_loss():
 def test_captured_in_a_graph_and_without_a_sync(case, fused):
     for options in case.variants[:2]:
         if options.get("dim1") != 0:
-            _check_graph(_step(case, case.inputs(*SIZES[case.op]), options))
+            _check_graph(_step(case, case.inputs(*case.parallel), options))
 
 
 def test_whole_loss_is_captured_in_a_graph_and_without_a_sync(fused):

@@ -1,4 +1,5 @@
-"""The rows of multi_teacher_kd: their softmax sums, mixture, logarithms and gradients, as pieces of a kernel.
+"""What multi_teacher_kd and topk_kd share: softmax sums, mixture, logarithms and gradients of rows, as pieces of a kernel, and
+the launchers that count rows and add them up.
 
 A tile is [rows, classes] float32, -inf outside; what there is of every row is [rows, 1], of every teacher a tuple. A
 row has the maximum and the sum of exp((x - maximum) / tau) of the student (m, s; s1 with tau = 1) and of every teacher
@@ -7,10 +8,16 @@ row has the maximum and the sum of exp((x - maximum) / tau) of the student (m, s
 
 import math
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .common import aligned
+from ._common import OPTIONS, aligned
+
+LONG_WARPS = 8  # share a row too long for registers, with 16 bytes of an input a thread at a time
+INLINE = 1024  # rows whose labels every program counts itself
+SPAN = 4096  # rows that one program adds up
 
 FLOOR: tl.constexpr = tl.constexpr(2.0**-64)  # least exponential that a ratio is taken to; ``half`` has the rest
 LN2: tl.constexpr = tl.constexpr(math.log(2))
@@ -308,3 +315,83 @@ def per_row(counts, stride, num_counts, ignore_index, COUNT: tl.constexpr, BLOCK
             count = tl.load(counts + i, mask=i < num_counts, other=0)
         out /= tl.maximum(tl.sum(count.to(tl.int32), axis=0), 1).to(tl.float32)
     return out
+
+
+# --- launchers
+
+
+def dense(t: Tensor) -> Tensor:
+    """t with neighbouring columns: itself where that is so."""
+    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+
+@triton.jit(do_not_specialize=["n"])
+def _count_rows_kernel(labels, label_stride, parts, n, ignore_index, SPAN: tl.constexpr):
+    """How many of SPAN rows count."""
+    rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+    count = tl.load(labels + rows * label_stride, mask=rows < n, other=ignore_index) != ignore_index
+    tl.store(parts + tl.program_id(0), tl.sum(count.to(tl.int32), axis=0))
+
+
+def counts_of(labels: Tensor | None, ignore_index: int, needed: bool) -> dict:
+    """What a kernel counts the rows by."""
+    if not needed:
+        return dict(counts=None, num_counts=0, COUNT="none", COUNT_BLOCK=1)
+    n, parts, kind = labels.shape[0], labels, "labels"
+    if n > INLINE:
+        n, kind = triton.cdiv(n, SPAN), "parts"
+        parts = labels.new_empty(n, dtype=torch.int32)
+        _count_rows_kernel[(n,)](
+            labels, labels.stride(0), parts, labels.shape[0], ignore_index, SPAN=SPAN, num_warps=8, **OPTIONS
+        )
+    return dict(counts=parts, num_counts=n, COUNT=kind, COUNT_BLOCK=max(256, triton.next_power_of_2(n)))
+
+
+@triton.jit(do_not_specialize=["n"])
+def _add_rows_kernel(
+    values, parts, loss, ce, kl, n, ce_weight, kl_weight, classes, FINAL: tl.constexpr, SPAN: tl.constexpr
+):
+    """Sums of values [3, n] (CE, KL, rows that count) by SPAN rows into parts [3, programs], or at last the losses.
+
+    classes divides the KL; 0 stands for sums instead of means.
+    """
+    rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+    ce_sum = tl.sum(tl.load(values + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
+    kl_sum = tl.sum(tl.load(values + n + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
+    count = tl.sum(tl.load(values + n + n + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)
+    if FINAL:
+        by = tl.where(classes == 0, 1.0, tl.maximum(count, 1.0))
+        ce_sum = ce_sum / by
+        kl_sum = kl_sum / (by * tl.where(classes == 0, 1.0, classes))
+        tl.store(ce, ce_sum.to(tl.float32))
+        tl.store(kl, kl_sum.to(tl.float32))
+        tl.store(loss, weighted(ce_sum, kl_sum, ce_weight, kl_weight).to(tl.float32))
+    else:
+        at = parts + tl.program_id(0)
+        tl.store(at, ce_sum)
+        tl.store(at + tl.num_programs(0), kl_sum)
+        tl.store(at + 2 * tl.num_programs(0), count)
+
+
+def add_rows(values: Tensor, outputs: list[Tensor], ce_weight: float, kl_weight: float, classes: float) -> None:
+    """Loss, CE and KL from values [3, N]: CE, KL and whether a row counts."""
+    while values.shape[1] > SPAN:
+        n = values.shape[1]
+        parts = values.new_empty(3, triton.cdiv(n, SPAN), dtype=torch.float64)
+        _add_rows_kernel[(parts.shape[1],)](
+            values, parts, *outputs, n, ce_weight, kl_weight, classes, FINAL=False, SPAN=SPAN, num_warps=8, **OPTIONS
+        )
+        values = parts
+    _add_rows_kernel[(1,)](
+        values,
+        values,
+        *outputs,
+        values.shape[1],
+        ce_weight,
+        kl_weight,
+        classes,
+        FINAL=True,
+        SPAN=SPAN,
+        num_warps=8,
+        **OPTIONS,
+    )

@@ -17,6 +17,7 @@ from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["AMTML_TEST_BACKENDS"] = ""  # of the tests' modules: all that they would run
+sys.path.append(str(Path(__file__).parents[1]))  # where backends.py is
 
 import torch
 import triton
@@ -28,16 +29,6 @@ from triton.runtime.jit import JITFunction
 import amtml_fast as af
 from amtml_fast import backend
 from amtml_fast.testing import CASES, value_and_grads
-
-LARGE = {  # as large as people use them, small enough for the CPU to hold
-    "teacher_weights": [(128, 64, 8, 8, 3), (16, 64, 0, 0, 3)],
-    "multi_teacher_kd": [(128, 100, 3), (50_000, 10, 2), (64, 1000, 3), (4, 32000, 3), (4, 128256, 1)],
-    "topk_kd": [(128, 100, 8, 3), (4, 32000, 64, 3), (4, 128256, 32, 1)],
-    "angle": [(128, 100)],
-    "distance": [(128, 100)],
-    "hint": [(16, 16, 16, 64, 8)],
-    "dual_softmax": [(512, 512), (2, 4096)],
-}
 
 
 class Driver:
@@ -64,7 +55,7 @@ class Driver:
 
 def large_calls() -> Iterator[tuple[Any, tuple, dict]]:
     for case in CASES.values():
-        for size in LARGE[case.op]:
+        for size in case.large:
             for options, dtype in zip(case.variants, (torch.bfloat16, torch.float32)):
                 yield case.function, case.inputs(*size, dtype=dtype), options
     student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)

@@ -5,7 +5,11 @@ import torch
 from backends import CHOSEN, DEVICE, FUSED, cpu_only, run_on, takes
 
 import amtml_fast as af
-from amtml_fast import autograd, backend
+from amtml_fast import backend
+from amtml_fast.ops import _base
+from amtml_fast.ops.hint import hint_pool
+from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
+from amtml_fast.reference import KDOptions
 from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
 
 GRID = [
@@ -84,10 +88,9 @@ def test_figure_4_of_the_paper(op):
     teachers = [torch.stack([p, 1 - p], 1).log() for p in probs.unbind(1)]
     for name in (*FUSED, "reference"):
         with run_on(name):
-            terms = af.functional.multi_teacher_kd(
-                torch.zeros(3, 2), [t.to(DEVICE) for t in teachers], weights.to(DEVICE), None, temperature=1.0, alpha=0.7, mode="mixture",
-                reduction="none", t2_scale=True, ignore_index=-100, label_smoothing=0.0,
-            )  # fmt: skip
+            options = KDOptions(1.0, 0.7, "mixture", "none", True, -100, 0.0)
+            on_device = [t.to(DEVICE) for t in teachers], weights.to(DEVICE)
+            terms = multi_teacher_kd(torch.zeros(3, 2), *on_device, None, options)
         assert [round(p, 2) for p in terms.soft_targets[:, 0].tolist()] == printed
 
 
@@ -95,14 +98,7 @@ def test_figure_4_of_the_paper(op):
 @pytest.mark.parametrize("name", ["cpp", "reference"])
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_gradcheck(case, name):
-    size = {
-        "teacher_weights": (2, 3, 2, 3, 2),
-        "multi_teacher_kd": (4, 5, 2),
-        "topk_kd": (4, 5, 3, 2),
-        "angle": (5, 3),
-        "hint": (2, 2, 3, 3, 2),
-    }
-    args = case.inputs(*size.get(case.op, (3, 4)), dtype=torch.float64)
+    args = case.inputs(*case.small, dtype=torch.float64)
     leaves = [t for t in tensors(args) if t.requires_grad]
     for options in case.variants:
         if options.get("dim1") == 0:
@@ -124,10 +120,8 @@ def test_gradcheck_through_the_probabilities(mode):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(4, 5, 2, dtype=torch.float64)
 
     def parts(z, w):
-        terms = af.functional.multi_teacher_kd(
-            z, teachers, w, labels, temperature=2.0, alpha=0.7, mode=mode, reduction="batchmean", t2_scale=True,
-            ignore_index=-100, label_smoothing=0.1,
-        )  # fmt: skip
+        options = KDOptions(2.0, 0.7, mode, "batchmean", True, -100, 0.1)
+        terms = multi_teacher_kd(z, teachers, w, labels, options)
         return terms.loss, terms.student_probs, terms.soft_targets
 
     with af.use_backend("cpp"):
@@ -180,7 +174,7 @@ def test_max_pool_of_any_plane(plane, dtype, fused):
     dense = features.view(5, d, *plane)
     strided = torch.stack([dense, dense], -1)[..., 0]
     for x in (dense, dense.contiguous(memory_format=torch.channels_last), strided):
-        _, pooled, index = autograd._kernels(fused).teacher_weights_fwd(x, factors, factors[0], True)
+        _, pooled, index = _base.kernels(fused).teacher_weights_fwd(x, factors, factors[0], True)
         assert torch.equal(index.long(), want)
         torch.testing.assert_close(pooled, features.gather(2, want[..., None])[..., 0].to(pooled.dtype), equal_nan=True)
 
@@ -277,7 +271,7 @@ def test_pooling_by_any_windows(size, dtype, normalize, fused):
     want, want_grads = value_and_grads(
         lambda m: af.reference.hint_pool(m, *size[2:], normalize), convert(args, dtype=torch.float64)
     )
-    got, grads = value_and_grads(lambda m: af.functional._hint_pool(fused, m, *size[2:], normalize), args)
+    got, grads = value_and_grads(lambda m: hint_pool(fused, m, *size[2:], normalize), args)
     if size[:2] == size[2:] and not normalize:
         assert got.data_ptr() == feature_map.data_ptr()
     exact, step = dtype == torch.float64, STEP[dtype]

@@ -7,7 +7,7 @@ import torch
 from backends import cpu_only, in_memory_of_the_cpu, takes
 
 import amtml_fast as af
-from amtml_fast import autograd
+from amtml_fast.ops import whole_loss
 from amtml_fast.testing import convert, relative_error, tensors
 
 D = 6  # channels of the features
@@ -186,7 +186,7 @@ def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch, fused):
             op = getattr(torch.ops.amtml, name).default
             return type("Op", (), {"default": staticmethod(lambda *args: made.append(op(*args)) or made[-1])})
 
-    monkeypatch.setattr(autograd, "ops", Spy())
+    monkeypatch.setattr(whole_loss, "kernels", Spy())
     student, teachers, labels, features = _problem()
     loss = af.AMTMLLoss(af.TeacherAdapter(D, 3), angle_trains_weights=True)
     with torch.no_grad():

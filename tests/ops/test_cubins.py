@@ -12,10 +12,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from backends import cpu_only
 
 from amtml_fast import backend
 
-pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton (whose package has the tools) is not installed")
+pytestmark = [
+    cpu_only,
+    pytest.mark.skipif(not backend.HAS_TRITON, reason="Triton (whose package has the tools) is not installed"),
+]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that a block may have
 REGISTERS = 1 << 16  # of a multiprocessor
 # Bytes of local memory, where spilled registers lie, that a thread may use. With the assembler of Triton 3.6 (CUDA 12.8) 29 of

@@ -8,11 +8,13 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import cpu_only
 
 import amtml_fast as af
 from amtml_fast import dropin
 
-TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "dropin.md").read_text()
+pytestmark = cpu_only
+TEXT = (pathlib.Path(__file__).parents[2] / "docs" / "dropin.md").read_text()
 EXAMPLE = {
     name: torch.tensor(ast.literal_eval(re.search(rf"^    {name} = (.+)$", TEXT, re.M)[1]), device="cpu").double()
     for name in "zt"

@@ -1,0 +1,195 @@
+"""What the distillation losses share (Eq 7-8): their options, and the checks of rows, labels and weights.
+
+The options are a ``reference.KDOptions``; ``SETTINGS`` is what the kernels take of them.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtml_fast import checks, reference
+from amtml_fast.ops import _base
+from amtml_fast.reference import KDOptions
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+# In a schema. (An operator that writes into its arguments names the mode otherwise: torch.compile keeps that name for itself.)
+SETTINGS = (
+    "float temperature, float ce_weight, float kl_weight, float kl_scale, str mode, str reduction, "
+    "int ignore_index, float label_smoothing"
+)
+
+
+def settings(options: KDOptions, labelled: bool) -> tuple:
+    """The values of ``SETTINGS``."""
+    temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing = options
+    ce_weight, kl_weight = (1.0 - alpha, float(alpha)) if labelled else (0.0, 1.0)
+    kl_scale = float(temperature) ** 2 if t2_scale else 1.0
+    return float(temperature), ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, float(label_smoothing)
+
+
+# --- checks of shapes and options
+
+
+def check_numbers(function: str, temperature: float, alpha: float, label_smoothing: float) -> None:
+    checks.number(function, "temperature", temperature, 0, math.inf, above=True)
+    checks.number(function, "alpha", alpha, 0, 1)
+    checks.number(function, "label_smoothing", label_smoothing, 0, 1)
+
+
+def check_logits(function: str, student_logits: Tensor) -> None:
+    checks.tensor(function, "student_logits", student_logits)
+    if student_logits.dim() not in (2, 3) or student_logits.shape[-1] < 1:
+        wanted = "[N, C] or [B, S, C] with C >= 1"
+        raise ValueError(f"{function}: student_logits must be {wanted}, got {checks.shape(student_logits)}")
+
+
+def one_a_teacher(
+    function: str, name: str, value: Tensor | Sequence[Tensor], student_logits: Tensor, stacked: str
+) -> list[Tensor]:
+    """The tensors of the teachers, given as a list or in one tensor like ``stacked``."""
+    if isinstance(value, Tensor):
+        if value.dim() != student_logits.dim() + 1:
+            wanted = f"a list of tensors or one {stacked} tensor"
+            raise ValueError(f"{function}: {name} must be {wanted}, got {checks.shape(value)}")
+        out = list(value.unbind(0))
+    elif isinstance(value, (list, tuple)):
+        out = list(value)
+    else:
+        raise TypeError(f"{function}: {name} must be a list of tensors, got {type(value).__name__}")
+    if len(out) == 0:
+        raise ValueError(f"{function}: {name} must hold at least one teacher, got none")
+    return out
+
+
+def check_frozen(function: str, name: str, teacher: Tensor) -> None:
+    if teacher.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{function}: {name} must be detached (teachers are frozen here), got one that requires grad")
+
+
+def check_rows(
+    function: str,
+    student_logits: Tensor,
+    num_teachers: int,
+    teacher_weights: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> tuple[int, int]:
+    """Rows and classes of a student whose weights and labels fit it."""
+    wanted_shape = student_logits.shape
+    classes = wanted_shape[-1]
+    rows = student_logits.numel() // classes
+    if teacher_weights is not None:
+        checks.tensor(function, "teacher_weights", teacher_weights)
+        allowed = [(num_teachers,), (rows, num_teachers)]
+        if len(wanted_shape) == 3:
+            allowed.append((*wanted_shape[:2], num_teachers))
+        if teacher_weights.shape not in allowed:
+            wanted = f"{' or '.join(str(list(w)) for w in allowed)} for {num_teachers} teachers"
+            raise ValueError(f"{function}: teacher_weights must be {wanted}, got {checks.shape(teacher_weights)}")
+        checks.same_device(function, "teacher_weights", teacher_weights, "student_logits", student_logits)
+    if labels is not None:
+        checks.integers(function, "labels", labels)
+        if labels.shape != wanted_shape[:-1]:
+            wanted = f"{list(wanted_shape[:-1])} like student_logits"
+            raise ValueError(f"{function}: labels must be {wanted}, got {checks.shape(labels)}")
+        checks.same_device(function, "labels", labels, "student_logits", student_logits)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
+    return rows, classes
+
+
+def check_num_items(function: str, num_items_in_batch: int | Tensor, reduction: str, labels: Tensor | None) -> None:
+    name = f"{function}: num_items_in_batch"
+    if reduction != "batchmean":
+        raise ValueError(f'{name} must be None with a reduction other than "batchmean", got reduction "{reduction}"')
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.dim() != 0:
+            raise ValueError(f"{name} must be an int or a 0-d tensor, got {checks.shape(num_items_in_batch)}")
+    elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
+        raise TypeError(f"{name} must be an int or a 0-d tensor, got {num_items_in_batch!r}")
+    elif num_items_in_batch < (1 if labels is None else 0):
+        wanted = "positive without labels" if labels is None else "at least 0"
+        raise ValueError(f"{name} must be {wanted}, got {num_items_in_batch}")
+
+
+# --- checks of values: only where looking costs no device sync. The C++ kernels check values themselves.
+
+
+def check_values(
+    function: str,
+    labels: Tensor | None,
+    classes: int,
+    ignore_index: int,
+    weights: Tensor | None,
+    support: tuple[Tensor, Sequence[int]] | None = None,
+) -> None:
+    """``support``: the classes that the teachers give, [N, K], and how many of them each does."""
+    if labels is not None and checks.values_are_free(labels):
+        _check_labels(function, labels, classes, ignore_index)
+    if weights is not None and checks.values_are_free(weights):
+        _check_weights(function, weights)
+    if support is not None and checks.values_are_free(support[0]):
+        _check_support(function, *support, labels, classes, ignore_index)
+
+
+def _check_labels(function: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+    if labels.numel() == 0:
+        return
+    low, high = labels.aminmax()
+    if low.item() >= 0 and high.item() < classes:
+        return
+    bad = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        wanted = f"in [0, {classes}) or ignore_index {ignore_index}"
+        raise ValueError(f"{function}: labels[{row}] must be {wanted}, got {int(labels[row])}")
+
+
+def _check_weights(function: str, weights: Tensor) -> None:
+    if weights.numel() == 0:
+        return
+    low, high = (float(x) for x in weights.detach().aminmax())
+    if not (low >= 0 and high < math.inf):  # written so that NaN fails
+        raise ValueError(f"{function}: teacher_weights must be finite and not negative, got values in [{low}, {high}]")
+
+
+def _check_support(
+    function: str, indices: Tensor, sizes: Sequence[int], labels: Tensor | None, classes: int, ignore_index: int
+) -> None:
+    """Classes in [0, classes), in rows that are not ignored: indices [N, sum of sizes]."""
+    bad = (indices < 0) | (indices >= classes)
+    if labels is not None:
+        bad &= (labels != ignore_index).unsqueeze(1)
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        teacher = next(t for t in range(len(sizes)) if column < sum(sizes[: t + 1]))
+        name, got = f"{function}: teacher_indices[{teacher}]", int(indices[row, column])
+        raise ValueError(f"{name} must be in [0, {classes}), got {got} in row {row}")
+
+
+# --- calls
+
+
+def run(values: tuple, function: type[torch.autograd.Function], with_grad: bool, *args: Any) -> Any:
+    """``_base.run``. The C++ kernels refuse a wrong value by a RuntimeError, before they write anything; here it becomes
+    the ValueError that every backend raises. ``values``: what ``check_values`` takes."""
+    try:
+        return _base.run(function, with_grad, *args)
+    except RuntimeError:
+        check_values(*values)
+        raise
+
+
+def as_long(labels: Tensor | None) -> Tensor | None:
+    return labels if labels is None or labels.dtype == torch.int64 else labels.long()
+
+
+def per_item(loss: Tensor, student_logits: Tensor, reduction: str, num_items_in_batch: int | Tensor | None) -> Tensor:
+    """The loss of rows as the caller asked for it; with ``num_items_in_batch`` it is their sum."""
+    if num_items_in_batch is not None:
+        return reference.over_items(loss, num_items_in_batch)
+    return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss

@@ -1,0 +1,283 @@
+"""Weighted multi-teacher distillation loss (Eq 7-8)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtml_fast import backend, checks, reference
+from amtml_fast.ops import _kd
+from amtml_fast.ops._base import (
+    asked,
+    define,
+    empty,
+    first_order,
+    for_the_last_time,
+    kernels,
+    needs_grad,
+    operator,
+    save,
+    save_grads,
+    saved,
+    scaled_rows,
+)
+from amtml_fast.reference import KDOptions, KDTerms, wide_dtype
+
+MODES = ("mixture", "sum")
+
+operator("multi_teacher_kd")
+
+
+def multi_teacher_kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+    mode: str = "mixture",
+    reduction: str = "batchmean",
+    t2_scale: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """Weighted multi-teacher distillation loss (Eq 7-8)::
+
+        q, p_t = softmax(student / temperature), softmax(teacher_t / temperature)
+        kl = KL(sum_t w_t p_t || q)       # mode "mixture"
+        kl = sum_t w_t KL(p_t || q)       # mode "sum"; same student gradient where the weights sum to 1
+        loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
+        loss = temperature**2 * kl        # without labels: alpha plays no part
+
+    Args:
+        student_logits: [N, C], or [B, S, C] taken as B * S rows.
+        teacher_logits: T tensors shaped like ``student_logits``, read in place, or one [T, N, C] tensor. Teachers are
+            frozen: one that requires grad is an error.
+        teacher_weights: [N, T], [T] (the same for every row) or None (uniform); [B, S, T] or [B * S, T] with [B, S, C].
+            Finite and not negative; need not sum to 1.
+        labels: [N] or [B, S] integer classes, or None.
+        temperature: > 0.
+        alpha: share of the KL in [0, 1].
+        reduction: ``"none"`` (one value a row, shaped like ``labels``), ``"sum"``, ``"batchmean"`` (divided by the rows
+            that are not ignored) or ``"mean"`` (the KL divided by the number of classes too, as ``nn.KLDivLoss`` does).
+        t2_scale: multiply the KL by ``temperature**2``.
+        ignore_index: rows with this label count 0 in value, gradient and denominator.
+        label_smoothing: of the cross-entropy, in [0, 1].
+        num_items_in_batch: replaces the denominator of ``"batchmean"`` (gradient accumulation, data parallel): an int or
+            a 0-d tensor of any dtype. It may be 0 where every row is ignored; the loss is 0 then.
+
+    Returns:
+        Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
+
+    A logit of -inf is probability 0 with gradient 0. Gradients flow to ``student_logits`` and ``teacher_weights``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then.
+    """
+    name = "multi_teacher_kd_loss"
+    rows, classes, teachers = check_arguments(
+        name, student_logits, teacher_logits, teacher_weights, labels, ignore_index
+    )
+    checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
+    if num_items_in_batch is not None:
+        _kd.check_num_items(name, num_items_in_batch, reduction, labels)
+    student, weights = student_logits, teacher_weights
+    if weights is not None and weights.dim() != 2:
+        weights = weights.reshape(-1, len(teachers))
+    if student.dim() != 2:
+        student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
+        labels = None if labels is None else labels.reshape(rows)
+    row_reduction = reduction if num_items_in_batch is None else "sum"
+    options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
+    loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
+    return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+
+
+def multi_teacher_kd(
+    student: Tensor, teachers: Sequence[Tensor], weights: Tensor | None, labels: Tensor | None, options: KDOptions
+) -> KDTerms:
+    """``multi_teacher_kd_loss`` on checked rows [N, C], with its parts. For ``AMTMLLoss``."""
+    return KDTerms(*_of_rows(student, teachers, weights, labels, options, need_terms=True))
+
+
+def check_arguments(
+    function: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> tuple[int, int, list[Tensor]]:
+    """Rows, classes and the list of teachers of arguments that fit together."""
+    _kd.check_logits(function, student_logits)
+    wanted_shape, device = student_logits.shape, student_logits.device
+    teachers = _kd.one_a_teacher(function, "teacher_logits", teacher_logits, student_logits, "[T, N, C]")
+    for i, teacher in enumerate(teachers):
+        if (
+            isinstance(teacher, Tensor)
+            and teacher.dtype in checks.DTYPES
+            and teacher.shape == wanted_shape
+            and teacher.device == device
+            and not teacher.requires_grad
+        ):
+            continue
+        argument = f"teacher_logits[{i}]"
+        checks.tensor(function, argument, teacher)
+        checks.same_shape(function, argument, teacher, "student_logits", student_logits)
+        checks.same_device(function, argument, teacher, "student_logits", student_logits)
+        _kd.check_frozen(function, argument, teacher)
+    rows, classes = _kd.check_rows(function, student_logits, len(teachers), teacher_weights, labels, ignore_index)
+    return rows, classes, teachers
+
+
+def _of_rows(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    *,
+    need_terms: bool,
+) -> Any:
+    """The loss, or with ``need_terms`` what ``KDTerms`` holds, of which loss and probabilities are differentiable."""
+    name = "multi_teacher_kd_loss"
+    _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
+    checks.one_of(name, "mode", options.mode, MODES)
+    chosen = backend.choose("multi_teacher_kd", student, weights, *teachers)
+    if chosen != "cpp":  # the C++ kernel checks values itself
+        _kd.check_values(name, labels, student.shape[1], options.ignore_index, None if need_terms else weights)
+    if chosen == "reference":
+        terms = reference.multi_teacher_kd(student, list(teachers), weights, labels, options)
+        return terms if need_terms else terms.loss
+    wide = wide_dtype(student, *teachers, weights)
+    if weights is not None:
+        weights = weights if weights.dtype == wide else weights.to(wide)
+        weights = weights if weights.shape[0] == student.shape[0] else weights.expand(student.shape[0], -1)
+    settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
+    labels = _kd.as_long(labels)
+    return _kd.run(
+        (name, labels, student.shape[1], options.ignore_index, None if need_terms else weights),
+        MultiTeacherKD, any(needs),
+        chosen, student, weights, labels, settings, needs, wide, need_terms, *teachers,
+    )  # fmt: skip
+
+
+class MultiTeacherKD(torch.autograd.Function):
+    """Returns the loss, or with ``need_terms`` what ``KDTerms`` holds: ce and kl are not differentiable, the rest is.
+
+    ``needs``: a gradient to the student, and to the weights; ``wide``: the dtype of sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        student: Tensor,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        settings: tuple,
+        needs: tuple[bool, bool],
+        wide: torch.dtype,
+        need_terms: bool,
+        *teachers: Tensor,
+    ) -> Any:
+        # With probabilities given out, backward has to add what comes back through them: it recomputes the rest too.
+        rounded = student.dtype == torch.bfloat16 and wide == torch.float32 and backend != "cpp"
+        in_forward = (student.dtype == wide or rounded) and not need_terms
+        now = needs if in_forward else (False, False)
+        out = kernels(backend).multi_teacher_kd_fwd.default(
+            student, teachers, weights, labels, *settings, *now, need_terms
+        )
+        loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights = out
+        ctx.in_forward, ctx.settings, ctx.needs, ctx.loss_shape = in_forward, settings, needs, loss.shape
+        ctx.backend, ctx.rounded = backend, rounded
+        ctx.set_materialize_grads(False)
+        if in_forward and rounded:
+            save(ctx, grad_student, grad_weights, student, weights, labels, stats, *teachers)
+        elif in_forward:
+            save_grads(ctx, (grad_student, grad_weights), (student, weights), needs)
+        else:
+            save(ctx, student, weights, labels, stats, *teachers)
+        if not need_terms:
+            return loss
+        ctx.mark_non_differentiable(ce, kl)
+        return loss, ce, kl, student_probs, soft_targets
+
+    @staticmethod
+    @first_order("multi_teacher_kd_loss")
+    def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple:
+        fixed = (None,) * (len(ctx.needs_input_grad) - 3)
+        if ctx.in_forward:
+            if grad_loss is None:
+                return None, None, None, *fixed
+            made = _rescaled(ctx, grad_loss) if ctx.rounded else scaled_rows(ctx, grad_loss)
+            return None, *map(asked, made, ctx.needs), *fixed
+        need_student, need_weights = ctx.needs
+        student, weights, labels, stats, *teachers = saved(ctx)
+        if grad_loss is None:
+            grad_loss = stats.new_zeros(ctx.loss_shape)
+        through_probs = grads[2:4] or (None, None)
+        grad_student, grad_weights = kernels(ctx.backend).multi_teacher_kd_bwd.default(
+            grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
+        )
+        return None, asked(grad_student, need_student), asked(grad_weights, need_weights), *fixed
+
+
+def _rescaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
+    """The bfloat16 gradients of ``MultiTeacherKD`` that forward has made, for this gradient of the loss."""
+    *grads, student, weights, labels, stats = saved(ctx)[:6]
+    if not for_the_last_time(ctx):
+        grads = [g.clone() for g in grads]
+    kernels(ctx.backend).multi_teacher_kd_rescale_.default(
+        *grads, grad_loss, student, saved(ctx)[6:], weights, labels, stats, *ctx.settings
+    )
+    return grads
+
+
+# loss, ce, kl (scalars, or [N] for "none"), student_probs and soft_targets [N, C], stats [N, 3 + 2T], grad_student,
+# grad_weights
+@define(
+    "multi_teacher_kd_fwd",
+    f"(Tensor student, Tensor[] teachers, Tensor? weights, Tensor? labels, {_kd.SETTINGS}, bool need_student_grad, "
+    "bool need_weights_grad, bool need_probs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _(student, teachers, weights, labels, *settings):
+    reduction = settings[5]
+    need_student_grad, need_weights_grad, need_probs = settings[-3:]
+    wide = wide_dtype(student, *teachers, weights)
+    n, c = student.shape
+    value = [student.new_empty((n,) if reduction == "none" else (), dtype=wide) for _ in range(3)]
+    probs = [empty(student, need_probs, (n, c), wide) for _ in range(2)]
+    stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
+    made = torch.bfloat16 if need_student_grad and student.dtype == torch.bfloat16 else wide
+    grad_student = empty(student, need_student_grad, (n, c), made)
+    grad_weights = empty(student, need_weights_grad, (n, len(teachers)), wide)
+    return *value, *probs, stats, grad_student, grad_weights
+
+
+@define(
+    "multi_teacher_kd_bwd",
+    "(Tensor grad_loss, Tensor? grad_probs, Tensor? grad_targets, Tensor student, Tensor[] teachers, Tensor? weights, "
+    f"Tensor? labels, Tensor stats, {_kd.SETTINGS}, bool need_student_grad, bool need_weights_grad) "
+    "-> (Tensor, Tensor)",
+)
+def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, stats, *settings):
+    need_student_grad, need_weights_grad = settings[-2:]
+    return (
+        empty(student, need_student_grad, student.shape, student.dtype),
+        empty(student, need_weights_grad, (student.shape[0], len(teachers)), stats.dtype),
+    )
+
+
+# The gradients that forward has made of a bfloat16 student, and of its weights, for an incoming gradient of 1: made those
+# for grad_loss, in place
+@define(
+    "multi_teacher_kd_rescale_",
+    "(Tensor(a!) grad_student, Tensor(b!) grad_weights, Tensor grad_loss, Tensor student, Tensor[] teachers, "
+    f"Tensor? weights, Tensor? labels, Tensor stats, {_kd.SETTINGS.replace('mode', 'kl_of')}) -> ()",
+    cpu=False,
+)
+def _(*_): ...

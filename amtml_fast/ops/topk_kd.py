@@ -1,0 +1,243 @@
+"""``multi_teacher_kd_loss`` where each teacher gives only its k largest classes (Eq 7-8)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtml_fast import backend, checks, reference
+from amtml_fast.ops import _kd
+from amtml_fast.ops._base import (
+    asked,
+    define,
+    empty,
+    first_order,
+    kernels,
+    needs_grad,
+    operator,
+    save,
+    save_grads,
+    saved,
+    scaled_rows,
+)
+from amtml_fast.reference import KDOptions, wide_dtype
+
+TAILS = ("renormalize", "ignore", "uniform")
+
+operator("topk_kd")
+
+
+def topk_kd_loss(
+    student_logits: Tensor,
+    teacher_indices: Tensor | Sequence[Tensor],
+    teacher_log_probs: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 4.0,
+    alpha: float = 0.7,
+    reduction: str = "batchmean",
+    t2_scale: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+    tail: str = "renormalize",
+) -> Tensor:
+    """``multi_teacher_kd_loss`` where each teacher gives only its k largest classes (Eq 7-8)::
+
+        q = softmax(student / temperature)
+        p_t(c) = exp(log_prob)            # for the classes that teacher t names; what the others have, ``tail`` says
+        kl = KL(sum_t w_t p_t || q)
+        loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
+        loss = temperature**2 * kl        # without labels: alpha plays no part
+
+    A row costs O(C + T k log(T k)), and no teacher is ever made dense. What a teacher stores, from its logits [N, C]::
+
+        top = (teacher_logits / temperature).log_softmax(-1).topk(k)
+        log_probs, indices = top.values, top.indices
+
+    Args:
+        student_logits: [N, C], or [B, S, C] taken as B * S rows.
+        teacher_indices: T tensors [N, k] (or [B, S, k]) of int64 or int32 classes, or one [T, N, k] tensor; k may differ
+            between teachers. A class that a row of one teacher names twice has the sum of both probabilities.
+        teacher_log_probs: natural logarithms of their probabilities, of the same shapes. They must have been made **at
+            this temperature**: log-probabilities stored at temperature 1 go with ``temperature=1``. -inf is probability
+            0. Teachers are frozen: one that requires grad is an error.
+        teacher_weights: [N, T], [T] (the same for every row) or None (uniform); [B, S, T] or [B * S, T] with [B, S, C].
+            Finite and not negative; need not sum to 1.
+        labels: [N] or [B, S] integer classes, or None.
+        temperature: > 0.
+        alpha, reduction, t2_scale, ignore_index, label_smoothing, num_items_in_batch: as in ``multi_teacher_kd_loss``.
+        tail: what a teacher gives to the classes that it does not name.
+
+            - ``"renormalize"``: nothing; its probabilities are divided by their sum.
+            - ``"ignore"``: nothing; they count as given. With P the mass of the mixture, the value is
+              ``sum_c p_c (log p_c - log q_c)`` all the same, at least P log P, which may be below 0; the gradient to the
+              student's logits is ``temperature * (P q - p)``.
+            - ``"uniform"``: ``max(1 - sum, 0)``, the same share for each.
+
+    Returns:
+        Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
+
+    A student's logit of -inf is probability 0 with gradient 0. Gradients flow to ``student_logits`` and
+    ``teacher_weights``. With all C classes given, every tail is ``multi_teacher_kd_loss``.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU a class or
+            label out of range stops the CUDA kernel; Triton looks only with TRITON_DEBUG=1, and makes the row NaN
+            without.
+    """
+    name = "topk_kd_loss"
+    rows, classes, given_indices, given_log_probs = _check_arguments(
+        name, student_logits, teacher_indices, teacher_log_probs, teacher_weights, labels, ignore_index
+    )
+    checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
+    checks.one_of(name, "tail", tail, TAILS)
+    _kd.check_numbers(name, temperature, alpha, label_smoothing)
+    if num_items_in_batch is not None:
+        _kd.check_num_items(name, num_items_in_batch, reduction, labels)
+    student = student_logits.reshape(rows, classes)
+    sizes = [index.shape[-1] for index in given_indices]
+    # Side by side in one tensor: beside the student's rows they are small.
+    indices = _side_by_side(given_indices, rows, torch.int64)
+    log_probs = _side_by_side(given_log_probs, rows, wide_dtype(*given_log_probs))
+    weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(sizes))
+    labels = None if labels is None else _kd.as_long(labels.reshape(rows))
+    row_reduction = reduction if num_items_in_batch is None else "sum"
+    options = KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing)
+    chosen = backend.choose("topk_kd", student, weights, *given_log_probs)
+    values = (name, labels, classes, ignore_index, weights, (indices, sizes))
+    if chosen != "cpp":  # the C++ kernel checks values itself
+        _kd.check_values(*values)
+    if chosen == "reference":
+        apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
+        loss = reference.topk_kd(student, *apart, weights, labels, options)
+    else:
+        wide = wide_dtype(student, log_probs, weights)
+        weights = None if weights is None else weights.to(wide).expand(rows, -1)
+        settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
+        loss = _kd.run(
+            values, TopkKD, any(needs),
+            chosen, student, weights, labels, indices, log_probs, sizes, settings, needs, wide,
+        )  # fmt: skip
+    return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+
+
+def _side_by_side(tensors: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+    """T x [..., k] as one [rows, sum of k] of this dtype: the tensor itself where there is one and it fits."""
+    parts = [t.reshape(rows, t.shape[-1]).to(dtype) for t in tensors]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _check_arguments(
+    function: str,
+    student_logits: Tensor,
+    teacher_indices: Tensor | Sequence[Tensor],
+    teacher_log_probs: Tensor | Sequence[Tensor],
+    teacher_weights: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+) -> tuple[int, int, list[Tensor], list[Tensor]]:
+    """Rows, classes, and of every teacher its classes and their log-probabilities."""
+    _kd.check_logits(function, student_logits)
+    indices = _kd.one_a_teacher(function, "teacher_indices", teacher_indices, student_logits, "[T, N, k]")
+    log_probs = _kd.one_a_teacher(function, "teacher_log_probs", teacher_log_probs, student_logits, "[T, N, k]")
+    if len(indices) != len(log_probs):
+        raise ValueError(
+            f"{function}: teacher_log_probs must hold {len(indices)} teachers like teacher_indices, got {len(log_probs)}"
+        )
+    *leading, classes = student_logits.shape
+    for t, (index, log_prob) in enumerate(zip(indices, log_probs)):
+        name, of_probs = f"teacher_indices[{t}]", f"teacher_log_probs[{t}]"
+        checks.integers(function, name, index)
+        if list(index.shape[:-1]) != leading or not 1 <= index.shape[-1] <= classes:
+            wanted = ", ".join(map(str, leading))
+            raise ValueError(
+                f"{function}: {name} must be [{wanted}, k] with 1 <= k <= {classes}, got {checks.shape(index)}"
+            )
+        checks.same_device(function, name, index, "student_logits", student_logits)
+        checks.tensor(function, of_probs, log_prob)
+        checks.same_shape(function, of_probs, log_prob, name, index)
+        checks.same_device(function, of_probs, log_prob, "student_logits", student_logits)
+        _kd.check_frozen(function, of_probs, log_prob)
+    rows, classes = _kd.check_rows(function, student_logits, len(indices), teacher_weights, labels, ignore_index)
+    return rows, classes, indices, log_probs
+
+
+class TopkKD(torch.autograd.Function):
+    """The loss. ``needs``: a gradient to the student, and to the weights; ``wide``: the dtype of sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        student: Tensor,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        indices: Tensor,
+        log_probs: Tensor,
+        sizes: list[int],
+        settings: tuple,
+        needs: tuple[bool, bool],
+        wide: torch.dtype,
+    ) -> Tensor:
+        ctx.in_forward, ctx.sizes, ctx.settings, ctx.needs = student.dtype == wide, sizes, settings, needs
+        now = needs if ctx.in_forward else (False, False)
+        loss, stats, *grads = kernels(backend).topk_kd_fwd.default(
+            student, indices, log_probs, sizes, weights, labels, *settings, *now
+        )
+        ctx.backend = backend
+        if ctx.in_forward:
+            save_grads(ctx, grads, (student, weights), needs)
+        else:
+            save(ctx, student, indices, log_probs, weights, labels, stats)
+        return loss
+
+    @staticmethod
+    @first_order("topk_kd_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        fixed = (None,) * (len(ctx.needs_input_grad) - 3)
+        if ctx.in_forward:
+            return None, *scaled_rows(ctx, grad_loss), *fixed
+        student, indices, log_probs, weights, labels, stats = saved(ctx)
+        grads = kernels(ctx.backend).topk_kd_bwd.default(
+            grad_loss, student, indices, log_probs, ctx.sizes, weights, labels, stats, *ctx.settings, *ctx.needs
+        )
+        return None, *map(asked, grads, ctx.needs), *fixed
+
+
+_SETTINGS = _kd.SETTINGS.replace("mode", "tail")
+
+
+# All teachers' entries of a row side by side: indices (int64) and log_probs [N, K], of teacher t the next sizes[t].
+# loss (scalar, or [N] for "none"), stats [N, 3], grad_student, grad_weights
+@define(
+    "topk_kd_fwd",
+    "(Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
+    f"{_SETTINGS}, bool need_student_grad, bool need_weights_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _(student, indices, log_probs, sizes, weights, labels, *settings):
+    reduction = settings[5]
+    need_student_grad, need_weights_grad = settings[-2:]
+    wide, n = wide_dtype(student, log_probs, weights), student.shape[0]
+    return (
+        student.new_empty((n,) if reduction == "none" else (), dtype=wide),
+        student.new_empty(n, 3, dtype=wide),
+        empty(student, need_student_grad, student.shape, wide),
+        empty(student, need_weights_grad, (n, len(sizes)), wide),
+    )
+
+
+@define(
+    "topk_kd_bwd",
+    "(Tensor grad_loss, Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, "
+    f"Tensor? labels, Tensor stats, {_SETTINGS}, bool need_student_grad, bool need_weights_grad) "
+    "-> (Tensor, Tensor)",
+)
+def _(grad_loss, student, indices, log_probs, sizes, weights, labels, stats, *settings):
+    need_student_grad, need_weights_grad = settings[-2:]
+    return (
+        empty(student, need_student_grad, student.shape, student.dtype),
+        empty(student, need_weights_grad, (student.shape[0], len(sizes)), stats.dtype),
+    )
