@@ -5,7 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
 export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
-PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
+# One thread a worker: tests that are about threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := tests/ops
 
 .PHONY: train test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
@@ -19,7 +20,7 @@ test: $(INSTALLED)
 # The operators' tests on Triton's kernels, through its interpreter, and on the CUDA kernels, compiled for the CPU against an
 # emulator of CUDA: need neither a GPU nor nvcc.
 triton emulated: $(INSTALLED)
-	AMTML_TEST_BACKENDS=$@ OMP_NUM_THREADS=1 $(PYTEST) $(or $(TESTS),$(OPERATORS))
+	AMTML_TEST_BACKENDS=$@ $(PYTEST) $(or $(TESTS),$(OPERATORS))
 
 # Tests on another torch, in an environment of its own, .venv-NAME. Built from a copy, so that the tree's own build stays as
 # it is; a pyproject.toml beside the tests, for pytest would find the tree's and take the package from there.

@@ -134,43 +134,42 @@ def head(results: Results) -> str:
     text = f"{where}, PyTorch {machine.get('torch', '?').partition('+')[0]}, commit {results.commit}; medians."
     if limits:
         text += (
-            f" In the same run a copy moved {limits['bytes_per_s'] / 1e9:,.1f} GB/s and a float32 matrix product made "
+            f" In the same run, a copy moved {limits['bytes_per_s'] / 1e9:,.1f} GB/s and a float32 matrix product made "
         )
         text += f"{limits['flops_per_s'] / 1e9:,.0f} GFLOP/s."
     spreads = sorted(facts["spread"] for _, facts in results.rows.values() if "spread" in facts)
     if spreads:
-        text += f" The middle half of a row's repetitions spans {spreads[len(spreads) // 2]:.0%} of its median, in the noisiest row "
-        text += f"{spreads[-1]:.0%}; between two runs on a shared machine single ratios can move by more."
+        text += f" Interquartile range: {spreads[len(spreads) // 2]:.0%} of the median (typical), {spreads[-1]:.0%} (worst row)."
     return text
 
 
 def operators(results: Results) -> str:
     rows = []
-    for group in results.groups():
-        ours = results.best(group)
-        if ours is None or "op" not in results.rows[group, ours, None][1]:
-            continue
-        mine = results.seconds(group, ours)
-        eager, compiled = (results.seconds(group, p) for p in ("eager", "compile"))
+    for group in operator_groups(results):
+        ours = str(results.best(group))
+        mine = results.rows[group, ours, None][0]
         others = [p for p in results.providers(group) if p not in (*OURS, "eager", "compile")]
         share = results.share(group, ours)
         rows.append([
             group, f"{time_text(mine)} ({ours})", *(_time_or_reason(results, group, p) for p in ("eager", "compile")),
-            "; ".join(f"{p} {time_text(results.seconds(group, p))}" for p in others),
-            *(ratio_text(other and mine and other / mine) for other in (eager, compiled)),
+            "; ".join(f"{p} {time_text(results.seconds(group, p))}" for p in others), *ratios(results, group),
             f"{share[0]:.0%} ({share[1]})" if share else "",
         ])  # fmt: skip
-    header = [
-        "forward + backward",
-        "ours",
-        "eager",
-        "torch.compile",
-        "others",
-        "vs eager",
-        "vs compile",
-        "of the limit",
-    ]
-    return markdown_table(header, rows)
+    header = ["ours", "eager", "torch.compile", "others", "vs eager", "vs torch.compile", "of the limit"]
+    return markdown_table(["forward + backward", *header], rows)
+
+
+def operator_groups(results: Results) -> list[str]:
+    """The rows of operators that ours ran."""
+    best = {group: results.best(group) for group in results.groups()}
+    return [group for group, ours in best.items() if ours and "op" in results.rows[group, ours, None][1]]
+
+
+def ratios(results: Results, group: str) -> list[str]:
+    """How many times faster ours is than eager and than torch.compile."""
+    mine = results.rows[group, str(results.best(group)), None][0]
+    others = (results.seconds(group, p) for p in ("eager", "compile"))
+    return [ratio_text(other and other / mine) for other in others]
 
 
 def _time_or_reason(results: Results, group: str, provider: str) -> str:
@@ -218,7 +217,7 @@ PARTS = ("data", "teachers", "student", "losses", "optimizer")
 def steps(results: Results) -> str:
     """A row for each way to make a step, with the shares of those parts that were measured."""
     groups = [group for group in results.groups() if group.startswith("step")]
-    measured = {key[:2]: part_shares(*row) for key, row in results.rows.items() if key[0] in groups}
+    measured = {key[:2]: part_shares(row[1]) for key, row in results.rows.items() if key[0] in groups}
     shown = [part for part in PARTS if any(part in shares for shares in measured.values())]
     rows = []
     for group in groups:
@@ -236,10 +235,8 @@ def steps(results: Results) -> str:
     return markdown_table(["training step", "by", "images/s", "vs published loop", *shown], rows)
 
 
-def part_shares(seconds: float, facts: dict) -> dict[str, float]:
+def part_shares(facts: dict) -> dict[str, float]:
     """Part of a step -> its share of the step."""
-    if "losses_seconds" in facts:  # of results that hold the losses alone
-        return {"losses": facts["losses_seconds"] / seconds}
     parts = facts.get("parts", {})
     return {part: share / sum(parts.values()) for part, share in parts.items()}
 
@@ -282,23 +279,26 @@ def report(results: Results) -> str:
 
 
 def readme(results: Results, folder: str) -> str:
-    """What the README says about speed, whole."""
-    text = [head(results), operators(results), "Bold: slower than the baseline."]
-    grown = "angle against N"
-    if grown in results.groups(axis=True):
-        for provider in (p for p in results.providers(grown) if p in OURS):
-            n, seconds, taken = results.line(grown, provider)[-1]
-            text.append(
-                f"The angle loss takes {time_text(seconds)} and {bytes_text(taken)} at N = {n:,}, where each [N, N, N] tensor of the "
-                f"plain form would take {bytes_text(4 * n**3)}."
-            )
-    if any(g.startswith("step") for g in results.groups()):
-        text += ["A whole training step on 32 x 32 images:", steps(results)]
-    text.append(f"![Speed-up of every operator over eager PyTorch and torch.compile]({folder}/speedup.png)")
-    text.append(
-        f"[The whole report]({folder}/report.md): memory, growth with N, C and T, rooflines. Yours: `make bench`."
-    )
-    return "\n\n".join(text)
+    """What the README says about speed, whole: of each operator the largest size in float32."""
+    largest: dict[str, str] = {}
+    for group in operator_groups(results):
+        if not group.endswith(" float32"):
+            continue
+        op = results.rows[group, str(results.best(group)), None][1]["op"]
+        if op not in largest or _eager(results, group) > _eager(results, largest[op]):
+            largest[op] = group
+    rows = [[group, time_text(results.seconds(group, str(results.best(group)))), *ratios(results, group)]
+            for group in largest.values()]  # fmt: skip
+    return "\n\n".join([
+        head(results),
+        markdown_table(["forward + backward", "ours", "vs eager", "vs torch.compile"], rows),
+        f"![Speed-up of every operator over eager PyTorch and torch.compile]({folder}/speedup.png)",
+        f"[The whole report]({folder}/report.md): all sizes, memory, growth with N, C and T, training steps, rooflines.",
+    ])  # fmt: skip
+
+
+def _eager(results: Results, group: str) -> float:
+    return results.seconds(group, "eager") or math.inf
 
 
 # --- pictures

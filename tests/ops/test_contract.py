@@ -809,7 +809,7 @@ BAD = [  # one call a line
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, mode="both"), "mode must be one of mixture, sum"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="avg"), "reduction must be one of none"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, label_smoothing=-0.1), "label_smoothing must be a number"),
-    (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="sum", num_items_in_batch=3), "goes with reduction"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="sum", num_items_in_batch=3), "num_items_in_batch must be None"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, num_items_in_batch=0), "num_items_in_batch must be positive without labels, got 0"),
     (lambda: af.multi_teacher_kd_loss(Z.to("meta"), T2, W), "must be on meta like student_logits, got cpu"),
     (lambda: af.teacher_weights(F4[0], TH, V), r"features must be \[N, d, H, W\] or \[N, d\]"),

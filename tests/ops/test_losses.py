@@ -166,7 +166,7 @@ def test_modules_are_their_functions():
 BAD = [
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**{k: v for k, v in _batch().items() if k != "teacher_maps"}), "must be given exactly when hints are"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T))(**_batch()), "must be given exactly when hints are"),
-    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T + 1), _hints())(**_batch()), r"AMTMLLoss: the adapter must give weights \[12, 3\] for 12 rows and 3 teachers, got \[12, 4\]"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T + 1), _hints())(**_batch()), r"AMTMLLoss: the adapter.s weights must be \[12, 3\] for 12 rows and 3 teachers, got \[12, 4\]"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D + 1, T), _hints())(**_batch()), "theta must be"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**dict(_batch(), teacher_logits=[torch.randn(N, C + 1)] * T)), r"AMTMLLoss: teacher_logits\[0\] must be \[12, 7\]"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), reduction="none"), "reduction must be one of sum, mean, batchmean"),
@@ -340,7 +340,7 @@ def test_an_adapter_may_weigh_tokens_and_is_checked():
     cube = {**flat, "features": flat["features"].view(3, 4, D)}
     torch.testing.assert_close(loss(**cube).loss, loss(**flat).loss)
     loss.adapter = torch.nn.Sequential()  # gives the features back
-    with pytest.raises(ValueError, match=r"AMTMLLoss: the adapter must give weights \[12, 3\]"):
+    with pytest.raises(ValueError, match=r"AMTMLLoss: the adapter.s weights must be \[12, 3\]"):
         loss(**flat)
     loss.adapter.forward = lambda features: None
     with pytest.raises(TypeError, match="AMTMLLoss: the adapter's weights must be a tensor"):

@@ -353,7 +353,7 @@ BAD = [  # one call a line
     (lambda: af.topk_kd_loss(Z, 3, P2, W), "teacher_indices must be a list of tensors, got int"),
     (lambda: af.topk_kd_loss(Z, P2, P2, W), r"teacher_indices\[0\] must be an int64 or int32 tensor, got torch.float32"),
     (lambda: af.topk_kd_loss(Z, I2, I2, W), r"teacher_log_probs\[0\] must be float32"),
-    (lambda: af.topk_kd_loss(Z, I2, [P2[0].clone().requires_grad_(), P2[1]], W), r"teacher_log_probs\[0\] requires grad, but teachers are frozen"),
+    (lambda: af.topk_kd_loss(Z, I2, [P2[0].clone().requires_grad_(), P2[1]], W), r"teacher_log_probs\[0\] must be detached"),
     (lambda: af.topk_kd_loss(Z, [I2[0], I2[1] + 5], P2, W), r"teacher_indices\[1\] must be in \[0, 5\), got 5 in row 0"),
     (lambda: af.topk_kd_loss(Z, [I2[0] - 1, I2[1]], P2, W), r"teacher_indices\[0\] must be in \[0, 5\), got -1 in row 0"),
     (lambda: af.topk_kd_loss(Z, [I2[0] + 2**32, I2[1]], P2, W), r"teacher_indices\[0\] must be in \[0, 5\), got 4294967296"),
@@ -365,7 +365,7 @@ BAD = [  # one call a line
     (lambda: af.topk_kd_loss(Z, I2, P2, W, reduction="avg"), "reduction must be one of none"),
     (lambda: af.topk_kd_loss(Z, I2, P2, W, temperature=0.0), "temperature must be a number"),
     (lambda: af.topk_kd_loss(Z, I2, P2, W, alpha=2.0), "alpha must be a number"),
-    (lambda: af.topk_kd_loss(Z, I2, P2, W, reduction="sum", num_items_in_batch=3), "goes with reduction"),
+    (lambda: af.topk_kd_loss(Z, I2, P2, W, reduction="sum", num_items_in_batch=3), "num_items_in_batch must be None"),
     (lambda: af.topk_kd_loss(Z[0], I2, P2, W), r"student_logits must be \[N, C\]"),
 ]
 # fmt: on
