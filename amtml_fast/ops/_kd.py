@@ -193,3 +193,13 @@ def per_item(loss: Tensor, student_logits: Tensor, reduction: str, num_items_in_
     if num_items_in_batch is not None:
         return reference.over_items(loss, num_items_in_batch)
     return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
+
+
+def fake_grads(
+    student: Tensor, num_teachers: int, wide: torch.dtype, need_student: bool, need_weights: bool
+) -> tuple[Tensor, Tensor]:
+    """What backward kernels return, for fakes."""
+    return (
+        _base.empty(student, need_student, student.shape, student.dtype),
+        _base.empty(student, need_weights, (student.shape[0], num_teachers), wide),
+    )

@@ -265,11 +265,7 @@ def _(student, teachers, weights, labels, *settings):
     "-> (Tensor, Tensor)",
 )
 def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, stats, *settings):
-    need_student_grad, need_weights_grad = settings[-2:]
-    return (
-        empty(student, need_student_grad, student.shape, student.dtype),
-        empty(student, need_weights_grad, (student.shape[0], len(teachers)), stats.dtype),
-    )
+    return _kd.fake_grads(student, len(teachers), stats.dtype, *settings[-2:])
 
 
 # The gradients that forward has made of a bfloat16 student, and of its weights, for an incoming gradient of 1: made those
