@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # accelerate: an environment variable beats an explicit gradient_accumulation_steps, but not an explicit mixed_precision.
 #
-# Packages: accelerate 1.15.0, torch 2.13.0 (CPU build). Seen there, and stated by this script:
-#   With ACCELERATE_GRADIENT_ACCUMULATION_STEPS=3 set, Accelerator(gradient_accumulation_steps=1) accumulates 3 steps, without a
-#   word. With ACCELERATE_MIXED_PRECISION=bf16 set, Accelerator(mixed_precision="no") computes without mixed precision: there the
+# Packages: accelerate 1.15.0, torch 2.13.0 (CPU build). Seen there, and checked by this script:
+#   With ACCELERATE_GRADIENT_ACCUMULATION_STEPS=3 set, Accelerator(gradient_accumulation_steps=1) silently accumulates 3 steps.
+#   With ACCELERATE_MIXED_PRECISION=bf16 set, Accelerator(mixed_precision="no") computes without mixed precision: there the
 #   argument wins.
 # Printed: "gradient_accumulation_steps=1 gives 3" and "mixed_precision='no' gives no".
 set -euo pipefail
@@ -19,6 +19,6 @@ accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1, mixed_precisi
 steps, precision = accelerator.gradient_accumulation_steps, accelerator.mixed_precision
 print(f"gradient_accumulation_steps=1 gives {steps}")
 print(f"mixed_precision='no' gives {precision}")
-assert (steps, precision) == (3, "no"), "behaviour has changed"
+assert (steps, precision) == (3, "no"), "behavior has changed"
 PY
 ACCELERATE_GRADIENT_ACCUMULATION_STEPS=3 ACCELERATE_MIXED_PRECISION=bf16 venv/bin/python -W ignore see.py

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # FSDP2: module.zero_grad() between forward and backward clears nothing.
 #
-# Package: torch 2.13.0 (CPU build, gloo, one process). Seen there, and stated by this script:
-#   A module that is its own FSDP2 root keeps its parameters whole between forward and backward. Until then `module.parameters()`
-#   gives the whole parameters, which have no .grad; the gradients of the last step are on the shards, out of its reach.
-#   So `loss = f(module(x)); module.zero_grad(); loss.backward()` adds this step's gradient to the last one's, without a word.
+# Package: torch 2.13.0 (CPU build, gloo, one process). Seen there, and checked by this script:
+#   A module that is its own FSDP2 root keeps its parameters unsharded between forward and backward. During that time
+#   `module.parameters()` gives the unsharded parameters, which have no .grad. The gradients of the last step are on the shards,
+#   where `module.zero_grad()` does not reach them.
+#   So `loss = f(module(x)); module.zero_grad(); loss.backward()` silently adds this step's gradient to the last one's.
 #   The same line with `optimizer.zero_grad()` (it holds the shards), or with `module.zero_grad()` before forward, clears them.
 # Printed: "zero_grad between forward and backward: 1.0 2.0 3.0" and "before forward: 1.0 1.0 1.0".
 set -euo pipefail
@@ -35,7 +36,7 @@ for when in ("between forward and backward", "before forward"):
         norms.append(module.weight.grad.full_tensor().item())
     seen[when] = norms
     print(f"zero_grad {when}:", *norms)
-assert seen == {"between forward and backward": [1.0, 2.0, 3.0], "before forward": [1.0, 1.0, 1.0]}, "behaviour has changed"
+assert seen == {"between forward and backward": [1.0, 2.0, 3.0], "before forward": [1.0, 1.0, 1.0]}, "behavior has changed"
 dist.destroy_process_group()
 PY
 venv/bin/python -W ignore see.py

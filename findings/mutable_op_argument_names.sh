@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# torch.compile and custom operators that write into an argument: such an operator may not have an argument named "mode".
+# torch.compile: a custom operator that writes into an argument may not have an argument named "mode".
 #
-# Package: torch 2.13.0 (CPU build). Seen there, and stated by this script:
-#   An operator with the schema (Tensor(a!) x, str mode) -> () is defined without a word and runs, but fails under torch.compile
-#   with "got multiple values for argument 'mode'": the wrapper that makes it functional takes the operator's arguments by
-#   keyword beside parameters of its own.
-#   The same operator with another name for the argument compiles; so does one named "mode" that returns a new tensor.
-# Printed: a line for each operator with what came of it.
+# Package: torch 2.13.0 (CPU build). Seen there, and checked by this script:
+#   An operator with the schema (Tensor(a!) x, str mode) -> () can be defined without an error, and runs. Under torch.compile it
+#   fails with "got multiple values for argument 'mode'": the wrapper that makes it functional takes the operator's arguments by
+#   keyword, next to its own parameters.
+#   The same operator compiles if the argument has another name. An operator with an argument named "mode" that returns a new
+#   tensor compiles, too.
+# Printed: one line per operator with the outcome.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # scikit-learn's OneClassSVM: `tol` is absolute, so a small precomputed kernel returns the solver's starting point.
 #
-# Package: scikit-learn 1.9.1. Seen there, and stated by this script:
-#   The weights that OneClassSVM(kernel="precomputed") finds do not depend on the scale of the kernel in theory. With tol=1e-6 and a
-#   kernel whose values are 1e-7 times as large it stops at its first iterate: the first samples have all the weight.
-#   AEKD's published code weighs teachers by such a fit to a Gram matrix of batch-averaged gradients, which shrinks with 1 / N^2.
+# Package: scikit-learn 1.9.1. Seen there, and checked by this script:
+#   In theory the weights that OneClassSVM(kernel="precomputed") finds do not depend on the scale of the kernel. With tol=1e-6 and a
+#   kernel 1e-7 times as large it stops at its first iterate: the first samples have all the weight.
+#   AEKD's published code weights teachers by such a fit to a Gram matrix of batch-averaged gradients, which shrinks as 1 / N^2.
 # Printed: the weights at both scales.
 set -euo pipefail
 folder=$(mktemp -d)
@@ -29,6 +29,6 @@ def weights(kernel):
 
 large, small = weights(gram), weights(gram * 1e-7)
 print("kernel:", large, " the same times 1e-7:", small)
-assert np.allclose(small, [0.6, 0.4, 0.0]) and not np.allclose(large, small), "behaviour has changed"
+assert np.allclose(small, [0.6, 0.4, 0.0]) and not np.allclose(large, small), "behavior has changed"
 PY
 venv/bin/python see.py
