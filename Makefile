@@ -9,7 +9,7 @@ export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := tests/ops
 
-.PHONY: train test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
+.PHONY: gpu-kit train test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
 	$(BIN)/amtml-fast compare digits
 
@@ -53,6 +53,16 @@ oldest:
 	.venv-oldest/bin/pip install -q "setuptools>=77" ninja numpy "$(TORCH)"
 	$(call install_copy,oldest)
 	export AMTML_CUBINS=all; $(call test_copy,oldest) $(or $(TESTS),$(OPERATORS))
+
+# What `make gpu` would take minutes or a network for, made on any machine with nvcc: the library for one architecture, and the
+# Python packages beside torch and Triton. Carry the tree with build/gpu-kit to the machine with the GPU.
+gpu-kit: export TORCH_CUDA_ARCH_LIST = $(or $(ARCH),9.0)
+gpu-kit: $(INSTALLED)
+	rm -rf build/gpu-kit && mkdir -p build/gpu-kit
+	AMTML_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/gpu-kit/lib --build-temp build/gpu-kit-objects
+	mv build/gpu-kit/lib/amtml_fast/_C.abi3.so build/gpu-kit/ && rm -r build/gpu-kit/lib && strip build/gpu-kit/_C.abi3.so
+	$(BIN)/pip install -q --no-deps --target build/gpu-kit/python pytest iniconfig packaging pluggy pygments pytest-xdist execnet \
+	  pytest-benchmark py-cpuinfo hypothesis sortedcontainers liger-kernel
 
 # Everything that needs an NVIDIA GPU, with the Python that has torch >= 2.11, Triton >= 3.6 and pytest; nvcc on the PATH, no network.
 gpu:

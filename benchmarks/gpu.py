@@ -3,7 +3,11 @@
     python -m benchmarks.gpu [--part all|tests|an operator] [--out benchmarks/results/gpu]
 
 It runs with the Python that has torch >= 2.11, Triton >= 3.6, pytest and pytest-benchmark, and needs nvcc, but no network. It
-writes results.json (the benchmark suite's own, for benchmarks/report.py) and checks.json (the tests) to the folder.
+writes results.json (the benchmark suite's own, for benchmarks/report.py) and checks.json (the tests) to the folder. Each part has
+a time limit; a part that is stopped keeps what it has.
+
+`make gpu-kit` on another machine makes build/gpu-kit: the library, built, and the Python packages beside torch. Where that folder
+is, nothing is built and nothing else is needed.
 """
 
 import argparse
@@ -22,16 +26,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("all", "tests", "kl", *sorted(file.stem for file in (ROOT / "amtml_fast" / "ops").glob("[a-z]*.py")))
-OPERATORS_SECONDS, SANITIZER_SECONDS = 420, 120  # after which they are stopped
+KIT = ROOT / "build" / "gpu-kit"
+LIBRARY = "_C.abi3.so"
+SECONDS = {"figures": 240, "tests": 240, "memory checks": 90}  # after which a part is stopped
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=PARTS, default="all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
-    parser.add_argument("--built", action="store_true", help="take the library that lies in amtml_fast/")
     args = parser.parse_args()
-    if not args.built:
+    if KIT.is_dir():
+        unpack()
+    else:
         build()
     if not torch.cuda.is_available():
         print("\nNo GPU was found: the extension is built, nothing was run and nothing was measured.")
@@ -48,6 +55,14 @@ def main() -> int:
         status = status or checks["tests"]["status"] != 0 or checks["memory"]["status"] not in (0, None)
     print(f"\nWritten: {args.out}")
     return int(status)
+
+
+def unpack() -> None:
+    """Takes what `make gpu-kit` has made."""
+    print(f"Using {KIT.relative_to(ROOT)}: nothing is built", flush=True)
+    shutil.copy2(KIT / LIBRARY, ROOT / "amtml_fast" / LIBRARY)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(KIT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    sys.path.insert(0, str(KIT / "python"))
 
 
 def build() -> None:
@@ -95,12 +110,15 @@ def measure(op: str | None, path: Path) -> int:
     """The suite's operators, or one of them, and the table of what came out."""
     command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "benchmarks/test_graph.py", "-v", "-s"]
     command += ["-p", "no:cacheprovider", "-p", "no:xdist", f"--benchmark-json={path}", "--benchmark-quiet"]
-    status = subprocess.run([*command, *(["-k", f"{op} and not test_memory"] if op else [])], cwd=ROOT).returncode
+    command += ["-k", f"{op} and not test_memory"] if op else []
+    path.unlink(missing_ok=True)
+    status, _ = limited("figures", command, dict(os.environ), shown=True)
     if path.is_file():
-        from .report import load, report
+        from .report import head, load, operators
 
-        print(report(load([path])))
-    return status
+        results = load([path])
+        print(head(results), operators(results), sep="\n\n", flush=True)
+    return 1 if status is None else status
 
 
 # --- tests
@@ -112,7 +130,7 @@ def run_tests() -> dict[str, Any]:
     if importlib.util.find_spec("xdist"):  # each worker holds a context on the GPU: 15 of them fit on an H200
         command += ["-n", str(max(1, min(15, (os.cpu_count() or 1) - 1)))]
     start = time.time()
-    status, said = limited(command, {**os.environ, "AMTML_TEST_BACKENDS": "gpu"}, OPERATORS_SECONDS)
+    status, said = limited("tests", command, {**os.environ, "AMTML_TEST_BACKENDS": "gpu"})
     lines = said.strip().splitlines()
     print(*lines[-60:], sep="\n", flush=True)
     return {"status": status, "summary": lines[-1] if lines else "", "seconds": round(time.time() - start)}
@@ -140,24 +158,32 @@ def check_memory() -> dict[str, Any]:
         return {"status": None, "summary": "compute-sanitizer is not installed"}
     env = {**os.environ, "AMTML_BACKEND": "cuda", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", SMALL_CASES]
-    status, said = limited(command, env, SANITIZER_SECONDS)
+    status, said = limited("memory checks", command, env)
     summary = [line for line in said.splitlines() if "ERROR SUMMARY" in line or "Device not supported" in line]
     print("compute-sanitizer:", *(summary or [said[-300:]]), flush=True)
     works = "ERROR SUMMARY" in said
     return {"status": status if works else None, "summary": summary[-1] if summary else said[-300:]}
 
 
-def limited(command: list[str], env: dict[str, str], seconds: float) -> tuple[int | None, str]:
-    """Exit status and output of a command; None if it was stopped, with all that it started, after so long."""
+def limited(part: str, command: list[str], env: dict[str, str], shown: bool = False) -> tuple[int | None, str]:
+    """Exit status and output (empty where it is shown) of a command; None if it was stopped after ``SECONDS``: like by Ctrl-C, after
+    which pytest still says what it has, and killed with all that it started where that does not help."""
+    output = None if shown else subprocess.PIPE
     with subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
         try:
-            said = process.communicate(timeout=seconds)[0]
-            return process.returncode, said
+            said = process.communicate(timeout=SECONDS[part])[0]
+            return process.returncode, said or ""
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+        try:
+            said = process.communicate(timeout=20)[0]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            return None, process.communicate()[0] + f"\nstopped after {seconds:.0f} s"
+            said = process.communicate()[0]
+        print(f"{part}: stopped after {SECONDS[part]} s", flush=True)
+        return None, said or ""
 
 
 if __name__ == "__main__":
