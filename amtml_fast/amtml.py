@@ -15,7 +15,7 @@ from amtml_fast.ops import whole_loss
 from amtml_fast.ops._kd import REDUCTIONS, check_num_items
 from amtml_fast.ops.angle import angle
 from amtml_fast.ops.multi_teacher_kd import MODES, check_arguments, multi_teacher_kd
-from amtml_fast.ops.teacher_weights import check_arguments as check_features
+from amtml_fast.ops.teacher_weights import check_adapter
 from amtml_fast.reference import KDOptions
 
 
@@ -158,7 +158,7 @@ class AMTMLLoss(nn.Module):
         plain = _is_plain(adapter)
         if plain:
             theta, v = adapter.theta, adapter.v
-            check_features("teacher_weights", features, theta, v, adapter.pool)
+            check_adapter("teacher_weights", features, theta, v, adapter.pool)
             _check_weights((features.shape[0], theta.shape[0]), student.shape[0], len(teachers))
             sources: tuple[Any, ...] = (features, theta, v, None)
         else:
