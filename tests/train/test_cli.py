@@ -82,6 +82,21 @@ def test_a_second_compare_trains_nothing(compared: tuple[Path, str], capsys: pyt
     assert (folder / "results.csv").read_text() == before
 
 
+def test_several_comparisons_one_after_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.yaml").write_text("base: digits\nname: other\nteachers: []\n")
+    words = ["digits", "teachers=[]", "compare.methods=[student]", "distill.epochs=1", f"out={tmp_path}"]
+    status, _, err = call(capsys, "compare", *words, "digits")
+    assert status == 2 and "comparisons with names of their own wanted" in err and not (tmp_path / "digits").exists()
+    status, _, err = call(capsys, "compare", *words, "digts")
+    assert status == 2 and "did you mean 'digits'?" in err and not (tmp_path / "digits").exists()
+    status, out, err = call(capsys, "compare", *words, str(tmp_path / "other.yaml"), "compare.seeds=[0]")
+    assert status == 0, err
+    trained, tables = out.split("digits: 1 epochs")  # both tables after all trainings
+    assert trained.count("student alone, seed 0: test") == 2 and "other: 1 epochs" in tables
+    for name in ("digits", "other"):
+        assert f"Tables: {tmp_path / name}/results.md" in tables and (tmp_path / name / "results.json").is_file()
+
+
 def test_eval_prints_the_accuracy(compared: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = compared
     result = json.loads((folder / "avg_mkd-seed1" / "result.json").read_text())

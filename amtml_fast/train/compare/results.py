@@ -188,7 +188,7 @@ def okd_means(config: Config, found: Found) -> list[Row]:
     single = {row.method: row for row in found.main if is_okd(row)}
     rows = []
     for number in config.compare.teachers or [len(names)]:
-        if set(names[:number]) <= set(single):
+        if number and set(names[:number]) <= set(single):
             accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
             parameters = single[names[0]].parameters
             rows.append(
