@@ -126,13 +126,15 @@ def teacher_row(config: Config, i: int, teachers: Teachers | None, data: ImageDa
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, the best other one and the student alone."""
+    """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, itself with uniform weights, the best other one
+    and the student alone."""
     if len(rows) == 1:
         return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the {rows[0].split} set."
     main, rest = ours_and_others(rows)
     others = {row.method: row for row in rest}
     best = max(rest, key=lambda row: row.mean)
-    wanted = [others.get("avg_mkd", best), best, others.get("student", best)]
+    wanted = [others.get(name, best) for name in ("avg_mkd", "amtml_no_adapter")]
+    wanted += [best, others.get("student", best)]
     parts = [significance.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
     return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
 
