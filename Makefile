@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export AMTML_BUILD_EXT = 1
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
+QUICK := ops readme config data models methods cache page imports
 OPERATORS := $(addprefix tests/test_,ops.py contract.py transforms.py defaults.py losses.py topk.py whole_loss.py dropin.py properties.py)
 
 # CUDA kernels are compiled where a GPU will run them, and for tests wherever nvcc is found. AMTML_BUILD_CUDA=0 or 1 decides.
@@ -13,10 +14,16 @@ kernels = .venv/kernels$(if $(filter 1,$(or $(AMTML_BUILD_CUDA),$(if $(1),1,0)))
 INSTALLED := .venv/packages $(call kernels,$(GPU))
 TESTABLE := .venv/packages-test $(call kernels,$(NVCC))
 
-.PHONY: train test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
+.PHONY: train check test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
-	@echo "make train: teachers, then students from them, on real 8x8 digits: about a minute on two cores"
-	$(BIN)/amtml-fast compare digits
+	@echo "make: training 6 teachers and 40 students on real 8x8 digits: about a minute on two cores"
+	$(BIN)/amtml-fast compare digits digits_specialists
+
+# Between two edits: every operator on every backend of this machine, and every room of the trainer once.
+check: .venv/packages-test $(INSTALLED)
+	@test -x $(BIN)/ruff || $(BIN)/pip install -q ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(PYTEST) -q $(wildcard $(foreach name,$(QUICK),tests/test_$(name).py tests/*/test_$(name).py))
 
 test: $(TESTABLE)
 	$(PYTEST) tests
