@@ -1,25 +1,38 @@
-# Every target makes the environment it needs; a second call reuses it.
+# Every target makes the environment it needs, says what it does and about how long it takes; a second call reuses it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-INSTALLED := .venv/installed
 export AMTML_BUILD_EXT = 1
-export AMTML_BUILD_CUDA ?= $(if $(shell command -v nvcc),1,0)
 # One thread a worker: tests that are about threads set their number themselves.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := tests/ops
+QUICK := ops readme config data models methods cache page imports
 
-.PHONY: gpu-kit train test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
+# CUDA kernels are compiled where a GPU will run them, and for tests wherever nvcc is found. AMTML_BUILD_CUDA=0 or 1 decides.
+NVCC := $(shell command -v nvcc)
+GPU := $(and $(NVCC),$(shell nvidia-smi -L 2>&1 | grep '^GPU'))
+kernels = .venv/kernels$(if $(filter 1,$(or $(AMTML_BUILD_CUDA),$(if $(1),1,0))),-cuda)
+INSTALLED := .venv/packages $(call kernels,$(GPU))
+TESTABLE := .venv/packages-test $(call kernels,$(NVCC))
+
+.PHONY: gpu-kit train check test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
-	$(BIN)/amtml-fast compare digits
+	@echo "make: training 6 teachers and 40 students on real 8x8 digits: about a minute on two cores"
+	$(BIN)/amtml-fast compare digits digits_specialists
 
-test: $(INSTALLED)
+# Between two edits: every operator on every backend of this machine, and every room of the trainer once.
+check: .venv/packages-test $(INSTALLED)
+	@test -x $(BIN)/ruff || $(BIN)/pip install -q ruff
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(PYTEST) -q $(wildcard $(foreach name,$(QUICK),tests/test_$(name).py tests/*/test_$(name).py))
+
+test: $(TESTABLE)
 	$(PYTEST) tests
 	$(MAKE) triton emulated
 
 # The operators' tests on Triton's kernels, through its interpreter, and on the CUDA kernels, compiled for the CPU against an
 # emulator of CUDA: need neither a GPU nor nvcc.
-triton emulated: $(INSTALLED)
+triton emulated: $(TESTABLE)
 	AMTML_TEST_BACKENDS=$@ $(PYTEST) $(or $(TESTS),$(OPERATORS))
 
 # Tests on another torch, in an environment of its own, .venv-NAME. Built from a copy, so that the tree's own build stays as
@@ -57,7 +70,7 @@ oldest:
 # What `make gpu` would take minutes or a network for, made on any machine with nvcc: the library for one architecture, and the
 # Python packages beside torch and Triton. Carry the tree with build/gpu-kit to the machine with the GPU.
 gpu-kit: export TORCH_CUDA_ARCH_LIST = $(or $(ARCH),9.0)
-gpu-kit: $(INSTALLED)
+gpu-kit: .venv/packages
 	rm -rf build/gpu-kit && mkdir -p build/gpu-kit
 	AMTML_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/gpu-kit/lib --build-temp build/gpu-kit-objects
 	mv build/gpu-kit/lib/amtml_fast/_C.abi3.so build/gpu-kit/ && rm -r build/gpu-kit/lib && strip build/gpu-kit/_C.abi3.so
@@ -68,14 +81,14 @@ gpu-kit: $(INSTALLED)
 gpu:
 	$(PYTHON) -m benchmarks.gpu --part $(or $(PART),all)
 
-soak: $(INSTALLED)  # trainings killed at random moments, AMTML_SOAK of them, and the other faults
+soak: $(TESTABLE)  # trainings killed at random moments, AMTML_SOAK of them, and the other faults
 	AMTML_SOAK=$(or $(AMTML_SOAK),20) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/train/test_faults.py
 
-fuzz: $(INSTALLED)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
+fuzz: $(TESTABLE)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/ops/test_properties.py
 
-# The operators' tests on an extension built with the address and undefined-behaviour sanitisers, in a copy of the tree.
-sanitize: $(INSTALLED)
+# The operators' tests on an extension built with the address and undefined-behavior sanitizers, in a copy of the tree.
+sanitize: $(TESTABLE)
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/sanitize/ && rm -f build/sanitize/amtml_fast/*.so
 	cd build/sanitize && AMTML_BUILD_CUDA=0 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1" \
@@ -86,15 +99,16 @@ sanitize: $(INSTALLED)
 
 # The suite, its tables and its pictures, into RESULTS. bench-quick: in three minutes on two cores, with smaller cases.
 RESULTS ?= benchmarks/results/latest
-bench-quick: QUICK := -m quick
-bench bench-quick: $(INSTALLED)
+bench-quick: ONLY := -m quick
+bench bench-quick: .venv/packages-test $(INSTALLED)
 	$(BIN)/pip install -q pytest-benchmark matplotlib
 	mkdir -p $(RESULTS)
-	$(BIN)/python -m pytest benchmarks $(QUICK) -v -p no:cacheprovider -p no:xdist --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/results.json
+	$(BIN)/python -m pytest benchmarks $(ONLY) -v -p no:cacheprovider -p no:xdist --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/results.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json --out $(RESULTS)
 
-dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment and tested from outside the tree
+dist: export AMTML_BUILD_CUDA := $(if $(findstring cuda,$(TESTABLE)),1,0)
+dist: $(TESTABLE)  # sdist and abi3 wheel, installed into an empty environment and tested from outside the tree
 	$(BIN)/pip install -q build
 	rm -rf dist build/outside && $(BIN)/python -m build --no-isolation -o dist .
 	$(PYTHON) -m venv build/outside/venv
@@ -102,16 +116,29 @@ dist: $(INSTALLED)  # sdist and abi3 wheel, installed into an empty environment 
 	cp -r tests docs build/outside/ && sed '/^pythonpath/d' pyproject.toml > build/outside/pyproject.toml
 	cd build/outside && venv/bin/python -m pytest -q tests/ops --ignore=tests/ops/test_cubins.py
 
-lint: $(INSTALLED)
+lint: .venv/packages-test
 	$(BIN)/pip install -q ruff mypy clang-format pre-commit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/cuda_emulator/*.h
 
-$(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q "setuptools>=77" ninja numpy "$(TORCH)"
-	$(BIN)/pip install -q --no-build-isolation -e ".[train,test]"
-	touch $@
+# Packages and kernels, each in two sizes. The larger stands for the smaller: after `make test`, `make train` has nothing to do.
+.venv/packages: pyproject.toml
+	@echo "make: Python packages into .venv: half a minute, and the download (PyTorch: 200 MB, with CUDA 3 GB)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q "setuptools>=77" ninja numpy "$(TORCH)"
+	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-build-isolation -e ".[train]"
+	@touch $@
+
+.venv/packages-test: .venv/packages
+	@echo "make: Python packages of the tests: half a minute, and the download"
+	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
+
+.venv/kernels .venv/kernels-cuda: setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu) | .venv/packages
+	@echo "make: compiling the kernels: about $(if $(findstring cuda,$@),nine minutes on two cores (with CUDA),two minutes on two cores (without CUDA))"
+	@rm -f .venv/kernels-cuda
+	@AMTML_BUILD_CUDA=$(if $(findstring cuda,$@),1,0) $(BIN)/python setup.py -q build_ext --inplace --force
+	@touch .venv/kernels $@
 
 clean:
 	rm -rf .venv .venv-zoo .venv-oldest build dist *.egg-info amtml_fast/*.so

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -26,6 +26,9 @@ from .files import RunError, read_json
 from .progress import Display
 from .run.folder import Run
 from .run.timing import shares
+
+if TYPE_CHECKING:
+    from .compare import session
 
 app = typer.Typer(
     name="amtml-fast",
@@ -146,30 +149,35 @@ def evaluate(
 
 
 @app.command()
-def compare(config: Source, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def compare(
+    config: Source,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG]... [KEY=VALUE]...", help="More of them, compared one after another; overrides of all."
+        ),
+    ] = None,
+    fresh: Fresh = False,
+) -> None:
     """Train methods x students x numbers of teachers x seeds at equal epochs; tables, pictures, what came out.
 
     Finished runs are skipped and killed ones continued: call it again after an interruption.
     """
     with friendly() as display:
-        settings = checked(load(config, overrides or []))
+        more, overrides = [w for w in words or [] if "=" not in w], [w for w in words or [] if "=" in w]
+        asked = [checked(load(source, overrides)) for source in (config, *more)]
+        folders = [settings.folder for settings in asked]
+        if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
+            raise ConfigError(f"config: name: comparisons with names of their own wanted, got {twice} twice")
         say_one_process(display)
         from .compare import session
-        from .figures import tables
 
-        outcome = session.compare(settings, display, fresh=fresh)
-        title = f"{settings.name}: {settings.distill.epochs} epochs"
-        display.console.print(tables.terminal(outcome.found.main, outcome.found.teachers, title=title))
-        display.say(outcome.found.sentence)
-        display.say(f"Tables: {settings.folder}/results.md, results.csv, results.json")
-        display.say(
-            f"Pictures: {settings.folder}/figures/ ({', '.join(f.name for f in outcome.files if f.suffix == '.png')})"
-        )
-        display.say(f"All of it on one page: {shlex.join(['amtml-fast', 'report', str(settings.folder)])}")
-        display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
-        for name, reason in outcome.failed.items():
-            display.warn(f"{settings.folder}/figures/{name}.png is not drawn: {reason}")
-    if outcome.failed:
+        for settings in asked[1:]:  # the first is checked as it begins
+            session.Session(settings, display, fresh=fresh).check()
+        outcomes = [session.compare(settings, display, fresh=fresh) for settings in asked]
+        for settings, outcome in zip(asked, outcomes, strict=True):
+            show_outcome(settings, outcome, display)
+    if any(outcome.failed for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -273,6 +281,22 @@ def show_result(run: Run, display: Display) -> None:
         f"test {100 * result['test_accuracy']:.2f} %"
     )
     display.say(shares(record["step_seconds"]))
+
+
+def show_outcome(settings: Config, outcome: session.Outcome, display: Display) -> None:
+    from .figures import tables
+
+    title = f"{settings.name}: {settings.distill.epochs} epochs"
+    display.console.print(tables.terminal(outcome.found.main, outcome.found.teachers, title=title))
+    display.say(outcome.found.sentence)
+    display.say(f"Tables: {settings.folder}/results.md, results.csv, results.json")
+    display.say(
+        f"Pictures: {settings.folder}/figures/ ({', '.join(f.name for f in outcome.files if f.suffix == '.png')})"
+    )
+    display.say(f"All of it on one page: {shlex.join(['amtml-fast', 'report', str(settings.folder)])}")
+    display.say(f"{outcome.seconds:.0f} s in all; the runs are in {settings.folder}/")
+    for name, reason in outcome.failed.items():
+        display.warn(f"{settings.folder}/figures/{name}.png is not drawn: {reason}")
 
 
 @contextmanager

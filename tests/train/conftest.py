@@ -1,6 +1,21 @@
 """Shared by the trainer's tests."""
 
+import atexit
+import gc
+import importlib
+
 import pytest
+
+atexit.register(gc.unfreeze)  # nanobind would call what is frozen leaked
+
+
+@pytest.fixture(autouse=True)
+def nothing_imported_is_garbage():
+    """Every training collects garbage twice, and would look at all that torch, SymPy and scikit-learn consist of."""
+    if gc.get_freeze_count() < 100_000:  # none yet, or a comparison has ended
+        importlib.import_module("torch._dynamo")  # as the first optimiser's step does
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
+# ruff: noqa: E402
 """The command line, end to end on the embedded digits."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,11 @@ from amtml_fast import backends, cli
 for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
+from amtml_fast.train.figures import curves
+
 ROOT = Path(__file__).resolve().parents[2]
-SHORT = ["teach.epochs=1", "teachers.1.train.epochs=1", "distill.epochs=2", "compare.seeds=[0,1]", "engine.threads=1"]
+SHORT = ["teach.epochs=1", "teachers.1.train.epochs=1", "distill.epochs=2", "compare.seeds=[0,1]", "compare.workers=1"]
+SHORT += ["engine.threads=1"]
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -32,18 +38,13 @@ def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of `amtml-fast compare digits`, short, in a process of its own."""
-    folder = tmp_path_factory.mktemp("compared")
-    done = subprocess.run(
-        [sys.executable, "-m", "amtml_fast", "compare", "digits", *SHORT, f"out={folder}"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"},
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "digits", done.stdout
+    """The folder and the output of `amtml-fast compare digits`, short."""
+    folder, printed = tmp_path_factory.mktemp("compared"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), pytest.raises(SystemExit) as status:
+        patch.setenv("COLUMNS", "120")
+        cli.main(["compare", "digits", *SHORT, f"out={folder}"])
+    assert not status.value.code
+    return folder / "digits", printed.getvalue()
 
 
 def test_compare_prints_the_table_and_what_it_found(compared: tuple[Path, str]) -> None:
@@ -58,8 +59,9 @@ def test_compare_writes_tables_and_pictures(compared: tuple[Path, str]) -> None:
     folder, _ = compared
     with open(folder / "results.csv") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
-    assert {"student", "avg_mkd", "amtml_kd", "cnn-wide", "cnn-narrow", "resnet8"} == set(rows)
-    for method in ("student", "avg_mkd", "amtml_kd"):
+    methods = ("student", "avg_mkd", "amtml_no_adapter", "amtml_kd")
+    assert {*methods, "cnn-wide", "cnn-narrow", "resnet8"} == set(rows)
+    for method in methods:
         accuracies = [float(x) for x in rows[method]["accuracies"].split()]
         results = [json.loads((folder / f"{method}-seed{seed}" / "result.json").read_text()) for seed in (0, 1)]
         assert accuracies == [result["test_accuracy"] for result in results]
@@ -69,7 +71,7 @@ def test_compare_writes_tables_and_pictures(compared: tuple[Path, str]) -> None:
 
 def test_methods_are_compared_at_equal_epochs(compared: tuple[Path, str]) -> None:
     runs = [json.loads(path.read_text()) for path in compared[0].glob("*-seed*/run.json")]
-    assert len(runs) == 6 and {run["epochs"] for run in runs} == {2} and all(run["finished"] for run in runs)
+    assert len(runs) == 8 and {run["epochs"] for run in runs} == {2} and all(run["finished"] for run in runs)
 
 
 def test_a_second_compare_trains_nothing(compared: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,6 +82,21 @@ def test_a_second_compare_trains_nothing(compared: tuple[Path, str], capsys: pyt
     assert status == 0 and "AMTML-KD" in out
     assert {path: path.stat().st_mtime_ns for path in folder.glob("**/*.safetensors")} == stamps
     assert (folder / "results.csv").read_text() == before
+
+
+def test_several_comparisons_one_after_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "other.yaml").write_text("base: digits\nname: other\nteachers: []\n")
+    words = ["digits", "teachers=[]", "compare.methods=[student]", "distill.epochs=1", f"out={tmp_path}"]
+    status, _, err = call(capsys, "compare", *words, "digits")
+    assert status == 2 and "comparisons with names of their own wanted" in err and not (tmp_path / "digits").exists()
+    status, _, err = call(capsys, "compare", *words, "digts")
+    assert status == 2 and "did you mean 'digits'?" in err and not (tmp_path / "digits").exists()
+    status, out, err = call(capsys, "compare", *words, str(tmp_path / "other.yaml"), "compare.seeds=[0]")
+    assert status == 0, err
+    trained, tables = out.split("digits: 1 epochs")  # both tables after all trainings
+    assert trained.count("student alone, seed 0: test") == 2 and "other: 1 epochs" in tables
+    for name in ("digits", "other"):
+        assert f"Tables: {tmp_path / name}/results.md" in tables and (tmp_path / name / "results.json").is_file()
 
 
 def test_eval_prints_the_accuracy(compared: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,13 +195,17 @@ engine: {threads: 1, device: cpu}
 """
 
 
-def script(folder: Path, *words: str, lines: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def own(folder: Path) -> None:
+    """A configuration there, and the module that it names."""
+    (folder / "own.py").write_text(OWN)
+    (folder / "own.yaml").write_text(OWN_YAML)
+
+
+def script(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command as the console script that pip writes: its own folder, not the working directory, is in sys.path."""
     (folder / "bin").mkdir(exist_ok=True)
     file = folder / "bin" / "amtml-fast"
-    file.write_text(f"{lines}\nfrom amtml_fast.cli import main\nif __name__ == '__main__':\n    main()\n")
-    (folder / "own.py").write_text(OWN)
-    (folder / "own.yaml").write_text(OWN_YAML)
+    file.write_text("from amtml_fast.cli import main\nif __name__ == '__main__':\n    main()\n")
     return subprocess.run(
         [sys.executable, str(file), *words],
         capture_output=True,
@@ -195,7 +216,10 @@ def script(folder: Path, *words: str, lines: str = "", **environment: str) -> su
     )
 
 
-def test_odd_names_and_modules_beside_the_configuration(tmp_path: Path) -> None:
+def test_odd_names_and_modules_beside_the_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own(tmp_path)
     done = script(tmp_path, "compare", "own.yaml")
     assert done.returncode == 0, done.stderr  # workers, too, find the module `own`
     assert "a$b$[/x]: 1 epochs" in done.stdout and "$[/x] | <b>" in done.stdout
@@ -203,21 +227,29 @@ def test_odd_names_and_modules_beside_the_configuration(tmp_path: Path) -> None:
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "curves.png", "accuracies.png", "entropy.png", "soft_targets.png", "weights_gallery.png"}  # fmt: skip
     assert "\\$[/x] \\| \\<b>" in (folder / "results.md").read_text()
-    page = script(tmp_path, "report", str(folder))
-    assert page.returncode == 0, page.stderr
+    assert script(tmp_path, "methods", "own.yaml", PYTHONSAFEPATH="1").returncode == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    status, _, err = call(capsys, "report", str(folder))
+    assert status == 0, err
     html = (folder / "report.html").read_text()
     assert "<b>" not in html.replace("<b title", "") and "$[/x] | &lt;b&gt;" in html and "$x[/bold]$" in html
-    assert script(tmp_path, "methods", "own.yaml", PYTHONSAFEPATH="1").returncode == 0
 
 
-FAILS = "from amtml_fast.train.figures import curves\ndef entropy(*args): raise RuntimeError('no ink\\nleft')\ncurves.entropy = entropy"
+def test_a_picture_that_fails_loses_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_ink(*args: object) -> None:
+        raise RuntimeError("no ink\nleft")
 
-
-def test_a_picture_that_fails_loses_nothing(tmp_path: Path) -> None:
-    done = script(tmp_path, "compare", "own.yaml", "compare.workers=1", lines=FAILS)
+    own(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(curves, "entropy", no_ink)
+    status, out, err = call(capsys, "compare", "own.yaml", "compare.workers=1")
     folder = tmp_path / "runs" / "a$b$[/x]"
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "entropy.png is not drawn: RuntimeError: no ink\n" in done.stdout and "Tables: " in done.stdout
+    assert status == 1 and "Traceback" not in err
+    assert "entropy.png is not drawn: RuntimeError: no ink\n" in out and "Tables: " in out
     assert {path.name for path in folder.glob("results.*")} == {"results.json", "results.csv", "results.md"}
     names = {"curves.png", "accuracies.png", "soft_targets.png", "weights_gallery.png"}
     assert {path.name for path in (folder / "figures").iterdir()} == names

@@ -17,6 +17,7 @@ import pytest
 for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
+import psutil
 import torch
 
 from amtml_fast.train.compare import results, workers
@@ -289,11 +290,12 @@ def until(condition, process: subprocess.Popen[str], what: str) -> None:
 def test_a_stopped_comparison_side_by_side_ends_like_one_run_after_another(compared: Compared, tmp_path: Path) -> None:
     process = start(tmp_path, "compare.workers=2")
     until(lambda: len(list(tmp_path.glob("small/*-seed0/metrics.jsonl"))) >= 2, process, "students in training")
+    team = workers_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "of 20 students are finished" in err and "To go on: amtml-fast compare" in err
-    assert children_of(process.pid) == []
+    assert len(team) == 2 and not [pid for pid in team if psutil.pid_exists(pid)]
     other = compare(load(tmp_path, "compare.workers=2"), QUIET)
     assert weights(tmp_path) == compared.weights and len(compared.weights) > 20
     for one, two in zip(compared.outcome.found.rows, other.found.rows, strict=True):
@@ -318,25 +320,19 @@ def test_a_second_comparison_in_one_folder_is_refused(tmp_path: Path) -> None:
 def test_a_worker_that_dies_is_named_and_the_others_stop(tmp_path: Path) -> None:
     process = start(tmp_path, "compare.workers=2", "distill.epochs=30")
     until(lambda: len(list(tmp_path.glob("small/*-seed0/metrics.jsonl"))) >= 2, process, "students in training")
-    os.kill(children_of(process.pid)[-1], signal.SIGKILL)
+    team = workers_of(process.pid)
+    assert len(team) == 2
+    os.kill(team[-1], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "its process ended with exit code -9" in err and "goes on from there" in err
-    assert children_of(process.pid) == []
+    assert not [pid for pid in team if psutil.pid_exists(pid)]
 
 
-def children_of(pid: int) -> list[int]:
-    """Workers of a process: not the tracker of multiprocessing."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            command = (entry / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and b"spawn_main" in command:
-            found.append(int(entry.name))
-    return sorted(found)
+def workers_of(pid: int) -> list[int]:
+    """Workers of a process: what its forkserver has forked."""
+    servers = [child for child in psutil.Process(pid).children() if "forkserver" in " ".join(child.cmdline())]
+    return sorted(worker.pid for server in servers for worker in server.children())
 
 
 def test_a_workers_mistake_is_the_parents_message(tmp_path: Path) -> None:

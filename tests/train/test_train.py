@@ -594,9 +594,10 @@ def test_a_config_survives_its_own_yaml(place: Place) -> None:
 
 
 PACKAGED = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+SPECIALISTS = ("digits_specialists", "fashion_mnist_specialists")
 
 
-@pytest.mark.parametrize("name", [*PACKAGED, "fashion_mnist_specialists", *(f"{name}_fast" for name in PACKAGED)])
+@pytest.mark.parametrize("name", [*PACKAGED, *SPECIALISTS, *(f"{name}_fast" for name in PACKAGED)])
 def test_packaged_configs_load(name: str) -> None:
     settings = reading.load(name)
     assert settings.name == name and len(settings.teachers) >= 3
@@ -610,9 +611,7 @@ def test_packaged_configs_load(name: str) -> None:
         assert [teacher.name for teacher in settings.teachers] == [teacher.name for teacher in slow.teachers]
     # Every student offers what every method asks for, and every job has a folder of its own.
     assert plan(settings)
-    assert reading.packaged() == sorted(
-        [*PACKAGED, "fashion_mnist_specialists", *(f"{each}_fast" for each in PACKAGED)]
-    )
+    assert reading.packaged() == sorted([*PACKAGED, *SPECIALISTS, *(f"{each}_fast" for each in PACKAGED)])
 
 
 @pytest.mark.parametrize(("name", "classes", "column"), [("cifar10", 10, 0), ("cifar100", 100, 1)])

@@ -126,13 +126,15 @@ def teacher_row(config: Config, i: int, teachers: Teachers | None, data: ImageDa
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, the best other one and the student alone."""
+    """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, itself with uniform weights, the best other one
+    and the student alone."""
     if len(rows) == 1:
         return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the {rows[0].split} set."
     main, rest = ours_and_others(rows)
     others = {row.method: row for row in rest}
     best = max(rest, key=lambda row: row.mean)
-    wanted = [others.get("avg_mkd", best), best, others.get("student", best)]
+    wanted = [others.get(name, best) for name in ("avg_mkd", "amtml_no_adapter")]
+    wanted += [best, others.get("student", best)]
     parts = [significance.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
     return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
 
@@ -188,7 +190,7 @@ def okd_means(config: Config, found: Found) -> list[Row]:
     single = {row.method: row for row in found.main if is_okd(row)}
     rows = []
     for number in config.compare.teachers or [len(names)]:
-        if set(names[:number]) <= set(single):
+        if number and set(names[:number]) <= set(single):
             accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
             parameters = single[names[0]].parameters
             rows.append(

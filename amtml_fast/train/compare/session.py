@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +29,7 @@ class Session:
     """The jobs of a configuration, and what is loaded once for all of them: the data and the teachers."""
 
     def __init__(self, config: Config, display: Display, *, fresh: bool = False) -> None:
-        self.config, self.display, self.fresh = config, display, fresh
+        self.config, self.display, self.fresh, self.settled = config, display, fresh, False
         self.jobs = {
             TEACH: [teacher_job(config, teacher) for teacher in config.teachers if not teacher.model.brings_weights],
             DISTILL: plan(config),
@@ -52,6 +54,12 @@ class Session:
             if phase == TEACH:
                 raise
             self.display.warn(f"{error} The comparison goes on without {job.method.label}.")
+        if (
+            not self.settled
+        ):  # each training collects garbage twice, and need not look at what stays: modules, data, teachers
+            gc.collect()
+            gc.freeze()
+            self.settled = True
 
     def check(self) -> None:
         """What does not fit is found before hours of training."""
@@ -103,7 +111,9 @@ def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome
     session = Session(config, display, fresh=fresh)
     session.check()
     accelerator = make_accelerator(config.engine, config.folder)
-    with alone(config.folder, accelerator, display):
+    with ExitStack() as stack:
+        stack.enter_context(alone(config.folder, accelerator, display))
+        stack.callback(gc.unfreeze)
         for phase in (TEACH, DISTILL):
             try:
                 session.run(phase)

@@ -6,6 +6,7 @@ the workers say, and passes a stop on. A worker that has lost its parent stops t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -90,9 +91,11 @@ class Worker:
     """The parent's side of one process."""
 
     def __init__(self, number: int, session: type[Trains], config: Config, fresh: bool) -> None:
-        context = multiprocessing.get_context("spawn")  # CUDA and OpenMP do not survive a fork
+        context: Any = multiprocessing.get_context(how := start_method(config))
+        context.set_forkserver_preload(["torch._dynamo", session.__module__])
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, session, share(config), fresh))
+        environment = dict(os.environ) if how == "forkserver" else {}
+        self.process = context.Process(target=work, args=(theirs, session, share(config), fresh, environment))
         with its_gpu(config, number):
             self.process.start()
         theirs.close()
@@ -145,8 +148,18 @@ class Worker:
             raise
 
 
-def work(connection: Connection, session: type[Trains], config: Config, fresh: bool) -> None:
+def start_method(config: Config) -> str:
+    """CUDA and OpenMP do not survive a fork. A forkserver has used neither when it forks, and imports once for all workers,
+    which takes seconds; but its environment is the first worker's, and CUDA's is read before Python runs."""
+    methods = multiprocessing.get_all_start_methods()
+    return "forkserver" if "forkserver" in methods and not gpus(config) else "spawn"
+
+
+def work(
+    connection: Connection, session: type[Trains], config: Config, fresh: bool, environment: dict[str, str]
+) -> None:
     """The worker's side: trains what it is given until its pipe is closed."""
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent's word counts
     signal.signal(signal.SIGTERM, _stop)
 
@@ -168,6 +181,8 @@ def work(connection: Connection, session: type[Trains], config: Config, fresh: b
         sys.exit(STOPPED)
     except (RunError, ValueError, TypeError, OSError, ImportError) as error:
         send("failed", error)
+    finally:
+        gc.unfreeze()  # what a Session froze; nanobind would call it leaked
 
 
 def gpus(config: Config) -> int:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -52,7 +53,8 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     plain = _merge({}, written, overrides, str(path))
     if plain.preset not in PRESETS:
         raise ConfigError(bad_choice("preset", plain.preset, tuple(PRESETS)))
-    config = _merge(PRESETS[plain.preset](plain), written, overrides, str(path))
+    preset = PRESETS[plain.preset](plain)
+    config = _merge(preset, written, overrides, str(path)) if preset else plain
     _expand(config)
     check_values(config)
     return config
@@ -92,6 +94,8 @@ def to_yaml(config: Config) -> str:
 
 def changed(config: Config, settings: Mapping[str, Any], source: str) -> Config:
     """The configuration with a method's own values in it, checked like a file; `source` is named in errors."""
+    if not settings:
+        return config
     with errors(Config, "", source):
         merged = OmegaConf.merge(OmegaConf.structured(config), dict(settings))
         if isinstance(mapping := settings.get("loss", {}).get("mapping"), Mapping):
@@ -110,9 +114,15 @@ def _make_sections(merged: Any, key: str) -> None:
             OmegaConf.update(merged, place, OmegaConf.structured(hint))
 
 
+@functools.cache
+def _schema() -> Any:
+    """What a merge begins with: it is copied, never changed."""
+    return OmegaConf.structured(Config)
+
+
 def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: str) -> Config:
     with errors(Config, "", source):
-        merged = OmegaConf.merge(OmegaConf.structured(Config), preset, written)
+        merged = OmegaConf.merge(_schema(), preset, written)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
