@@ -39,7 +39,7 @@ class AMTMLLoss(nn.Module):
         kd = (1 - alpha) * CE + alpha * temperature**2 * KL(sum_t w_t p_t || q)
         loss = kd + angle_weight * L_angle(q, sum_t w_t p_t) + hint_weight * L_hint + regularizer_weight * (|v|^2 + |theta|^2)
 
-    Give its parameters (the adapter's and the hints') to the optimiser together with the student's.
+    Give its parameters (the adapter's and the hints') to the optimizer together with the student's.
 
     Args:
         adapter: ``TeacherAdapter``, or any module from features to weights [N, T] with a ``regularizer()``.

@@ -158,7 +158,7 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
 
     Logits are [N, C] or [N, C, ...] with the classes in dimension 1; every position is a row.
 
-    ``logit_stand`` takes the logits to mean 0 and standard deviation 1 first (its logit standardisation), along the **last**
+    ``logit_stand`` takes the logits to mean 0 and standard deviation 1 first (its logit standardization), along the **last**
     dimension, as theirs does: with more than two dimensions these are positions, not classes. Mean and standard deviation
     are those of the finite logits, so that a class masked by -inf counts 0 (theirs is NaN).
     """
@@ -264,10 +264,10 @@ class MatchLogits(nn.Module):
 
 
 class FitNet(nn.Module):
-    """The AMTML authors' hint: channel-normalised maps, a 1x1 convolution without bias on the student's, mean square.
+    """The AMTML authors' hint: channel-normalized maps, a 1x1 convolution without bias on the student's, mean square.
 
     A teacher map of one pixel is compared with every pixel of the student's, as theirs does by broadcasting. Their
-    script forgets to give ``transform`` to an optimiser; it is an ordinary parameter here as there.
+    script forgets to give ``transform`` to an optimizer; it is an ordinary parameter here as there.
     """
 
     def __init__(self, in_feature: int, out_feature: int):
@@ -327,7 +327,7 @@ class Adapter(nn.Module):
         over N * C: the effective weight of the KL falls with the number of classes. A class that all teachers give
         probability 0 counts 0, with gradient 0 (theirs is NaN for ``theta``).
 
-        Three of their notebooks call ``eval()`` before stage one, so that theta and W are never regularised: LR_adaptive_KD,
+        Three of their notebooks call ``eval()`` before stage one, so that theta and W are never regularized: LR_adaptive_KD,
         LR_adaptive_Hint and adaptive_FitNet_teacher-level.
         """
         y, targets = self._logits_and_targets(y, weighted_logits)

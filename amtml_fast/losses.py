@@ -34,7 +34,7 @@ class TeacherAdapter(nn.Module):
         channels: d, channels of the student's last convolutional map.
         num_teachers: T.
         pool: ``"max"`` or ``"avg"`` over the map.
-        init_scale: standard deviation of the normal initialisation of ``theta`` [T, d] and ``v`` [d]; None: d ** -0.5,
+        init_scale: standard deviation of the normal initialization of ``theta`` [T, d] and ``v`` [d]; None: d ** -0.5,
             with which the scores start near 0 and the weights near uniform, but not at it (zero is a stationary point).
     """
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Images(Dataset):
-    """uint8 images [N, C, H, W], normalised and flipped one by one."""
+    """uint8 images [N, C, H, W], normalized and flipped one by one."""
 
     def __init__(self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]) -> None:
         self.images, self.labels = images, labels

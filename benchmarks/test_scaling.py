@@ -49,7 +49,7 @@ def test_scaling(
 
 
 def _rows(kind: str, n: int, c: int) -> torch.Tensor:
-    """Soft targets: of a network that has learnt little, and of one that is sure of itself (tight clusters of rows)."""
+    """Soft targets: of a network that has learned little, and of one that is sure of itself (tight clusters of rows)."""
     g = torch.Generator().manual_seed(n + c)
     logits = torch.randn(n, c, generator=g)
     if kind == "clustered":

@@ -211,7 +211,7 @@ def log_ratio(p, e, half, ratio):
 
 @triton.jit
 def folded(x, FOLD: tl.constexpr, ALIGN: tl.constexpr):
-    """Sums by FOLD of what a thread holds, neighbours where it reads vectors: whole tiles would fill its registers."""
+    """Sums by FOLD of what a thread holds, neighbors where it reads vectors: whole tiles would fill its registers."""
     if FOLD > 1:
         if ALIGN == 1:
             x = tl.sum(tl.reshape(x, [x.shape[0], FOLD, x.shape[1] // FOLD]), axis=1)
@@ -321,7 +321,7 @@ def per_row(counts, stride, num_counts, ignore_index, COUNT: tl.constexpr, BLOCK
 
 
 def dense(t: Tensor) -> Tensor:
-    """t with neighbouring columns: itself where that is so."""
+    """t with neighboring columns: itself where that is so."""
     return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
 
 

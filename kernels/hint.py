@@ -1,11 +1,11 @@
-"""The parts of the hint loss around torch's 1x1 convolution: pooled (and normalised) maps, and the mean squared error.
+"""The parts of the hint loss around torch's 1x1 convolution: pooled (and normalized) maps, and the mean squared error.
 
     r = 1 / max(|x|, 1e-12), |x| over channels        y_o = mean over window o of x r
     dx = (d - x <x, d> / |x|^2) / |x|,                d = sum over the windows o of a pixel of dy_o / |o|
     loss = mean (u - v)^2,                            dloss / du = 2 (u - v) / n
 
 Windows are those of torch's adaptive pooling: output i of h averages inputs floor(i H / h) to ceil((i + 1) H / h), so
-that with h <= H a pixel lies in one window, or in two neighbours where h does not divide H; so for W. Below 1e-12 |x| is a constant.
+that with h <= H a pixel lies in one window, or in two neighbors where h does not divide H; so for W. Below 1e-12 |x| is a constant.
 
 Shapes   feature_map [N, c, H, W] in float32|bfloat16|float16 with any strides -> pooled [N, c, h, w], norms [N, H, W]
          float32; gradient [N, c, H, W] as the map's dtype, contiguous. prediction, target of one shape -> loss [],

@@ -21,7 +21,7 @@ numbers that the gradient is made of: what approximate exponentials and rounded 
 then counts in second order only. The logarithm is a polynomial of (p - W q) / W q where the two are close. It and the
 exponential (a square: 2^x = (2^(x/2))^2) reach down to the smallest float32, where Triton's own flush to 0.
 
-A label out of range is an error only with TRITON_DEBUG=1: to look would cost a synchronisation. Without, it makes the
+A label out of range is an error only with TRITON_DEBUG=1: to look would cost a synchronization. Without, it makes the
 loss of its row NaN, and nothing outside of the row is read or written. Weights are not looked at.
 """
 

@@ -15,7 +15,7 @@ Traffic  N C elements in (twice for rows of more than HELD classes, the second t
 What an entry costs is small beside the row, so that its exponential and logarithm are made in float64. Outside the union
 the tail "uniform" needs the sum of log q: of all classes less that of the union, which may cancel, so in float64 too.
 
-A label or class out of range is an error only with TRITON_DEBUG=1: to look would cost a synchronisation. Without, it
+A label or class out of range is an error only with TRITON_DEBUG=1: to look would cost a synchronization. Without, it
 makes the loss of its row NaN, and nothing outside of the row is read or written. Weights are not looked at.
 """
 

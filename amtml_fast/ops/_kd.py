@@ -23,10 +23,10 @@ SETTINGS = (
 )
 
 
-def settings(options: KDOptions, labelled: bool) -> tuple:
+def settings(options: KDOptions, labeled: bool) -> tuple:
     """The values of ``SETTINGS``."""
     temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing = options
-    ce_weight, kl_weight = (1.0 - alpha, float(alpha)) if labelled else (0.0, 1.0)
+    ce_weight, kl_weight = (1.0 - alpha, float(alpha)) if labeled else (0.0, 1.0)
     kl_scale = float(temperature) ** 2 if t2_scale else 1.0
     return float(temperature), ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, float(label_smoothing)
 

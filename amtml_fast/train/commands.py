@@ -78,7 +78,7 @@ def teach(
         from .run.prepare import load_data
 
         if not settings.teachers:
-            raise ConfigError("config: teachers: at least one teacher wanted, got none")
+            raise ConfigError("config: teachers must be at least one, got none")
         runs = tasks.teach(settings, load_data(settings), display, resume=resume, fresh=fresh)
         for run in runs:
             display.say(f"wrote {run.folder}/model.safetensors, metrics.jsonl and run.json")
@@ -137,7 +137,7 @@ def evaluate(
     with friendly() as display:
         settings = checked(load(config, overrides or []))
         if split not in ("train", "val", "test"):
-            raise ConfigError(f"--split: one of train, val, test wanted, got {split!r}")
+            raise ConfigError(f"--split must be one of train, val, test, got {split!r}")
         from .run import tasks
         from .run.prepare import load_data
 
@@ -168,7 +168,7 @@ def compare(
         asked = [checked(load(source, overrides)) for source in (config, *more)]
         folders = [settings.folder for settings in asked]
         if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
-            raise ConfigError(f"config: name: comparisons with names of their own wanted, got {twice} twice")
+            raise ConfigError(f"config: name must differ between comparisons, got {twice} twice")
         say_one_process(display)
         from .compare import session
 
@@ -270,7 +270,7 @@ def positions(images: str | None) -> list[int] | None:
     if images is None:
         return None
     if not re.fullmatch(r"\s*\d+\s*(,\s*\d+\s*)*", images):
-        raise ConfigError(f"--images: positions in the test split such as 3,17 wanted, got {images!r}")
+        raise ConfigError(f"--images must be positions in the test split such as 3,17, got {images!r}")
     return [int(word) for word in images.split(",")]
 
 

@@ -85,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: not readable as JSON ({error}); repair it or start the run over with --fresh"
         ) from None
     if not isinstance(value, dict):
-        raise RunError(f"{path}: a JSON object wanted, got {type(value).__name__}")
+        raise RunError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
 
 

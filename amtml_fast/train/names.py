@@ -30,7 +30,7 @@ def import_factory(path: str, what: str) -> Callable[..., Any]:
     """The callable at "package.module:name"; `what` opens the error message ("model.factory")."""
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
-        raise ValueError(f"{what}: wanted 'package.module:factory', got {path!r}")
+        raise ValueError(f"{what} must be 'package.module:factory', got {path!r}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

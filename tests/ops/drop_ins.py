@@ -122,7 +122,7 @@ def stage_one(kind):
     """From the student's map and logits to the loss, as the notebooks go: forward, the mixture, ``loss``."""
 
     def ours(conv_map, theta, W, soft_targets, y, labels):
-        of = adapter(kind, theta, W).eval()  # without the regulariser, beside which a wrong gradient would not be seen
+        of = adapter(kind, theta, W).eval()  # without the regularizer, beside which a wrong gradient would not be seen
         mixed = of(conv_map, soft_targets)
         if mixed.shape[1] == len(theta):  # the weights: their notebook goes on from them
             mixed = (mixed.unsqueeze(2) * soft_targets).sum(1)

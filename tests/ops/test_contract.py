@@ -368,14 +368,14 @@ def _odd_rows(student, teachers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("labeled", [False, True])
 @pytest.mark.parametrize("classes", [1040, 1041])
-def test_odd_numbers_stay_in_their_rows(classes, labelled, dtype, fused):
+def test_odd_numbers_stay_in_their_rows(classes, labeled, dtype, fused):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(12, classes, 2, dtype=dtype)
     with torch.no_grad():
         _odd_rows(student, teachers)
     weights = weights.detach().float().requires_grad_()
-    labels = labels.clamp(min=0) if labelled else None
+    labels = labels.clamp(min=0) if labeled else None
     for temperature in (1.0, 4.0):
         args, options = (student, teachers, weights, labels), {"reduction": "none", "temperature": temperature}
         got, grads = value_and_grads(af.multi_teacher_kd_loss, args, **options)

@@ -88,7 +88,7 @@ def test_whole_loss_launches_at_most_10_kernels():
 
 
 def test_runs_on_the_current_stream(fused):
-    """Work that is queued before it on another stream is seen, without a synchronisation."""
+    """Work that is queued before it on another stream is seen, without a synchronization."""
     student, teacher = torch.randn(512, 1000, requires_grad=True), torch.empty(512, 1000)
     values, stream = torch.randn(512, 1000), torch.cuda.Stream()
     want = af.multi_teacher_kd_loss(student, [values], None)

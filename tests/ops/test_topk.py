@@ -244,7 +244,7 @@ def test_no_weight_at_all_is_no_loss(tail, on):
 
 @each_tail
 def test_all_probabilities_0(tail, on):
-    """A teacher that gives none: no softmax to renormalise, nothing, or the uniform distribution."""
+    """A teacher that gives none: no softmax to renormalize, nothing, or the uniform distribution."""
     student, indices, log_probs, _, _ = _case("overlapping")
     nothing = [torch.full_like(log_probs[0], -torch.inf)]
     loss, (grad,) = value_and_grads(af.topk_kd_loss, (student, indices[:1], nothing, None), tail=tail)

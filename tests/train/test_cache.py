@@ -199,7 +199,7 @@ def test_the_largest_by_hand() -> None:
 
 
 def test_as_many_as_there_are_classes_are_refused(tmp_path: Path, data: ImageData) -> None:
-    with pytest.raises(ConfigError, match=r"cache\.logits: fewer than the 10 classes of digits wanted, got 10"):
+    with pytest.raises(ConfigError, match=r"cache\.logits must be fewer than the 10 classes of digits, got 10"):
         taught(load(tmp_path, "cache.logits=10"), data)
 
 
@@ -207,7 +207,7 @@ def test_what_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
     store = Store(tmp_path, "x", {}, rows=2, shape=[3], storage=Storage("float16"))
     with locked(store):
         store.prepare()
-        with pytest.raises(CacheError, match=r"below 65504 wanted for float16, got 70000"):
+        with pytest.raises(CacheError, match=r"below 65504 for float16, got 70000"):
             store.add(0, torch.tensor([[1.0, 7e4, 0.0]] * 2))
 
 
@@ -393,7 +393,7 @@ def test_room_decides(
     assert found is not None and not found.cache and not (tmp_path / "teacher-cache").exists()
     assert "half of the free disk" in capsys.readouterr().out
     monkeypatch.setattr(fill, "free_disk", lambda folder: size - 1)
-    with pytest.raises(CacheError, match=rf"teacher-cache: no room .* {size:,} bytes wanted.*nothing was written"):
+    with pytest.raises(CacheError, match=rf"teacher-cache: no room .* {size:,} bytes needed.*nothing was written"):
         taught(load(tmp_path, "cache.teachers=always"), data, "avg_mkd")
     monkeypatch.setattr(fill, "free_disk", lambda folder: size)
     assert taught(load(tmp_path, "cache.teachers=always"), data, "avg_mkd").cache
@@ -616,7 +616,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(CacheError, match=r"teacher-cache.a-hint-\w+: no room .* bytes wanted, [\d,]+ free; files"):
+        with pytest.raises(CacheError, match=r"teacher-cache.a-hint-\w+: no room .* bytes needed, [\d,]+ free; files"):
             taught(load(tmp_path), data)
     left = shards(tmp_path)
     assert not [name for name in left if "/.shard" in name or "/.key" in name]
@@ -689,16 +689,16 @@ def rewritten(change: Callable[[Tensor], Tensor]) -> Callable[[Path], Path]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (tampered_key, r"teacher\.weights: '0{64}' there, '[0-9a-f]{64}' wanted"),
+        (tampered_key, r"teacher\.weights must be '[0-9a-f]{64}', got '0{64}'"),
         (broken_key, r"not readable as JSON"),
-        (cut, r"a whole safetensors file with 24000 bytes of rows wanted, \d+ bytes found"),
-        (empty, r"a whole safetensors file with \d+ bytes of rows wanted, 0 bytes found"),
-        (foreign, r"key [0-9a-f]{64} wanted, None found"),
-        (of_another_teacher, r"key [0-9a-f]{64} wanted, [0-9a-f]{64} found"),
-        (swapped, r"rows 0:600 wanted, 600:1200 found"),
-        (rewritten(lambda x: x[1:]), r"tensors {'values': \('F32', \[600, 10\]\)} wanted, .*\[599, 10\].* found"),
-        (rewritten(lambda x: x[:, 1:].contiguous()), r"\[600, 10\]\)} wanted, .*\[600, 9\].* found"),
-        (rewritten(lambda x: x.half()), r"'F32', .* wanted, .*'F16', .* found"),
+        (cut, r"a whole safetensors file with 24000 bytes of rows, got \d+ bytes"),
+        (empty, r"a whole safetensors file with \d+ bytes of rows, got 0 bytes"),
+        (foreign, r"key must be [0-9a-f]{64}, got None"),
+        (of_another_teacher, r"key must be [0-9a-f]{64}, got [0-9a-f]{64}"),
+        (swapped, r"rows must be 0:600, got 600:1200"),
+        (rewritten(lambda x: x[1:]), r"tensors must be {'values': \('F32', \[600, 10\]\)}, got .*\[599, 10\]"),
+        (rewritten(lambda x: x[:, 1:].contiguous()), r"\[600, 10\]\)}, got .*\[600, 9\]"),
+        (rewritten(lambda x: x.half()), r"'F32', .*, got .*'F16'"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name_and_left_alone(
@@ -749,7 +749,7 @@ def test_a_worker_reports_it(tmp_path: Path) -> None:
     import pickle
 
     error = pickle.loads(pickle.dumps(no_room(tmp_path, 5, "x")))
-    assert isinstance(error, CacheError) and "5 bytes wanted" in str(error)
+    assert isinstance(error, CacheError) and "5 bytes needed" in str(error)
 
 
 def test_the_run_folders_know_nothing_of_it(tmp_path: Path, data: ImageData) -> None:

@@ -143,15 +143,19 @@ def test_a_method_is_given_the_teachers_and_maps_that_it_asks_for(compared: Comp
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
-        ("amtml_kd", "student.groups={}", r"narrow\.groups: layer groups wanted by amtml_kd"),
-        ("fitnet", "student.features=null", r"narrow\.features: the last convolutional map's path wanted by fitnet"),
-        ("amtml_kd", "loss.mapping={a: top}", r"a layer group of narrow \(low, mid, high\) wanted, got 'top'"),
+        ("amtml_kd", "student.groups={}", r"narrow\.groups must be layer groups for amtml_kd"),
+        (
+            "fitnet",
+            "student.features=null",
+            r"narrow\.features must be the path of the last convolutional map for fitnet",
+        ),
+        ("amtml_kd", "loss.mapping={a: top}", r"a layer group of narrow \(low, mid, high\), got 'top'"),
         ("amtml_kd", "loss.mapping={d: low}", r"'d' is no teacher; the teachers are a, b, c"),
         ("amtml_kd", "loss.mapping={7: low}", r"7 is no teacher; the teachers are a, b, c"),
-        ("amtml_kd", "student.groups={low: block1, high: block3}", r"narrow\.groups: at least 3 for 3 teachers wanted"),
-        ("fitnet", "teachers.2.hint=null", r"teachers\.c\.hint: .* wanted by fitnet, got null"),
-        ("okd", "name=x", r"one method wanted, 'okd' stands for okd-a, okd-b, okd-c"),
-        ("okd-d", "name=x", r"one of okd, student.* wanted, got 'okd-d'"),
+        ("amtml_kd", "student.groups={low: block1, high: block3}", r"narrow\.groups must be at least 3 for 3 teachers"),
+        ("fitnet", "teachers.2.hint=null", r"teachers\.c\.hint must be .* for fitnet, got null"),
+        ("okd", "name=x", r"one method, got 'okd', which stands for okd-a, okd-b, okd-c"),
+        ("okd-d", "name=x", r"one of okd, student.*, got 'okd-d'"),
     ],
 )
 def test_what_the_student_does_not_offer(tmp_path: Path, method: str, change: str, message: str) -> None:
@@ -164,7 +168,7 @@ def test_an_explicit_mapping_is_cut_to_the_teachers_that_there_are(tmp_path: Pat
     assert student_job(settings, "amtml_kd", 0).config.loss.mapping == {"b": "low", "a": "high", "c": "mid"}
     assert student_job(settings, "amtml_kd", 0, teachers=1).config.loss.mapping == {"a": "high"}
     assert student_job(settings, "amtml_paper_code", 0, teachers=1).config.loss.mapping == {"a": "low"}
-    with pytest.raises(ConfigError, match=r"at least one of a wanted, got {'b': 'low'}"):
+    with pytest.raises(ConfigError, match=r"at least one of a, got {'b': 'low'}"):
         student_job(load(tmp_path, "loss.mapping={b: low}"), "amtml_kd", 0, teachers=1)
 
 
@@ -177,7 +181,7 @@ def test_paper_code_takes_the_groups_of_the_student_at_hand(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("variants", "message"),
     [
-        ("one: {label: Same}, two: {label: Same}", r"labels of their own wanted, got 'Same' twice"),
+        ("one: {label: Same}, two: {label: Same}", r"labels of their own, got 'Same' twice"),
         ("one: {}, one-wide: {}", r"would share the folder .*one-wide-2teachers-seed0; another name"),
     ],
 )
@@ -229,7 +233,7 @@ def test_a_specialist_sees_its_classes_alone(tmp_path: Path) -> None:
     assert torch.equal(part.train.images, data.train.images[whole <= 2])
     assert of_classes(data, None) is data
     for classes in ([], [3, 10]):
-        with pytest.raises(ConfigError, match=r"labels in \[0, 10\) wanted"):
+        with pytest.raises(ConfigError, match=r"must be labels in \[0, 10\)"):
             of_classes(data, classes)
 
 

@@ -127,7 +127,9 @@ def test_ranges_say_what_they_are() -> None:
     ],
 )
 def test_a_number_that_is_read_in_two_ways_is_refused(tmp_path: Path, key: str, place: str, text: str) -> None:
-    wanted = "int wanted|float wanted" if text == "0o17" else rf"{key}\S* must be an? (integer|number) without leading"
+    wanted = (
+        "must be int|must be float" if text == "0o17" else rf"{key}\S* must be an? (integer|number) without leading"
+    )
     lines = (place or "seed: 3").replace("3", text)
     with pytest.raises(ConfigError, match=wanted):
         load(tmp_path, lines)
@@ -177,7 +179,7 @@ def test_text_is_kept_as_it_is_written(tmp_path: Path, text: str) -> None:
 def test_quotes_and_null_are_yamls(tmp_path: Path) -> None:
     assert load(tmp_path, WHOLE, "name='a: b'").name == "a: b" and load(tmp_path, 'name: "010"').name == "010"
     assert load(tmp_path, WHOLE, "student.weights=null").student.weights is None
-    with pytest.raises(ConfigError, match="name: str wanted"):
+    with pytest.raises(ConfigError, match="name must be str"):
         load(tmp_path, WHOLE, "name=null")
     for text in ("a: b", "[a", "{a: b}", "*a", "&a", "%a", "@a", "`a", "!a b"):
         assert load(tmp_path, WHOLE, f"name={text}").name == text
@@ -246,7 +248,7 @@ def test_a_run_stays_below_out(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("key", ["teachers.0.name", "student.name", "compare.students.0.name"])
 @pytest.mark.parametrize("name", ["..", "-a", "a/b", "a$b", "a[b", ""])
 def test_names_that_are_parts_of_folders(tmp_path: Path, key: str, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"name must be unique names|name: str wanted"):
+    with pytest.raises(ConfigError, match=r"name must be unique names|name must be str"):
         load(tmp_path, WHOLE, f"{key}={name}")
 
 

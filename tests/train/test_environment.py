@@ -45,7 +45,7 @@ def test_a_setting_from_the_environment_is_refused(
     place: Place, monkeypatch: pytest.MonkeyPatch, name: str, said: str, key: str
 ) -> None:
     monkeypatch.setenv(name, said)
-    with pytest.raises(ConfigError, match=rf"config: {key} wanted in place of the environment's {name}='{said}'"):
+    with pytest.raises(ConfigError, match=rf"config: {key} must be set, not the environment's {name}='{said}'"):
         place.train(*ONE, method="student")
     assert not (place.folder / "small" / "student-seed0").exists()
 
@@ -82,7 +82,7 @@ def test_accelerates_launcher_works_and_its_options_are_heard(place: Place) -> N
         )
 
     refused = launch("--mixed_precision=bf16", "--dynamo_backend=no")
-    assert refused.returncode and "engine.mixed_precision wanted in place of" in refused.stderr, refused.stderr
+    assert refused.returncode and "engine.mixed_precision must be set, not" in refused.stderr, refused.stderr
     done = launch("--mixed_precision=no", "--dynamo_backend=no")
     assert done.returncode == 0, done.stderr
     launched = Run(place.folder / "small" / "student-seed0")

@@ -124,7 +124,7 @@ def test_build_by_import_path_passes_only_what_the_signature_takes(zoo):
         ("zoo_of_tests:plane", {}, ValueError, "no callable 'plane'; near names: plain"),
         ("zoo_of_tests:seen", {}, ValueError, "no callable 'seen'"),
         ("zoo_of_testz:plain", {}, ValueError, "'zoo_of_testz', which cannot be found"),
-        ("zoo_of_tests:", {}, ValueError, "wanted 'package.module:factory', got 'zoo_of_tests:'"),
+        ("zoo_of_tests:", {}, ValueError, "must be 'package.module:factory', got 'zoo_of_tests:'"),
         ("zoo_of_tests:nothing", {}, TypeError, "must return a torch.nn.Module, got int"),
         ("zoo_with_a_hole:plain", {}, ModuleNotFoundError, "not_installed_anywhere"),
     ],

@@ -217,7 +217,7 @@ def test_images_are_what_was_asked_for(compared: Path) -> None:
     shown = [attributes for tag, attributes in reader.tags if tag == "img"]
     assert [(x["alt"] or "").split(",")[0] for x in shown] == ["Test image 3", "Test image 17"]
     assert all((x["src"] or "").startswith("data:image/png;base64,") for x in shown)
-    with pytest.raises(ConfigError, match=r"--images: 0 to \d+ \(the test split\) wanted, got 99999"):
+    with pytest.raises(ConfigError, match=r"--images must be in 0 to \d+ \(the test split\), got 99999"):
         read(compared, images=[99999])
 
 
@@ -400,7 +400,7 @@ def test_the_command_writes_one_file(copied: Path, tmp_path: Path, capsys: pytes
         (["nowhere"], "nowhere: no run here; looked for run.json"),
         (["{copied}/figures"], "figures: no run here; looked for run.json"),
         (["{copied}", "{copied}/student-seed0"], "several at once must each be a run"),
-        (["{copied}", "--images=x"], "--images: positions in the test split such as 3,17 wanted, got 'x'"),
+        (["{copied}", "--images=x"], "--images must be positions in the test split such as 3,17, got 'x'"),
     ],
 )
 def test_what_is_no_run_is_named(

@@ -153,12 +153,12 @@ def test_a_pretrained_net_of_other_classes_or_channels_is_refused_before_it_is_f
     libraries, factory, name, classes
 ):
     args = {"name": name, "pretrained": True}
-    message = rf"10 classes wanted, .*{factory}'s {name} was trained for {classes}"
+    message = rf"must have 10 classes like the data, got {factory}'s {name}, trained for {classes}"
     with pytest.raises(ValueError, match=message):
         networks.build(factory, args, num_classes=10, in_channels=3)
     with pytest.raises(ValueError, match=message):  # its head would be a new one, with random weights
         networks.build(factory, args | {"num_classes": 10}, num_classes=classes, in_channels=3)
-    with pytest.raises(ValueError, match=rf"1 input channels wanted, .*{factory}'s {name} was trained for 3"):
+    with pytest.raises(ValueError, match=rf"must take 1 channels like the data, got {factory}'s {name}, trained for 3"):
         networks.build(factory, args, num_classes=classes, in_channels=1)
     assert libraries == []
 
@@ -263,7 +263,7 @@ def test_renormalising_survives_copies_and_torch_compile(images, twin):
 
 
 def test_statistics_of_another_number_of_channels_are_refused():
-    with pytest.raises(ValueError, match=r"model.mean: 1 numbers wanted, .*got \[0.1, 0.2\]"):
+    with pytest.raises(ValueError, match=r"model.mean must be 1 numbers, .*got \[0.1, 0.2\]"):
         zoo.renormalize(Net(), ((0.5,), (0.5,)), ((0.1, 0.2), (0.1, 0.2)))
 
 
@@ -322,8 +322,8 @@ def test_a_published_teacher_sees_its_own_normalisation(libraries, tmp_path, ima
     [
         ("{weights: a.pt, mean: [0.5]}", r"teachers.t0.model: mean and std .*got mean=\[0.5\], std=None"),
         ("{weights: a.pt, mean: [0.5], std: [0.0]}", r"teachers.0.model.std must be above 0, got 0.0"),
-        ("{weights: a.pt, mean: [0.5], std: [1, 1]}", r"of equal length wanted, .*std=\[1.0, 1.0\]"),
-        ("{mean: [0.5], std: [1]}", "t0.model.mean: weights from elsewhere wanted .* got none"),
+        ("{weights: a.pt, mean: [0.5], std: [1, 1]}", r"of equal length, .*std=\[1.0, 1.0\]"),
+        ("{mean: [0.5], std: [1]}", "t0.model.mean must go with weights from elsewhere .* got none"),
         ("{weights: a.pt, mean: half}", "model.mean: .*list"),
     ],
 )

@@ -46,7 +46,7 @@ def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: Imag
     distiller.to(split.images.device).eval()
     adapter = distiller.objective.adapter
     if adapter is None:
-        raise ValueError(f"{job.title}: a method with an adapter wanted, got {job.method.name}")
+        raise ValueError(f"{job.title} must have an adapter, got {job.method.name}")
     weights, logits = [], []
     for batch in Loader(split, data, EVAL_BATCH):
         out, maps = distiller.student(batch.images)

@@ -19,13 +19,13 @@ def checked(config: Config) -> Config:
         epochs = changed(config, method.settings(config), f"the method {method.name}").distill.epochs
         if method in compared and epochs != config.distill.epochs:
             raise ConfigError(
-                f"config: {method.name}: the same {config.distill.epochs} epochs for all wanted, got {epochs}"
+                f"config: {method.name} must train the same {config.distill.epochs} epochs as all, got {epochs}"
             )
     check_names("variants", list(config.variants))
     for count in asked.teachers:
         if not 1 <= count <= len(config.teachers):
             raise ConfigError(
-                f"config: compare.teachers: 1 to {len(config.teachers)} (the teachers) wanted, got {count}"
+                f"config: compare.teachers must be in 1 to {len(config.teachers)} (the teachers), got {count}"
             )
     check_names("compare.students.name", [config.student.name, *(student.name for student in asked.students)])
     return config
@@ -36,7 +36,7 @@ def plan(config: Config) -> list[Job]:
     asked = config.compare
     if not asked.methods or not asked.seeds:
         raise ConfigError(
-            f"config: compare: at least one method and one seed wanted, got {asked.methods} and {asked.seeds}"
+            f"config: compare must have at least one method and one seed, got {asked.methods} and {asked.seeds}"
         )
     chosen = registry.chosen(config, asked.methods)
     numbers = asked.teachers or [len(config.teachers)]
@@ -52,10 +52,10 @@ def plan(config: Config) -> list[Job]:
                     if (other.method.name, other.student) != (method.name, student.name):
                         raise ConfigError(
                             f"config: {method.name} for {student.name} and {other.method.name} for {other.student} "
-                            f"would share the folder {job.folder}; another name for one of them wanted"
+                            f"must have folders of their own, got {job.folder} for both: rename one"
                         )
     labels = [method.label for method in chosen]
     for label in labels:
         if labels.count(label) > 1:
-            raise ConfigError(f"config: variants: labels of their own wanted, got {label!r} twice")
+            raise ConfigError(f"config: variants must have labels of their own, got {label!r} twice")
     return list(jobs.values())

@@ -46,13 +46,13 @@ def check_values(config: Config) -> None:
         raise ConfigError(bad_choice("loss.mapping", config.loss.mapping, MAPPINGS) + " (or teacher: group pairs)")
     logits = config.cache.logits
     if logits not in ("float32", "float16") and not (type(logits) is int and logits >= 1):
-        raise ConfigError(f"config: cache.logits: float32, float16 or a number k of 1 or more wanted, got {logits!r}")
+        raise ConfigError(f"config: cache.logits must be float32, float16 or a number k of 1 or more, got {logits!r}")
     if config.data.views is not None and not config.data.augment:
         raise ConfigError(f"config: data.views must be null with data.augment=false, got {config.data.views}")
     if config.cache.teachers == "always" and config.data.augment and config.data.views is None:
         raise ConfigError(
-            "config: cache.teachers=always: data.views (a number of fixed versions of each image) or data.augment=false "
-            "wanted, got images that are drawn anew every epoch"
+            "config: with cache.teachers=always, data.views must be a number of fixed versions of each image or data.augment "
+            "false, got random augmentation each epoch"
         )
     _check_train("teach", config.teach)
     _check_train("distill", config.distill)
@@ -63,19 +63,17 @@ def check_values(config: Config) -> None:
     loss = config.loss
     if loss.adapter == "learned" and not loss.kl_trains_weights:
         if loss.adapter_label_weight == 0.0:
-            raise ConfigError(
-                "config: loss.adapter_label_weight: above 0 wanted where kl_trains_weights=false, got 0.0"
-            )
+            raise ConfigError("config: loss.adapter_label_weight must be above 0 with kl_trains_weights=false, got 0.0")
         if loss.angle_trains_weights:
             raise ConfigError(
-                "config: loss.angle_trains_weights: false wanted where kl_trains_weights=false, got true: the weights would "
+                "config: loss.angle_trains_weights must be false with kl_trains_weights=false, got true: the weights would "
                 "be fixed for the angle loss, too"
             )
     engine = config.engine
     if engine.cuda_graphs and not engine.compile:
-        raise ConfigError("config: engine.cuda_graphs: engine.compile=true wanted beside it, got false")
+        raise ConfigError("config: engine.compile must be true with engine.cuda_graphs=true, got false")
     if engine.fsdp and engine.mixed_precision == "fp16":
-        raise ConfigError("config: engine.mixed_precision: no or bf16 wanted with engine.fsdp=true, got fp16")
+        raise ConfigError("config: engine.mixed_precision must be no or bf16 with engine.fsdp=true, got fp16")
 
 
 def _check_place(name: str) -> None:
@@ -98,12 +96,12 @@ def _check_statistics(where: str, model: ModelConfig) -> None:
         return
     if not model.mean or not model.std or len(model.mean) != len(model.std):
         raise ConfigError(
-            f"config: {where}: mean and std of equal length wanted, got mean={model.mean}, std={model.std}"
+            f"config: {where}: mean and std must be of equal length, got mean={model.mean}, std={model.std}"
         )
     if not model.brings_weights:
         raise ConfigError(
-            f"config: {where}.mean: weights from elsewhere wanted beside it (weights, or a pretrained net), got none: "
-            "what teach trains sees images normalised by the data's own mean and std"
+            f"config: {where}.mean must go with weights from elsewhere (weights, or a pretrained net), got none: "
+            "what teach trains sees images normalized by the data's own mean and std"
         )
 
 

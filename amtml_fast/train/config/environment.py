@@ -44,7 +44,7 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_USE_FSDP": (_off, "engine.fsdp=true"),
     "ACCELERATE_USE_DEEPSPEED": (_off, "engine.fsdp=true"),
     "ACCELERATE_USE_MEGATRON_LM": (_off, "engine.fsdp=true"),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": (_off, "engine.fsdp=true"),
+    "ACCELERATE_USE_PARALLELIZM_CONFIG": (_off, "engine.fsdp=true"),
     "ACCELERATE_TORCH_DEVICE": (lambda said, engine: False, "engine.device or CUDA_VISIBLE_DEVICES"),
 }
 
@@ -55,7 +55,7 @@ def check(engine: EngineConfig) -> None:
         said = os.environ.get(name)
         if said is not None and not allowed(said, engine):
             raise ConfigError(
-                f"config: {key} wanted in place of the environment's {name}={said!r}, which would not be in the recipe "
+                f"config: {key} must be set, not the environment's {name}={said!r}, which would not be in the recipe "
                 "(accelerate's own configuration and the options of `accelerate launch` set such variables)"
             )
 

@@ -34,9 +34,9 @@ class errors:
             raise ConfigError(f"config: {shown}: no such key{near}{place}") from None
         wanted = fields.wanted(self.schema, key) if isinstance(error, ValidationError) else ""
         came = str(error).splitlines()[0]
-        raise ConfigError(f"config: {shown}: {f'{wanted} wanted: ' if wanted else ''}{came}{place}") from None
+        raise ConfigError(f"config: {shown}{f' must be {wanted}' if wanted else ''}: {came}{place}") from None
 
 
 def bad_choice(key: str, value: Any, choices: Iterable[str]) -> str:
     choices = list(choices)
-    return f"config: {key}: one of {', '.join(choices)} wanted, got {value!r}{nearest(str(value), choices)}"
+    return f"config: {key} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"

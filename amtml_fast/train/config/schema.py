@@ -31,7 +31,7 @@ class ModelConfig:
     args: dict[str, Any] = field(default_factory=dict)
     # a state dict: .safetensors, or .pt read with weights_only
     weights: str | None = field(default=None, metadata=PATH)
-    # What its training images were normalised by, for weights from elsewhere; null: what the net says, else as the data.
+    # What its training images were normalized by, for weights from elsewhere; null: what the net says, else as the data.
     mean: list[float] | None = field(default=None, metadata=FINITE)
     std: list[float] | None = field(default=None, metadata=POSITIVE)
 
@@ -44,7 +44,7 @@ class ModelConfig:
 @dataclass
 class TrainConfig:
     epochs: int = field(default=30, metadata=COUNT)
-    # images per optimiser step, over all processes and accumulation steps
+    # images per optimizer step, over all processes and accumulation steps
     batch_size: int = field(default=128, metadata=COUNT)
     optimizer: str = "sgd"
     lr: float = field(default=0.1, metadata=NOT_NEGATIVE)
@@ -156,7 +156,7 @@ class EngineConfig:
     gradient_accumulation_steps: int = field(default=1, metadata=COUNT)
     compile: bool = False  # torch.compile for teachers and student
     cuda_graphs: bool = False  # with compile, on a GPU: the student's step is replayed as CUDA graphs
-    fsdp: bool = False  # several processes share parameters and optimiser state (FSDP2); false: each has all (DDP)
+    fsdp: bool = False  # several processes share parameters and optimizer state (FSDP2); false: each has all (DDP)
     channels_last: bool = False
     # a checkpoint after so many steps of an epoch, too; null: after each epoch
     checkpoint_steps: int | None = field(default=None, metadata=COUNT)

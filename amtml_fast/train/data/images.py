@@ -1,4 +1,4 @@
-"""Image data held as uint8 tensors on one device, and batches of it: shuffled, augmented and normalised there.
+"""Image data held as uint8 tensors on one device, and batches of it: shuffled, augmented and normalized there.
 
 `load` reads a data set and splits a validation set from its training set; `Loader` makes the batches. Nothing here is a
 worker process or a queue: at these sizes one gather per batch is faster than any hand-over.
@@ -119,7 +119,7 @@ def from_datasets(
 ) -> ImageData:
     """ImageData from two map-style Datasets of (image, label) pairs, read once, in full.
 
-    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of that shape in [0, 1], a PIL image (grey ones have
+    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of that shape in [0, 1], a PIL image (gray ones have
     one channel, all others three), or a uint8 array [H, W, C] or [H, W]; a label is a whole number. No random transform
     belongs into the Datasets: augmentation is the Loader's.
     classes: the names; None takes `train.classes`, and the numbers if it has none.
@@ -167,7 +167,7 @@ def of_classes(data: ImageData, classes: Sequence[int] | None) -> ImageData:
         return data
     known = len(data.classes)
     if not classes or not all(0 <= label < known for label in classes):
-        raise ConfigError(f"config: teachers.classes: labels in [0, {known}) wanted, got {list(classes)}")
+        raise ConfigError(f"config: teachers.classes must be labels in [0, {known}), got {list(classes)}")
     train = data.train
     keep = torch.isin(train.labels, torch.tensor(list(classes), dtype=torch.int64, device=train.labels.device))
     return replace(data, train=ImageSet(train.images[keep], train.labels[keep]))
@@ -187,13 +187,13 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         mean = (weights * levels).sum()
         std = (weights * (levels - mean).square()).sum().sqrt()
         means.append(mean.item())
-        stds.append(std.item() or 1.0)  # a constant channel is normalised to 0, not to NaN
+        stds.append(std.item() or 1.0)  # a constant channel is normalized to 0, not to NaN
     return tuple(means), tuple(stds)
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """index [n] int64: positions in the split; labels [n] int64; images [n, C, H, W] float32, normalised and, where asked
+    """index [n] int64: positions in the split; labels [n] int64; images [n, C, H, W] float32, normalized and, where asked
     for, augmented; view: which fixed version of the images it is, 0 as they are, from 1 augmented, None drawn anew. What
     was computed before for (view, index) holds for this batch too."""
 
@@ -210,7 +210,7 @@ class Loader:
         and takes its own slice of each batch, so that ranks 0, 1, ... concatenated are the batch of a single process.
         The slices are equal, but for those of a last, smaller batch (drop_last=False), where they may differ by one or
         be empty.
-    augment: horizontal flip and a random crop of the image zero-padded by size // 8 (4 at 32x32), before normalising.
+    augment: horizontal flip and a random crop of the image zero-padded by size // 8 (4 at 32x32), before normalizing.
     views: None draws them anew for each epoch. K gives every image K fixed versions, of which epoch e shows number
         1 + (e - 1) % K: a pure function of (augment_seed, number, index in the split), whatever the order of the epoch.
     Order and draws are a pure function of (seed, epoch, batch number): call `set_epoch`, and there is nothing to

@@ -17,7 +17,7 @@ MOST_CHANNELS = 4  # an axis is taken for that of the channels by mistake where 
 def read_dataset(dataset: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     """A Dataset of (image, label) pairs as images [N, C, H, W] uint8 and labels [N] int64.
 
-    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of the same shape in [0, 1], a PIL image (grey ones
+    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of the same shape in [0, 1], a PIL image (gray ones
     have one channel, all others three), or what numpy can read as a uint8 array [H, W, C] or [H, W]. A label is a whole
     number of whatever type. `what` opens the error message ("train").
     """
@@ -26,7 +26,7 @@ def read_dataset(dataset: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     for i in range(len(dataset)):
         sample = dataset[i]
         if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-            raise TypeError(f"{what}[{i}]: a pair (image, label) wanted, got {_kind(sample)}")
+            raise TypeError(f"{what}[{i}] must be a pair (image, label), got {_kind(sample)}")
         image = _to_uint8(sample[0], f"{what}[{i}]")
         if images and image.shape != images[0].shape:
             wanted, got = list(images[0].shape), list(image.shape)
@@ -87,14 +87,14 @@ def _to_uint8(image: Any, what: str) -> np.ndarray:
         raise TypeError(f"{what}: an image must be uint8, or a float tensor in [0, 1], got {array.dtype}")
     if not (array.min() >= 0 and array.max() <= 1):
         got = f"[{array.min():.3g}, {array.max():.3g}]"
-        raise ValueError(f"{what}: a float image must be in [0, 1] (leave the normalising to the Loader), got {got}")
+        raise ValueError(f"{what}: a float image must be in [0, 1] (leave the normalizing to the Loader), got {got}")
     return np.rint(array * 255).astype(np.uint8)
 
 
 def eight_bits(image: Any) -> Any:
-    """A PIL image of any mode in 8 bits a channel: grey (L), or RGB with palette looked up. Its transparency is left out.
+    """A PIL image of any mode in 8 bits a channel: gray (L), or RGB with palette looked up. Its transparency is left out.
 
-    Of 16 bits the upper 8 count, as Pillow has them for colours, so that 8 bits stored in 16 come back, whether they were
+    Of 16 bits the upper 8 count, as Pillow has them for colors, so that 8 bits stored in 16 come back, whether they were
     shifted or repeated. ValueError for 32 bits, which have no range of their own.
     """
     from PIL import Image
@@ -104,7 +104,7 @@ def eight_bits(image: Any) -> Any:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(
-            f"8 or 16 bits a channel wanted, got 32 (mode {image.mode}), whose black and white are not known"
+            f"must have 8 or 16 bits a channel, got 32 (mode {image.mode}), whose black and white are not known"
         )
     if image.mode == "P":
         image = image.convert("RGBA")  # what a palette has transparent, in bytes, is only understood here

@@ -1,6 +1,6 @@
 """Charts of the table's rows, as PNG files: accuracy by the number of teachers, and every seed's accuracy.
 
-Places, colours and type as in curves.py.
+Places, colors and type as in curves.py.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
 
 
 def _legend_rows(colors: dict[str, str], wide: float = 7.6) -> list[list[tuple[float, str, str]]]:
-    """Lines of (inches from the left, name, colour), broken where the next name would not fit."""
+    """Lines of (inches from the left, name, color), broken where the next name would not fit."""
     lines: list[list[tuple[float, str, str]]] = [[]]
     x = 0.0
     for name, color in ((numbers.short(name, 40), color) for name, color in colors.items()):

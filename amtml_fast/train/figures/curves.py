@@ -1,8 +1,8 @@
 """Pictures of the training and of the teacher weights, as PNG files: numbers in, files out.
 
 Explicit Figure objects only (no pyplot, so no global state and no display). Places are given in inches from the top
-left corner: at 8 inches and 150 dpi a picture is 1200 px wide and its smallest text still reads at 800 px. Colours are
-Okabe and Ito's, which colour-blind readers can tell apart; lines and bars carry their names beside them instead of a
+left corner: at 8 inches and 150 dpi a picture is 1200 px wide and its smallest text still reads at 800 px. Colors are
+Okabe and Ito's, which color-blind readers can tell apart; lines and bars carry their names beside them instead of a
 legend. Titles say what the numbers show. Arrays may be numpy arrays or CPU tensors.
 """
 
@@ -32,7 +32,7 @@ CROWD = 4  # of more curves the names do not fit beside both panels
 def curves(histories: Histories, path: str | Path) -> None:
     """Training loss and validation accuracy per epoch: the mean over seeds as a line, their range as a band.
 
-    Of more than seven methods the seven that end highest are named, the others are grey.
+    Of more than seven methods the seven that end highest are named, the others are gray.
     """
     drawing.save(_curves, path, histories)
 
@@ -49,7 +49,7 @@ def soft_targets(
     """The paper's Figure 1: one image, each teacher's soft target, and their equal and adaptive mixtures (Eq 7).
 
     image [H, W] or [C, H, W]; teacher_probs [T, C], tempered by the caller; weights [T]; label the true class. A
-    mixture's bar is stacked from the teachers' shares, in their colours. Of more than 12 classes the 10 largest are
+    mixture's bar is stacked from the teachers' shares, in their colors. Of more than 12 classes the 10 largest are
     shown, the true one always among them. Raises ValueError where shapes disagree.
     """
     drawing.save(_soft_targets, path, image, class_names, teacher_probs, weights, label, teacher_names)
@@ -74,7 +74,7 @@ def weights_gallery(
 
 
 def entropy(histories: Histories, path: str | Path, teacher_names: Sequence[str] | None = None) -> None:
-    """Normalised entropy of the teacher weights per epoch, a line a seed, and of each teacher the mean weight and the
+    """Normalized entropy of the teacher weights per epoch, a line a seed, and of each teacher the mean weight and the
     share of the examples on which it has the largest weight.
 
     A method without teacher weights (no `entropy` in its epochs) is left out; ValueError if none is left.
@@ -119,7 +119,7 @@ def _curves(histories: Histories) -> Figure:
 
     spread = f"line: mean of {seeds} seeds, band: their range" if seeds > 1 else "one seed"
     others = len(histories) - len(shown)
-    note = f"; grey: {others} other method{'s that end' if others > 1 else ' that ends'} lower" if others else ""
+    note = f"; gray: {others} other method{'s that end' if others > 1 else ' that ends'} lower" if others else ""
     drawing.headline(figure, _curves_finding(accuracies), spread + note)
     return figure
 
@@ -158,7 +158,7 @@ def _lines(
 ) -> None:
     """Mean line and range band of each [seeds, epochs] array, with text(label, last mean) at the line's end.
 
-    Those not shown by name are thin and grey, without a band.
+    Those not shown by name are thin and gray, without a band.
     """
     ends = []
     for label, values in series.items():
@@ -340,7 +340,7 @@ def _entropy(histories: Histories, teacher_names: Sequence[str] | None) -> Figur
         _teacher_lines(axes, runs, "weight_won", teacher_names or ())
         drawing.heading(axes, "Largest weight", "on this share of the examples")
     drawing.headline(
-        figure, _entropy_finding(series), "entropy per image, normalised to [0, 1], averaged over the epoch"
+        figure, _entropy_finding(series), "entropy per image, normalized to [0, 1], averaged over the epoch"
     )
     return figure
 

@@ -159,7 +159,7 @@ def starts_at(axes: Axes, unit: str) -> str:
 def end_labels(
     axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 8.5, left: float = 1.07
 ) -> None:
-    """Write each (x, y, text, colour) right of the axes (at their fraction `left`), moved apart where they'd overlap."""
+    """Write each (x, y, text, color) right of the axes (at their fraction `left`), moved apart where they'd overlap."""
     if not ends:
         return
     axes.get_ylim()  # limits are set lazily: this makes them final before places are computed from them

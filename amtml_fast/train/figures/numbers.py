@@ -45,7 +45,7 @@ def top_classes(values: Array, k: int, truth: int) -> list[int]:
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], low: float = -0.15, high: float = 1.03) -> list[float]:
-    """Centres near the wanted ones (in least squares) so that boxes of these heights lie in [low, high], apart.
+    """Centers near the wanted ones (in least squares) so that boxes of these heights lie in [low, high], apart.
 
     Boxes that would are joined to a block at its members' mean place; where all do not fit, they leave at the top.
     """

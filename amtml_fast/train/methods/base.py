@@ -25,7 +25,7 @@ class Step(NamedTuple):
     labels: Tensor  # [N] int64
     teacher_logits: list[Tensor]  # T x [N, C]
     teacher_maps: list[Tensor]  # T x [N, c_t, h_t, w_t]; empty for methods without hints
-    images: Tensor  # [N, c, H, W], normalised
+    images: Tensor  # [N, c, H, W], normalized
     # the student's last convolutional map, [N, d, h, w]; empty for methods without
     features: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
 
@@ -75,7 +75,7 @@ class Context:
     teacher_scores: Sequence[float] = ()  # validation accuracies
     processes: int = 1
     peers: int = 0  # how many teachers there are, also for a method that asks none of them
-    new_student: Callable[[], nn.Module] = no_model  # another network of the student's kind, freshly initialised
+    new_student: Callable[[], nn.Module] = no_model  # another network of the student's kind, freshly initialized
 
 
 @dataclass(frozen=True)

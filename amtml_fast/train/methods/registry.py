@@ -42,7 +42,7 @@ def known(config: Config) -> dict[str, Method]:
     found = METHODS | {method.name: method for method in single}
     for name in config.variants:
         if name in (*found, OKD) or name.startswith(f"{OKD}-"):
-            raise ConfigError(f"config: variants: names of their own wanted, got {name!r}, which is a method")
+            raise ConfigError(f"config: variants must have names of their own, got {name!r}, which is a method")
     return found | {name: variant(name, asked, found) for name, asked in config.variants.items()}
 
 
@@ -51,7 +51,7 @@ def variant(name: str, asked: VariantConfig, found: dict[str, Method]) -> Method
     if asked.method not in found:
         near = nearest(asked.method, found)
         raise ConfigError(
-            f"config: variants.{name}.method: one of {', '.join(found)} wanted, got {asked.method!r}{near}"
+            f"config: variants.{name}.method must be one of {', '.join(found)}, got {asked.method!r}{near}"
         )
     base = found[asked.method]
 
@@ -66,7 +66,7 @@ def variant(name: str, asked: VariantConfig, found: dict[str, Method]) -> Method
     strangers = [key for key in asked.loss if key in NAMES and key not in (*base.reads, "label_smoothing")]
     if strangers or (asked.stages and "adapter" not in base.reads):
         what = f"loss.{strangers[0]}" if strangers else "stages"
-        raise ConfigError(f"config: variants.{name}: keys that {base.name} reads wanted, got {what}")
+        raise ConfigError(f"config: variants.{name} must set keys that {base.name} reads, got {what}")
     whole = asked.label or f"{base.label} ({name})"
     return replace(base, base=base.base or base.name, name=name, label=whole, settings=settings)
 
@@ -79,6 +79,6 @@ def chosen(config: Config, names: Iterable[str]) -> list[Method]:
         for each in several:
             if each not in found:
                 wanted = ", ".join((OKD, *found))
-                raise ConfigError(f"config: method: one of {wanted} wanted, got {each!r}{nearest(each, (OKD, *found))}")
+                raise ConfigError(f"config: method must be one of {wanted}, got {each!r}{nearest(each, (OKD, *found))}")
             methods[each] = found[each]
     return list(methods.values())

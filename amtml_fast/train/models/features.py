@@ -27,7 +27,7 @@ class FeatureExtractor(nn.Module):
 
     `.model` is the bare model; its state dict knows nothing of this class. Wrap the extractor, not the model, in DDP or
     torch.compile. A model that was compiled before is taken back to the plain module, for its compiled code would run
-    without the hooks; a model inside DDP is an error, for its gradients would no longer be synchronised.
+    without the hooks; a model inside DDP is an error, for its gradients would no longer be synchronized.
 
     Raises ValueError: a path that names no module; in forward, RuntimeError: a module that did not run (or one inside a
     part of the model that was wrapped in torch.compile), or one whose map is overwritten, but was not in the probe;

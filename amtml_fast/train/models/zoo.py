@@ -1,8 +1,8 @@
 """Pretrained networks of other libraries, by name: pytorchcv's (many of them for CIFAR) and timm's.
 
 Both are optional (the extra `zoo`) and imported when a net of theirs is asked for. A pretrained net comes with the
-statistics by which its training images were normalised, as `input_mean` and `input_std`; `renormalize` makes it take
-images that were normalised by others.
+statistics by which its training images were normalized, as `input_mean` and `input_std`; `renormalize` makes it take
+images that were normalized by others.
 """
 
 from __future__ import annotations
@@ -110,12 +110,12 @@ Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std of each cha
 
 
 def statistics(model: Any) -> Statistics | None:
-    """What a net says that its training images were normalised by: its `input_mean` and `input_std`."""
+    """What a net says that its training images were normalized by: its `input_mean` and `input_std`."""
     return (model.input_mean, model.input_std) if hasattr(model, "input_mean") else None
 
 
 def renormalize(model: nn.Module, given: Statistics, wanted: Statistics) -> None:
-    """Make `model` take images normalised by the (mean, std) `given`, though its weights want those of `wanted`.
+    """Make `model` take images normalized by the (mean, std) `given`, though its weights want those of `wanted`.
 
     A pre-hook, so that the model keeps its class, its dotted paths and its state dict. Scale and shift are buffers, so
     that they follow it to a device.
@@ -123,7 +123,7 @@ def renormalize(model: nn.Module, given: Statistics, wanted: Statistics) -> None
     for key, values in zip(("mean", "std"), wanted, strict=True):
         if len(values) != len(given[0]):
             raise ValueError(
-                f"model.{key}: {len(given[0])} numbers wanted, one for each channel of the data, got {list(values)}"
+                f"model.{key} must be {len(given[0])} numbers, one for each channel of the data, got {list(values)}"
             )
     (mean, std), (own_mean, own_std) = (
         [torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, 1, 1) for values in pair]
@@ -160,13 +160,13 @@ def _check_fit(what: str, net: nn.Module, num_classes: int | None, in_channels: 
     """That a pretrained net has the classes and channels of the data; None is not asked."""
     if num_classes is not None and net.num_classes != num_classes:
         raise ValueError(
-            f"model.args: {num_classes} classes wanted, those of the data; {what} was trained for {net.num_classes} "
+            f"model.args: the net must have {num_classes} classes like the data, got {what}, trained for {net.num_classes} "
             "(pretrained=false makes one with random weights)"
         )
     first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
     if in_channels is not None and first.in_channels != in_channels:
         raise ValueError(
-            f"model.args: {in_channels} input channels wanted, those of the data; {what} was trained for "
+            f"model.args: the net must take {in_channels} channels like the data, got {what}, trained for "
             f"{first.in_channels} (pretrained=false makes one with random weights)"
         )
 

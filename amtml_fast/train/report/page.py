@@ -196,7 +196,7 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
         teachers = next(run.read_record()["teachers"] for run in shown[name])
         entropy = numbers.series(runs, "entropy")[1]
         marks = [Mark(UNIFORM, "above 0.999: uniform"), Mark(ONE_HOT, "below 0.01: one teacher has all")]
-        words = f"{name}: normalised entropy of the weights by epoch, at the end {numbers.last(entropy).mean():.3f}"
+        words = f"{name}: normalized entropy of the weights by epoch, at the end {numbers.last(entropy).mean():.3f}"
         charts = [
             ("Entropy", svg.lines([Line("", entropy, "c1")], words, limits=(0, 1), marks=marks, thin=True, digits=3))
         ]

@@ -46,7 +46,7 @@ def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None
     if unknown:
         return {"missing": f"The weights of {', '.join(unknown)} on disk are not those that the students learned from."}
     if images and max(images) >= len(data.test):
-        raise ConfigError(f"--images: 0 to {len(data.test) - 1} (the test split) wanted, got {max(images)}")
+        raise ConfigError(f"--images must be in 0 to {len(data.test) - 1} (the test split), got {max(images)}")
     teachers = teachers.only(first.teachers, hints=bool(teachers.channels))
     asked: Asked = {}
     with display.bar("test images", sum(map(len, same.values())), "runs") as bar:
@@ -181,6 +181,6 @@ def class_section(asked: Asked, logits: Tensor, data: ImageData) -> dict[str, An
 
 
 def heat(name: str, values: Tensor, best: Tensor, high: float, low: float = 0.0) -> dict[str, Any]:
-    """A line of a heat map: each value, how strong its colour is in [0, 1], and whether that teacher is the best one."""
+    """A line of a heat map: each value, how strong its color is in [0, 1], and whether that teacher is the best one."""
     shades = ((values - low) / (high - low)).clamp(0, 1).tolist()
     return {"class": name, "cells": list(zip(values.tolist(), shades, best.tolist(), strict=True))}

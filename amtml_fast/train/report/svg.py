@@ -1,4 +1,4 @@
-"""Small charts as inline SVG. Colours are classes of the page's style sheet, so that a chart follows light, dark and
+"""Small charts as inline SVG. Colors are classes of the page's style sheet, so that a chart follows light, dark and
 print. Every chart carries its words for those who do not see it."""
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def strip(values: Sequence[float], low: float, high: float) -> Markup:
 
 
 def stacked(parts: Mapping[str, float], longest: float) -> Markup:
-    """A bar of parts by their colour class, as long as its share of the longest."""
+    """A bar of parts by their color class, as long as its share of the longest."""
     x, out = 0.0, []
     for color, value in parts.items():
         wide = 100 * value / (longest or 1)

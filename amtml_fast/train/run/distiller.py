@@ -22,7 +22,7 @@ from .timing import StepTimer
 
 
 class Distiller(nn.Module):
-    """Everything that trains in one module, so that DDP, FSDP, checkpoints and the optimiser see all of it."""
+    """Everything that trains in one module, so that DDP, FSDP, checkpoints and the optimizer see all of it."""
 
     def __init__(self, student: FeatureExtractor, objective: Objective) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Distiller(nn.Module):
 
 
 def make_distiller(job: Job, data: ImageData, teachers: Teachers | None, processes: int = 1) -> Distiller:
-    """The freshly initialised module of a job, a pure function of its seed, on the CPU."""
+    """The freshly initialized module of a job, a pure function of its seed, on the CPU."""
     torch.manual_seed(job.seed)
     classes, channels = len(data.classes), data.train.images.shape[1]
 
@@ -87,7 +87,7 @@ def teachers_of(job: Job, everyone: Teachers | None) -> Teachers | None:
     if not job.method.needs_teachers:
         return None
     if everyone is None:
-        raise ValueError(f"{job.title}: teachers wanted by {job.method.name}, got none")
+        raise ValueError(f"{job.title} must have teachers for {job.method.name}, got none")
     names = list(job.teachers)
     if job.method.teachers == BEST:
         names = [max(names, key=lambda name: everyone.scores[everyone.names.index(name)])]

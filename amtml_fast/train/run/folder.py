@@ -130,7 +130,7 @@ class Run:
             ) from None
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             found = state.get("format") if isinstance(state, dict) else type(state).__name__
-            raise RunError(f"{self.checkpoint}: format {FORMAT!r} wanted, got {found!r}. {advice}")
+            raise RunError(f"{self.checkpoint} must have format {FORMAT!r}, got {found!r}. {advice}")
         return state
 
     def remove_unfinished(self) -> None:

@@ -132,9 +132,9 @@ def one_job(config: Config, method: str, seed: int, student: str | None = None, 
     """The job that these names mean."""
     students = {each.name: each for each in (config.student, *config.compare.students)}
     if student is not None and student not in students:
-        raise ConfigError(f"--student: one of {', '.join(students)} wanted, got {student!r}")
+        raise ConfigError(f"--student must be one of {', '.join(students)}, got {student!r}")
     if teachers is not None and not 1 <= teachers <= len(config.teachers):
-        raise ConfigError(f"--teachers: 1 to {len(config.teachers)} wanted, got {teachers}")
+        raise ConfigError(f"--teachers must be in 1 to {len(config.teachers)}, got {teachers}")
     return student_job(config, method, seed, student=students.get(student or config.student.name), teachers=teachers)
 
 
@@ -142,7 +142,7 @@ def one_method(config: Config, name: str) -> Method:
     found = registry.chosen(config, [name])
     if len(found) != 1:
         names = ", ".join(method.name for method in found) or "none, for there are no teachers"
-        raise ConfigError(f"config: method: the name of one method wanted, {name!r} stands for {names}")
+        raise ConfigError(f"config: method must name one method, got {name!r}, which stands for {names}")
     return found[0]
 
 
@@ -186,12 +186,12 @@ def asked_maps(student: StudentConfig, method: Method, config: Config) -> tuple[
     what the student does not offer."""
     if method.features and student.features is None:
         raise ConfigError(
-            f"config: {student.name}.features: the last convolutional map's path wanted by {method.name}, got null"
+            f"config: {student.name}.features must be the path of the last convolutional map for {method.name}, got null"
         )
     groups = dict(student.groups) if method.groups(config.loss) else {}
     if method.groups(config.loss) and not groups:
         raise ConfigError(
-            f"config: {student.name}.groups: layer groups wanted by {method.name}'s hints (or loss.hint_weight=0)"
+            f"config: {student.name}.groups must be layer groups for {method.name}'s hints (or loss.hint_weight=0), got none"
         )
     return student.features if method.features else None, groups
 
@@ -203,8 +203,8 @@ def with_mapping(config: Config, method: Method, student: StudentConfig, teacher
         for teacher in config.teachers:
             if teacher.name in teachers and teacher.hint is None:
                 raise ConfigError(
-                    f"config: teachers.{teacher.name}.hint: the dotted path of the module whose output is the hint wanted "
-                    f"by {method.name}, got null; or set loss.hint_weight=0"
+                    f"config: teachers.{teacher.name}.hint must be the dotted path of the module whose output is the hint "
+                    f"for {method.name}, got null; or set loss.hint_weight=0"
                 )
     if not method.groups(config.loss):
         return config
@@ -212,7 +212,7 @@ def with_mapping(config: Config, method: Method, student: StudentConfig, teacher
     if not isinstance(mapping, Mapping):
         if len(groups) < len(teachers):
             raise ConfigError(
-                f"config: {student.name}.groups: at least {len(teachers)} for {len(teachers)} teachers wanted, got "
+                f"config: {student.name}.groups must be at least {len(teachers)} for {len(teachers)} teachers, got "
                 f"{', '.join(groups)}; an explicit loss.mapping may share groups"
             )
         return config
@@ -225,12 +225,12 @@ def with_mapping(config: Config, method: Method, student: StudentConfig, teacher
             raise ConfigError(f"config: loss.mapping: {key!r} is no teacher; the teachers are {', '.join(everyone)}")
         if group not in groups:
             raise ConfigError(
-                f"config: loss.mapping: a layer group of {student.name} ({', '.join(groups)}) wanted, got {group!r}"
+                f"config: loss.mapping must name a layer group of {student.name} ({', '.join(groups)}), got {group!r}"
             )
         if name in teachers:
             kept[name] = group
     if not kept:
-        raise ConfigError(f"config: loss.mapping: at least one of {', '.join(teachers)} wanted, got {dict(mapping)}")
+        raise ConfigError(f"config: loss.mapping must name at least one of {', '.join(teachers)}, got {dict(mapping)}")
     return replace(config, loss=replace(config.loss, mapping=kept))
 
 

@@ -12,7 +12,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """`read()`: the most that was held, in bytes, beyond what was there when this was made: network, gradients, optimiser
+    """`read()`: the most that was held, in bytes, beyond what was there when this was made: network, gradients, optimizer
     and one step; not the data and the teachers, which trainings share. On a GPU by PyTorch's count, on Linux by the
     system's, without the pages of files that it has mapped (the teacher cache); None where the system does not say."""
 

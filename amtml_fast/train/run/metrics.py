@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods.base import StepLoss
 
-# Mean normalised entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
+# Mean normalized entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
 UNIFORM, ONE_HOT = 0.999, 0.01
 EXAMPLES = "examples"
 
@@ -72,11 +72,11 @@ def collapsed(row: Mapping[str, Any], teachers: Sequence[str]) -> str | None:
         return None
     if entropy > UNIFORM:
         return (
-            "the teacher weights are uniform (normalised entropy above 0.999); "
+            "the teacher weights are uniform (normalized entropy above 0.999); "
             "if that lasts, try a smaller loss.regularizer_weight or a larger loss.init_scale"
         )
     share, name = max(zip(row["weight_won"], teachers, strict=True))
     return (
-        f"one teacher has all the weight (normalised entropy below 0.01), {name} on {100 * share:.0f} % of the examples; "
+        f"one teacher has all the weight (normalized entropy below 0.01), {name} on {100 * share:.0f} % of the examples; "
         "if that lasts, try a larger loss.regularizer_weight, a smaller loss.init_scale, or loss.adapter_label_weight=1"
     )

@@ -1,4 +1,4 @@
-"""The optimiser of a training, and its learning rates."""
+"""The optimizer of a training, and its learning rates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from ..config.schema import StagesConfig, TrainConfig
 from .distiller import Distiller
 
-ADAPTER = "adapter"  # its group of the optimiser
+ADAPTER = "adapter"  # its group of the optimizer
 
 
 def make_optimizer(train: TrainConfig, module: Distiller) -> torch.optim.Optimizer:
-    """One optimiser over student, hint projections F_t and adapter; the adapter has its regulariser for decay."""
+    """One optimizer over student, hint projections F_t and adapter; the adapter has its regularizer for decay."""
     adapter = module.objective.adapter
     own = list(adapter.parameters()) if adapter is not None else []
     ids = {id(p) for p in own}

@@ -25,8 +25,8 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Connection ref
 
 
 def shard(module: nn.Module, device: torch.device) -> nn.Module:
-    """FSDP2 in place: parameters, gradients and the optimiser's state are spread over the processes; whole only during a
-    step. To be called before the optimiser is made."""
+    """FSDP2 in place: parameters, gradients and the optimizer's state are spread over the processes; whole only during a
+    step. To be called before the optimizer is made."""
     fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
     return module
 
@@ -66,12 +66,12 @@ def load_state(module: nn.Module, optimizer: Optimizer, model: Mapping[str, Any]
     found = {name: tuple(x.shape) for name, x in model.items()}
     for name in {**wanted, **found}:
         if wanted.get(name) != found.get(name):
-            raise ValueError(f"{name}: {wanted.get(name, 'nothing')} wanted, got {found.get(name, 'nothing')}")
+            raise ValueError(f"{name} must be {wanted.get(name, 'nothing')}, got {found.get(name, 'nothing')}")
     trained = {name for name, _ in module.named_parameters()}
     grouped = {name for group in optim["param_groups"] for name in group["params"]}
     if trained != grouped:
         raise ValueError(
-            f"optimizer: the same parameters wanted, got others: {', '.join(sorted(trained ^ grouped)[:3])}"
+            f"optimizer must have the same parameters, got others: {', '.join(sorted(trained ^ grouped)[:3])}"
         )
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(module, optimizer, model_state_dict=dict(model), optim_state_dict=dict(optim), options=options)

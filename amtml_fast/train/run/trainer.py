@@ -153,11 +153,11 @@ class Trainer:
         self.steps = len(self.loader) // engine.gradient_accumulation_steps
         if self.steps == 0:
             raise ConfigError(
-                f"config: batch_size: at most {len(self.data.train.labels)} (the training images) wanted, "
+                f"config: batch_size must be at most {len(self.data.train.labels)} (the training images), "
                 f"got {job.train.batch_size}"
             )
         if engine.cuda_graphs and accelerator.device.type != "cuda":
-            raise ConfigError(f"config: engine.cuda_graphs: a CUDA device wanted, got {accelerator.device.type}")
+            raise ConfigError(f"config: engine.cuda_graphs must have a CUDA device, got {accelerator.device.type}")
         # DDP looks through each step's graph for them where it must; 3 to 7 % of a step that has little to compute.
         if accelerator.num_processes > 1 and processes.anyone(accelerator, self.leaves_parameters_out()):
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -193,7 +193,7 @@ class Trainer:
             return any(x is None for x in torch.autograd.grad(out.loss, trained, allow_unused=True))
 
     def _place(self, module: nn.Module) -> None:
-        """The module as it is called, and its optimiser: as they are, or for several processes by DDP or FSDP2."""
+        """The module as it is called, and its optimizer: as they are, or for several processes by DDP or FSDP2."""
         engine, accelerator = self.job.config.engine, self.accelerator
         self.model: nn.Module
         if engine.fsdp and accelerator.num_processes > 1:
@@ -206,7 +206,7 @@ class Trainer:
         train = self.job.train
         if train.batch_size % accumulation:
             raise ConfigError(
-                f"config: batch_size: a multiple of engine.gradient_accumulation_steps={accumulation} wanted, "
+                f"config: batch_size must be a multiple of engine.gradient_accumulation_steps={accumulation}, "
                 f"got {train.batch_size}"
             )
         return Loader(
@@ -324,7 +324,7 @@ class Trainer:
         return row
 
     def learn(self, batch: Batch, sums: Sums, frozen_adapter: Sequence[nn.Parameter] = ()) -> None:
-        """Forward, backward and, if it is the step's last batch, the optimiser's step. Nothing here waits for the device."""
+        """Forward, backward and, if it is the step's last batch, the optimizer's step. Nothing here waits for the device."""
         accelerator, timer = self.accelerator, self.timer
         with accelerator.accumulate(self.model):
             out, logits = self.forward(self.model, batch, timer)
@@ -372,7 +372,7 @@ class Trainer:
         return int(accelerator.reduce(count, reduction="sum").item()) / max(1, len(split))
 
     def frozen_adapter(self, epoch: int) -> list[nn.Parameter]:
-        """The adapter's parameters in the second of two stages: without a gradient the optimiser leaves them alone.
+        """The adapter's parameters in the second of two stages: without a gradient the optimizer leaves them alone.
 
         Not requires_grad=False, which DDP does not allow to change; the weights still follow the live student.
         """

@@ -52,7 +52,7 @@ def stores(config: Config, teachers: Teachers, data: ImageData) -> dict[int | No
     kinds, prints, split = teachers.kinds, fingerprint(config), data.train
     if isinstance(kinds.logits.kind, int) and kinds.logits.kind >= len(data.classes):
         raise ConfigError(
-            f"config: cache.logits: fewer than the {len(data.classes)} classes of {data.name} wanted, "
+            f"config: cache.logits must be fewer than the {len(data.classes)} classes of {data.name}, "
             f"got {kinds.logits.kind}; float16 keeps all"
         )
     shared = {

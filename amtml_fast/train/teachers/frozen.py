@@ -145,13 +145,13 @@ def missing(teacher: TeacherConfig, path: Path) -> str:
 def load(config: Config, data: ImageData, *, hints: bool, channels_last: bool = False) -> Teachers:
     """Every teacher of the configuration on the data's device, frozen, with its validation accuracy."""
     if not config.teachers:
-        raise ConfigError("config: teachers: at least one teacher wanted for this method, got none")
+        raise ConfigError("config: teachers must be at least one for this method, got none")
     device = data.train.images.device
     models = []
     for teacher in config.teachers:
         if hints and teacher.hint is None:
             raise ConfigError(
-                f"config: teachers.{teacher.name}.hint: the dotted path of the module whose output is the hint wanted, "
+                f"config: teachers.{teacher.name}.hint must be the dotted path of the module whose output is the hint, "
                 "got null; or set loss.hint_weight=0"
             )
         net = extractor(config, teacher, data, hints=hints)
@@ -188,7 +188,7 @@ def extractor(
 
 
 def _model(config: Config, teacher: TeacherConfig, data: ImageData) -> nn.Module:
-    """The teacher's net with its weights, made to take the data's images where it was trained on images normalised by
+    """The teacher's net with its weights, made to take the data's images where it was trained on images normalized by
     other statistics: those of the configuration, or those that a net with weights from elsewhere carries itself."""
     path, own = weights_file(config, teacher), teacher.model
     if path is not None and not path.is_file():

@@ -175,7 +175,7 @@ class Store:
         except (ValueError, OSError) as error:
             raise self._refused(self.key_file, f"not readable as JSON ({error})") from None
         if different := differences(there, self.key):
-            shown = "; ".join(f"{key}: {there!r} there, {here!r} wanted" for key, there, here in different[:3])
+            shown = "; ".join(f"{key} must be {here!r}, got {there!r}" for key, there, here in different[:3])
             raise self._refused(self.key_file, f"outputs of something else ({shown})")
 
     def _map(self, number: int) -> Parts:
@@ -186,18 +186,18 @@ class Store:
                 said = file.metadata() or {}
                 for name, wanted in self._metadata(number).items():
                     if said.get(name) != wanted:
-                        raise self._refused(path, f"{name} {wanted} wanted, {said.get(name)} found")
+                        raise self._refused(path, f"{name} must be {wanted}, got {said.get(name)}")
                 kinds = self.storage.parts(self.shape)
                 wanted_kinds = {name: (NAMES[dtype], [last - first, *rest]) for name, (dtype, rest) in kinds.items()}
                 slices = {name: file.get_slice(name) for name in sorted(file.keys())}
                 found = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
                 if found != wanted_kinds:
-                    raise self._refused(path, f"tensors {wanted_kinds} wanted, {found} found")
+                    raise self._refused(path, f"tensors must be {wanted_kinds}, got {found}")
                 return {name: file.get_tensor(name) for name in kinds}
         except (SafetensorError, OSError) as error:
             whole = self.storage.row_bytes(self.shape) * (last - first)
             size = path.stat().st_size if path.is_file() else 0
-            what = f"a whole safetensors file with {whole} bytes of rows wanted, {size} bytes found"
+            what = f"it must be a whole safetensors file with {whole} bytes of rows, got {size} bytes"
             raise self._refused(path, f"{what} ({error})") from None
 
     def _metadata(self, number: int) -> dict[str, str]:
@@ -231,7 +231,9 @@ class Store:
         """Takes the rows from `first` on; they come in order. A shard is written with its last row."""
         kept = {name: part.cpu().contiguous() for name, part in self.storage.encode(output).items()}
         if not torch.isfinite(kept["values"]).all() and torch.isfinite(output).all():
-            raise CacheError(f"{self.folder}: values below 65504 wanted for float16, got {output.abs().max().item():g}")
+            raise CacheError(
+                f"{self.folder}: values must be below 65504 for float16, got {output.abs().max().item():g}"
+            )
         last = first + len(output)
         for number in self._touched(first, last):
             if number in self.wanted:
@@ -275,7 +277,7 @@ class Store:
 def no_room(folder: Path, wanted: int, advice: str) -> CacheError:
     free = free_disk(folder)
     return CacheError(
-        f"{folder}: no room for the teachers' outputs: {wanted:,} bytes wanted, {free:,} free; {advice}. Make room, or "
+        f"{folder}: no room for the teachers' outputs: {wanted:,} bytes needed, {free:,} free; {advice}. Make room, or "
         "set cache.folder to another disk, cache.logits or cache.hints to float16, cache.hints=never or cache.teachers=never."
     )
 
