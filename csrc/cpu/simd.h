@@ -11,7 +11,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "../common.h"
+#include "convert.h"
 
 #define AMTML_INLINE inline __attribute__((always_inline))
 // A lambda that is inlined into the caller, and so compiled for the caller's instruction set.
@@ -233,61 +233,6 @@ class Buffer {
  private:
   std::unique_ptr<T[]> data_;
 };
-
-// A strided matrix of any dtype, read a row at a time.
-struct Matrix {
-  const void* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-  int64_t row_stride = 0, column_stride = 0;
-
-  Matrix() = default;
-  explicit Matrix(const Tensor& t)
-      : data(t.const_data_ptr()), dtype(t.scalar_type()), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
-  explicit Matrix(const std::optional<Tensor>& t) : Matrix(t ? Matrix(*t) : Matrix()) {}
-  explicit operator bool() const { return data != nullptr; }
-
-  // Whether a row is A's in memory already, so that load_row needs no scratch.
-  template <class A>
-  bool in_place() const {
-    return column_stride == 1 && dtype == dtype_of<A>;
-  }
-};
-
-// Row i as n contiguous values of type A: in place where it is that already, else converted into scratch.
-template <class A>
-AMTML_INLINE const A* load_row(const Matrix& m, int64_t i, int64_t n, A* scratch) {
-  const A* result = scratch;
-  auto convert = [&](auto zero) __attribute__((always_inline)) {
-    using T = decltype(zero);
-    const T* row = static_cast<const T*>(m.data) + i * m.row_stride;
-    if constexpr (std::is_same_v<T, A>) {
-      if (m.column_stride == 1) {
-        result = row;
-        return;
-      }
-    }
-    if (m.column_stride == 1) {
-#pragma omp simd
-      for (int64_t c = 0; c < n; ++c) scratch[c] = static_cast<A>(row[c]);
-    } else {
-      for (int64_t c = 0; c < n; ++c) scratch[c] = static_cast<A>(row[c * m.column_stride]);
-    }
-  };
-  switch (m.dtype) {
-    case ScalarType::Double:
-      convert(double{});
-      break;
-    case ScalarType::Half:
-      convert(Half{});
-      break;
-    case ScalarType::BFloat16:
-      convert(BFloat16{});
-      break;
-    default:
-      convert(float{});
-  }
-  return result;
-}
 
 // n rounded up to a multiple.
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
