@@ -11,6 +11,9 @@ template <class A>
 void widen(const void* from, ScalarType dtype, int64_t stride, int64_t n, A* to);
 template <class A>
 void narrow(const A* from, int64_t n, void* to, ScalarType dtype);
+// The same, number i to place at[i].
+template <class A>
+void scatter(const A* from, const int64_t* at, int64_t n, void* to, ScalarType dtype);
 
 inline int64_t bytes_of(ScalarType dtype) {
   return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
@@ -55,6 +58,10 @@ struct Target {
   template <class A>
   void write(int64_t i, int64_t n, const A* made) const {
     if (!in_place<A>()) narrow(made, n, data + i * bytes_of(dtype), dtype);
+  }
+  template <class A>
+  void scatter(int64_t first, const int64_t* at, int64_t n, const A* made) const {
+    amtml::scatter(made, at, n, data + first * bytes_of(dtype), dtype);
   }
   void clear(int64_t i, int64_t n) const { std::memset(data + i * bytes_of(dtype), 0, n * bytes_of(dtype)); }
 };

@@ -40,11 +40,11 @@ struct Pooling {
   int64_t channels;
   const Axis<A>&down, &across;
   int64_t plane, averages;
-  bool last;             // the channels
-  std::vector<A> scale;  // [plane]
-  std::vector<A> inner;  // [plane], for the way back through norms
-  std::vector<A> sums;   // of the averages
-  Buffer<A> piece;       // what is not A's in memory
+  bool last;        // the channels
+  Buffer<A> scale;  // [plane]
+  Buffer<A> inner;  // [plane], for the way back through norms
+  Buffer<A> sums;   // of the averages
+  Buffer<A> piece;  // what is not A's in memory
 
   Pooling(int64_t channels_, const Axis<A>& down_, const Axis<A>& across_, bool last_, bool in_place, bool back)
       : channels(channels_),
@@ -53,10 +53,12 @@ struct Pooling {
         plane(down.in() * across.in()),
         averages(down.out() * across.out()),
         last(last_),
-        scale(plane, A(1)),
+        scale(plane),
         inner(back ? plane : 0),
         sums(last ? (averages + 1) * channels : (down.out() + 1) * across.in()),
-        piece(in_place ? 0 : in_a_piece(last ? channels : plane) * (last ? channels : plane)) {}
+        piece(in_place ? 0 : in_a_piece(last ? channels : plane) * (last ? channels : plane)) {
+    std::fill_n(scale.data(), plane, A(1));
+  }
 
   // run(c, count, x) for all planes of the example that starts at `first`, `count` of them from c on in x.
   template <class Run>

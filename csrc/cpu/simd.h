@@ -9,6 +9,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 
 #include "convert.h"
@@ -218,12 +219,14 @@ AMTML_INLINE double block_sum(int64_t n, const F& term) {
   return total;
 }
 
-// An array that is not filled with zeros first.
+// An array that is not filled with zeros first, and starts at a cache line: no vector lies across two.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(new T[std::max<int64_t>(n, 1)]) {
-    fill_for_tests(data_.get(), std::max<int64_t>(n, 1) * sizeof(T));
+  explicit Buffer(int64_t n) {
+    const size_t bytes = std::max<int64_t>(n, 1) * sizeof(T);
+    data_.reset(static_cast<T*>(::operator new(bytes, kLine)));
+    fill_for_tests(data_.get(), bytes);
   }
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
@@ -231,7 +234,11 @@ class Buffer {
   const T& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  std::unique_ptr<T[]> data_;
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
+  };
+  std::unique_ptr<T[], Free> data_;
 };
 
 // n rounded up to a multiple.

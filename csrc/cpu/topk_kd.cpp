@@ -207,15 +207,18 @@ AMTML_INLINE void student_gradient(Row<A>& row, int64_t i, int64_t label, const 
     }
     grad.write(first + start, end - start, made);
   }
-  auto set = [&](int64_t c, A p) __attribute__((always_inline)) {
+  auto at = [&](int64_t c, A p) __attribute__((always_inline)) {
     A g = kl_gradient(scale, a, e[c] * inverse, p);
     if (has_ce) g += ce_q * e1[c] - flat - (c == label ? ce_grad * (1 - smoothing) : A(0));
-    A scratch, *made = grad.place(first + c, &scratch);
-    *made = z[c] == masked ? A(0) : g;
-    grad.write(first + c, 1, made);
+    return z[c] == masked ? A(0) : g;
   };
-  if (has_ce) set(label, b);
-  for (int64_t u = 0; u < row.named; ++u) set(row.classes[u], scale == 0 ? A(0) : row.p[u]);
+  if (has_ce) {
+    const A of_label = at(label, b);
+    grad.scatter(first, &label, 1, &of_label);
+  }
+  A* of_union = row.ratio.data();  // not read any more
+  for (int64_t u = 0; u < row.named; ++u) of_union[u] = at(row.classes[u], scale == 0 ? A(0) : row.p[u]);
+  grad.scatter(first, row.classes.data(), row.named, of_union);
 }
 
 struct Inputs {  // owns what Problem points to
