@@ -100,6 +100,28 @@ inline Scale reduction_scale(const int64_t* labels, int64_t rows, int64_t classe
   return {1 / by, set.reduction == "mean" ? 1 / (by * classes) : 1 / by};
 }
 
+// What a pass over all rows reads and writes; null where it is not asked for.
+template <class A>
+struct KDPass {
+  A* stats;            // that forward makes
+  double *ce, *kl;     // each row's losses, of forward, too
+  const A* saved;      // the statistics, in backward
+  const A* grad_loss;  // one number, or one each row
+  bool each_row;
+  Scale scale;  // of both terms
+  Target grad_student;
+  A* grad_weights;
+
+  bool forward() const { return saved == nullptr; }
+  double incoming(int64_t i) const { return forward() ? 1 : grad_loss[each_row ? i : 0]; }
+};
+
+// The numbers of a tensor; null where there are none.
+template <class A>
+A* data(const Tensor& t) {
+  return t.numel() ? static_cast<A*>(t.mutable_data_ptr()) : nullptr;
+}
+
 // Loss, ce and kl, reduced or of every row; ce and kl may be null.
 template <class A>
 void reduce_rows(const KDSettings& set, const Scale& scale, const std::vector<double>& ce_rows,

@@ -252,21 +252,11 @@ struct Inputs {  // owns what Problem points to
   }
 };
 
-// What a pass over all rows reads and writes besides the problem; null where it is not asked for.
+// With what this operator reads and writes besides.
 template <class A>
-struct Pass {
-  A* stats;            // that forward makes
-  double *ce, *kl;     // each row's losses, of forward, too
-  const A* saved;      // the statistics, in backward
-  const A* grad_loss;  // one number, or one each row
-  bool each_row;
-  Scale scale;  // of both terms
+struct Pass : KDPass<A> {
   A *student_probs, *soft_targets;
-  Target grad_student;
-  A* grad_weights;
   Matrix grad_q, grad_p;
-
-  bool forward() const { return saved == nullptr; }
 };
 
 template <class A>
@@ -275,7 +265,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass, A* q_row,
   const KDSettings& set = pr.set;
   const int64_t c = pr.classes, size = stats_size(pr.teachers), label = pr.labels ? pr.labels[i] : 0;
   A* s = row.stats.data();
-  const double g = pass.forward() ? 1 : pass.grad_loss[pass.each_row ? i : 0];
+  const double g = pass.incoming(i);
   Wanted<A> want{pass.forward(),
                  pass.student_probs ? pass.student_probs + i * c : nullptr,
                  pass.soft_targets ? pass.soft_targets + i * c : nullptr,
@@ -313,11 +303,6 @@ void run_rows(const Problem<A>& pr, const Pass<A>& pass) {
       for (int64_t i = begin; i < end; ++i) run_row(row, i, pass, q_row.data(), p_row.data());
     });
   });
-}
-
-template <class A>
-A* data(const Tensor& t) {
-  return t.numel() ? static_cast<A*>(t.mutable_data_ptr()) : nullptr;
 }
 
 }  // namespace

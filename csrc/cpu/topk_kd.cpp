@@ -275,23 +275,8 @@ struct Inputs {  // owns what Problem points to
   }
 };
 
-// What a pass over all rows reads and writes besides the problem; null where it is not asked for.
 template <class A>
-struct Pass {
-  A* stats;            // that forward makes: [N, 3]
-  double *ce, *kl;     // each row's losses, of forward, too
-  const A* saved;      // the statistics, in backward
-  const A* grad_loss;  // one number, or one each row
-  bool each_row;
-  Scale scale;  // of both terms
-  Target grad_student;
-  A* grad_weights;
-
-  bool forward() const { return saved == nullptr; }
-};
-
-template <class A>
-AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass) {
+AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
   const Problem<A>& pr = row.problem;
   const KDSettings& set = pr.set;
   const int64_t c = pr.classes, label = pr.labels ? pr.labels[i] : 0;
@@ -302,7 +287,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass) {
     if (grad_weights) std::fill_n(grad_weights, pr.teachers(), A(0));
     return;
   }
-  const double g = pass.forward() ? 1 : pass.grad_loss[pass.each_row ? i : 0];
+  const double g = pass.incoming(i);
   const A ce_grad = static_cast<A>(g * set.ce_weight * pass.scale.ce);
   const A kl_grad = static_cast<A>(g * set.kl_weight * set.kl_scale * pass.scale.kl);
   const A per_tau = static_cast<A>(1 / set.temperature);
@@ -323,18 +308,13 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass) {
 }
 
 template <class A>
-void run_rows(const Problem<A>& pr, const Pass<A>& pass) {
+void run_rows(const Problem<A>& pr, const KDPass<A>& pass) {
   torch::stable::parallel_for(0, pr.rows, grain(2 * pr.classes), [&](int64_t begin, int64_t end) {
     Row<A> row(pr);
     vectorized([&] AMTML_BODY() {
       for (int64_t i = begin; i < end; ++i) run_row(row, i, pass);
     });
   });
-}
-
-template <class A>
-A* data(const Tensor& t) {
-  return t.numel() ? static_cast<A*>(t.mutable_data_ptr()) : nullptr;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, const Tensor& indices,
@@ -357,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, co
     using A = decltype(zero);
     const Problem<A> pr = inputs.problem<A>(student, log_probs, sizes, weights, set);
     std::vector<double> ce_rows(n), kl_rows(n);
-    Pass<A> pass{};
+    KDPass<A> pass{};
     pass.stats = data<A>(stats), pass.ce = ce_rows.data(), pass.kl = kl_rows.data();
     pass.scale = reduction_scale(pr.labels, n, c, set);
     if (need_student_grad) pass.grad_student = Target(grad_student);
@@ -385,7 +365,7 @@ std::tuple<Tensor, Tensor> topk_kd_bwd(const Tensor& grad_loss, const Tensor& st
     using A = decltype(zero);
     const Problem<A> pr = inputs.problem<A>(student, log_probs, sizes, weights, set);
     const Tensor incoming = dense(grad_loss, inputs.wide), saved = dense(stats);
-    Pass<A> pass{};
+    KDPass<A> pass{};
     pass.saved = static_cast<const A*>(saved.const_data_ptr());
     pass.grad_loss = static_cast<const A*>(incoming.const_data_ptr()), pass.each_row = set.each_row();
     pass.scale = reduction_scale(pr.labels, n, c, set);
