@@ -89,6 +89,9 @@ def extension() -> dict:
     flags = ["-O3", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"]
     flags += ["-fno-trapping-math", "-Wno-psabi", *hidden]
     sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    # Python's own flags ask for debugging information: most of the library, and a quarter of the build's time.
+    debug = "-g" in os.environ.get("CFLAGS", "")
+    flags += [] if debug else ["-g0"]
     home = cuda_home()
     cuda = cuda_part(home, hidden) if home else {"sources": [], "nvcc": []}
     nvcc = cuda.pop("nvcc")
@@ -97,6 +100,7 @@ def extension() -> dict:
         sources + cuda.pop("sources"),
         depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])),
         py_limited_api=True,
+        extra_link_args=[*cuda.pop("extra_link_args", []), *([] if debug or sys.platform != "linux" else ["-Wl,-s"])],
         extra_compile_args={"cxx": [*flags, "-Wall", STABLE_ABI], "nvcc": nvcc},
         **cuda,
     )

@@ -29,6 +29,8 @@ using torch::stable::Tensor;
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
 using Shape = std::vector<int64_t>;
+using Tensor5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The dtype that sums, products and exponentials are made in.
 inline ScalarType wide_dtype(ScalarType a) { return a == ScalarType::Double ? a : ScalarType::Float; }

@@ -7,6 +7,10 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "hint_loss";
+constexpr int64_t kPiece = 4096;  // numbers at a time that are not A's in memory, where a plane or a pixel has no more
+
+// Planes, or pixels with the channels last, of `length` numbers that are taken together.
+int64_t in_a_piece(int64_t length) { return std::max<int64_t>(kPiece / std::max<int64_t>(length, 1), 1); }
 
 // The lengths of pixels from their squares, in place, and 1 / that.
 template <class A>
@@ -18,42 +22,175 @@ AMTML_INLINE void lengths_of(int64_t pixels, A* length, A* scale) {
   }
 }
 
-// Those of each pixel of an example over its channels.
-template <class T, class A>
-AMTML_INLINE void norms_of(const T* example, int64_t channels, int64_t plane, A* length, A* scale) {
-  std::fill_n(length, plane, A(0));
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* x = example + c * plane;
+// y = x r with r = 1 / |x|, or 1 / kSmallestNorm where |x| is less:  dx = r dy - x inner, inner = r^3 <x, dy> or 0
+// there. inner is <x, dy> at first; scale becomes r.
+template <class A>
+AMTML_INLINE void factors_of(int64_t pixels, const A* length, A* scale, A* inner) {
 #pragma omp simd
-    for (int64_t p = 0; p < plane; ++p) length[p] += static_cast<A>(x[p]) * static_cast<A>(x[p]);
+  for (int64_t p = 0; p < pixels; ++p) {
+    const bool small = length[p] < A(kSmallestNorm);
+    scale[p] = 1 / (small ? A(kSmallestNorm) : length[p]);
+    inner[p] = small ? A(0) : inner[p] * scale[p] * scale[p] * scale[p];
   }
-  lengths_of(plane, length, scale);
 }
 
-// An example with its channels last, averaged: pooled [channels, averages]. length, if not null, becomes its norms;
-// scale (ones without) and sums are scratch for a row and for the averages.
-template <class T, class A>
-AMTML_INLINE void pool_channels_last(const T* x, int64_t channels, const Axis<A>& down, const Axis<A>& across,
-                                     A* length, A* scale, A* sums, A* pooled) {
-  const int64_t w = across.in(), averages = down.out() * across.out();
-  std::fill_n(sums, averages * channels, A(0));
-  for (int64_t a = 0; a < down.in(); ++a, x += w * channels) {
-    if (length) {
-      for (int64_t b = 0; b < w; ++b) {
-        A square = 0;
-#pragma omp simd reduction(+ : square)
-        for (int64_t c = 0; c < channels; ++c) {
-          square += static_cast<A>(x[b * channels + c]) * static_cast<A>(x[b * channels + c]);
-        }
-        length[b] = square;
-      }
-      lengths_of(w, length, scale);
-      length += w;
-    }
-    pool_row(x, scale, channels, a, down, across, sums);
+// Adaptive pooling of maps, and the way back; scratch of one thread.
+template <class A>
+struct Pooling {
+  int64_t channels;
+  const Axis<A>&down, &across;
+  int64_t plane, averages;
+  bool last;        // the channels
+  Buffer<A> scale;  // [plane]
+  Buffer<A> inner;  // [plane], for the way back through norms
+  Buffer<A> sums;   // of the averages
+  Buffer<A> piece;  // what is not A's in memory
+
+  Pooling(int64_t channels_, const Axis<A>& down_, const Axis<A>& across_, bool last_, bool in_place, bool back)
+      : channels(channels_),
+        down(down_),
+        across(across_),
+        plane(down.in() * across.in()),
+        averages(down.out() * across.out()),
+        last(last_),
+        scale(plane),
+        inner(back ? plane : 0),
+        sums(last ? (averages + 1) * channels : (down.out() + 1) * across.in()),
+        piece(in_place ? 0 : in_a_piece(last ? channels : plane) * (last ? channels : plane)) {
+    std::fill_n(scale.data(), plane, A(1));
   }
-  transpose(averages, channels, sums, channels, pooled, averages);
-}
+
+  // run(c, count, x) for all planes of the example that starts at `first`, `count` of them from c on in x.
+  template <class Run>
+  AMTML_INLINE void each_piece(const Source& map, int64_t first, const Run& run) {
+    const int64_t step = in_a_piece(plane);
+    for (int64_t c = 0; c < channels; c += step) {
+      const int64_t count = std::min(step, channels - c);
+      run(c, count, map.read(first + c * plane, count * plane, piece.data()));
+    }
+  }
+
+  // The norms of all pixels, and 1 / that in scale.
+  AMTML_INLINE void norms_of(const Source& map, int64_t first, A* length) {
+    std::fill_n(length, plane, A(0));
+    each_piece(map, first, [&] AMTML_BODY(int64_t, int64_t count, const A* x) {
+      for (int64_t c = 0; c < count; ++c, x += plane) {
+#pragma omp simd
+        for (int64_t p = 0; p < plane; ++p) length[p] += x[p] * x[p];
+      }
+    });
+    lengths_of(plane, length, scale.data());
+  }
+
+  // pooled [channels, averages] from the example that starts at `first`; length, if not null, becomes its norms.
+  AMTML_INLINE void forward(const Source& map, int64_t first, A* length, A* pooled) {
+    if (last) return forward_last(map, first, length, pooled);
+    if (length) norms_of(map, first, length);
+    each_piece(map, first, [&] AMTML_BODY(int64_t c, int64_t count, const A* x) {
+      for (int64_t i = 0; i < count; ++i) {
+        pool(x + i * plane, scale.data(), down, across, sums.data(), pooled + (c + i) * averages);
+      }
+    });
+  }
+
+  AMTML_INLINE void forward_last(const Source& map, int64_t first, A* length, A* pooled) {
+    const int64_t w = across.in(), step = in_a_piece(channels);
+    std::fill_n(sums.data(), averages * channels, A(0));
+    for (int64_t a = 0; a < down.in(); ++a) {
+      for (int64_t begin = 0; begin < w; begin += step) {
+        const int64_t end = std::min(begin + step, w), pixel = a * w + begin;
+        const A* x = map.read(first + pixel * channels, (end - begin) * channels, piece.data());
+        for (int64_t b = 0; length && b < end - begin; ++b) {
+          A square = 0;
+#pragma omp simd reduction(+ : square)
+          for (int64_t c = 0; c < channels; ++c) square += x[b * channels + c] * x[b * channels + c];
+          length[pixel + b] = square;
+        }
+        if (length) lengths_of(end - begin, length + pixel, scale.data() + begin);
+        pool_pixels(x, scale.data(), channels, a, begin, end, down, across, sums.data());
+      }
+    }
+    transpose(averages, channels, sums.data(), channels, pooled, averages);
+  }
+
+  // The way back, from grad [channels, averages] to `out`. length is null without norms, and the map is not read then.
+  AMTML_INLINE void backward(const A* grad, const Source& map, int64_t first, const A* length, const Target& out) {
+    if (last) return backward_last(grad, map, first, length, out);
+    if (length) inner_products(grad, map, first, length);
+    const A *r = scale.data(), *along = inner.data();
+    const int64_t w = across.in(), step = in_a_piece(plane);
+    for (int64_t c = 0; c < channels; c += step) {
+      const int64_t count = std::min(step, channels - c), at = first + c * plane;
+      const A* source = length ? map.read(at, count * plane, piece.data()) : nullptr;
+      A* made = out.place(at, piece.data());  // may be the source: each number is read before it is written
+      for (int64_t i = 0; i < count; ++i) {
+        spread(grad + (c + i) * averages, down, across, sums.data(), [&] AMTML_BODY(int64_t row, const A* d) {
+          A* target = made + i * plane + row;
+          if (!length) {
+            std::copy_n(d, w, target);
+            return;
+          }
+          const A* x = source + i * plane + row;
+#pragma omp simd
+          for (int64_t b = 0; b < w; ++b) target[b] = d[b] * r[row + b] - x[b] * along[row + b];
+        });
+      }
+      out.write(at, count * plane, made);
+    }
+  }
+
+  AMTML_INLINE void inner_products(const A* grad, const Source& map, int64_t first, const A* length) {
+    std::fill_n(inner.data(), plane, A(0));
+    A* products = inner.data();
+    each_piece(map, first, [&] AMTML_BODY(int64_t c, int64_t count, const A* x) {
+      for (int64_t i = 0; i < count; ++i, x += plane) {
+        spread(grad + (c + i) * averages, down, across, sums.data(), [&] AMTML_BODY(int64_t row, const A* d) {
+#pragma omp simd
+          for (int64_t b = 0; b < across.in(); ++b) products[row + b] += d[b] * x[row + b];
+        });
+      }
+    });
+    factors_of(plane, length, scale.data(), products);
+  }
+
+  AMTML_INLINE void backward_last(const A* grad, const Source& map, int64_t first, const A* length, const Target& out) {
+    const int64_t w = across.in(), step = in_a_piece(channels);
+    A *shares = sums.data(), *sum = shares + averages * channels, *r = scale.data(), *along = inner.data();
+    transpose(channels, averages, grad, averages, shares, channels);
+    for (int64_t o = 0; o < averages; ++o) {
+      const A share = down.share[o / across.out()] * across.share[o % across.out()];
+#pragma omp simd
+      for (int64_t c = 0; c < channels; ++c) shares[o * channels + c] *= share;
+    }
+    for (int64_t a = 0; a < down.in(); ++a) {
+      for (int64_t begin = 0; begin < w; begin += step) {
+        const int64_t count = std::min(step, w - begin), at = first + (a * w + begin) * channels;
+        const A* source = length ? map.read(at, count * channels, piece.data()) : nullptr;
+        A* made = out.place(at, piece.data());
+        for (int64_t b = 0; length && b < count; ++b) {
+          const A *d = spread_to(a, begin + b, shares, channels, down, across, sum), *x = source + b * channels;
+          A product = 0;
+#pragma omp simd reduction(+ : product)
+          for (int64_t c = 0; c < channels; ++c) product += d[c] * x[c];
+          along[b] = product;
+        }
+        if (length) factors_of(count, length + a * w + begin, r, along);
+        for (int64_t b = 0; b < count; ++b) {
+          const A* d = spread_to(a, begin + b, shares, channels, down, across, sum);
+          A* target = made + b * channels;
+          if (!length) {
+            std::copy_n(d, channels, target);
+            continue;
+          }
+          const A *x = source + b * channels, by = r[b], less = along[b];
+#pragma omp simd
+          for (int64_t c = 0; c < channels; ++c) target[c] = d[c] * by - x[c] * less;
+        }
+        out.write(at, count * channels, made);
+      }
+    }
+  }
+};
 
 std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t height, int64_t width, bool normalize) {
   STD_TORCH_CHECK(feature_map.dim() == 4, kOp, ": feature_map must be [N, c, H, W]");
@@ -70,100 +207,18 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
     using A = decltype(zero);
     const Axis<A> down(h, height), across(w, width);
     A *out = static_cast<A*>(pooled.mutable_data_ptr()), *norm = static_cast<A*>(norms.mutable_data_ptr());
-    dispatch(x.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      const T* in = static_cast<const T*>(x.const_data_ptr());
-      torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> scale(plane, A(1)), row(last ? height * width * channels : w);
-        vectorized([&] AMTML_BODY() {
-          for (int64_t i = begin; i < end; ++i) {
-            const T* example = in + i * channels * plane;
-            if (last) {
-              pool_channels_last(example, channels, down, across, normalize ? norm + i * plane : nullptr, scale.data(),
-                                 row.data(), out + i * channels * height * width);
-              continue;
-            }
-            if (normalize) norms_of(example, channels, plane, norm + i * plane, scale.data());
-            for (int64_t c = i * channels; c < (i + 1) * channels; ++c) {
-              pool(in + c * plane, scale.data(), down, across, row.data(), out + c * height * width);
-            }
-          }
-        });
+    const Source in(x);
+    torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
+      Pooling<A> pooling(channels, down, across, last, in.dtype == wide, false);
+      vectorized([&] AMTML_BODY() {
+        for (int64_t i = begin; i < end; ++i) {
+          pooling.forward(in, i * channels * plane, normalize ? norm + i * plane : nullptr,
+                          out + i * channels * height * width);
+        }
       });
     });
   });
   return {pooled, norms};
-}
-
-// y = x r with r = 1 / |x|, or 1 / kSmallestNorm where |x| is less:  dx = r dy - x inner, inner = r^3 <x, dy> or 0
-// there. inner is <x, dy> at first; scale becomes r.
-template <class A>
-AMTML_INLINE void factors_of(int64_t pixels, const A* length, A* scale, A* inner) {
-#pragma omp simd
-  for (int64_t p = 0; p < pixels; ++p) {
-    const bool small = length[p] < A(kSmallestNorm);
-    scale[p] = 1 / (small ? A(kSmallestNorm) : length[p]);
-    inner[p] = small ? A(0) : inner[p] * scale[p] * scale[p] * scale[p];
-  }
-}
-
-template <class T, class A>
-AMTML_INLINE void inner_products(const A* grad, const T* example, int64_t channels, const A* length,
-                                 const Axis<A>& down, const Axis<A>& across, A* shares, A* scale, A* inner) {
-  const int64_t plane = down.in() * across.in();
-  std::fill_n(inner, plane, A(0));
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* x = example + c * plane;
-    spread(grad + c * down.out() * across.out(), down, across, shares, [&] AMTML_BODY(int64_t first, const A* d) {
-#pragma omp simd
-      for (int64_t b = 0; b < across.in(); ++b) inner[first + b] += d[b] * static_cast<A>(x[first + b]);
-    });
-  }
-  factors_of(plane, length, scale, inner);
-}
-
-// Of an example with its channels last. grad [channels, averages]; length is null without norms, and x is not read
-// then; shares, sum, scale and inner are scratch for the averages, a pixel and twice a row.
-template <class T, class A>
-AMTML_INLINE void unpool_channels_last(const A* grad, const T* x, int64_t channels, const A* length,
-                                       const Axis<A>& down, const Axis<A>& across, A* shares, A* sum, A* scale,
-                                       A* inner, T* out) {
-  const int64_t w = across.in(), averages = down.out() * across.out();
-  transpose(channels, averages, grad, averages, shares, channels);
-  for (int64_t o = 0; o < averages; ++o) {
-    const A share = down.share[o / across.out()] * across.share[o % across.out()];
-#pragma omp simd
-    for (int64_t c = 0; c < channels; ++c) shares[o * channels + c] *= share;
-  }
-  for (int64_t a = 0; a < down.in(); ++a) {
-    const int64_t first = a * w * channels;
-    if (length) {
-      for (int64_t b = 0; b < w; ++b) {
-        const A* d = spread_to(a, b, shares, channels, down, across, sum);
-        const T* source = x + first + b * channels;
-        A product = 0;
-#pragma omp simd reduction(+ : product)
-        for (int64_t c = 0; c < channels; ++c) product += d[c] * static_cast<A>(source[c]);
-        inner[b] = product;
-      }
-      factors_of(w, length + a * w, scale, inner);
-    }
-    for (int64_t b = 0; b < w; ++b) {
-      const A* d = spread_to(a, b, shares, channels, down, across, sum);
-      T* target = out + first + b * channels;
-      if (!length) {
-#pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) target[c] = static_cast<T>(d[c]);
-        continue;
-      }
-      const T* source = x + first + b * channels;
-      const A r = scale[b], along = inner[b];
-#pragma omp simd
-      for (int64_t c = 0; c < channels; ++c) {
-        target[c] = static_cast<T>(d[c] * r - static_cast<A>(source[c]) * along);
-      }
-    }
-  }
 }
 
 Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor& norms, bool normalize) {
@@ -182,40 +237,15 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
     const Axis<A> down(h, height), across(w, width);
     const A *g = static_cast<const A*>(incoming.const_data_ptr()),
             *norm = static_cast<const A*>(norms.const_data_ptr());
-    dispatch(x.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      const T* in = static_cast<const T*>(x.const_data_ptr());
-      T* out = static_cast<T*>(grad_map.mutable_data_ptr());
-      torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
-        std::vector<A> scratch(last ? (height * width + 1) * channels : (height + 1) * w), scale(normalize ? plane : 0),
-            inner(normalize ? plane : 0);
-        vectorized([&] AMTML_BODY() {
-          for (int64_t i = begin; i < end; ++i) {
-            A *shares = scratch.data(), *r = scale.data(), *along = inner.data();
-            const A* from = g + i * channels * height * width;
-            if (last) {
-              unpool_channels_last(from, in + i * channels * plane, channels, normalize ? norm + i * plane : nullptr,
-                                   down, across, shares, shares + height * width * channels, r, along,
-                                   out + i * channels * plane);
-              continue;
-            }
-            if (normalize) {
-              inner_products(from, in + i * channels * plane, channels, norm + i * plane, down, across, shares, r,
-                             along);
-            }
-            for (int64_t c = i * channels; c < (i + 1) * channels; ++c, from += height * width) {
-              spread(from, down, across, shares, [&] AMTML_BODY(int64_t first, const A* d) {
-                const T* source = in + c * plane + first;
-                T* target = out + c * plane + first;
-#pragma omp simd
-                for (int64_t b = 0; b < w; ++b) {
-                  target[b] = static_cast<T>(
-                      normalize ? d[b] * r[first + b] - static_cast<A>(source[b]) * along[first + b] : d[b]);
-                }
-              });
-            }
-          }
-        });
+    const Source in(x);
+    const Target out(grad_map);
+    torch::stable::parallel_for(0, n, grain(channels * plane), [&](int64_t begin, int64_t end) {
+      Pooling<A> pooling(channels, down, across, last, in.dtype == wide, normalize);
+      vectorized([&] AMTML_BODY() {
+        for (int64_t i = begin; i < end; ++i) {
+          pooling.backward(g + i * channels * height * width, in, i * channels * plane,
+                           normalize ? norm + i * plane : nullptr, out);
+        }
       });
     });
   });
@@ -423,15 +453,13 @@ std::tuple<Tensor, Tensor> hint_mse_fwd(const Tensor& prediction, const Tensor& 
     std::vector<double> sums(blocks);
     const A scale = A(2) / static_cast<A>(std::max<int64_t>(n, 1));
     A* out = static_cast<A*>(grad.mutable_data_ptr());
-    Matrix a, b;  // one row of n values each
-    a.data = u.const_data_ptr(), a.dtype = u.scalar_type(), a.column_stride = 1, a.row_stride = block;
-    b.data = v.const_data_ptr(), b.dtype = v.scalar_type(), b.column_stride = 1, b.row_stride = block;
+    const Source a(u), b(v);
     torch::stable::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
       std::vector<A> left(block), right(block);
       vectorized([&] AMTML_BODY() {
         for (int64_t k = begin; k < end; ++k) {
           const int64_t count = std::min(block, n - k * block);
-          const A *x = load_row(a, k, count, left.data()), *y = load_row(b, k, count, right.data());
+          const A *x = a.read(k * block, count, left.data()), *y = b.read(k * block, count, right.data());
           sums[k] = block_sum<A>(
               count, [&](int64_t i) __attribute__((always_inline)) { return (x[i] - y[i]) * (x[i] - y[i]); });
           if (!need_grad) continue;

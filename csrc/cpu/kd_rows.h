@@ -2,6 +2,7 @@
 // set teachers against it.
 #pragma once
 
+#include "../kd_settings.h"
 #include "simd.h"
 
 namespace amtml {
@@ -10,12 +11,6 @@ namespace amtml {
 // weight stands alone, the gradient of its weight is the logarithm of what the others give that class.
 constexpr int kScale = 24;
 constexpr double kLogScale = kScale * 0.693147180559945309417;
-
-struct KDSettings {
-  double temperature, ce_weight, kl_weight, kl_scale;
-  int64_t ignore_index;
-  double label_smoothing;
-};
 
 template <class A>
 AMTML_INLINE A maximum(const A* z, int64_t n) {
@@ -98,18 +93,40 @@ struct Scale {
   double ce, kl;
 };
 
-inline Scale reduction_scale(const int64_t* labels, int64_t rows, int64_t classes, int64_t ignore_index,
-                             const std::string& reduction) {
-  if (reduction == "none" || reduction == "sum") return {1, 1};
-  const int64_t count = labels ? rows - std::count(labels, labels + rows, ignore_index) : rows;
+inline Scale reduction_scale(const int64_t* labels, int64_t rows, int64_t classes, const KDSettings& set) {
+  if (set.each_row() || set.reduction == "sum") return {1, 1};
+  const int64_t count = labels ? rows - std::count(labels, labels + rows, set.ignore_index) : rows;
   const double by = static_cast<double>(std::max<int64_t>(count, 1));
-  return {1 / by, reduction == "mean" ? 1 / (by * classes) : 1 / by};
+  return {1 / by, set.reduction == "mean" ? 1 / (by * classes) : 1 / by};
+}
+
+// What a pass over all rows reads and writes; null where it is not asked for.
+template <class A>
+struct KDPass {
+  A* stats;            // that forward makes
+  double *ce, *kl;     // each row's losses, of forward, too
+  const A* saved;      // the statistics, in backward
+  const A* grad_loss;  // one number, or one each row
+  bool each_row;
+  Scale scale;  // of both terms
+  Target grad_student;
+  A* grad_weights;
+
+  bool forward() const { return saved == nullptr; }
+  double incoming(int64_t i) const { return forward() ? 1 : grad_loss[each_row ? i : 0]; }
+};
+
+// The numbers of a tensor; null where there are none.
+template <class A>
+A* data(const Tensor& t) {
+  return t.numel() ? static_cast<A*>(t.mutable_data_ptr()) : nullptr;
 }
 
 // Loss, ce and kl, reduced or of every row; ce and kl may be null.
 template <class A>
-void reduce_rows(const KDSettings& set, const Scale& scale, bool none, const std::vector<double>& ce_rows,
+void reduce_rows(const KDSettings& set, const Scale& scale, const std::vector<double>& ce_rows,
                  const std::vector<double>& kl_rows, A* loss, A* ce, A* kl) {
+  const bool none = set.each_row();
   auto write = [&](int64_t i, double ce_value, double kl_value) {  // not 0 * infinity
     loss[i] = static_cast<A>((set.ce_weight == 0 ? 0 : set.ce_weight * ce_value) +
                              (set.kl_weight == 0 ? 0 : set.kl_weight * kl_value));

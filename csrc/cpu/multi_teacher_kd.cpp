@@ -18,17 +18,14 @@ namespace {
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int64_t kChunk = 1024;  // classes at a time after the exponentials: a chunk stays in the first-level cache
 
-struct Settings : KDSettings {
-  bool mixture;
-};
-
 template <class A>
 struct Problem {
   int64_t rows, classes, teachers;
   Matrix student, weights;
   std::vector<Matrix> teacher;
   const int64_t* labels;
-  Settings set;
+  KDSettings set;
+  bool mixture;
 
   bool in_place() const {  // whether no teacher needs to be converted
     bool all = true;
@@ -51,7 +48,7 @@ struct Row : StudentRow<A> {  // scratch of one thread: everything a row needs s
   int64_t teacher_pitch;    // classes, or 0 where the teachers are read in place
   Buffer<A> teacher, e_t;   // [teachers, classes]
   std::vector<const A*> x;  // the teachers' logits
-  std::vector<A> weight, inverse, kl_t;
+  std::vector<A> stats, weight, inverse, kl_t;
   std::vector<double> dot;
   Buffer<A> p, ratio, out;  // of one chunk
   A total = 0;              // of the weights
@@ -63,6 +60,7 @@ struct Row : StudentRow<A> {  // scratch of one thread: everything a row needs s
         teacher(pr.teachers * teacher_pitch),
         e_t(pr.teachers * pr.classes),
         x(pr.teachers),
+        stats(stats_size(pr.teachers)),
         weight(pr.teachers),
         inverse(pr.teachers),
         kl_t(pr.teachers),
@@ -111,29 +109,30 @@ AMTML_INLINE void load(Row<A>& row, int64_t i, A* stats, bool again) {
     row.inverse[t] = stat[1];
     const bool broken = !(std::abs(stat[1]) < std::numeric_limits<A>::infinity());
     if (w == 0 && broken) std::fill_n(e, n, A(0)), row.inverse[t] = 0;  // 0 * NaN is 0
-    if (pr.set.mixture) continue;
+    if (pr.mixture) continue;
     const A kl = teacher_kl(row, t, stats, -std::log(static_cast<double>(stat[1])) - kLogScale, per_tau);
     row.kl_t[t] = w == 0 && !(std::abs(kl) < std::numeric_limits<A>::infinity()) ? A(0) : kl;
   }
 }
 
 // What to make of a loaded row; null or false where it is not asked for.
-template <class A, class T>
+template <class A>
 struct Wanted {
   bool kl;  // its value
   A *student_probs, *soft_targets;
-  T* grad_student;
+  Target grad_student;
+  int64_t first;  // the row's place in grad_student
   A* grad_weights;
   A ce_grad, kl_grad;        // d loss / d CE, d loss / d KL of this row
   const A *grad_q, *grad_p;  // that come back through student_probs and soft_targets
 };
 
 // Everything that follows from the exponentials, in chunks that stay in the first-level cache. Returns the KL.
-template <class A, class T>
-AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wanted<A, T>& want) {
+template <class A>
+AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wanted<A>& want) {
   const Problem<A>& pr = row.problem;
   const int64_t classes = pr.classes, teachers = pr.teachers;
-  const bool mixture = pr.set.mixture;
+  const bool mixture = pr.mixture;
   const A per_tau = static_cast<A>(1 / pr.set.temperature), m = stats[0], inverse = stats[1], inverse1 = stats[2];
   const A log_sum = row.log_sum, total = row.total, kl_grad = want.kl_grad * per_tau, ce_grad = want.ce_grad;
   const A smoothing = static_cast<A>(pr.set.label_smoothing), even = smoothing / classes;
@@ -183,8 +182,7 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
       for (int64_t c = 0; c < count; ++c) q[c] = e[c] * inverse;
     }
     if (!want.grad_student) continue;
-    A* grad = out;
-    if constexpr (std::is_same_v<A, T>) grad = want.grad_student + start;
+    A* grad = want.grad_student.place(want.first + start, out);
     if (kl_grad == 0) std::fill_n(p, count, A(0));  // a teacher without weight in the loss may hold NaN
 #pragma omp simd
     for (int64_t c = 0; c < count; ++c) grad[c] = kl_gradient(kl_grad, total, e[c] * inverse, p[c]);
@@ -202,9 +200,7 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
     }
 #pragma omp simd
     for (int64_t c = 0; c < count; ++c) grad[c] = z[c] == masked ? A(0) : grad[c];
-    if constexpr (!std::is_same_v<A, T>) {
-      for (int64_t c = 0; c < count; ++c) want.grad_student[start + c] = static_cast<T>(grad[c]);
-    }
+    want.grad_student.write(want.first + start, count, grad);
   }
   for (int64_t t = 0; t < teachers; ++t) {
     if (want.grad_weights) {
@@ -222,7 +218,7 @@ struct Inputs {  // owns what Problem points to
   ScalarType wide;
 
   Inputs(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
-         const std::optional<Tensor>& given_labels, const Settings& set)
+         const std::optional<Tensor>& given_labels, const KDSettings& set)
       : wide(wide_dtype(student.scalar_type())) {
     STD_TORCH_CHECK(student.dim() == 2 && student.size(1) > 0, kOp, ": student must be [N, C] with C >= 1");
     STD_TORCH_CHECK(!teachers.empty(), kOp, ": teachers must hold at least one teacher");
@@ -241,7 +237,7 @@ struct Inputs {  // owns what Problem points to
 
   template <class A>
   Problem<A> problem(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& weights,
-                     const Settings& set) const {
+                     const KDSettings& set) const {
     Problem<A> pr{student.size(0),
                   student.size(1),
                   static_cast<int64_t>(teachers.size()),
@@ -249,70 +245,140 @@ struct Inputs {  // owns what Problem points to
                   Matrix(weights),
                   {},
                   labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr,
-                  set};
+                  set,
+                  set.mode == "mixture"};
     for (const Tensor& t : teachers) pr.teacher.emplace_back(t);
     return pr;
   }
 };
 
+// With what this operator reads and writes besides.
+template <class A>
+struct Pass : KDPass<A> {
+  A *student_probs, *soft_targets;
+  Matrix grad_q, grad_p;
+};
+
+template <class A>
+AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass, A* q_row, A* p_row) {
+  const Problem<A>& pr = row.problem;
+  const KDSettings& set = pr.set;
+  const int64_t c = pr.classes, size = stats_size(pr.teachers), label = pr.labels ? pr.labels[i] : 0;
+  A* s = row.stats.data();
+  const double g = pass.incoming(i);
+  Wanted<A> want{pass.forward(),
+                 pass.student_probs ? pass.student_probs + i * c : nullptr,
+                 pass.soft_targets ? pass.soft_targets + i * c : nullptr,
+                 pass.grad_student,
+                 i * c,
+                 pass.grad_weights ? pass.grad_weights + i * pr.teachers : nullptr,
+                 static_cast<A>(g * set.ce_weight * pass.scale.ce),
+                 static_cast<A>(g * set.kl_weight * set.kl_scale * pass.scale.kl),
+                 nullptr,
+                 nullptr};
+  if (pr.ignored(i)) {
+    if (pass.forward()) std::fill_n(pass.stats + i * size, size, A(0));
+    if (want.student_probs) std::fill_n(want.student_probs, c, A(0)), std::fill_n(want.soft_targets, c, A(0));
+    if (want.grad_student) want.grad_student.clear(want.first, c);
+    if (want.grad_weights) std::fill_n(want.grad_weights, pr.teachers, A(0));
+    return;
+  }
+  if (!pass.forward()) std::copy_n(pass.saved + i * size, size, s);
+  load(row, i, s, !pass.forward());
+  if (pass.grad_q) want.grad_q = load_row(pass.grad_q, i, c, q_row);
+  if (pass.grad_p) want.grad_p = load_row(pass.grad_p, i, c, p_row);
+  const double kl = finish(row, label, s, want);
+  if (!pass.forward()) return;
+  std::copy_n(s, size, pass.stats + i * size);
+  pass.kl[i] = set.kl_scale * kl;
+  if (pr.labels) pass.ce[i] = cross_entropy(row, c, label, s[0], set.label_smoothing);
+}
+
+template <class A>
+void run_rows(const Problem<A>& pr, const Pass<A>& pass) {
+  torch::stable::parallel_for(0, pr.rows, grain(pr.classes * (pr.teachers + 2)), [&](int64_t begin, int64_t end) {
+    Row<A> row(pr);
+    Buffer<A> q_row(pass.grad_q ? pr.classes : 0), p_row(pass.grad_p ? pr.classes : 0);
+    vectorized([&] AMTML_BODY() {
+      for (int64_t i = begin; i < end; ++i) run_row(row, i, pass, q_row.data(), p_row.data());
+    });
+  });
+}
+
 }  // namespace
 
+Tensor8 multi_teacher_kd_forward(const Tensor& student, const std::vector<Tensor>& teachers,
+                                 const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
+                                 const KDSettings& set, bool need_student_grad, bool need_weights_grad,
+                                 bool need_probs) {
+  const Inputs inputs(student, teachers, weights, labels, set);
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == inputs.wide, kOp,
+                  ": the forward gradient of a 16-bit student is made in backward");
+  auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, inputs.wide); };
+  const Shape value = set.each_row() ? Shape{n} : Shape{};
+  const Tensor loss = make(true, value), ce = make(true, value), kl = make(true, value);
+  const Tensor probs = make(need_probs, {n, c}), targets = make(need_probs, {n, c});
+  const Tensor stats = make(true, {n, stats_size(count)});
+  const Tensor grad_student = make(need_student_grad, {n, c}), grad_weights = make(need_weights_grad, {n, count});
+  dispatch_wide(inputs.wide, [&](auto zero) {
+    using A = decltype(zero);
+    const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
+    std::vector<double> ce_rows(n), kl_rows(n);
+    Pass<A> pass{};
+    pass.stats = data<A>(stats), pass.ce = ce_rows.data(), pass.kl = kl_rows.data();
+    pass.scale = reduction_scale(pr.labels, n, c, set);
+    pass.student_probs = data<A>(probs), pass.soft_targets = data<A>(targets);
+    if (need_student_grad) pass.grad_student = Target(grad_student);
+    pass.grad_weights = data<A>(grad_weights);
+    run_rows(pr, pass);
+    reduce_rows(set, pass.scale, ce_rows, kl_rows, data<A>(loss), data<A>(ce), data<A>(kl));
+  });
+  return {loss, ce, kl, probs, targets, stats, grad_student, grad_weights};
+}
+
+std::tuple<Tensor, Tensor> multi_teacher_kd_backward(const KDIncoming& incoming, const Tensor& student,
+                                                     const std::vector<Tensor>& teachers,
+                                                     const std::optional<Tensor>& weights,
+                                                     const std::optional<Tensor>& labels, const Tensor& stats,
+                                                     const KDSettings& set, bool need_student_grad,
+                                                     bool need_weights_grad) {
+  const Inputs inputs(student, teachers, weights, labels, set);
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  check_shape(kOp, "grad_loss", incoming.grad_loss, set.each_row() ? Shape{n} : Shape{});
+  check_shape(kOp, "stats", stats, {n, stats_size(count)});
+  if (incoming.grad_probs) check_shape(kOp, "grad_probs", *incoming.grad_probs, {n, c});
+  if (incoming.grad_targets) check_shape(kOp, "grad_targets", *incoming.grad_targets, {n, c});
+  const Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
+  const Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, inputs.wide);
+  dispatch_wide(inputs.wide, [&](auto zero) {
+    using A = decltype(zero);
+    const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
+    const Tensor grad_loss = dense(incoming.grad_loss, inputs.wide), saved = dense(stats);
+    Pass<A> pass{};
+    pass.saved = static_cast<const A*>(saved.const_data_ptr());
+    pass.grad_loss = static_cast<const A*>(grad_loss.const_data_ptr()), pass.each_row = set.each_row();
+    pass.scale = reduction_scale(pr.labels, n, c, set);
+    if (need_student_grad) pass.grad_student = Target(grad_student);
+    pass.grad_weights = data<A>(grad_weights);
+    pass.grad_q = Matrix(incoming.grad_probs), pass.grad_p = Matrix(incoming.grad_targets);
+    run_rows(pr, pass);
+  });
+  return {grad_student, grad_weights};
+}
+
+namespace {
+
+// The operator, whose weights are the caller's: a wrong value there is an error. Those of an adapter (in AMTMLLoss, or
+// with need_probs) may be NaN in a step that diverges, and then so is the loss.
 Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
                              double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                              double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
-  const Settings set{{temperature, ce_weight, kl_weight, kl_scale, ignore_index, label_smoothing}, mode == "mixture"};
-  const Inputs inputs(student, teachers, weights, labels, set);
-  const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(teachers.size());
-  STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == inputs.wide, kOp,
-                  ": the forward gradient of a 16-bit student is made in backward");
-  const bool none = reduction == "none";
-  const Shape value_shape = none ? Shape{n} : Shape{};
-  auto make = [&](const Shape& shape) { return empty(student, shape, inputs.wide); };
-  Tensor loss = make(value_shape), ce = make(value_shape), kl = make(value_shape);
-  Tensor probs = make(need_probs ? Shape{n, c} : Shape{0}), targets = make(need_probs ? Shape{n, c} : Shape{0});
-  Tensor stats = make({n, stats_size(num_teachers)});
-  Tensor grad_student = make(need_student_grad ? Shape{n, c} : Shape{0});
-  Tensor grad_weights = make(need_weights_grad ? Shape{n, num_teachers} : Shape{0});
-  dispatch_wide(inputs.wide, [&](auto zero) {
-    using A = decltype(zero);
-    const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
-    const Scale scale = reduction_scale(pr.labels, n, c, ignore_index, reduction);
-    auto data = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
-    A *stat = data(stats), *q_out = data(probs), *p_out = data(targets), *dz = data(grad_student),
-      *dw = data(grad_weights);
-    std::vector<double> ce_rows(n), kl_rows(n);
-    torch::stable::parallel_for(0, n, grain(c * (num_teachers + 2)), [&](int64_t begin, int64_t end) {
-      Row<A> row(pr);
-      vectorized([&] AMTML_BODY() {
-        for (int64_t i = begin; i < end; ++i) {
-          A* s = stat + i * stats_size(num_teachers);
-          Wanted<A, A> want{true,
-                            need_probs ? q_out + i * c : nullptr,
-                            need_probs ? p_out + i * c : nullptr,
-                            need_student_grad ? dz + i * c : nullptr,
-                            need_weights_grad ? dw + i * num_teachers : nullptr,
-                            static_cast<A>(ce_weight * scale.ce),
-                            static_cast<A>(kl_weight * kl_scale * scale.kl),
-                            nullptr,
-                            nullptr};
-          if (pr.ignored(i)) {
-            std::fill_n(s, stats_size(num_teachers), A(0));
-            if (need_probs) std::fill_n(want.student_probs, c, A(0)), std::fill_n(want.soft_targets, c, A(0));
-            if (need_student_grad) std::fill_n(want.grad_student, c, A(0));
-            if (need_weights_grad) std::fill_n(want.grad_weights, num_teachers, A(0));
-            continue;
-          }
-          const int64_t label = pr.labels ? pr.labels[i] : 0;
-          load(row, i, s, false);
-          kl_rows[i] = kl_scale * finish(row, label, s, want);
-          if (pr.labels) ce_rows[i] = cross_entropy(row, c, label, s[0], label_smoothing);
-        }
-      });
-    });
-    reduce_rows(set, scale, none, ce_rows, kl_rows, data(loss), data(ce), data(kl));
-  });
-  return {loss, ce, kl, probs, targets, stats, grad_student, grad_weights};
+  if (weights && !need_probs) check_weights(kOp, *weights);
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
+  return multi_teacher_kd_forward(student, teachers, weights, labels, set, need_student_grad, need_weights_grad,
+                                  need_probs);
 }
 
 std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::optional<Tensor> grad_probs,
@@ -322,79 +388,15 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
                                                 double ce_weight, double kl_weight, double kl_scale, std::string mode,
                                                 std::string reduction, int64_t ignore_index, double label_smoothing,
                                                 bool need_student_grad, bool need_weights_grad) {
-  const Settings set{{temperature, ce_weight, kl_weight, kl_scale, ignore_index, label_smoothing}, mode == "mixture"};
-  const Inputs inputs(student, teachers, weights, labels, set);
-  const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(teachers.size());
-  const bool none = reduction == "none";
-  check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});
-  check_shape(kOp, "stats", stats, {n, stats_size(num_teachers)});
-  if (grad_probs) check_shape(kOp, "grad_probs", *grad_probs, {n, c});
-  if (grad_targets) check_shape(kOp, "grad_targets", *grad_targets, {n, c});
-  Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
-  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, num_teachers}, inputs.wide);
-  dispatch_wide(inputs.wide, [&](auto zero) {
-    using A = decltype(zero);
-    const Problem<A> pr = inputs.problem<A>(student, teachers, weights, set);
-    const Scale scale = reduction_scale(pr.labels, n, c, ignore_index, reduction);
-    const Tensor incoming = dense(grad_loss, inputs.wide);
-    const A* up = static_cast<const A*>(incoming.const_data_ptr());
-    const A* saved = static_cast<const A*>(stats.const_data_ptr());
-    const Matrix grad_q(grad_probs), grad_p(grad_targets);
-    A* dw = static_cast<A*>(grad_weights.mutable_data_ptr());
-    dispatch(student.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      T* dz = static_cast<T*>(grad_student.mutable_data_ptr());
-      torch::stable::parallel_for(0, n, grain(c * (num_teachers + 2)), [&](int64_t begin, int64_t end) {
-        Row<A> row(pr);
-        std::vector<A> q_row(c), p_row(c), s(stats_size(num_teachers));
-        vectorized([&] AMTML_BODY() {
-          for (int64_t i = begin; i < end; ++i) {
-            const double g = up[none ? i : 0];
-            Wanted<A, T> want{false,
-                              nullptr,
-                              nullptr,
-                              need_student_grad ? dz + i * c : nullptr,
-                              need_weights_grad ? dw + i * num_teachers : nullptr,
-                              static_cast<A>(g * ce_weight * scale.ce),
-                              static_cast<A>(g * kl_weight * kl_scale * scale.kl),
-                              nullptr,
-                              nullptr};
-            if (pr.ignored(i)) {
-              if (need_student_grad) std::fill_n(want.grad_student, c, T(0));
-              if (need_weights_grad) std::fill_n(want.grad_weights, num_teachers, A(0));
-              continue;
-            }
-            std::copy_n(saved + i * stats_size(num_teachers), stats_size(num_teachers), s.data());
-            load(row, i, s.data(), true);
-            if (grad_q) want.grad_q = load_row(grad_q, i, c, q_row.data());
-            if (grad_p) want.grad_p = load_row(grad_p, i, c, p_row.data());
-            finish(row, pr.labels ? pr.labels[i] : 0, s.data(), want);
-          }
-        });
-      });
-    });
-  });
-  return {grad_student, grad_weights};
-}
-
-namespace {
-
-// The operator, whose weights are the caller's: a wrong value there is an error. Those of an adapter (in AMTMLLoss, or
-// with need_probs) may be NaN in a step that diverges, and then so is the loss.
-Tensor8 checked_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
-                    std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
-                    double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
-                    double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
-  if (weights && !need_probs) check_weights(kOp, *weights);
-  return multi_teacher_kd_fwd(student, std::move(teachers), std::move(weights), std::move(labels), temperature,
-                              ce_weight, kl_weight, kl_scale, std::move(mode), std::move(reduction), ignore_index,
-                              label_smoothing, need_student_grad, need_weights_grad, need_probs);
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
+  return multi_teacher_kd_backward({grad_loss, grad_probs, grad_targets}, student, teachers, weights, labels, stats,
+                                   set, need_student_grad, need_weights_grad);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, CPU, m) {
-  m.impl("multi_teacher_kd_fwd", TORCH_BOX(&checked_fwd));
+  m.impl("multi_teacher_kd_fwd", TORCH_BOX(&multi_teacher_kd_fwd));
   m.impl("multi_teacher_kd_bwd", TORCH_BOX(&multi_teacher_kd_bwd));
 }
 

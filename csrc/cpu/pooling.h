@@ -76,15 +76,15 @@ struct Axis {
 };
 
 // Averages one plane x times scale: sums of rows, along which vectors run, then of their neighbours. row: scratch.
-template <class T, class A>
-AMTML_INLINE void pool(const T* x, const A* scale, const Axis<A>& down, const Axis<A>& across, A* row, A* pooled) {
+template <class A>
+AMTML_INLINE void pool(const A* x, const A* scale, const Axis<A>& down, const Axis<A>& across, A* row, A* pooled) {
   const int64_t w = across.in();
   for (int64_t y = 0; y < down.out(); ++y) {
     const Window<int64_t> rows = down.inputs[y];
     std::fill_n(row, w, A(0));
     for (int64_t p = rows.begin * w; p < rows.end * w; p += w) {
 #pragma omp simd
-      for (int64_t b = 0; b < w; ++b) row[b] += static_cast<A>(x[p + b]) * scale[p + b];
+      for (int64_t b = 0; b < w; ++b) row[b] += x[p + b] * scale[p + b];
     }
     across.average(row, down.share[y], pooled + y * across.out());
   }
@@ -125,19 +125,18 @@ inline Tensor empty_channels_last(const Tensor& like, const Shape& shape, Scalar
   return empty_strided(like, shape, {c * h * w, 1, c * w, c}, dtype);
 }
 
-// sums [averages, channels] += row a of an example, each pixel times its scale and its share in the averages. row is
-// [w, channels].
-template <class T, class A>
-AMTML_INLINE void pool_row(const T* row, const A* scale, int64_t channels, int64_t a, const Axis<A>& down,
-                           const Axis<A>& across, A* sums) {
-  for (int64_t b = 0; b < across.in(); ++b) {
-    const T* x = row + b * channels;
+// sums [averages, channels] += the pixels [begin, end) of row a of an example, each times its scale and its share in
+// the averages. x is [end - begin, channels].
+template <class A>
+AMTML_INLINE void pool_pixels(const A* x, const A* scale, int64_t channels, int64_t a, int64_t begin, int64_t end,
+                              const Axis<A>& down, const Axis<A>& across, A* sums) {
+  for (int64_t b = begin; b < end; ++b, x += channels) {
     for (int64_t y = down.outputs[a].begin; y < down.outputs[a].end; ++y) {
       for (int64_t z = across.outputs[b].begin; z < across.outputs[b].end; ++z) {
         const A part = scale[b] * (down.share[y] * across.share[z]);
         A* sum = sums + (y * across.out() + z) * channels;
 #pragma omp simd
-        for (int64_t c = 0; c < channels; ++c) sum[c] += part * static_cast<A>(x[c]);
+        for (int64_t c = 0; c < channels; ++c) sum[c] += part * x[c];
       }
     }
   }

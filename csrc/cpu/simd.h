@@ -9,9 +9,10 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 
-#include "../common.h"
+#include "convert.h"
 
 #define AMTML_INLINE inline __attribute__((always_inline))
 // A lambda that is inlined into the caller, and so compiled for the caller's instruction set.
@@ -218,12 +219,14 @@ AMTML_INLINE double block_sum(int64_t n, const F& term) {
   return total;
 }
 
-// An array that is not filled with zeros first.
+// An array that is not filled with zeros first, and starts at a cache line: no vector lies across two.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(new T[std::max<int64_t>(n, 1)]) {
-    fill_for_tests(data_.get(), std::max<int64_t>(n, 1) * sizeof(T));
+  explicit Buffer(int64_t n) {
+    const size_t bytes = std::max<int64_t>(n, 1) * sizeof(T);
+    data_.reset(static_cast<T*>(::operator new(bytes, kLine)));
+    fill_for_tests(data_.get(), bytes);
   }
   T* data() { return data_.get(); }
   const T* data() const { return data_.get(); }
@@ -231,63 +234,12 @@ class Buffer {
   const T& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  std::unique_ptr<T[]> data_;
-};
-
-// A strided matrix of any dtype, read a row at a time.
-struct Matrix {
-  const void* data = nullptr;
-  ScalarType dtype = ScalarType::Float;
-  int64_t row_stride = 0, column_stride = 0;
-
-  Matrix() = default;
-  explicit Matrix(const Tensor& t)
-      : data(t.const_data_ptr()), dtype(t.scalar_type()), row_stride(t.stride(0)), column_stride(t.stride(1)) {}
-  explicit Matrix(const std::optional<Tensor>& t) : Matrix(t ? Matrix(*t) : Matrix()) {}
-  explicit operator bool() const { return data != nullptr; }
-
-  // Whether a row is A's in memory already, so that load_row needs no scratch.
-  template <class A>
-  bool in_place() const {
-    return column_stride == 1 && dtype == dtype_of<A>;
-  }
-};
-
-// Row i as n contiguous values of type A: in place where it is that already, else converted into scratch.
-template <class A>
-AMTML_INLINE const A* load_row(const Matrix& m, int64_t i, int64_t n, A* scratch) {
-  const A* result = scratch;
-  auto convert = [&](auto zero) __attribute__((always_inline)) {
-    using T = decltype(zero);
-    const T* row = static_cast<const T*>(m.data) + i * m.row_stride;
-    if constexpr (std::is_same_v<T, A>) {
-      if (m.column_stride == 1) {
-        result = row;
-        return;
-      }
-    }
-    if (m.column_stride == 1) {
-#pragma omp simd
-      for (int64_t c = 0; c < n; ++c) scratch[c] = static_cast<A>(row[c]);
-    } else {
-      for (int64_t c = 0; c < n; ++c) scratch[c] = static_cast<A>(row[c * m.column_stride]);
-    }
+  static constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
   };
-  switch (m.dtype) {
-    case ScalarType::Double:
-      convert(double{});
-      break;
-    case ScalarType::Half:
-      convert(Half{});
-      break;
-    case ScalarType::BFloat16:
-      convert(BFloat16{});
-      break;
-    default:
-      convert(float{});
-  }
-  return result;
-}
+  std::unique_ptr<T[], Free> data_;
+};
 
 // n rounded up to a multiple.
 inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

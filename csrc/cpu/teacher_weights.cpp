@@ -2,6 +2,7 @@
 //
 //   b = maxpool(B),  gamma_t = sum_d v_d theta_td b_d,  w = softmax_t gamma
 //   dgamma_t = w_t (g_t - sum_s g_s w_s),  db_d = sum_t dgamma_t theta_td v_d,  d(theta_t v) = sum_n dgamma_nt b_n
+#include "../arithmetic.h"
 #include "ops.h"
 #include "simd.h"
 
@@ -9,6 +10,7 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "teacher_weights";
+constexpr int64_t kPiece = 4096;  // numbers at a time of a map that is not A's in memory
 
 struct Map {  // [n, channels, height, width] or [n, channels], with any strides
   int64_t n, channels, height, width;
@@ -29,40 +31,77 @@ struct Map {  // [n, channels, height, width] or [n, channels], with any strides
   }
 };
 
-// out = kLanes values from x on.
-template <int kLanes, class A, class T>
-AMTML_INLINE void load_vector(const T* x, typename Vector<A, kLanes>::type& out) {
-  if constexpr (std::is_same_v<T, A>) {
-    out = Vector<A, kLanes>::at(x);
-  } else {
-    alignas(64) A wide[kLanes];
-#pragma omp simd
-    for (int l = 0; l < kLanes; ++l) wide[l] = static_cast<A>(x[l]);
-    std::memcpy(&out, wide, sizeof(out));
+// A map, read in pieces as A: in place where it is that already. Scratch of one thread.
+template <class A>
+struct Pieces {
+  const Map& map;
+  Source source;
+  Buffer<A> scratch;
+
+  Pieces(const Map& m, const Source& from) : map(m), source(from), scratch(std::max(kPiece, m.width)) {}
+
+  // Pixels [p, p + n) of a channel that starts at `first`; whole rows of it where they are not side by side.
+  const A* of_plane(int64_t first, int64_t p, int64_t n) {
+    if (map.dense_plane()) return source.read(first + p, n, scratch.data());
+    for (int64_t row = 0; row < n; row += map.width) {
+      const int64_t from = first + (p + row) / map.width * map.sh;
+      widen(source.data + from * bytes_of(source.dtype), source.dtype, map.sw, map.width, scratch.data() + row);
+    }
+    return scratch.data();
   }
-}
+
+  // run(c, p, n, x) for all channels c of an example: x has its pixels [p, p + n).
+  template <class Run>
+  AMTML_INLINE void each_plane(int64_t example, const Run& run) {
+    const int64_t pixels = map.pixels();
+    const bool together = map.dense_plane() && map.sc == pixels && pixels < kPiece;  // several small planes
+    const int64_t planes = together ? kPiece / pixels : 1;
+    const int64_t most = map.dense_plane() ? kPiece : std::max<int64_t>(kPiece / map.width, 1) * map.width;
+    for (int64_t c = 0; c < map.channels; c += planes) {
+      const int64_t count = std::min(planes, map.channels - c);
+      for (int64_t p = 0; p < pixels; p += most) {
+        const int64_t n = std::min(most, pixels - p);
+        const A* x = of_plane(example + c * map.sc, p, count * n);
+        for (int64_t i = 0; i < count; ++i) run(c + i, p, n, x + i * n);
+      }
+    }
+  }
+
+  // run(p, c, n, x) for all pixels p of an example with its channels last: x has its channels [c, c + n).
+  template <class Run>
+  AMTML_INLINE void each_pixel(int64_t example, const Run& run) {
+    const int64_t pixels = map.pixels(), channels = map.channels;
+    const bool dense = map.sw == channels && map.sh == map.width * channels && channels < kPiece;
+    const int64_t step = dense ? kPiece / std::max<int64_t>(channels, 1) : 1;
+    for (int64_t p = 0; p < pixels; p += step) {
+      const int64_t first = example + p / map.width * map.sh + p % map.width * map.sw;
+      const int64_t count = std::min(step, pixels - p);
+      for (int64_t c = 0; c < channels; c += kPiece) {
+        const int64_t n = std::min(kPiece, channels - c);
+        const A* x = source.read(first + c, count * n, scratch.data());
+        for (int64_t i = 0; i < count; ++i) run(p + i, c, n, x + i * n);
+      }
+    }
+  }
+};
 
 // Where the maximum of a dense plane stands first; the first NaN, if there is one. First the maximum, in vertical
 // vectors, then its place, from the last vector to the first. The last vector may overlap the one before.
-template <int kLanes, class A, class T>
-AMTML_INLINE int64_t first_maximum(const T* plane, int64_t pixels) {
+template <int kLanes, class A>
+AMTML_INLINE int64_t first_maximum(const A* plane, int64_t pixels) {
   using Values = typename Vector<A, kLanes>::type;
   using Place = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;  // as wide as A, for the selects
   using Places = typename Vector<Place, kLanes>::type;
   auto scalar = [&] {
     int64_t at = 0;
-    for (int64_t p = 1; p < pixels; ++p) {
-      const A value = static_cast<A>(plane[p]), best = static_cast<A>(plane[at]);
-      if (value > best || (value != value && best == best)) at = p;
-    }
+    for (int64_t p = 1; p < pixels; ++p) at = beats(plane[p], plane[at]) ? p : at;
     return at;
   };
   if (pixels < kLanes) return scalar();
-  Values value, best;
-  load_vector<kLanes, A>(plane, best);
+  Values best = Vector<A, kLanes>::at(plane);
   Places nan = best != best;
   auto take = [&](int64_t p) __attribute__((always_inline)) {
-    load_vector<kLanes, A>(plane + p, value);
+    const Values value = Vector<A, kLanes>::at(plane + p);
     best = value > best ? value : best;
     nan |= value != value;
   };
@@ -80,7 +119,7 @@ AMTML_INLINE int64_t first_maximum(const T* plane, int64_t pixels) {
   for (int l = 0; l < kLanes; ++l) lane[l] = l, at[l] = std::numeric_limits<int32_t>::max();
   auto find = [&](int64_t p) __attribute__((always_inline)) {
     const Places place = lane + static_cast<Place>(p);
-    load_vector<kLanes, A>(plane + p, value);
+    const Values value = Vector<A, kLanes>::at(plane + p);
     at = value == highest ? place : at;
   };
   if (last < pixels) find(pixels - kLanes);
@@ -92,53 +131,62 @@ AMTML_INLINE int64_t first_maximum(const T* plane, int64_t pixels) {
 }
 
 // Maximum of each channel and the first place where it stands; NaN wins, as in torch's max_pool.
-template <int kLanes, class T, class A>
-AMTML_INLINE void max_pool(const T* x, const Map& map, A* pooled, int32_t* index) {
-  const int64_t pixels = map.pixels();
-  if (map.sc == 1) {  // channels last: vectors run over channels
-    for (int64_t c = 0; c < map.channels; ++c) pooled[c] = static_cast<A>(x[c]), index[c] = 0;
-    for (int64_t p = 1; p < pixels; ++p) {
-      const T* row = x + map.offset(p);
-#pragma omp simd
-      for (int64_t c = 0; c < map.channels; ++c) {
-        const A value = static_cast<A>(row[c]);
-        const bool better = value > pooled[c] || (value != value && pooled[c] == pooled[c]);
-        pooled[c] = better ? value : pooled[c];
-        index[c] = better ? static_cast<int32_t>(p) : index[c];
+template <int kLanes, class A>
+AMTML_INLINE void max_pool(Pieces<A>& pieces, int64_t example, A* pooled, int32_t* index) {
+  if (pieces.map.sc == 1) {  // channels last: vectors run over channels
+    pieces.each_pixel(example, [&] AMTML_BODY(int64_t p, int64_t first, int64_t n, const A* x) {
+      A* best = pooled + first;
+      int32_t* at = index + first;
+      if (p == 0) {
+        for (int64_t c = 0; c < n; ++c) best[c] = x[c], at[c] = 0;
+        return;
       }
-    }
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) {
+        const bool better = x[c] > best[c] || (x[c] != x[c] && best[c] == best[c]);
+        best[c] = better ? x[c] : best[c];
+        at[c] = better ? static_cast<int32_t>(p) : at[c];
+      }
+    });
     return;
   }
-  for (int64_t c = 0; c < map.channels; ++c) {
-    const T* plane = x + c * map.sc;
-    if (map.dense_plane()) {
-      const int64_t p = first_maximum<kLanes, A>(plane, pixels);
-      pooled[c] = static_cast<A>(plane[p]);
-      index[c] = static_cast<int32_t>(p);
-    } else {
-      A best = static_cast<A>(plane[0]);
-      int64_t at = 0;
-      for (int64_t p = 1; p < pixels; ++p) {
-        const A value = static_cast<A>(plane[map.offset(p)]);
-        if (value > best || (value != value && best == best)) best = value, at = p;
-      }
-      pooled[c] = best;
-      index[c] = static_cast<int32_t>(at);
-    }
-  }
+  pieces.each_plane(example, [&] AMTML_BODY(int64_t c, int64_t p, int64_t n, const A* x) {
+    const int64_t at = first_maximum<kLanes>(x, n);
+    if (p > 0 && !beats(x[at], pooled[c])) return;
+    pooled[c] = x[at];
+    index[c] = static_cast<int32_t>(p + at);
+  });
 }
 
-template <class T, class A>
-AMTML_INLINE void avg_pool(const T* x, const Map& map, A* pooled) {
-  for (int64_t c = 0; c < map.channels; ++c) {
-    const T* plane = x + c * map.sc;
-    const double sum =
-        map.dense_plane()
-            ? block_sum<A>(map.pixels(),
-                           [&](int64_t p) __attribute__((always_inline)) { return static_cast<A>(plane[p]); })
-            : block_sum<A>(map.pixels(), [&](int64_t p) { return static_cast<A>(plane[map.offset(p)]); });
-    pooled[c] = static_cast<A>(sum / static_cast<double>(map.pixels()));
-  }
+template <class A>
+AMTML_INLINE void avg_pool(Pieces<A>& pieces, int64_t example, A* pooled) {
+  const int64_t pixels = pieces.map.pixels();
+  double sum = 0;
+  pieces.each_plane(example, [&] AMTML_BODY(int64_t c, int64_t p, int64_t n, const A* x) {
+    const double part = block_sum<A>(n, [&](int64_t i) __attribute__((always_inline)) { return x[i]; });
+    sum = p == 0 ? part : sum + part;
+    if (p + n == pixels) pooled[c] = static_cast<A>(sum / static_cast<double>(pixels));
+  });
+}
+
+// The gradient of an example that starts at `first`: db [d] at the place `at` of each channel, or everywhere if at is
+// null.
+void spread(const Target& dx, const Map& map, int64_t first, const double* db, const int32_t* at) {
+  dispatch(dx.dtype, kOp, [&](auto element) {
+    using T = decltype(element);
+    T* example = reinterpret_cast<T*>(dx.data) + first;
+    if (at) {
+      for (int64_t c = 0; c < map.channels; ++c) example[c * map.sc + map.offset(at[c])] = static_cast<T>(db[c]);
+      return;
+    }
+    vectorized([&] AMTML_BODY() {
+      for (int64_t c = 0; c < map.channels; ++c) {
+        const T even = static_cast<T>(db[c]);
+        T* plane = example + c * map.sc;
+        for (int64_t p = 0; p < map.pixels(); ++p) plane[map.offset(p)] = even;
+      }
+    });
+  });
 }
 
 ScalarType check(const Tensor& features, const Tensor& theta, const Tensor& v) {
@@ -200,22 +248,20 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
     const std::vector<double> factors = effective<A>(theta, v);
     A *w = static_cast<A*>(weights.mutable_data_ptr()), *b = static_cast<A*>(pooled.mutable_data_ptr());
     int32_t* at = static_cast<int32_t*>(index.mutable_data_ptr());
-    dispatch(features.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      const T* x = static_cast<const T*>(features.const_data_ptr());
-      torch::stable::parallel_for(0, map.n, grain(d * map.pixels()), [&](int64_t begin, int64_t end) {
-        std::vector<double> gamma(teachers);
-        vectorized([&] AMTML_BODY(auto lanes) {
-          for (int64_t i = begin; i < end; ++i) {
-            if (use_max) {
-              max_pool<decltype(lanes)::value, T, A>(x + i * map.sn, map, b + i * d, at + i * d);
-            } else {
-              avg_pool<T, A>(x + i * map.sn, map, b + i * d);
-            }
-            weigh(factors.data(), b + i * d, teachers, d, gamma.data());
-            for (int64_t t = 0; t < teachers; ++t) w[i * teachers + t] = static_cast<A>(gamma[t]);
+    const Source x(features);
+    torch::stable::parallel_for(0, map.n, grain(d * map.pixels()), [&](int64_t begin, int64_t end) {
+      Pieces<A> pieces(map, x);
+      std::vector<double> gamma(teachers);
+      vectorized([&] AMTML_BODY(auto lanes) {
+        for (int64_t i = begin; i < end; ++i) {
+          if (use_max) {
+            max_pool<decltype(lanes)::value>(pieces, i * map.sn, b + i * d, at + i * d);
+          } else {
+            avg_pool(pieces, i * map.sn, b + i * d);
           }
-        });
+          weigh(factors.data(), b + i * d, teachers, d, gamma.data());
+          for (int64_t t = 0; t < teachers; ++t) w[i * teachers + t] = static_cast<A>(gamma[t]);
+        }
       });
     });
   });
@@ -245,40 +291,31 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
     const int64_t size = d * map.pixels();
     const bool together = n == 1 || out.sn == size;  // an example's gradient is one piece of memory
     const int32_t* at = static_cast<const int32_t*>(index.const_data_ptr());
-    dispatch(features.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      T* dx = static_cast<T*>(grad_features.mutable_data_ptr());
-      if (need_features && use_max && !together) std::fill_n(dx, n * size, T(0));
-      torch::stable::parallel_for(0, n, grain(need_features ? size : d * teachers), [&](int64_t begin, int64_t end) {
-        std::vector<double> w(teachers), db(d);
+    const Target dx(grad_features);
+    if (need_features && use_max && !together) dx.clear(0, n * size);
+    torch::stable::parallel_for(0, n, grain(need_features ? size : d * teachers), [&](int64_t begin, int64_t end) {
+      std::vector<double> w(teachers), db(d);
+      for (int64_t i = begin; i < end; ++i) {
         vectorized([&] AMTML_BODY() {
-          for (int64_t i = begin; i < end; ++i) {
-            weigh(factors.data(), b + i * d, teachers, d, w.data());
-            double inner = 0;
-            for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[t];
-            for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[t] * (g[i * teachers + t] - inner);
-            if (!need_features) continue;
-            std::fill(db.begin(), db.end(), 0.0);
-            for (int64_t t = 0; t < teachers; ++t) {
-              const double by = score[i * teachers + t], *f = factors.data() + t * d;
+          weigh(factors.data(), b + i * d, teachers, d, w.data());
+          double inner = 0;
+          for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[t];
+          for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[t] * (g[i * teachers + t] - inner);
+          if (!need_features) return;
+          std::fill(db.begin(), db.end(), 0.0);
+          for (int64_t t = 0; t < teachers; ++t) {
+            const double by = score[i * teachers + t], *f = factors.data() + t * d;
 #pragma omp simd
-              for (int64_t c = 0; c < d; ++c) db[c] += by * f[c];
-            }
-            if (use_max) {
-              if (together) std::fill_n(dx + i * size, size, T(0));
-              for (int64_t c = 0; c < d; ++c) {
-                dx[i * out.sn + c * out.sc + out.offset(at[i * d + c])] = static_cast<T>(static_cast<A>(db[c]));
-              }
-              continue;
-            }
-            for (int64_t c = 0; c < d; ++c) {
-              const T even = static_cast<T>(static_cast<A>(db[c] / static_cast<double>(map.pixels())));
-              T* plane = dx + i * out.sn + c * out.sc;
-              for (int64_t p = 0; p < map.pixels(); ++p) plane[out.offset(p)] = even;
-            }
+            for (int64_t c = 0; c < d; ++c) db[c] += by * f[c];
           }
+          const double pixels = use_max ? 1 : static_cast<double>(map.pixels());
+#pragma omp simd
+          for (int64_t c = 0; c < d; ++c) db[c] = static_cast<A>(db[c] / pixels);
         });
-      });
+        if (!need_features) continue;
+        if (use_max && together) dx.clear(i * size, size);
+        spread(dx, out, i * out.sn, db.data(), use_max ? at + i * d : nullptr);
+      }
     });
     if (!need_parameters) return;
     const Tensor th = dense(theta), vv = dense(v);

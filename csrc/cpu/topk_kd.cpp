@@ -174,9 +174,10 @@ AMTML_INLINE double divergence(Row<A>& row, A m, A per_tau, A kl_grad, A* grad_w
   return row.total == 0 ? kl : kl + row.total * row.rest;
 }
 
-// d loss / d z: of all classes as if p were `outside` everywhere, then of the label and of the union.
-template <class A, class T>
-AMTML_INLINE void student_gradient(Row<A>& row, int64_t label, const A* stats, A ce_grad, A kl_grad, T* grad) {
+// d loss / d z of row i: of all classes as if p were `outside` everywhere, then of the label and of the union.
+template <class A>
+AMTML_INLINE void student_gradient(Row<A>& row, int64_t i, int64_t label, const A* stats, A ce_grad, A kl_grad,
+                                   const Target& grad) {
   const Problem<A>& pr = row.problem;
   constexpr A masked = -std::numeric_limits<A>::infinity();
   const bool has_ce = pr.has_ce();
@@ -184,12 +185,13 @@ AMTML_INLINE void student_gradient(Row<A>& row, int64_t label, const A* stats, A
   const A smoothing = static_cast<A>(pr.set.label_smoothing), flat = ce_grad * (smoothing / pr.classes);
   const A ce_q = ce_grad * stats[2], total = row.total, outside = row.outside;
   const A *z = row.z, *e = row.e.data(), *e1 = row.e1.data();
+  const int64_t first = i * pr.classes;
   // A teacher without weight in the loss may hold NaN.
   const A a = scale == 0 ? A(0) : total, b = scale == 0 ? A(0) : outside;
   for (int64_t start = 0; start < pr.classes; start += kChunk) {
     const int64_t end = std::min(start + kChunk, pr.classes);
-    A* out = row.out.data() - start;
-    if constexpr (std::is_same_v<A, T>) out = grad;
+    A* made = grad.place(first + start, row.out.data());
+    A* out = made - start;
     if (has_ce) {
 #pragma omp simd
       for (int64_t c = start; c < end; ++c) {
@@ -203,17 +205,20 @@ AMTML_INLINE void student_gradient(Row<A>& row, int64_t label, const A* stats, A
         out[c] = z[c] == masked ? A(0) : g;
       }
     }
-    if constexpr (!std::is_same_v<A, T>) {
-      for (int64_t c = start; c < end; ++c) grad[c] = static_cast<T>(out[c]);
-    }
+    grad.write(first + start, end - start, made);
   }
-  auto set = [&](int64_t c, A p) __attribute__((always_inline)) {
+  auto at = [&](int64_t c, A p) __attribute__((always_inline)) {
     A g = kl_gradient(scale, a, e[c] * inverse, p);
     if (has_ce) g += ce_q * e1[c] - flat - (c == label ? ce_grad * (1 - smoothing) : A(0));
-    grad[c] = static_cast<T>(z[c] == masked ? A(0) : g);
+    return z[c] == masked ? A(0) : g;
   };
-  if (has_ce) set(label, b);
-  for (int64_t u = 0; u < row.named; ++u) set(row.classes[u], scale == 0 ? A(0) : row.p[u]);
+  if (has_ce) {
+    const A of_label = at(label, b);
+    grad.scatter(first, &label, 1, &of_label);
+  }
+  A* of_union = row.ratio.data();  // not read any more
+  for (int64_t u = 0; u < row.named; ++u) of_union[u] = at(row.classes[u], scale == 0 ? A(0) : row.p[u]);
+  grad.scatter(first, row.classes.data(), row.named, of_union);
 }
 
 struct Inputs {  // owns what Problem points to
@@ -255,7 +260,7 @@ struct Inputs {  // owns what Problem points to
 
   template <class A>
   Problem<A> problem(const Tensor& student, const Tensor& log_probs, const std::vector<int64_t>& sizes,
-                     const std::optional<Tensor>& weights, const KDSettings& set, const std::string& tail) const {
+                     const std::optional<Tensor>& weights, const KDSettings& set) const {
     return {student.size(0),
             student.size(1),
             sizes,
@@ -266,9 +271,51 @@ struct Inputs {  // owns what Problem points to
             static_cast<const int64_t*>(indices.const_data_ptr()),
             labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr,
             set,
-            tail_of(tail)};
+            tail_of(set.mode)};
   }
 };
+
+template <class A>
+AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
+  const Problem<A>& pr = row.problem;
+  const KDSettings& set = pr.set;
+  const int64_t c = pr.classes, label = pr.labels ? pr.labels[i] : 0;
+  A* grad_weights = pass.grad_weights ? pass.grad_weights + i * pr.teachers() : nullptr;
+  if (pr.ignored(i)) {
+    if (pass.forward()) std::fill_n(pass.stats + i * 3, 3, A(0));
+    if (pass.grad_student) pass.grad_student.clear(i * c, c);
+    if (grad_weights) std::fill_n(grad_weights, pr.teachers(), A(0));
+    return;
+  }
+  const double g = pass.incoming(i);
+  const A ce_grad = static_cast<A>(g * set.ce_weight * pass.scale.ce);
+  const A kl_grad = static_cast<A>(g * set.kl_weight * set.kl_scale * pass.scale.kl);
+  const A per_tau = static_cast<A>(1 / set.temperature);
+  A s[3];
+  if (!pass.forward()) std::copy_n(pass.saved + i * 3, 3, s);
+  row.load(pr.student, i, c, per_tau, s, !pass.forward());
+  load_teachers(row, i);
+  if (pass.forward() || grad_weights) {
+    const double kl = divergence(row, s[0], per_tau, kl_grad, grad_weights);
+    if (pass.forward()) pass.kl[i] = set.kl_scale * kl;
+  }
+  if (pass.forward()) {
+    std::copy_n(s, 3, pass.stats + i * 3);
+    if (pr.has_ce()) pass.ce[i] = cross_entropy(row, c, label, s[0], set.label_smoothing);
+  }
+  if (pass.grad_student) student_gradient(row, i, label, s, ce_grad, kl_grad, pass.grad_student);
+  forget_union(row);
+}
+
+template <class A>
+void run_rows(const Problem<A>& pr, const KDPass<A>& pass) {
+  torch::stable::parallel_for(0, pr.rows, grain(2 * pr.classes), [&](int64_t begin, int64_t end) {
+    Row<A> row(pr);
+    vectorized([&] AMTML_BODY() {
+      for (int64_t i = begin; i < end; ++i) run_row(row, i, pass);
+    });
+  });
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, const Tensor& indices,
                                                        const Tensor& log_probs, std::vector<int64_t> sizes,
@@ -277,48 +324,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, co
                                                        double kl_scale, std::string tail, std::string reduction,
                                                        int64_t ignore_index, double label_smoothing,
                                                        bool need_student_grad, bool need_weights_grad) {
-  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, ignore_index, label_smoothing};
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, ignore_index);
   if (weights) check_weights(kOp, *weights);
-  const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(sizes.size());
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == inputs.wide, kOp,
                   ": the forward gradient of a 16-bit student is made in backward");
-  const bool none = reduction == "none";
-  Tensor loss = empty(student, none ? Shape{n} : Shape{}, inputs.wide), stats = empty(student, {n, 3}, inputs.wide);
-  Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, inputs.wide);
-  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, num_teachers}, inputs.wide);
+  auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, inputs.wide); };
+  const Tensor loss = make(true, set.each_row() ? Shape{n} : Shape{}), stats = make(true, {n, 3});
+  const Tensor grad_student = make(need_student_grad, {n, c}), grad_weights = make(need_weights_grad, {n, count});
   dispatch_wide(inputs.wide, [&](auto zero) {
     using A = decltype(zero);
-    const Problem<A> pr = inputs.problem<A>(student, log_probs, sizes, weights, set, tail);
-    const Scale scale = reduction_scale(pr.labels, n, c, ignore_index, reduction);
-    auto data = [](const Tensor& t) { return static_cast<A*>(t.mutable_data_ptr()); };
-    A *stat = data(stats), *dz = data(grad_student), *dw = data(grad_weights);
-    const A ce_grad = static_cast<A>(ce_weight * scale.ce), kl_grad = static_cast<A>(kl_weight * kl_scale * scale.kl);
-    const A per_tau = static_cast<A>(1 / temperature);
+    const Problem<A> pr = inputs.problem<A>(student, log_probs, sizes, weights, set);
     std::vector<double> ce_rows(n), kl_rows(n);
-    torch::stable::parallel_for(0, n, grain(2 * c), [&](int64_t begin, int64_t end) {
-      Row<A> row(pr);
-      vectorized([&] AMTML_BODY() {
-        for (int64_t i = begin; i < end; ++i) {
-          A* s = stat + i * 3;
-          if (pr.ignored(i)) {
-            std::fill_n(s, 3, A(0));
-            if (need_student_grad) std::fill_n(dz + i * c, c, A(0));
-            if (need_weights_grad) std::fill_n(dw + i * num_teachers, num_teachers, A(0));
-            continue;
-          }
-          const int64_t label = pr.labels ? pr.labels[i] : 0;
-          row.load(pr.student, i, c, per_tau, s, false);
-          load_teachers(row, i);
-          kl_rows[i] =
-              kl_scale * divergence(row, s[0], per_tau, kl_grad, need_weights_grad ? dw + i * num_teachers : nullptr);
-          if (pr.has_ce()) ce_rows[i] = cross_entropy(row, c, label, s[0], label_smoothing);
-          if (need_student_grad) student_gradient(row, label, s, ce_grad, kl_grad, dz + i * c);
-          forget_union(row);
-        }
-      });
-    });
-    reduce_rows<A>(set, scale, none, ce_rows, kl_rows, data(loss), nullptr, nullptr);
+    KDPass<A> pass{};
+    pass.stats = data<A>(stats), pass.ce = ce_rows.data(), pass.kl = kl_rows.data();
+    pass.scale = reduction_scale(pr.labels, n, c, set);
+    if (need_student_grad) pass.grad_student = Target(grad_student);
+    pass.grad_weights = data<A>(grad_weights);
+    run_rows(pr, pass);
+    reduce_rows<A>(set, pass.scale, ce_rows, kl_rows, data<A>(loss), nullptr, nullptr);
   });
   return {loss, stats, grad_student, grad_weights};
 }
@@ -329,51 +354,24 @@ std::tuple<Tensor, Tensor> topk_kd_bwd(const Tensor& grad_loss, const Tensor& st
                                        double temperature, double ce_weight, double kl_weight, double kl_scale,
                                        std::string tail, std::string reduction, int64_t ignore_index,
                                        double label_smoothing, bool need_student_grad, bool need_weights_grad) {
-  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, ignore_index, label_smoothing};
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, ignore_index);
-  const int64_t n = student.size(0), c = student.size(1), num_teachers = static_cast<int64_t>(sizes.size());
-  const bool none = reduction == "none";
-  check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(sizes.size());
+  check_shape(kOp, "grad_loss", grad_loss, set.each_row() ? Shape{n} : Shape{});
   check_shape(kOp, "stats", stats, {n, 3});
-  Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
-  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, num_teachers}, inputs.wide);
+  const Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
+  const Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, inputs.wide);
   dispatch_wide(inputs.wide, [&](auto zero) {
     using A = decltype(zero);
-    const Problem<A> pr = inputs.problem<A>(student, log_probs, sizes, weights, set, tail);
-    const Scale scale = reduction_scale(pr.labels, n, c, ignore_index, reduction);
+    const Problem<A> pr = inputs.problem<A>(student, log_probs, sizes, weights, set);
     const Tensor incoming = dense(grad_loss, inputs.wide), saved = dense(stats);
-    const A* up = static_cast<const A*>(incoming.const_data_ptr());
-    const A* stat = static_cast<const A*>(saved.const_data_ptr());
-    const A per_tau = static_cast<A>(1 / temperature);
-    A* dw = static_cast<A*>(grad_weights.mutable_data_ptr());
-    dispatch(student.scalar_type(), kOp, [&](auto element) {
-      using T = decltype(element);
-      T* dz = static_cast<T*>(grad_student.mutable_data_ptr());
-      torch::stable::parallel_for(0, n, grain(2 * c), [&](int64_t begin, int64_t end) {
-        Row<A> row(pr);
-        vectorized([&] AMTML_BODY() {
-          for (int64_t i = begin; i < end; ++i) {
-            if (pr.ignored(i)) {
-              if (need_student_grad) std::fill_n(dz + i * c, c, T(0));
-              if (need_weights_grad) std::fill_n(dw + i * num_teachers, num_teachers, A(0));
-              continue;
-            }
-            const double g = up[none ? i : 0];
-            const A ce_grad = static_cast<A>(g * ce_weight * scale.ce);
-            const A kl_grad = static_cast<A>(g * kl_weight * kl_scale * scale.kl);
-            A s[3];
-            std::copy_n(stat + i * 3, 3, s);
-            row.load(pr.student, i, c, per_tau, s, true);
-            load_teachers(row, i);
-            if (need_weights_grad) divergence(row, s[0], per_tau, kl_grad, dw + i * num_teachers);
-            if (need_student_grad) {
-              student_gradient(row, pr.labels ? pr.labels[i] : 0, s, ce_grad, kl_grad, dz + i * c);
-            }
-            forget_union(row);
-          }
-        });
-      });
-    });
+    KDPass<A> pass{};
+    pass.saved = static_cast<const A*>(saved.const_data_ptr());
+    pass.grad_loss = static_cast<const A*>(incoming.const_data_ptr()), pass.each_row = set.each_row();
+    pass.scale = reduction_scale(pr.labels, n, c, set);
+    if (need_student_grad) pass.grad_student = Target(grad_student);
+    pass.grad_weights = data<A>(grad_weights);
+    run_rows(pr, pass);
   });
   return {grad_student, grad_weights};
 }

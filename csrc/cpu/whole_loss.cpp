@@ -18,7 +18,7 @@ double item(const Tensor& t) {
   return *static_cast<const double*>(wide.const_data_ptr());
 }
 
-void set(Tensor& t, int64_t i, double value) {
+void put(Tensor& t, int64_t i, double value) {
   if (t.scalar_type() == ScalarType::Double) {
     static_cast<double*>(t.mutable_data_ptr())[i] = value;
   } else {
@@ -75,6 +75,7 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
                        int64_t ignore_index, double label_smoothing, bool max_pool, double angle_weight, double delta,
                        double eps, double regularizer_weight, bool need_student_grad, bool need_targets_grad) {
   STD_TORCH_CHECK(features.has_value() != given_weights.has_value(), kOp, ": either features or weights must be given");
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   auto none = [&] { return empty(student, {0}, ScalarType::Float); };  // outputs may not be shared
   Tensor weights = none(), pooled = none(), index = none(), grad_probs = none(), grad_targets = none();
   double regularizer = 0;
@@ -89,9 +90,8 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   bool is_double = student.scalar_type() == ScalarType::Double || weights.scalar_type() == ScalarType::Double;
   for (const Tensor& t : teachers) is_double |= t.scalar_type() == ScalarType::Double;
   const ScalarType wide = is_double ? ScalarType::Double : ScalarType::Float;
-  auto [loss, ce, kl, probs, targets, stats, unused_student, unused_weights] =
-      multi_teacher_kd_fwd(student, teachers, converted(weights, wide), labels, temperature, ce_weight, kl_weight,
-                           kl_scale, mode, reduction, ignore_index, label_smoothing, false, false, angle_weight != 0);
+  auto [loss, ce, kl, probs, targets, stats, unused_student, unused_weights] = multi_teacher_kd_forward(
+      student, teachers, converted(weights, wide), labels, set, false, false, angle_weight != 0);
   const double by = divisor ? 1 / item(*divisor) : 1, kd = item(loss) * by;
   double angle = 0;
   if (angle_weight != 0) {
@@ -102,15 +102,13 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   }
   Tensor terms = empty(student, {6}, wide);
   const double values[6] = {kd, item(ce) * by, item(kl) * by, angle, 0, regularizer};
-  for (int i = 0; i < 6; ++i) set(terms, i, values[i]);
+  for (int i = 0; i < 6; ++i) put(terms, i, values[i]);
   double total = kd;  // not 0 * infinity
   if (angle_weight != 0) total += angle_weight * angle;
   if (regularizer_weight != 0) total += regularizer_weight * regularizer;
-  set(loss, 0, total);
+  put(loss, 0, total);
   return {loss, terms, features ? weights : none(), pooled, index, stats, grad_probs, grad_targets};
 }
-
-using Tensor5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::optional<Tensor> theta,
                        std::optional<Tensor> v, const Tensor& weights, const Tensor& pooled, const Tensor& index,
@@ -120,6 +118,7 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
                        double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                        double label_smoothing, bool max_pool, double angle_weight, double regularizer_weight,
                        bool need_student, bool need_weights, bool need_features, bool need_parameters) {
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   const ScalarType wide = stats.scalar_type();
   const double g = item(grad);
   auto scaled = [&](const Tensor& t) -> std::optional<Tensor> {
@@ -134,11 +133,10 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
     return out;
   };
   Tensor upstream = empty(student, {}, wide);
-  set(upstream, 0, divisor ? g / item(*divisor) : g);
+  put(upstream, 0, divisor ? g / item(*divisor) : g);
   auto [grad_student, grad_weights] =
-      multi_teacher_kd_bwd(upstream, scaled(grad_probs), scaled(grad_targets), student, teachers,
-                           converted(weights, wide), labels, stats, temperature, ce_weight, kl_weight, kl_scale, mode,
-                           reduction, ignore_index, label_smoothing, need_student, need_weights);
+      multi_teacher_kd_backward({upstream, scaled(grad_probs), scaled(grad_targets)}, student, teachers,
+                                converted(weights, wide), labels, stats, set, need_student, need_weights);
   auto none = [&] { return empty(student, {0}, ScalarType::Float); };
   if (!features) return {grad_student, converted(grad_weights, weights.scalar_type()), none(), none(), none()};
   Tensor grad_features = none(), grad_theta = none(), grad_v = none();

@@ -235,6 +235,15 @@ struct Values {
 
 __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The numbers of a float32 tensor; null where there are none.
+inline float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
+inline const float* values(const std::optional<Tensor>& t) {
+  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
+}
+inline std::optional<Tensor> as_float(const std::optional<Tensor>& t) {
+  return t ? std::optional(dense(*t, ScalarType::Float)) : std::nullopt;
+}
+
 inline unsigned blocks_for(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }

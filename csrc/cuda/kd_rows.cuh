@@ -56,7 +56,7 @@ struct KDProblem {
   }
 };
 
-// --- the host's side
+// --- the host's side: kd_rows.cu
 
 // What a problem points to.
 struct KDTensors {

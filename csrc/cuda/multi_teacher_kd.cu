@@ -301,35 +301,6 @@ __global__ void __launch_bounds__(kMaxThreads, kPack == 8 ? 2 : 3)
   if (cluster_rank() == 0) write_row<S>(pr, want, i, kl_grad, in.grad_targets != nullptr, s);
 }
 
-// Rows that are not ignored.
-__global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* counted) {
-  int64_t mine = 0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) mine += labels[i] != ignore_index;
-  const int64_t count = block_sum(mine, &shared<int64_t>());
-  if (threadIdx.x == 0) *counted = count;
-}
-
-__global__ void reduce_kernel(KDProblem pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce,
-                              float* kl) {
-  double* scratch = &shared<double>();
-  double sums[3] = {};
-  for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) {
-    sums[0] += ce_rows[i];
-    sums[1] += kl_rows[i];
-    sums[2] += !pr.ignored(i);
-  }
-  for (double& sum : sums) {
-    sum = block_sum(sum, scratch);
-    __syncthreads();
-  }
-  if (threadIdx.x != 0) return;
-  const double rows = pr.mean_rows ? fmax(sums[2], 1.0) : 1;
-  const double of_ce = sums[0] / rows, of_kl = sums[1] / (pr.mean_classes ? rows * pr.classes : rows);
-  if (ce) *ce = static_cast<float>(of_ce);
-  if (kl) *kl = static_cast<float>(of_kl);
-  *loss = static_cast<float>(weighted(pr, of_ce, of_kl));
-}
-
 // --- the host's side
 
 // Copies of what the kernels do not read in place, and the problem that points into them.
@@ -384,7 +355,7 @@ struct Inputs {
     bytes *= pr.classes;
     unsigned size = 1;
     while (size < kMaxCluster && bytes * kBlocksUnderWay / size > kCache && pr.classes / size >= kLeast) size *= 2;
-    return size == 1 ? 1 : on.largest_cluster(count_kernel, size);
+    return size == 1 ? 1 : on.largest_cluster(rows_kernel<float, float, 1, false>, size);
   }
 };
 
@@ -441,59 +412,18 @@ void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, cons
   });
 }
 
-float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
-
 }  // namespace
 
-void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce, float* kl,
-                 const OnDevice& on) {
-  launch(reduce_kernel, {1, 1024, 1, kWarp * sizeof(double)}, on, pr, ce_rows, kl_rows, loss, ce, kl);
-}
-
-void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64_t teachers,
-                     const std::optional<Tensor>& given_weights, const std::optional<Tensor>& given_labels,
-                     const KDSettings& set, const OnDevice& on) {
-  STD_TORCH_CHECK(student.dim() == 2 && student.size(1) > 0, op, ": student must be [N, C] with C >= 1");
-  const int64_t n = student.size(0);
-  pr.rows = n, pr.classes = student.size(1), pr.teachers = static_cast<int>(teachers);
-  pr.student = Rows(student);
-  pr.ignore_index = set.ignore_index;
-  pr.temperature = static_cast<float>(set.temperature), pr.unit = kLog2e / pr.temperature;
-  pr.ce_weight = static_cast<float>(set.ce_weight), pr.kl_weight = static_cast<float>(set.kl_weight);
-  pr.kl_scale = static_cast<float>(set.kl_scale), pr.label_smoothing = static_cast<float>(set.label_smoothing);
-  pr.mean_classes = set.reduction == "mean", pr.mean_rows = pr.mean_classes || set.reduction == "batchmean";
-  if (given_weights) {
-    weights = given_weights;
-    check_shape(op, "weights", *weights, {n, teachers});
-    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float, op, ": weights must be float32");
-    pr.weights = static_cast<const float*>(weights->const_data_ptr());
-    pr.weights_row = weights->stride(0), pr.weights_column = weights->stride(1);
-  }
-  if (given_labels) {
-    check_shape(op, "labels", *given_labels, {n});
-    STD_TORCH_CHECK(given_labels->scalar_type() == ScalarType::Long, op, ": labels must be int64");
-    labels = dense(*given_labels);
-    pr.labels = static_cast<const int64_t*>(labels->const_data_ptr());
-    if (pr.mean_rows && n > kCountInline) {
-      counted = empty(student, {1}, ScalarType::Long);
-      int64_t* out = static_cast<int64_t*>(counted->mutable_data_ptr());
-      launch(count_kernel, {1, 1024, 1, kWarp * sizeof(int64_t)}, on, pr.labels, n, set.ignore_index, out);
-      pr.counted = out;
-    }
-  }
-}
-
-KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& teachers,
-                             const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
-                             const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
-                             bool reduce, const OnDevice& on) {
+KDRows multi_teacher_kd_forward(const Tensor& student, const std::vector<Tensor>& teachers,
+                                const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
+                                const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
+                                bool reduce, const OnDevice& on) {
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() != ScalarType::Half, kOp,
                   ": the gradient of a float16 student is made in backward");
   const Inputs inputs(student, teachers, weights, labels, set, on);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
-  const bool none = set.reduction == "none";
+  const bool none = set.each_row();
   auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, ScalarType::Float); };
-  const bool rounded = student.scalar_type() == ScalarType::BFloat16;
   const Shape value = none ? Shape{n} : Shape{};
   const ScalarType made = need_student_grad ? student.scalar_type() : ScalarType::Float;  // not float16
   KDRows out{make(true, value),
@@ -524,44 +454,35 @@ KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& t
 
 namespace {
 
-using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
                              double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                              double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
-  KDRows out = multi_teacher_kd_rows(student, teachers, weights, labels, set, need_student_grad, need_weights_grad,
-                                     need_probs, true, on);
+  KDRows out = multi_teacher_kd_forward(student, teachers, weights, labels, set, need_student_grad, need_weights_grad,
+                                        need_probs, true, on);
   return {out.loss, out.ce, out.kl, out.student_probs, out.soft_targets, out.stats, out.grad_student, out.grad_weights};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> multi_teacher_kd_back(const KDIncoming& incoming, const Tensor& student,
-                                                 const std::vector<Tensor>& teachers,
-                                                 const std::optional<Tensor>& weights,
-                                                 const std::optional<Tensor>& labels, const Tensor& stats,
-                                                 const KDSettings& set, bool need_student_grad, bool need_weights_grad,
-                                                 const OnDevice& on) {
+std::tuple<Tensor, Tensor> multi_teacher_kd_backward(const KDIncoming& incoming, const Tensor& student,
+                                                     const std::vector<Tensor>& teachers,
+                                                     const std::optional<Tensor>& weights,
+                                                     const std::optional<Tensor>& labels, const Tensor& stats,
+                                                     const KDSettings& set, bool need_student_grad,
+                                                     bool need_weights_grad, const OnDevice& on) {
   Inputs inputs(student, teachers, weights, labels, set, on);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
-  const bool none = set.reduction == "none";
+  const bool none = set.each_row();
   check_shape(kOp, "grad_loss", incoming.grad_loss, none ? Shape{n} : Shape{});
   check_shape(kOp, "stats", stats, {n, 3 + 2 * count});
   if (incoming.grad_probs) check_shape(kOp, "grad_probs", *incoming.grad_probs, {n, c});
   if (incoming.grad_targets) check_shape(kOp, "grad_targets", *incoming.grad_targets, {n, c});
-  auto as_float = [](const std::optional<Tensor>& t, bool wanted) -> std::optional<Tensor> {
-    if (!t || !wanted) return std::nullopt;
-    return dense(*t, ScalarType::Float);
-  };
-  auto values = [](const std::optional<Tensor>& t) {
-    return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-  };
-  const auto grad_loss = as_float(incoming.grad_loss, true), divisor = as_float(incoming.divisor, true);
-  const auto back_q = as_float(incoming.grad_probs, need_student_grad);
-  const auto back_p = as_float(incoming.grad_targets, need_weights_grad);
+  const auto grad_loss = as_float(incoming.grad_loss), divisor = as_float(incoming.divisor);
+  const auto back_q = need_student_grad ? as_float(incoming.grad_probs) : std::nullopt;
+  const auto back_p = need_weights_grad ? as_float(incoming.grad_targets) : std::nullopt;
   inputs.must_fit(back_q);
   inputs.must_fit(back_p);
   const Tensor saved = dense(stats);
@@ -588,8 +509,8 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   const KDIncoming incoming{grad_loss, grad_probs, grad_targets, std::nullopt, std::nullopt};
-  return multi_teacher_kd_back(incoming, student, teachers, weights, labels, stats, set, need_student_grad,
-                               need_weights_grad, on);
+  return multi_teacher_kd_backward(incoming, student, teachers, weights, labels, stats, set, need_student_grad,
+                                   need_weights_grad, on);
 }
 
 // The gradients that forward has made for an incoming gradient of 1, for this one.
@@ -602,7 +523,7 @@ void multi_teacher_kd_rescale_(const Tensor& grad_student, const Tensor& grad_we
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, teachers, weights, labels, set, on);
   const int64_t n = student.size(0), count = static_cast<int64_t>(teachers.size());
-  const bool none = reduction == "none";
+  const bool none = set.each_row();
   check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});
   check_shape(kOp, "stats", stats, {n, 3 + 2 * count});
   const Tensor incoming = dense(grad_loss, ScalarType::Float), saved = dense(stats);

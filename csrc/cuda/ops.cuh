@@ -1,16 +1,10 @@
 // The kernels that others build on; amtml_fast/ops.py has what they take and give.
 #pragma once
 
+#include "../kd_settings.h"
 #include "common.cuh"
 
 namespace amtml::gpu {  // apart from the CPU's of the same name
-
-struct KDSettings {
-  double temperature, ce_weight, kl_weight, kl_scale;
-  std::string mode, reduction;
-  int64_t ignore_index;
-  double label_smoothing;
-};
 
 struct KDRows {
   Tensor loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights;
@@ -18,10 +12,10 @@ struct KDRows {
 };
 
 // The forward pass; loss, ce and kl are written only with `reduce`, or for the reduction "none".
-KDRows multi_teacher_kd_rows(const Tensor& student, const std::vector<Tensor>& teachers,
-                             const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
-                             const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
-                             bool reduce, const OnDevice& on);
+KDRows multi_teacher_kd_forward(const Tensor& student, const std::vector<Tensor>& teachers,
+                                const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
+                                const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
+                                bool reduce, const OnDevice& on);
 
 // What comes back to the distillation.
 struct KDIncoming {
@@ -32,12 +26,12 @@ struct KDIncoming {
 };
 
 // Gradients to student [N, C] and weights [N, T].
-std::tuple<Tensor, Tensor> multi_teacher_kd_back(const KDIncoming& incoming, const Tensor& student,
-                                                 const std::vector<Tensor>& teachers,
-                                                 const std::optional<Tensor>& weights,
-                                                 const std::optional<Tensor>& labels, const Tensor& stats,
-                                                 const KDSettings& set, bool need_student_grad, bool need_weights_grad,
-                                                 const OnDevice& on);
+std::tuple<Tensor, Tensor> multi_teacher_kd_backward(const KDIncoming& incoming, const Tensor& student,
+                                                     const std::vector<Tensor>& teachers,
+                                                     const std::optional<Tensor>& weights,
+                                                     const std::optional<Tensor>& labels, const Tensor& stats,
+                                                     const KDSettings& set, bool need_student_grad,
+                                                     bool need_weights_grad, const OnDevice& on);
 
 // As csrc/cpu/ops.h has them. With `upstream`, one float on the device, backward adds factor * upstream * parameter to
 // the gradients of theta and v.

@@ -389,8 +389,6 @@ void run_rows(const Inputs& inputs, const Wanted& want, const float* stats, cons
   });
 }
 
-float* data(const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, const Tensor& indices,
                                                        const Tensor& log_probs, std::vector<int64_t> sizes,
                                                        std::optional<Tensor> weights, std::optional<Tensor> labels,
@@ -404,7 +402,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, co
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, set, on);
   const int64_t n = student.size(0), c = student.size(1), teachers = static_cast<int64_t>(sizes.size());
-  const bool none = reduction == "none";
+  const bool none = set.each_row();
   auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, ScalarType::Float); };
   Tensor loss = make(true, none ? Shape{n} : Shape{}), stats = make(true, {n, 3});
   Tensor grad_student = make(need_student_grad, {n, c}), grad_weights = make(need_weights_grad, {n, teachers});
@@ -432,7 +430,7 @@ std::tuple<Tensor, Tensor> topk_kd_bwd(const Tensor& grad_loss, const Tensor& st
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, set, on);
   const int64_t n = student.size(0), c = student.size(1), teachers = static_cast<int64_t>(sizes.size());
-  const bool none = reduction == "none";
+  const bool none = set.each_row();
   check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});
   check_shape(kOp, "stats", stats, {n, 3});
   const Tensor incoming = dense(grad_loss, ScalarType::Float), saved = dense(stats);

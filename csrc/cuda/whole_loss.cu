@@ -57,17 +57,6 @@ __global__ void terms_kernel(Reduction of, Parameters parameters, float* loss, f
   *loss = static_cast<float>(total);
 }
 
-const float* values(const std::optional<Tensor>& t) {
-  return t ? static_cast<const float*>(t->const_data_ptr()) : nullptr;
-}
-
-std::optional<Tensor> as_float(const std::optional<Tensor>& t) {
-  if (!t) return std::nullopt;
-  return dense(*t, ScalarType::Float);
-}
-
-using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> theta, std::optional<Tensor> v,
                        std::optional<Tensor> given_weights, const Tensor& student, std::vector<Tensor> teachers,
                        std::optional<Tensor> labels, std::optional<Tensor> divisor, double temperature,
@@ -89,8 +78,8 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
     weights = *given_weights;
     pooled = none(), index = none();
   }
-  KDRows rows = multi_teacher_kd_rows(student, teachers, converted(weights, ScalarType::Float), labels, set, false,
-                                      false, angle_weight != 0, false, on);
+  KDRows rows = multi_teacher_kd_forward(student, teachers, converted(weights, ScalarType::Float), labels, set, false,
+                                         false, angle_weight != 0, false, on);
   std::optional<Tensor> angle;
   if (angle_weight != 0) {
     Tensor value;
@@ -125,8 +114,6 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   return {rows.loss, terms, features ? weights : none(), pooled, index, rows.stats, grad_probs, grad_targets};
 }
 
-using Tensor5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::optional<Tensor> theta,
                        std::optional<Tensor> v, const Tensor& weights, const Tensor& pooled, const Tensor& index,
                        const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
@@ -141,8 +128,8 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
   auto given = [](const Tensor& t) { return t.numel() ? std::optional(t) : std::nullopt; };
   const KDIncoming incoming{upstream, given(grad_probs), given(grad_targets), divisor, angle_weight};
   auto [grad_student, grad_weights] =
-      multi_teacher_kd_back(incoming, student, teachers, converted(weights, ScalarType::Float), labels, stats, set,
-                            need_student, need_weights, on);
+      multi_teacher_kd_backward(incoming, student, teachers, converted(weights, ScalarType::Float), labels, stats, set,
+                                need_student, need_weights, on);
   auto none = [&] { return empty(student, {0}, ScalarType::Float); };
   if (!features) return {grad_student, converted(grad_weights, weights.scalar_type()), none(), none(), none()};
   if (!need_weights) return {grad_student, none(), none(), none(), none()};

@@ -1,0 +1,77 @@
+// What the losses that set teachers against a student share on the host's side: the problem from the arguments, and the
+// sums over rows.
+#include "kd_rows.cuh"
+
+namespace amtml::gpu {
+namespace {
+
+// Rows that are not ignored.
+__global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* counted) {
+  int64_t mine = 0;
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) mine += labels[i] != ignore_index;
+  const int64_t count = block_sum(mine, &shared<int64_t>());
+  if (threadIdx.x == 0) *counted = count;
+}
+
+__global__ void reduce_kernel(KDProblem pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce,
+                              float* kl) {
+  double* scratch = &shared<double>();
+  double sums[3] = {};
+  for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) {
+    sums[0] += ce_rows[i];
+    sums[1] += kl_rows[i];
+    sums[2] += !pr.ignored(i);
+  }
+  for (double& sum : sums) {
+    sum = block_sum(sum, scratch);
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  const double rows = pr.mean_rows ? fmax(sums[2], 1.0) : 1;
+  const double of_ce = sums[0] / rows, of_kl = sums[1] / (pr.mean_classes ? rows * pr.classes : rows);
+  if (ce) *ce = static_cast<float>(of_ce);
+  if (kl) *kl = static_cast<float>(of_kl);
+  *loss = static_cast<float>(weighted(pr, of_ce, of_kl));
+}
+
+}  // namespace
+
+void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce, float* kl,
+                 const OnDevice& on) {
+  launch(reduce_kernel, {1, 1024, 1, kWarp * sizeof(double)}, on, pr, ce_rows, kl_rows, loss, ce, kl);
+}
+
+void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64_t teachers,
+                     const std::optional<Tensor>& given_weights, const std::optional<Tensor>& given_labels,
+                     const KDSettings& set, const OnDevice& on) {
+  STD_TORCH_CHECK(student.dim() == 2 && student.size(1) > 0, op, ": student must be [N, C] with C >= 1");
+  const int64_t n = student.size(0);
+  pr.rows = n, pr.classes = student.size(1), pr.teachers = static_cast<int>(teachers);
+  pr.student = Rows(student);
+  pr.ignore_index = set.ignore_index;
+  pr.temperature = static_cast<float>(set.temperature), pr.unit = kLog2e / pr.temperature;
+  pr.ce_weight = static_cast<float>(set.ce_weight), pr.kl_weight = static_cast<float>(set.kl_weight);
+  pr.kl_scale = static_cast<float>(set.kl_scale), pr.label_smoothing = static_cast<float>(set.label_smoothing);
+  pr.mean_classes = set.reduction == "mean", pr.mean_rows = pr.mean_classes || set.reduction == "batchmean";
+  if (given_weights) {
+    weights = given_weights;
+    check_shape(op, "weights", *weights, {n, teachers});
+    STD_TORCH_CHECK(weights->scalar_type() == ScalarType::Float, op, ": weights must be float32");
+    pr.weights = static_cast<const float*>(weights->const_data_ptr());
+    pr.weights_row = weights->stride(0), pr.weights_column = weights->stride(1);
+  }
+  if (given_labels) {
+    check_shape(op, "labels", *given_labels, {n});
+    STD_TORCH_CHECK(given_labels->scalar_type() == ScalarType::Long, op, ": labels must be int64");
+    labels = dense(*given_labels);
+    pr.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+    if (pr.mean_rows && n > kCountInline) {
+      counted = empty(student, {1}, ScalarType::Long);
+      int64_t* out = static_cast<int64_t*>(counted->mutable_data_ptr());
+      launch(count_kernel, {1, 1024, 1, kWarp * sizeof(int64_t)}, on, pr.labels, n, set.ignore_index, out);
+      pr.counted = out;
+    }
+  }
+}
+
+}  // namespace amtml::gpu
