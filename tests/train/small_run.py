@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from amtml_fast import cli
 from amtml_fast.train.compare.plan import checked
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config
@@ -92,6 +96,47 @@ def metrics(run: Run) -> list[dict[str, object]]:
 def launched(command: list[str]) -> list[str]:
     """The same command in two processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command[1:]]
+
+
+class Done(NamedTuple):
+    returncode: int
+    said: str
+
+
+FORKS: Any = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch._inductor.compile_fx", "torch.utils.tensorboard", "amtml_fast.train.compare.session"]
+)
+
+
+def in_two(place: Place, *words: str) -> Done:
+    """As `launched(place.command(*words))`, run to its end, but forked from a process that has imported it all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    files = [place.folder / f"said-{rank}" for rank in range(2)]
+    argv = place.command(*words)[3:]
+    team = [
+        FORKS.Process(target=_one_of_two, args=(rank, port, argv, place.folder, file))
+        for rank, file in enumerate(files)
+    ]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join(300)
+        process.kill()
+    return Done(max(abs(process.exitcode) for process in team), "".join(file.read_text() for file in files))
+
+
+def _one_of_two(rank: int, port: int, argv: list[str], folder: Path, said: Path) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    os.chdir(folder)
+    with open(said, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["amtml-fast", *argv]
+    cli.main(argv)
 
 
 def start_and_wait(place: Place, command: list[str], epochs: int) -> subprocess.Popen[str]:

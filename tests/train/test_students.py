@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 
 for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
@@ -12,7 +10,7 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import torch
 from safetensors.torch import save_file
-from small_run import PLAIN, QUIET, Place, assert_near, launched, metrics, own_weights, tensors
+from small_run import PLAIN, QUIET, Place, assert_near, in_two, metrics, own_weights, tensors
 
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.data.images import Loader
@@ -157,11 +155,8 @@ def test_a_student_with_unused_parameters_trains_the_same_on_two_processes(
 ) -> None:
     settings = [*SMALL, *engine, "student.groups={}", args(**kind), *own_weights(nets)]
     one = nets.train(*settings, "name=one", method="avg_mkd")
-    done = subprocess.run(
-        launched(nets.command("distill", *settings, "--method=avg_mkd")),
-        cwd=nets.folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = in_two(nets, "distill", *settings, "--method=avg_mkd")
+    assert done.returncode == 0, done.said
     two = Run(nets.folder / "small" / "avg_mkd-seed0")
     assert two.read_record()["processes"] == 2
     assert_near(one, two)
@@ -169,19 +164,14 @@ def test_a_student_with_unused_parameters_trains_the_same_on_two_processes(
 
 def test_a_step_that_leaves_parameters_out_later_ends_two_processes_with_a_message(nets: Place) -> None:
     settings = [*SMALL, "student.groups={}", args(skips=9), *own_weights(nets), "--method=avg_mkd"]
-    done = subprocess.run(
-        launched(nets.command("distill", *settings)), cwd=nets.folder, capture_output=True, text=True, timeout=300
-    )
+    done = in_two(nets, "distill", *settings)
     assert done.returncode != 0
-    assert "error: AvgMKD, seed 0: a step leaves parameters out that the first one used" in done.stderr, done.stderr
+    assert "error: AvgMKD, seed 0: a step leaves parameters out that the first one used" in done.said, done.said
 
 
 def test_nothing_is_looked_for_where_every_parameter_is_used(nets: Place) -> None:
-    done = subprocess.run(
-        launched(nets.command("distill", *PLAIN, *own_weights(nets))),
-        cwd=nets.folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0 and "find_unused_parameters" not in done.stderr, done.stderr
+    done = in_two(nets, "distill", *PLAIN, *own_weights(nets))
+    assert done.returncode == 0 and "find_unused_parameters" not in done.said, done.said
 
 
 # --- networks that do not fit -------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from small_run import (
     YAML,
     Place,
     assert_near,
+    in_two,
     interrupt_after,
     launched,
     metrics,
@@ -243,11 +244,8 @@ def test_a_finished_run_is_not_trained_again_unless_its_teachers_changed(place: 
 )
 def test_two_processes_equal_one_with_the_same_global_batch(place: Place, method: str, engine: list[str]) -> None:
     one = place.train(*PLAIN, *engine, "name=one", *own_weights(place), method=method)
-    done = subprocess.run(
-        launched(place.command("distill", *PLAIN, *engine, *own_weights(place), f"--method={method}")),
-        cwd=place.folder, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = in_two(place, "distill", *PLAIN, *engine, *own_weights(place), f"--method={method}")
+    assert done.returncode == 0, done.said
     two = Run(place.folder / "small" / f"{method}-seed0")
     assert two.read_record()["processes"] == 2 and one.read_record()["processes"] == 1
     assert_near(one, two)
@@ -272,8 +270,8 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(place: Pl
     command = place.command("distill", *settings, "--resume")
     stop(launched(command), 2)
     stop(command, len(run.read_metrics()) + 2)
-    done = subprocess.run(launched(command), cwd=place.folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and "continuing after epoch" in done.stdout, done.stderr
+    done = in_two(place, "distill", *settings, "--resume")
+    assert done.returncode == 0 and "continuing after epoch" in done.said, done.said
     assert_near(unbroken, run, tolerance=1e-4)  # ten times the steps of the test above
 
 

@@ -8,6 +8,7 @@ names it. No reader here unpickles anything; torchvision does, where it is asked
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import math
 import os
 import zlib
@@ -69,17 +70,20 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 
 def read_digits(root: Path | None = None) -> Arrays:
     """scikit-learn's 1797 scans of 8x8; a fifth of each class is the test set, the same for every seed of a run."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "digits: the scans come with scikit-learn, which is not installed (pip install scikit-learn)"
-        ) from error
     if root is not None:
         raise ValueError(f"data.root: digits are inside scikit-learn and are read from no folder, got {root}")
-    digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # 0..16 -> 0..255, [1797, 1, 8, 8]
-    labels = digits.target.astype(np.int64)
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise ImportError("digits: the scans come with scikit-learn, which is not installed (pip install scikit-learn)")
+    file = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.is_file():
+        rows = np.loadtxt(file, delimiter=",")
+    else:  # through scikit-learn itself, whose import takes longer than this data set's training
+        from sklearn.datasets import load_digits
+
+        rows = np.column_stack(load_digits(return_X_y=True))
+    images = np.rint(rows[:, :-1].reshape(-1, 1, 8, 8) * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    labels = rows[:, -1].astype(np.int64)
     test, train = stratified(labels, 0.2, seed=1797)
     return Arrays(images[train], labels[train], images[test], labels[test], tuple("0123456789"))
 
