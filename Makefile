@@ -135,7 +135,7 @@ lint: .venv/packages-test
 	@touch $@
 
 .venv/kernels .venv/kernels-cuda: setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu) | .venv/packages
-	@echo "make: compiling the kernels: about $(if $(findstring cuda,$@),nine minutes on two cores (with CUDA),two minutes on two cores (without CUDA))"
+	@echo "make: compiling the kernels: about $(if $(findstring cuda,$@),four minutes on two cores (with CUDA),a minute on two cores (without CUDA))"
 	@rm -f .venv/kernels-cuda
 	@AMTML_BUILD_CUDA=$(if $(findstring cuda,$@),1,0) $(BIN)/python setup.py -q build_ext --inplace --force
 	@touch .venv/kernels $@
