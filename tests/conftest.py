@@ -1,4 +1,4 @@
-"""Shared by all tests: uninitialised memory is NaN, so that a kernel that leaves an element unwritten is seen."""
+"""Shared by all tests: uninitialized memory is NaN, so that a kernel that leaves an element unwritten is seen."""
 
 import os
 import sys

@@ -3,7 +3,7 @@
 //   sequential: a = softmax_R(x), y = softmax_K(a)     dx = a (da - sum_R da a),  da = y (g - sum_K g y)
 //   product:    y = softmax_R(x) softmax_K(x)          dx = 2 g y - a sum_R g y - b sum_K g y
 //
-// Columns are reduced in blocks of neighbours, so that vectors run along memory in both phases.
+// Columns are reduced in blocks of neighbors, so that vectors run along memory in both phases.
 #include "simd.h"
 
 namespace amtml {

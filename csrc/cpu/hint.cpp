@@ -1,4 +1,4 @@
-// The hint loss: channel normalisation with average pooling; then the 1x1 convolution with the mean squared error and
+// The hint loss: channel normalization with average pooling; then the 1x1 convolution with the mean squared error and
 // its gradients, in one pass; and that error alone, for predictions that are made elsewhere.
 #include "pooling.h"
 #include "product.h"
@@ -263,7 +263,7 @@ struct Columns {
   int64_t channels, pixels;
   bool last;
 
-  // run(x, y, count) for all neighbours in one channel of an example, x in the map and y in panel [channels, kPixels].
+  // run(x, y, count) for all neighbors in one channel of an example, x in the map and y in panel [channels, kPixels].
   template <class Panel, class Run>
   AMTML_INLINE void each_run(int64_t first, int64_t end, Panel* panel, const Run& run) const {
     for (int64_t j = first; j < end;) {

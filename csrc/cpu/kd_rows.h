@@ -47,14 +47,14 @@ AMTML_INLINE A rounded(double value, double* rest) {
 template <class A>
 struct StudentRow {
   Buffer<A> converted, e, e1;  // exp((z - max z) / tau), exp(z - max z)
-  bool labelled;
+  bool labeled;
   const A* z = nullptr;
   A log_sum = 0;        // at tau
   double rest = 0;      // what rounding log_sum to A cut off: it would bias every KL near 0
   double log_sum1 = 0;  // at temperature 1
 
-  StudentRow(const Matrix& student, int64_t classes, bool labelled)
-      : converted(student.in_place<A>() ? 0 : classes), e(classes), e1(labelled ? classes : 0), labelled(labelled) {}
+  StudentRow(const Matrix& student, int64_t classes, bool labeled)
+      : converted(student.in_place<A>() ? 0 : classes), e(classes), e1(labeled ? classes : 0), labeled(labeled) {}
 
   // With `again` the statistics are read, else made.
   AMTML_INLINE void load(const Matrix& student, int64_t i, int64_t n, A per_tau, A* stats, bool again) {
@@ -62,12 +62,12 @@ struct StudentRow {
     double log_sum_at_tau = 0;
     if (again) {
       exponentials_again(z, n, stats[0], per_tau, e.data());
-      if (labelled) exponentials_again(z, n, stats[0], A(1), e1.data());
+      if (labeled) exponentials_again(z, n, stats[0], A(1), e1.data());
       log_sum_at_tau = -std::log(static_cast<double>(stats[1])) - kLogScale;
     } else {
       stats[0] = maximum(z, n);
       const double sum = exponentials(z, n, stats[0], per_tau, e.data());
-      const double sum1 = labelled ? exponentials(z, n, stats[0], A(1), e1.data()) : 1;
+      const double sum1 = labeled ? exponentials(z, n, stats[0], A(1), e1.data()) : 1;
       stats[1] = static_cast<A>(1 / sum);
       stats[2] = static_cast<A>(1 / sum1);
       log_sum_at_tau = std::log(sum) - kLogScale;

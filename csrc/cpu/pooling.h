@@ -25,7 +25,7 @@ struct Axis {
   int64_t out() const { return inputs.size(); }
 
   // body(size) with the size as a constant where it is a frequent one: windows that do not need to be looked up, and
-  // neighbours that fit in vectors. Whether it was.
+  // neighbors that fit in vectors. Whether it was.
   template <class Body>
   AMTML_INLINE bool of_constant_size(const Body& body) const {
     switch (size) {
@@ -75,7 +75,7 @@ struct Axis {
   }
 };
 
-// Averages one plane x times scale: sums of rows, along which vectors run, then of their neighbours. row: scratch.
+// Averages one plane x times scale: sums of rows, along which vectors run, then of their neighbors. row: scratch.
 template <class A>
 AMTML_INLINE void pool(const A* x, const A* scale, const Axis<A>& down, const Axis<A>& across, A* row, A* pooled) {
   const int64_t w = across.in();

@@ -1,4 +1,4 @@
-// AMTMLLoss without hints in one call each way: teacher weights, distillation, angle loss, regulariser.
+// AMTMLLoss without hints in one call each way: teacher weights, distillation, angle loss, regularizer.
 //
 // The soft targets of the distillation pass go straight into the angle loss, and its gradient straight back into the
 // distillation's. One call instead of five and a dozen small tensors between them: at a batch of 128 that is what the

@@ -187,7 +187,7 @@ __device__ __forceinline__ T block_sum(T x, T* scratch) {
   return warp_sum(lane < warps ? scratch[lane] : T(0));
 }
 
-// --- loads and stores of kCount neighbours, as wide as the hardware has them
+// --- loads and stores of kCount neighbors, as wide as the hardware has them
 
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount) Pack {

@@ -24,7 +24,7 @@ struct Partial {
   double loss, g_psi[2];
 };
 
-// How a side's distances are normalised.
+// How a side's distances are normalized.
 struct Norm {
   double mean, pairs;
 };

@@ -1,17 +1,17 @@
-// The parts of the hint loss around torch's 1x1 convolution: channel normalisation with adaptive average pooling, and
+// The parts of the hint loss around torch's 1x1 convolution: channel normalization with adaptive average pooling, and
 // the mean squared error of the result with its gradient.
 //
 //   r_p = 1 / max(|x_p|, 1e-12), y_p = x_p r_p,  pooled_o = mean over the window of o of y_p
 //   dy_p = sum over the windows with p of g_o / size_o,  dx_p = r_p (dy_p - y_p <y_p, dy_p>), below 1e-12 r_p dy_p
 //
 // feature_map [N, c, H, W] in float32, bfloat16 or float16 with any strides -> pooled [N, c, height, width] float32,
-// norms [N, H, W] float32 (if normalised): r, not the length. Without normalisation r is 1.
+// norms [N, H, W] float32 (if normalized): r, not the length. Without normalization r is 1.
 //
 // Grid: pooling, a block for some rows of an example's windows and all channels; its gradient, a block for up to 32
-// pixels of an example and all channels. Threads are neighbouring pixels by groups of channels. Mean squared error:
+// pixels of an example and all channels. Threads are neighboring pixels by groups of channels. Mean squared error:
 // blocks of 2048 elements, then one that adds their sums.
-// Traffic: forward reads the map (normalised twice, the second time from cache) and writes the pooled one; backward
-// reads the gradient and the map (both normalised twice, likewise) and writes the map's gradient. The error reads both
+// Traffic: forward reads the map (normalized twice, the second time from cache) and writes the pooled one; backward
+// reads the gradient and the map (both normalized twice, likewise) and writes the map's gradient. The error reads both
 // sides once and writes the gradient. Bandwidth binds.
 #include "../arithmetic.h"
 #include "common.cuh"
@@ -42,7 +42,7 @@ struct Map {
   int64_t plane() const { return static_cast<int64_t>(height) * width; }
 };
 
-// kThreads threads as `lanes` neighbours by groups.
+// kThreads threads as `lanes` neighbors by groups.
 struct Place {
   int lane, group, groups;
 
@@ -134,7 +134,7 @@ __global__ void pool_kernel(const T* features, Map map, int height, int width, i
   }
 }
 
-// What comes back to a pixel before the normalisation, for kChannels channels from c on.
+// What comes back to a pixel before the normalization, for kChannels channels from c on.
 struct Incoming {
   const float* grad;  // of the example
   Map map;            // [N, c, height, width]

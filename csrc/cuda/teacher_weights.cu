@@ -7,7 +7,7 @@
 //   -> weights [N, T], pooled [N, d] float32, index [N, d] int32: where the maximum stands first in its plane.
 //
 // Grid: a block an example, both ways: lanes run over the pixels of a plane, or over channels where those are
-// neighbours in memory. The gradient of theta and v is a second launch: a block for 8 channels, over all examples.
+// neighbors in memory. The gradient of theta and v is a second launch: a block for 8 channels, over all examples.
 // Traffic: forward reads the map, backward writes it, 16 bytes a thread where sizes and strides allow; bandwidth binds
 // from a few megabytes on, below that the launches. Besides pooled and index (8 N d bytes each way).
 //
@@ -46,7 +46,7 @@ struct Map {
     step = width == 1 ? sh : sw;
   }
   bool by_channels() const { return sc == 1; }
-  // Whether `count` neighbours can be moved at once: channels, or pixels of a plane.
+  // Whether `count` neighbors can be moved at once: channels, or pixels of a plane.
   bool divides(int64_t count) const {
     auto whole = [&](int64_t x) { return x % count == 0; };
     if (by_channels()) return whole(sn) && whole(channels) && whole(sh) && whole(sw);
@@ -143,7 +143,7 @@ struct Pooled {
   }
 };
 
-// Pools the planes of an example: `lanes` threads a plane, kWide neighbouring pixels at a time.
+// Pools the planes of an example: `lanes` threads a plane, kWide neighboring pixels at a time.
 template <int kWide, bool kMax, class T>
 __device__ void pool_planes(const T* __restrict__ example, const Map& map, int lanes, const Pooled& to) {
   const int lane = threadIdx.x % lanes, planes = blockDim.x / lanes, vectors = map.pixels / kWide;
@@ -168,7 +168,7 @@ __device__ void pool_planes(const T* __restrict__ example, const Map& map, int l
   }
 }
 
-// Pools an example whose channels are neighbours: `lanes` threads run over them, kWide at a time, and the groups of so
+// Pools an example whose channels are neighbors: `lanes` threads run over them, kWide at a time, and the groups of so
 // many threads share the pixels.
 template <int kWide, bool kMax, class T>
 __device__ void pool_channels(const T* __restrict__ example, const Map& map, int lanes, const Kept& kept,

@@ -30,7 +30,7 @@ __device__ double squares(const float* x, int64_t count) {
   return sum;
 }
 
-// kd, ce, kl, angle, 0 for the hint, regulariser; a term without weight is left out of the loss: 0 * infinity is NaN.
+// kd, ce, kl, angle, 0 for the hint, regularizer; a term without weight is left out of the loss: 0 * infinity is NaN.
 __global__ void terms_kernel(Reduction of, Parameters parameters, float* loss, float* terms) {
   double* scratch = &shared<double>();
   double sums[4] = {};

@@ -265,7 +265,7 @@ inline float faithful(double exact, float x) {
 
 }  // namespace emulation
 
-// Float32 in and out, and as often the wrong neighbour as the right one: the GPU makes them of its approximate ex2, and
+// Float32 in and out, and as often the wrong neighbor as the right one: the GPU makes them of its approximate ex2, and
 // CUDA promises 2 ulps and 1. In the kernels' namespace these names hide the C library's.
 namespace amtml {
 

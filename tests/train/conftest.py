@@ -13,7 +13,7 @@ atexit.register(gc.unfreeze)  # nanobind would call what is frozen leaked
 def nothing_imported_is_garbage():
     """Every training collects garbage twice, and would look at all that torch, SymPy and scikit-learn consist of."""
     if gc.get_freeze_count() < 100_000:  # none yet, or a comparison has ended
-        importlib.import_module("torch._dynamo")  # as the first optimiser's step does
+        importlib.import_module("torch._dynamo")  # as the first optimizer's step does
         gc.collect()
         gc.freeze()
 

@@ -719,7 +719,7 @@ def test_what_does_not_fit_is_refused_by_name_and_left_alone(
     assert taught(settings, data).cache
 
 
-def test_a_damaged_shard_is_refused_before_its_missing_neighbours_are_made(
+def test_a_damaged_shard_is_refused_before_its_missing_neighbors_are_made(
     tmp_path: Path, data: ImageData, calls: list[int]
 ) -> None:
     settings = load(tmp_path)

@@ -182,7 +182,7 @@ def test_paper_code_takes_the_groups_of_the_student_at_hand(tmp_path: Path) -> N
     ("variants", "message"),
     [
         ("one: {label: Same}, two: {label: Same}", r"labels of their own, got 'Same' twice"),
-        ("one: {}, one-wide: {}", r"would share the folder .*one-wide-2teachers-seed0; another name"),
+        ("one: {}, one-wide: {}", r"must have folders of their own, got .*one-wide-2teachers-seed0 for both"),
     ],
 )
 def test_what_would_be_mixed_up(tmp_path: Path, variants: str, message: str) -> None:

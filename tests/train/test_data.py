@@ -346,9 +346,9 @@ def test_fetching_says_what_it_needs(tmp_path, torchvision, monkeypatch):
 # --- image_folder
 
 
-def save_image(path, colour, size=(6, 4), mode="RGB"):
+def save_image(path, color, size=(6, 4), mode="RGB"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
+    Image.new(mode, size, color).save(path)
 
 
 @pytest.fixture
@@ -377,7 +377,7 @@ def test_image_folder_keeps_every_pixel_in_its_place(folder):
 
 
 def test_image_folder_takes_val_where_there_is_no_test(folder):
-    save_image(folder / "val" / "dog" / "0.jpg", 128, mode="L")  # grey JPEGs become RGB
+    save_image(folder / "val" / "dog" / "0.jpg", 128, mode="L")  # gray JPEGs become RGB
     assert len(load("image_folder", folder).test) == 2  # test/ goes first
     (folder / "test").rename(folder / "kept")
     loaded = load("image_folder", folder)
@@ -524,7 +524,7 @@ def test_half_a_tiny_imagenet_is_named(tiny):
 # --- images in every mode
 
 LEVELS = np.array([[0, 1, 63, 127], [128, 191, 254, 255]], dtype=np.uint8)
-COLOURS = np.stack([LEVELS, LEVELS[::-1], 255 - LEVELS], 2)
+COLORS = np.stack([LEVELS, LEVELS[::-1], 255 - LEVELS], 2)
 
 
 def image_of(kind):
@@ -534,25 +534,25 @@ def image_of(kind):
         return Image.fromarray(wide * 257 if kind.endswith("repeated") else wide << 8), LEVELS
     if kind == "palette" or kind == "palette, transparent":
         image = Image.fromarray(np.arange(8, dtype=np.uint8).reshape(2, 4)).convert("P")
-        image.putpalette(COLOURS.tobytes())
+        image.putpalette(COLORS.tobytes())
         if kind.endswith("transparent"):
-            image.info["transparency"] = bytes([0, 128, 255, 0, 7, 8, 9, 10])  # of each colour
-        return image, COLOURS
-    image = Image.fromarray(COLOURS)
+            image.info["transparency"] = bytes([0, 128, 255, 0, 7, 8, 9, 10])  # of each color
+        return image, COLORS
+    image = Image.fromarray(COLORS)
     alpha = Image.fromarray(255 - LEVELS)
     if kind == "1 bit":
         return Image.fromarray(LEVELS > 127), np.where(LEVELS > 127, 255, 0)
-    if kind == "grey, transparent":
+    if kind == "gray, transparent":
         return Image.merge("LA", [Image.fromarray(LEVELS), alpha]), LEVELS
     if kind == "transparent":
         image.putalpha(alpha)
-        return image, COLOURS
+        return image, COLORS
     if kind == "CMYK":
-        return image.convert("CMYK"), COLOURS
-    if kind == "grey":
+        return image.convert("CMYK"), COLORS
+    if kind == "gray":
         return Image.fromarray(LEVELS), LEVELS
-    assert kind == "colour"
-    return image, COLOURS
+    assert kind == "color"
+    return image, COLORS
 
 
 KINDS = [
@@ -561,10 +561,10 @@ KINDS = [
     "palette",
     "palette, transparent",
     "1 bit",
-    "grey",
-    "grey, transparent",
+    "gray",
+    "gray, transparent",
 ]
-KINDS += ["colour", "transparent", "CMYK"]
+KINDS += ["color", "transparent", "CMYK"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -597,7 +597,9 @@ def test_sixteen_bits_in_mode_i_are_those_of_a_png(tmp_path):
 def test_32_bits_have_no_white(mode, tmp_path):
     for place in ("train/a/0.tif", "train/a/1.tif", "test/a/0.tif"):
         save_image(tmp_path / place, 70_000, mode=mode)
-    with pytest.raises(ValueError, match=rf"0.tif: not a readable image \(8 or 16 bits .* got 32 \(mode {mode}\)"):
+    with pytest.raises(
+        ValueError, match=rf"0.tif: not a readable image \(must have 8 or 16 bits .* got 32 \(mode {mode}\)"
+    ):
         load("image_folder", tmp_path)
     image = Image.new(mode, (6, 4), 70_000)
     with pytest.raises(ValueError, match=rf"train\[0\]: not a readable image .* got 32 \(mode {mode}\)"):
@@ -635,8 +637,8 @@ def test_from_datasets_takes_every_kind_of_image():
     for images, most in zip(halves, (1, 0), strict=True):  # bfloat16 has 8 bits of a value, float16 has 11
         read = from_datasets(pairs(*images), pairs(*images)).test.images.numpy()
         assert np.abs(read.astype(int) - pixels).max() <= most
-    grey = [torch.zeros(5, 6, dtype=torch.uint8)] * 4
-    assert from_datasets(pairs(*grey), pairs(*grey)).test.images.shape == (4, 1, 5, 6)
+    gray = [torch.zeros(5, 6, dtype=torch.uint8)] * 4
+    assert from_datasets(pairs(*gray), pairs(*gray)).test.images.shape == (4, 1, 5, 6)
 
 
 def test_from_datasets_takes_the_datasets_own_class_names():
@@ -752,38 +754,38 @@ def test_load_by_import_path(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def coloured():
+def colored():
     """23 images of 3x16x16 and labels, as all three splits."""
     images = ImageSet(torch.from_numpy(random_images(23, 3, 16, 16)), torch.arange(23) % 5)
-    return ImageData("coloured", images, images, images, tuple("abcde"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    return ImageData("colored", images, images, images, tuple("abcde"), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
 
 
-def test_batches_cover_the_split_once_in_order(coloured):
-    loader = Loader(coloured.test, coloured, 5)
+def test_batches_cover_the_split_once_in_order(colored):
+    loader = Loader(colored.test, colored, 5)
     batches = list(loader)
     assert len(loader) == len(batches) == 5 and [len(batch.labels) for batch in batches] == [5, 5, 5, 5, 3]
     assert torch.cat([batch.index for batch in batches]).tolist() == [*range(23)]
-    assert torch.equal(torch.cat([batch.labels for batch in batches]), coloured.test.labels)
+    assert torch.equal(torch.cat([batch.labels for batch in batches]), colored.test.labels)
 
 
-def test_images_are_normalised_per_channel(coloured):
-    images = torch.cat([batch.images for batch in Loader(coloured.test, coloured, 5)])
-    wanted = coloured.test.images.double() / 255
+def test_images_are_normalized_per_channel(colored):
+    images = torch.cat([batch.images for batch in Loader(colored.test, colored, 5)])
+    wanted = colored.test.images.double() / 255
     wanted -= torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64).view(3, 1, 1)
     wanted /= torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64).view(3, 1, 1)
     assert images.dtype == torch.float32
     torch.testing.assert_close(images.double(), wanted, rtol=1e-6, atol=1e-6)
 
 
-def test_index_is_the_position_in_the_split(coloured):
-    for batch in Loader(coloured.train, coloured, 5, shuffle=True):
-        assert torch.equal(batch.labels, coloured.train.labels[batch.index])
-        plain = next(iter(Loader(coloured.train, coloured, 23))).images
+def test_index_is_the_position_in_the_split(colored):
+    for batch in Loader(colored.train, colored, 5, shuffle=True):
+        assert torch.equal(batch.labels, colored.train.labels[batch.index])
+        plain = next(iter(Loader(colored.train, colored, 23))).images
         assert torch.equal(batch.images, plain[batch.index])
 
 
-def test_drop_last_drops_the_smaller_batch(coloured):
-    loader = Loader(coloured.train, coloured, 5, shuffle=True, drop_last=True)
+def test_drop_last_drops_the_smaller_batch(colored):
+    loader = Loader(colored.train, colored, 5, shuffle=True, drop_last=True)
     batches = list(loader)
     assert len(loader) == len(batches) == 4 and all(len(batch.labels) == 5 for batch in batches)
 
@@ -792,9 +794,9 @@ def same(a, b):
     return all(torch.equal(getattr(a, key), getattr(b, key)) for key in ("index", "images", "labels"))
 
 
-def test_an_epoch_is_a_pure_function_of_seed_and_epoch(coloured):
+def test_an_epoch_is_a_pure_function_of_seed_and_epoch(colored):
     def loader(seed=1):
-        return Loader(coloured.train, coloured, 4, shuffle=True, augment=True, seed=seed)
+        return Loader(colored.train, colored, 4, shuffle=True, augment=True, seed=seed)
 
     first = loader()
     first.set_epoch(3)
@@ -816,11 +818,11 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(coloured):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("augment", [False, True])
-def test_the_slices_of_all_ranks_are_the_batch_of_one_process(coloured, world_size, augment):
+def test_the_slices_of_all_ranks_are_the_batch_of_one_process(colored, world_size, augment):
     options = {"shuffle": True, "augment": augment, "seed": 7}
-    whole = list(Loader(coloured.train, coloured, 6, **options))
+    whole = list(Loader(colored.train, colored, 6, **options))
     ranks = [
-        list(Loader(coloured.train, coloured, 6, **options, rank=rank, world_size=world_size))
+        list(Loader(colored.train, colored, 6, **options, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     for number, batch in enumerate(whole):
@@ -832,8 +834,8 @@ def test_the_slices_of_all_ranks_are_the_batch_of_one_process(coloured, world_si
     assert all(len(batches) == len(whole) == 4 for batches in ranks)  # 23 = 6 + 6 + 6 + 5
 
 
-def test_a_last_batch_smaller_than_the_world_leaves_some_ranks_empty(coloured):
-    last = [list(Loader(coloured.train, coloured, 22, rank=rank, world_size=2))[-1] for rank in range(2)]
+def test_a_last_batch_smaller_than_the_world_leaves_some_ranks_empty(colored):
+    last = [list(Loader(colored.train, colored, 22, rank=rank, world_size=2))[-1] for rank in range(2)]
     assert sorted(len(batch.labels) for batch in last) == [0, 1]
     assert last[0].images.shape[1:] == last[1].images.shape[1:] == (3, 16, 16)
 
@@ -847,15 +849,15 @@ LOADER_ERRORS = [
 
 
 @pytest.mark.parametrize("options, message", LOADER_ERRORS)
-def test_loader_refuses(coloured, options, message):
+def test_loader_refuses(colored, options, message):
     with pytest.raises(ValueError, match=message):
-        Loader(coloured.train, coloured, **options)
+        Loader(colored.train, colored, **options)
 
 
-def test_loader_refuses_an_empty_split(coloured):
-    empty = ImageSet(coloured.train.images[:0], coloured.train.labels[:0])
+def test_loader_refuses_an_empty_split(colored):
+    empty = ImageSet(colored.train.images[:0], colored.train.labels[:0])
     with pytest.raises(ValueError, match="0 images make no batch of 4"):
-        Loader(empty, coloured, 4)
+        Loader(empty, colored, 4)
 
 
 # --- augmentation
@@ -899,9 +901,9 @@ def test_the_loader_draws_every_flip_and_offset():
     assert abs(counts[:, :8].sum() - 1000) < 5 * 500**0.5  # as it is: half of them
 
 
-def test_augmentation_pads_with_black_before_normalising(coloured):
+def test_augmentation_pads_with_black_before_normalizing(colored):
     white = ImageSet(torch.full((64, 3, 16, 16), 255, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
-    batch = next(iter(Loader(white, coloured, 64, augment=True)))
+    batch = next(iter(Loader(white, colored, 64, augment=True)))
     values = sorted({round(value, 4) for value in batch.images[:, 0].flatten().tolist()})
     assert values == [-2.5, 2.5]  # (0 - 0.5) / 0.2 and (1 - 0.5) / 0.2
     assert (white.images == 255).all()

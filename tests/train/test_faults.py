@@ -82,7 +82,7 @@ def saved_steps(run: Run, steps_per_epoch: int) -> int:
 
 def test_killed_at_random_moments_it_loses_an_interval_at_most_and_ends_the_same(place: Place) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults", "torch._dynamo"])  # the second as every optimiser does
+    context.set_forkserver_preload(["test_faults", "torch._dynamo"])  # the second as every optimizer does
     settings = ["distill.epochs=6", f"engine.checkpoint_steps={INTERVAL}", *own_weights(place)]
 
     def start(name: str) -> tuple[multiprocessing.process.BaseProcess, Synchronized]:
@@ -325,10 +325,10 @@ class Watch(TorchDispatchMode):
 
     @staticmethod
     def on_the_cpu_alone() -> bool:
-        """Asked by the losses, which look at values where that is free (checks.values_are_free, autograd._scaled)."""
+        """Asked by the losses, which look at values where that is free (checks.values_are_free, ops/_base.py)."""
         files = [Path(frame.filename) for frame in traceback.extract_stack()]
         own = Path(checks.__file__).parent
-        return any(file in (own / "checks.py", own / "autograd.py") for file in files)
+        return any(file in (own / "checks.py", own / "ops" / "_base.py") for file in files)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         name = func.overloadpacket.__name__

@@ -240,7 +240,7 @@ def test_a_student_that_diverged_shows_in_the_loss(name: str) -> None:
     assert not out.loss.isfinite()
 
 
-def test_labels_train_the_weights_towards_the_teacher_that_is_right() -> None:
+def test_labels_train_the_weights_toward_the_teacher_that_is_right() -> None:
     step, made = make_step(), objective("amtml_label_weights", temperature=2.0)
     plain = objective("amtml_kd", temperature=2.0)
     weights = made(step).weights
@@ -372,7 +372,10 @@ def test_a_variant_is_another_method_with_other_values() -> None:
     ("lines", "message"),
     [
         ("compare: {methods: [amtml]}", r"one of okd, student.*, got 'amtml'; did you mean 'amtml_"),
-        ("variants: {mine: {method: avg}}\ncompare: {methods: [mine]}", r"variants.mine.method: .*got 'avg'; did you"),
+        (
+            "variants: {mine: {method: avg}}\ncompare: {methods: [mine]}",
+            r"variants.mine.method must be .*got 'avg'; did you",
+        ),
         (
             "variants: {mine: {loss: {hint_weigth: 1}}}\ncompare: {methods: [mine]}",
             r"loss.hint_weigth: no such key; did you mean 'loss.hint_weight'\? \(in the method mine\)",

@@ -192,7 +192,7 @@ def test_the_curves_end_where_the_metrics_do(whole: tuple[str, Reader], compared
     hint = statistics.fmean(row["hint"] for row in rows)
     assert any(label.startswith("AMTML-KD: training loss") and f"hint {hint:.3g}" in label for label in labels)
     entropy = statistics.fmean(row["entropy"] for row in rows)
-    assert f"AMTML-KD: normalised entropy of the weights by epoch, at the end {entropy:.3f}" in labels
+    assert f"AMTML-KD: normalized entropy of the weights by epoch, at the end {entropy:.3f}" in labels
     won = [statistics.fmean(row["weight_won"][t] for row in rows) for t in (0, 1)]
     assert any("AMTML-KD: share of examples won" in x and f"a {won[0]:.2f}, b {won[1]:.2f}" in x for x in labels)
 

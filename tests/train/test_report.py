@@ -676,7 +676,7 @@ def test_unfinished_and_diverged_runs_are_drawn_as_far_as_they_go():
 
 
 def bars_of(axes) -> list[tuple[float, float]]:
-    """(centre, height) of every bar, from the left."""
+    """(center, height) of every bar, from the left."""
     return sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches)
 
 
@@ -790,11 +790,11 @@ def test_of_many_curves_the_highest_are_named():
     assert [label for label in finals if any(line.startswith(f"{label} 9") for line in said)] == [
         label for label in finals if label in named
     ]
-    assert "grey: 13 other methods that end lower" in words(figure)
+    assert "gray: 13 other methods that end lower" in words(figure)
     for axes in figure.axes:
         assert len(axes.lines) == 20 and [line.get_color() for line in axes.lines].count(drawing.OTHERS) == 13
     seven = draw(curves._curves, {f"Method {i}": history(0.9) for i in range(7)})
-    assert "grey" not in words(seven) and len({line.get_color() for line in seven.axes[1].lines}) == 7
+    assert "gray" not in words(seven) and len({line.get_color() for line in seven.axes[1].lines}) == 7
 
 
 def test_the_share_of_examples_that_a_teacher_leads():

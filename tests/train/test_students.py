@@ -66,7 +66,7 @@ def two_answers(num_classes, in_channels):
     return Two()
 
 
-def colours_only(num_classes, in_channels):
+def colors_only(num_classes, in_channels):
     return net(num_classes, 3)
 '''
 
@@ -178,7 +178,7 @@ def test_nothing_is_looked_for_where_every_parameter_is_used(nets: Place) -> Non
 
 MISFITS = [
     ("two_answers", r"the network must return logits \[2, 10\], for 2 images and 10 classes of digits, got tuple"),
-    ("colours_only", r"the network must take images \[2, 1, 8, 8\] of digits, got RuntimeError: .*channels"),
+    ("colors_only", r"the network must take images \[2, 1, 8, 8\] of digits, got RuntimeError: .*channels"),
 ]
 
 

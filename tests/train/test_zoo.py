@@ -223,15 +223,15 @@ def test_a_pretrained_net_says_its_statistics(libraries, tmp_path, factory, name
     assert zoo.statistics(net) == wanted and len(libraries) == 1
 
 
-# --- normalisation
+# --- normalization
 
 
 @pytest.fixture
 def images():
-    """Sixteen 3x8x8 images of ten classes, normalised as the trainer's CIFAR."""
+    """Sixteen 3x8x8 images of ten classes, normalized as the trainer's CIFAR."""
     pixels = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
     split = ImageSet(pixels, torch.arange(16) % 10)
-    return ImageData("coloured", split, split, split, tuple("abcdefghij"), *IMAGENET)
+    return ImageData("colored", split, split, split, tuple("abcdefghij"), *IMAGENET)
 
 
 def by_hand(pixels, mean, std):
@@ -239,7 +239,7 @@ def by_hand(pixels, mean, std):
     return (pixels.double() / 255 - mean) / std
 
 
-def test_renormalised_images_are_those_of_the_nets_own_training(images):
+def test_renormalized_images_are_those_of_the_nets_own_training(images):
     net, seen = Net(), []
     before = list(net.state_dict())
     net.features.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -252,7 +252,7 @@ def test_renormalised_images_are_those_of_the_nets_own_training(images):
 
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda net: torch.compile(net, backend="eager", fullgraph=True)])
-def test_renormalising_survives_copies_and_torch_compile(images, twin):
+def test_renormalizing_survives_copies_and_torch_compile(images, twin):
     net = Net().eval()
     wanted = net(by_hand(images.test.images, *CIFAR).float())
     zoo.renormalize(net, IMAGENET, CIFAR)
@@ -302,7 +302,7 @@ def test_which_teachers_bring_their_weights(tmp_path, model, brings, file):
     assert (found is None) if file is None else str(found).endswith(file)
 
 
-def test_a_published_teacher_sees_its_own_normalisation(libraries, tmp_path, images):
+def test_a_published_teacher_sees_its_own_normalization(libraries, tmp_path, images):
     net = published(tmp_path, "resnet20_cifar10").eval()
     own = "{mean: [0.1, 0.2, 0.3], std: [0.5, 0.6, 0.7], "
     save_file(net.state_dict(), tmp_path / "own.safetensors")

@@ -44,7 +44,7 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_USE_FSDP": (_off, "engine.fsdp=true"),
     "ACCELERATE_USE_DEEPSPEED": (_off, "engine.fsdp=true"),
     "ACCELERATE_USE_MEGATRON_LM": (_off, "engine.fsdp=true"),
-    "ACCELERATE_USE_PARALLELIZM_CONFIG": (_off, "engine.fsdp=true"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (_off, "engine.fsdp=true"),
     "ACCELERATE_TORCH_DEVICE": (lambda said, engine: False, "engine.device or CUDA_VISIBLE_DEVICES"),
 }
 

@@ -127,8 +127,10 @@ def below(hint: Any, name: str, *, free: bool) -> Any:
 
 
 def wanted(schema: type, key: str) -> str:
-    """The type at a dotted key, in words."""
+    """The type at a dotted key, in words; empty if it may be anything."""
     hint = hint_at(schema, key)
+    if hint is Any:
+        return ""
     null = " or null" if optional(hint) else ""
     hint = inner(hint) if optional(hint) else hint
     if typing.get_origin(hint) is None and isinstance(hint, type):
