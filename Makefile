@@ -20,7 +20,7 @@ train: $(INSTALLED)
 	@echo "make: training 6 teachers and 40 students on real 8x8 digits: about a minute on two cores"
 	$(BIN)/amtml-fast compare digits digits_specialists
 
-# Between two edits: every operator on every backend of this machine, and every room of the trainer once.
+# Between two edits: every operator, and the trainer's config, data, models, methods, cache and page.
 check: .venv/packages-test $(INSTALLED)
 	@test -x $(BIN)/ruff || $(BIN)/pip install -q ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -297,6 +297,7 @@ def _rows_everywhere(rows: Tensor, row_mask: Tensor | None) -> list[int]:
     if any(other[1:] != found[0][1:] for other in found):
         seen = "; ".join(f"{n} x {c}, {'with' if m else 'without'} labels" for n, c, m in found)
         raise ValueError(
-            f"AMTMLLoss: gather_angle needs the same classes on every process, and labels or none, got {seen}"
+            f"AMTMLLoss: with gather_angle, student_logits must have the same classes, and labels be given or not, on all "
+            f"processes, got {seen}"
         )
     return [n for n, _, _ in found]

@@ -59,7 +59,8 @@ _active = _known(os.environ.get("AMTML_BACKEND", "auto"), "AMTML_BACKEND")
 if _active == "auto" and not HAS_EXTENSION:
     warnings.warn(
         f"amtml_fast runs on its plain PyTorch reference because its C++ extension does not load ({WHY_NO_EXTENSION}). "
-        "With torch and a C++ compiler present, reinstall it: pip install --no-build-isolation amtml-fast",
+        "With torch and a C++ compiler present, rebuild it from its source folder: "
+        "pip install --no-build-isolation --force-reinstall --no-deps .",
         stacklevel=2,
     )
 

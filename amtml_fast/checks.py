@@ -1,7 +1,7 @@
 """Argument checks shared by all operators: each raises before anything runs, and names the function and the argument.
 
 Messages read ``function: argument must be ..., got ...``. Checks of values look only where that costs no device sync.
-At a small batch the checks are a good part of what a loss costs: they look first, and put words together only for a message.
+At small batches checks cost a noticeable share of a loss, so they test first and build the message only on failure.
 """
 
 import math

@@ -23,7 +23,7 @@ MAPPINGS = ("best_high", "best_low", "random")
 
 
 def parameter(start: Tensor) -> nn.Parameter:
-    """float32 and drawn on the CPU, whatever torch's defaults are: they say where it is put, not what it holds."""
+    """A float32 parameter on torch's default device, with numbers drawn on the CPU: torch's defaults do not change them."""
     return nn.Parameter(start.to(torch.get_default_device()))
 
 
@@ -259,7 +259,9 @@ def _hint_mapping(
     """Teacher index -> group name."""
     name = "MultiGroupHintLoss"
     if not groups or num_teachers < 1:
-        raise ValueError(f"{name}: needs at least one group and one teacher, got {len(groups)} and {num_teachers}")
+        raise ValueError(
+            f"{name}: student_channels and teacher_channels must not be empty, got {len(groups)} and {num_teachers}"
+        )
     if not isinstance(mapping, (str, Mapping)):
         raise TypeError(f"{name}: mapping must be a name or a dict teacher -> group, got {mapping!r}")
     if not isinstance(mapping, str):
@@ -287,7 +289,7 @@ def _hint_mapping(
         order = torch.randperm(num_teachers, dtype=torch.int64, device="cpu").tolist()
     else:
         if scores is None:
-            raise ValueError(f'{name}: mapping "{mapping}" needs teacher_scores (validation accuracies), got None')
+            raise ValueError(f'{name}: teacher_scores must be validation accuracies for mapping "{mapping}", got None')
         if len(scores) != num_teachers:
             raise ValueError(f"{name}: teacher_scores must have {num_teachers} values, got {len(scores)}")
         order = sorted(range(num_teachers), key=lambda t: scores[t], reverse=mapping == "best_low")

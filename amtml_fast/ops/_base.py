@@ -4,11 +4,11 @@ Raw ops are in two namespaces with the same schemas: ``amtml``, which csrc/cpu a
 which kernels/ implements. They have no default arguments: autograd.Function would drop trailing ones. An output that is not
 asked for is an empty tensor of shape [0].
 
-Forward kernels write float32 and float64 gradients next to the value, and backward only multiplies them: in place where the
-graph is not kept, so that a second backward still finds what it needs. A 16-bit gradient must be rounded once, after the
-incoming gradient (and a loss scale with it) has been applied: backward makes it from saved row statistics. On GPUs forward
-writes bfloat16 gradients too, and backward makes them again unless the incoming gradient is a power of two; float16 has too
-small a range for that.
+The losses' forward kernels write float32 and float64 gradients next to the value, and backward only multiplies them: in place
+where the graph is not kept, so that a second backward still finds what it needs. A 16-bit gradient must be rounded once, after the
+incoming gradient (and a loss scale with it) has been applied: backward makes it from saved row statistics. On GPUs
+multi_teacher_kd writes bfloat16 gradients too, and backward makes them again unless the incoming gradient is a power of two;
+float16 has too small a range for that.
 """
 
 import functools
@@ -114,7 +114,7 @@ def run(function: type[torch.autograd.Function], with_grad: bool, *args: Any) ->
 
 _NO_SECOND = (
     "{}: the fused backends have no second derivative; "
-    'compute this part under amtml_fast.use_backend("reference"), which has'
+    'compute this part under amtml_fast.use_backend("reference"), which has one'
 )
 
 

@@ -50,7 +50,7 @@ def check_logits(function: str, student_logits: Tensor) -> None:
 def one_a_teacher(
     function: str, name: str, value: Tensor | Sequence[Tensor], student_logits: Tensor, stacked: str
 ) -> list[Tensor]:
-    """The tensors of the teachers, given as a list or in one tensor like ``stacked``."""
+    """One tensor per teacher, from a list or from one tensor of the shape ``stacked``."""
     if isinstance(value, Tensor):
         if value.dim() != student_logits.dim() + 1:
             wanted = f"a list of tensors or one {stacked} tensor"
@@ -59,7 +59,9 @@ def one_a_teacher(
     elif isinstance(value, (list, tuple)):
         out = list(value)
     else:
-        raise TypeError(f"{function}: {name} must be a list of tensors, got {type(value).__name__}")
+        raise TypeError(
+            f"{function}: {name} must be a list of tensors or one {stacked} tensor, got {type(value).__name__}"
+        )
     if len(out) == 0:
         raise ValueError(f"{function}: {name} must hold at least one teacher, got none")
     return out
@@ -175,8 +177,8 @@ def _check_support(
 
 
 def run(values: tuple, function: type[torch.autograd.Function], with_grad: bool, *args: Any) -> Any:
-    """``_base.run``. The C++ kernels refuse a wrong value by a RuntimeError, before they write anything; here it becomes
-    the ValueError that every backend raises. ``values``: what ``check_values`` takes."""
+    """``_base.run``. The C++ kernels raise RuntimeError for a bad value before writing anything; this turns it into the
+    ValueError of the other backends. ``values``: what ``check_values`` takes."""
     try:
         return _base.run(function, with_grad, *args)
     except RuntimeError:

@@ -142,7 +142,7 @@ def _of_rows(
     *,
     need_terms: bool,
 ) -> Any:
-    """The loss, or with ``need_terms`` what ``KDTerms`` holds, of which loss and probabilities are differentiable."""
+    """The loss; with ``need_terms`` all of ``KDTerms``, whose loss and probabilities are differentiable."""
     name = "multi_teacher_kd_loss"
     _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
     checks.one_of(name, "mode", options.mode, MODES)
@@ -268,8 +268,8 @@ def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, s
     return _kd.fake_grads(student, len(teachers), stats.dtype, *settings[-2:])
 
 
-# The gradients that forward has made of a bfloat16 student, and of its weights, for an incoming gradient of 1: made those
-# for grad_loss, in place
+# Rescales, in place, the gradients that forward made for an incoming gradient of 1 (bfloat16 student, and weights) to
+# grad_loss.
 @define(
     "multi_teacher_kd_rescale_",
     "(Tensor(a!) grad_student, Tensor(b!) grad_weights, Tensor grad_loss, Tensor student, Tensor[] teachers, "

@@ -47,12 +47,12 @@ def topk_kd_loss(
     """``multi_teacher_kd_loss`` where each teacher gives only its k largest classes (Eq 7-8)::
 
         q = softmax(student / temperature)
-        p_t(c) = exp(log_prob)            # for the classes that teacher t names; what the others have, ``tail`` says
+        p_t(c) = exp(log_prob)            # for the classes that teacher t names; ``tail`` sets the rest
         kl = KL(sum_t w_t p_t || q)
         loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
         loss = temperature**2 * kl        # without labels: alpha plays no part
 
-    A row costs O(C + T k log(T k)), and no teacher is ever made dense. What a teacher stores, from its logits [N, C]::
+    A row costs O(C + T k log(T k)), and no dense teacher is built. To make what a teacher stores from its logits [N, C]::
 
         top = (teacher_logits / temperature).log_softmax(-1).topk(k)
         log_probs, indices = top.values, top.indices

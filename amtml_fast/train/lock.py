@@ -1,7 +1,7 @@
 """A folder for one process at a time.
 
-The lock is the system's, on a file in the folder: of a process that ends, however it ends, it is taken back. Where there are
-no locks (Windows, some network drives) nothing is refused, and a line says so.
+A system lock on a file in the folder; it is released when the process ends in any way. Without lock support (Windows, some
+network drives) nothing is refused, and a warning says so.
 """
 
 from __future__ import annotations

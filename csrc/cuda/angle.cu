@@ -3,7 +3,7 @@
 //   psi(i, j, k) = cosine of the angle at j between x_i - x_j and x_k - x_j;  L = sum_ijk huber_delta(psi_s - psi_t)
 //
 // student, teacher [N, C] float32, bfloat16 or float16 with any strides; loss [] or [N], gradients [N, C], all float32.
-// Four kernels, one after another:
+// Up to five kernels, one after another:
 //   measure_kernel    distances of both sides, which rows take part and how many they are (pairs.cuh)
 //   triangles_kernel  the loss and the gradient to the distances (triangles.cuh): one launch up to N = 800, 2 at
 //                     1024, 13 at 2048, 64 at 4096

@@ -37,7 +37,7 @@ class Task(NamedTuple):
 
 
 class Trains(Protocol):
-    """What a worker makes: session.Session, which it is given, for that one imports this file."""
+    """The interface of session.Session. It is passed in because session.py imports this file."""
 
     def __init__(self, config: Config, display: Display, *, fresh: bool = False) -> None: ...
 

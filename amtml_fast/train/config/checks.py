@@ -77,14 +77,14 @@ def check_values(config: Config) -> None:
 
 
 def _check_place(name: str) -> None:
-    """That runs of this name lie in `out`."""
+    """ConfigError unless runs of this name would be inside `out`."""
     parts = Path(name).parts
     if not parts or Path(name).is_absolute() or ".." in parts or "\0" in name:
         raise ConfigError(f"config: name must be a folder's name, below out, got {name!r}")
 
 
 def check_names(key: str, names: list[str]) -> None:
-    """That these can be parts of folders' names, each of its own."""
+    """ConfigError unless these are unique and can be parts of folder names."""
     for name in names:
         if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
             raise ConfigError(f"config: {key} must be unique names of letters, digits, ., - and _, got {names}")

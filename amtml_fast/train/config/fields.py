@@ -39,7 +39,7 @@ class Range:
 
 
 def within(allowed: Range) -> dict[str, Any]:
-    """Metadata of a field whose numbers lie in a range; of a list every one does, and null is no number."""
+    """Metadata: the field's number, or every number of its list, must be in the range; null is allowed."""
     return {RANGE: allowed}
 
 

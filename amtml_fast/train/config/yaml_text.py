@@ -1,7 +1,7 @@
 """YAML by the types of the configuration: a text key keeps what is written, and no number is read as another one.
 
-YAML 1.1 reads an unquoted 010 as 8, 1:30 as 90, 1_000 as 1000, and makes of `no` a truth value. Here only what everybody reads
-alike is a number; the others are text, which a key of numbers refuses.
+YAML 1.1 reads an unquoted 010 as 8, 1:30 as 90, 1_000 as 1000 and `no` as false. Here only unambiguous numbers are numbers;
+the rest is text, which numeric keys reject.
 """
 
 from __future__ import annotations

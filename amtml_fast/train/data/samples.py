@@ -1,4 +1,4 @@
-"""Samples of other people's data sets, as uint8 images and whole labels: what is not understood is refused by its name.
+"""Samples of other people's data sets, as uint8 images and whole labels: what is not understood raises an error that names it.
 
 Images decoded by Pillow are read as torchvision's ImageFolder reads them: as they are stored (an EXIF orientation turns
 nothing), the first frame of an animation, without their transparency. Of 16 bits a channel the upper 8 are kept.

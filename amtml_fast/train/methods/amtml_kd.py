@@ -37,7 +37,7 @@ class UniformAdapter(nn.Module):
 
 
 class Watched(nn.Module):
-    """An adapter whose weights are used, but not trained by what uses them."""
+    """An adapter whose weights are detached, so the loss that uses them does not train it."""
 
     def __init__(self, adapter: nn.Module) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class AdaptiveKD(Objective):
         return StepLoss(loss, terms, out.weights if settings.adapter == "learned" else None)
 
     def teacher_maps(self, step: Step) -> list[Tensor]:
-        """As they are; or each one's mean over the positions, at every position of the student's map."""
+        """The teachers' maps; with pool_teacher_hints each map's spatial mean, repeated over the student's positions."""
         maps = list(step.teacher_maps)
         if self.settings.pool_teacher_hints:
             for t, group in self.amtml.hints.mapping.items():

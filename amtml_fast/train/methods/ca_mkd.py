@@ -1,4 +1,4 @@
-"""CA-MKD (Zhang et al. 2022): a teacher counts the more, the better it knows this example's label.
+"""CA-MKD (Zhang et al. 2022): teachers that give the true label a higher probability get more weight.
 
 w_t = (1 - softmax_t(CE_t)) / (T - 1), CE_t teacher t's cross-entropy with the label
 loss = (1 - alpha) CE + alpha tau^2 sum_t w_t KL(p_t || q) + hint_weight * sum_t mean_i w_ti mean (u_ti - F_t(v_i))^2

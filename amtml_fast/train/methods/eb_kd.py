@@ -1,4 +1,4 @@
-"""EB-KD (Kwon et al. 2020): a teacher counts the more, the surer it is of this example.
+"""EB-KD (Kwon et al. 2020): teachers with lower entropy on an example get more weight.
 
 w_t = (1 - H_t / sum_s H_s) / (T - 1), H_t the entropy of teacher t's probabilities at temperature 1; KL of the mixture
 """

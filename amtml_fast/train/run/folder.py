@@ -44,7 +44,7 @@ _TEMPORARY = re.compile(r"\..+\.(pt|json|jsonl|yaml|safetensors)\.[a-z0-9_]{8}")
 
 
 class Diverged(RunError):
-    """A loss that is no number any more; other runs are not concerned."""
+    """The loss became NaN or infinite; other runs continue."""
 
 
 class Run:

@@ -51,8 +51,7 @@ class Job:
         return last | {f"{GROUP}{name}": path for name, path in self.groups.items()}
 
     def fixed_views(self) -> dict[str, int]:
-        """The Loader's `views` and `augment_seed`, if this trains on fixed views: a student does, for what they are there
-        for is to look up what its teachers say; the teachers' own training draws anew."""
+        """The Loader's `views` and `augment_seed`; empty for teachers, which train on fresh augmentation."""
         config = self.config
         if config.data.views is None or not self.student:
             return {}

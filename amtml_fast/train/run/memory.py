@@ -38,7 +38,7 @@ class PeakMemory:
 
 
 def give_back() -> None:
-    """What malloc keeps of freed memory would be used again without being counted."""
+    """Returns free malloc pages to the system, so that reusing them counts toward the peak."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):

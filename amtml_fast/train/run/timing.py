@@ -17,8 +17,7 @@ PARTS = ("data", "teachers", "student", "losses", "optimizer")
 class StepTimer:
     """``mark(part)`` counts the time since the last mark as that part's.
 
-    On a CUDA device a mark is an event among the work, and what is counted is when the device came past it: only
-    events that it has passed are read, so that no step waits for it.
+    On CUDA a mark records an event; only completed events are read, so no step waits.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -185,7 +185,7 @@ class Trainer:
         }
 
     def leaves_parameters_out(self) -> bool:
-        """Whether a step has parameters that it does not depend on; found by the first one, which is not made."""
+        """Whether the first step leaves some parameters without a gradient. That step is only computed, not applied."""
         self.loader.set_epoch(1)
         with as_it_was(self.bare):
             out, _ = self.forward(self.bare.train(), next(self.loader.batches()))

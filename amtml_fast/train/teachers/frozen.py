@@ -34,7 +34,7 @@ class Outputs:
 
 
 class Kept(NamedTuple):
-    """The same, as it is kept of every training image in one version."""
+    """Stored outputs of all training images, one version."""
 
     logits: list[Store]
     maps: list[Store]  # empty: not kept
@@ -112,7 +112,7 @@ class Teachers:
 
 
 def _ordinary(x: Tensor) -> Tensor:
-    """float32, and no tensor of the inference mode any more, which no backward may keep."""
+    """As float32 and as a normal tensor: autograd cannot save inference-mode tensors."""
     return x.clone() if x.dtype == torch.float32 else x.float()
 
 

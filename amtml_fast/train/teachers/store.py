@@ -7,10 +7,9 @@ A `Store` holds one output of one teacher (its logits, or its hint map) for ever
         shard-00000.safetensors     rows 0 to r - 1, in the split's order; each shard names the key and its rows
         .lock                       held by the process that writes
 
-A shard appears whole or not at all, so a killed writer leaves whole shards, and the next one makes the others. What does
-not fit the key is refused by name and stays. Opening checks every shard's header and size against the key and reads no
-more: a checksum of the bytes would cost reading them all, and what renaming after a flush cannot prevent (a failing disk)
-is not this file's to find.
+A shard appears whole or not at all, so a killed writer leaves whole shards, and the next one makes the others. Files
+that do not match the key are refused with their name and left in place. Opening checks each shard's header and size; it
+computes no checksum, which would mean reading all bytes, so disk corruption is not detected.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ class Storage:
 
     Those are kept as log-probabilities at temperature 1 in float16, with their classes, and the logarithm of the mass of
     the other classes in float32. They come back as log-probabilities [N, C], the mass spread evenly over those others:
-    at temperature 1 the k largest probabilities are right to 2^-11 of their logarithm, and so is what remains in
-    all, but not how it is shared; another temperature sees that even share, too.
+    at temperature 1 the logarithms of the k largest and of the total of the rest are right to 2^-11; the rest is
+    spread evenly, at other temperatures too.
     """
 
     kind: str | int = "float32"
@@ -291,9 +290,8 @@ def free_disk(folder: Path) -> int:
 
 @contextmanager
 def locked(store: Store) -> Iterator[bool]:
-    """True if this process, and no other, may write until the end of the block. Of a process that dies the system takes
-    the lock back. Where there are no locks it is always True: two writers do the same work twice, files appear whole, and
-    of equal ones the last counts."""
+    """True if only this process may write inside the block. The system releases the lock of a dead process. Without file
+    locks it is always True: two writers then do the same work, and the last identical file wins."""
     store.folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(store.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
