@@ -119,7 +119,7 @@ def _no_device(device_type: str) -> str | None:
     return f"PyTorch sees no {device_type} device"
 
 
-def _takes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str | None:
+def _why_not_dtypes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str | None:
     """Why backend ``name`` does not take these dtypes; None if it does. GPU kernels compute in float32."""
     if name in ("cuda", "triton") and any(t is not None and t.dtype == torch.float64 for t in tensors):
         return "its kernels compute in float32, got a float64 tensor"
@@ -140,10 +140,10 @@ def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     if _active == "auto":
         if plain is None:
             for name in AUTO.get(device_type, ()):
-                if why_not(op, name, device_type) is None and _takes(name, tensors) is None:
+                if why_not(op, name, device_type) is None and _why_not_dtypes(name, tensors) is None:
                     return name
         return "reference"
-    reason = why_not(op, _active, device_type) or _takes(_active, tensors)
+    reason = why_not(op, _active, device_type) or _why_not_dtypes(_active, tensors)
     reason = reason or (plain if _active != "reference" else None)
     if reason is not None:
         raise RuntimeError(f'{op}: backend "{_active}" cannot run here: {reason}. use_backend("reference") always runs')

@@ -217,14 +217,14 @@ def asked(grad: Tensor | None, needed: bool) -> Tensor | None:
 
 def scaled(ctx: Any, grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
     """``grad * by`` of gradients that forward has saved, without a second buffer where no second backward can come."""
-    if not for_the_last_time(ctx):
+    if not may_overwrite_saved(ctx):
         return [None if g is None else g * by for g in grads]
     if type(by) is Tensor and by.dim() == 0 and by.is_cpu and by.item() == 1:
         return list(grads)
     return [None if g is None else g.mul_(by) for g in grads]
 
 
-def for_the_last_time(ctx: Any) -> bool:
+def may_overwrite_saved(ctx: Any) -> bool:
     """Whether nobody asks for the saved tensors again, so that they may be overwritten."""
     return not (
         torch.compiler.is_compiling()
@@ -241,7 +241,7 @@ def save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | None
 
 def scaled_rows(ctx: Any, grad_loss: Tensor) -> list[Any]:
     """The gradients of ``save_grads`` from that of the loss, which may have one value a row."""
-    if ctx.backend != "cpp" and for_the_last_time(ctx):
+    if ctx.backend != "cpp" and may_overwrite_saved(ctx):
         grads = ctx.saved_tensors[:2]
         for g in grads:
             if g is not None:

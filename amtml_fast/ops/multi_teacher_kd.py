@@ -13,8 +13,8 @@ from amtml_fast.ops._base import (
     define,
     empty,
     first_order,
-    for_the_last_time,
     kernels,
+    may_overwrite_saved,
     needs_grad,
     operator,
     save,
@@ -229,7 +229,7 @@ class MultiTeacherKD(torch.autograd.Function):
 def _rescaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     """The bfloat16 gradients of ``MultiTeacherKD`` that forward has made, for this gradient of the loss."""
     *grads, student, weights, labels, stats = saved(ctx)[:6]
-    if not for_the_last_time(ctx):
+    if not may_overwrite_saved(ctx):
         grads = [g.clone() for g in grads]
     kernels(ctx.backend).multi_teacher_kd_rescale_.default(
         *grads, grad_loss, student, saved(ctx)[6:], weights, labels, stats, *ctx.settings

@@ -1,1 +1,1 @@
-"""The lean trainer: data, models, methods and the loop that runs them."""
+"""The trainer: data, models, methods and the loop that runs them."""

@@ -1,4 +1,4 @@
-"""The commands that need the `train` extra: teach, distill, eval, compare, report (and backends, for --help)."""
+"""The commands that need the `train` extra: teach, distill, eval, compare, report, methods (and backends, for --help)."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_mean_and_std_are_those_of_the_training_split(digits):
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_val_fraction_must_be_a_fraction(fraction):
-    with pytest.raises(ValueError, match=f"data.val_fraction: must be between 0 and 1, got {fraction}"):
+    with pytest.raises(ValueError, match=f"data.val_fraction must be between 0 and 1, got {fraction}"):
         load("digits", val_fraction=fraction)
 
 
@@ -165,7 +165,7 @@ BROKEN_IDX = [
     (
         "train-images-idx3",
         gzip.compress(IMAGES[:-1]),
-        r"header says \[40, 28, 28\], so 31376 bytes, but there are 31375",
+        r"must have 31376 bytes for the shape \[40, 28, 28\] of its header, got 31375",
     ),
     ("train-images-idx3", gzip.compress(IMAGES + b"\0"), "so 31376 bytes, but there are 31377"),
     ("train-images-idx3", gzip.compress(IMAGES[:10]), r"magic number 2051, got 2051 \(10 bytes\)"),
@@ -186,7 +186,9 @@ def test_a_broken_idx_file_is_named(fashion, file, content, message):
 def test_idx_counts_must_agree(fashion):
     folder, _ = fashion
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(39) % 10)))
-    with pytest.raises(ValueError, match=r"has 40 images, train-labels-idx1-ubyte.gz 39 labels"):
+    with pytest.raises(
+        ValueError, match=r"train-labels-idx1-ubyte.gz must hold 40 labels like train-images-idx3-ubyte.gz, got 39"
+    ):
         load("fashion_mnist", folder)
 
 
@@ -254,12 +256,12 @@ def test_broken_cifar_files_are_named(tmp_path, name, folder, classes, files):
 
     file.write_bytes(content[:-1])
     record = 3073 if classes == 10 else 3074
-    message = f"{file.name}: wrong size, must be whole records of {record} bytes, got {len(content) - 1} bytes"
+    message = f"{file.name}: must be whole records of {record} bytes, got {len(content) - 1} bytes"
     with pytest.raises(ValueError, match=message):
         load(name, tmp_path)
 
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{file.name}: wrong size"):
+    with pytest.raises(ValueError, match=f"{file.name}: must be whole records"):
         load(name, tmp_path)
 
     broken = bytearray(content)
@@ -339,7 +341,9 @@ def test_fetching_says_what_it_needs(tmp_path, torchvision, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=rf'needs torchvision \(pip install "amtml-fast\[zoo\]"\); or {by_hand}'):
         load("cifar10", tmp_path, download=True)
-    with pytest.raises(ValueError, match=r"only cifar10 and cifar100 can be fetched, got data.name='digits'"):
+    with pytest.raises(
+        ValueError, match=r"data.name must be one of cifar10, cifar100 with data.download, got 'digits'"
+    ):
         load("digits", download=True)
 
 
@@ -705,7 +709,7 @@ def test_what_is_no_whole_label_is_named(label, error, message):
 
 ZERO = torch.zeros(1, 4, 4)
 BAD_DATASETS = [
-    ([], ValueError, "train: the data set is empty"),
+    ([], ValueError, "train must have at least one sample, got none"),
     (pairs(ZERO, ZERO[:, :3]), ValueError, r"train\[1\]: images must be of one size, \[1, 4, 4\] .*got \[1, 3, 4\]"),
     (pairs(ZERO - 1), ValueError, r"train\[0\]: a float image must be in \[0, 1\] .* got \[-1, -1\]"),
     (pairs(ZERO * float("nan")), ValueError, r"train\[0\]: a float image must be in \[0, 1\]"),
@@ -722,7 +726,7 @@ BAD_DATASETS = [
     (pairs(ZERO[0, 0]), ValueError, r"train\[0\]: an image must have 2 or 3 dimensions, got \[4\]"),
     (pairs(ZERO, ZERO, labels=[0, -1]), ValueError, r"train\[1\]: the label must be 0 or more, got -1"),
     (pairs(ZERO, ZERO, labels=[0, 5]), ValueError, r"at least 6 classes \(the largest label is 5\), got 2"),
-    (pairs(ZERO, ZERO, labels=[0, 1]), ValueError, "no class with two training images"),
+    (pairs(ZERO, ZERO, labels=[0, 1]), ValueError, "must have a class with two training images"),
     (pairs(torch.zeros(3, 4, 4)), ValueError, r"test: images must be \[3, 4, 4\] like those of train, got \[1, 4, 4\]"),
 ]
 

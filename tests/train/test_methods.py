@@ -249,7 +249,7 @@ def test_labels_train_the_weights_toward_the_teacher_that_is_right() -> None:
     optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
     for _ in range(30):
         optimizer.zero_grad()
-        made.surprise(step).backward()
+        made.label_loss(step).backward()
         optimizer.step()
     after = mixed_targets(step.teacher_logits, made(step).weights, 2.0)[torch.arange(N), step.labels]
     assert after.mean() > p.mean() + 0.02
@@ -261,7 +261,7 @@ def test_without_the_kl_only_the_labels_train_the_weights() -> None:
     plain = objective("amtml_kd", adapter_label_weight=2.0, **options)
     torch.testing.assert_close(made(step).loss, plain(step).loss)
     (gradient,) = torch.autograd.grad(made(step).loss, made.adapter.v)
-    (surprise,) = torch.autograd.grad(2 * made.surprise(step), made.adapter.v)
+    (surprise,) = torch.autograd.grad(2 * made.label_loss(step), made.adapter.v)
     torch.testing.assert_close(gradient, surprise)
     (both,) = torch.autograd.grad(plain(step).loss, plain.adapter.v)
     assert (both - gradient).abs().max() > 1e-3
@@ -408,7 +408,7 @@ def test_a_variant_is_another_method_with_other_values() -> None:
         ("compare: {students: [{name: student}]}", r"compare.students.name must be unique names"),
         ("compare: {workers: 0}", r"compare.workers must be 1 or more, got 0"),
         ("base: nowhere", r"'nowhere' is neither a YAML file"),
-        ("base: bad.yaml", r"base: files that name each other: .*bad.yaml -> .*bad.yaml"),
+        ("base: bad.yaml", r"base must not lead back to itself, got .*bad.yaml -> .*bad.yaml"),
     ],
 )
 def test_what_a_comparison_cannot_mean(tmp_path: Path, lines: str, message: str) -> None:

@@ -69,8 +69,8 @@ def test_small_cnn_takes_8x8_digits():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({}, "either depth or blocks"),
-        ({"depth": 20, "blocks": [3, 3, 3]}, "either depth or blocks"),
+        ({}, "exactly one of depth and blocks must be given"),
+        ({"depth": 20, "blocks": [3, 3, 3]}, "exactly one of depth and blocks must be given"),
         ({"depth": 18}, r"6n \+ 2 .* got 18"),
         ({"depth": 2}, r"6n \+ 2 .* got 2"),
         ({"blocks": [3, 3]}, r"three block counts .* got \[3, 3\]"),

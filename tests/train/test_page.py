@@ -447,7 +447,9 @@ def test_the_choice_of_images() -> None:
     )
     weights = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.3, 0.7], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.9, 0.1]])
     student = torch.tensor(of((0, 0.8), (0, 0.8), (2, 0.8), (1, 0.8), (1, 0.8), (2, 0.8), (1, 0.8)))
-    found = {choice.why: (choice.index, choice.count) for choice in answers.telling(probs, weights, student, labels)}
+    found = {
+        choice.why: (choice.index, choice.count) for choice in answers.choose_images(probs, weights, student, labels)
+    }
     assert found == {
         "The teachers disagree most": (0, None),
         "A teacher is wrong and gets little weight": (None, 1),  # it is the one above

@@ -558,7 +558,7 @@ def test_the_finding_is_honest() -> None:
         ("distill.epochs=0", r"distill\.epochs must be 1 or more, got 0"),
         ("compare.methods=[amtmlkd]", r"method must be one of .* did you mean 'amtml_kd'"),
         ("teachers.1.name=a", r"teachers\.name must be unique names"),
-        ("distill", r"an override is key=value, got 'distill'"),
+        ("distill", r"an override must be key=value, got 'distill'"),
         ("cache_teachers=never", r"cache_teachers: no such key; did you mean 'cache\.teachers'"),
         ("cache.teachers=maybe", r"cache\.teachers must be one of auto, always, never, got 'maybe'"),
         ("cache.logits=float61", r"cache\.logits must be float32, float16 or a number k of 1 or more, got 'float61'"),
@@ -670,7 +670,7 @@ def test_methods_say_what_they_miss(place: Place) -> None:
 
 def test_an_explicit_mapping_by_teacher_names(place: Place) -> None:
     assert place.train("loss.mapping={a: low, b: high}", "distill.epochs=1").finished()
-    with pytest.raises(ValueError, match=r"'c' is no teacher; the teachers are a, b"):
+    with pytest.raises(ValueError, match=r"loss.mapping must name teachers \(a, b\), got 'c'"):
         place.train("loss.mapping={c: low}", "distill.epochs=1", "name=other", *own_weights(place))
 
 

@@ -55,8 +55,8 @@ def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: Imag
     return torch.cat(weights), torch.cat(logits)
 
 
-def contested(probs: Tensor, labels: Tensor) -> list[int]:
-    """The image of each class on which the teachers disagree most, the most contested class first.
+def most_disputed(probs: Tensor, labels: Tensor) -> list[int]:
+    """The image of each class on which the teachers disagree most, the most most_disputed class first.
 
     probs [N, T, C]. Disagreement: entropy of the equal mixture less the teachers' mean entropy. The choice does not look
     at the weights, so the pictures flatter no adapter.
@@ -77,8 +77,8 @@ class Choice:
     count: int | None
 
 
-def telling(probs: Tensor, weights: Tensor, student: Tensor, labels: Tensor) -> list[Choice]:
-    """One image for each thing that weights can do well or badly, and before them the most contested one.
+def choose_images(probs: Tensor, weights: Tensor, student: Tensor, labels: Tensor) -> list[Choice]:
+    """One image for each thing that weights can do well or badly, and before them the most most_disputed one.
 
     probs [N, T, C] and student [N, C] tempered, weights [N, T]. Of the images that fit a reason the clearest is taken:
     the wrong network that is surest of itself, or the largest change of the true class's probability; no image twice.
@@ -95,7 +95,7 @@ def telling(probs: Tensor, weights: Tensor, student: Tensor, labels: Tensor) -> 
     def surest(fits: Tensor) -> Tensor:
         return torch.where(fits, sure, -1).amax(1)
 
-    found = [Choice(i, "The teachers disagree most", None) for i in contested(probs, labels)[:1]]
+    found = [Choice(i, "The teachers disagree most", None) for i in most_disputed(probs, labels)[:1]]
     reasons = {
         "A teacher is wrong and gets little weight": surest(misled & (weights < LITTLE * fair)),
         "A teacher is wrong and gets much weight": surest(misled & (weights > MUCH * fair)),

@@ -24,7 +24,7 @@ from ..run.folder import Run
 from ..run.job import Job
 from ..run.versions import versions
 from ..teachers.frozen import Teachers
-from .answers import GALLERY, contested, has_adapter, soft_targets, teacher_logits, weights_and_logits
+from .answers import GALLERY, has_adapter, most_disputed, soft_targets, teacher_logits, weights_and_logits
 
 RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
 ADAPTERS = 5  # methods in the picture of the teacher weights
@@ -285,7 +285,7 @@ def write_figures(
     def examples() -> tuple[Any, ...]:
         """Images on which the teachers disagree, the class names, the soft targets, the weights and the labels."""
         probs = soft_targets(teacher_logits(asked, data.val, data), adapted.config.loss.temperature)
-        chosen = contested(probs, data.val.labels)[:GALLERY]
+        chosen = most_disputed(probs, data.val.labels)[:GALLERY]
         weights = weights_and_logits(adapted, asked, data.val, data)[0][chosen]
         images, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
         return images, list(data.classes), probs[chosen].numpy(), weights.numpy(), labels

@@ -71,7 +71,7 @@ def parse(written: Mapping[str, Any], source: str) -> Config:
 def _read(path: Path, inner: tuple[Path, ...] = ()) -> Any:
     """What a file says, over what the file that its `base` names says."""
     if path in inner:
-        raise ConfigError(f"config: base: files that name each other: {' -> '.join(map(str, (*inner, path)))}")
+        raise ConfigError(f"config: base must not lead back to itself, got {' -> '.join(map(str, (*inner, path)))}")
     try:
         with errors(Config, "", str(path)):
             found = yaml_text.read(path.read_text(encoding="utf-8"), File)
@@ -126,7 +126,7 @@ def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: s
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"config: an override is key=value, got {override!r}")
+            raise ConfigError(f"config: an override must be key=value, got {override!r}")
         with errors(Config, "", f"the override {override!r}"):
             try:
                 # A mapping of free keys (args, groups) is replaced whole; a section (distill={...}) is merged into.

@@ -92,7 +92,7 @@ def load(
     """
     folder = None if root is None else Path(root).expanduser()
     if download and name not in DOWNLOADS:
-        raise ValueError(f"data.download: only {' and '.join(DOWNLOADS)} can be fetched, got data.name={name!r}")
+        raise ValueError(f"data.name must be one of {', '.join(DOWNLOADS)} with data.download, got {name!r}")
     if name in DATASETS:
         read = DOWNLOADS[name] if download else DATASETS[name]
         return _split(name, read(folder), val_fraction, seed)
@@ -141,13 +141,13 @@ def from_datasets(
 
 def _split(name: str, arrays: Arrays, val_fraction: float, seed: int) -> ImageData:
     if not 0 < val_fraction < 1:
-        raise ValueError(f"data.val_fraction: must be between 0 and 1, got {val_fraction}")
+        raise ValueError(f"data.val_fraction must be between 0 and 1, got {val_fraction}")
     if len(arrays.train_labels) == 0 or len(arrays.test_labels) == 0:
         counts = f"{len(arrays.train_labels)} and {len(arrays.test_labels)}"
         raise ValueError(f"data: {name} must have images for training and for testing, got {counts}")
     val, train = stratified(arrays.train_labels, val_fraction, seed)
     if len(val) == 0:
-        raise ValueError(f"data: {name} has no class with two training images, so none to split off for validation")
+        raise ValueError(f"data: {name} must have a class with two training images, to split off validation, got none")
     train_set = _image_set(arrays.train_images[train], arrays.train_labels[train])
     mean, std = (arrays.mean, arrays.std) if arrays.mean and arrays.std else channel_statistics(train_set.images)
     return ImageData(

@@ -71,7 +71,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 def read_digits(root: Path | None = None) -> Arrays:
     """scikit-learn's 1797 scans of 8x8; a fifth of each class is the test set, the same for every seed of a run."""
     if root is not None:
-        raise ValueError(f"data.root: digits are inside scikit-learn and are read from no folder, got {root}")
+        raise ValueError(f"data.root must be null for digits, which are inside scikit-learn, got {root}")
     found = importlib.util.find_spec("sklearn")
     if found is None or found.origin is None:
         raise ImportError("digits: the scans come with scikit-learn, which is not installed (pip install scikit-learn)")
@@ -99,7 +99,9 @@ def read_fashion_mnist(root: Path | None = None) -> Arrays:
         _require([folder], [images_file, labels_file], source)
         images, labels = _read_idx(folder / images_file, dims=3), _read_idx(folder / labels_file, dims=1)
         if len(images) != len(labels):
-            raise ValueError(f"{folder}: {images_file} has {len(images)} images, {labels_file} {len(labels)} labels")
+            raise ValueError(
+                f"{folder / labels_file} must hold {len(images)} labels like {images_file}, got {len(labels)}"
+            )
         _check_labels(labels, len(FASHION_MNIST_CLASSES), folder / labels_file)
         splits += [images[:, None], labels.astype(np.int64)]
     train_images, train_labels, test_images, test_labels = splits
@@ -122,7 +124,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
     wanted = header + math.prod(shape)
     if len(content) != wanted:
-        raise ValueError(f"{path}: its header says {shape}, so {wanted} bytes, but there are {len(content)}")
+        raise ValueError(f"{path} must have {wanted} bytes for the shape {shape} of its header, got {len(content)}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
@@ -187,7 +189,7 @@ def _read_records(path: Path, label_bytes: int, classes: int) -> tuple[np.ndarra
     content = np.fromfile(path, np.uint8)
     size = label_bytes + 3 * 32 * 32
     if len(content) == 0 or len(content) % size:
-        raise ValueError(f"{path}: wrong size, must be whole records of {size} bytes, got {len(content)} bytes")
+        raise ValueError(f"{path}: must be whole records of {size} bytes, got {len(content)} bytes")
     records = content.reshape(-1, size)
     labels = records[:, label_bytes - 1].astype(np.int64)
     _check_labels(labels, classes, path)
@@ -297,7 +299,7 @@ def _annotated_images(annotations: Path, classes: Sequence[str]) -> tuple[list[P
         files.append(annotations.parent / "images" / fields[0])
         labels.append(label_of[fields[1]])
     if not files:
-        raise ValueError(f"{annotations}: names no image")
+        raise ValueError(f"{annotations} must name at least one image, got none")
     _require([annotations.parent / "images"], [file.name for file in files], f"{annotations} names it")
     return files, np.array(labels, dtype=np.int64)
 

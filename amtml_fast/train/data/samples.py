@@ -34,7 +34,7 @@ def read_dataset(dataset: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
         images.append(image)
         labels.append(_to_label(sample[1], f"{what}[{i}]"))
     if not images:
-        raise ValueError(f"{what}: the data set is empty")
+        raise ValueError(f"{what} must have at least one sample, got none")
     return np.stack(images), np.array(labels, dtype=np.int64)
 
 

@@ -36,7 +36,7 @@ class UniformAdapter(nn.Module):
         return self.nothing
 
 
-class Watched(nn.Module):
+class DetachedAdapter(nn.Module):
     """An adapter whose weights are detached, so the loss that uses them does not train it."""
 
     def __init__(self, adapter: nn.Module) -> None:
@@ -68,7 +68,7 @@ class AdaptiveKD(Objective):
         # Past nn.Module: the module belongs to `amtml`, and under a second name it would be in the state dict twice.
         object.__setattr__(self, "adapter", adapter)
         self.amtml = AMTMLLoss(
-            adapter if loss.kl_trains_weights else Watched(adapter),
+            adapter if loss.kl_trains_weights else DetachedAdapter(adapter),
             hint_module(context) if self.groups else None,
             temperature=loss.temperature,
             alpha=loss.kl_scale * loss.alpha / self.factor,
@@ -106,8 +106,8 @@ class AdaptiveKD(Objective):
                 distance = rkd_distance_loss(student, mixed)
                 loss, terms["distance"] = loss + settings.distance_weight * distance, distance.detach()
         if settings.adapter_label_weight != 0:
-            surprise = self.surprise(step)
-            loss, terms["surprise"] = loss + settings.adapter_label_weight * surprise, surprise.detach()
+            label_loss = self.label_loss(step)
+            loss, terms["surprise"] = loss + settings.adapter_label_weight * label_loss, label_loss.detach()
         return StepLoss(loss, terms, out.weights if settings.adapter == "learned" else None)
 
     def teacher_maps(self, step: Step) -> list[Tensor]:
@@ -118,7 +118,7 @@ class AdaptiveKD(Objective):
                 maps[t] = maps[t].mean((2, 3), keepdim=True).expand(-1, -1, *step.maps[group].shape[2:])
         return maps
 
-    def surprise(self, step: Step) -> Tensor:
+    def label_loss(self, step: Step) -> Tensor:
         """-log of the true class's probability in the mixture, mean over the batch: tells the adapter who is right.
 
         Its gradient goes on into the student's features, as that of every use of the weights does.

@@ -13,11 +13,13 @@ EVAL_BATCH = 512
 
 def accuracy(model: FeatureExtractor, split: ImageSet, data: ImageData) -> float:
     """Fraction of `split` that the model gets right, in eval mode; the mode is put back."""
-    return right(model, split, data).item() / max(1, len(split))
+    return count_correct(model, split, data).item() / max(1, len(split))
 
 
 @torch.no_grad()
-def right(model: FeatureExtractor, split: ImageSet, data: ImageData, *, rank: int = 0, world_size: int = 1) -> Tensor:
+def count_correct(
+    model: FeatureExtractor, split: ImageSet, data: ImageData, *, rank: int = 0, world_size: int = 1
+) -> Tensor:
     """How many images of this process's share of `split` the model gets right, a 0-d tensor."""
     was_training = model.training
     model.eval()

@@ -62,7 +62,7 @@ class FeatureExtractor(nn.Module):
         in this probe, or in one before. Mode and buffers stay as they were."""
         known = set(self._copied) if self._probed else set()
         self._copied.clear()
-        with as_it_was(self):
+        with restoring_state(self):
             output, features = self.train(training)._run(x)
         self._copied.update(known, self._overwritten(features))
         self._probed = True
@@ -125,7 +125,7 @@ def _catch(
 
 
 @contextmanager
-def as_it_was(module: nn.Module) -> Iterator[None]:
+def restoring_state(module: nn.Module) -> Iterator[None]:
     """Puts mode and buffers (the statistics of a BatchNorm) back at the end."""
     training, buffers = module.training, {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:

@@ -115,7 +115,9 @@ def resnet(
     """
     _positive("resnet", num_classes=num_classes, width=width, in_channels=in_channels)
     if (depth is None) == (blocks is None):
-        raise ValueError(f"resnet: give either depth or blocks, got depth={depth} and blocks={blocks}")
+        raise ValueError(
+            f"resnet: exactly one of depth and blocks must be given, got depth={depth} and blocks={blocks}"
+        )
     if depth is not None:
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"resnet: depth must be 6n + 2 (8, 14, 20, 32, 44, 56, 110, ...), got {depth}")

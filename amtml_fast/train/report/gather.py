@@ -122,15 +122,15 @@ def config_of(run: Run) -> Config:
     return config
 
 
-def job_of(run: Run) -> Job:
+def job_of_run(run: Run) -> Job:
     """What the run trained. ConfigError where its configuration cannot be read."""
     record = run.read_record()
-    number = None if record["method"].startswith(f"{OKD}-") else teachers_of(record)
+    number = None if record["method"].startswith(f"{OKD}-") else teacher_count(record)
     job = one_job(config_of(run), record["method"], record["seed"], record["student"], number)
     return replace(job, folder=run.folder)
 
 
-def teachers_of(record: dict[str, Any]) -> int | None:
+def teacher_count(record: dict[str, Any]) -> int | None:
     """How many teachers, or peers in their place, the run learned from; None: from none."""
     recipe = record["recipe"]
     return len(recipe["teachers"]) if recipe.get("teachers") else recipe.get("peers") or None
@@ -142,7 +142,7 @@ def grouped(runs: Sequence[Run], config: Config) -> list[Group]:
     groups: dict[tuple[Any, ...], Group] = {}
     for run in sorted(runs, key=seed):
         record = run.read_record()
-        method, student, number = record["method"], record["student"], teachers_of(record)
+        method, student, number = record["method"], record["student"], teacher_count(record)
         label = record["label"] if student else f"teacher {run.folder.name}"
         alone = method in single or method.startswith(f"{OKD}-")
         key = (run.folder.parent, student, number, method if student else label)
@@ -213,7 +213,7 @@ def command(gathered: Gathered) -> tuple[str, bool]:
         return shlex.join(["amtml-fast", "teach", *source]), not words
     options = ["--method", record["method"], "--seed", str(record["seed"])]
     options += ["--student", record["student"]] if record["student"] != config.student.name else []
-    number = teachers_of(record)
+    number = teacher_count(record)
     options += ["--teachers", str(number)] if number and number < len(config.teachers) and number > 1 else []
     return shlex.join(["amtml-fast", "distill", *source, *options]), not words
 

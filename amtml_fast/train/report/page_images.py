@@ -21,7 +21,7 @@ from ..run.folder import Run
 from ..run.job import Job, need_hints
 from ..run.prepare import load_data
 from ..teachers import frozen
-from .gather import job_of
+from .gather import job_of_run
 
 CLASSES = 24  # more do not fit a table that one can read
 SHOWN = 5  # classes of an image
@@ -33,7 +33,7 @@ def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None
     if not adapters:
         return {"missing": "No finished run here has an adapter, so there are no learned weights to show."}
     try:
-        jobs = {name: [job_of(run) for run in runs] for name, runs in adapters.items()}
+        jobs = {name: [job_of_run(run) for run in runs] for name, runs in adapters.items()}
         first = next(iter(jobs.values()))[0]
         same = {name: [job for job in each if alike(job, first)] for name, each in jobs.items()}
         data = load_data(first.config)
@@ -86,7 +86,7 @@ def image_section(asked: Asked, logits: Tensor, data: ImageData, images: Sequenc
     temperature = job.config.loss.temperature
     probs, out = answers.soft_targets(logits, temperature), answers.soft_targets(student, temperature)
     if images is None:
-        choices = answers.telling(probs, weights, out, data.test.labels)
+        choices = answers.choose_images(probs, weights, out, data.test.labels)
     else:
         choices = [answers.Choice(i, "Asked for", None) for i in images]
     shown = [

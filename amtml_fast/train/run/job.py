@@ -221,7 +221,7 @@ def with_mapping(config: Config, method: Method, student: StudentConfig, teacher
         name = str(key) if str(key) in everyone else None
         name = everyone[int(key)] if name is None and str(key).isdigit() and int(key) < len(everyone) else name
         if name is None:
-            raise ConfigError(f"config: loss.mapping: {key!r} is no teacher; the teachers are {', '.join(everyone)}")
+            raise ConfigError(f"config: loss.mapping must name teachers ({', '.join(everyone)}), got {key!r}")
         if group not in groups:
             raise ConfigError(
                 f"config: loss.mapping must name a layer group of {student.name} ({', '.join(groups)}), got {group!r}"

@@ -18,8 +18,8 @@ from ..data.images import Batch, ImageData, ImageSet, Loader, drawn_seed, of_cla
 from ..files import RunError, differences
 from ..methods.base import StepLoss
 from ..models.compiling import compile_in_place, new_step
-from ..models.evaluate import right
-from ..models.features import as_it_was
+from ..models.evaluate import count_correct
+from ..models.features import restoring_state
 from ..progress import Bar, Display
 from ..teachers.frozen import Outputs, Teachers
 from . import processes
@@ -187,7 +187,7 @@ class Trainer:
     def leaves_parameters_out(self) -> bool:
         """Whether the first step leaves some parameters without a gradient. That step is only computed, not applied."""
         self.loader.set_epoch(1)
-        with as_it_was(self.bare):
+        with restoring_state(self.bare):
             out, _ = self.forward(self.bare.train(), next(self.loader.batches()))
             trained = [p for p in self.bare.parameters() if p.requires_grad]
             return any(x is None for x in torch.autograd.grad(out.loss, trained, allow_unused=True))
@@ -362,7 +362,7 @@ class Trainer:
         accelerator = self.accelerator
         processes.same_buffers(self.bare)
         with processes.complete(self.bare):
-            count = right(
+            count = count_correct(
                 self.bare.student,
                 split,
                 self.data,
