@@ -121,17 +121,17 @@ lint: .venv/packages-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/cuda_emulator/*.h
 
-# Packages and kernels, each in two sizes. The larger stands for the smaller: after `make test`, `make train` has nothing to do.
+# Packages (compiled where imported: a quarter of torch is) and kernels, each in two sizes. The larger stands for the smaller: after `make test`, `make train` has nothing to do.
 .venv/packages: pyproject.toml
 	@echo "make: Python packages into .venv: half a minute, and the download (PyTorch: 200 MB, with CUDA 3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install -q "setuptools>=77" ninja numpy "$(TORCH)"
-	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-build-isolation -e ".[train]"
+	@$(BIN)/pip install -q --no-compile "setuptools>=77" ninja numpy "$(TORCH)"
+	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[train]"
 	@touch $@
 
 .venv/packages-test: .venv/packages
 	@echo "make: Python packages of the tests: half a minute, and the download"
-	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-build-isolation -e ".[test]"
+	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[test]"
 	@touch $@
 
 .venv/kernels .venv/kernels-cuda: setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu) | .venv/packages
