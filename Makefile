@@ -6,7 +6,7 @@ export AMTML_BUILD_EXT = 1
 # One thread a worker: tests that are about threads set their number themselves.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := tests/ops
-QUICK := ops readme config data models methods cache page imports
+QUICK := ops readme config data models methods cache report imports
 
 # CUDA kernels are compiled where a GPU will run them, and for tests wherever nvcc is found. AMTML_BUILD_CUDA=0 or 1 decides.
 NVCC := $(shell command -v nvcc)
@@ -20,7 +20,7 @@ train: $(INSTALLED)
 	@echo "make: training 6 teachers and 40 students on real 8x8 digits: about a minute on two cores"
 	$(BIN)/amtml-fast compare digits digits_specialists
 
-# Between two edits: every operator, and the trainer's config, data, models, methods, cache and page.
+# Between two edits: every operator, and the trainer's config, data, models, methods, cache and report.
 check: .venv/packages-test $(INSTALLED)
 	@test -x $(BIN)/ruff || $(BIN)/pip install -q ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -121,7 +121,8 @@ lint: .venv/packages-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/cuda_emulator/*.h
 
-# Packages (compiled where imported: a quarter of torch is) and kernels, each in two sizes. The larger stands for the smaller: after `make test`, `make train` has nothing to do.
+# Packages and kernels, each in two sizes. The larger stands for the smaller: after `make test`, `make train` has nothing to do.
+# Packages are byte-compiled when they are imported: a run imports a quarter of torch.
 .venv/packages: pyproject.toml
 	@echo "make: Python packages into .venv: half a minute, and the download (PyTorch: 200 MB, with CUDA 3 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,838 +1,554 @@
-"""Tables and pictures of a comparison: the arithmetic, the formats read back, and no two texts of a picture meeting."""
+# ruff: noqa: E402
+"""The page of `amtml-fast report`, about a real comparison: what it says, what it says when something is missing, and
+what a browser makes of it."""
 
-import csv
-import io
+from __future__ import annotations
+
 import itertools
+import json
 import math
+import os
+import re
+import shutil
 import statistics
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
 
-import matplotlib
-import numpy as np
 import pytest
 
-pytest.importorskip("rich")
-from matplotlib.axis import Tick
-from matplotlib.figure import Figure
-from matplotlib.image import imread
-from matplotlib.text import Text
-from rich.console import Console
-from scipy import stats
+for extra in (
+    "accelerate",
+    "omegaconf",
+    "typer",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "jinja2",
+):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
-from amtml_fast.train.figures import charts, curves, drawing, numbers, significance, tables
-from amtml_fast.train.figures.markdown import render
-from amtml_fast.train.figures.tables import (
-    FIELDS,
-    Network,
-    Row,
-    by_mapping,
-    by_student,
-    by_teachers,
-    comparison,
-    networks,
-    records,
-)
+import numpy as np
+import torch
 
-HEADER = ["Model", "Parameters", "Test accuracy (%)", "Seeds", "s / epoch"]
-CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-TEACHERS = [
-    "resnet14-wide-32",
-    "resnet20-narrow",
-    "small-cnn-two-blocks",
-    "densenet121",
-    "resnet110-pretrained-elsewhere",
+from amtml_fast import cli
+from amtml_fast.train.compare import answers
+from amtml_fast.train.compare.plan import plan
+from amtml_fast.train.compare.session import compare
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import ConfigError
+from amtml_fast.train.files import read_json
+from amtml_fast.train.progress import Display
+from amtml_fast.train.report import gather, page, svg
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import one_job
+from amtml_fast.train.run.prepare import load_data, load_teachers
+
+QUIET = Display(quiet=True)
+NASTY = """<script>alert("1")</script> & 'co' {{ 7 * 7 }}"""
+YAML = f"""
+name: tiny
+data: {{name: digits, val_fraction: 0.15}}
+teachers:
+  - {{name: a, model: {{factory: small_cnn, args: {{width: 4}}}}, hint: block3}}
+  - {{name: b, model: {{factory: small_cnn, args: {{width: 3}}}}, hint: block2, classes: [0, 1, 2, 3, 4]}}
+student: {{name: narrow, factory: small_cnn, args: {{width: 1}}, features: block3, groups: {{low: block1, mid: block2, high: block3}}}}
+teach: {{epochs: 1, batch_size: 128}}
+distill: {{epochs: 2, batch_size: 128}}
+variants: {{nasty: {{method: amtml_no_hint, label: {json.dumps(NASTY)}}}}}
+compare: {{methods: [student, avg_mkd, eb_kd, amtml_kd, nasty], seeds: [0, 1]}}
+engine: {{threads: 1, device: cpu}}
+"""
+SECTIONS = [
+    "Accuracy",
+    "Curves",
+    "Soft targets and weights of test images",
+    "Which teacher wins where",
+    "Weights by epoch",
+    "Where the time of a step goes",
+    "To get it again",
 ]
+VOID = {"meta", "img", "br", "hr", "input", "link", "source", "col", "wbr"}
 
 
-def rows() -> list[Row]:
-    return [
-        Row("student", "Student alone", 75290, [0.89, 0.90, 0.94], 10.0),
-        Row("avg_mkd", "AvgMKD", 75290, [0.91, 0.93, 0.92], 12.0),
-        Row("amtml_kd", "AMTML [KD] | ours", 75290, [0.92, 0.94, 0.93], 13.5),
+class Reader(HTMLParser):
+    """The page's text, attributes and headings; `faults` where tags are not nested as they should be."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.faults: list[str] = []
+        self.texts: list[str] = []
+        self.headings: list[tuple[str, str]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(html)
+        self.close()
+        self.faults += [f"never closed: {tag}" for tag in self.open]
+        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.faults.append(f"</{tag}> at {self.getpos()}")
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.texts.append(data)
+            if self.open and re.fullmatch("h[1-6]", self.open[-1]):
+                self.headings.append((self.open[-1], data.strip()))
+
+
+def read(*sources: Path, images: list[int] | None = None) -> Reader:
+    return Reader(page.render(gather.gather(sources), images, QUIET))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison of five methods and two seeds."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "tiny.yaml").write_text(YAML)
+    compare(reading.load(folder / "tiny.yaml", [f"out={folder}"]), QUIET)
+    return folder / "tiny"
+
+
+@pytest.fixture(scope="module")
+def whole(compared: Path) -> tuple[str, Reader]:
+    html = page.render(gather.gather([compared]), None, QUIET)
+    return html, Reader(html)
+
+
+@pytest.fixture
+def copied(compared: Path, tmp_path: Path) -> Path:
+    """The comparison in another place, from where the first one is not to be seen."""
+    for file in (copy := Path(shutil.copytree(compared, tmp_path / "copied"))).glob("**/config.yaml"):
+        file.write_text(file.read_text().replace(f"out: {compared.parent}", "out: gone"))
+    return copy
+
+
+def edit(run: Path, **changes: object) -> None:
+    record = json.loads((run / "run.json").read_text())
+    record.update({key: value for key, value in changes.items() if value is not None})
+    for key in [key for key, value in changes.items() if value is None]:
+        record.pop(key, None)
+    (run / "run.json").write_text(json.dumps(record))
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_every_section_and_the_finding(whole: tuple[str, Reader], compared: Path) -> None:
+    _, reader = whole
+    assert [text for tag, text in reader.headings if tag == "h2"] == SECTIONS
+    assert [text for tag, text in reader.headings if tag == "h1"] == ["tiny"]
+    levels = [int(tag[1]) for tag, _ in reader.headings]
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert read_json(compared / "results.json")["finding"] in reader.text
+    assert {"Paired tests", "Networks"} <= {text for _, text in reader.headings}
+
+
+def test_the_table_holds_the_accuracies_of_the_runs(whole: tuple[str, Reader], compared: Path) -> None:
+    html, reader = whole
+    best = ("", -1.0)
+    for method in ("student", "avg_mkd", "eb_kd", "amtml_kd", "nasty"):
+        found = [read_json(compared / f"{method}-seed{seed}" / "result.json")["test_accuracy"] for seed in (0, 1)]
+        said = f"{100 * statistics.fmean(found):.2f} ± {100 * statistics.stdev(found):.2f}"
+        assert said in reader.text
+        best = max(best, (said, statistics.fmean(found)), key=lambda pair: pair[1])
+    assert f"<strong>{best[0]}</strong>" in html
+    for teacher in ("a", "b"):
+        accuracy = read_json(compared / "teachers" / teacher / "result.json")["test_accuracy"]
+        assert f"teacher: {teacher} {100 * accuracy:.2f}" in reader.text
+
+
+def test_other_tables_are_those_of_results_md(whole: tuple[str, Reader], compared: Path) -> None:
+    text = (compared / "results.md").read_text()
+    cells = [
+        cell.strip("* ")
+        for line in text.split("## Paired tests")[1].splitlines()
+        if line.startswith("| ")
+        for cell in line[2:-2].split(" | ")
     ]
+    assert len(cells) > 20 and all(re.sub(r"\\(.)", r"\1", cell) in whole[1].text for cell in cells)
 
 
-def teachers() -> list[Row]:
-    return [Row("wide", "cnn-wide", 1234567, [0.99])]
-
-
-def printed(table) -> tuple[str, str]:
-    """The table as plain text, and with its ANSI styles."""
-    plain, styled = io.StringIO(), io.StringIO()
-    Console(file=plain, width=120, force_terminal=False).print(table)
-    Console(file=styled, width=120, force_terminal=True, color_system="standard", legacy_windows=False).print(table)
-    return plain.getvalue(), styled.getvalue()
-
-
-def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.replace("\\|", "¦").strip("| ").split(" | ")]
-
-
-# --- arithmetic -------------------------------------------------------------------------------------------------------
-
-
-def test_mean_and_sample_std():
-    row = Row("m", "M", 1, [0.89, 0.90, 0.94])
-    assert row.mean == pytest.approx(0.91)
-    assert row.std == pytest.approx(math.sqrt((0.02**2 + 0.01**2 + 0.03**2) / 2))  # ddof = 1: over n - 1
-    assert Row("m", "M", 1, [0.9]).std is None
-
-
-def test_the_table_of_paired_tests_is_their_numbers():
-    ours = Row("amtml_kd", "AMTML-KD", 10, [0.80, 0.82, 0.81])
-    other, level = Row("a", "A", 10, [0.78, 0.79, 0.785]), Row("b", "B", 10, [0.80, 0.82, 0.81])
-    lines = render(significance.paired_tests(ours, [other, level])).splitlines()
-    gaps = [0.02, 0.03, 0.025]
-    low, high = stats.t.interval(0.95, 2, statistics.fmean(gaps), statistics.stdev(gaps) / math.sqrt(3))
-    p = stats.ttest_rel(ours.accuracies, other.accuracies).pvalue
-    interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
-    assert cells(lines[2]) == ["AMTML-KD - A", "+2.50 ± 0.50 points", interval, f"p = {p:.2g}"]
-    assert cells(lines[3]) == ["AMTML-KD - B", "+0.00 ± 0.00 points", "+0.00 to +0.00", "p = 1"]
-    assert render(significance.paired_tests(Row("c", "C", 10, [0.5]), [Row("d", "D", 10, [0.6])])) == ""
-    assert render(significance.paired_tests(ours, [])) == ""
-
-
-@pytest.mark.parametrize("accuracies", [[], [0.9, 91.0], [-0.1]])
-def test_a_row_refuses_what_is_no_fraction(accuracies):
-    with pytest.raises(ValueError, match=r"Row 'M': accuracies must"):
-        Row("m", "M", 1, accuracies)
-
-
-def test_paired_difference_cancels_what_seeds_share():
-    student, average, ours = rows()
-    assert significance.paired_difference(ours, average)[:3] == pytest.approx((0.01, 0.0, 3))
-    mean, std, n, *_ = significance.paired_difference(ours, student)
-    gaps = [0.03, 0.04, -0.01]
-    assert (mean, std, n) == pytest.approx((statistics.fmean(gaps), statistics.stdev(gaps), 3))
-    assert str(significance.paired_difference(ours, student)) == "+2.00 ± 2.65 points"
-    assert significance.paired_difference(student, ours).mean == pytest.approx(-0.02)
-    assert significance.paired_difference(Row("a", "A", 1, [0.5]), Row("b", "B", 1, [0.4])).std is None
-    with pytest.raises(ValueError, match="'B' must have 3 seeds like 'AvgMKD', got 1"):
-        significance.paired_difference(average, Row("b", "B", 1, [0.4]))
-
-
-def pair(gaps: list[float]) -> tuple[Row, Row]:
-    """Two rows whose accuracies differ by these, seed by seed."""
-    base = [0.80 + 0.01 * i for i in range(len(gaps))]
-    return Row("a", "A", 1, [x + gap for x, gap in zip(base, gaps, strict=True)]), Row("b", "B", 1, base)
-
-
-TWO_SIDED = {  # p of Student's t with these degrees of freedom, in closed form
-    1: lambda t: 1 - 2 / math.pi * math.atan(abs(t)),
-    2: lambda t: 1 - abs(t) / math.sqrt(2 + t * t),
-    4: lambda t: 1 - abs(t) * (t * t + 6) / (t * t + 4) ** 1.5,
-}
-
-
-@pytest.mark.parametrize("gaps", [[0.03, 0.01], [0.03, 0.04, -0.01], [-0.02, -0.03, -0.01, -0.025, -0.04]])
-def test_the_paired_t_test_by_its_formula(gaps):
-    a, b = pair(gaps)
-    test = significance.paired_difference(a, b)
-    n, error = len(gaps), statistics.stdev(gaps) / math.sqrt(len(gaps))
-    t = statistics.fmean(gaps) / error
-    assert (test.t, test.p) == pytest.approx((t, TWO_SIDED[n - 1](t)))
-    assert (test.low + test.high) / 2 == pytest.approx(statistics.fmean(gaps))
-    edge = (test.high - test.low) / 2 / error  # the t beyond which 5 % lie
-    assert TWO_SIDED[n - 1](edge) == pytest.approx(0.05)
-    theirs = stats.ttest_rel(a.accuracies, b.accuracies)
-    assert (test.t, test.p) == pytest.approx((theirs.statistic, theirs.pvalue))
-    assert (test.low, test.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
-
-
-@pytest.mark.parametrize(("gap", "t", "p"), [(0.1, math.inf, 0), (-0.1, -math.inf, 0), (0.0, 0, 1), (1e-16, 0, 1)])
-def test_equal_differences_have_a_p_without_a_spread(gap, t, p):
-    """0.1 + 0.2 - 0.2 and its like differ in the last bit: that is no spread."""
-    test = significance.paired_difference(*pair([gap] * 3))
-    assert (test.std, test.t, test.p) == (0, t, p)
-    assert (test.mean, test.low, test.high) == pytest.approx((gap, gap, gap), abs=1e-12)
-
-
-def test_one_seed_and_a_diverged_one_have_no_p():
-    assert significance.paired_difference(*pair([0.1]))[1:] == (None, 1, None, None, None, None)
-    a, b = Row("a", "A", 1, [0.9, math.nan, 0.8]), Row("b", "B", 1, [0.9, 0.7, 0.8])
-    for test in (significance.paired_difference(a, b), significance.paired_difference(b, a)):
-        assert test.n == 3
-        assert all(math.isnan(value) for value in (test.mean, test.std, test.t, test.p, test.low, test.high))
-
-
-@pytest.mark.parametrize(
-    ("gaps", "said"),
-    [
-        ([0.02], "is 2.00 points above B (80.00 %), but one seed cannot tell that from chance"),
-        ([-0.02], "is 2.00 points below B (80.00 %), but one seed cannot tell that from chance"),
-        ([0.0], "is level with B (80.00 %), but one seed cannot tell that from chance"),
-        ([0.03, 0.02, 0.03], "beats B (81.00 %): +2.67 ± 0.58 points over 3 seeds, p = 0.015 (paired t-test)"),
-        (
-            [-0.03, -0.02, -0.03],
-            "falls behind B (81.00 %): -2.67 ± 0.58 points over 3 seeds, p = 0.015 (paired t-test)",
-        ),
-        ([0.03, 0.01], "cannot be told from B (80.50 %): +2.00 ± 1.41 points over 2 seeds, p = 0.3 (paired t-test)"),
-        ([0.02, 0.02], "beats B (80.50 %): +2.00 ± 0.00 points over 2 seeds, p < 0.001 (paired t-test)"),
-        ([0.0, 0.0], "cannot be told from B (80.50 %): +0.00 ± 0.00 points over 2 seeds, p = 1 (paired t-test)"),
-        ([math.nan, 0.1], "cannot be compared with B (80.50 %): a run diverged"),
-        ([math.nan], "cannot be compared with B (80.00 %): a run diverged"),
-    ],
-)
-def test_the_verdict_says_what_was_measured_and_whether_it_is_chance(gaps, said):
-    assert significance.verdict(*pair(gaps)) == said
-
-
-def test_a_difference_of_more_than_its_spread_may_still_be_chance():
-    """Three seeds: the mean is 1.9 times the deviation, p is 0.08."""
-    said = significance.verdict(*pair([0.01, 0.02, 0.027]))
-    assert said.startswith("cannot be told from B") and "+1.90 ± 0.85 points" in said
-
-
-@pytest.mark.parametrize(
-    ("p", "said"),
-    [(0.0334, "p = 0.033"), (0.0496, "p = 0.0496"), (0.0504, "p = 0.05"), (0.00099, "p < 0.001"), (0.001, "p = 0.001")],
-)
-def test_p_is_rounded_but_never_over_the_level(p, said):
-    assert significance._p(p) == said
-
-
-# --- formats ----------------------------------------------------------------------------------------------------------
-
-
-def test_markdown_reads_back_with_only_the_best_student_in_bold():
-    lines = render(comparison(rows(), teachers())).splitlines()
-    assert cells(lines[0]) == HEADER
-    assert set(lines[1]) <= set("|:-")
-    assert cells(lines[2]) == ["teacher: cnn-wide", "1,234,567", "99.00", "1", "-"]
-    assert cells(lines[3]) == ["Student alone", "75,290", "91.00 ± 2.65", "3", "10.00"]
-    assert cells(lines[4]) == ["AvgMKD", "75,290", "92.00 ± 1.00", "3", "12.00"]
-    assert cells(lines[5]) == ["AMTML [KD] ¦ ours", "75,290", "**93.00 ± 1.00**", "3", "13.50"]
-    assert "sample standard deviation" in lines[-1]
-
-
-def test_memory_is_a_column_where_it_was_measured():
-    assert "memory" not in render(comparison(rows(), teachers()))
-    some = rows()
-    some[1].peak_memory, some[2].peak_memory = 684_400_000, 1_230_000_000
-    lines = [cells(line) for line in render(comparison(some, teachers())).splitlines()[:6]]
-    assert lines[0] == [*HEADER, "Peak memory"]
-    assert [line[-1] for line in lines[2:]] == ["-", "-", "684 MB", "1.2 GB"]
-    plain, _ = printed(tables.terminal(some, teachers()))
-    assert "Peak memory" in plain and "684 MB" in plain and "Peak" not in printed(tables.terminal(rows()))[0]
-    of_teacher = [Row("t", "t", 1, [0.9], peak_memory=5)]
-    assert cells(render(comparison(rows(), of_teacher)).splitlines()[2])[-1] == "5 B"
-
-
-@pytest.mark.parametrize(
-    ("count", "said"),
-    [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (9_940_000, "9.9 MB"), (9_960_000, "10 MB"), (84e6, "84 MB")]
-    + [(999_600_000, "1.0 GB"), (12_345e6, "12 GB"), (2e15, "2,000 TB")],
-)
-def test_memory_in_units_of_a_thousand(count, said):
-    memory = Row("m", "M", 1, [0.9], peak_memory=int(count))
-    assert cells(render(comparison([memory])).splitlines()[2])[-1] == said
-
-
-def test_rows_of_one_method_are_told_apart_by_what_differs():
-    some = [
-        Row("s", "Alone", 1, [0.9], student="a"),
-        Row("m", "M", 1, [0.9], student="a", teachers=1),
-        Row("m", "M", 1, [0.9], student="a", teachers=3),
-        Row("k", "K", 1, [0.9], student="a", teachers=3),
+def test_the_curves_end_where_the_metrics_do(whole: tuple[str, Reader], compared: Path) -> None:
+    labels = [
+        attributes["aria-label"] or ""
+        for tag, attributes in whole[1].tags
+        if tag == "svg" and "aria-label" in attributes
     ]
-    shown = [cells(line)[0] for line in render(comparison(some)).splitlines()[2:6]]
-    assert shown == ["Alone", "M, 1 teacher", "M, 3 teachers", "K"]
-    some.append(Row("s", "Alone", 1, [0.9], student="b"))
-    shown = [cells(line)[0] for line in render(comparison(some)).splitlines()[2:7]]
-    assert shown == ["Alone, a", "M, a, 1 teacher", "M, a, 3 teachers", "K, a", "Alone, b"]
+    rows = [Run(compared / f"amtml_kd-seed{seed}").read_metrics()[-1] for seed in (0, 1)]
+    accuracy = 100 * statistics.fmean(row["val_accuracy"] for row in rows)
+    assert f"AMTML-KD: validation accuracy by epoch, at the end {accuracy:.1f} % on average of 2 runs" in labels
+    hint = statistics.fmean(row["hint"] for row in rows)
+    assert any(label.startswith("AMTML-KD: training loss") and f"hint {hint:.3g}" in label for label in labels)
+    entropy = statistics.fmean(row["entropy"] for row in rows)
+    assert f"AMTML-KD: normalized entropy of the weights by epoch, at the end {entropy:.3f}" in labels
+    won = [statistics.fmean(row["weight_won"][t] for row in rows) for t in (0, 1)]
+    assert any("AMTML-KD: share of examples won" in x and f"a {won[0]:.2f}, b {won[1]:.2f}" in x for x in labels)
 
 
-def test_equal_looking_means_are_bold_together():
-    tied = [Row("a", "A", 1, [0.90001]), Row("b", "B", 1, [0.90004]), Row("c", "C", 1, [0.8999])]
-    lines = render(comparison(tied)).splitlines()
-    assert [cells(line)[2] for line in lines[2:5]] == ["**90.00**", "**90.00**", "89.99"]
-    assert "One seed" in lines[-1] and "±" not in "".join(lines)
+def test_by_class_are_the_networks_own_answers(whole: tuple[str, Reader], compared: Path) -> None:
+    settings = reading.load(compared.parent / "tiny.yaml", [f"out={compared.parent}"])
+    data = load_data(settings)
+    teachers = load_teachers(settings, data, plan(settings), QUIET)
+    assert teachers is not None
+    right = answers.teacher_logits(teachers, data.test, data).argmax(-1) == data.test.labels[:, None]
+    for c, name in enumerate(data.classes):
+        shares = right[data.test.labels == c].float().mean(0)
+        assert f"{name} {100 * shares[0]:.1f} {100 * shares[1]:.1f}" in whole[1].text
+    seeds = [one_job(settings, "amtml_kd", seed) for seed in (0, 1)]
+    weights = torch.stack([answers.weights_and_logits(job, teachers, data.test, data)[0] for job in seeds])
+    three = weights[:, data.test.labels == 3].mean((0, 1))
+    assert f"3 {three[0]:.2f} {three[1]:.2f}" in whole[1].text.split("Weights, AMTML-KD")[1]
 
 
-def test_a_diverged_seed_is_shown_and_never_best():
-    broken = [Row("a", "A", 1, [math.nan, 0.9]), Row("b", "B", 1, [0.5, 0.6])]
-    lines = render(comparison(broken)).splitlines()
-    assert [cells(line)[2] for line in lines[2:4]] == ["nan ± nan", "**55.00 ± 7.07**"]
+def test_images_are_what_was_asked_for(compared: Path) -> None:
+    reader = read(compared, images=[3, 17])
+    shown = [attributes for tag, attributes in reader.tags if tag == "img"]
+    assert [(x["alt"] or "").split(",")[0] for x in shown] == ["Test image 3", "Test image 17"]
+    assert all((x["src"] or "").startswith("data:image/png;base64,") for x in shown)
+    with pytest.raises(ConfigError, match=r"--images must be in 0 to \d+ \(the test split\), got 99999"):
+        read(compared, images=[99999])
 
 
-def test_terminal_table_shows_the_best_in_bold_and_labels_as_they_are():
-    plain, styled = printed(tables.terminal(rows(), teachers(), title="digits"))
-    for text in (
-        "digits",
-        "cnn-wide",
-        "99.00 ",
-        "91.00 ± 2.65",
-        "93.00 ± 1.00",
-        "AMTML [KD] | ours",
-        "75,290",
-        "13.50",
-    ):
-        assert text in plain
-    bold = "\x1b[1m"
-    assert f"{bold}93.00 ± 1.00" in styled
-    assert f"{bold}AMTML" in styled
-    assert not any(f"{bold}{text}" in styled for text in ("92.00", "91.00", "99.00", "AvgMKD"))
+def test_nothing_comes_from_outside(whole: tuple[str, Reader]) -> None:
+    html, reader = whole
+    links = [
+        value or "" for _, attributes in reader.tags for key, value in attributes.items() if key in ("src", "href")
+    ]
+    assert links and all(link.startswith(("#", "data:")) for link in links)
+    assert not re.search(r"https?://|@import|url\(|<link|<iframe", html)
+    targets = {attributes.get("id") for _, attributes in reader.tags}
+    assert {link[1:] for link in links if link.startswith("#")} <= targets
 
 
-def test_csv_reads_back_exactly():
-    back = list(csv.DictReader(io.StringIO(tables.csv(rows(), teachers()))))
-    assert tuple(back[0]) == FIELDS
-    assert [line["role"] for line in back] == ["teacher", "student", "student", "student"]
-    assert (back[0]["accuracy_std"], back[0]["seconds_per_epoch"]) == ("", "")
-    for line, row in zip(back[1:], rows(), strict=True):
-        assert (line["method"], line["label"], int(line["parameters"])) == (row.method, row.label, row.parameters)
-        assert [float(a) for a in line["accuracies"].split()] == row.accuracies
-        assert (float(line["accuracy_mean"]), float(line["accuracy_std"])) == (row.mean, row.std)
-        assert (int(line["seeds"]), float(line["seconds_per_epoch"])) == (3, row.seconds_per_epoch)
-        assert (line["student"], line["teachers"], line["peak_memory"]) == ("", "", "")
-    known = Row("m", "M", 1, [0.9], None, 1_000, "resnet8", 3)
-    (line,) = csv.DictReader(io.StringIO(tables.csv([known])))
-    assert (line["peak_memory"], line["student"], line["teachers"]) == ("1000", "resnet8", "3")
+def test_it_is_well_formed_and_said_in_words(whole: tuple[str, Reader]) -> None:
+    html, reader = whole
+    assert reader.faults == []
+    tags = dict.fromkeys(tag for tag, _ in reader.tags)
+    assert {"html", "title", "main", "nav", "svg", "table"} <= set(tags)
+    assert ("html", {"lang": "en"}) in reader.tags
+    for tag, attributes in reader.tags:
+        if tag == "svg":
+            assert attributes.get("aria-hidden") == "true" or (attributes["role"], bool(attributes["aria-label"])) == (
+                "img",
+                True,
+            )
+        if tag == "th":
+            assert attributes.get("scope") in ("row", "col")
+        if tag == "img":
+            assert attributes["alt"]
+    assert not re.search(
+        r"\b(nan|None|inf)\b",
+        re.sub(r"<style>.*?</style>|<script>.*?</script>", "", html, flags=re.S).split("<pre tabindex")[0],
+    )
 
 
-def test_records_are_the_same_numbers():
-    record = records(rows(), teachers())[-1]
-    assert tuple(record) == FIELDS
-    assert (record["accuracy_mean"], record["accuracies"]) == (pytest.approx(0.93), [0.92, 0.94, 0.93])
+def test_text_of_users_stays_text(whole: tuple[str, Reader], copied: Path) -> None:
+    html, reader = whole
+    assert NASTY in reader.text and "alert(" in html and "<script>alert" not in html and "49" not in NASTY
+    name = "<b title='x'>t&amp;"
+    for run in copied.glob("*-seed*"):
+        edit(run, teachers=[name, "b"])
+    changed = page.render(gather.gather([copied]), None, QUIET)
+    assert name not in changed and "&lt;b title=&#39;x&#39;&gt;t&amp;amp;" in changed
+    assert Reader(changed).faults == []
 
 
-# --- a paper's tables -------------------------------------------------------------------------------------------------
+def test_the_same_runs_make_the_same_page(whole: tuple[str, Reader], compared: Path) -> None:
+    assert page.render(gather.gather([compared]), None, QUIET) == whole[0]
 
 
-def grid(counts=(1, 3), students=("resnet8",), seeds=3, methods=("avg_mkd", "amtml_kd")) -> list[Row]:
-    """Methods x students x numbers of teachers, and the student alone."""
-    rng = np.random.default_rng(0)
-    out = []
-    for s, student in enumerate(students):
-        accuracies = [0.9 + 0.01 * s + rng.normal(0, 0.001) for _ in range(seeds)]
-        out.append(Row("student", "Student alone", 75290 * (s + 1), accuracies, student=student))
-        for (m, method), count in itertools.product(enumerate(methods), counts):
-            mean = 0.91 + 0.01 * s + 0.004 * m + 0.003 * count
-            accuracies = [mean + rng.normal(0, 0.001) for _ in range(seeds)]
-            label = LABELS.get(method, f"Method {method} with a long name")
-            out.append(Row(method, label, 75290 * (s + 1), accuracies, student=student, teachers=count))
-    return out
+# --- what is missing --------------------------------------------------------------------------------------------------
 
 
-LABELS = {"avg_mkd": "AvgMKD", "amtml_kd": "AMTML-KD"}
+def unfinish(run: Path, epochs: int = 1) -> None:
+    edit(run, finished=False, seconds_per_step=None, step_seconds=None)
+    (run / "result.json").unlink()
+    for file in run.glob("*.safetensors"):
+        file.unlink()
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:epochs]))
 
 
-def mean_std(row: Row) -> str:
-    return f"{100 * np.mean(row.accuracies):.2f} ± {100 * np.std(row.accuracies, ddof=1):.2f}"
+def test_an_unfinished_run_is_shown_as_unfinished(copied: Path) -> None:
+    unfinish(copied / "avg_mkd-seed1")
+    reader = read(copied)  # results.json is there: the comparison leaves the method out
+    assert "Unfinished" in [text for _, text in reader.headings] and "AvgMKD 1 1 of 2" in reader.text
+    assert "AvgMKD" not in reader.text.split("Paired tests")[0].split("best student marked")[1]
+    (copied / "results.json").unlink()  # under way: seed 0 is what all have
+    reader = read(copied)
+    alone = read_json(copied / "avg_mkd-seed0" / "result.json")["test_accuracy"]
+    assert f"AvgMKD {100 * alone:.2f}" in reader.text and "seed 1 is left out" in reader.text
+    assert reader.faults == []
 
 
-def lines_of(text: str) -> list[list[str]]:
-    """The cells of every line of Markdown tables, without the rules."""
-    return [cells(line) for line in text.splitlines() if line.startswith("|") and not line.startswith("|:")]
+def test_a_comparison_where_nothing_has_finished(copied: Path) -> None:
+    for run in copied.glob("*-seed*"):
+        unfinish(run, epochs=0 if run.name == "student-seed0" else 1)
+    (copied / "results.json").unlink()
+    reader = read(copied)
+    assert "No run here has finished yet." in reader.text and reader.faults == []
+    assert "no learned weights to show" in reader.text and "none has finished" in reader.text
 
 
-def test_the_table_of_networks():
-    text = render(
-        networks(
-            [
-                Network("wide | 32", "teacher", 1_000_000, 0.99127),
-                Network("narrow", "teacher", 500_000, math.nan),
-                Network("resnet8", "student", 157_000, None),
-                Network("tiny", "student", 700, 0.5),
-            ]
+def test_a_planned_run_that_is_not_there_is_named(copied: Path) -> None:
+    shutil.rmtree(copied / "avg_mkd-seed1")
+    (copied / "extra-seed7").mkdir()
+    shutil.copytree(copied / "student-seed0", copied / "extra-seed7", dirs_exist_ok=True)
+    text = read(copied).text
+    assert "Planned, but not there: avg_mkd-seed1." in text
+    assert "1 other run in the folder, not part of this comparison extra-seed7" in text
+
+
+def test_without_teachers_the_page_says_so(copied: Path) -> None:
+    shutil.rmtree(copied / "teachers")
+    reader = read(copied)
+    assert reader.text.count("What teachers and students say about images cannot be shown here") == 2
+    assert "run `amtml-fast teach` first" in reader.text and not [tag for tag, _ in reader.tags if tag == "img"]
+    assert [text for tag, text in reader.headings if tag == "h2"] == SECTIONS
+
+
+def test_teachers_trained_anew_are_not_taken_for_the_old_ones(copied: Path) -> None:
+    whole = (copied / "teachers" / "b" / "model.safetensors").read_bytes()
+    (copied / "teachers" / "b" / "model.safetensors").write_bytes(whole[:-4] + b"\0\0\0\0")
+    assert "The weights of b on disk are not those that the students learned from." in read(copied).text
+
+
+def test_without_an_adapter_the_page_says_so(compared: Path) -> None:
+    reader = read(compared / "avg_mkd-seed0", compared / "student-seed0")
+    assert "No finished run here has an adapter" in reader.text
+    assert "No method here has weights of its teachers on record." in reader.text
+
+
+def test_times_of_a_step(copied: Path) -> None:
+    parts = {"data": 0.0011, "teachers": 0.0022, "student": 0.0033, "losses": 0.0044, "optimizer": 0.0055}
+    for run in copied.glob("*-seed*"):
+        edit(run, step_seconds=parts, seconds_per_step=0.02)
+    assert "AMTML-KD 20.0 1.10 2.20 3.30 4.40 5.50 3.50" in read(copied).text
+    for seed in (0, 1):
+        edit(
+            copied / f"amtml_kd-seed{seed}",
+            step_seconds={k: v * (1 + seed) for k, v in parts.items()},
+            seconds_per_step=0.03,
         )
+    reader = read(copied)
+    assert "AMTML-KD 30.0 1.65 3.30 4.95 6.60 8.25 5.25" in reader.text
+    bars = [x for tag, x in reader.tags if tag == "rect"]
+    assert ("c4", "22.00") in [(x["class"], x["width"]) for x in bars]
+
+
+def test_a_configuration_that_cannot_be_read_is_named(copied: Path) -> None:
+    whole = read_json(copied / "results.json")
+    whole["config"]["gone"] = 1
+    (copied / "results.json").write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match=r"^config: gone: no such key.*results\.json"):
+        read(copied)
+    (copied / "results.json").unlink()
+    for file in copied.glob("*/config.yaml"):
+        file.write_text(file.read_text() + "gone: 1\n")
+    with pytest.raises(ConfigError, match=r"^config: gone: no such key.*config\.yaml"):
+        read(copied)
+
+
+def test_single_runs_side_by_side(compared: Path) -> None:
+    one = read(compared / "amtml_kd-seed0")
+    accuracy = read_json(compared / "amtml_kd-seed0" / "result.json")["test_accuracy"]
+    assert f"AMTML-KD reaches {100 * accuracy:.2f} % on the test set." in one.text
+    two = read(compared / "amtml_kd-seed0", compared / "avg_mkd-seed0", compared / "avg_mkd-seed1")
+    assert "seed 1 is left out" in two.text and "one seed cannot tell that from chance" in two.text
+    apart = read(compared / "amtml_kd-seed0", compared / "avg_mkd-seed1")
+    assert "their seeds differ, so nothing is tested" in apart.text and "Paired tests" not in apart.text
+    teacher = read(compared / "teachers" / "a")
+    assert "teacher a" in teacher.text and "amtml-fast teach" in teacher.text
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as status:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    return int(status.value.code or 0), out, err
+
+
+def test_the_command_writes_one_file(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    status, out, _ = call(capsys, "report", str(copied), "--images", "1, 2")
+    assert status == 0 and f"wrote {copied / 'report.html'}" in out
+    assert "Test image 2," in (copied / "report.html").read_text()
+    status, out, _ = call(capsys, "report", str(copied / "student-seed0"), "--out", str(tmp_path / "new" / "x.html"))
+    assert status == 0 and (tmp_path / "new" / "x.html").is_file()
+    after = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    assert set(after) - set(before) == {copied / "report.html"} and before.items() <= after.items()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere: no run here; looked for run.json"),
+        (["{copied}/figures"], "figures: no run here; looked for run.json"),
+        (["{copied}", "{copied}/student-seed0"], "several at once must each be a run"),
+        (["{copied}", "--images=x"], "--images must be positions in the test split such as 3,17, got 'x'"),
+    ],
+)
+def test_what_is_no_run_is_named(
+    copied: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    status, out, err = call(capsys, "report", *(word.format(copied=copied) for word in words))
+    assert status in (1, 2) and message in err and "Traceback" not in err + out
+    assert not (copied / "report.html").exists()
+
+
+def test_how_to_get_it_again() -> None:
+    plain = gather.Gathered("digits", reading.load("digits"), True, [])
+    assert gather.command(plain) == ("amtml-fast compare digits", False)
+    other = gather.Gathered(
+        "digits", reading.load("digits", ["distill.epochs=3", "compare.seeds=[7]", "out=/x"]), True, []
     )
-    assert text.startswith("| Network | Role | Parameters | Compression | Test accuracy (%) |\n|:---|:---|---:")
-    assert lines_of(text)[1:] == [
-        ["wide ¦ 32", "teacher", "1,000,000", "1.0x", "99.13"],
-        ["narrow", "teacher", "500,000", "2.0x", "nan"],
-        ["resnet8", "student", "157,000", "6.4x", "-"],
-        ["tiny", "student", "700", "1,429x", "50.00"],
-    ]
-    assert render(networks([])) == ""
-    assert lines_of(render(networks([Network("s", "student", 5)])))[1] == ["s", "student", "5", "-", "-"]
+    words, save = gather.command(other)
+    assert words == "amtml-fast compare digits distill.epochs=3 'compare.seeds=[7]'" and not save
+    own = gather.Gathered("mine", reading.load("digits", ["name=mine"]), True, [])
+    assert gather.command(own) == ("amtml-fast compare mine.yaml", True)
+    assert "out:" not in gather.shown_config(own.config)
 
 
-def test_methods_by_number_of_teachers():
-    alone, avg1, avg3, ours1, ours3 = grid()
-    only = Row("okd", "OKD", 75290, [0.5, 0.6, 0.7], student="resnet8", teachers=1)
-    text = render(by_teachers([alone, avg3, avg1, ours1, ours3, only]))
-    assert "sample standard deviation" in text
-    assert lines_of(text) == [
-        ["Method", "1 teacher", "3 teachers"],
-        ["Student alone", mean_std(alone), mean_std(alone)],  # no teachers: the same in every column
-        ["AvgMKD", mean_std(avg1), mean_std(avg3)],
-        ["AMTML-KD", f"**{mean_std(ours1)}**", f"**{mean_std(ours3)}**"],
-        ["OKD", mean_std(only), "-"],
-    ]
-    assert render(by_teachers([alone, avg1, ours1])) == "" and render(by_teachers([])) == ""
-    assert "one seed: no spread" in render(by_teachers(grid(seeds=1)))
+# --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_best_of_a_column_is_that_columns_and_never_nan():
-    rows = [
-        Row("a", "A", 1, [0.9], teachers=1),
-        Row("a", "A", 1, [0.7], teachers=2),
-        Row("a", "A", 1, [0.7], teachers=3),
-        Row("b", "B", 1, [0.8], teachers=1),
-        Row("b", "B", 1, [math.nan], teachers=2),
-        Row("c", "C", 1, [0.90001], teachers=1),
-    ]
-    assert lines_of(render(by_teachers(rows)))[1:] == [
-        ["A", "**90.00**", "**70.00**", "70.00"],  # alone in the last column: nothing was beaten
-        ["B", "80.00", "nan", "-"],
-        ["C", "**90.00**", "-", "-"],
-    ]
+def test_the_choice_of_images() -> None:
+    sure, unsure = 0.9, 0.6
 
+    def of(*classes: tuple[int, float]) -> list[list[float]]:
+        return [[p if c == k else (1 - p) / 2 for k in range(3)] for c, p in classes]
 
-def test_one_table_of_teachers_a_student():
-    text = render(by_teachers(grid(students=("small", "large"))))
-    assert text.count("Test accuracy in percent, mean") == 1 and text.index("Student small:") < text.index(
-        "Student large:"
+    labels = torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    probs = torch.tensor(
+        [
+            of((0, sure), (1, sure)),  # the second is wrong and gets little
+            of((1, sure), (0, unsure)),  # the second is wrong and gets much; the mixture is wrong because of it
+            of((0, unsure), (2, unsure)),  # the weights put it right
+            of((0, sure), (0, sure)),  # all agree, but the student is wrong
+            of((1, sure), (1, sure)),
+            of((2, sure), (2, sure)),
+            of((1, sure), (1, sure)),  # both are wrong: no weights would help
+        ]
     )
-    assert len(lines_of(text)) == 8
-    only_small = [row for row in grid(students=("small", "large")) if row.student == "small" or row.teachers != 1]
-    text = render(by_teachers(only_small))
-    assert "Student small:" in text and "Student large:" not in text
-
-
-def test_methods_by_student():
-    rows = grid(counts=(3,), students=("small", "large"))
-    alone, avg, ours, alone2, _, ours2 = rows
-    text = render(by_student([row for row in rows if row is not rows[4]]))
-    assert text.startswith("| Method") and "With" not in text
-    assert lines_of(text) == [
-        ["Method", "small (75,290)", "large (150,580)"],
-        ["Student alone", mean_std(alone), mean_std(alone2)],
-        ["AvgMKD", mean_std(avg), "-"],
-        ["AMTML-KD", f"**{mean_std(ours)}**", f"**{mean_std(ours2)}**"],
-    ]
-    assert render(by_student(grid())) == "" and render(by_student([])) == ""
-    assert lines_of(render(by_student([alone, alone2])))[1] == ["Student alone", mean_std(alone), mean_std(alone2)]
-
-
-def test_one_table_of_students_a_number_of_teachers():
-    rows = grid(counts=(1, 3), students=("small", "large"))
-    text = render(by_student(rows))
-    assert text.index("With 1 teacher:") < text.index("With 3 teachers:") and len(lines_of(text)) == 8
-    text = render(by_student([row for row in rows if row.student == "small" or row.teachers != 1]))
-    assert "With 3 teachers:" in text and "With 1" not in text  # one student only: nothing to compare
-
-
-def test_hint_mappings():
-    low = Row("amtml_best_low", "AMTML-KD, best teacher low", 1, [0.91, 0.92, 0.93], student="resnet8", teachers=3)
-    random = Row("amtml_random", "AMTML-KD, random mapping", 1, [0.93, 0.95, 0.97], student="resnet8", teachers=3)
-    ours = grid()[-1]
-    text = render(by_mapping([random, *grid(), low]))
-    assert lines_of(text) == [
-        ["Mapping", "Test accuracy (%)"],
-        ["best high", mean_std(ours)],
-        ["best low", "92.00 ± 1.00"],
-        ["random", "**95.00 ± 2.00**"],
-    ]
-    assert render(by_mapping(grid())) == "" and render(by_mapping([low])) == "" and render(by_mapping([])) == ""
-    few = Row("amtml_random", "random", 1, [0.5], student="resnet8", teachers=1)
-    text = render(by_mapping([*grid(), low, few]))
-    assert lines_of(text)[0] == ["Mapping", "resnet8, 1 teacher", "resnet8, 3 teachers"]
-    assert [line[1:].count("-") for line in lines_of(text)[1:]] == [0, 1, 1]
-
-
-def test_two_rows_of_one_cell_are_refused():
-    for call in (by_teachers, by_student, by_mapping):
-        rows = grid(students=("small", "large"))
-        with pytest.raises(
-            ValueError, match=r"rows must differ.*got two for 'AMTML-KD' with student '.*' and \d teacher"
-        ):
-            call([*rows, *(row for row in rows if row.method == "amtml_kd")])
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def history(
-    final: float, *, seeds: int = 3, epochs: int = 10, loss: float = 2.0, teachers: int = 0, led: bool = False
-) -> list[list[dict]]:
-    """Runs as metrics.jsonl holds them; with teachers, their weights too, and how often each led."""
-    rng = np.random.default_rng(round(1000 * final))
-    runs = []
-    for _ in range(seeds):
-        run: list[dict] = []
-        for epoch in range(1, epochs + 1):
-            accuracy = final - 0.4 * math.exp(-epoch) + rng.normal(0, 0.003)
-            run.append({"epoch": epoch, "loss": loss * (0.2 + math.exp(-epoch / 2)), "val_accuracy": accuracy})
-            if teachers:
-                share = np.linspace(1, 2, teachers)
-                run[-1] |= {"entropy": 0.97 - 0.01 * epoch, "weight_mean": list(share / share.sum())}
-                run[-1] |= {"weight_won": list(share[::-1] / share.sum())} if led else {}
-        runs.append(run)
-    return runs
-
-
-def histories(epochs: int = 10, seeds: int = 3, count: int = 3) -> dict:
-    return {
-        "Student alone": history(0.893, epochs=epochs, seeds=seeds, loss=1),
-        "AvgMKD": history(0.896, epochs=epochs, seeds=seeds, loss=9),
-        "AMTML-KD": history(0.897, epochs=epochs, seeds=seeds, loss=12, teachers=count),
+    weights = torch.tensor([[0.95, 0.05], [0.05, 0.95], [0.3, 0.7], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5], [0.9, 0.1]])
+    student = torch.tensor(of((0, 0.8), (0, 0.8), (2, 0.8), (1, 0.8), (1, 0.8), (2, 0.8), (1, 0.8)))
+    found = {
+        choice.why: (choice.index, choice.count) for choice in answers.choose_images(probs, weights, student, labels)
+    }
+    assert found == {
+        "The teachers disagree most": (0, None),
+        "A teacher is wrong and gets little weight": (None, 1),  # it is the one above
+        "A teacher is wrong and gets much weight": (1, 1),
+        "The weights put the mixture right": (2, 1),
+        "The weights put the mixture wrong": (None, 1),
+        "The mixture is right, the student is wrong": (3, 1),
     }
 
 
-def examples(n: int = 4, count: int = 3, classes: int = 10, seed: int = 0):
-    """(images, class names, teacher_probs, weights, labels, teacher names)"""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, classes, n)
-    logits = rng.normal(size=(n, count, classes))
-    logits[np.arange(n), :, labels] += 2
-    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    names = CLASSES if classes == 10 else [f"a long class name {i}" for i in range(classes)]
-    images = rng.integers(0, 256, (n, 1, 28, 28)).astype(np.uint8)
-    return images, names, probs, rng.dirichlet([1] * count, n), labels, TEACHERS[:count]
+def test_lines_go_through_their_values() -> None:
+    values = np.array([[0.0, 5.0, 10.0], [0.0, 7.0, math.nan]])
+    chart = str(svg.lines([svg.Line("<n>", values, "c1")], 'a "b"', size=(320, 190), limits=(0, 10)))
+    assert 'aria-label="a &#34;b&#34;"' in chart and "&lt;n&gt; 10.00" in chart and "<n>" not in chart
+    (line,) = re.findall(r'class="line c1" d="M([^"]+)"', chart)
+    points = [tuple(map(float, point.split())) for point in line.split("L")]
+    assert [y for _, y in points] == pytest.approx([170, 170 - 0.6 * 160, 10])  # of the mean, over those that are there
+    assert points[0][0] == 36 and points[1][0] == pytest.approx((points[0][0] + points[2][0]) / 2, abs=0.1)
+    logs = str(svg.lines([svg.Line("", np.array([[1.0, 10.0, 100.0]]), "c2")], "w", limits=(1, 100), log=True))
+    (line,) = re.findall(r'class="line c2" d="M([^"]+)"', logs)
+    assert [float(point.split()[1]) for point in line.split("L")] == pytest.approx([170, 90, 10])
+    assert len(svg.few(np.arange(1000))) == svg.POINTS and svg.few(np.arange(1000))[-1] == 999
+    empty = str(svg.lines([svg.Line("x", np.full((1, 2), math.nan), "c1")], "nothing"))
+    assert "nan" not in empty
 
 
-def one_of(images, names, probs, weights, labels, teacher_names, i=0):
-    return images[i], names, probs[i], weights[i], int(labels[i]), teacher_names
+@pytest.mark.parametrize(("low", "high", "want"), [(0, 1, [0, 0.5, 1]), (81.2, 86.9, [82, 84, 86]), (1, 6, [2, 4, 6])])
+def test_ticks_are_round(low: float, high: float, want: list[float]) -> None:
+    assert svg.ticks(low, high, 4) == want
 
 
-def draw(build, *args) -> Figure:
-    with matplotlib.rc_context(drawing.STYLE):
-        figure = build(*args)
-        figure.draw_without_rendering()
-    return figure
+def test_the_template_is_packaged() -> None:
+    settings = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    (pattern,) = re.findall(r'"amtml_fast\.train\.report" = \["(.+)"\]', settings)
+    assert [path.name for path in Path(page.__file__).parent.glob(pattern)] == ["page.html.j2"]
 
 
-def shown_texts(figure: Figure) -> list[Text]:
-    """Every text that is drawn: tick labels outside their axis are not."""
-    hidden = set()
-    for axes in figure.axes:
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            for tick in axis.findobj(Tick):
-                if not min(low, high) <= tick.get_loc() <= max(low, high):
-                    hidden |= {tick.label1, tick.label2}
-    texts = [text for text in figure.findobj(Text) if text not in hidden]
-    return [text for text in texts if text.get_visible() and text.get_text().strip()]
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<script>
+addEventListener("load", () => {
+  const frame = document.querySelector("iframe").contentDocument, page = frame.documentElement;
+  const charts = [...frame.querySelectorAll("svg.chart, svg.strip, svg.stack")].map((x) => x.getBoundingClientRect());
+  const head = [...frame.querySelectorAll("table.sortable th button")].find((x) => x.textContent.includes("accuracy"));
+  head.click();
+  const cells = [...frame.querySelectorAll("table.sortable tbody tr td:nth-child(2)")].map((x) => Number(x.dataset.v));
+  const found = {
+    wide: page.scrollWidth, room: frame.defaultView.innerWidth, charts: charts.length, text: frame.body.innerText.length,
+    least: Math.min(...charts.map((x) => Math.min(x.width, x.height))), broken: [...frame.images].filter((x) => !x.naturalWidth).length,
+    sorted: cells.every((x, i) => i === 0 || cells[i - 1] >= x),
+    letters: Math.min(...[...frame.querySelectorAll("svg.chart text")].map((x) => x.getBoundingClientRect().height)),
+  };
+  document.body.dataset.found = JSON.stringify(found);
+});
+</script>"""
 
 
-def words(figure: Figure) -> str:
-    return "\n".join(text.get_text() for text in shown_texts(figure))
-
-
-@pytest.mark.parametrize(
-    ("build", "args"),
-    [
-        (curves._curves, (histories(),)),
-        (curves._curves, (histories(epochs=1, seeds=1),)),
-        (curves._curves, ({f"Method {i} of the family": history(0.9) for i in range(6)},)),  # all end at one point
-        (curves._curves, ({f"A method with a very long name {i}": history(0.8 + i / 10) for i in range(2)},)),
-        (curves._curves, ({f"AMTML-KD, angle trains weights {i}": history(0.9) for i in range(10)},)),
-        (curves._curves, ({f"AMTML-KD, no {i}": history(0.8 + i / 200, seeds=1) for i in range(20)},)),
-        (curves._entropy, (histories(), TEACHERS[:3])),
-        (curves._entropy, ({"AMTML-KD, angle trains weights": history(0.9, teachers=5, led=True)}, TEACHERS)),
-        (curves._entropy, ({"A": history(0.9, teachers=3, seeds=5), "B": history(0.9, teachers=3, led=True)}, None)),
-        (charts._number_of_teachers, (grid(),)),
-        (charts._number_of_teachers, (grid(counts=(1, 2, 3, 5), seeds=5, methods="abcdefgh"),)),
-        (charts._number_of_teachers, (grid(counts=(1, 2, 3, 5), seeds=1, students=("a", "b"), methods="abcdefghij"),)),
-        (charts._number_of_teachers, (grid(counts=range(1, 13), methods="abcdefgh")[1:],)),
-        (charts._accuracies, (grid(),)),
-        (charts._accuracies, (grid(counts=(1, 2, 3), seeds=5, methods="abcdefgh"),)),
-        (charts._accuracies, (grid(counts=(1, 3), seeds=1, students=("a-wide-one", "b"), methods="abcdef")[:25],)),
-        (curves._entropy, ({"A": history(0.9, teachers=5), "B": history(0.8, teachers=2, seeds=1)}, None)),
-        (curves._soft_targets, one_of(*examples())),
-        (curves._soft_targets, one_of(*examples(count=1))),
-        (curves._soft_targets, one_of(*examples(count=5, classes=100))),
-        (curves._weights_gallery, examples()),
-        (curves._weights_gallery, examples(n=1, count=1)),
-        (curves._weights_gallery, examples(n=8, count=5, classes=100)),
-    ],
-)
-def test_no_two_texts_meet_and_none_leaves_the_picture(build, args):
-    figure = draw(build, *args)
-    boxes = [(t.get_text(), Text.get_window_extent(t)) for t in shown_texts(figure)]
-    for (text, box), (other, box2) in itertools.combinations(boxes, 2):
-        wide = min(box.x1, box2.x1) - max(box.x0, box2.x0)
-        high = min(box.y1, box2.y1) - max(box.y0, box2.y0)
-        assert wide < 1 or high < 4, f"{text!r} lies over {other!r}"  # boxes hold empty room above and below letters
-    whole = figure.bbox
-    for text, box in boxes:
-        inside = box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0 and box.y1 <= whole.y1
-        assert inside, f"{text!r} leaves the picture"
-    assert min(t.get_fontsize() for t in shown_texts(figure)) >= 8
-
-
-def test_pictures_are_written_and_follow_the_data(tmp_path):
-    images, names, probs, weights, labels, teacher_names = examples(n=2)
-    one, other = tmp_path / "new" / "one.png", tmp_path / "other.png"
-    changed = {**histories(), "AvgMKD": history(0.7)}
-    calls = [
-        (lambda path, h: curves.curves(h, path), histories(), changed),
-        (
-            lambda path, h: curves.entropy(h, path, teacher_names),
-            histories(),
-            {"X": history(0.9, teachers=3, epochs=7)},
-        ),
-        (lambda path, r: charts.number_of_teachers(r, path), grid(), grid()[1:]),
-        (lambda path, r: charts.accuracies(r, path), grid(), grid()[1:]),
-        (
-            lambda path, w: curves.soft_targets(images[0], names, probs[0], w, labels[0], path, teacher_names),
-            weights[0],
-            weights[1],
-        ),
-        (
-            lambda path, w: curves.weights_gallery(images, names, probs, w, labels, path, teacher_names),
-            weights,
-            weights[::-1],
-        ),
+def browse(profile: Path, *words: str) -> str:
+    assert CHROMIUM is not None
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        *quiet,
+        "--allow-file-access-from-files",
     ]
-    for call, data, different in calls:
-        call(one, data)
-        first = one.read_bytes()
-        call(other, different)
-        assert first[:8] == b"\x89PNG\r\n\x1a\n" and len(first) > 15_000
-        assert first != other.read_bytes()
-        assert 1150 <= imread(one).shape[1] <= 1250  # 8 inches at 150 dpi
-    curves.curves(histories(), one)
-    curves.curves(histories(), other)
-    assert one.read_bytes() == other.read_bytes()
+    done = subprocess.run(
+        [*command, f"--user-data-dir={profile}", *words], capture_output=True, text=True, timeout=120,
+        env={**os.environ, "HOME": str(profile)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_no_global_state_is_left(tmp_path):
-    before = dict(matplotlib.rcParams)
-    curves.curves(histories(), tmp_path / "curves.png")
-    assert dict(matplotlib.rcParams) == before
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_browser_shows_all_of_it(whole: tuple[str, Reader], tmp_path: Path, width: int) -> None:
+    (tmp_path / "report.html").write_text(whole[0])
+    frame = f'<iframe src="report.html" style="border:0;width:{width}px;height:900px"></iframe>'
+    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><body>{frame}{PROBE}")
+    dom = browse(tmp_path / "profile", "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri())
+    holder = next(attributes for tag, attributes in Reader(dom).tags if tag == "body")
+    found = json.loads(holder["data-found"] or "{}")
+    assert found["wide"] == found["room"] == width  # nothing sticks out at the side
+    assert found["charts"] > 20 and found["least"] > 8 and found["letters"] > 8
+    assert found["broken"] == 0 and found["sorted"] and found["text"] > 3000
 
 
-def test_mixtures_are_mixtures_of_probabilities():
-    """The authors' Figure 4: 0.57, 0.31, 0.12 with weights 0.70, 0.25, 0.05 make 0.48 (equal weights: 0.33)."""
-    probs = np.array([[0.57, 0.43], [0.31, 0.69], [0.12, 0.88]])
-    weights = np.array([0.70, 0.25, 0.05])
-    image = np.zeros((8, 8), np.uint8)
-    said = words(draw(curves._soft_targets, image, ["plane", "dog"], probs, weights, 0, TEACHERS[:3]))
-    assert "The adaptive mixture gives the true class 0.48, the equal one 0.33" in said
-    gallery = words(
-        draw(curves._weights_gallery, [image], ["plane", "dog"], probs[None], weights[None], [0], TEACHERS[:3])
-    )
-    assert "0.48" in gallery and "0.57" in gallery and "0.70" in gallery
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_draws_it(whole: tuple[str, Reader], tmp_path: Path) -> None:
+    from matplotlib.image import imread
 
-
-def test_the_true_class_is_always_shown():
-    probs = np.full((1, 100), 1 / 200)
-    probs[0, :20] = np.linspace(0.05, 0.03, 20)
-    names = [f"class {c}" for c in range(100)]
-    image = np.zeros((3, 8, 8))
-    said = words(draw(curves._soft_targets, image, names, probs, np.ones(1), 77, ["t"])).splitlines()
-    assert said.count("class 77") == 2 and "class 8" in said and "class 9" not in said  # once below the image
-    said = words(draw(curves._weights_gallery, [image], names, probs[None], np.ones((1, 1)), [77], ["t"])).splitlines()
-    assert "class 77" in said and "class 2" in said and "class 3" not in said
-
-
-@pytest.mark.parametrize(
-    ("finals", "finding"),
-    [
-        ({"A": [0.80, 0.82], "B": [0.90, 0.92]}, "B ends at 91.0 % validation accuracy, 10.0 points above A"),
-        ({"A": [0.80, 0.91], "B": [0.90, 0.92]}, "B ends highest (91.0 %), but within the seeds' range of A"),
-        ({"A": [0.90, 0.92], "B": [0.92, 0.90]}, "A ends at 91.0 % validation accuracy, level with B"),
-        ({"A": [0.90]}, "A ends at 90.0 % validation accuracy"),
-    ],
-)
-def test_the_title_of_the_curves_says_what_is_seen(finals, finding):
-    runs = {k: [[{"epoch": 1, "loss": 1.0, "val_accuracy": a}] for a in v] for k, v in finals.items()}
-    assert finding in words(draw(curves._curves, runs))
-
-
-@pytest.mark.parametrize(
-    ("values", "finding"),
-    [
-        ([0.9, 0.99995], "collapsed to equal: last entropy above 0.999"),
-        ([0.9, 0.002], "collapsed to one teacher an image"),
-        ([0.9, 0.95], "entropy 0.95, close to equal"),
-        ([0.9, 0.5], "entropy 0.50"),
-    ],
-)
-def test_the_title_of_the_entropy_says_what_is_seen(values, finding):
-    run = [{"epoch": i + 1, "entropy": v, "weight_mean": [0.5, 0.5]} for i, v in enumerate(values)]
-    assert finding in words(draw(curves._entropy, {"AMTML-KD": [run]}, None))
-
-
-def test_no_mean_weight_is_cut_off():
-    """A teacher that leads early and falls back stays inside the picture."""
-    shares = [[0.5, 0.5], [0.98, 0.02], [0.6, 0.4]]
-    run = [{"epoch": i + 1, "entropy": 0.5, "weight_mean": share} for i, share in enumerate(shares)]
-    axes = draw(curves._entropy, {"AMTML-KD": [run]}, None).axes[1]
-    assert axes.get_ylim()[1] > 0.98
-
-
-def test_the_title_of_the_gallery_says_which_teacher_leads():
-    images, names, probs, _, labels, teacher_names = examples(n=2)
-    for weights, finding in [
-        ([[0.2, 0.7, 0.1], [0.6, 0.2, 0.2]], "changes with the image: T1 on 1, T2 on 1 of 2"),
-        ([[0.2, 0.7, 0.1], [0.2, 0.6, 0.2]], "Largest weight: T2 (resnet20-narrow), on all 2 images"),
-        ([[1 / 3] * 3] * 2, "The teachers weigh the same on every image (0.33 each)"),
-    ]:
-        said = words(draw(curves._weights_gallery, images, names, probs, weights, labels, teacher_names))
-        assert finding in said
-
-
-def test_unfinished_and_diverged_runs_are_drawn_as_far_as_they_go():
-    runs = history(0.9)
-    runs[1] = runs[1][:4]
-    runs[2][-1] = {"epoch": 10, "loss": math.inf, "val_accuracy": 0.1}
-    del runs[0][2]["val_accuracy"]
-    loss, accuracy = (axes.lines[0].get_data()[1] for axes in draw(curves._curves, {"A": runs}).axes)
-    assert loss[-1] == pytest.approx(runs[0][-1]["loss"])  # of the three, one stopped early and one diverged
-    assert accuracy[-1] == pytest.approx(100 * (runs[0][-1]["val_accuracy"] + 0.1) / 2)
-    assert accuracy[2] == pytest.approx(100 * (runs[1][2]["val_accuracy"] + runs[2][2]["val_accuracy"]) / 2)
-
-
-def bars_of(axes) -> list[tuple[float, float]]:
-    """(center, height) of every bar, from the left."""
-    return sorted((bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches)
-
-
-def test_bars_by_number_of_teachers_hold_the_rows():
-    alone, avg1, avg3, ours1, ours3 = rows = grid()
-    figure = draw(charts._number_of_teachers, rows)
-    legend, axes = figure.axes
-    places = bars_of(axes)
-    assert [height for _, height in places] == pytest.approx([100 * r.mean for r in (avg1, ours1, avg3, ours3)])
-    assert [round(place) for place, _ in places] == [0, 0, 1, 1]
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "3"]
-    spreads = [np.ptp(bar.get_segments()[0][:, 1]) / 2 for bar in axes.collections]
-    assert spreads == pytest.approx([100 * row.std for row in (avg1, avg3, ours1, ours3)])
-    dashed = [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
-    assert dashed == pytest.approx([100 * alone.mean])
-    assert [text.get_text() for text in legend.texts] == ["AvgMKD", "AMTML-KD"]
-    said = words(figure)
-    assert all(f"{100 * row.mean:.2f}" in said for row in rows)
-    start = axes.get_ylim()[0]
-    assert start > 50 and f"axis starts at {start:g} %; dashed: without teachers" in said
-    assert axes.get_ylim()[0] < min(100 * (row.mean - row.std) for row in rows)
-
-
-def test_bars_from_zero_say_so_and_a_diverged_mean_has_none():
-    rows = [Row("a", "A", 1, [v], teachers=t) for t, v in ((1, 0.05), (2, 0.9), (3, math.nan))]
-    figure = draw(charts._number_of_teachers, rows)
-    assert figure.axes[1].get_ylim()[0] == 0 and "axis starts at 0" in words(figure).splitlines()
-    assert [height for _, height in bars_of(figure.axes[1])] == pytest.approx([5, 90])
-    assert "nan" in words(figure).splitlines() and "dashed" not in words(figure)
-
-
-def test_a_method_with_one_number_of_teachers_is_left_out_of_the_bars():
-    only = Row("okd", "OKD", 75290, [0.99], student="resnet8", teachers=1)
-    figure = draw(charts._number_of_teachers, [*grid(), only])
-    assert "OKD" not in words(figure) and len(bars_of(figure.axes[1])) == 4
-    assert "methods with one number of teachers are left out" in words(figure)
-    assert "left out" not in words(draw(charts._number_of_teachers, grid()))
-
-
-def test_of_too_many_methods_the_best_are_drawn():
-    figure = draw(charts._number_of_teachers, grid(methods="abcdefghij"))
-    said = words(figure)
-    assert "the best 8 of 10 methods" in said
-    assert [text.get_text()[7] for text in figure.axes[0].texts] == list("cdefghij")
-    assert "the best" not in words(draw(charts._number_of_teachers, grid(methods="abcdefgh")))
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "said"),
-    [
-        ([[0.90, 0.91], [0.91, 0.92]], [[0.95, 0.96], [0.96, 0.97]], "B is highest with every number of teachers, beyond the seeds' spread"),
-        ([[0.90, 0.91], [0.91, 0.92]], [[0.95, 0.96], [0.90, 0.93]], "B is highest in 1 of 2 groups, beyond the seeds' spread"),
-        ([[0.90, 0.91], [0.91, 0.92]], [[0.90, 0.92], [0.90, 0.94]], "every number of teachers, beyond the seeds' spread in none of 2"),
-        ([[0.90, 0.91], [0.91, 0.92]], [[0.95, 0.96], [0.90, 0.94]], "every number of teachers, beyond the seeds' spread in 1 of 2"),
-        ([[0.90], [0.91]], [[0.95], [0.90]], "The best method changes with the number of teachers"),
-        ([[0.90], [0.91]], [[0.95], [0.93]], "B is highest with every number of teachers"),
-        ([[0.90], [0.91]], [[0.90], [0.91]], "Accuracy by the number of teachers"),
-        ([[0.90], [0.91]], [[math.nan], [0.92]], "B is highest in 1 of 2 groups"),
-    ],
-)  # fmt: skip
-def test_the_title_of_the_bars_says_what_is_seen(a, b, said):
-    rows = [
-        Row(name, name, 1, each, teachers=t)
-        for name, both in (("A", a), ("B", b))
-        for t, each in zip((1, 2), both, strict=True)
-    ]
-    assert said in words(draw(charts._number_of_teachers, rows))
-
-
-def test_a_picture_of_every_seed():
-    rows = [
-        Row("a", "A", 1, [0.90, 0.92]),
-        Row("b", "B", 1, [0.95, 0.97]),
-        Row("c", "C", 1, [0.99, math.nan]),
-        Row("d", "D", 1, [0.93]),
-    ]
-    figure = draw(charts._accuracies, rows)
-    (axes,) = figure.axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["B", "D", "A", "C"]  # diverged: last
-    dots = [sorted(points.get_offsets().tolist()) for points in axes.collections]
-    assert [[round(x, 6) for x, _ in points] for points in dots] == [[95, 97], [93], [90, 92], [99]]
-    assert [{y for _, y in points} for points in dots] == [{0}, {1}, {2}, {3}]
-    assert [line.get_xdata()[0] for line in axes.lines] == pytest.approx([96, 91])
-    assert [np.mean(line.get_ydata()) for line in axes.lines] == pytest.approx([0, 2])
-    said = words(figure).splitlines()
-    assert {"96.00 ± 1.41", "91.00 ± 1.41", "93.00", "nan ± nan"} <= set(said)
-    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the best at the top
-
-
-@pytest.mark.parametrize(
-    ("finals", "said"),
-    [
-        ({"A": [0.80, 0.82], "B": [0.90, 0.92]}, "B is highest, 10.00 points above A"),
-        ({"A": [0.80, 0.91], "B": [0.90, 0.92]}, "B has the highest mean, within the seeds' range of A"),
-        ({"A": [0.90], "B": [0.90001]}, "B and A are level (90.00 %)"),
-        ({"A": [0.90], "B": [math.nan]}, "A reaches 90.00 % on the test set"),
-        ({"B": [math.nan]}, "Every method has a run that diverged"),
-    ],
-)
-def test_the_title_of_every_seed_says_what_is_seen(finals, said):
-    figure = draw(charts._accuracies, [Row(k, k, 1, v) for k, v in finals.items()])
-    assert said in words(figure)
-    assert ("one seed: no spread" in words(figure)) == (len(finals["B"]) == 1)
-
-
-def test_of_many_curves_the_highest_are_named():
-    finals = {f"Method {i}": 0.80 + 0.01 * ((7 * i) % 20) for i in range(20)}
-    figure = draw(curves._curves, {label: history(final, seeds=1) for label, final in finals.items()})
-    named = sorted(finals, key=lambda label: -finals[label])[:7]
-    said = words(figure).splitlines()
-    assert [label for label in finals if any(line.startswith(f"{label} 9") for line in said)] == [
-        label for label in finals if label in named
-    ]
-    assert "gray: 13 other methods that end lower" in words(figure)
-    for axes in figure.axes:
-        assert len(axes.lines) == 20 and [line.get_color() for line in axes.lines].count(drawing.OTHERS) == 13
-    seven = draw(curves._curves, {f"Method {i}": history(0.9) for i in range(7)})
-    assert "gray" not in words(seven) and len({line.get_color() for line in seven.axes[1].lines}) == 7
-
-
-def test_the_share_of_examples_that_a_teacher_leads():
-    runs = [
-        [{"epoch": e, "entropy": 0.5, "weight_mean": [0.5, 0.5], "weight_won": won} for e, won in enumerate(each, 1)]
-        for each in ([[0.5, 0.5], [0.9, 0.1]], [[0.5, 0.5], [0.7, 0.3]])
-    ]
-    figure = draw(curves._entropy, {"AMTML-KD": runs}, ["wide", "narrow"])
-    led = figure.axes[2]
-    assert np.array([line.get_ydata() for line in led.lines[:2]]) == pytest.approx(np.array([[0.5, 0.8], [0.5, 0.2]]))
-    assert {"wide\n0.80", "narrow\n0.20", "Largest weight", "on this share of the examples"} <= {
-        text.get_text() for text in led.texts
-    }
-
-
-def test_wrong_shapes_are_named():
-    images, names, probs, weights, labels, teacher_names = examples()
-    with pytest.raises(ValueError, match=r"soft_targets: teacher_probs must be \[3, 10\].*got \[4, 3, 10\]"):
-        curves._soft_targets(images[0], names, probs, weights[0], 0, teacher_names)
-    with pytest.raises(ValueError, match=r"weights_gallery: weights must be \[4, 3\], got \[3\]"):
-        curves._weights_gallery(images, names, probs, weights[0], labels, teacher_names)
-    with pytest.raises(ValueError, match="images must be as many as labels"):
-        curves._weights_gallery(images[:2], names, probs, weights, labels, teacher_names)
-    with pytest.raises(ValueError, match="no epoch with an 'entropy' in the histories of"):
-        curves._entropy({"AvgMKD": history(0.9)}, None)
-    with pytest.raises(ValueError, match="curves: histories must hold epochs"):
-        curves._curves({"A": []})
-    with pytest.raises(
-        ValueError, match=r"number_of_teachers: rows must hold a method with two numbers.*got \['3 teachers'\]"
-    ):
-        charts._number_of_teachers(grid(counts=(3,)))
-    with pytest.raises(ValueError, match="accuracies: rows must hold at least one, got none"):
-        charts._accuracies([])
-
-
-def test_spread_keeps_what_fits_and_parts_what_does_not():
-    assert numbers.spread([0.2, 0.8], [0.1, 0.1]) == pytest.approx([0.2, 0.8])
-    assert numbers.spread([0.52, 0.48], [0.1, 0.1]) == pytest.approx([0.55, 0.45])
-    places = numbers.spread([1.0, 1.0, 0.97], [0.1, 0.2, 0.1])
-    assert max(p + h / 2 for p, h in zip(places, [0.1, 0.2, 0.1], strict=True)) <= 1.03 + 1e-9
-    assert sorted(places) == [places[2], places[0], places[1]]
+    (tmp_path / "report.html").write_text(whole[0])
+    shot = tmp_path / "shot.png"
+    browse(tmp_path / "profile", "--window-size=1440,1200", f"--screenshot={shot}", (tmp_path / "report.html").as_uri())
+    pixels = imread(shot)[..., :3]
+    assert pixels.shape[1] == 1440 and len(np.unique((255 * pixels).astype(int).reshape(-1, 3), axis=0)) > 50
+    assert 0.001 < (pixels.mean(-1) < 0.5).mean() < 0.5  # dark letters on a light page
