@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export AMTML_BUILD_EXT = 1
 PYTEST := $(BIN)/python -m pytest -n $(or $(JOBS),2)
-QUICK := ops readme config data models methods cache page imports
+QUICK := ops readme data models methods page imports
 OPERATORS := $(addprefix tests/test_,ops.py contract.py transforms.py defaults.py losses.py topk.py whole_loss.py dropin.py properties.py)
 
 # CUDA kernels are compiled where a GPU will run them, and for tests wherever nvcc is found. AMTML_BUILD_CUDA=0 or 1 decides.
