@@ -6,7 +6,7 @@ export AMTML_BUILD_EXT = 1
 # One thread a worker: tests that are about threads set their number themselves.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
 OPERATORS := tests/ops
-QUICK := ops readme config data models methods cache report imports
+QUICK := ops readme data models methods report imports
 
 # CUDA kernels are compiled where a GPU will run them, and for tests wherever nvcc is found. AMTML_BUILD_CUDA=0 or 1 decides.
 NVCC := $(shell command -v nvcc)
@@ -20,7 +20,7 @@ train: $(INSTALLED)
 	@echo "make: training 6 teachers and 40 students on real 8x8 digits: about a minute on two cores"
 	$(BIN)/amtml-fast compare digits digits_specialists
 
-# Between two edits: every operator, and the trainer's config, data, models, methods, cache and report.
+# Between two edits: every operator, and the trainer's data, models, methods and report.
 check: .venv/packages-test $(INSTALLED)
 	@test -x $(BIN)/ruff || $(BIN)/pip install -q ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
