@@ -26,6 +26,7 @@ REGISTERS = 1 << 16  # of a multiprocessor
 # 2,763 kernels park 8 or 16 bytes there, none of them in a loop; later ones as much, but in small sizes of the tests alone.
 SPILLED = 0 if not backend.HAS_TRITON or tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 16
 COMPILE = Path(__file__).parent / "compile_triton.py"
+LIBRARY = Path(importlib.util.find_spec("amtml_fast._C").origin) if backend.HAS_CUDA else None
 ALL = os.environ.get("AMTML_CUBINS") == "all"  # the operators' tests for every capability; else a third for each
 
 
@@ -35,12 +36,18 @@ def _tool(name: str) -> str:
     return str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _sass(cubin: Path, *options: str) -> dict[str, str]:
-    """Kernel name -> its instructions."""
-    command = [_tool("cuobjdump"), "-sass", *options, cubin]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    parts = re.split(r"^\s*Function : (\S+)$", text, flags=re.M)[1:]
+def _sass(cubin: Path) -> dict[str, str]:
+    """Kernel name -> its instructions. (cuobjdump -sass takes half a second a kernel, nvdisasm a tenth.)"""
+    text = subprocess.run([_tool("nvdisasm"), "-c", cubin], check=True, capture_output=True, text=True).stdout
+    parts = re.split(r"^\.text\.(\S+):$", text, flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2]))
+
+
+def _library_sass(kernel: str, folder: Path) -> dict[str, str]:
+    """The same of the CUDA library's source file that has this kernel, for compute capability 9.0."""
+    subprocess.run([_tool("cuobjdump"), "-xelf", "all", LIBRARY], cwd=folder, check=True, capture_output=True)
+    (cubin,) = (c for c in folder.glob("*.sm_90.cubin") if any(kernel in n for n in _resources(c, "REG")["REG"]))
+    return _sass(cubin)
 
 
 def _resources(binary: Path, *kinds: str) -> dict[str, dict[str, int]]:
@@ -82,31 +89,33 @@ def test_triton_kernels_compile_and_do_not_spill(part, capability, tmp_path):
     assert {"_kd_forward_kernel", "_kd_backward_kernel"} <= wide  # whole rows of multi_teacher_kd: 16 bytes at a time
 
 
-@pytest.mark.skipif(not backend.HAS_CUDA, reason="the extension was built without CUDA")
-def test_cuda_kernels_do_not_spill_and_load_16_bytes_at_a_time():
-    library = Path(importlib.util.find_spec("amtml_fast._C").origin)
-    stack = _resources(library, "STACK")["STACK"]
+with_cuda = pytest.mark.skipif(not backend.HAS_CUDA, reason="the extension was built without CUDA")
+
+
+@with_cuda
+def test_no_cuda_kernel_spills():
+    stack = _resources(LIBRARY, "STACK")["STACK"]
     assert len(stack) > 100 and {name for name, size in stack.items() if size} == set()
+
+
+@with_cuda
+def test_rows_of_the_distillation_are_read_16_bytes_at_a_time(tmp_path):
+    kernels = _library_sass("sweeps_kernel", tmp_path)
     whole_packs = {
         name: text
-        for name, text in _sass(library, "-arch", "sm_90").items()
+        for name, text in kernels.items()
         if re.search(r"11rows_kernelI.*Li[48]E", name) and "AnyType" not in name
     }
     assert len(whole_packs) == 6  # three dtypes, forward and backward
     for name, text in whole_packs.items():
         assert "LDG.E.128" in text, name
 
-
-@pytest.mark.skipif(not backend.HAS_CUDA, reason="the extension was built without CUDA")
-def test_both_sweeps_of_the_distillation_read_all_tensors_16_bytes_at_a_time():
-    library = Path(importlib.util.find_spec("amtml_fast._C").origin)
-    registers = _resources(library, "REG")["REG"]
-    sweeps = {n: t for n, t in _sass(library, "-arch", "sm_90").items() if "13sweeps_kernelI" in n}
+    registers = _resources(LIBRARY, "REG")["REG"]
+    sweeps = {name: text for name, text in kernels.items() if "13sweeps_kernelI" in name}
     assert len(sweeps) == 24  # three dtypes, one to eight teachers
     for name, text in sweeps.items():
         teachers = int(re.search(r"Li(\d)E", name)[1])
         assert len(re.findall(r"LDG\.E\S*\.128", text)) >= 2 * (teachers + 1), name
         assert re.search(r"STG\.E\S*\.128", text), name
-        assert registers[name] <= (64 if teachers <= 2 else 80 if teachers <= 4 else 128), (
-            name
-        )  # on 8.0, for 4, 3, 2 blocks
+        most = 64 if teachers <= 2 else 80 if teachers <= 4 else 128  # on 8.0, for 4, 3, 2 blocks
+        assert registers[name] <= most, name
