@@ -174,7 +174,7 @@ BAD = [
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), angle_weight=-1.0), "angle_weight must be a number"),
     (lambda: af.TeacherAdapter(0, 3), "channels must be an int >= 1"),
     (lambda: af.TeacherAdapter(3, 3, pool="min"), "pool must be one of max, avg"),
-    (lambda: af.MultiGroupHintLoss(GROUPS, [1, 1, 1]), "needs teacher_scores"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1, 1, 1]), "teacher_scores must be validation accuracies"),
     (lambda: af.MultiGroupHintLoss(GROUPS, [1, 1, 1], teacher_scores=[1.0]), "teacher_scores must have 3 values, got 1"),
     (lambda: af.MultiGroupHintLoss({"a": 1}, [1, 1], teacher_scores=[1, 2]), "at least 2 groups for 2 teachers"),
     (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={1: "low"}), r"a teacher in \[0, 1\)"),

@@ -350,7 +350,7 @@ BAD = [  # one call a line
     (lambda: af.topk_kd_loss(Z, I2, P2[:1], W), "teacher_log_probs must hold 2 teachers like teacher_indices, got 1"),
     (lambda: af.topk_kd_loss(Z, [], [], W), "teacher_indices must hold at least one teacher"),
     (lambda: af.topk_kd_loss(Z, I2[0], P2, W), r"teacher_indices must be a list of tensors or one \[T, N, k\] tensor"),
-    (lambda: af.topk_kd_loss(Z, 3, P2, W), "teacher_indices must be a list of tensors, got int"),
+    (lambda: af.topk_kd_loss(Z, 3, P2, W), "teacher_indices must be a list of tensors or one .*tensor, got int"),
     (lambda: af.topk_kd_loss(Z, P2, P2, W), r"teacher_indices\[0\] must be an int64 or int32 tensor, got torch.float32"),
     (lambda: af.topk_kd_loss(Z, I2, I2, W), r"teacher_log_probs\[0\] must be float32"),
     (lambda: af.topk_kd_loss(Z, I2, [P2[0].clone().requires_grad_(), P2[1]], W), r"teacher_log_probs\[0\] must be detached"),

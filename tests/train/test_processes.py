@@ -138,7 +138,7 @@ def test_the_angle_is_that_of_all_rows(two: list[dict]) -> None:
 def test_processes_with_other_classes_all_say_so(two: list[dict]) -> None:
     for process in two:
         assert (
-            "the same classes on every process, and labels or none, got 3 x 4, with labels; 3 x 5, with labels"
+            "on all processes, got 3 x 4, with labels; 3 x 5, with labels"
             in process["refused"]
         )
 

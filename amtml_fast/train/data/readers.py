@@ -124,7 +124,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
     shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
     wanted = header + math.prod(shape)
     if len(content) != wanted:
-        raise ValueError(f"{path} must have {wanted} bytes for the shape {shape} of its header, got {len(content)}")
+        raise ValueError(f"{path}: must have {wanted} bytes for the shape {shape} of its header, got {len(content)}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
