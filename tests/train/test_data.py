@@ -92,7 +92,7 @@ def test_val_fraction_must_be_a_fraction(fraction):
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="no data set 'cifar'; near names: cifar10"):
         load("cifar")
-    with pytest.raises(ValueError, match="data.root must be null for digits"):
+    with pytest.raises(ValueError, match=r"data\.root must be null for digits"):
         load("digits", tmp_path)
 
 
