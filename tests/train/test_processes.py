@@ -137,10 +137,7 @@ def test_the_angle_is_that_of_all_rows(two: list[dict]) -> None:
 
 def test_processes_with_other_classes_all_say_so(two: list[dict]) -> None:
     for process in two:
-        assert (
-            "on all processes, got 3 x 4, with labels; 3 x 5, with labels"
-            in process["refused"]
-        )
+        assert "on all processes, got 3 x 4, with labels; 3 x 5, with labels" in process["refused"]
 
 
 def test_the_running_statistics_are_those_of_the_first_process(two: list[dict]) -> None:
