@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber with a stack of its own; barriers and warp shuffles switch between fibers. Blocks run
 // one after another (those of a cluster together), with threads in rising order in one and in falling order in the
-// next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. exp2f and expf err
-// like the GPU's own. What it cannot show: speed, the rounding of its logf, races inside a warp.
+// next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. exp2f and expf
+// err like the GPU's own. What it cannot show: speed, the rounding of its logf, races inside a warp.
 #pragma once
 
 #include <setjmp.h>
@@ -253,7 +253,8 @@ inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 namespace emulation {
 
-// `exact` in float32: one of the two beside it, by the bits of the argument x. Numbers below the normal ones are rounded.
+// `exact` in float32: one of the two beside it, by the bits of the argument x. Numbers below the normal ones are
+// rounded.
 inline float faithful(double exact, float x) {
   const float nearest = static_cast<float>(exact);
   if (nearest == exact || !std::isnormal(nearest)) return nearest;
