@@ -78,7 +78,7 @@ def teach(
         from .run.prepare import load_data
 
         if not settings.teachers:
-            raise ConfigError("config: teachers must be at least one, got none")
+            raise ConfigError("config: teachers must hold at least one, got none")
         runs = tasks.teach(settings, load_data(settings), display, resume=resume, fresh=fresh)
         for run in runs:
             display.say(f"wrote {run.folder}/model.safetensors, metrics.jsonl and run.json")

@@ -397,7 +397,7 @@ def test_one_process_in_place_of_several_is_said(tmp_path: Path) -> None:
         (["methods", "digts"], 2, "did you mean 'digits'?"),
         (["eval", "digits", "--split=tst"], 2, "--split must be one of train, val, test"),
         (["eval", "digits"], 1, "no such run; train it first"),
-        (["teach", "digits", "teachers=[]"], 2, "teachers must be at least one"),
+        (["teach", "digits", "teachers=[]"], 2, "teachers must hold at least one"),
         (["teach", "digits", "data.name=mnist"], 1, "mnist"),
         (["compare", "digits", "compare.seeds=[]"], 2, "at least one method and one seed"),
     ],

@@ -662,7 +662,7 @@ def test_methods_say_what_they_miss(place: Place) -> None:
         place.train("student.groups={}")
     with pytest.raises(ConfigError, match=r"teachers\.b\.hint"):
         place.train("teachers.1.hint=null")
-    with pytest.raises(ConfigError, match=r"teachers must be at least one"):
+    with pytest.raises(ConfigError, match=r"teachers must hold at least one"):
         place.train("teachers=[]")
     with pytest.raises(ConfigError, match=r"one of okd, student, .*, okd-a, okd-b, got 'kd'"):
         place.train(method="kd")

@@ -56,7 +56,7 @@ def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: Imag
 
 
 def most_disputed(probs: Tensor, labels: Tensor) -> list[int]:
-    """The image of each class on which the teachers disagree most, the most most_disputed class first.
+    """The image of each class on which the teachers disagree most, the most disputed class first.
 
     probs [N, T, C]. Disagreement: entropy of the equal mixture less the teachers' mean entropy. The choice does not look
     at the weights, so the pictures flatter no adapter.
@@ -78,7 +78,7 @@ class Choice:
 
 
 def choose_images(probs: Tensor, weights: Tensor, student: Tensor, labels: Tensor) -> list[Choice]:
-    """One image for each thing that weights can do well or badly, and before them the most most_disputed one.
+    """One image for each thing that weights can do well or badly, and before them the most disputed one.
 
     probs [N, T, C] and student [N, C] tempered, weights [N, T]. Of the images that fit a reason the clearest is taken:
     the wrong network that is surest of itself, or the largest change of the true class's probability; no image twice.

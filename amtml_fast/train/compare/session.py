@@ -54,9 +54,7 @@ class Session:
             if phase == TEACH:
                 raise
             self.display.warn(f"{error} The comparison goes on without {job.method.label}.")
-        if (
-            not self.settled
-        ):  # each training collects garbage twice, and need not look at what stays: modules, data, teachers
+        if not self.settled:  # each training collects garbage twice; modules, data and teachers stay, so it skips them
             gc.collect()
             gc.freeze()
             self.settled = True

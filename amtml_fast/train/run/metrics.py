@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods.base import StepLoss
 
-# Mean normalized entropy of the teacher weights beyond which the adapter has stopped choose_images examples apart.
+# Mean normalized entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
 UNIFORM, ONE_HOT = 0.999, 0.01
 EXAMPLES = "examples"
 

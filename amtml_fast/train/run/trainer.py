@@ -157,7 +157,9 @@ class Trainer:
                 f"got {job.train.batch_size}"
             )
         if engine.cuda_graphs and accelerator.device.type != "cuda":
-            raise ConfigError(f"config: engine.cuda_graphs must have a CUDA device, got {accelerator.device.type}")
+            raise ConfigError(
+                f"config: engine.cuda_graphs must be false without a CUDA device, got true on {accelerator.device.type}"
+            )
         # DDP looks through each step's graph for them where it must; 3 to 7 % of a step that has little to compute.
         if accelerator.num_processes > 1 and processes.anyone(accelerator, self.leaves_parameters_out()):
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)

@@ -145,7 +145,7 @@ def missing(teacher: TeacherConfig, path: Path) -> str:
 def load(config: Config, data: ImageData, *, hints: bool, channels_last: bool = False) -> Teachers:
     """Every teacher of the configuration on the data's device, frozen, with its validation accuracy."""
     if not config.teachers:
-        raise ConfigError("config: teachers must be at least one for this method, got none")
+        raise ConfigError("config: teachers must hold at least one for this method, got none")
     device = data.train.images.device
     models = []
     for teacher in config.teachers:
