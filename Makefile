@@ -74,6 +74,7 @@ gpu-kit: .venv/packages
 	rm -rf build/gpu-kit && mkdir -p build/gpu-kit
 	AMTML_BUILD_CUDA=1 $(BIN)/python setup.py -q build_ext --build-lib build/gpu-kit/lib --build-temp build/gpu-kit-objects
 	mv build/gpu-kit/lib/amtml_fast/_C.abi3.so build/gpu-kit/ && rm -r build/gpu-kit/lib && strip build/gpu-kit/_C.abi3.so
+	$(BIN)/python -c "from benchmarks.gpu import sources; print(sources())" > build/gpu-kit/sources
 	$(BIN)/pip install -q --no-deps --target build/gpu-kit/python pytest iniconfig packaging pluggy pygments pytest-xdist execnet \
 	  pytest-benchmark py-cpuinfo hypothesis sortedcontainers liger-kernel
 

@@ -11,6 +11,7 @@ is, nothing is built and nothing else is needed.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
@@ -58,11 +59,21 @@ def main() -> int:
 
 
 def unpack() -> None:
-    """Takes what `make gpu-kit` has made."""
+    """Takes what `make gpu-kit` has made, if it was made from the sources that are here."""
+    if (KIT / "sources").read_text().strip() != sources():
+        raise SystemExit(f"{KIT.relative_to(ROOT)} must be of these csrc/ and setup.py, got others: make gpu-kit again")
     print(f"Using {KIT.relative_to(ROOT)}: nothing is built", flush=True)
     shutil.copy2(KIT / LIBRARY, ROOT / "amtml_fast" / LIBRARY)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(KIT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])])
     sys.path.insert(0, str(KIT / "python"))
+
+
+def sources() -> str:
+    """A hash of what the library is compiled from."""
+    state = hashlib.sha256()
+    for file in sorted([ROOT / "setup.py", *(ROOT / "csrc").rglob("*.*")]):
+        state.update(file.read_bytes())
+    return state.hexdigest()
 
 
 def build() -> None:
