@@ -73,9 +73,7 @@ void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_ro
                  const OnDevice& on);
 
 // A tensor whose rows are dense.
-inline Tensor dense_rows(const Tensor& t) {
-  return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
+inline Tensor dense_rows(const Tensor& t) { return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : dense(t); }
 
 // Whether every row starts at such an address that it can be read `wide` classes at a time.
 inline bool fits_packs(const Tensor& t, int wide) {

@@ -22,16 +22,6 @@ struct Problem : KDProblem {
   bool mixture;
 };
 
-// What to make; null where it is not asked for.
-struct Wanted {
-  double *ce_rows, *kl_rows;       // [N] times kl_scale, before the reduction
-  float *loss, *ce, *kl;           // [N], instead, for the reduction "none"
-  float *student_probs, *targets;  // [N, C]
-  float* stats;                    // [N, 3 + 2T]: maximum, inverse sums at tau and at 1; maximum, inverse sum a teacher
-  void* grad_student;              // [N, C]
-  float* grad_weights;             // [N, T]
-};
-
 // What comes back, for backward.
 struct Incoming {
   const float* grad_loss;  // [N] or one
@@ -389,6 +379,8 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   const int64_t i = blockIdx.x / blocks;
   const int packs = static_cast<int>(pr.classes / kPack), slice = (packs + blocks - 1) / blocks;
   const int begin = min(static_cast<int>(rank) * slice, packs), end = min(begin + slice, packs);
+  let_next_start();
+  if (pass != Pass::kForward || pr.ignored(i)) wait_for_previous();
   if (pr.ignored(i)) {
     if (pass == Pass::kRescale) return;  // 0 it is
     return write_ignored<S>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, pass != Pass::kForward);
@@ -396,11 +388,7 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   const float g = pass == Pass::kForward ? 1.0f : in.of_loss(i);
   if (pass == Pass::kRescale && rescaled<S, kPack>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, g))
     return;
-  float ce_grad, kl_grad;
-  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
-  ce_grad *= g, kl_grad *= g;
   if (threadIdx.x == 0) {
-    s.ce_grad = ce_grad, s.kl_grad = kl_grad;
     s.label_pack = pr.labels ? static_cast<int>(pr.labels[i] / kPack) : -1;
     s.grads = want.grad_student ? static_cast<S*>(want.grad_student) + i * pr.classes : nullptr;
   }
@@ -439,6 +427,7 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
       const Online block = merged<true>(s.part[t][lane % warps], warps, pr);
       if (lane == 0) s.of_block[t] = block;
     }
+    wait_for_previous();
   }
   cluster_sync();
   if (pass == Pass::kForward) {
@@ -451,6 +440,10 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
     s.whole[threadIdx.x] = {stat[0], 1 / stat[1], 1};
   }
   __syncthreads();
+  float ce_grad, kl_grad;
+  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
+  ce_grad *= g, kl_grad *= g;
+  if (threadIdx.x == 0) s.ce_grad = ce_grad, s.kl_grad = kl_grad;
   bool far = false;
 #pragma unroll
   for (int t = 0; t <= T; ++t) far |= !(fabsf(base_of(s.whole[t].max, pr.unit)) < kFar / 2);

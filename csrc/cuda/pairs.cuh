@@ -11,7 +11,8 @@
 // itself is whole: N^2 / 2 elements in all. A row that takes no part (padding, or masked) has E = r = 0 with every
 // other, whatever it holds, so that no kernel after the first needs a mask for it.
 //
-// measure_kernel: a block makes one tile of both sides. Reads the rows N / kBlock times (from L2), writes 12 N^2 bytes;
+// measure_kernel: a block makes one tile of both sides; one more looks at the rows. Reads the rows N / kBlock times
+// (from L2), writes 12 N^2 bytes;
 //   N^2 C float64 subtractions and multiply-adds for the two sides bind it from C of about 50 on, writing before that.
 // row_gradient: a block owns kBlock rows and 32 columns and walks over all rows j. Reads W once for 32 columns and
 //   N / kBlock times the rows (both from L2), writes 4 N C bytes; N^2 C subtractions and multiply-adds a side.
@@ -19,6 +20,7 @@
 
 #include "../arithmetic.h"
 #include "float_pair.cuh"
+#include "points.cuh"
 
 namespace amtml::gpu {
 
@@ -50,49 +52,6 @@ template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
-
-struct Rows {
-  const void* data;
-  ScalarType dtype;
-  int64_t row_stride, column_stride, width;
-
-  explicit Rows(const Tensor& t)
-      : data(t.const_data_ptr()),
-        dtype(t.scalar_type()),
-        row_stride(t.stride(0)),
-        column_stride(t.stride(1)),
-        width(t.size(1)) {}
-
-  // use(at) where at(row, column) is an element: loads that follow one another then lie between no branches.
-  template <class Use>
-  __device__ __forceinline__ void read(const Use& use) const {
-    if (dtype == ScalarType::Float) return use(reader<float>());
-    if (dtype == ScalarType::Half) return use(reader<Half>());
-    use(reader<BFloat16>());
-  }
-  template <class T>
-  __device__ __forceinline__ auto reader() const {
-    return [this](int64_t row, int64_t column) {
-      return static_cast<float>(static_cast<const T*>(data)[row * row_stride + column * column_stride]);
-    };
-  }
-};
-
-// Which of the n rows take part: all, or those whose label is not `skip` (of a mask of bools: 0).
-struct TakingPart {
-  const void* labels = nullptr;
-  int64_t n = 0, stride = 0, skip = 0;
-  size_t size = 1;  // of a label
-
-  __device__ __forceinline__ bool operator()(int64_t row) const {
-    if (row >= n) return false;
-    if (!labels) return true;
-    const int64_t at = row * stride;
-    if (size == 1) return static_cast<const bool*>(labels)[at] != (skip != 0);
-    if (size == 4) return static_cast<const int32_t*>(labels)[at] != skip;
-    return static_cast<const int64_t*>(labels)[at] != skip;
-  }
-};
 
 // --- tiles
 
@@ -159,7 +118,7 @@ struct MeasureScratch {
 
 // |x_i - x_j|^2 of every 16th pair of rows in either direction.
 template <int kBlock>
-__device__ __forceinline__ void squared_distances(const Rows& rows, BlockPair at, int64_t widest,
+__device__ __forceinline__ void squared_distances(const Points& rows, BlockPair at, int64_t widest,
                                                   MeasureScratch<kBlock>& scratch, int side,
                                                   double (&squared)[kBlock / 16][kBlock / 16]) {
   constexpr int kPer = kBlock / 16, kChunk = MeasureScratch<kBlock>::kChunk;
@@ -207,15 +166,18 @@ __device__ __forceinline__ void summarize(double distance, int regular, int one_
     for (int k = 0; k < 3; ++k) scratch.sums[threadIdx.x / kWarp][k] = of_warp[k];
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  Summary total = {};
-  for (int warp = 0; warp < 2 * kSideThreads / kWarp; ++warp) {
-    const int side = warp / (kSideThreads / kWarp);
-    total.distance[side] += ordered * scratch.sums[warp][0];
-    total.regular[side] += ordered * scratch.sums[warp][1];
-    total.one_sided += ordered * scratch.sums[warp][2];
+  if (threadIdx.x >= kWarp) return;
+  constexpr int kWarps = kSideThreads / kWarp;  // of a side: a lane has one of either
+  double sums[2][3] = {};
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) {
+      sums[side][k] = ordered * warp_sum(threadIdx.x < kWarps ? scratch.sums[side * kWarps + threadIdx.x][k] : 0);
+    }
   }
-  summary = total;
+  if (threadIdx.x != 0) return;
+  summary = {{sums[0][0], sums[1][0]}, {sums[0][1], sums[1][1]}, sums[0][2] + sums[1][2]};
 }
 
 // Which rows take part and how many they are, and the weights without those of the others.
@@ -236,11 +198,15 @@ __device__ __forceinline__ void look_at_rows(const TakingPart& takes_part, int64
 
 template <class Tile>
 __global__ void __launch_bounds__(2 * kSideThreads, 2)
-    measure_kernel(Rows first, Rows second, TakingPart takes_part, int64_t padded, double eps, Distances<Tile> out) {
+    measure_kernel(Points first, Points second, TakingPart takes_part, int64_t padded, double eps,
+                   Distances<Tile> out) {
   constexpr int kBlock = Tile::kBlock, kPer = kBlock / 16;
+  let_next_start();
+  wait_for_previous();
+  if (blockIdx.x == gridDim.x - 1) return look_at_rows(takes_part, padded, out);
   auto& scratch = shared<MeasureScratch<kBlock>>();
   const int side = threadIdx.x / kSideThreads, thread = threadIdx.x % kSideThreads, ty = thread / 16, tx = thread % 16;
-  const Rows rows = side == 0 ? first : second;
+  const Points rows = side == 0 ? first : second;
   const BlockPair at = blocks_of(blockIdx.x);
   if (threadIdx.x < 2 * kBlock) {
     const int which = threadIdx.x / kBlock, i = threadIdx.x % kBlock;
@@ -272,15 +238,15 @@ __global__ void __launch_bounds__(2 * kSideThreads, 2)
   const bool* const of_both = &scratch.regular[0][0][0];
   for (int e = threadIdx.x; e < Tile::kArea; e += 2 * kSideThreads) one_sided += of_both[e] != of_both[Tile::kArea + e];
   summarize<kBlock>(distance, regulars, one_sided, at.x == at.y ? 1 : 2, scratch, out.summaries[blockIdx.x]);
-  if (blockIdx.x == 0) look_at_rows(takes_part, padded, out);
 }
 
 template <class Tile>
-void measure(const Rows& first, const Rows& second, const TakingPart& takes_part, const Tiling& tiling, double eps,
-             const Distances<Tile>& out, const OnDevice& on) {
-  const size_t bytes = sizeof(MeasureScratch<Tile::kBlock>);
-  launch(measure_kernel<Tile>, {static_cast<unsigned>(tiling.tiles()), 2 * kSideThreads, 1, bytes}, on, first, second,
-         takes_part, static_cast<int64_t>(tiling.blocks) * Tile::kBlock, eps, out);
+void measure(const Points& first, const Points& second, const TakingPart& takes_part, const Tiling& tiling, double eps,
+             const Distances<Tile>& out, const OnDevice& on, bool early = false) {
+  const Spread spread{static_cast<unsigned>(tiling.tiles() + 1), 2 * kSideThreads, 1,
+                      sizeof(MeasureScratch<Tile::kBlock>), early};
+  launch(measure_kernel<Tile>, spread, on, first, second, takes_part,
+         static_cast<int64_t>(tiling.blocks) * Tile::kBlock, eps, out);
 }
 
 // --- back to the rows
@@ -294,7 +260,7 @@ struct GradientScratch {
 // Writes factor * sum_j W_ij (x_i - x_j) for rows of block blockIdx.y and columns of blockIdx.x; 0 for rows that are
 // not kept. weight(at, w) sets w to two elements of W, from `at` on. kGradientThreads threads, lanes along columns.
 template <int kBlock, class Weight>
-__device__ __forceinline__ void row_gradient(const Rows& rows, int64_t n, const bool* kept, int blocks,
+__device__ __forceinline__ void row_gradient(const Points& rows, int64_t n, const bool* kept, int blocks,
                                              const Weight& weight, double factor, float* out) {
   constexpr int kWarps = kGradientThreads / kWarp, kOwn = kBlock / kWarps, kArea = kBlock * kBlock;
   auto& scratch = shared<GradientScratch<kBlock>>();

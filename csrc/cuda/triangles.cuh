@@ -399,6 +399,8 @@ __device__ __forceinline__ void sweep(const Triangles<typename C::Tile>& all, Cu
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Triangles<typename C::Tile> all) {
+  let_next_start();
+  wait_for_previous();
   const int phase = all.phase + blockIdx.y;
   if (phase >= all.blocks) return;
   const Cube cube(blockIdx.x, phase, all.blocks);

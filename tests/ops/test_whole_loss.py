@@ -1,10 +1,12 @@
 """AMTMLLoss as one node of the graph: each line of the contract, against the float64 reference of the single operators."""
 
 import copy
+import ctypes
+import sys
 
 import pytest
 import torch
-from backends import cpu_only, in_memory_of_the_cpu, takes
+from backends import CHOSEN, cpu_only, in_memory_of_the_cpu, takes
 
 import amtml_fast as af
 from amtml_fast.ops import whole_loss
@@ -220,3 +222,16 @@ def test_wrong_labels_are_named_before_anything_runs():
     for backend in (af.backend._active, "reference"):
         with af.use_backend(backend), pytest.raises(ValueError, match=r"labels\[5\] must be in \[0, 7\) .* got 7"):
             af.AMTMLLoss(af.TeacherAdapter(D, 3))(student, teachers, labels, features)
+
+
+@pytest.mark.skipif(CHOSEN != "emulated", reason="the emulator counts launches")
+@pytest.mark.parametrize(
+    "options, launches", [({}, 7), ({"angle_trains_weights": True}, 7), ({"angle_weight": 0.0}, 5)], ids=str
+)
+def test_few_launches(options, launches):
+    """Of forward and backward, at the batch size of the paper: each costs about as much as it computes."""
+    count = ctypes.CDLL(sys.modules["amtml_fast._C"].__file__).amtml_emulated_launches
+    loss, problem = af.AMTMLLoss(af.TeacherAdapter(D, 3), **options), _problem(n=128, c=10, plane=(1, 1))
+    before = count()
+    _run(loss, problem)
+    assert count() - before == launches
