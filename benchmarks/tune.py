@@ -75,7 +75,7 @@ def choices(device_type: str, timed: Iterable[Timed]) -> list[Choice]:
         return []
     orders = [t.order for t in timed]
     usual = max(sorted(set(orders)), key=orders.count)
-    lines = []
+    lines: list[Choice] = []
     for op in dict.fromkeys(t.op for t in timed):
         wanted = usual  # for all sizes below
         of_op = []

@@ -8,8 +8,6 @@
 // Traffic: T + 1 rows in twice, and one out. Exponentials of a class: T + 2 in each sweep.
 #pragma once
 
-#include <cfloat>
-
 #include "../arithmetic.h"
 #include "kd_rows.cuh"
 
@@ -46,56 +44,6 @@ constexpr int kSweepThreads = 64, kSweepSteps = 1, kSweepBlocks = 8;
 constexpr int kSweepThreads = 256, kSweepSteps = 64, kSweepBlocks = 264;
 #endif
 constexpr int kSweepTeachers = 8, kSweepWarps = kSweepThreads / kWarp;
-
-// 16 bytes of a row.
-template <class S>
-struct alignas(16) Packed {
-  static constexpr int kCount = 16 / sizeof(S);
-  uint32_t words[4];
-
-  __device__ __forceinline__ float at(int k) const {  // k known to the compiler: words stay in registers
-    if constexpr (std::is_same_v<S, BFloat16>) {      // the upper half of a float32
-      const uint32_t bits = k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16;
-      float x;
-      std::memcpy(&x, &bits, sizeof(x));
-      return x;
-    }
-    return static_cast<float>(reinterpret_cast<const S*>(words)[k]);
-  }
-  __device__ __forceinline__ void set(int k, float x) { reinterpret_cast<S*>(words)[k] = static_cast<S>(x); }
-};
-
-template <bool kLast, class S>
-__device__ __forceinline__ Packed<S> read(const Packed<S>* at) {  // the last time: it need not stay in cache
-#ifdef AMTML_EMULATED_CUDA
-  return *at;
-#else
-  const uint4* from = reinterpret_cast<const uint4*>(at);
-  const uint4 words = kLast ? __ldcs(from) : __ldg(from);
-  return {words.x, words.y, words.z, words.w};
-#endif
-}
-
-template <class S>
-__device__ __forceinline__ void write_through(Packed<S>* at, const Packed<S>& pack) {
-#ifdef AMTML_EMULATED_CUDA
-  *at = pack;
-#else
-  __stcs(reinterpret_cast<uint4*>(at), uint4{pack.words[0], pack.words[1], pack.words[2], pack.words[3]});
-#endif
-}
-
-// 2^x by the approximate instruction: what is below the normal numbers counts 0.
-__device__ __forceinline__ float power_of_2(float x) {
-#ifdef AMTML_EMULATED_CUDA
-  const float y = exp2f(x);
-  return y < FLT_MIN ? 0.0f : y;
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
 
 // log2(p) - y, for p and 2^y in [2^-112, 2]. The approximate logarithm cuts off what does not fit its result, which
 // makes every KL a little too small: so it gets p over the power of 2 next to 2^y, of which the logarithm is small.
