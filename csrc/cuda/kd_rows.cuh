@@ -164,34 +164,8 @@ __device__ __forceinline__ float rescaled(float sum, float from, float to, float
   return from == -INFINITY ? sum : sum * exp2f((from - to) * per_unit);
 }
 
-template <int kPack, class T>
-__device__ __forceinline__ Online sweep(const Rows& rows, int64_t i, int64_t begin, int64_t end, float per_tau,
-                                        bool second) {
-  const float unit = per_tau * kLog2e;
-  Online o{-INFINITY, 0, 0};
-  for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
-    float x[kPack];
-    load_row<kPack, T>(rows, i, c, x);
-    float most = x[0];
-#pragma unroll
-    for (int k = 1; k < kPack; ++k) most = fmaxf(most, x[k]);
-    if (most > o.max) {
-      o.sum = rescaled(o.sum, o.max, most, unit);
-      if (second) o.sum1 = rescaled(o.sum1, o.max, most, kLog2e);
-      o.max = most;
-    }
-    const float shift = o.max == -INFINITY ? 0.0f : o.max;
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      o.sum += exp2f((x[k] - shift) * unit);
-      if (second) o.sum1 += exp2f((x[k] - shift) * kLog2e);
-    }
-  }
-  return o;
-}
-
-// Calls use(pack, at) for the packs at threadIdx.x, threadIdx.x + blockDim.x, ... below `count`: several loads are under
-// way at a time.
+// Calls use(pack, at) for the packs at threadIdx.x, threadIdx.x + blockDim.x, ... below `count`: several loads are
+// under way at a time.
 template <bool kLast, class Packs, class Use>
 __device__ __forceinline__ void each_pack(const Packs* row, int64_t count, const Use& use) {
   constexpr int kLoads = 4;
@@ -207,12 +181,12 @@ __device__ __forceinline__ void each_pack(const Packs* row, int64_t count, const
   }
 }
 
-// Takes the classes of a pack.
-template <bool kSecond, class Packs>
-__device__ __forceinline__ void take(Online& o, const Packs& pack, float unit) {
-  float most = pack.at(0);
+// Takes the classes of a pack, or of an array of floats.
+template <bool kSecond, int kPack>
+__device__ __forceinline__ void take(Online& o, const float (&x)[kPack], float unit) {
+  float most = x[0];
 #pragma unroll
-  for (int k = 1; k < Packs::kCount; ++k) most = fmaxf(most, pack.at(k));
+  for (int k = 1; k < kPack; ++k) most = fmaxf(most, x[k]);
   if (most > o.max) {
     o.sum = rescaled(o.sum, o.max, most, unit);
     if (kSecond) o.sum1 = rescaled(o.sum1, o.max, most, kLog2e);
@@ -220,10 +194,17 @@ __device__ __forceinline__ void take(Online& o, const Packs& pack, float unit) {
   }
   const float shift = o.max == -INFINITY ? 0.0f : o.max;
 #pragma unroll
-  for (int k = 0; k < Packs::kCount; ++k) {
-    o.sum += power_of_2((pack.at(k) - shift) * unit);
-    if (kSecond) o.sum1 += power_of_2((pack.at(k) - shift) * kLog2e);
+  for (int k = 0; k < kPack; ++k) {
+    o.sum += power_of_2((x[k] - shift) * unit);
+    if (kSecond) o.sum1 += power_of_2((x[k] - shift) * kLog2e);
   }
+}
+template <bool kSecond, class Packs>
+__device__ __forceinline__ void take(Online& o, const Packs& pack, float unit) {
+  float x[Packs::kCount];
+#pragma unroll
+  for (int k = 0; k < Packs::kCount; ++k) x[k] = pack.at(k);
+  take<kSecond>(o, x, unit);
 }
 
 __device__ __forceinline__ Online combined(Online a, Online b, float unit) {

@@ -14,6 +14,7 @@ namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp;
+constexpr int kTogether = 4;  // tensors whose loads are under way at a time
 
 struct Scratch {
   Online part[kMaxTeachers + 1][kMaxWarps], whole[kMaxTeachers + 1];  // of this block
@@ -25,16 +26,57 @@ struct Scratch {
   float partial[1];  // [2 or 1][T][threads], to the end
 };
 
+// Calls use(t, x) for all teachers, in order, with their logits from class c on: kTogether loads are under way.
+template <int kPack, class E, class Use>
+__device__ __forceinline__ void each_teacher(const Problem& pr, int64_t i, int64_t c, const Use& use) {
+  for (int first = 0; first < pr.teachers; first += kTogether) {
+    float x[kTogether][kPack];
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (first + u < pr.teachers) load_row<kPack, E>(pr.teacher[first + u], i, c, x[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (first + u < pr.teachers) use(first + u, x[u]);
+    }
+  }
+}
+
 // Softmax statistics of the row: of the slice, then of the block, then of the cluster.
 template <class S, class E, int kPack>
 __device__ void make_stats(const Problem& pr, int64_t i, int64_t begin, int64_t end, Scratch& s, float* stats) {
-  const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e;
+  const float unit = pr.unit;
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  for (int t = 0; t <= pr.teachers; ++t) {
-    Online o = t == 0 ? sweep<kPack, S>(pr.student, i, begin, end, per_tau, pr.labels != nullptr)
-                      : sweep<kPack, E>(pr.teacher[t - 1], i, begin, end, per_tau, false);
-    o = warp_combined(o, unit);
-    if (lane == 0) s.part[t][warp] = o;
+  for (int first = 0; first <= pr.teachers; first += kTogether) {  // tensor 0 is the student
+    const int count = min(kTogether, pr.teachers + 1 - first);
+    Online o[kTogether];
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) o[u] = {-INFINITY, 0, 0};
+    for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
+      float x[kTogether][kPack];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (first + u == 0) {
+          load_row<kPack, S>(pr.student, i, c, x[u]);
+        } else if (u < count) {
+          load_row<kPack, E>(pr.teacher[first + u - 1], i, c, x[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (first + u == 0 && pr.labels) {
+          take<true>(o[u], x[u], unit);
+        } else if (u < count) {
+          take<false>(o[u], x[u], unit);
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (u >= count) break;
+      o[u] = warp_combined(o[u], unit);
+      if (lane == 0) s.part[first + u][warp] = o[u];
+    }
   }
   wait_for_previous();
   __syncthreads();
@@ -148,11 +190,9 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
       p[k] = 0;
       log_q[k] = (z[k] - m) * per_tau - s.log_sum[0];
     }
-    for (int t = 0; t < pr.teachers; ++t) {
+    each_teacher<kPack, E>(pr, i, c, [&](int t, const float (&x)[kPack]) {
       const float inverse = s.inverse[t + 1], factor = s.weight[t] * inverse, top = s.max[t + 1];
-      if (inverse == 0) continue;
-      float x[kPack];
-      load_row<kPack, E>(pr.teacher[t], i, c, x);
+      if (inverse == 0) return;
       float sum = 0;
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
@@ -161,10 +201,10 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
         const float log_ratio = ((x[k] - top) * per_tau - s.log_sum[t + 1]) - log_q[k];
         if (!pr.mixture) sum += if_mass(e * inverse, e * inverse * log_ratio);
       }
-      if (pr.mixture) continue;
+      if (pr.mixture) return;
       if (s.weight[t] != 0) part += s.weight[t] * sum;
       if (want.grad_weights) through_kl[t * blockDim.x] += sum;
-    }
+    });
     if (need_ratio) {
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
@@ -176,11 +216,9 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
     if (want.grad_weights && (need_ratio || back_p)) {
       float back[kPack];
       if (back_p) load(back_p + c, back);
-      for (int t = 0; t < pr.teachers; ++t) {
+      each_teacher<kPack, E>(pr, i, c, [&](int t, const float (&x)[kPack]) {
         const float inverse = s.inverse[t + 1], top = s.max[t + 1];
-        if (inverse == 0) continue;
-        float x[kPack];
-        load_row<kPack, E>(pr.teacher[t], i, c, x);
+        if (inverse == 0) return;
         float of_kl = 0, of_p = 0;
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
@@ -190,7 +228,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
         }
         if (need_ratio) through_kl[t * blockDim.x] += of_kl;
         if (back_p) through_p[t * blockDim.x] += of_p;
-      }
+      });
     }
     if (want.targets) store(want.targets + i * pr.classes + c, p);
     if (pr.label_smoothing != 0 && value) {

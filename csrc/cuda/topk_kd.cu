@@ -229,8 +229,8 @@ struct Below {  // sum of maximum - z over the classes that are not -inf, and ho
   __device__ double value() const { return masked > 0 ? INFINITY : sum; }
 };
 
-// The second sweep: the gradient where nobody names a class, and what is below the maximum. Its numbers are the same for
-// the whole row, but at the label.
+// The second sweep: the gradient where nobody names a class, and what is below the maximum. Its numbers are the same
+// for the whole row, but at the label.
 template <class S, class Packs>
 __device__ Below sweep_again(const Problem& pr, const Scratch& s, const Scales& by, int64_t i, bool need_below,
                              S* grad) {
