@@ -3,8 +3,9 @@
 //   psi(i, j, k) = cosine of the angle at j between x_i - x_j and x_k - x_j;  L = sum_ijk huber_delta(psi_s - psi_t)
 //
 // student, teacher [N, C] float32, bfloat16 or float16 with any strides; loss [] or [N], gradients [N, C], all float32.
-// Up to five kernels, one after another:
+// Kernels, one after another:
 //   measure_kernel    distances of both sides, which rows take part and how many they are (pairs.cuh)
+//   fixed_kernel, fix_kernel  for N > 320: distances in fixed point where they allow it (triangles.cuh)
 //   triangles_kernel  the loss and the gradient to the distances (triangles.cuh): one launch up to N = 800, 2 at
 //                     1024, 13 at 2048, 64 at 4096
 //   fold_kernel       for N > 128, where the gradient lies in many matrices: their sum. Bandwidth
@@ -216,6 +217,10 @@ void run_triangles(const Triangles<Tile>& all, const AngleCall& call, const Slot
   }
 }
 
+// Of few rows, the kernels that look for fixed point would take longer than it saves.
+template <class Tile>
+constexpr bool kTriesFixed = Tile::kBlock == 32 && sizeof(typename Tile::A) == sizeof(float);
+
 // What the kernels hand to each other.
 template <class Tile>
 struct Layout {
@@ -227,6 +232,7 @@ struct Layout {
   Distances<Tile> found;
   T* sums;
   double* partial;  // losses, or null
+  Fixed* fixed;     // or null, where fixed point is not tried
 
   Layout(const AngleCall& call, Pieces& pieces) : tiling(call.takes_part.n, Tile::kBlock), slots(tiling.blocks) {
     const bool per_vertex = kind_of(call) == Kind::kVertexLoss;
@@ -238,6 +244,7 @@ struct Layout {
     found.weight = call.vertex_weight ? pieces.take<float>(padded) : nullptr, found.given = call.vertex_weight;
     sums = pieces.take<T>(planes * plane);
     partial = call.loss && !per_vertex ? pieces.take<double>(slots.count * tiles) : nullptr;
+    fixed = kTriesFixed<Tile> ? pieces.take<Fixed>(1) : nullptr;
   }
 };
 
@@ -256,6 +263,19 @@ void run(const AngleCall& call, void* scratch, const OnDevice& on, bool early) {
   all.sums = has.sums, all.plane = has.plane;
   all.weight = has.found.weight, all.delta = static_cast<typename Tile::A>(call.delta);
   all.loss = has.partial;
+  all.fixed = has.fixed;
+  if constexpr (kTriesFixed<Tile>) {
+    launch(fixed_kernel, {1, kGradientThreads, 1, kGradientThreads / kWarp * 4 * sizeof(double), true}, on,
+           has.found.summaries, has.tiles, has.fixed);
+    launch(fix_kernel<Tile>, {static_cast<unsigned>(has.tiles), kGradientThreads, 1, 0, true}, on, has.found.tiles,
+           has.fixed);
+    Triangles<FixedTile<Tile>> in_fixed;
+    in_fixed.tiles = reinterpret_cast<const FixedTile<Tile>*>(all.tiles), in_fixed.weight = all.weight;
+    in_fixed.sums = all.sums, in_fixed.loss = all.loss, in_fixed.fixed = all.fixed;
+    in_fixed.tile_count = all.tile_count, in_fixed.plane = all.plane, in_fixed.blocks = all.blocks;
+    in_fixed.delta = all.delta;
+    run_triangles(in_fixed, call, has.slots, on);
+  }
   run_triangles(all, call, has.slots, on);
 
   SumOfSlots<T> folded{all.sums, has.slots.count, elements};

@@ -79,11 +79,12 @@ struct Tiling {
 
 // --- distances
 
-// Of one tile, or of all: sums over ordered pairs.
+// Of one tile, or of all: sums over ordered pairs, and the range of half of the squared distances.
 struct Summary {
-  double distance[2];  // of those that are not degenerate, on either side
-  double regular[2];   // how many they are
-  double one_sided;    // how many are degenerate on one side alone
+  double distance[2];              // of those that are not degenerate, on either side
+  double regular[2];               // how many they are
+  double one_sided;                // how many are degenerate on one side alone
+  double nearest[2], farthest[2];  // infinity and 0 where there is none; farthest is infinity where one is not finite
 };
 
 // E and r of both sides.
@@ -91,6 +92,8 @@ template <class T_, class A_, int kBlock_>
 struct alignas(32) PairTile {
   using T = T_;
   using A = A_;
+  using E = T;    // of distances in a triangle
+  using Sum = T;  // of what must cancel, within a cube of triangles
   static constexpr int kBlock = kBlock_, kArea = kBlock * kBlock;
   T e[2][kArea];
   A r[2][kArea];
@@ -113,7 +116,7 @@ struct MeasureScratch {
   double x[2][2][kChunk][kBlock + 1];           // side, block of rows; one more against bank conflicts
   bool takes_part[2][kBlock];
   bool regular[2][kBlock][kBlock];
-  double sums[2 * kSideThreads / kWarp][3];
+  double sums[2 * kSideThreads / kWarp][5];
 };
 
 // |x_i - x_j|^2 of every 16th pair of rows in either direction.
@@ -156,28 +159,44 @@ __device__ __forceinline__ void squared_distances(const Points& rows, BlockPair 
   }
 }
 
-// Warp sums to the sums of the whole tile; the first half of the block is the first side.
+__device__ __forceinline__ double warp_least(double x) {
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) x = fmin(x, from_lane(x, by));
+  return x;
+}
+
+// What a thread found out about its pairs.
+struct Found {
+  double distance = 0, nearest = INFINITY, farthest = 0;
+  int regular = 0, one_sided = 0;
+};
+
+// Warps to the whole tile; the first half of the block is the first side.
 template <int kBlock>
-__device__ __forceinline__ void summarize(double distance, int regular, int one_sided, double ordered,
-                                          MeasureScratch<kBlock>& scratch, Summary& summary) {
-  const double of_warp[3] = {warp_sum(distance), static_cast<double>(warp_sum(regular)),
-                             static_cast<double>(warp_sum(one_sided))};
+__device__ __forceinline__ void summarize(const Found& found, double ordered, MeasureScratch<kBlock>& scratch,
+                                          Summary& summary) {
+  const double of_warp[5] = {warp_sum(found.distance), static_cast<double>(warp_sum(found.regular)),
+                             static_cast<double>(warp_sum(found.one_sided)), warp_least(found.nearest),
+                             -warp_least(-found.farthest)};
   if (threadIdx.x % kWarp == 0) {
-    for (int k = 0; k < 3; ++k) scratch.sums[threadIdx.x / kWarp][k] = of_warp[k];
+    for (int k = 0; k < 5; ++k) scratch.sums[threadIdx.x / kWarp][k] = of_warp[k];
   }
   __syncthreads();
   if (threadIdx.x >= kWarp) return;
-  constexpr int kWarps = kSideThreads / kWarp;  // of a side: a lane has one of either
-  double sums[2][3] = {};
+  constexpr int kWarps = kSideThreads / kWarp;  // of a side: a lane has one of either, others have the first again
+  const bool own = threadIdx.x < kWarps;
+  double one_sided = 0;
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
-#pragma unroll
-    for (int k = 0; k < 3; ++k) {
-      sums[side][k] = ordered * warp_sum(threadIdx.x < kWarps ? scratch.sums[side * kWarps + threadIdx.x][k] : 0);
-    }
+    const double* const mine = scratch.sums[side * kWarps + threadIdx.x % kWarps];
+    const double distance = warp_sum(own ? mine[0] : 0), regular = warp_sum(own ? mine[1] : 0);
+    one_sided += warp_sum(own ? mine[2] : 0);
+    const double nearest = warp_least(mine[3]), farthest = -warp_least(-mine[4]);
+    if (threadIdx.x != 0) continue;
+    summary.distance[side] = ordered * distance, summary.regular[side] = ordered * regular;
+    summary.nearest[side] = nearest, summary.farthest[side] = farthest;
   }
-  if (threadIdx.x != 0) return;
-  summary = {{sums[0][0], sums[1][0]}, {sums[0][1], sums[1][1]}, sums[0][2] + sums[1][2]};
+  if (threadIdx.x == 0) summary.one_sided = ordered * one_sided;
 }
 
 // Which rows take part and how many they are, and the weights without those of the others.
@@ -217,8 +236,7 @@ __global__ void __launch_bounds__(2 * kSideThreads, 2)
   const int64_t widest = first.width > second.width ? first.width : second.width;
   squared_distances<kBlock>(rows, at, widest, scratch, side, squared);
   Tile& tile = out.tiles[blockIdx.x];
-  double distance = 0;
-  int regulars = 0, one_sided = 0;
+  Found found;
 #pragma unroll
   for (int p = 0; p < kPer; ++p) {
 #pragma unroll
@@ -230,14 +248,19 @@ __global__ void __launch_bounds__(2 * kSideThreads, 2)
       const double root = sqrt(d);
       tile.e[side][i * kBlock + j] = static_cast<typename Tile::T>(d / 2);
       tile.r[side][i * kBlock + j] = regular ? static_cast<typename Tile::A>(root / d) : 0;  // NaN at infinity
-      if (regular) distance += root, ++regulars;
+      if (regular) {
+        found.distance += root, ++found.regular;
+        found.nearest = fmin(found.nearest, d / 2),
+        found.farthest = fmax(found.farthest, d < INFINITY ? d / 2 : INFINITY);
+      }
       scratch.regular[side][i][j] = regular;
     }
   }
   __syncthreads();
   const bool* const of_both = &scratch.regular[0][0][0];
-  for (int e = threadIdx.x; e < Tile::kArea; e += 2 * kSideThreads) one_sided += of_both[e] != of_both[Tile::kArea + e];
-  summarize<kBlock>(distance, regulars, one_sided, at.x == at.y ? 1 : 2, scratch, out.summaries[blockIdx.x]);
+  for (int e = threadIdx.x; e < Tile::kArea; e += 2 * kSideThreads)
+    found.one_sided += of_both[e] != of_both[Tile::kArea + e];
+  summarize<kBlock>(found, at.x == at.y ? 1 : 2, scratch, out.summaries[blockIdx.x]);
 }
 
 template <class Tile>
