@@ -2,7 +2,7 @@
 
 A driver that launches nothing stands in for CUDA's, and tensors of the CPU for a GPU's. Kernels are compiled as ever, for
 compute capability 9.0, and never run: what they would write is not there. What is left is what Python, torch and Triton do for
-one call, without the driver's own part of a launch and without the allocator of a GPU. Times are medians, in microseconds.
+one call, without the driver's own part of a launch and without the allocator of a GPU. Times are medians of processor time, in microseconds.
 """
 
 import os
@@ -92,9 +92,9 @@ def median(step: Callable[[], object], seconds: float) -> float:
         step()
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
-        start = time.perf_counter()
+        start = time.process_time()
         step()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return 1e6 * statistics.median(times)
 
 

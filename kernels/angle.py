@@ -35,7 +35,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._pairs import COLUMNS, ROWS, TILE, count_taking_part, distances, padded, row_gradient, taking_part, total
+from ._launch import Launch, kept
+from ._pairs import (
+    COLUMNS,
+    ROWS,
+    TILE,
+    count_taking_part,
+    distances,
+    padded,
+    row_gradient,
+    side_numbers,
+    taking_part,
+    total,
+)
+from ._pairs import sides as of_sides
 
 CHUNK = 64  # rows c whose float32 sums are added up before they go into float64
 
@@ -268,20 +281,51 @@ def _run(
     distance, r, _ = distances(first, second, row_mask, eps, want_sums=False)
     pair_grads = [distance.new_empty(parts, p, p) if side < sides else None for side in range(2)]
     per_vertex = loss is not None and reduction == "none"
-    count = blocks * parts * (1 if per_vertex else blocks)
+    count = _count(blocks, parts, per_vertex)
     partial = None if loss is None else distance.new_empty(count * (p if per_vertex else 1))
-    triplets_kernel[(blocks, blocks, parts)](
-        distance, r, weight, *pair_grads, partial, n, p, 2.0 * delta, per_vertex, TILE, CHUNK,
-        num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
-    widest = max(x.shape[1] for x in (first, second)[: max(sides, 1)])
-    grid = triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1) if sides else 1, sides + (loss is not None)
-    finish_kernel[grid](
-        first, *first.stride(), first.shape[1], second, *second.stride(), second.shape[1],
-        row_mask, 0 if row_mask is None else row_mask.stride(0), *pair_grads, *grads, partial, count, loss, n, p,
-        reduction, sides, parts, ROWS, COLUMNS, TILE, num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
+    _triplets_launch(n, delta, per_vertex)(distance, r, weight, *pair_grads, partial)
+    launch = _finish_launch(*of_sides(first, second, row_mask), reduction, sides, loss is not None)
+    launch(first, second, row_mask, *pair_grads, *grads, partial, loss)
     return (grads[1], grads[0]) if swap else (grads[0], grads[1])
+
+
+def _count(blocks: int, parts: int, per_vertex: bool) -> int:
+    """Of how many programs triplets_kernel leaves losses, for every vertex or in all."""
+    return blocks * parts * (1 if per_vertex else blocks)
+
+
+@kept
+def _triplets_launch(n: int, delta: float, per_vertex: bool) -> Launch:
+    p, parts = padded(n), _parts(n)
+    numbers = dict(n=n, p=p, limit=2.0 * delta, PER_VERTEX=per_vertex, TILE=TILE, CHUNK=CHUNK)
+    grid = p // TILE, p // TILE, parts
+    return Launch(triplets_kernel, grid, **numbers, num_warps=8, enable_fp_fusion=False)
+
+
+@kept
+def _finish_launch(
+    first: tuple, second: tuple, mask_stride: int, reduction: str, sides: int, want_loss: bool
+) -> Launch:
+    n, p, parts = first[0], padded(first[0]), _parts(first[0])
+    widest = max(x[1] for x in (first, second)[: max(sides, 1)])
+    return Launch(
+        finish_kernel,
+        (triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1) if sides else 1, sides + want_loss),
+        **side_numbers("first", first),
+        **side_numbers("other", second),
+        mask_stride=mask_stride,
+        count=_count(p // TILE, parts, want_loss and reduction == "none"),
+        n=n,
+        p=p,
+        REDUCTION=reduction,
+        SIDES=sides,
+        PARTS=parts,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        TILE=TILE,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
 
 
 def angle_fwd(

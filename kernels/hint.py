@@ -200,7 +200,7 @@ def hint_pool_fwd(feature_map: Tensor, height: int, width: int, normalize: bool)
     strides = feature_map.stride()
     if n and normalize:
         blocks = _blocks(c, h * w)
-        down, along, flat = plane_strides(feature_map)
+        down, along, flat = plane_strides((h, w), feature_map.stride()[2:])
         _norms_kernel[(n * triton.cdiv(h * w, blocks["BLOCK_P"]),)](
             feature_map, norms, pooled, c, h * w, w, *strides[:2], down, along,
             WRITE=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides[:2]), **blocks, **OPTIONS,
@@ -225,7 +225,7 @@ def hint_pool_bwd(grad: Tensor, feature_map: Tensor, norms: Tensor, normalize: b
     if n:
         same = (height, width) == (h, w)
         blocks = _blocks(c, h * w, TILE if same else TILE // 2)
-        down, along, flat = plane_strides(feature_map)
+        down, along, flat = plane_strides((h, w), feature_map.stride()[2:])
         strides = feature_map.stride()[:2]
         _pool_backward_kernel[(n * triton.cdiv(h * w, blocks["BLOCK_P"]),)](
             grad.contiguous(), feature_map, norms, out, c, h, w, height, width, *strides, down, along,
