@@ -7,6 +7,7 @@ row has the maximum and the sum of exp((x - maximum) / tau) of the student (m, s
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -332,6 +333,22 @@ def _count_rows_kernel(labels, label_stride, parts, n, ignore_index, SPAN: tl.co
     rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
     count = tl.load(labels + rows * label_stride, mask=rows < n, other=ignore_index) != ignore_index
     tl.store(parts + tl.program_id(0), tl.sum(count.to(tl.int32), axis=0))
+
+
+class Settings(NamedTuple):
+    """As in the schemas; ``mode`` is the tail of topk_kd."""
+
+    temperature: float
+    ce_weight: float
+    kl_weight: float
+    kl_scale: float
+    mode: str
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+
+    def is_mean(self) -> bool:
+        return self.reduction in ("mean", "batchmean")
 
 
 def counts_of(labels: Tensor, ignore_index: int) -> Tensor:

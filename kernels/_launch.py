@@ -35,17 +35,20 @@ def _watched(kernel: Any) -> Any:
     )
 
 
-def _key(tensors: tuple) -> tuple:
-    """All of tensors that Triton compiles anew for, on NVIDIA's devices."""
-    key: list[Any] = []
+def _key(tensors: tuple, device: int) -> tuple:
+    """All that Triton compiles anew for, beside a Launch's own numbers, on NVIDIA's devices."""
+    key: list[Any] = [device]
+    addresses = 0
     for t in tensors:
         if t is None:
             key.append(None)
         elif type(t) is tuple:
-            key.append(_key(t))
+            key.append(_key(t, device))
         else:
             key.append(t.dtype)
-            key.append(t.data_ptr() % 16 == 0)
+            addresses |= t.data_ptr()
+    if addresses % 16:  # of some
+        key.extend([t.data_ptr() % 16 == 0 for t in tensors if isinstance(t, Tensor)])
     return tuple(key)
 
 
@@ -72,7 +75,7 @@ class Launch:
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
-        key = device, _key(tensors)
+        key = _key(tensors, device)
         if found := self.compiled.get(key):
             run, function, metadata, _ = found
             run(*self.grid, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
@@ -80,4 +83,9 @@ class Launch:
         kernel = self.kernel[self.grid](*arguments, **self.options)
         # Others than NVIDIA's look at more, as at the size of a tensor's memory.
         if isinstance(kernel, CompiledKernel) and kernel.metadata.target.backend == "cuda":
-            self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, kernel  # the last: to keep it alive
+            self.compiled[key] = (
+                kernel.run,
+                kernel.function,
+                kernel.packed_metadata,
+                kernel,
+            )  # the last: to keep it alive

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Launch, kept
+from ._launch import Launch
 
 TILE = 32  # rows and columns of a tile of pairs; matrices of pairs are padded to a multiple
 ROWS, COLUMNS = 4, 32  # of the gradient that a program of row_gradient owns
@@ -118,7 +118,7 @@ def distances_kernel(
 
 
 def padded(n: int) -> int:
-    return triton.cdiv(n, TILE) * TILE
+    return -(-n // TILE) * TILE  # triton.cdiv takes longer than an allocation
 
 
 def sides(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[tuple, tuple, int]:
@@ -127,23 +127,15 @@ def sides(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[tu
     return (*student.shape, *student.stride()), (*teacher.shape, *teacher.stride()), mask_stride
 
 
-def distances(
-    student: Tensor, teacher: Tensor, row_mask: Tensor | None, eps: float, want_sums: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """D [2, P, P], r [2, P, P] and, if wanted, the sums of every tile, see above. N > 0."""
-    p = padded(student.shape[0])
-    blocks = p // TILE
+def distances(student: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Memory for D and r [2, P, P]."""
     distance = student.new_empty(2, p, p, dtype=torch.float64)
     # The product of two r passes float32's range below distances of 1e-19, which a smaller eps allows.
-    r = student.new_empty(2, p, p, dtype=torch.float64 if eps < 1e-18 else torch.float32)
-    sums = distance.new_empty(2, 2, blocks * blocks) if want_sums else None
-    launch = _distances_launch(*sides(student, teacher, row_mask), eps)
-    launch(student, teacher, row_mask, distance, r, sums)
-    return distance, r, sums
+    return distance, student.new_empty(2, p, p, dtype=torch.float64 if eps < 1e-18 else torch.float32)
 
 
-@kept
-def _distances_launch(student: tuple, teacher: tuple, mask_stride: int, eps: float) -> Launch:
+def distances_launch(student: tuple, teacher: tuple, mask_stride: int, eps: float) -> Launch:
+    """Its call takes both sides, row_mask, D, r and, if wanted, the sums of every tile, see above. N > 0."""
     n, p = student[0], padded(student[0])
     return Launch(
         distances_kernel,

@@ -42,6 +42,7 @@ from ._pairs import (
     TILE,
     count_taking_part,
     distances,
+    distances_launch,
     padded,
     row_gradient,
     side_numbers,
@@ -227,21 +228,23 @@ def finish_kernel(
     partial, count,  # losses as triplets_kernel leaves them, and of how many programs (a vertex); or None
     loss,
     n, p,
+    gain: tl.float64,  # of the gradients
     REDUCTION: tl.constexpr, SIDES: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     scale = _scale(row_mask, mask_stride, n, REDUCTION)
     side = tl.program_id(2)
+    up = scale * gain
     if pair_grad1 is not None:
         if side == 0:
             row_gradient(
-                first, first_row, first_column, first_width, row_mask, mask_stride, pair_grad1, None, None, scale,
+                first, first_row, first_column, first_width, row_mask, mask_stride, pair_grad1, None, None, up,
                 grad1, n, p, PARTS, ROWS, COLUMNS, TILE,
             )  # fmt: skip
     if pair_grad2 is not None:
         if side == 1:
             row_gradient(
-                other, other_row, other_column, other_width, row_mask, mask_stride, pair_grad2, None, None, -scale,
+                other, other_row, other_column, other_width, row_mask, mask_stride, pair_grad2, None, None, -up,
                 grad2, n, p, PARTS, ROWS, COLUMNS, TILE,
             )  # fmt: skip
     if partial is not None:
@@ -257,7 +260,7 @@ def _parts(n: int) -> int:
     return parts
 
 
-def _run(
+def run(
     student: Tensor,
     teacher: Tensor,
     row_mask: Tensor | None,
@@ -268,64 +271,73 @@ def _run(
     loss: Tensor | None,
     need_student: bool,
     need_teacher: bool,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Fills ``loss`` unless it is None, and returns the gradients."""
+    """Fills ``loss`` unless it is None, and returns the gradients times ``gain``."""
     swap = need_teacher and not need_student  # the loss is the same with its sides exchanged
     first, second = (teacher, student) if swap else (student, teacher)
-    n, sides = student.shape[0], need_student + need_teacher
-    p, parts = padded(n), _parts(n)
-    blocks = p // TILE
-    grads = [
-        x.new_empty(x.shape if side < sides else (0,), dtype=torch.float32) for side, x in enumerate((first, second))
-    ]
-    distance, r, _ = distances(first, second, row_mask, eps, want_sums=False)
-    pair_grads = [distance.new_empty(parts, p, p) if side < sides else None for side in range(2)]
-    per_vertex = loss is not None and reduction == "none"
-    count = _count(blocks, parts, per_vertex)
-    partial = None if loss is None else distance.new_empty(count * (p if per_vertex else 1))
-    _triplets_launch(n, delta, per_vertex)(distance, r, weight, *pair_grads, partial)
-    launch = _finish_launch(*of_sides(first, second, row_mask), reduction, sides, loss is not None)
-    launch(first, second, row_mask, *pair_grads, *grads, partial, loss)
+    sides, want_loss = need_student + need_teacher, loss is not None
+    at = of_sides(first, second, row_mask)
+    p, parts, count, launches = _plan(*at, delta, eps, reduction, sides, want_loss, gain)
+    grads = [x.new_empty(x.shape if side < sides else 0, dtype=torch.float32) for side, x in enumerate((first, second))]
+    distance, r = distances(first, p, eps)
+    make = distance.new_empty
+    pair_grads = make(parts, p, p) if sides else None, make(parts, p, p) if sides == 2 else None
+    partial = make(count * (p if reduction == "none" else 1)) if want_loss else None
+    launches[0](first, second, row_mask, distance, r, None)
+    launches[1](distance, r, weight, *pair_grads, partial)
+    launches[2](first, second, row_mask, *pair_grads, *grads, partial, loss)
     return (grads[1], grads[0]) if swap else (grads[0], grads[1])
 
 
-def _count(blocks: int, parts: int, per_vertex: bool) -> int:
-    """Of how many programs triplets_kernel leaves losses, for every vertex or in all."""
-    return blocks * parts * (1 if per_vertex else blocks)
-
-
 @kept
-def _triplets_launch(n: int, delta: float, per_vertex: bool) -> Launch:
-    p, parts = padded(n), _parts(n)
-    numbers = dict(n=n, p=p, limit=2.0 * delta, PER_VERTEX=per_vertex, TILE=TILE, CHUNK=CHUNK)
-    grid = p // TILE, p // TILE, parts
-    return Launch(triplets_kernel, grid, **numbers, num_warps=8, enable_fp_fusion=False)
-
-
-@kept
-def _finish_launch(
-    first: tuple, second: tuple, mask_stride: int, reduction: str, sides: int, want_loss: bool
-) -> Launch:
+def _plan(
+    first: tuple,
+    second: tuple,
+    mask_stride: int,
+    delta: float,
+    eps: float,
+    reduction: str,
+    sides: int,
+    want_loss: bool,
+    gain: float,
+) -> tuple[int, int, int, tuple[Launch, Launch, Launch]]:
+    """P, S, the programs that leave a loss (for a vertex or in all), and the launches."""
     n, p, parts = first[0], padded(first[0]), _parts(first[0])
+    blocks, per_vertex = p // TILE, want_loss and reduction == "none"
+    count = blocks * parts * (1 if per_vertex else blocks)
+    options = dict(num_warps=8, enable_fp_fusion=False)
+    triplets = Launch(
+        triplets_kernel,
+        (blocks, blocks, parts),
+        n=n,
+        p=p,
+        limit=2.0 * delta,
+        PER_VERTEX=per_vertex,
+        TILE=TILE,
+        CHUNK=CHUNK,
+        **options,
+    )
     widest = max(x[1] for x in (first, second)[: max(sides, 1)])
-    return Launch(
+    finish = Launch(
         finish_kernel,
         (triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1) if sides else 1, sides + want_loss),
         **side_numbers("first", first),
         **side_numbers("other", second),
         mask_stride=mask_stride,
-        count=_count(p // TILE, parts, want_loss and reduction == "none"),
+        count=count,
         n=n,
         p=p,
+        gain=gain,
         REDUCTION=reduction,
         SIDES=sides,
         PARTS=parts,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
         TILE=TILE,
-        num_warps=8,
-        enable_fp_fusion=False,
+        **options,
     )
+    return p, parts, count, (distances_launch(first, second, mask_stride, eps), triplets, finish)
 
 
 def angle_fwd(
@@ -343,7 +355,7 @@ def angle_fwd(
     needs = need_student_grad and not none, need_teacher_grad and not none
     if n == 0:
         return loss.zero_(), *_no_rows(student, teacher, needs)
-    return loss, *_run(student, teacher, row_mask, None, delta, eps, reduction, loss, *needs)
+    return loss, *run(student, teacher, row_mask, None, delta, eps, reduction, loss, *needs)
 
 
 def angle_bwd(
@@ -362,7 +374,7 @@ def angle_bwd(
     weight = grad_loss.to(torch.float32).contiguous()
     if row_mask is not None:  # what comes in for a row that takes no part may be anything
         weight = torch.where(row_mask, weight, 0.0)
-    return _run(student, teacher, row_mask, weight, delta, eps, "none", None, *needs)
+    return run(student, teacher, row_mask, weight, delta, eps, "none", None, *needs)
 
 
 def _no_rows(student: Tensor, teacher: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:

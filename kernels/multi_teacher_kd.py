@@ -26,7 +26,7 @@ loss of its row NaN, and nothing outside of the row is read or written. Weights 
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,6 +36,7 @@ from torch import Tensor
 from ._common import OPTIONS, aligned, alignment
 from ._kd_rows import (
     LONG_WARPS,
+    Settings,
     add,
     add_rows,
     count_numbers,
@@ -274,29 +275,14 @@ class Layout(NamedTuple):
 
 def _layout(student: Tensor, teachers: tuple[Tensor, ...], weights: Tensor | None, labels: Tensor | None) -> Layout:
     return Layout(
-        *student.shape,
+        student.shape[0],
+        student.shape[1],
         student.stride(0),
         tuple([t.stride(0) for t in teachers]),
         None if weights is None else weights.stride(),
         None if labels is None else labels.stride(0),
         max([t.element_size() for t in (student, *teachers)]),
     )
-
-
-class Settings(NamedTuple):
-    """As in the schemas."""
-
-    temperature: float
-    ce_weight: float
-    kl_weight: float
-    kl_scale: float
-    mode: str
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-
-    def is_mean(self) -> bool:
-        return self.reduction in ("mean", "batchmean")
 
 
 def _numbers(at: Layout, of: Settings, count_rows: bool) -> dict:
@@ -391,13 +377,21 @@ def multi_teacher_kd_fwd(
     if not none:
         sums = student.new_empty(3, n, dtype=torch.float32)
         rows = tuple(sums)
-    made = forward_rows(
+    probs, targets, stats, grad, slopes = forward_rows(
         student, teachers, weights, labels, settings, rows, need_student_grad, need_weights_grad, need_probs
     )
     if n and not none:
         classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
         add_rows(sums, values, float(ce_weight), float(kl_weight), classes)
-    return *values, *made
+    nothing = values[0].new_empty
+    return (
+        *values,
+        nothing(0) if probs is None else probs,
+        nothing(0) if targets is None else targets,
+        stats,
+        nothing(0) if grad is None else grad,
+        nothing(0) if slopes is None else slopes,
+    )
 
 
 def forward_rows(
@@ -410,18 +404,15 @@ def forward_rows(
     need_student_grad: bool,
     need_weights_grad: bool,
     need_probs: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, Any, Tensor, Any, Any]:
     """Fills rows, [N] each: CE, KL, and the loss ("none") or whether the row counts. Returns student_probs, soft_targets, stats,
-    grad_student, grad_weights."""
+    grad_student, grad_weights, or None for what is not needed."""
     (n, c), count = student.shape, len(teachers)
     stats = student.new_empty(n, 3 + 2 * count, dtype=torch.float32)
-
-    def make(wanted: bool, *shape: int) -> Tensor:  # from stats: to name a dtype takes as long as all the rest
-        return stats.new_empty(shape if wanted else 0)
-
-    probs, targets = make(need_probs, n, c), make(need_probs, n, c)
-    grad = student.new_empty(n, c) if need_student_grad else make(False)
-    slopes = make(need_weights_grad, n, count)
+    make = stats.new_empty  # to name a dtype takes as long as all the rest
+    probs, targets = (make(n, c), make(n, c)) if need_probs else (None, None)
+    grad = student.new_empty(n, c) if need_student_grad else None
+    slopes = make(n, count) if need_weights_grad else None
     if n:
         student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
         count_rows = (need_student_grad or need_weights_grad) and settings.is_mean() and labels is not None
@@ -431,13 +422,13 @@ def forward_rows(
             dense_teachers,
             weights,
             labels,
-            counts_of(labels, settings.ignore_index) if count_rows else None,
+            counts_of(labels, settings.ignore_index) if count_rows and labels is not None else None,
             stats,
             *rows,
-            probs if need_probs else None,
-            targets if need_probs else None,
-            grad if need_student_grad else None,
-            slopes if need_weights_grad else None,
+            probs,
+            targets,
+            grad,
+            slopes,
         )
     return probs, targets, stats, grad, slopes
 
@@ -468,7 +459,7 @@ def multi_teacher_kd_bwd(
     back_q = dense(grad_probs) if grad_probs is not None and need_student_grad else None
     back_p = dense(grad_targets) if grad_targets is not None and need_weights_grad else None
     settings = Settings(temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing)
-    _backward(
+    backward(
         grad, slopes, grad_loss, back_q, back_p, student, teachers, weights, labels, stats, settings, rescale=False
     )
     return grad, slopes
@@ -494,13 +485,13 @@ def multi_teacher_kd_rescale_(
 ) -> None:
     """The gradients that forward has made for an incoming gradient of 1, for this one."""
     settings = Settings(temperature, ce_weight, kl_weight, kl_scale, kl_of, reduction, ignore_index, label_smoothing)
-    _backward(
+    backward(
         grad_student, grad_weights, grad_loss, None, None, student, teachers, weights, labels, stats, settings,
         rescale=True,
     )  # fmt: skip
 
 
-def _backward(
+def backward(
     grad: Tensor,
     slopes: Tensor,
     grad_loss: Tensor,
@@ -535,7 +526,7 @@ def _backward(
         dense_teachers,
         weights,
         labels,
-        counts_of(labels, settings.ignore_index) if settings.is_mean() and labels is not None else None,
+        None if labels is None or not settings.is_mean() else counts_of(labels, settings.ignore_index),
         stats,
         grad if need_student else None,
         slopes if need_weights else None,

@@ -179,13 +179,19 @@ def _features_kernel(
 
 @triton.jit
 def _parameters_kernel(
-    slopes_ptr, theta_ptr, v_ptr, pooled_ptr, grad_theta_ptr, grad_v_ptr, examples, channels, teachers,
-    theta_down, theta_along, v_along, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    slopes_ptr, theta_ptr, v_ptr, pooled_ptr, upstream_ptr, grad_theta_ptr, grad_v_ptr, examples, channels, teachers,
+    theta_down, theta_along, v_along,
+    decay,  # with upstream_ptr: what comes back to the sum of decay / 2 theta^2 and decay / 2 v^2
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     v = tl.load(v_ptr + c * v_along, mask=inside, other=0.0)
     grad_v = tl.zeros([BLOCK_C], tl.float64)
+    pull = tl.full([1], 0.0, tl.float64)
+    if upstream_ptr is not None:
+        pull += decay * tl.load(upstream_ptr).to(tl.float64)
+        grad_v += pull * v
     for t in range(teachers):
         total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in range(0, examples, BLOCK_N):
@@ -196,7 +202,10 @@ def _parameters_kernel(
             total += slope[:, None] * pooled
         grad = tl.sum(total.to(tl.float64), axis=0)
         theta = tl.load(theta_ptr + t * theta_down + c * theta_along, mask=inside, other=0.0)
-        tl.store(grad_theta_ptr + t * channels + c, (grad * v).to(tl.float32), mask=inside)
+        to_theta = grad * v
+        if upstream_ptr is not None:
+            to_theta += pull * theta
+        tl.store(grad_theta_ptr + t * channels + c, to_theta.to(tl.float32), mask=inside)
         grad_v += grad * theta
     tl.store(grad_v_ptr + c, grad_v.to(tl.float32), mask=inside)
 
@@ -282,8 +291,8 @@ def _features_launch(
 
 
 @kept
-def _parameters_launch(examples: int, channels: int, teachers: int, theta: tuple, v: tuple) -> Launch:
-    sizes = dict(examples=examples, channels=channels, teachers=teachers, BLOCK_N=128, BLOCK_C=16)
+def _parameters_launch(examples: int, channels: int, teachers: int, theta: tuple, v: tuple, decay: float) -> Launch:
+    sizes = dict(examples=examples, channels=channels, teachers=teachers, decay=decay, BLOCK_N=128, BLOCK_C=16)
     return Launch(_parameters_kernel, (triton.cdiv(channels, 16),), **sizes, **_factor_strides(theta, v), **OPTIONS)
 
 
@@ -309,7 +318,10 @@ def teacher_weights_bwd(
     max_pool: bool,
     need_features: bool,
     need_parameters: bool,
+    upstream: Tensor | None = None,
+    decay: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to features, theta and v; to the latter also upstream (a scalar) times decay times themselves."""
     n, d, teachers = features.shape[0], features.shape[1], theta.shape[0]
     grad_features = torch.empty_like(features) if need_features else features.new_empty(0)
     slopes = pooled.new_empty((n, teachers) if need_parameters else 0)
@@ -324,5 +336,6 @@ def teacher_weights_bwd(
     if not need_parameters:
         return grad_features, theta.new_empty(0), v.new_empty(0)
     grad_theta, grad_v = theta.new_empty(theta.shape), v.new_empty(v.shape)
-    _parameters_launch(n, d, teachers, theta.stride(), v.stride())(slopes, theta, v, pooled, grad_theta, grad_v)
+    launch = _parameters_launch(n, d, teachers, theta.stride(), v.stride(), decay)
+    launch(slopes, theta, v, pooled, upstream if decay else None, grad_theta, grad_v)
     return grad_features, grad_theta, grad_v
