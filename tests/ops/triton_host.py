@@ -1,4 +1,4 @@
-"""Host time of the Triton backend without a GPU: ``python -m benchmarks.triton_host [SECONDS]``.
+"""Host time of the Triton backend without a GPU: ``python tests/ops/triton_host.py [SECONDS] [-v]``.
 
 A driver that launches nothing stands in for CUDA's, and tensors of the CPU for a GPU's. Kernels are compiled as ever, for
 compute capability 9.0, and never run: what they would write is not there. What is left is what Python, torch and Triton do for
@@ -29,12 +29,13 @@ from amtml_fast.testing import CASES
 class Driver:
     """Answers what the launch path asks, and counts launches."""
 
-    def __init__(self) -> None:
+    def __init__(self, capability: int = 90):
+        self.target = GPUTarget("cuda", capability, 32)
         self.launches: Counter[str] = Counter()
         self.utils = self
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -46,7 +47,7 @@ class Driver:
         return 0
 
     def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return 9, 0
+        return divmod(self.target.arch, 10)
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 << 10}
