@@ -318,8 +318,22 @@ def teacher_weights_bwd(
     max_pool: bool,
     need_features: bool,
     need_parameters: bool,
-    upstream: Tensor | None = None,
-    decay: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(grad, features, theta, v, pooled, index, max_pool, need_features, need_parameters, None, 0.0)
+
+
+def backward(
+    grad: Tensor,
+    features: Tensor,
+    theta: Tensor,
+    v: Tensor,
+    pooled: Tensor,
+    index: Tensor,
+    max_pool: bool,
+    need_features: bool,
+    need_parameters: bool,
+    upstream: Tensor | None,
+    decay: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to features, theta and v; to the latter also upstream (a scalar) times decay times themselves."""
     n, d, teachers = features.shape[0], features.shape[1], theta.shape[0]

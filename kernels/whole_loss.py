@@ -20,7 +20,8 @@ from . import multi_teacher_kd as kd
 from ._common import OPTIONS
 from ._kd_rows import SPAN, few_rows, weighted
 from ._launch import Launch, kept
-from .teacher_weights import teacher_weights_bwd, teacher_weights_fwd
+from .teacher_weights import backward as weights_backward
+from .teacher_weights import teacher_weights_fwd
 
 
 @triton.jit
@@ -221,9 +222,9 @@ def whole_loss_bwd(
         return grad_student, slopes.to(weights.dtype), *nothing[1:]
     if not need_weights:
         return grad_student, *nothing
-    grad_features, grad_theta, grad_v = teacher_weights_bwd(
+    grad_features, grad_theta, grad_v = weights_backward(
         slopes, features, _float(theta), _float(v), pooled, index, max_pool, need_features, need_parameters,
-        upstream=grad, decay=2 * regularizer_weight,
+        grad, 2 * regularizer_weight,
     )  # fmt: skip
     if need_parameters:
         grad_theta, grad_v = grad_theta.to(theta.dtype), grad_v.to(v.dtype)
