@@ -165,11 +165,12 @@ def _why_not_dtypes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str 
     return None
 
 
-def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a compiled backend runs ``op`` on these tensors; the chosen one may lack a kernel for it."""
+def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """The compiled backend that runs ``op`` on these tensors, or None; the chosen one may lack a kernel for it."""
     if _active != "auto" and op not in KERNELS.get(_active, ()):
-        return False
-    return choose(op, first, *others) != "reference"
+        return None
+    name = choose(op, first, *others)
+    return None if name == "reference" else name
 
 
 def order(op: str, first: torch.Tensor) -> tuple[str, ...]:
