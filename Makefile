@@ -3,8 +3,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 export AMTML_BUILD_EXT = 1
+# Written whatever the shell says: the tests start dozens of processes, and without bytecode each of them compiles torch's
+# sources again, 5 of the 9 seconds that it takes to import torch and its compiler.
+export PYTHONDONTWRITEBYTECODE =
 # One thread a worker: tests that are about threads set their number themselves.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2)
+# Neighboring tests share what their file's fixtures have trained, so each worker has a part of the list and takes from the
+# other's when it is through.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal
 OPERATORS := tests/ops
 QUICK := ops readme data models methods report imports
 

@@ -73,7 +73,7 @@ def test_what_the_configuration_says_too_may_be_said(
 
 def test_accelerates_launcher_works_and_its_options_are_heard(place: Place) -> None:
     run = place.train(*ONE, "name=alone", method="student")
-    command = place.command("distill", *ONE, "--method=student")[1:]
+    command = ["-m", "amtml_fast", *place.words("distill", *ONE, "--method=student")]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
 
     def launch(*options: str) -> subprocess.CompletedProcess[str]:
