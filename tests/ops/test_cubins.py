@@ -27,7 +27,9 @@ REGISTERS = 1 << 16  # of a multiprocessor
 SPILLED = 0 if not backend.HAS_TRITON or tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 16
 COMPILE = Path(__file__).parent / "compile_triton.py"
 LIBRARY = Path(importlib.util.find_spec("amtml_fast._C").origin) if backend.HAS_CUDA else None
-ALL = os.environ.get("AMTML_CUBINS") == "all"  # the operators' tests for every capability; else a third for each
+ALL = (
+    os.environ.get("AMTML_CUBINS") == "all"
+)  # every call of the operators' tests for every capability; else a ninth for each
 
 
 def _tool(name: str) -> str:
