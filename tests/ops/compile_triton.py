@@ -1,8 +1,8 @@
 """Compiles what the Triton launchers would launch, without a GPU: ``python compile_triton.py CAPABILITY FOLDER [PART]``.
 
 A driver that only knows the target stands in for CUDA's, launches stop after compilation, and the launchers are called with
-tensors of the CPU: of every size, variant and dtype of the operators' tests (PART 0, 1 or 2: a third of them), and of sizes as
-people use them. Triton compiles once what differs in nothing that the code depends on. One cubin each, named after its kernel,
+tensors of the CPU: of every size, variant and dtype of the operators' tests (PART 0, 1 or 2: some of them, see below), and of
+sizes as people use them. Triton compiles once what differs in nothing that the code depends on. One cubin each, named after its kernel,
 and a JSON file with its warps, its shared memory and whether it is one of the large sizes'.
 """
 
@@ -60,9 +60,10 @@ def test_calls() -> Iterator[tuple[Any, tuple, dict]]:
     yield from whole_losses(9, 6, 3)
 
 
-def thirds(calls: Iterator, part: int) -> Iterator:
-    """Every third, and of the three dtypes of a size and variant one."""
-    return (call for i, call in enumerate(calls) if (i + i // 3) % 3 == part)
+def some(calls: Iterator, part: int) -> Iterator:
+    """Every size and variant once in the three parts, in one of its three dtypes: the first one's of the first, the second one's
+    of the second, and so on."""
+    return (call for i, call in enumerate(calls) if i % 3 == i // 3 % 3 and i // 9 % 3 == part)
 
 
 def main(capability: int, folder: Path, part: int | None = None) -> int:
@@ -86,7 +87,7 @@ def main(capability: int, folder: Path, part: int | None = None) -> int:
 
     JITFunction.run = only_compile  # type: ignore[method-assign]
     large: set[str] = set()
-    for calls in (large_calls(), test_calls() if part is None else thirds(test_calls(), part)):
+    for calls in (large_calls(), test_calls() if part is None else some(test_calls(), part)):
         for function, args, options in calls:
             with af.use_backend("triton"):
                 value_and_grads(function, args, **options)

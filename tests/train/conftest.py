@@ -3,6 +3,7 @@
 import atexit
 import gc
 import importlib
+import multiprocessing
 
 import pytest
 
@@ -16,6 +17,14 @@ def nothing_imported_is_garbage():
         importlib.import_module("torch._dynamo")  # as the first optimizer's step does
         gc.collect()
         gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """What a test that has failed left at work."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture(scope="session")

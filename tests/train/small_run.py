@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +70,26 @@ class Place:
     def load(self, *overrides: str) -> Config:
         return checked(reading.load(self.yaml, [f"out={self.folder}", *overrides]))
 
-    def command(self, *words: str) -> list[str]:
-        """`words` of the command line, then this place's configuration and output folder."""
-        command, *rest = words
-        return [sys.executable, "-m", "amtml_fast", command, str(self.yaml), f"out={self.folder}", *rest]
+    def words(self, command: str, *rest: str) -> list[str]:
+        """A command line for this place's configuration and output folder."""
+        return [command, str(self.yaml), f"out={self.folder}", *rest]
+
+    def start(self, command: str, *rest: str, processes: int = 1, first: Callable[[], None] | None = None) -> Running:
+        return Running(self.folder, self.words(command, *rest), processes=processes, first=first)
+
+    def launch(self, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+        """The same by the launchers that people use: python -m, and torchrun for several processes."""
+        several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        return subprocess.Popen(
+            [sys.executable, "-m", *(several if processes > 1 else []), "amtml_fast", *self.words(*words)],
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # ignored where the tests run in the background
+        )
 
     def train(self, *overrides: str, method: str = "amtml_kd", seed: int = 0, resume: bool = False) -> Run:
         settings = self.load(*overrides)
@@ -93,14 +110,9 @@ def metrics(run: Run) -> list[dict[str, object]]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "step_seconds")} for row in run.read_metrics()]
 
 
-def launched(command: list[str]) -> list[str]:
-    """The same command in two processes."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command[1:]]
-
-
 class Done(NamedTuple):
     returncode: int
-    said: str
+    said: str  # stdout and stderr of all processes
 
 
 FORKS: Any = multiprocessing.get_context("forkserver")
@@ -109,54 +121,85 @@ FORKS.set_forkserver_preload(
 )
 
 
-def in_two(place: Place, *words: str) -> Done:
-    """As `launched(place.command(*words))`, run to its end, but forked from a process that has imported it all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    files = [place.folder / f"said-{rank}" for rank in range(2)]
-    argv = place.command(*words)[3:]
-    team = [
-        FORKS.Process(target=_one_of_two, args=(rank, port, argv, place.folder, file))
-        for rank, file in enumerate(files)
-    ]
-    for process in team:
-        process.start()
-    for process in team:
-        process.join(300)
-        process.kill()
-    return Done(max(abs(process.exitcode) for process in team), "".join(file.read_text() for file in files))
+class Running:
+    """A command line under way, as a launcher starts it in one process or several, but forked from a process that has
+    imported it all: imports are most of what a short training costs. `first` is called before the command."""
+
+    def __init__(
+        self, folder: Path, words: Sequence[str], *, processes: int = 1, first: Callable[[], None] | None = None
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        team = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        self.files = [folder / f"said-{port}-{rank}" for rank in range(processes)]
+        self.team = []
+        for rank, file in enumerate(self.files):
+            place = {"RANK": rank, "LOCAL_RANK": rank, **team} if processes > 1 else {}
+            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            self.team.append(FORKS.Process(target=_command, args=(environment, folder, file, list(words), first)))
+            self.team[-1].start()
+        self.pid: int = self.team[0].pid
+
+    def at_work(self) -> bool:
+        """Whether none of its processes has ended."""
+        return all(process.is_alive() for process in self.team)
+
+    def send(self, number: int) -> None:
+        """A signal to every process that is still there, as a launcher passes it on."""
+        for process in self.team:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def end(self, seconds: float = 120) -> Done:
+        """Waits for the end of all processes."""
+        last = time.monotonic() + seconds
+        for process in self.team:
+            process.join(max(0, last - time.monotonic()))
+        assert not any(process.is_alive() for process in self.team), f"no end: {self.said()}"
+        return Done(max((process.exitcode for process in self.team), key=abs), self.said())
+
+    def said(self) -> str:
+        return "".join(file.read_text() for file in self.files if file.exists())
 
 
-def _one_of_two(rank: int, port: int, argv: list[str], folder: Path, said: Path) -> None:
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+def _command(
+    environment: dict[str, str], folder: Path, said: Path, words: list[str], first: Callable[[], None] | None
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(folder)
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in Place.launch
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.argv = ["amtml-fast", *argv]
-    cli.main(argv)
+    sys.argv = ["amtml-fast", *words]
+    if first is not None:
+        first()
+    cli.main(words)
 
 
-def start_and_wait(place: Place, command: list[str], epochs: int) -> subprocess.Popen[str]:
-    """Starts a run and returns once `epochs` epochs are in its metrics."""
-    process = subprocess.Popen(
-        command,
-        cwd=place.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # ignored where the tests run in the background
-    )
-    run, end = Run(place.folder / "small" / "amtml_kd-seed0"), time.monotonic() + 120
-    while len(run.read_metrics()) < epochs:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "the run makes no progress"
+def in_two(place: Place, *words: str) -> Done:
+    """The command in two processes, run to its end."""
+    return place.start(*words, processes=2).end()
+
+
+def wait_for(condition: Callable[[], object], process: Running | subprocess.Popen[str], what: str) -> None:
+    last = time.monotonic() + 120
+    while not condition():
+        if isinstance(process, Running):
+            assert process.at_work(), process.said()
+        else:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < last, f"waited in vain for {what}"
         time.sleep(0.005)
-    return process
+
+
+def wait_for_epochs(place: Place, process: Running | subprocess.Popen[str], epochs: int) -> None:
+    """Until so many epochs are in the metrics of its run."""
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    wait_for(lambda: len(run.read_metrics()) >= epochs, process, "epochs")
 
 
 def teach(folder: Path) -> Path:

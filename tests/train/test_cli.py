@@ -220,16 +220,17 @@ def test_odd_names_and_modules_beside_the_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own(tmp_path)
-    done = script(tmp_path, "compare", "own.yaml")
-    assert done.returncode == 0, done.stderr  # workers, too, find the module `own`
-    assert "a$b$[/x]: 1 epochs" in done.stdout and "$[/x] | <b>" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])  # a script has no working directory there
+    status, out, err = call(capsys, "compare", "own.yaml")
+    assert status == 0, err  # workers, too, find the module `own`
+    assert "a$b$[/x]: 1 epochs" in out and "$[/x] | <b>" in out
     folder = tmp_path / "runs" / "a$b$[/x]"
     assert {path.name for path in (folder / "figures").iterdir()} == {
         "curves.png", "accuracies.png", "entropy.png", "soft_targets.png", "weights_gallery.png"}  # fmt: skip
     assert "\\$[/x] \\| \\<b>" in (folder / "results.md").read_text()
     assert script(tmp_path, "methods", "own.yaml", PYTHONSAFEPATH="1").returncode == 0
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
     status, _, err = call(capsys, "report", str(folder))
     assert status == 0, err
     html = (folder / "report.html").read_text()
@@ -370,20 +371,6 @@ def test_what_cannot_be_trained_is_one_line_before_anything_is(
 def test_numbers_of_options_are_read_as_those_of_keys(capsys: pytest.CaptureFixture[str], option: str) -> None:
     status, _, err = call(capsys, "distill", "digits", option)
     assert status == 2 and " must be " in err and "got" in err
-
-
-def test_one_process_in_place_of_several_is_said(tmp_path: Path) -> None:
-    def launched(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", *words, "-m", "amtml_fast"]
-        return subprocess.run(
-            [*launch, "teach", "digits", *SHORT, f"out={tmp_path}", "teachers=[]"],
-            capture_output=True, text=True, timeout=300, cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **environment},
-        )  # fmt: skip
-
-    notice = "accelerate launch was asked for several processes and started one"
-    assert notice in launched("--cpu", "--num_processes", "2").stdout
-    assert notice not in launched("--cpu", "--num_processes", "1").stdout
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -19,6 +19,7 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import psutil
 import torch
+from small_run import QUIET, Running, wait_for
 
 from amtml_fast.train.compare import results, workers
 from amtml_fast.train.compare.plan import checked, plan
@@ -40,8 +41,6 @@ from amtml_fast.train.teachers import frozen
 from amtml_fast.train.teachers.fill import use_cache
 from amtml_fast.train.teachers.frozen import Teachers
 
-ROOT = Path(__file__).resolve().parents[2]
-QUIET = Display(quiet=True)
 YAML = """
 name: small
 data: {name: digits, val_fraction: 0.15}
@@ -269,36 +268,24 @@ def test_an_adapter_at_rate_zero_stays_while_the_student_learns(compared: Compar
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+def start(folder: Path, *overrides: str) -> Running:
     load(folder)
-    return subprocess.Popen(
-        [sys.executable, "-m", "amtml_fast", "compare", str(folder / "small.yaml"), f"out={folder}", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    return Running(folder, ["compare", str(folder / "small.yaml"), f"out={folder}", *overrides])
 
 
-def until(condition, process: subprocess.Popen[str], what: str) -> None:
-    end = time.monotonic() + 180
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.01)
+def students(folder: Path) -> list[Path]:
+    """Those in training, or trained."""
+    return list(folder.glob("small/*-seed0/metrics.jsonl"))
 
 
 def test_a_stopped_comparison_side_by_side_ends_like_one_run_after_another(compared: Compared, tmp_path: Path) -> None:
     process = start(tmp_path, "compare.workers=2")
-    until(lambda: len(list(tmp_path.glob("small/*-seed0/metrics.jsonl"))) >= 2, process, "students in training")
+    wait_for(lambda: len(students(tmp_path)) >= 2, process, "students in training")
     team = workers_of(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "of 20 students are finished" in err and "To go on: amtml-fast compare" in err
+    status, said = process.end()
+    assert status == 130, said
+    assert "of 20 students are finished" in said and "To go on: amtml-fast compare" in said
     assert len(team) == 2 and not [pid for pid in team if psutil.pid_exists(pid)]
     other = compare(load(tmp_path, "compare.workers=2"), QUIET)
     assert weights(tmp_path) == compared.weights and len(compared.weights) > 20
@@ -309,28 +296,33 @@ def test_a_stopped_comparison_side_by_side_ends_like_one_run_after_another(compa
 
 def test_a_second_comparison_in_one_folder_is_refused(tmp_path: Path) -> None:
     process = start(tmp_path, "distill.epochs=500")
-    until(lambda: list(tmp_path.glob("small/*-seed0/metrics.jsonl")), process, "a student in training")
-    other = start(tmp_path, "distill.epochs=500")
-    _, err = other.communicate(timeout=120)
-    assert other.returncode == 1 and f"error: {tmp_path / 'small'}: process {process.pid} on " in err, err
-    assert process.poll() is None
-    process.kill()
-    process.communicate()
+    wait_for(lambda: students(tmp_path), process, "a student in training")
+    status, said = start(tmp_path, "distill.epochs=500").end()
+    assert status == 1 and f"error: {tmp_path / 'small'}: process {process.pid} on " in said, said
+    assert process.at_work()
+    process.send(signal.SIGKILL)
+    process.end()
     with pytest.raises(RunError, match=r"train\.epochs: 500 there, 1 here"):  # not the lock
         compare(load(tmp_path, "distill.epochs=1"), QUIET)
     assert not (tmp_path / "small" / ".lock").exists()
 
 
 def test_a_worker_that_dies_is_named_and_the_others_stop(tmp_path: Path) -> None:
-    process = start(tmp_path, "compare.workers=2", "distill.epochs=30")
-    until(lambda: len(list(tmp_path.glob("small/*-seed0/metrics.jsonl"))) >= 2, process, "students in training")
-    team = workers_of(process.pid)
-    assert len(team) == 2
-    os.kill(team[-1], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert "its process ended with exit code -9" in err and "goes on from there" in err
-    assert not [pid for pid in team if psutil.pid_exists(pid)]
+    settings = load(tmp_path, "compare.workers=2", "distill.epochs=30")
+    team: list[Any] = []
+
+    def kill_one() -> None:
+        while len(students(tmp_path)) < 2:
+            time.sleep(0.005)
+        team.extend(multiprocessing.active_children())
+        team[-1].kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(RunError, match=r"its process ended with exit code -9.*goes on from there"):
+        compare(settings, QUIET)
+    killer.join()
+    assert len(team) == 2 and not any(worker.is_alive() for worker in team)
 
 
 def workers_of(pid: int) -> list[int]:

@@ -71,20 +71,24 @@ def test_what_the_configuration_says_too_may_be_said(
     environment.check(place.load(override).engine)
 
 
-def test_accelerates_launcher_works_and_its_options_are_heard(place: Place) -> None:
+def test_accelerates_launcher_works_and_its_options_are_heard(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     run = place.train(*ONE, "name=alone", method="student")
-    command = place.command("distill", *ONE, "--method=student")[1:]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1"]
+    command = ["-m", "amtml_fast", *place.words("distill", *ONE, "--method=student")]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines=1"]
 
     def launch(*options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*launcher, *options, *command], cwd=place.folder, capture_output=True, text=True, timeout=300
         )
 
-    refused = launch("--mixed_precision=bf16", "--dynamo_backend=no")
+    notice = "accelerate launch was asked for several processes and started one"
+    refused = launch("--mixed_precision=bf16", "--dynamo_backend=no", "--num_processes=2")
+    assert notice in refused.stdout
     assert refused.returncode and "engine.mixed_precision must be set, not" in refused.stderr, refused.stderr
-    done = launch("--mixed_precision=no", "--dynamo_backend=no")
+    done = launch("--mixed_precision=no", "--dynamo_backend=no", "--num_processes=1")
     assert done.returncode == 0, done.stderr
+    assert notice not in done.stdout
     launched = Run(place.folder / "small" / "student-seed0")
     assert metrics(launched) == metrics(run)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import multiprocessing
 import os
 import random
 import re
 import signal
 import socket
-import subprocess
 import time
 import traceback
 from multiprocessing.sharedctypes import Synchronized
@@ -27,7 +27,7 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import psutil
 import torch
-from small_run import Place, interrupt_after, launched, metrics, own_weights, start_and_wait, tensors
+from small_run import FORKS, Place, in_two, interrupt_after, metrics, own_weights, tensors, wait_for_epochs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from amtml_fast import checks, cli
@@ -41,7 +41,7 @@ from amtml_fast.train.run.job import student_job
 from amtml_fast.train.run.prepare import load_data
 from amtml_fast.train.run.stop import Interrupted
 
-SOAK = int(os.environ.get("AMTML_SOAK", "2"))
+SOAK = int(os.environ.get("AMTML_SOAK", "1"))
 STEPS = 9  # an epoch
 INTERVAL = 4  # steps between checkpoints
 
@@ -81,13 +81,11 @@ def saved_steps(run: Run, steps_per_epoch: int) -> int:
 
 
 def test_killed_at_random_moments_it_loses_an_interval_at_most_and_ends_the_same(place: Place) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_faults", "torch._dynamo"])  # the second as every optimizer does
     settings = ["distill.epochs=6", f"engine.checkpoint_steps={INTERVAL}", *own_weights(place)]
 
     def start(name: str) -> tuple[multiprocessing.process.BaseProcess, Synchronized]:
-        steps = context.Value("q", -1)
-        process = context.Process(target=_train_and_count, args=(place.folder, [*settings, f"name={name}"], steps))
+        steps = FORKS.Value("q", -1)
+        process = FORKS.Process(target=_train_and_count, args=(place.folder, [*settings, f"name={name}"], steps))
         process.start()
         return process, steps
 
@@ -183,10 +181,11 @@ def test_a_stop_that_does_not_wait_names_only_what_was_saved(place: Place, monke
 
 
 def test_sigterm_ends_the_command_with_what_it_had(place: Place) -> None:
-    process = start_and_wait(place, place.command("distill", "distill.epochs=500"), 1)
-    process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "are safe in" in said and "Traceback" not in said
+    process = place.start("distill", "distill.epochs=500")
+    wait_for_epochs(place, process, 1)
+    process.send(signal.SIGTERM)
+    status, said = process.end()
+    assert status == 130 and "are safe in" in said and "Traceback" not in said
     state = Run(place.folder / "small" / "amtml_kd-seed0").load_checkpoint()
     told = re.search(r"(\d+) of 500 epochs(?: and (\d+) steps)?", said)
     assert state is not None and told is not None
@@ -199,37 +198,37 @@ def test_sigterm_ends_the_command_with_what_it_had(place: Place) -> None:
 def test_a_second_process_is_refused_until_the_first_one_is_gone(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process = start_and_wait(place, place.command("distill", "distill.epochs=5000"), 2)
-    process.send_signal(signal.SIGSTOP)  # it need not work on to be there
+    process = place.start("distill", "distill.epochs=5000")
+    wait_for_epochs(place, process, 2)
+    process.send(signal.SIGSTOP)  # it need not work on to be there
     run = Run(place.folder / "small" / "amtml_kd-seed0")
     epochs = len(run.read_metrics())
     for option in ([], ["--resume"], ["--fresh"]):
         with pytest.raises(SystemExit) as status:
-            cli.main(place.command("distill", "distill.epochs=5000", *option)[3:])
+            cli.main(place.words("distill", "distill.epochs=5000", *option))
         said = capsys.readouterr().err
         assert status.value.code == 1
         assert f"error: {run.folder}: process {process.pid} on {socket.gethostname()} is at work there." in said
     assert run.exists() and len(run.read_metrics()) == epochs
     assert place.train("distill.epochs=1", method="student").finished()  # another run of the same configuration
-    process.kill()
-    process.communicate()
+    process.send(signal.SIGKILL)
+    process.end()
     assert (run.folder / lock.LOCK_FILE).is_file()  # no more than a file
     rows = run.read_metrics()
     assert [row["epoch"] for row in rows] == [*range(1, len(rows) + 1)] and len(rows) >= epochs  # by one process
-    done = subprocess.run(
-        place.command("distill", "distill.epochs=1", "--fresh"), cwd=place.folder, capture_output=True, timeout=120
-    )
+    done = place.start("distill", "distill.epochs=1", "--fresh").end()
     assert done.returncode == 0 and run.finished() and not (run.folder / lock.LOCK_FILE).exists()
 
 
 def test_several_processes_are_one_to_the_lock_and_are_all_refused(place: Place) -> None:
-    command = launched(place.command("distill", "distill.epochs=5000"))
-    process = start_and_wait(place, command, 2)
-    done = subprocess.run([*command, "--resume"], cwd=place.folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and done.stderr.count("is at work there") == 2 and "has gone" not in done.stderr
+    process = place.launch("distill", "distill.epochs=5000", processes=2)
+    wait_for_epochs(place, process, 2)
+    done = in_two(place, "distill", "distill.epochs=5000", "--resume")
+    assert done.returncode != 0 and done.said.count("is at work there") == 2 and "has gone" not in done.said
     assert process.poll() is None
-    process.terminate()
-    process.communicate(timeout=60)
+    process.terminate()  # torchrun, which passes it on
+    _, said = process.communicate(timeout=60)
+    assert "are safe in" in said, said
     assert not (place.folder / "small" / "amtml_kd-seed0" / lock.LOCK_FILE).exists()
 
 
@@ -283,13 +282,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(place: Place, monkey
     run = Run(place.folder / "small" / "amtml_kd-seed0")
     before = run.checkpoint.read_bytes()
     # No file may grow beyond half a checkpoint: the system refuses to write the rest, as on a full disk.
-    done = subprocess.run(
-        [*place.command("distill", *settings), "--resume"], cwd=place.folder, capture_output=True, text=True, timeout=120,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)),
-    )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"error: {run.checkpoint}: File too large: " in done.stderr and "is whole" in done.stderr, done.stderr
+    limit = (len(before) // 2, len(before) // 2)
+    full = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, limit)
+    done = place.start("distill", *settings, "--resume", first=full).end()
+    assert done.returncode == 1 and "Traceback" not in done.said
+    assert f"error: {run.checkpoint}: File too large: " in done.said and "is whole" in done.said, done.said
     assert run.checkpoint.read_bytes() == before
     assert not [path for path in run.folder.iterdir() if path.name.startswith(".")]
     assert_equal(place.train(*settings, resume=True), unbroken)
@@ -299,7 +296,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(place: Place, monkey
 
 
 def test_one_dead_process_stops_the_others_with_a_message(place: Place) -> None:
-    process = start_and_wait(place, launched(place.command("distill", "distill.epochs=5000")), 2)
+    process = place.launch("distill", "distill.epochs=5000", processes=2)
+    wait_for_epochs(place, process, 2)
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2
     workers[1].kill()

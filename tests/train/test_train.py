@@ -8,8 +8,6 @@ import json
 import os
 import pickle
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,14 +25,14 @@ from small_run import (
     ROOT,
     YAML,
     Place,
+    Running,
     assert_near,
     in_two,
     interrupt_after,
-    launched,
     metrics,
     own_weights,
-    start_and_wait,
     tensors,
+    wait_for_epochs,
 )
 from torch import nn
 
@@ -65,9 +63,10 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(place: Place) -> None:
     # Long enough that the kill falls into the middle; onecycle, so that a wrong step count changes every rate after it.
     epochs = "distill.epochs=15"
     unbroken = place.train(epochs, "name=unbroken", *own_weights(place))
-    process = start_and_wait(place, place.command("distill", epochs, *own_weights(place)), 3)
-    process.kill()
-    process.communicate()
+    process = place.start("distill", epochs, *own_weights(place))
+    wait_for_epochs(place, process, 3)
+    process.send(signal.SIGKILL)
+    process.end()
     killed = Run(place.folder / "small" / "amtml_kd-seed0")
     assert not killed.finished() and 3 <= len(killed.read_metrics()) < 15
     for name in (".checkpoint.pt.ab12_xyz", ".student.safetensors.00000000", ".notes"):  # unfinished; a user's
@@ -82,19 +81,18 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(place: Place) -> None:
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how(place: Place) -> None:
-    process = start_and_wait(place, place.command("distill", "distill.epochs=15"), 2)
+    process = place.launch("distill", "distill.epochs=15")
+    wait_for_epochs(place, process, 2)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "of 15 epochs are safe" in said and "Traceback" not in said
     advice = said.split("To go on: amtml-fast ")[1].split()
     assert advice[0] == "distill" and "--resume" in advice and "distill.epochs=15" in advice
-    again = subprocess.run(
-        [sys.executable, "-m", "amtml_fast", *advice], cwd=place.folder, capture_output=True, text=True, timeout=120
-    )
-    assert again.returncode == 0, again.stderr
+    again = Running(place.folder, advice).end()
+    assert again.returncode == 0, again.said
     run = Run(place.folder / "small" / "amtml_kd-seed0")
-    assert "continuing after epoch" in again.stdout
+    assert "continuing after epoch" in again.said
     assert run.finished() and [row["epoch"] for row in metrics(run)] == list(range(1, 16))
 
 
@@ -260,60 +258,48 @@ def test_a_run_of_two_processes_goes_on_in_one_and_the_other_way_round(place: Pl
     unbroken = place.train(*settings, "name=unbroken")
     run = Run(place.folder / "small" / "amtml_kd-seed0")
 
-    def stop(command: list[str], epochs: int) -> None:
-        process = start_and_wait(place, command, epochs)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode not in (0, None) and "are safe in" in said, said
+    def stop(processes: int, epochs: int) -> None:
+        process = place.start("distill", *settings, "--resume", processes=processes)
+        wait_for_epochs(place, process, epochs)
+        process.send(signal.SIGTERM)
+        status, said = process.end()
+        assert status != 0 and "are safe in" in said, said
         assert not run.finished() and run.load_checkpoint() is not None
 
-    command = place.command("distill", *settings, "--resume")
-    stop(launched(command), 2)
-    stop(command, len(run.read_metrics()) + 2)
+    stop(2, 2)
+    stop(1, len(run.read_metrics()) + 2)
     done = in_two(place, "distill", *settings, "--resume")
     assert done.returncode == 0 and "continuing after epoch" in done.said, done.said
     assert_near(unbroken, run, tolerance=1e-4)  # ten times the steps of the test above
 
 
-# Asks the second process alone to stop, in the fourth step of the second epoch; and notes each process's seeds.
-STOPPING = """
-import os, runpy, signal, torch
-from amtml_fast.train.run import trainer
+def _asks_the_second_process_alone() -> None:
+    """To stop, in the fourth step of the second epoch; and notes each process's seeds."""
+    learn, batches, rank = trainer.Trainer.learn, 0, os.environ["RANK"]
 
-learn, batches = trainer.Trainer.learn, 0
+    def terminated(self: trainer.Trainer, *args: object) -> None:
+        nonlocal batches
+        with open(f"seeds{rank}", "a") as file:
+            print(torch.initial_seed(), file=file)
+        learn(self, *args)
+        batches += 1
+        if batches == self.steps + 4 and rank == "1":
+            signal.raise_signal(signal.SIGTERM)
 
-
-def terminated(self, *args):
-    global batches
-    with open("seeds" + os.environ["RANK"], "a") as file:
-        print(torch.initial_seed(), file=file)
-    learn(self, *args)
-    batches += 1
-    if batches == self.steps + 4 and os.environ["RANK"] == "1":
-        signal.raise_signal(signal.SIGTERM)
-
-
-trainer.Trainer.learn = terminated
-runpy.run_module("amtml_fast", run_name="__main__")
-"""
+    trainer.Trainer.learn = terminated  # type: ignore[method-assign]
 
 
 def test_two_processes_stop_together_within_an_epoch_and_count_it_once(place: Place) -> None:
     settings = [*PLAIN, "distill.epochs=3", "distill.batch_size=64", *own_weights(place)]
     unbroken = place.train(*settings, "name=unbroken")
-    (place.folder / "stopping.py").write_text(STOPPING)
-    command = place.command("distill", *settings)
     run = Run(place.folder / "small" / "amtml_kd-seed0")
-    stopping = launched([command[0], "stopping.py", *command[3:]])
-    done = subprocess.run(stopping, cwd=place.folder, capture_output=True, text=True, timeout=120)
-    assert "1 of 3 epochs and 10 steps of the next one are safe" in done.stderr, done.stderr
-    assert "has gone" not in done.stderr and not run.finished()
+    done = place.start("distill", *settings, processes=2, first=_asks_the_second_process_alone).end()
+    assert "1 of 3 epochs and 10 steps of the next one are safe" in done.said, done.said
+    assert "has gone" not in done.said and not run.finished()
     seeds = [(place.folder / f"seeds{rank}").read_text().splitlines() for rank in range(2)]
     assert len(set(seeds[0] + seeds[1])) == len(seeds[0] + seeds[1])  # no two draw the same
-    done = subprocess.run(
-        launched([*command, "--resume"]), cwd=place.folder, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0 and "continuing after epoch 1 of 3 and 10 steps" in done.stdout, done.stderr
+    done = in_two(place, "distill", *settings, "--resume")
+    assert done.returncode == 0 and "continuing after epoch 1 of 3 and 10 steps" in done.said, done.said
     assert_near(unbroken, run)
 
 
