@@ -312,7 +312,7 @@ __device__ void write_row(const Problem& pr, const Wanted& want, int64_t i, floa
 
 // again: the statistics are there already (backward), else they are made.
 template <class S, class E, int kPack, bool kAgain>
-__global__ void __launch_bounds__(kMaxThreads, kPack == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kMaxThreads, kPack == 1 ? 3 : 2)
     rows_kernel(const __grid_constant__ Problem pr, const Wanted want, const Incoming in, const float* stats,
                 Pass pass) {
   Scratch& s = shared<Scratch>();

@@ -62,9 +62,9 @@ __device__ void make_stats(const Problem& pr, int64_t i, Scratch& s, float* stat
   const int64_t count = pr.classes / Packs::kCount;
   Online o{-INFINITY, 0, 0};
   if (pr.has_ce()) {
-    each_pack<false>(row, count, [&](const Packs& pack, int64_t) { take<true>(o, pack, pr.unit); });
+    each_pack<false, 4>(row, count, [&](const Packs& pack, int64_t) { take<true>(o, pack, pr.unit); });
   } else {
-    each_pack<false>(row, count, [&](const Packs& pack, int64_t) { take<false>(o, pack, pr.unit); });
+    each_pack<false, 4>(row, count, [&](const Packs& pack, int64_t) { take<false>(o, pack, pr.unit); });
   }
   o = warp_combined(o, pr.unit);
   if (threadIdx.x % kWarp == 0) s.part[threadIdx.x / kWarp] = o;
@@ -267,11 +267,11 @@ __device__ Below sweep_again(const Problem& pr, const Scratch& s, const Scales& 
   const int64_t count = pr.classes / Packs::kCount;
   auto sweep_with = [&](auto second) {
     if (need_below && grad) {
-      each_pack<true>(row, count, [&](const Packs& pack, int64_t at) { look(pack), write(pack, at, second); });
+      each_pack<true, 2>(row, count, [&](const Packs& pack, int64_t at) { look(pack), write(pack, at, second); });
     } else if (grad) {
-      each_pack<true>(row, count, [&](const Packs& pack, int64_t at) { write(pack, at, second); });
+      each_pack<true, 2>(row, count, [&](const Packs& pack, int64_t at) { write(pack, at, second); });
     } else if (need_below) {
-      each_pack<true>(row, count, [&](const Packs& pack, int64_t) { look(pack); });
+      each_pack<true, 2>(row, count, [&](const Packs& pack, int64_t) { look(pack); });
     }
   };
   pr.has_ce() ? sweep_with(std::true_type{}) : sweep_with(std::false_type{});
