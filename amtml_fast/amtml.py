@@ -133,8 +133,11 @@ class AMTMLLoss(nn.Module):
         if student.dim() != 2:
             student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
             labels = None if labels is None else labels.reshape(rows)
-        if not gather and whole_loss.is_fused(student, *teachers, features if isinstance(features, Tensor) else None):
-            out = self._fused(student, teachers, labels, features, num_items_in_batch)
+        chosen = None
+        if not gather:
+            chosen = whole_loss.fused_by(student, *teachers, features if isinstance(features, Tensor) else None)
+        if chosen is not None:
+            out = self._fused(chosen, student, teachers, labels, features, num_items_in_batch)
         else:
             out = self._composed(student, teachers, labels, features, num_items_in_batch, gather)
         if self.hints is None:
@@ -147,6 +150,7 @@ class AMTMLLoss(nn.Module):
 
     def _fused(
         self,
+        chosen: str,
         student: Tensor,
         teachers: list[Tensor],
         labels: Tensor | None,
@@ -164,6 +168,7 @@ class AMTMLLoss(nn.Module):
         else:
             sources = (None, None, None, self._weights(features, student, len(teachers)))
         loss, terms, weights = whole_loss.whole_loss(
+            chosen,
             student,
             teachers,
             labels,

@@ -5,6 +5,7 @@ a backend chosen by name runs or raises.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -19,12 +20,30 @@ BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs kernels on the CPU
 # The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
+TRITON_FROM = 7  # the compute capability of an NVIDIA GPU
 # The operators, and those that each backend has: the files in ops/ fill both.
 OPS: list[str] = []
 KERNELS: dict[str, list[str]] = {"cpp": [], "cuda": [], "triton": []}
-# What "auto" takes: first choice first, the reference last. On an H200 CUDA is the faster of the two for every operator that
-# was timed but topk_kd at a large vocabulary (benchmarks/results/nvidia-h200); it also needs no compilation at run time.
-AUTO = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}
+
+
+class Choice(NamedTuple):
+    """What "auto" takes on a type of device, first choice first; the reference comes last everywhere."""
+
+    device_type: str
+    op: str | None  # None: every operator
+    numbers: int  # of the operator's first tensor, from which on this holds
+    backends: tuple[str, ...]
+
+
+# The first line that fits holds. On an H200 CUDA was the faster of the two wherever both were timed (1.5 to 5 times), but for
+# topk_kd: bfloat16 [4096, 128256], three teachers, k = 64 took Triton 2.58 ms and CUDA 3.24. CUDA also needs no compilation at run
+# time. benchmarks/results/nvidia-h200 has the figures; `python -m benchmarks.tune` measures them on another GPU and prints lines.
+AUTO = (
+    Choice("cpu", None, 0, ("cpp",)),
+    Choice("cuda", "topk_kd", 1 << 28, ("triton", "cuda")),
+    Choice("cuda", None, 0, ("cuda", "triton")),
+    Choice("xpu", None, 0, ("triton",)),
+)
 
 try:
     importlib.import_module("amtml_fast._C")  # registers the kernels
@@ -37,6 +56,7 @@ try:
     HAS_TRITON = importlib.util.find_spec("triton") is not None
 except ImportError:  # an import hook that forbids it
     HAS_TRITON = False
+torch.library.define("amtml::cuda_code", "(int device) -> int")
 HAS_CUDA = HAS_EXTENSION and torch._C._dispatch_has_kernel_for_dispatch_key("amtml::whole_loss_fwd", "CUDA")
 
 
@@ -95,8 +115,8 @@ def backends() -> list[BackendStatus]:
     return rows
 
 
-def why_not(op: str, name: str, device_type: str) -> str | None:
-    """Why backend ``name`` cannot run ``op`` on tensors of ``device_type``; None if it can."""
+def why_not(op: str, name: str, device_type: str, index: int | None = None) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on tensors of that device, by default the current one; None if it can."""
     if name == "reference":
         return None
     if op not in KERNELS[name]:
@@ -110,6 +130,25 @@ def why_not(op: str, name: str, device_type: str) -> str | None:
         return "the C++ extension was built without CUDA (AMTML_BUILD_CUDA=1 builds it)"
     if device_type not in DEVICES[name]:
         return f"it needs {' or '.join(DEVICES[name])} tensors, got {device_type}"
+    return why_not_gpu(name, index) if device_type == "cuda" and torch.version.hip is None else None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def why_not_gpu(name: str, index: int | None) -> str | None:
+    """Why backend ``name`` does not run on this NVIDIA GPU; None if it does, or if there is none to ask."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.current_device() if index is None else index
+    major, minor = torch.cuda.get_device_capability(device)
+    if name == "triton" and major < TRITON_FROM:
+        return f"Triton needs compute capability {TRITON_FROM}.0 or later, got {major}.{minor}"
+    if name == "cuda" and torch.ops.amtml.cuda_code(device) == 0:
+        wanted = f"{major}.{minor}" if major >= 8 else "8.0 or later"
+        return (
+            f"the C++ extension has no CUDA kernels for compute capability {major}.{minor}; they are compiled for {wanted} "
+            f"where TORCH_CUDA_ARCH_LIST asks for it"
+        )
     return None
 
 
@@ -126,24 +165,36 @@ def _why_not_dtypes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str 
     return None
 
 
-def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether a compiled backend runs ``op`` on these tensors; the chosen one may lack a kernel for it."""
+def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """The compiled backend that runs ``op`` on these tensors, or None; the chosen one may lack a kernel for it."""
     if _active != "auto" and op not in KERNELS.get(_active, ()):
-        return False
-    return choose(op, first, *others) != "reference"
+        return None
+    name = choose(op, first, *others)
+    return None if name == "reference" else name
+
+
+def order(op: str, first: torch.Tensor) -> tuple[str, ...]:
+    """The backends that ``auto`` tries, from ``AUTO``."""
+    device_type = first.device.type
+    for choice in AUTO:
+        if choice.device_type == device_type and (choice.op is None or choice.op == op):
+            if choice.numbers == 0 or first.numel() >= choice.numbers:
+                return choice.backends
+    return ()
 
 
 def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     """The backend that runs ``op`` on these tensors: never ``auto``, raises if the chosen one cannot."""
     tensors, device_type = (first, *others), first.device.type
     plain = _needs_plain_torch(tensors)
+    index = first.device.index
     if _active == "auto":
         if plain is None:
-            for name in AUTO.get(device_type, ()):
-                if why_not(op, name, device_type) is None and _why_not_dtypes(name, tensors) is None:
+            for name in order(op, first):
+                if why_not(op, name, device_type, index) is None and _why_not_dtypes(name, tensors) is None:
                     return name
         return "reference"
-    reason = why_not(op, _active, device_type) or _why_not_dtypes(_active, tensors)
+    reason = why_not(op, _active, device_type, index) or _why_not_dtypes(_active, tensors)
     reason = reason or (plain if _active != "reference" else None)
     if reason is not None:
         raise RuntimeError(f'{op}: backend "{_active}" cannot run here: {reason}. use_backend("reference") always runs')

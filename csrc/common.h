@@ -88,6 +88,13 @@ inline void fill_for_tests(void* data, size_t bytes) {
   if (fill && bytes > 0) std::memset(data, 0xff, bytes);
 }
 
+// Where the tests' emulator of CUDA must keep memory alive until kernels have ended, as a GPU's allocator does.
+#ifdef AMTML_EMULATED_CUDA
+void keep_for_kernels(const Tensor& t);
+#else
+inline void keep_for_kernels(const Tensor&) {}
+#endif
+
 // A new tensor on the device of `like`. By way of torch's C interface: a call through the dispatcher costs five times
 // as much, and a small loss makes a dozen tensors.
 inline Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape& strides, ScalarType dtype) {
@@ -102,6 +109,7 @@ inline Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape&
   if (device_type == aoti_torch_device_type_cpu()) {
     fill_for_tests(made.mutable_data_ptr(), made.numel() * made.element_size());
   }
+  keep_for_kernels(made);
   return made;
 }
 
@@ -118,9 +126,17 @@ inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
 
 // t in another dtype, and contiguous as well: t itself where it is that already.
 inline Tensor converted(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  if (t.scalar_type() == dtype) return t;
+  const Tensor made = torch::stable::to(t, dtype);
+  keep_for_kernels(made);
+  return made;
 }
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  const Tensor made = torch::stable::contiguous(t);
+  keep_for_kernels(made);
+  return made;
+}
 inline Tensor dense(const Tensor& t, ScalarType dtype) { return dense(converted(t, dtype)); }
 
 inline Tensor empty_or_none(const Tensor& like, bool wanted, const Shape& shape, ScalarType dtype) {

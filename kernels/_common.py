@@ -4,7 +4,6 @@ import math
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Of a launch: products and sums are contracted to multiply-adds. The default differs between versions of Triton.
 OPTIONS = {"enable_fp_fusion": True}
@@ -20,10 +19,10 @@ def power_of_2(n: int, most: int) -> int:
     return min(triton.next_power_of_2(max(n, 1)), max(most, 1))
 
 
-def plane_strides(t: Tensor) -> tuple[int, int, bool]:
-    """Strides of the rows and columns of [N, c, H, W], and whether pixel p lies p columns from the first."""
-    height, width = t.shape[2:]
-    down, along = t.stride()[2:]
+def plane_strides(shape: tuple, strides: tuple) -> tuple[int, int, bool]:
+    """Strides of the rows and columns of a plane [H, W], and whether pixel p lies p columns from the first."""
+    height, width = shape
+    down, along = strides
     if width == 1:
         along = down
     return down, along, height == 1 or width == 1 or down == width * along

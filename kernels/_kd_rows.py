@@ -9,6 +9,7 @@ Another divergence replaces ``divergence_terms``, ``plain_terms`` and ``slopes``
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import OPTIONS, aligned
+from ._launch import Launch, kept
 
 LONG_WARPS = 8  # share a row too long for registers, with 16 bytes of an input a thread at a time
 INLINE = 1024  # rows whose labels every program counts itself
@@ -523,18 +525,46 @@ def _count_rows_kernel(labels, label_stride, parts, n, ignore_index, SPAN: tl.co
     tl.store(parts + tl.program_id(0), tl.sum(count.to(tl.int32), axis=0))
 
 
-def counts_of(labels: Tensor | None, ignore_index: int, needed: bool) -> dict:
-    """What a kernel counts the rows by."""
-    if not needed:
-        return dict(counts=None, num_counts=0, COUNT="none", COUNT_BLOCK=1)
-    n, parts, kind = labels.shape[0], labels, "labels"
+class Settings(NamedTuple):
+    """As in the schemas; ``mode`` is the tail of topk_kd."""
+
+    temperature: float
+    ce_weight: float
+    kl_weight: float
+    kl_scale: float
+    mode: str
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+
+    def is_mean(self) -> bool:
+        return self.reduction in ("mean", "batchmean")
+
+
+def counts_of(labels: Tensor, ignore_index: int) -> Tensor:
+    """What a kernel counts the rows by: their labels, or of many rows partial counts."""
+    n = labels.shape[0]
+    if n <= INLINE:
+        return labels
+    parts = labels.new_empty(triton.cdiv(n, SPAN), dtype=torch.int32)
+    _count_rows_launch(n, labels.stride(0), ignore_index)(labels, parts)
+    return parts
+
+
+def count_numbers(n: int, count_rows: bool) -> dict:
+    """What goes with ``counts_of``, or with None."""
+    if not count_rows:
+        return dict(num_counts=0, COUNT="none", COUNT_BLOCK=1)
+    kind = "labels"
     if n > INLINE:
         n, kind = triton.cdiv(n, SPAN), "parts"
-        parts = labels.new_empty(n, dtype=torch.int32)
-        _count_rows_kernel[(n,)](
-            labels, labels.stride(0), parts, labels.shape[0], ignore_index, SPAN=SPAN, num_warps=8, **OPTIONS
-        )
-    return dict(counts=parts, num_counts=n, COUNT=kind, COUNT_BLOCK=max(256, triton.next_power_of_2(n)))
+    return dict(num_counts=n, COUNT=kind, COUNT_BLOCK=max(256, triton.next_power_of_2(n)))
+
+
+@kept
+def _count_rows_launch(n: int, stride: int, ignore_index: int) -> Launch:
+    numbers = dict(label_stride=stride, n=n, ignore_index=ignore_index, SPAN=SPAN, num_warps=8)
+    return Launch(_count_rows_kernel, (triton.cdiv(n, SPAN),), **numbers, **OPTIONS)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -565,23 +595,22 @@ def _add_rows_kernel(
 
 def add_rows(values: Tensor, outputs: list[Tensor], ce_weight: float, kl_weight: float, classes: float) -> None:
     """Loss, CE and KL from values [3, N]: CE, KL and whether a row counts."""
+    values = few_rows(values)
+    _add_rows_launch(values.shape[1], ce_weight, kl_weight, classes, True)(values, values, *outputs)
+
+
+def few_rows(values: Tensor) -> Tensor:
+    """Sums of values [3, N], no more than SPAN of each."""
     while values.shape[1] > SPAN:
         n = values.shape[1]
         parts = values.new_empty(3, triton.cdiv(n, SPAN), dtype=torch.float64)
-        _add_rows_kernel[(parts.shape[1],)](
-            values, parts, *outputs, n, ce_weight, kl_weight, classes, FINAL=False, SPAN=SPAN, num_warps=8, **OPTIONS
-        )
+        _add_rows_launch(n, 0.0, 0.0, 0.0, False)(values, parts, None, None, None)
         values = parts
-    _add_rows_kernel[(1,)](
-        values,
-        values,
-        *outputs,
-        values.shape[1],
-        ce_weight,
-        kl_weight,
-        classes,
-        FINAL=True,
-        SPAN=SPAN,
-        num_warps=8,
-        **OPTIONS,
-    )
+    return values
+
+
+@kept
+def _add_rows_launch(n: int, ce_weight: float, kl_weight: float, classes: float, final: bool) -> Launch:
+    grid = 1 if final else triton.cdiv(n, SPAN)
+    numbers = dict(n=n, ce_weight=ce_weight, kl_weight=kl_weight, classes=classes, FINAL=final, SPAN=SPAN, num_warps=8)
+    return Launch(_add_rows_kernel, (grid,), **numbers, **OPTIONS)

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._launch import Launch
+
 TILE = 32  # rows and columns of a tile of pairs; matrices of pairs are padded to a multiple
 ROWS, COLUMNS = 4, 32  # of the gradient that a program of row_gradient owns
 
@@ -116,26 +118,43 @@ def distances_kernel(
 
 
 def padded(n: int) -> int:
-    return triton.cdiv(n, TILE) * TILE
+    return -(-n // TILE) * TILE  # triton.cdiv takes longer than an allocation
 
 
-def distances(
-    student: Tensor, teacher: Tensor, row_mask: Tensor | None, eps: float, want_sums: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """D [2, P, P], r [2, P, P] and, if wanted, the sums of every tile, see above. N > 0."""
-    n = student.shape[0]
-    p = padded(n)
-    blocks = p // TILE
+def sides(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[tuple, tuple, int]:
+    """What the numbers of a launch are made of: shape and strides of both sides, and the stride of the mask."""
+    mask_stride = 0 if row_mask is None else row_mask.stride(0)
+    return (*student.shape, *student.stride()), (*teacher.shape, *teacher.stride()), mask_stride
+
+
+def distances(student: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Memory for D and r [2, P, P]."""
     distance = student.new_empty(2, p, p, dtype=torch.float64)
     # The product of two r passes float32's range below distances of 1e-19, which a smaller eps allows.
-    r = student.new_empty(2, p, p, dtype=torch.float64 if eps < 1e-18 else torch.float32)
-    sums = student.new_empty(2, 2, blocks * blocks, dtype=torch.float64) if want_sums else None
-    distances_kernel[(blocks, blocks, 2)](
-        student, *student.stride(), student.shape[1], teacher, *teacher.stride(), teacher.shape[1],
-        row_mask, 0 if row_mask is None else row_mask.stride(0), distance, r, sums, n, p, eps, TILE,
-        num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
-    return distance, r, sums
+    return distance, student.new_empty(2, p, p, dtype=torch.float64 if eps < 1e-18 else torch.float32)
+
+
+def distances_launch(student: tuple, teacher: tuple, mask_stride: int, eps: float) -> Launch:
+    """Its call takes both sides, row_mask, D, r and, if wanted, the sums of every tile, see above. N > 0."""
+    n, p = student[0], padded(student[0])
+    return Launch(
+        distances_kernel,
+        (p // TILE, p // TILE, 2),
+        **side_numbers("student", student),
+        **side_numbers("teacher", teacher),
+        mask_stride=mask_stride,
+        n=n,
+        p=p,
+        eps=eps,
+        TILE=TILE,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def side_numbers(name: str, side: tuple) -> dict[str, int]:
+    _, width, row, column = side
+    return {f"{name}_row": row, f"{name}_column": column, f"{name}_width": width}
 
 
 @triton.jit

@@ -35,7 +35,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._pairs import COLUMNS, ROWS, TILE, count_taking_part, distances, padded, row_gradient, taking_part, total
+from ._launch import Launch, kept
+from ._pairs import (
+    COLUMNS,
+    ROWS,
+    TILE,
+    count_taking_part,
+    distances,
+    distances_launch,
+    padded,
+    row_gradient,
+    side_numbers,
+    taking_part,
+    total,
+)
+from ._pairs import sides as of_sides
 
 CHUNK = 64  # rows c whose float32 sums are added up before they go into float64
 
@@ -214,21 +228,23 @@ def finish_kernel(
     partial, count,  # losses as triplets_kernel leaves them, and of how many programs (a vertex); or None
     loss,
     n, p,
+    gain: tl.float64,  # of the gradients
     REDUCTION: tl.constexpr, SIDES: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     scale = _scale(row_mask, mask_stride, n, REDUCTION)
     side = tl.program_id(2)
+    up = scale * gain
     if pair_grad1 is not None:
         if side == 0:
             row_gradient(
-                first, first_row, first_column, first_width, row_mask, mask_stride, pair_grad1, None, None, scale,
+                first, first_row, first_column, first_width, row_mask, mask_stride, pair_grad1, None, None, up,
                 grad1, n, p, PARTS, ROWS, COLUMNS, TILE,
             )  # fmt: skip
     if pair_grad2 is not None:
         if side == 1:
             row_gradient(
-                other, other_row, other_column, other_width, row_mask, mask_stride, pair_grad2, None, None, -scale,
+                other, other_row, other_column, other_width, row_mask, mask_stride, pair_grad2, None, None, -up,
                 grad2, n, p, PARTS, ROWS, COLUMNS, TILE,
             )  # fmt: skip
     if partial is not None:
@@ -244,7 +260,7 @@ def _parts(n: int) -> int:
     return parts
 
 
-def _run(
+def run(
     student: Tensor,
     teacher: Tensor,
     row_mask: Tensor | None,
@@ -255,33 +271,73 @@ def _run(
     loss: Tensor | None,
     need_student: bool,
     need_teacher: bool,
+    gain: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Fills ``loss`` unless it is None, and returns the gradients."""
+    """Fills ``loss`` unless it is None, and returns the gradients times ``gain``."""
     swap = need_teacher and not need_student  # the loss is the same with its sides exchanged
     first, second = (teacher, student) if swap else (student, teacher)
-    n, sides = student.shape[0], need_student + need_teacher
-    p, parts = padded(n), _parts(n)
-    blocks = p // TILE
-    grads = [
-        x.new_empty(x.shape if side < sides else (0,), dtype=torch.float32) for side, x in enumerate((first, second))
-    ]
-    distance, r, _ = distances(first, second, row_mask, eps, want_sums=False)
-    pair_grads = [distance.new_empty(parts, p, p) if side < sides else None for side in range(2)]
-    per_vertex = loss is not None and reduction == "none"
-    count = blocks * parts * (1 if per_vertex else blocks)
-    partial = None if loss is None else distance.new_empty(count * (p if per_vertex else 1))
-    triplets_kernel[(blocks, blocks, parts)](
-        distance, r, weight, *pair_grads, partial, n, p, 2.0 * delta, per_vertex, TILE, CHUNK,
-        num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
-    widest = max(x.shape[1] for x in (first, second)[: max(sides, 1)])
-    grid = triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1) if sides else 1, sides + (loss is not None)
-    finish_kernel[grid](
-        first, *first.stride(), first.shape[1], second, *second.stride(), second.shape[1],
-        row_mask, 0 if row_mask is None else row_mask.stride(0), *pair_grads, *grads, partial, count, loss, n, p,
-        reduction, sides, parts, ROWS, COLUMNS, TILE, num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
+    sides, want_loss = need_student + need_teacher, loss is not None
+    at = of_sides(first, second, row_mask)
+    p, parts, count, launches = _plan(*at, delta, eps, reduction, sides, want_loss, gain)
+    grads = [x.new_empty(x.shape if side < sides else 0, dtype=torch.float32) for side, x in enumerate((first, second))]
+    distance, r = distances(first, p, eps)
+    make = distance.new_empty
+    pair_grads = make(parts, p, p) if sides else None, make(parts, p, p) if sides == 2 else None
+    partial = make(count * (p if reduction == "none" else 1)) if want_loss else None
+    launches[0](first, second, row_mask, distance, r, None)
+    launches[1](distance, r, weight, *pair_grads, partial)
+    launches[2](first, second, row_mask, *pair_grads, *grads, partial, loss)
     return (grads[1], grads[0]) if swap else (grads[0], grads[1])
+
+
+@kept
+def _plan(
+    first: tuple,
+    second: tuple,
+    mask_stride: int,
+    delta: float,
+    eps: float,
+    reduction: str,
+    sides: int,
+    want_loss: bool,
+    gain: float,
+) -> tuple[int, int, int, tuple[Launch, Launch, Launch]]:
+    """P, S, the programs that leave a loss (for a vertex or in all), and the launches."""
+    n, p, parts = first[0], padded(first[0]), _parts(first[0])
+    blocks, per_vertex = p // TILE, want_loss and reduction == "none"
+    count = blocks * parts * (1 if per_vertex else blocks)
+    options = dict(num_warps=8, enable_fp_fusion=False)
+    triplets = Launch(
+        triplets_kernel,
+        (blocks, blocks, parts),
+        n=n,
+        p=p,
+        limit=2.0 * delta,
+        PER_VERTEX=per_vertex,
+        TILE=TILE,
+        CHUNK=CHUNK,
+        **options,
+    )
+    widest = max(x[1] for x in (first, second)[: max(sides, 1)])
+    finish = Launch(
+        finish_kernel,
+        (triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1) if sides else 1, sides + want_loss),
+        **side_numbers("first", first),
+        **side_numbers("other", second),
+        mask_stride=mask_stride,
+        count=count,
+        n=n,
+        p=p,
+        gain=gain,
+        REDUCTION=reduction,
+        SIDES=sides,
+        PARTS=parts,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        TILE=TILE,
+        **options,
+    )
+    return p, parts, count, (distances_launch(first, second, mask_stride, eps), triplets, finish)
 
 
 def angle_fwd(
@@ -299,7 +355,7 @@ def angle_fwd(
     needs = need_student_grad and not none, need_teacher_grad and not none
     if n == 0:
         return loss.zero_(), *_no_rows(student, teacher, needs)
-    return loss, *_run(student, teacher, row_mask, None, delta, eps, reduction, loss, *needs)
+    return loss, *run(student, teacher, row_mask, None, delta, eps, reduction, loss, *needs)
 
 
 def angle_bwd(
@@ -318,7 +374,7 @@ def angle_bwd(
     weight = grad_loss.to(torch.float32).contiguous()
     if row_mask is not None:  # what comes in for a row that takes no part may be anything
         weight = torch.where(row_mask, weight, 0.0)
-    return _run(student, teacher, row_mask, weight, delta, eps, "none", None, *needs)
+    return run(student, teacher, row_mask, weight, delta, eps, "none", None, *needs)
 
 
 def _no_rows(student: Tensor, teacher: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import OPTIONS
-from ._pairs import COLUMNS, ROWS, TILE, distances, padded, row_gradient, total
+from ._launch import Launch, kept
+from ._pairs import COLUMNS, ROWS, TILE, distances, distances_launch, padded, row_gradient, side_numbers, sides, total
 
 BLOCK = 8, 128  # rows, and columns at a time, of a program of compare_kernel
 
@@ -126,18 +127,51 @@ def distance_fwd(
     if n == 0:
         return loss.zero_(), grads[0], grads[1]
     scale = 1 / max({"mean": n * n, "distinct": n * (n - 1), "sum": 1}[reduction], 1)
-    distance, r, sums = distances(student, teacher, None, eps, want_sums=True)
-    p, tiles, programs = padded(n), sums.shape[2], padded(n) // BLOCK[0]
+    p, at = padded(n), sides(student, teacher, None)
+    distance, r = distances(student, p, eps)
+    sums = distance.new_empty(2, 2, (p // TILE) ** 2)
     pair_grad = distance.new_empty(p, p) if any(needs) else None
-    means, partial = distance.new_empty(2, 2), distance.new_empty(3, programs)
-    compare_kernel[(programs,)](
-        distance, r, sums, means, pair_grad, partial, tiles, p, delta, *BLOCK, num_warps=8, **OPTIONS
-    )
-    widest = max((x.shape[1] for x, needed in zip((student, teacher), needs) if needed), default=1)
-    grid = triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1), 1 + sum(needs)
-    finish_kernel[grid if any(needs) else (1, 1, 1)](
-        student, *student.stride(), student.shape[1], teacher, *teacher.stride(), teacher.shape[1],
-        r, means, pair_grad, partial, programs, *grads, loss, n, p, scale, *needs, ROWS, COLUMNS, TILE,
-        num_warps=8, enable_fp_fusion=False,
-    )  # fmt: skip
+    means, partial = distance.new_empty(2, 2), distance.new_empty(3, p // BLOCK[0])
+    measure, compare, finish = _launches(*at[:2], delta, eps, scale, needs)
+    measure(student, teacher, None, distance, r, sums)
+    compare(distance, r, sums, means, pair_grad, partial)
+    finish(student, teacher, r, means, pair_grad, partial, *grads, loss)
     return loss, grads[0], grads[1]
+
+
+@kept
+def _launches(
+    student: tuple, teacher: tuple, delta: float, eps: float, scale: float, needs: tuple[bool, bool]
+) -> tuple[Launch, Launch, Launch]:
+    n, p = student[0], padded(student[0])
+    compare = Launch(
+        compare_kernel,
+        (p // BLOCK[0],),
+        tiles=(p // TILE) ** 2,
+        p=p,
+        delta=delta,
+        ROWS=BLOCK[0],
+        COLUMNS=BLOCK[1],
+        num_warps=8,
+        **OPTIONS,
+    )
+    widest = max((x[1] for x, needed in zip((student, teacher), needs) if needed), default=1)
+    grid = triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1), 1 + sum(needs)
+    finish = Launch(
+        finish_kernel,
+        grid if any(needs) else (1, 1, 1),
+        **side_numbers("student", student),
+        **side_numbers("teacher", teacher),
+        programs=p // BLOCK[0],
+        n=n,
+        p=p,
+        scale=scale,
+        NEED_STUDENT=needs[0],
+        NEED_TEACHER=needs[1],
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        TILE=TILE,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    return distances_launch(student, teacher, 0, eps), compare, finish

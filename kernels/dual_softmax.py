@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import OPTIONS, aligned, alignment, power_of_2
+from ._launch import Launch, kept
 
 TILE = 4096  # elements that a program holds at once; half where they move one by one and each has its own address
 ROW = 2048  # most columns of a tile of rows
@@ -182,9 +183,9 @@ def _tile(align: int) -> int:
     return TILE if align > 1 else TILE // 2
 
 
-def _column_blocks(scores: Tensor, align: int) -> tuple[int, dict[str, int]]:
-    matrices, rows, columns = scores.shape
-    block_k = 128 // scores.element_size()
+def _column_blocks(shape: tuple[int, ...], itemsize: int, align: int) -> tuple[int, dict[str, int]]:
+    matrices, rows, columns = shape
+    block_k = 128 // itemsize
     if matrices * triton.cdiv(columns, block_k) < COLUMN_PROGRAMS:
         block_k //= 2
     block_k = power_of_2(columns, block_k)
@@ -192,33 +193,62 @@ def _column_blocks(scores: Tensor, align: int) -> tuple[int, dict[str, int]]:
     return triton.cdiv(columns, block_k), {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 8, **OPTIONS}
 
 
-def _row_blocks(scores: Tensor, align: int) -> tuple[int, dict[str, int]]:
-    rows, columns = scores.shape[1:]
+def _row_blocks(shape: tuple[int, ...], align: int) -> tuple[int, dict[str, int]]:
+    rows, columns = shape[1:]
     block_k = power_of_2(columns, ROW)
     block_r = power_of_2(rows, _tile(align) // block_k)
     return triton.cdiv(rows, block_r), {"BLOCK_R": block_r, "BLOCK_K": block_k, "num_warps": 8, **OPTIONS}
+
+
+@kept
+def _forward(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, mode: str) -> tuple[Launch, Launch]:
+    """Columns, then rows."""
+    b, r, k = shape
+    align = alignment(k, *strides)
+    numbers = dict(rows=r, columns=k, x_matrix=strides[0], x_row=strides[1], ALIGN=align)
+    blocks, config = _column_blocks(shape, itemsize, align)
+    columns = Launch(_column_stats_kernel, (b * blocks,), blocks=blocks, **numbers, **config)
+    blocks, config = _row_blocks(shape, align)
+    sequential = mode == "sequential"
+    return columns, Launch(_rows_kernel, (b * blocks,), blocks=blocks, SEQUENTIAL=sequential, **numbers, **config)
+
+
+@kept
+def _backward(
+    shape: tuple[int, ...], grad: tuple[int, ...], x: tuple[int, ...], itemsize: int, mode: str
+) -> tuple[Launch, Launch]:
+    """Rows, then columns."""
+    b, r, k = shape
+    align = alignment(k, *grad, *x)
+    numbers = dict(
+        rows=r,
+        columns=k,
+        grad_matrix=grad[0],
+        grad_row=grad[1],
+        x_matrix=x[0],
+        x_row=x[1],
+        SEQUENTIAL=mode == "sequential",
+        ALIGN=align,
+    )
+    blocks, config = _row_blocks(shape, align)
+    rows = Launch(_row_sums_kernel, (b * blocks,), blocks=blocks, **numbers, **config)
+    blocks, config = _column_blocks(shape, itemsize, align)
+    return rows, Launch(_columns_backward_kernel, (b * blocks,), blocks=blocks, **numbers, **config)
 
 
 def dual_softmax_fwd(scores: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor]:
     b, r, k = scores.shape
     out = scores.new_empty(b, r, k)
     first = scores.new_empty(b, r, k, dtype=torch.float32)
-    row_stats = scores.new_empty(b, r, 2, dtype=torch.float32)
+    row_stats = first.new_empty(b, r, 2)
     if scores.numel() == 0:
         row_stats.zero_()  # of rows without columns
     else:
         x = _dense_rows(scores)
-        column_stats = scores.new_empty(b, 2, k, dtype=torch.float32)
-        align = alignment(k, *x.stride()[:2])
-        blocks, config = _column_blocks(x, align)
-        _column_stats_kernel[(b * blocks,)](
-            x, column_stats, r, k, blocks, *x.stride()[:2], ALIGN=align, **config
-        )  # fmt: skip
-        blocks, config = _row_blocks(x, align)
-        _rows_kernel[(b * blocks,)](
-            x, column_stats, first, row_stats, out, r, k, blocks, *x.stride()[:2],
-            SEQUENTIAL=mode == "sequential", ALIGN=align, **config,
-        )  # fmt: skip
+        column_stats = first.new_empty(b, 2, k)
+        columns, rows = _forward(x.shape, x.stride()[:2], x.element_size(), mode)
+        columns(x, column_stats)
+        rows(x, column_stats, first, row_stats, out)
     return out, first, row_stats
 
 
@@ -229,13 +259,7 @@ def dual_softmax_bwd(grad: Tensor, scores: Tensor, first: Tensor, row_stats: Ten
         g, x = _dense_rows(grad), _dense_rows(scores)
         first, row_stats = first.contiguous(), row_stats.contiguous()
         sums = scores.new_empty(b, r, dtype=torch.float32)
-        strides = *g.stride()[:2], *x.stride()[:2]
-        align = alignment(k, *strides)
-        options = {"SEQUENTIAL": mode == "sequential", "ALIGN": align}
-        blocks, config = _row_blocks(x, align)
-        _row_sums_kernel[(b * blocks,)](g, x, first, row_stats, sums, r, k, blocks, *strides, **options, **config)
-        blocks, config = _column_blocks(x, align)
-        _columns_backward_kernel[(b * blocks,)](
-            g, x, first, row_stats, sums, out, r, k, blocks, *strides, **options, **config
-        )
+        rows, columns = _backward(x.shape, g.stride()[:2], x.stride()[:2], x.element_size(), mode)
+        rows(g, x, first, row_stats, sums)
+        columns(g, x, first, row_stats, sums, out)
     return out

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
+from ._launch import Launch, kept
 
 SMALLEST_NORM = tl.constexpr(1e-12)  # as torch.nn.functional.normalize has it
 TILE = 2048  # elements that a program holds at once
@@ -192,61 +193,131 @@ def _blocks(channels: int, pixels: int, tile: int = TILE) -> dict[str, int]:
     return {"BLOCK_C": power_of_2(channels, tile // block_p), "BLOCK_P": block_p}
 
 
-def hint_pool_fwd(feature_map: Tensor, height: int, width: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    n, c, h, w = feature_map.shape
-    pooled = feature_map.new_empty(n, c, height, width, dtype=torch.float32)
-    norms = feature_map.new_empty((n, h, w) if normalize else (0,), dtype=torch.float32)
+@kept
+def _norms(shape: tuple[int, ...], strides: tuple[int, ...], same: bool) -> Launch:
+    n, c, h, w = shape
+    blocks = _blocks(c, h * w)
+    down, along, flat = plane_strides((h, w), strides[2:])
+    return Launch(
+        _norms_kernel,
+        (n * triton.cdiv(h * w, blocks["BLOCK_P"]),),
+        channels=c,
+        pixels=h * w,
+        width=w,
+        x_example=strides[0],
+        x_channel=strides[1],
+        down=down,
+        along=along,
+        WRITE=same,
+        FLAT=flat,
+        ALIGN=alignment(h * w),
+        X_ALIGN=alignment(*strides[:2]),
+        **blocks,
+        **OPTIONS,
+    )
+
+
+@kept
+def _pool(shape: tuple[int, ...], strides: tuple[int, ...], height: int, width: int, normalize: bool) -> Launch:
+    n, c, h, w = shape
+    # The longest window: one more than the quotient, rounded up, where windows do not divide the map evenly.
+    window = [-(-i // o) + (i % o != 0) for i, o in ((h, height), (w, width))]
+    block_k = power_of_2(window[0] * window[1], TILE)
+    block_o = power_of_2(height * width, min(TILE // block_k, 64))
+    block_c = power_of_2(c, TILE // (block_k * block_o))
+    return Launch(
+        _pool_kernel,
+        (n, triton.cdiv(c, block_c), triton.cdiv(height * width, block_o)),
+        channels=c,
+        height=h,
+        width=w,
+        out_height=height,
+        out_width=width,
+        window_height=window[0],
+        window_width=window[1],
+        x_example=strides[0],
+        x_channel=strides[1],
+        down=strides[2],
+        along=strides[3],
+        NORMALIZE=normalize,
+        BLOCK_C=block_c,
+        BLOCK_O=block_o,
+        BLOCK_K=block_k,
+        **OPTIONS,
+    )
+
+
+@kept
+def _pool_backward(
+    shape: tuple[int, ...], strides: tuple[int, ...], height: int, width: int, normalize: bool
+) -> Launch:
+    n, c, h, w = shape
     same = (height, width) == (h, w)
-    strides = feature_map.stride()
+    blocks = _blocks(c, h * w, TILE if same else TILE // 2)
+    down, along, flat = plane_strides((h, w), strides[2:])
+    return Launch(
+        _pool_backward_kernel,
+        (n * triton.cdiv(h * w, blocks["BLOCK_P"]),),
+        channels=c,
+        height=h,
+        width=w,
+        out_height=height,
+        out_width=width,
+        x_example=strides[0],
+        x_channel=strides[1],
+        down=down,
+        along=along,
+        NORMALIZE=normalize,
+        SAME=same,
+        FLAT=flat,
+        ALIGN=alignment(h * w),
+        X_ALIGN=alignment(*strides[:2]),
+        ROWS=1 + (h % height > 0),
+        COLUMNS=1 + (w % width > 0),
+        **blocks,
+        **OPTIONS,
+    )
+
+
+@kept
+def _error(n: int, need_grad: bool) -> tuple[int, Launch, Launch]:
+    """Programs of the error, its launch, and that of the mean."""
+    run = triton.cdiv(n, RUN * RUNS) * RUN
+    programs = triton.cdiv(n, run)
+    numbers = dict(n=n, run=run, scale=2 / n, NEED_GRAD=need_grad, ALIGN=alignment(n), BLOCK=RUN)
+    error = Launch(_error_kernel, (programs,), **numbers, num_warps=8, **OPTIONS)
+    return programs, error, Launch(_mean_kernel, (1,), count=programs, n=n, BLOCK=RUNS, **OPTIONS)
+
+
+def hint_pool_fwd(feature_map: Tensor, height: int, width: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    shape, strides = feature_map.shape, feature_map.stride()
+    n, c, h, w = shape
+    pooled = feature_map.new_empty(n, c, height, width, dtype=torch.float32)
+    norms = pooled.new_empty((n, h, w) if normalize else 0)
+    same = (height, width) == (h, w)
     if n and normalize:
-        blocks = _blocks(c, h * w)
-        down, along, flat = plane_strides(feature_map)
-        _norms_kernel[(n * triton.cdiv(h * w, blocks["BLOCK_P"]),)](
-            feature_map, norms, pooled, c, h * w, w, *strides[:2], down, along,
-            WRITE=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides[:2]), **blocks, **OPTIONS,
-        )  # fmt: skip
+        _norms(shape, strides, same)(feature_map, norms, pooled)
     if n and not (normalize and same):
-        # The longest window: one more than the quotient, rounded up, where windows do not divide the map evenly.
-        window = [-(-i // o) + (i % o != 0) for i, o in ((h, height), (w, width))]
-        block_k = power_of_2(window[0] * window[1], TILE)
-        block_o = power_of_2(height * width, min(TILE // block_k, 64))
-        block_c = power_of_2(c, TILE // (block_k * block_o))
-        _pool_kernel[(n, triton.cdiv(c, block_c), triton.cdiv(height * width, block_o))](
-            feature_map, norms, pooled, c, h, w, height, width, *window, *strides,
-            NORMALIZE=normalize, BLOCK_C=block_c, BLOCK_O=block_o, BLOCK_K=block_k, **OPTIONS,
-        )  # fmt: skip
+        _pool(shape, strides, height, width, normalize)(feature_map, norms, pooled)
     return pooled, norms
 
 
 def hint_pool_bwd(grad: Tensor, feature_map: Tensor, norms: Tensor, normalize: bool) -> Tensor:
-    n, c, h, w = feature_map.shape
-    height, width = grad.shape[2:]
     out = torch.empty_like(feature_map, memory_format=torch.contiguous_format)
-    if n:
-        same = (height, width) == (h, w)
-        blocks = _blocks(c, h * w, TILE if same else TILE // 2)
-        down, along, flat = plane_strides(feature_map)
-        strides = feature_map.stride()[:2]
-        _pool_backward_kernel[(n * triton.cdiv(h * w, blocks["BLOCK_P"]),)](
-            grad.contiguous(), feature_map, norms, out, c, h, w, height, width, *strides, down, along,
-            NORMALIZE=normalize, SAME=same, FLAT=flat, ALIGN=alignment(h * w), X_ALIGN=alignment(*strides),
-            ROWS=1 + (h % height > 0), COLUMNS=1 + (w % width > 0), **blocks, **OPTIONS,
-        )  # fmt: skip
+    if feature_map.shape[0]:
+        launch = _pool_backward(feature_map.shape, feature_map.stride(), grad.shape[2], grad.shape[3], normalize)
+        launch(grad.contiguous(), feature_map, norms, out)
     return out
 
 
 def hint_mse_fwd(prediction: Tensor, target: Tensor, need_grad: bool) -> tuple[Tensor, Tensor]:
     n = prediction.numel()
     loss = prediction.new_empty((), dtype=torch.float32)
-    grad = prediction.new_empty(prediction.shape if need_grad else (0,), dtype=torch.float32)
-    run = triton.cdiv(n, RUN * RUNS) * RUN
-    programs = triton.cdiv(n, run) if n else 0
+    grad = loss.new_empty(prediction.shape if need_grad else 0)
+    if n == 0:
+        return loss.zero_(), grad
+    programs, error, mean = _error(n, need_grad)
     sums = prediction.new_empty(programs, dtype=torch.float64)
-    if n:
-        _error_kernel[(programs,)](
-            prediction.contiguous(), target.contiguous(), sums, grad, n, run, 2 / n,
-            NEED_GRAD=need_grad, ALIGN=alignment(n), BLOCK=RUN, num_warps=8, **OPTIONS,
-        )  # fmt: skip
-        _mean_kernel[(1,)](sums, loss, programs, n, BLOCK=RUNS, **OPTIONS)
-        return loss, grad
-    return loss.zero_(), grad
+    error(prediction.contiguous(), target.contiguous(), sums, grad)
+    mean(sums, loss)
+    return loss, grad

@@ -29,7 +29,7 @@ loss of its row NaN, and nothing outside of the row is read or written. Weights 
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,8 +39,10 @@ from torch import Tensor
 from ._common import OPTIONS, aligned, alignment
 from ._kd_rows import (
     LONG_WARPS,
+    Settings,
     add,
     add_rows,
+    count_numbers,
     counts_of,
     cross_entropy,
     dense,
@@ -64,6 +66,7 @@ from ._kd_rows import (
     times,
     weighted,
 )
+from ._launch import Launch, kept
 
 HELD_BYTES = 40960  # what a tile may keep in registers, T + 2 numbers a class: two programs share a multiprocessor
 THREAD_NUMBERS = 80  # that a thread may hold, T + 2 a class, or it spills registers
@@ -314,53 +317,92 @@ def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int, simple: bool)
     return dict(ROWS=rows, BLOCK=block, STEPS=1, VECTOR=1, PART=block, num_warps=min(16, max(1, warps)), **OPTIONS)
 
 
-def _arguments(
-    student: Tensor,
-    teachers: list[Tensor],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    ce_weight: float,
-    kl_weight: float,
-    kl_scale: float,
-    mode: str,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    need_grad: bool,
-) -> dict:
-    """What forward and backward give their kernels alike."""
-    n, c = student.shape
-    mean = reduction in ("mean", "batchmean")
-    rows = max(n, 1) if mean and labels is None else 1
-    student, teachers = dense(student), tuple(dense(t) for t in teachers)
-    align = alignment(c, *(t.stride(0) for t in (student, *teachers)))
-    simple = mode == "mixture" and label_smoothing == 0 and student.dtype != torch.float16
+class Layout(NamedTuple):
+    """Where the rows lie; strides are None where there is no tensor."""
+
+    n: int
+    c: int
+    stride: int
+    teacher_strides: tuple[int, ...]
+    weight_strides: tuple[int, ...] | None
+    label_stride: int | None
+    itemsize: int  # the largest of the logits
+
+
+def _layout(student: Tensor, teachers: tuple[Tensor, ...], weights: Tensor | None, labels: Tensor | None) -> Layout:
+    return Layout(
+        student.shape[0],
+        student.shape[1],
+        student.stride(0),
+        tuple([t.stride(0) for t in teachers]),
+        None if weights is None else weights.stride(),
+        None if labels is None else labels.stride(0),
+        max([t.element_size() for t in (student, *teachers)]),
+    )
+
+
+def _numbers(at: Layout, of: Settings, count_rows: bool) -> dict:
+    """What forward and backward give their kernels alike, but for the tensors."""
+    n, c, labeled = at.n, at.c, at.label_stride is not None
+    rows = max(n, 1) if of.is_mean() and not labeled else 1
+    align = alignment(c, at.stride, *at.teacher_strides)
+    simple = of.mode == "mixture" and of.label_smoothing == 0
     log2_e = math.log2(math.e)
+    weight_strides = at.weight_strides or (0, 0)
     return dict(
-        student=student,
-        teachers=teachers,
-        weights=weights,
-        labels=labels,
         n=n,
         c=c,
-        stride=student.stride(0),
-        teacher_strides=tuple(t.stride(0) for t in teachers),
-        weight_stride=0 if weights is None else weights.stride(0),
-        weight_along=0 if weights is None else weights.stride(1),
-        label_stride=0 if labels is None else labels.stride(0),
-        ignore_index=ignore_index,
-        rate=0.5 * log2_e / temperature,
-        rate1=None if labels is None or temperature == 1 else log2_e,
-        per_tau=1 / temperature,
-        ce_grad=ce_weight / rows,
-        kl_grad=kl_weight * kl_scale / (rows * c if reduction == "mean" else rows),
-        smoothing=float(label_smoothing),
-        even=label_smoothing / c,
-        MIXTURE=mode == "mixture",
-        **counts_of(labels, ignore_index, need_grad and mean and labels is not None),
+        stride=at.stride,
+        teacher_strides=at.teacher_strides,
+        weight_stride=weight_strides[0],
+        weight_along=weight_strides[1],
+        label_stride=at.label_stride or 0,
+        ignore_index=of.ignore_index,
+        rate=0.5 * log2_e / of.temperature,
+        rate1=None if not labeled or of.temperature == 1 else log2_e,
+        per_tau=1 / of.temperature,
+        ce_grad=of.ce_weight / rows,
+        kl_grad=of.kl_weight * of.kl_scale / (rows * c if of.reduction == "mean" else rows),
+        smoothing=float(of.label_smoothing),
+        even=of.label_smoothing / c,
+        MIXTURE=of.mode == "mixture",
+        **count_numbers(n, count_rows),
         ALIGN=align,
-        **_tiles(n, c, align, 1 + len(teachers), max(t.element_size() for t in (student, *teachers)), simple),
+        **_tiles(n, c, align, 1 + len(at.teacher_strides), at.itemsize, simple),
+    )
+
+
+@kept
+def _forward_launch(at: Layout, of: Settings, count_rows: bool) -> Launch:
+    numbers = _numbers(at, of, count_rows)
+    return Launch(
+        _kd_forward_kernel,
+        (triton.cdiv(at.n, numbers["ROWS"]),),
+        **numbers,
+        ce_weight=float(of.ce_weight),
+        kl_weight=float(of.kl_weight),
+        kl_scale=float(of.kl_scale),
+        NONE=of.reduction == "none",
+        SMOOTH=of.label_smoothing != 0 and at.label_stride is not None,
+    )
+
+
+@kept
+def _backward_launch(
+    at: Layout, of: Settings, loss_stride: int, probs_stride: int, targets_stride: int, rescale: bool
+) -> Launch:
+    numbers = _numbers(at, of, of.is_mean() and at.label_stride is not None)
+    if "maxnreg" in numbers:
+        numbers["maxnreg"] = max(numbers["maxnreg"], 128)  # with fewer it spills on Triton 3.6
+    return Launch(
+        _kd_backward_kernel,
+        (triton.cdiv(at.n, numbers["ROWS"]),),
+        **numbers,
+        loss_stride=loss_stride,
+        probs_stride=probs_stride,
+        targets_stride=targets_stride,
+        RESCALE=rescale,
+        BACK_ALIGN=alignment(at.c, probs_stride, targets_stride),
     )
 
 
@@ -382,46 +424,72 @@ def multi_teacher_kd_fwd(
     need_probs: bool,
 ) -> tuple[Tensor, ...]:
     """loss, ce, kl (scalars, or [N] for "none"), student_probs, soft_targets, stats, grad_student, grad_weights."""
-    (n, c), count, none = student.shape, len(teachers), reduction == "none"
-
-    def make(wanted: bool, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return student.new_empty(shape if wanted else (0,), dtype=dtype)
-
-    values = [make(True, *((n,) if none else ())) for _ in range(3)]
-    probs, targets = make(need_probs, n, c), make(need_probs, n, c)
-    grad = make(need_student_grad, n, c, dtype=student.dtype if need_student_grad else torch.float32)  # not float16
-    stats, slopes = make(True, n, 3 + 2 * count), make(need_weights_grad, n, count)
-    out = *values, probs, targets, stats, grad, slopes
+    (n, c), none = student.shape, reduction == "none"
+    values = [student.new_empty((n,) if none else (), dtype=torch.float32) for _ in range(3)]
+    settings = Settings(
+        temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing
+    )  # fmt: skip
     if n == 0:
         for v in values:
             v.zero_()
-        return out
-    arguments = _arguments(
-        student, teachers, weights, labels, temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index,
-        label_smoothing, need_student_grad or need_weights_grad,
-    )  # fmt: skip
-    loss, ce, kl = values
-    rows = make(not none, 3, n)
-    _kd_forward_kernel[(triton.cdiv(n, arguments["ROWS"]),)](
-        **arguments,
-        stats=stats,
-        ce_out=ce if none else rows[0],
-        kl_out=kl if none else rows[1],
-        last_out=loss if none else rows[2],
-        probs_out=probs if need_probs else None,
-        targets_out=targets if need_probs else None,
-        grad_out=grad if need_student_grad else None,
-        slopes_out=slopes if need_weights_grad else None,
-        ce_weight=float(ce_weight),
-        kl_weight=float(kl_weight),
-        kl_scale=float(kl_scale),
-        NONE=none,
-        SMOOTH=label_smoothing != 0 and labels is not None,
-    )
+    rows = values[1], values[2], values[0]
     if not none:
+        sums = student.new_empty(3, n, dtype=torch.float32)
+        rows = tuple(sums)
+    probs, targets, stats, grad, slopes = forward_rows(
+        student, teachers, weights, labels, settings, rows, need_student_grad, need_weights_grad, need_probs
+    )
+    if n and not none:
         classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
-        add_rows(rows, values, float(ce_weight), float(kl_weight), classes)
-    return out
+        add_rows(sums, values, float(ce_weight), float(kl_weight), classes)
+    nothing = values[0].new_empty
+    return (
+        *values,
+        nothing(0) if probs is None else probs,
+        nothing(0) if targets is None else targets,
+        stats,
+        nothing(0) if grad is None else grad,
+        nothing(0) if slopes is None else slopes,
+    )
+
+
+def forward_rows(
+    student: Tensor,
+    teachers: list[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    settings: Settings,
+    rows: tuple[Tensor, ...],
+    need_student_grad: bool,
+    need_weights_grad: bool,
+    need_probs: bool,
+) -> tuple[Any, Any, Tensor, Any, Any]:
+    """Fills rows, [N] each: CE, KL, and the loss ("none") or whether the row counts. Returns student_probs, soft_targets, stats,
+    grad_student, grad_weights, or None for what is not needed."""
+    (n, c), count = student.shape, len(teachers)
+    stats = student.new_empty(n, 3 + 2 * count, dtype=torch.float32)
+    make = stats.new_empty  # to name a dtype takes as long as all the rest
+    probs, targets = (make(n, c), make(n, c)) if need_probs else (None, None)
+    grad = student.new_empty(n, c) if need_student_grad else None
+    slopes = make(n, count) if need_weights_grad else None
+    if n:
+        student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
+        count_rows = (need_student_grad or need_weights_grad) and settings.is_mean() and labels is not None
+        at = _layout(student, dense_teachers, weights, labels)
+        _forward_launch(at, settings, count_rows)(
+            student,
+            dense_teachers,
+            weights,
+            labels,
+            counts_of(labels, settings.ignore_index) if count_rows and labels is not None else None,
+            stats,
+            *rows,
+            probs,
+            targets,
+            grad,
+            slopes,
+        )
+    return probs, targets, stats, grad, slopes
 
 
 def multi_teacher_kd_bwd(
@@ -445,14 +513,13 @@ def multi_teacher_kd_bwd(
     need_weights_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the student, in its dtype, and to the weights."""
-    n, c = student.shape
-    grad = student.new_empty((n, c) if need_student_grad else (0,))
-    slopes = stats.new_empty((n, len(teachers)) if need_weights_grad else (0,))
+    grad = student.new_empty(student.shape if need_student_grad else 0)
+    slopes = stats.new_empty((student.shape[0], len(teachers)) if need_weights_grad else 0)
     back_q = dense(grad_probs) if grad_probs is not None and need_student_grad else None
     back_p = dense(grad_targets) if grad_targets is not None and need_weights_grad else None
-    arguments = temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing
-    _backward(
-        grad, slopes, grad_loss, back_q, back_p, student, teachers, weights, labels, stats, *arguments, rescale=False
+    settings = Settings(temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing)
+    backward(
+        grad, slopes, grad_loss, back_q, back_p, student, teachers, weights, labels, stats, settings, rescale=False
     )
     return grad, slopes
 
@@ -476,14 +543,14 @@ def multi_teacher_kd_rescale_(
     label_smoothing: float,
 ) -> None:
     """The gradients that forward has made for an incoming gradient of 1, for this one."""
-    arguments = temperature, ce_weight, kl_weight, kl_scale, kl_of, reduction, ignore_index, label_smoothing
-    _backward(
-        grad_student, grad_weights, grad_loss, None, None, student, teachers, weights, labels, stats, *arguments,
+    settings = Settings(temperature, ce_weight, kl_weight, kl_scale, kl_of, reduction, ignore_index, label_smoothing)
+    backward(
+        grad_student, grad_weights, grad_loss, None, None, student, teachers, weights, labels, stats, settings,
         rescale=True,
     )  # fmt: skip
 
 
-def _backward(
+def backward(
     grad: Tensor,
     slopes: Tensor,
     grad_loss: Tensor,
@@ -494,26 +561,32 @@ def _backward(
     weights: Tensor | None,
     labels: Tensor | None,
     stats: Tensor,
-    *settings: Any,
+    settings: Settings,
     rescale: bool,
 ) -> None:
     """Writes into grad and slopes, unless they are empty."""
-    n, c = student.shape
-    if grad.numel() == slopes.numel() == 0:
+    need_student, need_weights = grad.numel() > 0, slopes.numel() > 0
+    if not (need_student or need_weights):
         return
-    strides = [0 if t is None else t.stride(0) for t in (back_q, back_p)]
-    arguments = _arguments(student, teachers, weights, labels, *settings, need_grad=True)
-    _kd_backward_kernel[(triton.cdiv(n, arguments["ROWS"]),)](
-        **arguments,
-        grad_loss=grad_loss,
-        grad_probs=back_q,
-        grad_targets=back_p,
-        stats=stats,
-        grad_out=grad if grad.numel() else None,
-        slopes_out=slopes if slopes.numel() else None,
-        loss_stride=grad_loss.stride(0) if grad_loss.dim() else 0,
-        probs_stride=strides[0],
-        targets_stride=strides[1],
-        RESCALE=rescale,
-        BACK_ALIGN=alignment(c, *strides),
+    student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
+    launch = _backward_launch(
+        _layout(student, dense_teachers, weights, labels),
+        settings,
+        grad_loss.stride(0) if grad_loss.dim() else 0,
+        0 if back_q is None else back_q.stride(0),
+        0 if back_p is None else back_p.stride(0),
+        rescale,
+    )
+    launch(
+        grad_loss,
+        back_q,
+        back_p,
+        student,
+        dense_teachers,
+        weights,
+        labels,
+        None if labels is None or not settings.is_mean() else counts_of(labels, settings.ignore_index),
+        stats,
+        grad if need_student else None,
+        slopes if need_weights else None,
     )

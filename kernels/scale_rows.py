@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import OPTIONS
+from ._launch import Launch, kept
 
 BLOCK, PROGRAMS = 1024, 4096
 
@@ -24,9 +25,14 @@ def _scale_kernel(rows, by, count, length, by_stride, BLOCK: tl.constexpr):
 
 
 def scale_rows_(rows: Tensor, by: Tensor) -> None:
-    count = rows.shape[0] if by.dim() else 1
-    if rows.numel() == 0:
-        return
-    length = rows.numel() // count
+    size = rows.numel()
+    if size:
+        count, stride = (rows.shape[0], by.stride(0)) if by.dim() else (1, 0)
+        _launch(count, size // count, stride)(rows, by)
+
+
+@kept
+def _launch(count: int, length: int, stride: int) -> Launch:
     grid = min(triton.cdiv(length, BLOCK), PROGRAMS), min(count, PROGRAMS)
-    _scale_kernel[grid](rows, by, count, length, by.stride(0) if by.dim() else 0, BLOCK=BLOCK, num_warps=4, **OPTIONS)
+    numbers = dict(count=count, length=length, by_stride=stride, BLOCK=BLOCK, num_warps=4)
+    return Launch(_scale_kernel, grid, **numbers, **OPTIONS)

@@ -14,12 +14,15 @@ Scores, their softmax and what backward makes of it are float64, d T multiply-ad
 absolute error of a score into a relative one, and backward takes differences of weights near 1.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
+from ._launch import Launch, kept
 
 TILE = 4096  # elements that a program holds at once
 SLOPES = 2048  # most elements of a tile of teachers by channels
@@ -176,13 +179,19 @@ def _features_kernel(
 
 @triton.jit
 def _parameters_kernel(
-    slopes_ptr, theta_ptr, v_ptr, pooled_ptr, grad_theta_ptr, grad_v_ptr, examples, channels, teachers,
-    theta_down, theta_along, v_along, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    slopes_ptr, theta_ptr, v_ptr, pooled_ptr, upstream_ptr, grad_theta_ptr, grad_v_ptr, examples, channels, teachers,
+    theta_down, theta_along, v_along,
+    decay,  # with upstream_ptr: what comes back to the sum of decay / 2 theta^2 and decay / 2 v^2
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     v = tl.load(v_ptr + c * v_along, mask=inside, other=0.0)
     grad_v = tl.zeros([BLOCK_C], tl.float64)
+    pull = tl.full([1], 0.0, tl.float64)
+    if upstream_ptr is not None:
+        pull += decay * tl.load(upstream_ptr).to(tl.float64)
+        grad_v += pull * v
     for t in range(teachers):
         total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in range(0, examples, BLOCK_N):
@@ -193,19 +202,24 @@ def _parameters_kernel(
             total += slope[:, None] * pooled
         grad = tl.sum(total.to(tl.float64), axis=0)
         theta = tl.load(theta_ptr + t * theta_down + c * theta_along, mask=inside, other=0.0)
-        tl.store(grad_theta_ptr + t * channels + c, (grad * v).to(tl.float32), mask=inside)
+        to_theta = grad * v
+        if upstream_ptr is not None:
+            to_theta += pull * theta
+        tl.store(grad_theta_ptr + t * channels + c, to_theta.to(tl.float32), mask=inside)
         grad_v += grad * theta
     tl.store(grad_v_ptr + c, grad_v.to(tl.float32), mask=inside)
 
 
-def _geometry(features: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int], bool, int]:
-    """Pixels and width of [N, d, H, W] or [N, d]; its strides; whether pixels lie evenly; what divides a plane."""
-    if features.dim() == 2:
-        return (1, 1), (*features.stride(), 0, 0), True, 1
-    pixels, width = features.shape[2:].numel(), features.shape[3]
-    example, channel = features.stride()[:2]
-    down, along, flat = plane_strides(features)
-    return (pixels, width), (example, channel, down, along), flat, alignment(pixels, channel, example)
+def _geometry(shape: tuple, strides: tuple) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sizes of [N, d, H, W] or [N, d]; and how pixels lie: steps, whether evenly, and what divides a plane."""
+    channels, plane = shape[1], shape[2:]
+    if not plane:
+        sizes = dict(channels=channels, pixels=1, width=1)
+        return sizes, dict(down=0, along=0, FLAT=True, ALIGN=1)
+    pixels = plane[0] * plane[1]
+    down, along, flat = plane_strides(plane, strides[2:])
+    sizes = dict(channels=channels, pixels=pixels, width=plane[1])
+    return sizes, dict(down=down, along=along, FLAT=flat, ALIGN=alignment(pixels, *strides[:2]))
 
 
 def _blocks(channels: int, pixels: int, teachers: int) -> dict[str, int]:
@@ -216,19 +230,81 @@ def _blocks(channels: int, pixels: int, teachers: int) -> dict[str, int]:
     return {"BLOCK_C": block_c, "BLOCK_P": block_p, "BLOCK_T": block_t, "num_warps": warps}
 
 
+def _factor_strides(theta: tuple, v: tuple) -> dict[str, int]:
+    return dict(theta_down=theta[0], theta_along=theta[1], v_along=v[0])
+
+
+@kept
+def _forward_launch(shape: tuple, strides: tuple, teachers: int, theta: tuple, v: tuple, max_pool: bool) -> Launch:
+    sizes, plane = _geometry(shape, strides)
+    blocks = _blocks(shape[1], sizes["pixels"], teachers)
+    return Launch(
+        _forward_kernel,
+        shape[:1],
+        **sizes,
+        teachers=teachers,
+        x_example=strides[0],
+        x_channel=strides[1],
+        **plane,
+        **_factor_strides(theta, v),
+        MAX=max_pool,
+        WHOLE=sizes["pixels"] <= blocks["BLOCK_P"],
+        **blocks,
+        **OPTIONS,
+    )
+
+
+@kept
+def _features_launch(
+    shape: tuple,
+    strides: tuple,
+    teachers: int,
+    grad: tuple,
+    theta: tuple,
+    v: tuple,
+    max_pool: bool,
+    need_features: bool,
+    need_parameters: bool,
+) -> Launch:
+    sizes, plane = _geometry(shape, strides)
+    blocks = _blocks(shape[1], sizes["pixels"], teachers)
+    parts = 1
+    if need_features:
+        parts = min(triton.cdiv(shape[1], blocks["BLOCK_C"]), triton.cdiv(PROGRAMS, shape[0]))
+    return Launch(
+        _features_kernel,
+        (shape[0], parts),
+        **sizes,
+        teachers=teachers,
+        grad_down=grad[0],
+        grad_along=grad[1],
+        **_factor_strides(theta, v),
+        out_example=strides[0],
+        out_channel=strides[1],
+        **plane,
+        MAX=max_pool,
+        NEED_FEATURES=need_features,
+        NEED_PARAMETERS=need_parameters,
+        **blocks,
+        **OPTIONS,
+    )
+
+
+@kept
+def _parameters_launch(examples: int, channels: int, teachers: int, theta: tuple, v: tuple, decay: float) -> Launch:
+    sizes = dict(examples=examples, channels=channels, teachers=teachers, decay=decay, BLOCK_N=128, BLOCK_C=16)
+    return Launch(_parameters_kernel, (triton.cdiv(channels, 16),), **sizes, **_factor_strides(theta, v), **OPTIONS)
+
+
 def teacher_weights_fwd(features: Tensor, theta: Tensor, v: Tensor, max_pool: bool) -> tuple[Tensor, Tensor, Tensor]:
-    n, d, teachers = features.shape[0], features.shape[1], theta.shape[0]
+    shape, teachers = features.shape, theta.shape[0]
+    n, d = shape[:2]
     weights = features.new_empty(n, teachers, dtype=torch.float32)
-    pooled = features.new_empty(n, d, dtype=torch.float32)
-    index = features.new_empty((n, d) if max_pool else (0,), dtype=torch.int32)
+    pooled = weights.new_empty(n, d)
+    index = weights.new_empty((n, d) if max_pool else 0, dtype=torch.int32)
     if n:
-        (pixels, width), strides, flat, align = _geometry(features)
-        blocks = _blocks(d, pixels, teachers)
-        _forward_kernel[(n,)](
-            features, theta, v, weights, pooled, index, d, pixels, width, teachers,
-            *strides, *theta.stride(), *v.stride(),
-            MAX=max_pool, FLAT=flat, ALIGN=align, WHOLE=pixels <= blocks["BLOCK_P"], **blocks, **OPTIONS,
-        )  # fmt: skip
+        launch = _forward_launch(shape, features.stride(), teachers, theta.stride(), v.stride(), max_pool)
+        launch(features, theta, v, weights, pooled, index)
     return weights, pooled, index
 
 
@@ -243,25 +319,37 @@ def teacher_weights_bwd(
     need_features: bool,
     need_parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(grad, features, theta, v, pooled, index, max_pool, need_features, need_parameters, None, 0.0)
+
+
+def backward(
+    grad: Tensor,
+    features: Tensor,
+    theta: Tensor,
+    v: Tensor,
+    pooled: Tensor,
+    index: Tensor,
+    max_pool: bool,
+    need_features: bool,
+    need_parameters: bool,
+    upstream: Tensor | None,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to features, theta and v; to the latter also upstream (a scalar) times decay times themselves."""
     n, d, teachers = features.shape[0], features.shape[1], theta.shape[0]
     grad_features = torch.empty_like(features) if need_features else features.new_empty(0)
-    slopes = grad.new_empty((n, teachers) if need_parameters else (0,), dtype=torch.float32)
+    slopes = pooled.new_empty((n, teachers) if need_parameters else 0)
     pooled, index = pooled.contiguous(), index.contiguous()
     if n and (need_features or need_parameters):
-        (pixels, width), strides, flat, align = _geometry(grad_features if need_features else features)
-        blocks = _blocks(d, pixels, teachers)
-        parts = min(triton.cdiv(d, blocks["BLOCK_C"]), triton.cdiv(PROGRAMS, n)) if need_features else 1
-        _features_kernel[(n, parts)](
-            grad, theta, v, pooled, index, slopes, grad_features, d, pixels, width, teachers,
-            *grad.stride(), *theta.stride(), *v.stride(), *strides,
-            MAX=max_pool, NEED_FEATURES=need_features, NEED_PARAMETERS=need_parameters, FLAT=flat, ALIGN=align,
-            **blocks, **OPTIONS,
+        strides = (grad_features if need_features else features).stride()
+        launch = _features_launch(
+            features.shape, strides, teachers, grad.stride(), theta.stride(), v.stride(), max_pool, need_features,
+            need_parameters,
         )  # fmt: skip
+        launch(grad, theta, v, pooled, index, slopes, grad_features)
     if not need_parameters:
         return grad_features, theta.new_empty(0), v.new_empty(0)
     grad_theta, grad_v = theta.new_empty(theta.shape), v.new_empty(v.shape)
-    _parameters_kernel[(triton.cdiv(d, 16),)](
-        slopes, theta, v, pooled, grad_theta, grad_v, n, d, teachers, *theta.stride(), *v.stride(),
-        BLOCK_N=128, BLOCK_C=16, **OPTIONS,
-    )  # fmt: skip
+    launch = _parameters_launch(n, d, teachers, theta.stride(), v.stride(), decay)
+    launch(slopes, theta, v, pooled, upstream if decay else None, grad_theta, grad_v)
     return grad_features, grad_theta, grad_v

@@ -20,6 +20,7 @@ makes the loss of its row NaN, and nothing outside of the row is read or written
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,7 +31,9 @@ from ._common import OPTIONS, aligned, alignment
 from ._kd_rows import (
     LN2,
     LONG_WARPS,
+    Settings,
     add_rows,
+    count_numbers,
     counts_of,
     cross_entropy,
     dense,
@@ -43,6 +46,7 @@ from ._kd_rows import (
     student_grad,
     weighted,
 )
+from ._launch import Launch, kept
 
 HELD = 4096  # classes that a program keeps in registers; a longer row is read twice
 PAIRS = 256  # of entries that a warp compares at a time: more of them spill registers
@@ -231,65 +235,58 @@ def _topk_kernel(
         tl.store(last_out + rows, last, mask=inside)
 
 
-def _arguments(
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    sizes: list[int],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    temperature: float,
-    ce_weight: float,
-    kl_weight: float,
-    kl_scale: float,
-    tail: str,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    need_grad: bool,
-) -> dict:
-    """What forward and backward give the kernel alike."""
-    n, c = student.shape
-    mean = reduction in ("mean", "batchmean")
-    rows = max(n, 1) if mean and labels is None else 1
-    student, entries = dense(student), triton.next_power_of_2(sum(sizes))
-    align = alignment(c, student.stride(0))
+class Layout(NamedTuple):
+    """Where the rows lie; strides are None where there is no tensor."""
+
+    n: int
+    c: int
+    stride: int
+    itemsize: int
+    sizes: tuple[int, ...]
+    weight_strides: tuple[int, ...] | None
+    label_stride: int | None
+
+
+@kept
+def _launch(at: Layout, of: Settings, count_rows: bool, loss_stride: int) -> Launch:
+    n, c, sizes, labeled = at.n, at.c, at.sizes, at.label_stride is not None
+    rows = max(n, 1) if of.is_mean() and not labeled else 1
+    entries = triton.next_power_of_2(sum(sizes))
     log2_e = math.log2(math.e)
     block, vector, warps = triton.next_power_of_2(c), 1, LONG_WARPS
     if block > HELD:
-        vector = 16 // student.element_size()
+        vector = 16 // at.itemsize
         block = LONG_WARPS * 32 * vector
     else:
         warps = min(LONG_WARPS, max(1, max(block, entries) // 512))
-    return dict(
-        student=student,
-        indices=indices.contiguous(),
-        log_probs=log_probs.contiguous(),
+    weight_strides = at.weight_strides or (0, 0)
+    return Launch(
+        _topk_kernel,
+        (n,),
         starts=tuple(sum(sizes[:t]) for t in range(len(sizes) + 1)),
-        weights=weights,
-        labels=labels,
         n=n,
         c=c,
-        stride=student.stride(0),
-        weight_stride=0 if weights is None else weights.stride(0),
-        weight_along=0 if weights is None else weights.stride(1),
-        label_stride=0 if labels is None else labels.stride(0),
-        ignore_index=ignore_index,
-        rate=0.5 * log2_e / temperature,
-        rate1=None if labels is None or temperature == 1 else log2_e,
-        per_tau=1 / temperature,
-        ce_weight=float(ce_weight),
-        kl_weight=float(kl_weight),
-        kl_scale=float(kl_scale),
-        ce_grad=ce_weight / rows,
-        kl_grad=kl_weight * kl_scale / (rows * c if reduction == "mean" else rows),
-        smoothing=float(label_smoothing),
-        even=label_smoothing / c,
-        TAIL=tail,
-        NONE=reduction == "none",
-        SMOOTH=label_smoothing != 0 and labels is not None,
-        **counts_of(labels, ignore_index, need_grad and mean and labels is not None),
-        ALIGN=align,
+        loss_stride=loss_stride,
+        stride=at.stride,
+        weight_stride=weight_strides[0],
+        weight_along=weight_strides[1],
+        label_stride=at.label_stride or 0,
+        ignore_index=of.ignore_index,
+        rate=0.5 * log2_e / of.temperature,
+        rate1=None if not labeled or of.temperature == 1 else log2_e,
+        per_tau=1 / of.temperature,
+        ce_weight=float(of.ce_weight),
+        kl_weight=float(of.kl_weight),
+        kl_scale=float(of.kl_scale),
+        ce_grad=of.ce_weight / rows,
+        kl_grad=of.kl_weight * of.kl_scale / (rows * c if of.reduction == "mean" else rows),
+        smoothing=float(of.label_smoothing),
+        even=of.label_smoothing / c,
+        TAIL=of.mode,
+        NONE=of.reduction == "none",
+        SMOOTH=of.label_smoothing != 0 and labeled,
+        **count_numbers(n, count_rows),
+        ALIGN=alignment(c, at.stride),
         BLOCK=block,
         STEPS=triton.cdiv(c, block),
         VECTOR=vector,
@@ -298,6 +295,36 @@ def _arguments(
         num_warps=warps,
         **OPTIONS,
     )
+
+
+def _run(
+    grad_loss: Tensor | None,
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    settings: Settings,
+    need_grad: bool,
+    *outputs: Tensor | None,
+) -> None:
+    student = dense(student)
+    layout = Layout(
+        student.shape[0],
+        student.shape[1],
+        student.stride(0),
+        student.element_size(),
+        tuple(sizes),
+        None if weights is None else weights.stride(),
+        None if labels is None else labels.stride(0),
+    )
+    counts = (
+        counts_of(labels, settings.ignore_index) if need_grad and settings.is_mean() and labels is not None else None
+    )
+    loss_stride = grad_loss.stride(0) if grad_loss is not None and settings.reduction == "none" else 0
+    launch = _launch(layout, settings, counts is not None, loss_stride)
+    launch(grad_loss, student, indices.contiguous(), log_probs.contiguous(), weights, labels, counts, *outputs)
 
 
 def topk_kd_fwd(
@@ -329,21 +356,25 @@ def topk_kd_fwd(
     if n == 0:
         loss.zero_()
         return loss, stats, grad, slopes
-    arguments = _arguments(
-        student, indices, log_probs, sizes, weights, labels, temperature, ce_weight, kl_weight, kl_scale, tail,
-        reduction, ignore_index, label_smoothing, need_student_grad or need_weights_grad,
-    )  # fmt: skip
+    settings = Settings(temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing)
     values = make(True, 3, n)
-    _topk_kernel[(n,)](
-        **arguments,
-        grad_loss=None,
-        stats=stats,
-        ce_out=values[0],
-        kl_out=values[1],
-        last_out=loss if none else values[2],
-        grad_out=grad if need_student_grad else None,
-        slopes_out=slopes if need_weights_grad else None,
-        loss_stride=0,
+    ce_rows, kl_rows, last = values.unbind()
+    _run(
+        None,
+        student,
+        indices,
+        log_probs,
+        sizes,
+        weights,
+        labels,
+        settings,
+        need_student_grad or need_weights_grad,
+        stats,
+        ce_rows,
+        kl_rows,
+        loss if none else last,
+        grad if need_student_grad else None,
+        slopes if need_weights_grad else None,
     )
     if not none:
         classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
@@ -377,19 +408,22 @@ def topk_kd_bwd(
     slopes = stats.new_empty((n, len(sizes)) if need_weights_grad else (0,))
     if n == 0 or not (need_student_grad or need_weights_grad):
         return grad, slopes
-    arguments = _arguments(
-        student, indices, log_probs, sizes, weights, labels, temperature, ce_weight, kl_weight, kl_scale, tail,
-        reduction, ignore_index, label_smoothing, True,
-    )  # fmt: skip
-    _topk_kernel[(n,)](
-        **arguments,
-        grad_loss=grad_loss,
-        stats=stats,
-        ce_out=None,
-        kl_out=None,
-        last_out=None,
-        grad_out=grad if need_student_grad else None,
-        slopes_out=slopes if need_weights_grad else None,
-        loss_stride=grad_loss.stride(0) if reduction == "none" else 0,
+    settings = Settings(temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing)
+    _run(
+        grad_loss,
+        student,
+        indices,
+        log_probs,
+        sizes,
+        weights,
+        labels,
+        settings,
+        True,
+        stats,
+        None,
+        None,
+        None,
+        grad if need_student_grad else None,
+        slopes if need_weights_grad else None,
     )
     return grad, slopes

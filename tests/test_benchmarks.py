@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from amtml_fast.backend import Choice
 from amtml_fast.testing import CASES
-from benchmarks import report
+from benchmarks import report, tune
 from benchmarks.workloads import WORKLOADS
 
 pytest.importorskip("pytest_benchmark")
@@ -138,3 +139,32 @@ def test_what_the_readme_says_about_speed_comes_from_the_committed_results():
     folder = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
     said = page.split(report.BEGIN)[1].split(report.END)[0].strip()
     assert said == report.readme(report.load(sorted(folder.glob("*.json"))), folder.relative_to(ROOT).as_posix())
+
+
+def test_lines_for_auto_from_measurements():
+    """The order that is right most often, and before it the sizes from which on another one is clearly faster."""
+    a, b = ("cuda", "triton"), ("triton", "cuda")
+    timed = [
+        tune.Timed("angle", 10, {"cuda": 1.0, "triton": 2.0}),
+        tune.Timed("topk_kd", 1000, {"cuda": 3.0, "triton": 2.0}),
+        tune.Timed("topk_kd", 10, {"cuda": 1.0, "triton": 2.0}),
+        tune.Timed("topk_kd", 100, {"cuda": 3.0, "triton": 2.9}),  # no clear difference
+        tune.Timed("hint", 10, {"cuda": 3.0, "triton": 2.0}),
+        tune.Timed("hint", 20, {"cuda": 1.0, "triton": 2.0}),
+        tune.Timed("distance", 10, {"cuda": 1.0, "triton": 2.0}),
+    ]
+    assert tune.choices("cuda", timed) == [
+        Choice("cuda", "topk_kd", 1000, b),
+        Choice("cuda", "hint", 20, a),
+        Choice("cuda", "hint", 10, b),
+        Choice("cuda", None, 0, a),
+    ]
+    assert tune.choices("cuda", []) == []
+
+
+def test_tuning_times_both_backends(monkeypatch):
+    monkeypatch.setattr(tune, "OURS", ("cpp", "reference"))
+    monkeypatch.setattr(tune, "ROUNDS", 2)
+    timed = tune.time(next(w for w in WORKLOADS if w.op == "dual_softmax"))
+    assert timed.op == "dual_softmax" and timed.numbers == 512 * 512
+    assert set(timed.seconds) == {"cpp", "reference"} and min(timed.seconds.values()) > 0

@@ -64,14 +64,22 @@ def define(
     return register
 
 
+@functools.cache
+def _launcher(name: str) -> Callable:
+    """Imported late: Triton is optional."""
+    return getattr(importlib.import_module(f"amtml_fast.kernels.{TRITON[name]}"), name)
+
+
 def _launch(name: str, *args: Any) -> Any:
-    """The Triton kernel, on the device of its tensors. Imported here: Triton is optional."""
-    launcher = getattr(importlib.import_module(f"amtml_fast.kernels.{TRITON[name]}"), name)
-    device = args[0].device
+    """The Triton kernel, on the device of its tensors."""
+    device = next(a for a in args if isinstance(a, Tensor)).device
     if device.type == "cpu":  # the interpreter
-        return launcher(*args)
-    with torch.get_device_module(device).device(device):
-        return launcher(*args)
+        return _launcher(name)(*args)
+    module = torch.get_device_module(device)
+    if device.index == module.current_device():
+        return _launcher(name)(*args)
+    with module.device(device):
+        return _launcher(name)(*args)
 
 
 def empty(like: Tensor, wanted: bool, shape: tuple, dtype: torch.dtype) -> Tensor:
@@ -79,9 +87,35 @@ def empty(like: Tensor, wanted: bool, shape: tuple, dtype: torch.dtype) -> Tenso
     return like.new_empty(shape if wanted else (0,), dtype=dtype)
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list, tuple}
+
+
+class _Direct:
+    """The Triton launchers under the names of their raw ops, without the dispatcher: it takes as long as two or three launches."""
+
+    def __getattr__(self, name: str) -> Any:
+        def default(*args: Any) -> Any:
+            if _PLAIN.issuperset(map(type, args)):
+                return _launch(name, *args)
+            return getattr(torch.ops.amtml_triton, name).default(*args)
+
+        op = type("Op", (), {"default": staticmethod(default)})
+        setattr(self, name, op)
+        return op
+
+
+_DIRECT = _Direct()
+_dispatch_modes, _profiled = torch._C._len_torch_dispatch_stack, torch._C._autograd._profiler_enabled
+
+
 def kernels(backend_name: str) -> Any:
     """The raw ops of a backend. Those of ``amtml`` go by the device of their tensors."""
-    return torch.ops.amtml_triton if backend_name == "triton" else torch.ops.amtml
+    if backend_name != "triton":
+        return torch.ops.amtml
+    # Whoever traces, watches or profiles is to see an op.
+    if torch.compiler.is_compiling() or _dispatch_modes() or _profiled():
+        return torch.ops.amtml_triton
+    return _DIRECT
 
 
 # --- autograd

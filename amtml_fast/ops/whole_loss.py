@@ -9,22 +9,21 @@ from torch import Tensor
 
 from amtml_fast import backend, checks, reference
 from amtml_fast.ops import _kd
-from amtml_fast.ops._base import asked, define, empty, first_order, needs_grad, operator, save, saved
+from amtml_fast.ops._base import asked, define, empty, first_order, kernels, needs_grad, operator, save, saved
 from amtml_fast.ops.angle import EPS
 from amtml_fast.ops.multi_teacher_kd import MODES
 from amtml_fast.reference import KDOptions, wide_dtype
 
-kernels = torch.ops.amtml
-
-operator("whole_loss", backends=("cpp", "cuda"))  # where it is missing, AMTMLLoss is composed of the others
+operator("whole_loss")  # where it cannot run, AMTMLLoss is composed of the others
 
 
-def is_fused(student: Tensor, *others: Tensor | None) -> bool:
-    """Whether the whole loss runs as one node on these tensors."""
+def fused_by(student: Tensor, *others: Tensor | None) -> str | None:
+    """The backend that runs the whole loss as one node on these tensors, if any."""
     return backend.runs("whole_loss", student, *others)
 
 
 def whole_loss(
+    chosen: str,
     student: Tensor,
     teachers: Sequence[Tensor],
     labels: Tensor | None,
@@ -38,7 +37,7 @@ def whole_loss(
     angle_trains_weights: bool,
     regularizer_weight: float,
 ) -> tuple[Tensor, ...]:
-    """On checked rows. sources of the weights: (features, theta, v, None), or (None, None, None, weights). divisor: of the
+    """On checked rows, by the backend that ``fused_by`` gave. sources of the weights: (features, theta, v, None), or (None, None, None, weights). divisor: of the
     kd term. Returns loss, terms and weights like ``WholeLoss``."""
     name = "AMTMLLoss"
     _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
@@ -46,6 +45,7 @@ def whole_loss(
     checks.number(name, "delta", delta, 0, math.inf, above=True)
     needs = needs_grad(student), needs_grad(*sources)
     settings = Settings(
+        chosen,
         _kd.settings(options, labels is not None),
         max_pool,
         float(angle_weight),
@@ -60,6 +60,8 @@ def whole_loss(
         given = reference.item_count(divisor, torch.float64)
         on_device = isinstance(given, Tensor) and given.device == student.device
         count = given if on_device else student.new_full((), float(given), dtype=torch.float64)  # no sync
+    if chosen == "triton":  # the others check values themselves
+        _kd.check_values(name, labels, student.shape[1], options.ignore_index, None)
     labels = _kd.as_long(labels)
     return _kd.run(
         (name, labels, student.shape[1], options.ignore_index, None), WholeLoss, any(needs),
@@ -70,6 +72,7 @@ def whole_loss(
 class Settings(NamedTuple):
     """What ``WholeLoss`` adds up; ``kd`` are the values of ``_kd.SETTINGS``."""
 
+    backend: str
     kd: tuple
     max_pool: bool
     angle_weight: float
@@ -101,8 +104,10 @@ class WholeLoss(torch.autograd.Function):
         settings: Settings,
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
-        kd, max_pool, angle_weight, delta, eps, trains, regularizer_weight, (need_student, need_weights) = settings
-        loss, terms, made, *saved = kernels.whole_loss_fwd.default(
+        chosen, kd, max_pool, angle_weight, delta, eps, trains, regularizer_weight, (need_student, need_weights) = (
+            settings
+        )
+        loss, terms, made, *saved = kernels(chosen).whole_loss_fwd.default(
             features, theta, v, weights, student, teachers, labels, divisor, *kd, max_pool, angle_weight, delta, eps,
             regularizer_weight, need_student, need_weights and trains,
         )  # fmt: skip
@@ -120,9 +125,9 @@ class WholeLoss(torch.autograd.Function):
             return None, None, None, None, None, *fixed
         features, theta, v, weights, student, labels, divisor, *rest = saved(ctx)
         pooled, index, stats, grad_probs, grad_targets, *teachers = rest
-        kd, max_pool, angle_weight, _, _, _, regularizer_weight, (need_student, need_weights) = ctx.settings
+        chosen, kd, max_pool, angle_weight, _, _, _, regularizer_weight, (need_student, need_weights) = ctx.settings
         need_features, need_theta, need_v = ctx.needs_input_grad[:3]
-        grads = kernels.whole_loss_bwd.default(
+        grads = kernels(chosen).whole_loss_bwd.default(
             grad, features, theta, v, weights, pooled, index, student, teachers, labels, stats, grad_probs,
             grad_targets, divisor, *kd, max_pool, angle_weight, regularizer_weight, need_student, need_weights,
             need_features, need_theta or need_v,
@@ -140,7 +145,6 @@ class WholeLoss(torch.autograd.Function):
     f"Tensor? divisor, {_kd.SETTINGS}, bool max_pool, float angle_weight, float delta, float eps, "
     "float regularizer_weight, bool need_student_grad, bool need_targets_grad) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=None,
 )
 def _(features, theta, v, weights, student, teachers, labels, divisor, *settings):
     max_pool, angle_weight, *_, need_student_grad, need_targets_grad = settings[8:]
@@ -168,7 +172,6 @@ def _(features, theta, v, weights, student, teachers, labels, divisor, *settings
     f"Tensor? divisor, {_kd.SETTINGS}, bool max_pool, float angle_weight, float regularizer_weight, "
     "bool need_student, bool need_weights, bool need_features, bool need_parameters) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=None,
 )
 def _(grad, features, theta, v, weights, pooled, index, student, teachers, *settings):
     need_student, need_weights, need_features, need_parameters = settings[-4:]

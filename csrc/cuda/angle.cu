@@ -3,13 +3,14 @@
 //   psi(i, j, k) = cosine of the angle at j between x_i - x_j and x_k - x_j;  L = sum_ijk huber_delta(psi_s - psi_t)
 //
 // student, teacher [N, C] float32, bfloat16 or float16 with any strides; loss [] or [N], gradients [N, C], all float32.
-// Up to five kernels, one after another:
+// Kernels, one after another:
 //   measure_kernel    distances of both sides, which rows take part and how many they are (pairs.cuh)
+//   fixed_kernel, fix_kernel  for N > 320: distances in fixed point where they allow it (triangles.cuh)
 //   triangles_kernel  the loss and the gradient to the distances (triangles.cuh): one launch up to N = 800, 2 at
 //                     1024, 13 at 2048, 64 at 4096
 //   fold_kernel       for N > 128, where the gradient lies in many matrices: their sum. Bandwidth
 //   finish_kernel     the gradient of the rows (pairs.cuh) and, in one more block, the loss
-// The count of rows stays on the device: the last kernel divides by it.
+// The count of rows stays on the device: the last kernel divides by it. Each starts while the one before it ends.
 // Memory: E and r of both sides 12 N^2 bytes; 4 N^2 for each slot of each gradient, of which there are about
 // 16800 / (N / 32)^2, and at least one. With eps below 1e-18 the product of two r can pass float32's range; all is
 // float64 then.
@@ -24,7 +25,7 @@ constexpr int kCubesOfLaunch = 2800;  // enough to keep every multiprocessor bus
 constexpr int kFoldFrom = 9;          // slots: fewer are summed by the kernel that reads them
 constexpr int kFoldThreads = 256;
 
-enum class Reduction { kMean, kDistinct, kSum, kNone };
+using Reduction = AngleReduction;
 
 Reduction reduction_of(const std::string& name) {
   if (name == "mean") return Reduction::kMean;
@@ -47,6 +48,8 @@ __device__ __forceinline__ double scale_of(Reduction reduction, double m) {
 // sums [planes, slots, elements]: all slots into the first.
 template <class T>
 __global__ void fold_kernel(T* sums, int slots, int64_t elements, int64_t plane) {
+  let_next_start();
+  wait_for_previous();
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kFoldThreads + threadIdx.x;
   if (at >= elements) return;
   T* const from = sums + blockIdx.y * plane + at;
@@ -93,6 +96,7 @@ struct Finish {
   int64_t tiles;
   int blocks;
   float *grad_first, *grad_second, *loss;
+  Terms terms;
 };
 
 template <int kBlock>
@@ -111,14 +115,17 @@ __device__ __forceinline__ void finish_loss(const Finish& finish, double* scratc
   for (int64_t i = threadIdx.x; i < finish.tiles; i += kGradientThreads) {
     sum += one_sided * finish.summaries[i].one_sided;
   }
-  sum = block_sum(sum, scratch);
-  if (threadIdx.x == 0) *finish.loss = static_cast<float>(scale_of(finish.reduction, *finish.count) * sum);
+  sum = scale_of(finish.reduction, *finish.count) * block_sum(sum, scratch);
+  if (finish.terms.loss) return write_terms(finish.terms, static_cast<float>(sum), scratch);
+  if (threadIdx.x == 0) *finish.loss = static_cast<float>(sum);
 }
 
 // Grid: (columns / 32, blocks of rows, sides with a gradient, and one more for the loss).
 template <class T, int kBlock>
 __global__ void __launch_bounds__(kGradientThreads, 2)
-    finish_kernel(Rows first, Rows second, SumOfSlots<T> weight, int64_t plane, int sides, Finish finish) {
+    finish_kernel(Points first, Points second, SumOfSlots<T> weight, int64_t plane, int sides,
+                  const __grid_constant__ Finish finish) {
+  wait_for_previous();
   const int side = blockIdx.z;
   if (side == sides) {
     if (blockIdx.x + blockIdx.y == 0) finish_loss(finish, shared<FinishScratch<kBlock>>().sums);
@@ -126,7 +133,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   }
   const double factor = 2 * scale_of(finish.reduction, *finish.count);
   weight.sums += side * plane;
-  const Rows rows = side == 0 ? first : second;
+  const Points rows = side == 0 ? first : second;
   row_gradient<kBlock>(rows, finish.n, finish.kept, finish.blocks, weight, side == 0 ? factor : -factor,
                        side == 0 ? finish.grad_first : finish.grad_second);
 }
@@ -135,7 +142,9 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 // to the second.
 template <class Tile>
 __global__ void __launch_bounds__(kGradientThreads, 2)
-    vertices_kernel(SumOfSlots<typename Tile::T> sums, int64_t plane, const Tile* tiles, Finish finish) {
+    vertices_kernel(SumOfSlots<typename Tile::T> sums, int64_t plane, const Tile* tiles,
+                    const __grid_constant__ Finish finish) {
+  wait_for_previous();
   constexpr int kBlock = Tile::kBlock, kGroups = kGradientThreads / kBlock;
   auto& scratch = shared<double[kGroups][kBlock]>();
   const int own = threadIdx.x % kBlock, group = threadIdx.x / kBlock, own_block = blockIdx.x;
@@ -163,23 +172,11 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
 
 // --- host
 
-// What a call computes. `one` and `other` are the sides; a gradient to the second side alone makes them change places.
-struct Call {
-  const Tensor &one, &other;
-  TakingPart takes_part;
-  const float* vertex_weight;  // [N] on the device, or null
-  double delta, eps;
-  Reduction reduction;
-  int gradients;  // of the first sides
-  Tensor loss, grad_one, grad_other;
-  bool want_loss;
-
-  Kind kind() const {
-    if (vertex_weight) return Kind::kWeighted;
-    if (reduction == Reduction::kNone) return Kind::kVertexLoss;
-    return gradients > 0 ? Kind::kGradient : Kind::kLoss;
-  }
-};
+Kind kind_of(const AngleCall& call) {
+  if (call.vertex_weight) return Kind::kWeighted;
+  if (call.reduction == Reduction::kNone) return Kind::kVertexLoss;
+  return call.gradients > 0 ? Kind::kGradient : Kind::kLoss;
+}
 
 // How the phases are laid out: see triangles.cuh.
 struct Slots {
@@ -199,14 +196,14 @@ void run_triangles(Triangles<typename C::Tile> all, const Slots& slots, const On
   for (int n = 0; n < slots.launches; ++n) {
     all.phase = n * slots.count;
     all.first = n == 0;
-    launch(triangles_kernel<C>, {grid, C::kThreads, 1, sizeof(CubeScratch<C>)}, on, all);
+    launch(triangles_kernel<C>, {grid, C::kThreads, 1, sizeof(CubeScratch<C>), true}, on, all);
   }
 }
 
 template <class Tile>
-void run_triangles(const Triangles<Tile>& all, const Call& call, const Slots& slots, const OnDevice& on) {
+void run_triangles(const Triangles<Tile>& all, const AngleCall& call, const Slots& slots, const OnDevice& on) {
   const bool both = call.gradients == 2;
-  switch (call.kind()) {
+  switch (kind_of(call)) {
     case Kind::kLoss:
       return run_triangles<Config<Tile, Kind::kLoss, 0>>(all, slots, on);
     case Kind::kVertexLoss:
@@ -220,146 +217,174 @@ void run_triangles(const Triangles<Tile>& all, const Call& call, const Slots& sl
   }
 }
 
+// Of few rows, the kernels that look for fixed point would take longer than it saves.
+template <class Tile>
+constexpr bool kTriesFixed = Tile::kBlock == 32 && sizeof(typename Tile::A) == sizeof(float);
+
+// What the kernels hand to each other.
+template <class Tile>
+struct Layout {
+  using T = typename Tile::T;
+  Tiling tiling;
+  Slots slots;
+  int planes;
+  int64_t tiles, plane;  // elements of a plane of sums
+  Distances<Tile> found;
+  T* sums;
+  double* partial;  // losses, or null
+  Fixed* fixed;     // or null, where fixed point is not tried
+
+  Layout(const AngleCall& call, Pieces& pieces) : tiling(call.takes_part.n, Tile::kBlock), slots(tiling.blocks) {
+    const bool per_vertex = kind_of(call) == Kind::kVertexLoss;
+    planes = per_vertex ? 2 : call.gradients;
+    tiles = tiling.tiles(), plane = slots.count * tiles * Tile::kArea;
+    const int64_t padded = static_cast<int64_t>(tiling.blocks) * Tile::kBlock;
+    found.tiles = pieces.take<Tile>(tiles), found.summaries = pieces.take<Summary>(tiles);
+    found.kept = pieces.take<bool>(padded), found.count = pieces.take<double>(1);
+    found.weight = call.vertex_weight ? pieces.take<float>(padded) : nullptr, found.given = call.vertex_weight;
+    sums = pieces.take<T>(planes * plane);
+    partial = call.loss && !per_vertex ? pieces.take<double>(slots.count * tiles) : nullptr;
+    fixed = kTriesFixed<Tile> ? pieces.take<Fixed>(1) : nullptr;
+  }
+};
+
 // The kernels in order. Tile says how pairs are kept.
 template <class Tile>
-void run(const Call& call, const OnDevice& on) {
+void run(const AngleCall& call, void* scratch, const OnDevice& on, bool early) {
   using T = typename Tile::T;
   constexpr int kBlock = Tile::kBlock;
-  const Tiling tiling(call.takes_part.n, kBlock);
-  const Slots slots(tiling.blocks);
-  const Kind kind = call.kind();
-  const bool one_loss = call.want_loss && kind != Kind::kVertexLoss, weighted = call.vertex_weight != nullptr;
-  const int planes = kind == Kind::kVertexLoss ? 2 : call.gradients;
-  const int64_t tiles = tiling.tiles(), elements = tiles * Tile::kArea, plane = slots.count * elements;
-  auto doubles = [&](size_t bytes) { return empty(call.one, {static_cast<int64_t>(bytes / 8)}, ScalarType::Double); };
-  const Tensor pairs = doubles(tiles * sizeof(Tile)), sums = doubles(planes * plane * sizeof(T));
-  const Tensor summaries = doubles(tiles * sizeof(Summary)), count = doubles(8);
-  const Tensor kept = empty(call.one, {tiling.blocks * kBlock}, ScalarType::Bool);
-  const Tensor partial = doubles(one_loss ? slots.count * tiles * 8 : 0);
-  const Tensor weight = empty(call.one, {weighted ? tiling.blocks * kBlock : 0}, ScalarType::Float);
-
-  const Rows one(call.one), other(call.other);
-  Distances<Tile> found;
-  found.tiles = data<Tile>(pairs), found.summaries = data<Summary>(summaries);
-  found.kept = data<bool>(kept), found.count = data<double>(count);
-  found.weight = weighted ? data<float>(weight) : nullptr, found.given = call.vertex_weight;
-  measure(one, other, call.takes_part, tiling, call.eps, found, on);
+  Pieces pieces(scratch);
+  const Layout<Tile> has(call, pieces);
+  const int64_t elements = has.tiles * Tile::kArea;
+  measure(call.one, call.other, call.takes_part, has.tiling, call.eps, has.found, on, early);
 
   Triangles<Tile> all;
-  all.tiles = found.tiles, all.tile_count = tiles, all.blocks = tiling.blocks;
-  all.sums = data<T>(sums), all.plane = plane;
-  all.weight = found.weight, all.delta = static_cast<typename Tile::A>(call.delta);
-  all.loss = one_loss ? data<double>(partial) : nullptr;
-  run_triangles(all, call, slots, on);
+  all.tiles = has.found.tiles, all.tile_count = has.tiles, all.blocks = has.tiling.blocks;
+  all.sums = has.sums, all.plane = has.plane;
+  all.weight = has.found.weight, all.delta = static_cast<typename Tile::A>(call.delta);
+  all.loss = has.partial;
+  all.fixed = has.fixed;
+  if constexpr (kTriesFixed<Tile>) {
+    launch(fixed_kernel, {1, kGradientThreads, 1, kGradientThreads / kWarp * 4 * sizeof(double), true}, on,
+           has.found.summaries, has.tiles, has.fixed);
+    launch(fix_kernel<Tile>, {static_cast<unsigned>(has.tiles), kGradientThreads, 1, 0, true}, on, has.found.tiles,
+           has.fixed);
+    Triangles<FixedTile<Tile>> in_fixed;
+    in_fixed.tiles = reinterpret_cast<const FixedTile<Tile>*>(all.tiles), in_fixed.weight = all.weight;
+    in_fixed.sums = all.sums, in_fixed.loss = all.loss, in_fixed.fixed = all.fixed;
+    in_fixed.tile_count = all.tile_count, in_fixed.plane = all.plane, in_fixed.blocks = all.blocks;
+    in_fixed.delta = all.delta;
+    run_triangles(in_fixed, call, has.slots, on);
+  }
+  run_triangles(all, call, has.slots, on);
 
-  SumOfSlots<T> folded{all.sums, slots.count, elements};
-  if (planes > 0 && slots.count >= kFoldFrom) {
-    launch(fold_kernel<T>, {dim3(blocks_for(elements, kFoldThreads), planes), kFoldThreads}, on, all.sums, slots.count,
-           elements, plane);
+  SumOfSlots<T> folded{all.sums, has.slots.count, elements};
+  if (has.planes > 0 && has.slots.count >= kFoldFrom) {
+    launch(fold_kernel<T>, {dim3(blocks_for(elements, kFoldThreads), has.planes), kFoldThreads, 1, 0, true}, on,
+           all.sums, has.slots.count, elements, has.plane);
     folded.slots = 1;
   }
 
   Finish finish;
   finish.reduction = call.reduction, finish.delta = call.delta, finish.n = call.takes_part.n;
-  finish.kept = found.kept, finish.count = found.count, finish.blocks = tiling.blocks;
-  finish.partial = all.loss, finish.partials = slots.count * tiles;
-  finish.summaries = found.summaries, finish.tiles = tiles;
-  finish.grad_first = data<float>(call.grad_one), finish.grad_second = data<float>(call.grad_other);
-  finish.loss = data<float>(call.loss);
-  const unsigned blocks = tiling.blocks;
-  if (kind == Kind::kVertexLoss) {
-    launch(vertices_kernel<Tile>, {blocks, kGradientThreads, 1, kGradientThreads * sizeof(double)}, on, folded, plane,
-           all.tiles, finish);
+  finish.kept = has.found.kept, finish.count = has.found.count, finish.blocks = has.tiling.blocks;
+  finish.partial = all.loss, finish.partials = has.slots.count * has.tiles;
+  finish.summaries = has.found.summaries, finish.tiles = has.tiles;
+  finish.grad_first = call.grad_one, finish.grad_second = call.grad_other;
+  finish.loss = call.loss, finish.terms = call.terms;
+  const unsigned blocks = has.tiling.blocks;
+  if (kind_of(call) == Kind::kVertexLoss) {
+    launch(vertices_kernel<Tile>, {blocks, kGradientThreads, 1, kGradientThreads * sizeof(double), true}, on, folded,
+           has.plane, all.tiles, finish);
     return;
   }
-  const int64_t widest = call.gradients == 2 ? std::max(one.width, other.width) : one.width;
-  const unsigned columns = std::max(blocks_for(widest, kColumns), 1u), parts = call.gradients + one_loss;
+  const int64_t widest = call.gradients == 2 ? std::max(call.one.width, call.other.width) : call.one.width;
+  const unsigned columns = std::max(blocks_for(widest, kColumns), 1u);
+  const unsigned parts = call.gradients + (has.partial ? 1 : 0);
   const dim3 grid = call.gradients > 0 ? dim3(columns, blocks, parts) : dim3(1, 1, parts);
-  launch(finish_kernel<T, kBlock>, {grid, kGradientThreads, 1, sizeof(FinishScratch<kBlock>)}, on, one, other, folded,
-         plane, call.gradients, finish);
+  launch(finish_kernel<T, kBlock>, {grid, kGradientThreads, 1, sizeof(FinishScratch<kBlock>), true}, on, call.one,
+         call.other, folded, has.plane, call.gradients, finish);
 }
 
-void run(const Call& call) {
-  const OnDevice on(call.one);
+// use(Tile*) with how pairs are kept, of that call on that device.
+template <class Use>
+auto with_tile(const AngleCall& call, const OnDevice& on, const Use& use) {
   auto with = [&](auto sum, auto value) {
     using T = decltype(sum);
     using A = decltype(value);
-    small_blocks(call.takes_part.n) ? run<PairTile<T, A, 16>>(call, on) : run<PairTile<T, A, 32>>(call, on);
+    return small_blocks(call.takes_part.n) ? use(static_cast<PairTile<T, A, 16>*>(nullptr))
+                                           : use(static_cast<PairTile<T, A, 32>*>(nullptr));
   };
-  if (call.eps < 1e-18) return run<PairTile<double, double, 16>>(call, on);  // rare: one size does
-  has_fast_double(call.one) ? with(double{}, float{}) : with(FloatPair{}, float{});
+  if (call.eps < 1e-18) return use(static_cast<PairTile<double, double, 16>*>(nullptr));  // rare: one size does
+  return on.facts.fast_double ? with(double{}, float{}) : with(FloatPair{}, float{});
 }
 
-// Labels in a dtype that the kernels read, or the mask of bools; it must outlive them in the stream's order only.
-TakingPart taking_part(const AngleRows& rows, Tensor& labels) {
+// All or those of a mask of bools. What it points into must outlive it in the stream's order only.
+TakingPart taking_part(const Tensor& student, const std::optional<Tensor>& row_mask) {
   TakingPart takes_part;
-  takes_part.n = rows.student.size(0);
-  if (!rows.row_mask && !rows.labels) return takes_part;
-  labels = rows.row_mask ? *rows.row_mask : *rows.labels;
-  check_shape(kOp, rows.row_mask ? "row_mask" : "labels", labels, {takes_part.n});
-  if (rows.row_mask) {
-    STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Bool, kOp, ": row_mask must be bool");
-  } else if (labels.scalar_type() != ScalarType::Int) {
-    labels = converted(labels, ScalarType::Long);
-  }
-  takes_part.labels = labels.const_data_ptr();
-  takes_part.stride = labels.stride(0);
-  takes_part.skip = rows.row_mask ? 0 : rows.ignore_index;
-  takes_part.size = labels.element_size();
+  takes_part.n = student.size(0);
+  if (!row_mask) return takes_part;
+  check_shape(kOp, "row_mask", *row_mask, {takes_part.n});
+  STD_TORCH_CHECK(row_mask->scalar_type() == ScalarType::Bool, kOp, ": row_mask must be bool");
+  takes_part.labels = row_mask->const_data_ptr(), takes_part.stride = row_mask->stride(0);
   return takes_part;
 }
 
-// Gradients to student and teacher; `loss` is filled if it is wanted.
-std::tuple<Tensor, Tensor> run(const AngleRows& rows, const float* vertex_weight, double delta, double eps,
-                               Reduction reduction, bool need_student, bool need_teacher, const Tensor& loss,
-                               bool want_loss) {
-  Tensor labels;
-  const bool swap = need_teacher && !need_student;  // the loss is the same with its sides exchanged
-  const Tensor &one = swap ? rows.teacher : rows.student, &other = swap ? rows.student : rows.teacher;
-  const int gradients = need_student + need_teacher;
-  auto gradient = [&](const Tensor& like, bool wanted) {
+// Gradients to student and teacher; the loss where `loss` is given.
+std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& row_mask,
+                               const float* vertex_weight, double delta, double eps, Reduction reduction,
+                               bool need_student, bool need_teacher, float* loss) {
+  check_sides(kOp, student, teacher);
+  const OnDevice on(student);
+  auto gradient = [](const Tensor& like, bool wanted) {
     return empty_or_none(like, wanted, {like.size(0), like.size(1)}, ScalarType::Float);
   };
-  Call call{one, other};
-  call.takes_part = taking_part(rows, labels), call.vertex_weight = vertex_weight;
-  call.delta = delta, call.eps = eps, call.reduction = reduction, call.gradients = gradients;
-  call.loss = loss, call.want_loss = want_loss;
-  call.grad_one = gradient(one, gradients > 0), call.grad_other = gradient(other, gradients > 1);
-  run(call);
-  if (swap) return {call.grad_other, call.grad_one};
-  return {call.grad_one, call.grad_other};
+  const Tensor grad_student = gradient(student, need_student), grad_teacher = gradient(teacher, need_teacher);
+  const bool swap = need_teacher && !need_student;  // the loss is the same with its sides exchanged
+  AngleCall call{Points(student), Points(teacher), taking_part(student, row_mask)};
+  call.vertex_weight = vertex_weight, call.delta = delta, call.eps = eps, call.reduction = reduction;
+  call.gradients = need_student + need_teacher, call.loss = loss;
+  call.grad_one = data<float>(grad_student), call.grad_other = data<float>(grad_teacher);
+  if (swap) std::swap(call.one, call.other), std::swap(call.grad_one, call.grad_other);
+  const Tensor scratch = empty(student, {static_cast<int64_t>(angle_scratch(call, on) / 8)}, ScalarType::Double);
+  angle(call, scratch.mutable_data_ptr(), on, false);
+  return {grad_student, grad_teacher};
 }
 
 std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor& teacher,
                                              std::optional<Tensor> row_mask, double delta, double eps,
                                              std::string reduction, bool need_student_grad, bool need_teacher_grad) {
-  return angle_rows({student, teacher, row_mask, std::nullopt, 0}, delta, eps, reduction, need_student_grad,
-                    need_teacher_grad);
+  const Reduction how = reduction_of(reduction);
+  const bool none = how == Reduction::kNone;
+  const Tensor loss = empty(student, none ? Shape{student.size(0)} : Shape{}, ScalarType::Float);
+  const auto [grad_student, grad_teacher] =
+      run(student, teacher, row_mask, nullptr, delta, eps, how, need_student_grad && !none, need_teacher_grad && !none,
+          static_cast<float*>(loss.mutable_data_ptr()));
+  return {loss, grad_student, grad_teacher};
 }
 
 std::tuple<Tensor, Tensor> angle_bwd(const Tensor& grad_loss, const Tensor& student, const Tensor& teacher,
                                      std::optional<Tensor> row_mask, double delta, double eps, bool need_student_grad,
                                      bool need_teacher_grad) {
-  const AngleRows rows{student, teacher, row_mask, std::nullopt, 0};
-  check_sides(kOp, rows.student, rows.teacher);
+  check_sides(kOp, student, teacher);
   check_shape(kOp, "grad_loss", grad_loss, {student.size(0)});
-  const Tensor incoming = dense(grad_loss, ScalarType::Float), none = empty(student, {0}, ScalarType::Float);
-  return run(rows, static_cast<const float*>(incoming.const_data_ptr()), delta, eps, Reduction::kNone,
-             need_student_grad, need_teacher_grad, none, false);
+  const Tensor incoming = dense(grad_loss, ScalarType::Float);
+  return run(student, teacher, row_mask, static_cast<const float*>(incoming.const_data_ptr()), delta, eps,
+             Reduction::kNone, need_student_grad, need_teacher_grad, nullptr);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> angle_rows(const AngleRows& rows, double delta, double eps,
-                                              const std::string& reduction, bool need_student_grad,
-                                              bool need_teacher_grad) {
-  check_sides(kOp, rows.student, rows.teacher);
-  const Reduction how = reduction_of(reduction);
-  const bool none = how == Reduction::kNone;
-  const Tensor loss = empty(rows.student, none ? Shape{rows.student.size(0)} : Shape{}, ScalarType::Float);
-  const auto [grad_student, grad_teacher] =
-      run(rows, nullptr, delta, eps, how, need_student_grad && !none, need_teacher_grad && !none, loss, true);
-  return {loss, grad_student, grad_teacher};
+size_t angle_scratch(const AngleCall& call, const OnDevice& on) {
+  return with_tile(call, on, [&](auto* tile) {
+    Pieces pieces;
+    const Layout<std::remove_pointer_t<decltype(tile)>> has(call, pieces);
+    return pieces.bytes();
+  });
+}
+
+void angle(const AngleCall& call, void* scratch, const OnDevice& on, bool early) {
+  with_tile(call, on, [&](auto* tile) { run<std::remove_pointer_t<decltype(tile)>>(call, scratch, on, early); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {

@@ -22,47 +22,60 @@ namespace amtml {
 
 constexpr int kWarp = 32;
 
+// What is asked of a device once; each question costs the host about a microsecond. device.cu
+struct DeviceFacts {
+  int code;          // compute capability, times 10, that the kernels which run there were compiled for
+  bool fast_double;  // float64 at half the speed of float32 or a quarter: the large chip of each generation
+};
+const DeviceFacts& facts_of(int device);
+// Lets a kernel have more than 48 KB of shared memory.
+void allow_shared(const void* kernel, int device, size_t bytes);
+
 // The device of a tensor and its current stream, while this object lives.
+#ifdef AMTML_EMULATED_CUDA
 class OnDevice {
  public:
-#ifdef AMTML_EMULATED_CUDA
-  explicit OnDevice(const Tensor&) {}
-  template <class Kernel>
-  unsigned largest_cluster(Kernel*, unsigned wanted) const {
-    return wanted;
+  explicit OnDevice(const Tensor&) : facts(facts_of(0)) { ++emulation::depth(); }
+  ~OnDevice() noexcept(false) {  // the kernels have ended when the outermost of these objects goes
+    if (--emulation::depth() == 0) emulation::settle(std::uncaught_exceptions() == 0);
   }
+  OnDevice(const OnDevice&) = delete;
+
+  const DeviceFacts& facts;
 #else
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    void* handle = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "amtml_fast: this torch has no CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &handle));
-    stream = static_cast<cudaStream_t>(handle);
-  }
-  // Blocks of a cluster: 1 where the kernel was not compiled for compute capability 9.0 or later, be it that such a
-  // device runs it from older PTX.
-  template <class Kernel>
-  unsigned largest_cluster(Kernel* kernel, unsigned wanted) const {
-    cudaFuncAttributes compiled = {};
-    const cudaError_t error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kernel));
-    STD_TORCH_CHECK(error == cudaSuccess, "amtml_fast: no CUDA kernel for this device: ", cudaGetErrorString(error));
-    return compiled.ptxVersion >= 90 ? wanted : 1;
-  }
-#endif
+class OnDevice {
+  torch::stable::accelerator::DeviceGuard guard_;  // first: the facts are asked of the current device
+
+ public:
+  explicit OnDevice(const Tensor& t) : OnDevice(t.get_device_index()) {}
+
+  const int device;
+  const DeviceFacts& facts;
   cudaStream_t stream = nullptr;
 
-#ifndef AMTML_EMULATED_CUDA
-
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
+  explicit OnDevice(int index) : guard_(index), device(index), facts(facts_of(index)) {
+    void* handle = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "amtml_fast: this torch has no CUDA");
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+
+ public:
 #endif
+  // Blocks of a cluster: 1 where the kernels were not compiled for compute capability 9.0 or later, be it that such a
+  // device runs them from older PTX.
+  unsigned largest_cluster(unsigned wanted) const { return facts.code >= 90 ? wanted : 1; }
 };
 
 // How a kernel is spread: blocks, threads of a block, blocks of a cluster (more than 1 on compute capability 9.0 and
-// later only), bytes of shared memory.
+// later only), bytes of shared memory. early: it may start before the kernel in front of it has ended, and must call
+// wait_for_previous.
 struct Spread {
   dim3 grid, block;
   unsigned cluster = 1;
   size_t shared_bytes = 0;
+  bool early = false;
 };
 
 // kernel(args...) on the stream; a grid without blocks launches nothing.
@@ -70,28 +83,52 @@ template <class... Parameters, class... Args>
 void launch(void (*kernel)(Parameters...), const Spread& spread, const OnDevice& on, Args&&... args) {
   if (spread.grid.x == 0 || spread.grid.y == 0 || spread.grid.z == 0) return;
 #ifdef AMTML_EMULATED_CUDA
-  emulation::run(spread.grid, spread.block, spread.cluster, spread.shared_bytes, [&] { kernel(args...); });
+  std::tuple<std::decay_t<Parameters>...> own(std::forward<Args>(args)...);
+  emulation::launch({spread.grid, spread.block, spread.cluster, spread.shared_bytes, spread.early,
+                     [kernel, own]() mutable { std::apply(kernel, own); }});
 #else
   cudaLaunchConfig_t config = {};
   config.gridDim = spread.grid;
   config.blockDim = spread.block;
   config.dynamicSmemBytes = spread.shared_bytes;
   config.stream = on.stream;
-  cudaLaunchAttribute cluster[1] = {};
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
   if (spread.cluster > 1) {
-    cluster[0].id = cudaLaunchAttributeClusterDimension;
-    cluster[0].val.clusterDim.x = spread.cluster;
-    cluster[0].val.clusterDim.y = cluster[0].val.clusterDim.z = 1;
-    config.attrs = cluster;
-    config.numAttrs = 1;
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = spread.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
-  cudaError_t error = cudaSuccess;
+  if (spread.early && on.facts.code >= 90) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
   if (spread.shared_bytes > (48 << 10)) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(spread.shared_bytes));
+    allow_shared(reinterpret_cast<const void*>(kernel), on.device, spread.shared_bytes);
   }
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
   STD_TORCH_CHECK(error == cudaSuccess, "amtml_fast: a CUDA kernel was not launched: ", cudaGetErrorString(error));
+#endif
+}
+
+// --- kernels that overlap their neighbors in a stream (compute capability 9.0 and later; elsewhere nothing happens)
+
+// An early kernel in every thread, before it writes to global memory, or reads what kernels in front of it write: what
+// was freed on the host may be in use until then.
+__device__ __forceinline__ void wait_for_previous() {
+#ifdef AMTML_EMULATED_CUDA
+  emulation::wait_for_previous();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets an early kernel behind this one start as soon as all blocks of this one have.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(AMTML_EMULATED_CUDA) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
@@ -226,6 +263,7 @@ struct Values {
   ScalarType dtype;
 
   explicit Values(const Tensor& t) : data(t.const_data_ptr()), dtype(t.scalar_type()) {}
+  explicit Values(const float* numbers) : data(numbers), dtype(ScalarType::Float) {}
   __device__ __forceinline__ float operator[](int64_t i) const {
     if (dtype == ScalarType::Half) return static_cast<float>(static_cast<const Half*>(data)[i]);
     if (dtype == ScalarType::BFloat16) return static_cast<float>(static_cast<const BFloat16*>(data)[i]);
@@ -242,6 +280,30 @@ inline const float* values(const std::optional<Tensor>& t) {
 }
 inline std::optional<Tensor> as_float(const std::optional<Tensor>& t) {
   return t ? std::optional(dense(*t, ScalarType::Float)) : std::nullopt;
+}
+
+// The pieces of one allocation, one after another. Without memory it counts: a layout is made twice, the first time to
+// see what it takes.
+class Pieces {
+ public:
+  explicit Pieces(void* memory = nullptr) : base_(static_cast<unsigned char*>(memory)) {}
+  template <class T>
+  T* take(int64_t count) {
+    constexpr size_t kAlign = 256;  // as torch's allocator
+    const size_t at = used_;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlign - 1) / kAlign * kAlign;
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  size_t bytes() const { return used_; }
+
+ private:
+  unsigned char* const base_;
+  size_t used_ = 0;
+};
+
+// Memory for pieces, on the device of `like`.
+inline Tensor memory_for(const Tensor& like, const Pieces& pieces) {
+  return empty(like, {static_cast<int64_t>(pieces.bytes() / sizeof(double))}, ScalarType::Double);
 }
 
 inline unsigned blocks_for(int64_t items, int64_t per_block) {

@@ -146,7 +146,7 @@ struct Finish {
 // Grid: (columns / 32, blocks of rows, 3): the sides, and the loss.
 template <class Tile>
 __global__ void __launch_bounds__(kGradientThreads, 2)
-    finish_kernel(Rows first, Rows second, Pairs<Tile> pairs, Finish finish) {
+    finish_kernel(Points first, Points second, Pairs<Tile> pairs, Finish finish) {
   const int side = blockIdx.z;
   float* const out = side == 0 ? finish.grad_first : finish.grad_second;
   if (side < 2 ? !out : blockIdx.x + blockIdx.y > 0) return;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const Both norm = *finish.norm;
   const double level = sums[0] / (side == 0 ? norm.side[0].pairs : norm.side[1].pairs);
   const DistanceWeight<Tile> weight{pairs, norm, side, level};
-  const Rows rows = side == 0 ? first : second;
+  const Points rows = side == 0 ? first : second;
   const double factor = side == 0 ? 2 * finish.scale : -2 * finish.scale;
   row_gradient<Tile::kBlock>(rows, finish.n, finish.kept, finish.blocks, weight, factor, out);
 }
@@ -181,25 +181,29 @@ void run(const Tensor& student, const Tensor& teacher, double delta, double eps,
   const Tiling tiling(all.n, Tile::kBlock);
   const int64_t tiles = tiling.tiles();
   const unsigned compared = static_cast<unsigned>(std::min<int64_t>(tiles, kCompareBlocks));
-  auto scratch = [&](size_t bytes) { return empty(student, {static_cast<int64_t>(bytes / 8)}, ScalarType::Double); };
-  const Tensor pairs = scratch(tiles * sizeof(Tile)), summaries = scratch(tiles * sizeof(Summary)), count = scratch(8);
-  const Tensor kept = empty(student, {tiling.blocks * Tile::kBlock}, ScalarType::Bool);
-  const Tensor partial = scratch(compared * sizeof(Partial)), norm = scratch(sizeof(Both));
-  auto gradient = [](const Tensor& t) { return t.numel() > 0 ? data<float>(t) : nullptr; };
-  const Rows first(student), second(teacher);
   Distances<Tile> found = {};
-  found.tiles = data<Tile>(pairs), found.summaries = data<Summary>(summaries);
-  found.kept = data<bool>(kept), found.count = data<double>(count);
+  Partial* partial = nullptr;
+  Both* norm = nullptr;
+  auto lay_out = [&](Pieces pieces) {
+    found.tiles = pieces.take<Tile>(tiles), found.summaries = pieces.take<Summary>(tiles);
+    found.kept = pieces.take<bool>(tiling.blocks * Tile::kBlock), found.count = pieces.take<double>(1);
+    partial = pieces.take<Partial>(compared), norm = pieces.take<Both>(1);
+    return pieces;
+  };
+  const Tensor scratch = memory_for(student, lay_out(Pieces()));
+  lay_out(Pieces(scratch.mutable_data_ptr()));
+  auto gradient = [](const Tensor& t) { return t.numel() > 0 ? data<float>(t) : nullptr; };
+  const Points first(student), second(teacher);
   measure(first, second, all, tiling, eps, found, on);
 
   const Pairs<Tile> compare{found.tiles, delta};
   Finish finish;
   finish.n = all.n, finish.scale = scale, finish.blocks = tiling.blocks, finish.kept = found.kept;
-  finish.norm = data<Both>(norm), finish.partial = data<Partial>(partial), finish.partials = compared;
+  finish.norm = norm, finish.partial = partial, finish.partials = compared;
   finish.grad_first = gradient(result.grad_student), finish.grad_second = gradient(result.grad_teacher);
   finish.loss = data<float>(result.loss);
   launch(compare_kernel<Tile>, {compared, kCompareThreads, 1, sizeof(CompareScratch)}, on, compare,
-         static_cast<const Summary*>(found.summaries), tiles, data<Both>(norm), data<Partial>(partial));
+         static_cast<const Summary*>(found.summaries), tiles, norm, partial);
   const bool any = finish.grad_first || finish.grad_second;
   const unsigned columns = any ? blocks_for(std::max(first.width, second.width), kColumns) : 1;
   const dim3 grid(columns, any ? tiling.blocks : 1, 3);

@@ -41,18 +41,4 @@ __device__ __forceinline__ FloatPair from_lane(FloatPair value, int by) {
   return {from_lane(value.high, by), from_lane(value.low, by)};
 }
 
-// Whether float64 runs at half the speed of float32 or a quarter: the large chip of each generation. (In the emulator:
-// unless AMTML_EMULATED_PAIRS=1.)
-inline bool has_fast_double([[maybe_unused]] const Tensor& t) {
-#ifdef AMTML_EMULATED_CUDA
-  const char* pairs = std::getenv("AMTML_EMULATED_PAIRS");
-  return !pairs || std::string(pairs) != "1";
-#else
-  int major = 0, minor = 0;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index());
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device_index());
-  return minor == 0 && major <= 10;
-#endif
-}
-
 }  // namespace amtml::gpu

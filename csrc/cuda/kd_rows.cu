@@ -7,6 +7,7 @@ namespace {
 
 // Rows that are not ignored.
 __global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* counted) {
+  let_next_start();
   int64_t mine = 0;
   for (int64_t i = threadIdx.x; i < n; i += blockDim.x) mine += labels[i] != ignore_index;
   const int64_t count = block_sum(mine, &shared<int64_t>());
@@ -15,6 +16,7 @@ __global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_in
 
 __global__ void reduce_kernel(KDProblem pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce,
                               float* kl) {
+  wait_for_previous();
   double* scratch = &shared<double>();
   double sums[3] = {};
   for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) {
@@ -38,7 +40,7 @@ __global__ void reduce_kernel(KDProblem pr, const double* ce_rows, const double*
 
 void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce, float* kl,
                  const OnDevice& on) {
-  launch(reduce_kernel, {1, 1024, 1, kWarp * sizeof(double)}, on, pr, ce_rows, kl_rows, loss, ce, kl);
+  launch(reduce_kernel, {1, 1024, 1, kWarp * sizeof(double), true}, on, pr, ce_rows, kl_rows, loss, ce, kl);
 }
 
 void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64_t teachers,

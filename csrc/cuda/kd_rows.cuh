@@ -2,6 +2,8 @@
 // rows. Shared by the losses that set teachers against it.
 #pragma once
 
+#include <cfloat>
+
 #include "ops.cuh"
 
 namespace amtml::gpu {
@@ -73,9 +75,7 @@ void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_ro
                  const OnDevice& on);
 
 // A tensor whose rows are dense.
-inline Tensor dense_rows(const Tensor& t) {
-  return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
-}
+inline Tensor dense_rows(const Tensor& t) { return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : dense(t); }
 
 // Whether every row starts at such an address that it can be read `wide` classes at a time.
 inline bool fits_packs(const Tensor& t, int wide) {
@@ -84,6 +84,75 @@ inline bool fits_packs(const Tensor& t, int wide) {
 }
 
 // --- on the device
+
+// 16 bytes of a row.
+template <class S>
+struct alignas(16) Packed {
+  static constexpr int kCount = 16 / sizeof(S);
+  uint32_t words[4];
+
+  __device__ __forceinline__ float at(int k) const {  // k known to the compiler: words stay in registers
+    if constexpr (std::is_same_v<S, BFloat16>) {      // the upper half of a float32
+      const uint32_t bits = k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16;
+      float x;
+      std::memcpy(&x, &bits, sizeof(x));
+      return x;
+    }
+    return static_cast<float>(reinterpret_cast<const S*>(words)[k]);
+  }
+  __device__ __forceinline__ void set(int k, float x) { reinterpret_cast<S*>(words)[k] = static_cast<S>(x); }
+};
+
+// One number of a row that cannot be read 16 bytes at a time.
+template <class S>
+struct Single {
+  static constexpr int kCount = 1;
+  S number;
+
+  __device__ __forceinline__ float at(int) const { return static_cast<float>(number); }
+  __device__ __forceinline__ void set(int, float x) { number = static_cast<S>(x); }
+};
+
+template <bool kLast, class S>
+__device__ __forceinline__ Single<S> read(const Single<S>* at) {
+  return *at;
+}
+template <class S>
+__device__ __forceinline__ void write_through(Single<S>* at, const Single<S>& one) {
+  *at = one;
+}
+
+template <bool kLast, class S>
+__device__ __forceinline__ Packed<S> read(const Packed<S>* at) {  // the last time: it need not stay in cache
+#ifdef AMTML_EMULATED_CUDA
+  return *at;
+#else
+  const uint4* from = reinterpret_cast<const uint4*>(at);
+  const uint4 words = kLast ? __ldcs(from) : __ldg(from);
+  return {words.x, words.y, words.z, words.w};
+#endif
+}
+
+template <class S>
+__device__ __forceinline__ void write_through(Packed<S>* at, const Packed<S>& pack) {
+#ifdef AMTML_EMULATED_CUDA
+  *at = pack;
+#else
+  __stcs(reinterpret_cast<uint4*>(at), uint4{pack.words[0], pack.words[1], pack.words[2], pack.words[3]});
+#endif
+}
+
+// 2^x by the approximate instruction: what is below the normal numbers counts 0.
+__device__ __forceinline__ float power_of_2(float x) {
+#ifdef AMTML_EMULATED_CUDA
+  const float y = exp2f(x);
+  return y < FLT_MIN ? 0.0f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 
 struct Online {  // maximum, and sums of exponentials below it
   float max, sum, sum1;
@@ -95,30 +164,47 @@ __device__ __forceinline__ float rescaled(float sum, float from, float to, float
   return from == -INFINITY ? sum : sum * exp2f((from - to) * per_unit);
 }
 
-template <int kPack, class T>
-__device__ __forceinline__ Online sweep(const Rows& rows, int64_t i, int64_t begin, int64_t end, float per_tau,
-                                        bool second) {
-  const float unit = per_tau * kLog2e;
-  Online o{-INFINITY, 0, 0};
-  for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
-    float x[kPack];
-    load_row<kPack, T>(rows, i, c, x);
-    float most = x[0];
+// Calls use(pack, at) for the packs at threadIdx.x, threadIdx.x + blockDim.x, ... below `count`: several loads are
+// under way at a time.
+template <bool kLast, class Packs, class Use>
+__device__ __forceinline__ void each_pack(const Packs* row, int64_t count, const Use& use) {
+  constexpr int kLoads = 4;
+  const int64_t step = blockDim.x;
+  for (int64_t first = threadIdx.x; first < count; first += kLoads * step) {
+    Packs packs[kLoads];
 #pragma unroll
-    for (int k = 1; k < kPack; ++k) most = fmaxf(most, x[k]);
-    if (most > o.max) {
-      o.sum = rescaled(o.sum, o.max, most, unit);
-      if (second) o.sum1 = rescaled(o.sum1, o.max, most, kLog2e);
-      o.max = most;
-    }
-    const float shift = o.max == -INFINITY ? 0.0f : o.max;
+    for (int u = 0; u < kLoads; ++u) packs[u] = read<kLast>(row + least(first + u * step, count - 1));
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      o.sum += exp2f((x[k] - shift) * unit);
-      if (second) o.sum1 += exp2f((x[k] - shift) * kLog2e);
+    for (int u = 0; u < kLoads; ++u) {
+      if (first + u * step < count) use(packs[u], first + u * step);
     }
   }
-  return o;
+}
+
+// Takes the classes of a pack, or of an array of floats.
+template <bool kSecond, int kPack>
+__device__ __forceinline__ void take(Online& o, const float (&x)[kPack], float unit) {
+  float most = x[0];
+#pragma unroll
+  for (int k = 1; k < kPack; ++k) most = fmaxf(most, x[k]);
+  if (most > o.max) {
+    o.sum = rescaled(o.sum, o.max, most, unit);
+    if (kSecond) o.sum1 = rescaled(o.sum1, o.max, most, kLog2e);
+    o.max = most;
+  }
+  const float shift = o.max == -INFINITY ? 0.0f : o.max;
+#pragma unroll
+  for (int k = 0; k < kPack; ++k) {
+    o.sum += power_of_2((x[k] - shift) * unit);
+    if (kSecond) o.sum1 += power_of_2((x[k] - shift) * kLog2e);
+  }
+}
+template <bool kSecond, class Packs>
+__device__ __forceinline__ void take(Online& o, const Packs& pack, float unit) {
+  float x[Packs::kCount];
+#pragma unroll
+  for (int k = 0; k < Packs::kCount; ++k) x[k] = pack.at(k);
+  take<kSecond>(o, x, unit);
 }
 
 __device__ __forceinline__ Online combined(Online a, Online b, float unit) {

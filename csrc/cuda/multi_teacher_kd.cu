@@ -14,6 +14,7 @@ namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp;
+constexpr int kTogether = 4;  // tensors whose loads are under way at a time
 
 struct Scratch {
   Online part[kMaxTeachers + 1][kMaxWarps], whole[kMaxTeachers + 1];  // of this block
@@ -25,17 +26,59 @@ struct Scratch {
   float partial[1];  // [2 or 1][T][threads], to the end
 };
 
+// Calls use(t, x) for all teachers, in order, with their logits from class c on: kTogether loads are under way.
+template <int kPack, class E, class Use>
+__device__ __forceinline__ void each_teacher(const Problem& pr, int64_t i, int64_t c, const Use& use) {
+  for (int first = 0; first < pr.teachers; first += kTogether) {
+    float x[kTogether][kPack];
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (first + u < pr.teachers) load_row<kPack, E>(pr.teacher[first + u], i, c, x[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (first + u < pr.teachers) use(first + u, x[u]);
+    }
+  }
+}
+
 // Softmax statistics of the row: of the slice, then of the block, then of the cluster.
 template <class S, class E, int kPack>
 __device__ void make_stats(const Problem& pr, int64_t i, int64_t begin, int64_t end, Scratch& s, float* stats) {
-  const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e;
+  const float unit = pr.unit;
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  for (int t = 0; t <= pr.teachers; ++t) {
-    Online o = t == 0 ? sweep<kPack, S>(pr.student, i, begin, end, per_tau, pr.labels != nullptr)
-                      : sweep<kPack, E>(pr.teacher[t - 1], i, begin, end, per_tau, false);
-    o = warp_combined(o, unit);
-    if (lane == 0) s.part[t][warp] = o;
+  for (int first = 0; first <= pr.teachers; first += kTogether) {  // tensor 0 is the student
+    const int count = min(kTogether, pr.teachers + 1 - first);
+    Online o[kTogether];
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) o[u] = {-INFINITY, 0, 0};
+    for (int64_t c = begin + threadIdx.x * kPack; c < end; c += blockDim.x * kPack) {
+      float x[kTogether][kPack];
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (first + u == 0) {
+          load_row<kPack, S>(pr.student, i, c, x[u]);
+        } else if (u < count) {
+          load_row<kPack, E>(pr.teacher[first + u - 1], i, c, x[u]);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; ++u) {
+        if (first + u == 0 && pr.labels) {
+          take<true>(o[u], x[u], unit);
+        } else if (u < count) {
+          take<false>(o[u], x[u], unit);
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      if (u >= count) break;
+      o[u] = warp_combined(o[u], unit);
+      if (lane == 0) s.part[first + u][warp] = o[u];
+    }
   }
+  wait_for_previous();
   __syncthreads();
   for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
     Online o = s.part[t][0];
@@ -147,11 +190,9 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
       p[k] = 0;
       log_q[k] = (z[k] - m) * per_tau - s.log_sum[0];
     }
-    for (int t = 0; t < pr.teachers; ++t) {
+    each_teacher<kPack, E>(pr, i, c, [&](int t, const float (&x)[kPack]) {
       const float inverse = s.inverse[t + 1], factor = s.weight[t] * inverse, top = s.max[t + 1];
-      if (inverse == 0) continue;
-      float x[kPack];
-      load_row<kPack, E>(pr.teacher[t], i, c, x);
+      if (inverse == 0) return;
       float sum = 0;
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
@@ -160,10 +201,10 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
         const float log_ratio = ((x[k] - top) * per_tau - s.log_sum[t + 1]) - log_q[k];
         if (!pr.mixture) sum += if_mass(e * inverse, e * inverse * log_ratio);
       }
-      if (pr.mixture) continue;
+      if (pr.mixture) return;
       if (s.weight[t] != 0) part += s.weight[t] * sum;
       if (want.grad_weights) through_kl[t * blockDim.x] += sum;
-    }
+    });
     if (need_ratio) {
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
@@ -175,11 +216,9 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
     if (want.grad_weights && (need_ratio || back_p)) {
       float back[kPack];
       if (back_p) load(back_p + c, back);
-      for (int t = 0; t < pr.teachers; ++t) {
+      each_teacher<kPack, E>(pr, i, c, [&](int t, const float (&x)[kPack]) {
         const float inverse = s.inverse[t + 1], top = s.max[t + 1];
-        if (inverse == 0) continue;
-        float x[kPack];
-        load_row<kPack, E>(pr.teacher[t], i, c, x);
+        if (inverse == 0) return;
         float of_kl = 0, of_p = 0;
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
@@ -189,7 +228,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
         }
         if (need_ratio) through_kl[t * blockDim.x] += of_kl;
         if (back_p) through_p[t * blockDim.x] += of_p;
-      }
+      });
     }
     if (want.targets) store(want.targets + i * pr.classes + c, p);
     if (pr.label_smoothing != 0 && value) {
@@ -280,21 +319,25 @@ __global__ void __launch_bounds__(kMaxThreads, kPack == 8 ? 2 : 3)
   const int64_t i = blockIdx.x / cluster_size();
   const int64_t packs = (pr.classes + kPack - 1) / kPack, slice = (packs + cluster_size() - 1) / cluster_size() * kPack;
   const int64_t begin = least(cluster_rank() * slice, pr.classes), end = least(begin + slice, pr.classes);
+  let_next_start();
+  if (kAgain || pr.ignored(i)) wait_for_previous();
   if (pr.ignored(i)) {
     if (pass != Pass::kRescale) write_ignored<S>(pr, want, i, begin, end, kAgain);
     return;
   }
   if (pass == Pass::kRescale && rescaled<S, kPack>(pr, want, i, begin, end, in.of_loss(i))) return;
-  float ce_grad, kl_grad;
-  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
   if (kAgain) {
     read_stats(pr, i, s, stats);
-    const float g = in.of_loss(i);
-    ce_grad *= g;
-    kl_grad *= g;
     if (in.grad_probs) make_inner<S, kPack>(pr, in, i, begin, end, s);
   } else {
     make_stats<S, E, kPack>(pr, i, begin, end, s, want.stats);
+  }
+  float ce_grad, kl_grad;
+  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
+  if (kAgain) {
+    const float g = in.of_loss(i);
+    ce_grad *= g;
+    kl_grad *= g;
   }
   make_factors(pr, i, s);
   finish<S, E, kPack>(pr, want, in, i, begin, end, ce_grad, kl_grad, s);
@@ -355,7 +398,7 @@ struct Inputs {
     bytes *= pr.classes;
     unsigned size = 1;
     while (size < kMaxCluster && bytes * kBlocksUnderWay / size > kCache && pr.classes / size >= kLeast) size *= 2;
-    return size == 1 ? 1 : on.largest_cluster(rows_kernel<float, float, 1, false>, size);
+    return size == 1 ? 1 : on.largest_cluster(size);
   }
 };
 
@@ -368,9 +411,9 @@ bool takes_sweeps(const Inputs& inputs, const Wanted& want, const Incoming& in) 
 
 template <class S, int T = 1>
 void run_sweeps(const Problem& pr, const Wanted& want, const Incoming& in, const float* stats, Pass pass,
-                const OnDevice& on) {
+                const OnDevice& on, bool early) {
   if constexpr (T < kSweepTeachers) {
-    if (pr.teachers > T) return run_sweeps<S, T + 1>(pr, want, in, stats, pass, on);
+    if (pr.teachers > T) return run_sweeps<S, T + 1>(pr, want, in, stats, pass, on, early);
   }
   auto* const kernel = sweeps_kernel<S, T>;
   const int64_t packs = pr.classes / Packed<S>::kCount;
@@ -378,18 +421,19 @@ void run_sweeps(const Problem& pr, const Wanted& want, const Incoming& in, const
   unsigned cluster = 1, threads = kWarp;
   while (cluster < kMaxCluster && packs / cluster > kSweepThreads * kSweepSteps) cluster *= 2;
   while (cluster < kMaxCluster && pr.rows * cluster < kSweepBlocks && packs / cluster > kSweepThreads) cluster *= 2;
-  if (cluster > 1) cluster = on.largest_cluster(kernel, cluster);
+  if (cluster > 1) cluster = on.largest_cluster(cluster);
   while (threads < packs / cluster && threads < kSweepThreads) threads *= 2;
-  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster, sizeof(SweepScratch<T>)};
+  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster, sizeof(SweepScratch<T>), early};
   launch(kernel, spread, on, pr, want, in, stats, pass);
 }
 
 void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, const float* stats, Pass pass,
-              const OnDevice& on) {
+              const OnDevice& on, bool early) {
   const Problem& pr = inputs.pr;
+  early |= pr.counted != nullptr;  // in front is the kernel that counts
   if (takes_sweeps(inputs, want, in)) {
     return dispatch_gpu(inputs.student.scalar_type(), kOp,
-                        [&](auto element) { run_sweeps<decltype(element)>(pr, want, in, stats, pass, on); });
+                        [&](auto element) { run_sweeps<decltype(element)>(pr, want, in, stats, pass, on, early); });
   }
   const unsigned cluster = inputs.cluster(on);
   const int64_t packs = (pr.classes / cluster + inputs.pack - 1) / inputs.pack;
@@ -397,7 +441,7 @@ void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, cons
   while (threads < packs && threads < kMaxThreads) threads *= 2;
   const size_t sums = want.grad_weights ? pr.teachers * (in.grad_targets ? 2 : 1) : 0;
   const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster,
-                      sizeof(Scratch) + sums * threads * sizeof(float)};
+                      sizeof(Scratch) + sums * threads * sizeof(float), early};
   dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
     using S = decltype(element);
     constexpr int wide = 16 / sizeof(S);
@@ -414,42 +458,11 @@ void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, cons
 
 }  // namespace
 
-KDRows multi_teacher_kd_forward(const Tensor& student, const std::vector<Tensor>& teachers,
-                                const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
-                                const KDSettings& set, bool need_student_grad, bool need_weights_grad, bool need_probs,
-                                bool reduce, const OnDevice& on) {
-  STD_TORCH_CHECK(!need_student_grad || student.scalar_type() != ScalarType::Half, kOp,
-                  ": the gradient of a float16 student is made in backward");
+void multi_teacher_kd_forward(const Tensor& student, const std::vector<Tensor>& teachers,
+                              const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
+                              const KDSettings& set, const Wanted& want, const OnDevice& on, bool early) {
   const Inputs inputs(student, teachers, weights, labels, set, on);
-  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
-  const bool none = set.each_row();
-  auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, ScalarType::Float); };
-  const Shape value = none ? Shape{n} : Shape{};
-  const ScalarType made = need_student_grad ? student.scalar_type() : ScalarType::Float;  // not float16
-  KDRows out{make(true, value),
-             make(true, value),
-             make(true, value),
-             make(need_probs, {n, c}),
-             make(need_probs, {n, c}),
-             make(true, {n, 3 + 2 * count}),
-             empty_or_none(student, need_student_grad, {n, c}, made),
-             make(need_weights_grad, {n, count}),
-             empty(student, {2, none ? 0 : n}, ScalarType::Double)};
-  Wanted want{};
-  if (none) {
-    want.loss = data(out.loss), want.ce = data(out.ce), want.kl = data(out.kl);
-  } else {
-    want.ce_rows = static_cast<double*>(out.values.mutable_data_ptr());
-    want.kl_rows = want.ce_rows + n;
-  }
-  want.student_probs = data(out.student_probs), want.targets = data(out.soft_targets), want.stats = data(out.stats);
-  if (need_student_grad) want.grad_student = out.grad_student.mutable_data_ptr();
-  want.grad_weights = data(out.grad_weights);
-  run_rows(inputs, want, {}, nullptr, Pass::kForward, on);
-  if (reduce && !none) {
-    reduce_rows(inputs.pr, want.ce_rows, want.kl_rows, data(out.loss), data(out.ce), data(out.kl), on);
-  }
-  return out;
+  run_rows(inputs, want, {}, nullptr, Pass::kForward, on, early);
 }
 
 namespace {
@@ -459,20 +472,41 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
                              double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                              double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
   const OnDevice on(student);
+  STD_TORCH_CHECK(!need_student_grad || student.scalar_type() != ScalarType::Half, kOp,
+                  ": the gradient of a float16 student is made in backward");
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
-  KDRows out = multi_teacher_kd_forward(student, teachers, weights, labels, set, need_student_grad, need_weights_grad,
-                                        need_probs, true, on);
-  return {out.loss, out.ce, out.kl, out.student_probs, out.soft_targets, out.stats, out.grad_student, out.grad_weights};
+  const Inputs inputs(student, teachers, weights, labels, set, on);
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  const bool none = set.each_row();
+  auto make = [&](bool wanted, const Shape& shape) { return empty_or_none(student, wanted, shape, ScalarType::Float); };
+  const Shape value = none ? Shape{n} : Shape{};
+  const ScalarType made = need_student_grad ? student.scalar_type() : ScalarType::Float;  // not float16
+  const Tensor loss = make(true, value), ce = make(true, value), kl = make(true, value);
+  const Tensor student_probs = make(need_probs, {n, c}), soft_targets = make(need_probs, {n, c});
+  const Tensor stats = make(true, {n, 3 + 2 * count});
+  const Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, made);
+  const Tensor grad_weights = make(need_weights_grad, {n, count});
+  std::optional<Tensor> rows;  // [2, N]: each row's cross-entropy and KL before the reduction
+  Wanted want{};
+  if (none) {
+    want.loss = data(loss), want.ce = data(ce), want.kl = data(kl);
+  } else {
+    rows = empty(student, {2, n}, ScalarType::Double);
+    want.ce_rows = static_cast<double*>(rows->mutable_data_ptr()), want.kl_rows = want.ce_rows + n;
+  }
+  want.student_probs = data(student_probs), want.targets = data(soft_targets), want.stats = data(stats);
+  if (need_student_grad) want.grad_student = grad_student.mutable_data_ptr();
+  want.grad_weights = data(grad_weights);
+  run_rows(inputs, want, {}, nullptr, Pass::kForward, on, false);
+  if (!none) reduce_rows(inputs.pr, want.ce_rows, want.kl_rows, data(loss), data(ce), data(kl), on);
+  return {loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> multi_teacher_kd_backward(const KDIncoming& incoming, const Tensor& student,
-                                                     const std::vector<Tensor>& teachers,
-                                                     const std::optional<Tensor>& weights,
-                                                     const std::optional<Tensor>& labels, const Tensor& stats,
-                                                     const KDSettings& set, bool need_student_grad,
-                                                     bool need_weights_grad, const OnDevice& on) {
+void multi_teacher_kd_backward(const KDIncoming& incoming, const Tensor& student, const std::vector<Tensor>& teachers,
+                               const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
+                               const Tensor& stats, const KDSettings& set, const Wanted& want, const OnDevice& on) {
   Inputs inputs(student, teachers, weights, labels, set, on);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
   const bool none = set.each_row();
@@ -481,20 +515,14 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_backward(const KDIncoming& incoming,
   if (incoming.grad_probs) check_shape(kOp, "grad_probs", *incoming.grad_probs, {n, c});
   if (incoming.grad_targets) check_shape(kOp, "grad_targets", *incoming.grad_targets, {n, c});
   const auto grad_loss = as_float(incoming.grad_loss), divisor = as_float(incoming.divisor);
-  const auto back_q = need_student_grad ? as_float(incoming.grad_probs) : std::nullopt;
-  const auto back_p = need_weights_grad ? as_float(incoming.grad_targets) : std::nullopt;
+  const auto back_q = want.grad_student ? as_float(incoming.grad_probs) : std::nullopt;
+  const auto back_p = want.grad_weights ? as_float(incoming.grad_targets) : std::nullopt;
   inputs.must_fit(back_q);
   inputs.must_fit(back_p);
   const Tensor saved = dense(stats);
-  Tensor grad_student = empty_or_none(student, need_student_grad, {n, c}, student.scalar_type());
-  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, ScalarType::Float);
-  Wanted want{};
-  if (need_student_grad) want.grad_student = grad_student.mutable_data_ptr();
-  want.grad_weights = data(grad_weights);
   const Incoming in{values(grad_loss), none,           values(divisor),
                     values(back_q),    values(back_p), static_cast<float>(incoming.probs_factor.value_or(NAN))};
-  run_rows(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), Pass::kBackward, on);
-  return {grad_student, grad_weights};
+  run_rows(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), Pass::kBackward, on, false);
 }
 
 namespace {
@@ -509,8 +537,14 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   const KDIncoming incoming{grad_loss, grad_probs, grad_targets, std::nullopt, std::nullopt};
-  return multi_teacher_kd_backward(incoming, student, teachers, weights, labels, stats, set, need_student_grad,
-                                   need_weights_grad, on);
+  const int64_t n = student.size(0), count = static_cast<int64_t>(teachers.size());
+  Tensor grad_student = empty_or_none(student, need_student_grad, {n, student.size(1)}, student.scalar_type());
+  Tensor grad_weights = empty_or_none(student, need_weights_grad, {n, count}, ScalarType::Float);
+  Wanted want{};
+  if (grad_student.numel()) want.grad_student = grad_student.mutable_data_ptr();
+  want.grad_weights = data(grad_weights);
+  multi_teacher_kd_backward(incoming, student, teachers, weights, labels, stats, set, want, on);
+  return {grad_student, grad_weights};
 }
 
 // The gradients that forward has made for an incoming gradient of 1, for this one.
@@ -531,7 +565,7 @@ void multi_teacher_kd_rescale_(const Tensor& grad_student, const Tensor& grad_we
   if (grad_student.numel()) want.grad_student = grad_student.mutable_data_ptr();
   want.grad_weights = data(grad_weights);
   const Incoming in{static_cast<const float*>(incoming.const_data_ptr()), none, nullptr, nullptr, nullptr, NAN};
-  run_rows(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), Pass::kRescale, on);
+  run_rows(inputs, want, in, static_cast<const float*>(saved.const_data_ptr()), Pass::kRescale, on, false);
 }
 
 }  // namespace

@@ -8,8 +8,6 @@
 // Traffic: T + 1 rows in twice, and one out. Exponentials of a class: T + 2 in each sweep.
 #pragma once
 
-#include <cfloat>
-
 #include "../arithmetic.h"
 #include "kd_rows.cuh"
 
@@ -20,16 +18,6 @@ constexpr int kMaxTeachers = 32, kMaxCluster = 8;
 struct Problem : KDProblem {
   Rows teacher[kMaxTeachers];
   bool mixture;
-};
-
-// What to make; null where it is not asked for.
-struct Wanted {
-  double *ce_rows, *kl_rows;       // [N] times kl_scale, before the reduction
-  float *loss, *ce, *kl;           // [N], instead, for the reduction "none"
-  float *student_probs, *targets;  // [N, C]
-  float* stats;                    // [N, 3 + 2T]: maximum, inverse sums at tau and at 1; maximum, inverse sum a teacher
-  void* grad_student;              // [N, C]
-  float* grad_weights;             // [N, T]
 };
 
 // What comes back, for backward.
@@ -56,56 +44,6 @@ constexpr int kSweepThreads = 64, kSweepSteps = 1, kSweepBlocks = 8;
 constexpr int kSweepThreads = 256, kSweepSteps = 64, kSweepBlocks = 264;
 #endif
 constexpr int kSweepTeachers = 8, kSweepWarps = kSweepThreads / kWarp;
-
-// 16 bytes of a row.
-template <class S>
-struct alignas(16) Packed {
-  static constexpr int kCount = 16 / sizeof(S);
-  uint32_t words[4];
-
-  __device__ __forceinline__ float at(int k) const {  // k known to the compiler: words stay in registers
-    if constexpr (std::is_same_v<S, BFloat16>) {      // the upper half of a float32
-      const uint32_t bits = k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16;
-      float x;
-      std::memcpy(&x, &bits, sizeof(x));
-      return x;
-    }
-    return static_cast<float>(reinterpret_cast<const S*>(words)[k]);
-  }
-  __device__ __forceinline__ void set(int k, float x) { reinterpret_cast<S*>(words)[k] = static_cast<S>(x); }
-};
-
-template <bool kLast, class S>
-__device__ __forceinline__ Packed<S> read(const Packed<S>* at) {  // the last time: it need not stay in cache
-#ifdef AMTML_EMULATED_CUDA
-  return *at;
-#else
-  const uint4* from = reinterpret_cast<const uint4*>(at);
-  const uint4 words = kLast ? __ldcs(from) : __ldg(from);
-  return {words.x, words.y, words.z, words.w};
-#endif
-}
-
-template <class S>
-__device__ __forceinline__ void write_through(Packed<S>* at, const Packed<S>& pack) {
-#ifdef AMTML_EMULATED_CUDA
-  *at = pack;
-#else
-  __stcs(reinterpret_cast<uint4*>(at), uint4{pack.words[0], pack.words[1], pack.words[2], pack.words[3]});
-#endif
-}
-
-// 2^x by the approximate instruction: what is below the normal numbers counts 0.
-__device__ __forceinline__ float power_of_2(float x) {
-#ifdef AMTML_EMULATED_CUDA
-  const float y = exp2f(x);
-  return y < FLT_MIN ? 0.0f : y;
-#else
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
 
 // log2(p) - y, for p and 2^y in [2^-112, 2]. The approximate logarithm cuts off what does not fit its result, which
 // makes every KL a little too small: so it gets p over the power of 2 next to 2^y, of which the logarithm is small.
@@ -389,6 +327,8 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   const int64_t i = blockIdx.x / blocks;
   const int packs = static_cast<int>(pr.classes / kPack), slice = (packs + blocks - 1) / blocks;
   const int begin = min(static_cast<int>(rank) * slice, packs), end = min(begin + slice, packs);
+  let_next_start();
+  if (pass != Pass::kForward || pr.ignored(i)) wait_for_previous();
   if (pr.ignored(i)) {
     if (pass == Pass::kRescale) return;  // 0 it is
     return write_ignored<S>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, pass != Pass::kForward);
@@ -396,11 +336,7 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   const float g = pass == Pass::kForward ? 1.0f : in.of_loss(i);
   if (pass == Pass::kRescale && rescaled<S, kPack>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, g))
     return;
-  float ce_grad, kl_grad;
-  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
-  ce_grad *= g, kl_grad *= g;
   if (threadIdx.x == 0) {
-    s.ce_grad = ce_grad, s.kl_grad = kl_grad;
     s.label_pack = pr.labels ? static_cast<int>(pr.labels[i] / kPack) : -1;
     s.grads = want.grad_student ? static_cast<S*>(want.grad_student) + i * pr.classes : nullptr;
   }
@@ -439,6 +375,7 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
       const Online block = merged<true>(s.part[t][lane % warps], warps, pr);
       if (lane == 0) s.of_block[t] = block;
     }
+    wait_for_previous();
   }
   cluster_sync();
   if (pass == Pass::kForward) {
@@ -451,6 +388,10 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
     s.whole[threadIdx.x] = {stat[0], 1 / stat[1], 1};
   }
   __syncthreads();
+  float ce_grad, kl_grad;
+  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
+  ce_grad *= g, kl_grad *= g;
+  if (threadIdx.x == 0) s.ce_grad = ce_grad, s.kl_grad = kl_grad;
   bool far = false;
 #pragma unroll
   for (int t = 0; t <= T; ++t) far |= !(fabsf(base_of(s.whole[t].max, pr.unit)) < kFar / 2);

@@ -11,7 +11,8 @@
 // itself is whole: N^2 / 2 elements in all. A row that takes no part (padding, or masked) has E = r = 0 with every
 // other, whatever it holds, so that no kernel after the first needs a mask for it.
 //
-// measure_kernel: a block makes one tile of both sides. Reads the rows N / kBlock times (from L2), writes 12 N^2 bytes;
+// measure_kernel: a block makes one tile of both sides; one more looks at the rows. Reads the rows N / kBlock times
+// (from L2), writes 12 N^2 bytes;
 //   N^2 C float64 subtractions and multiply-adds for the two sides bind it from C of about 50 on, writing before that.
 // row_gradient: a block owns kBlock rows and 32 columns and walks over all rows j. Reads W once for 32 columns and
 //   N / kBlock times the rows (both from L2), writes 4 N C bytes; N^2 C subtractions and multiply-adds a side.
@@ -19,6 +20,7 @@
 
 #include "../arithmetic.h"
 #include "float_pair.cuh"
+#include "points.cuh"
 
 namespace amtml::gpu {
 
@@ -51,49 +53,6 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-struct Rows {
-  const void* data;
-  ScalarType dtype;
-  int64_t row_stride, column_stride, width;
-
-  explicit Rows(const Tensor& t)
-      : data(t.const_data_ptr()),
-        dtype(t.scalar_type()),
-        row_stride(t.stride(0)),
-        column_stride(t.stride(1)),
-        width(t.size(1)) {}
-
-  // use(at) where at(row, column) is an element: loads that follow one another then lie between no branches.
-  template <class Use>
-  __device__ __forceinline__ void read(const Use& use) const {
-    if (dtype == ScalarType::Float) return use(reader<float>());
-    if (dtype == ScalarType::Half) return use(reader<Half>());
-    use(reader<BFloat16>());
-  }
-  template <class T>
-  __device__ __forceinline__ auto reader() const {
-    return [this](int64_t row, int64_t column) {
-      return static_cast<float>(static_cast<const T*>(data)[row * row_stride + column * column_stride]);
-    };
-  }
-};
-
-// Which of the n rows take part: all, or those whose label is not `skip` (of a mask of bools: 0).
-struct TakingPart {
-  const void* labels = nullptr;
-  int64_t n = 0, stride = 0, skip = 0;
-  size_t size = 1;  // of a label
-
-  __device__ __forceinline__ bool operator()(int64_t row) const {
-    if (row >= n) return false;
-    if (!labels) return true;
-    const int64_t at = row * stride;
-    if (size == 1) return static_cast<const bool*>(labels)[at] != (skip != 0);
-    if (size == 4) return static_cast<const int32_t*>(labels)[at] != skip;
-    return static_cast<const int64_t*>(labels)[at] != skip;
-  }
-};
-
 // --- tiles
 
 __host__ __device__ __forceinline__ int64_t tile_number(int64_t x, int64_t y) {
@@ -120,11 +79,12 @@ struct Tiling {
 
 // --- distances
 
-// Of one tile, or of all: sums over ordered pairs.
+// Of one tile, or of all: sums over ordered pairs, and the range of half of the squared distances.
 struct Summary {
-  double distance[2];  // of those that are not degenerate, on either side
-  double regular[2];   // how many they are
-  double one_sided;    // how many are degenerate on one side alone
+  double distance[2];              // of those that are not degenerate, on either side
+  double regular[2];               // how many they are
+  double one_sided;                // how many are degenerate on one side alone
+  double nearest[2], farthest[2];  // infinity and 0 where there is none; farthest is infinity where one is not finite
 };
 
 // E and r of both sides.
@@ -132,6 +92,8 @@ template <class T_, class A_, int kBlock_>
 struct alignas(32) PairTile {
   using T = T_;
   using A = A_;
+  using E = T;    // of distances in a triangle
+  using Sum = T;  // of what must cancel, within a cube of triangles
   static constexpr int kBlock = kBlock_, kArea = kBlock * kBlock;
   T e[2][kArea];
   A r[2][kArea];
@@ -154,12 +116,12 @@ struct MeasureScratch {
   double x[2][2][kChunk][kBlock + 1];           // side, block of rows; one more against bank conflicts
   bool takes_part[2][kBlock];
   bool regular[2][kBlock][kBlock];
-  double sums[2 * kSideThreads / kWarp][3];
+  double sums[2 * kSideThreads / kWarp][5];
 };
 
 // |x_i - x_j|^2 of every 16th pair of rows in either direction.
 template <int kBlock>
-__device__ __forceinline__ void squared_distances(const Rows& rows, BlockPair at, int64_t widest,
+__device__ __forceinline__ void squared_distances(const Points& rows, BlockPair at, int64_t widest,
                                                   MeasureScratch<kBlock>& scratch, int side,
                                                   double (&squared)[kBlock / 16][kBlock / 16]) {
   constexpr int kPer = kBlock / 16, kChunk = MeasureScratch<kBlock>::kChunk;
@@ -197,25 +159,44 @@ __device__ __forceinline__ void squared_distances(const Rows& rows, BlockPair at
   }
 }
 
-// Warp sums to the sums of the whole tile; the first half of the block is the first side.
+__device__ __forceinline__ double warp_least(double x) {
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) x = fmin(x, from_lane(x, by));
+  return x;
+}
+
+// What a thread found out about its pairs.
+struct Found {
+  double distance = 0, nearest = INFINITY, farthest = 0;
+  int regular = 0, one_sided = 0;
+};
+
+// Warps to the whole tile; the first half of the block is the first side.
 template <int kBlock>
-__device__ __forceinline__ void summarize(double distance, int regular, int one_sided, double ordered,
-                                          MeasureScratch<kBlock>& scratch, Summary& summary) {
-  const double of_warp[3] = {warp_sum(distance), static_cast<double>(warp_sum(regular)),
-                             static_cast<double>(warp_sum(one_sided))};
+__device__ __forceinline__ void summarize(const Found& found, double ordered, MeasureScratch<kBlock>& scratch,
+                                          Summary& summary) {
+  const double of_warp[5] = {warp_sum(found.distance), static_cast<double>(warp_sum(found.regular)),
+                             static_cast<double>(warp_sum(found.one_sided)), warp_least(found.nearest),
+                             -warp_least(-found.farthest)};
   if (threadIdx.x % kWarp == 0) {
-    for (int k = 0; k < 3; ++k) scratch.sums[threadIdx.x / kWarp][k] = of_warp[k];
+    for (int k = 0; k < 5; ++k) scratch.sums[threadIdx.x / kWarp][k] = of_warp[k];
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  Summary total = {};
-  for (int warp = 0; warp < 2 * kSideThreads / kWarp; ++warp) {
-    const int side = warp / (kSideThreads / kWarp);
-    total.distance[side] += ordered * scratch.sums[warp][0];
-    total.regular[side] += ordered * scratch.sums[warp][1];
-    total.one_sided += ordered * scratch.sums[warp][2];
+  if (threadIdx.x >= kWarp) return;
+  constexpr int kWarps = kSideThreads / kWarp;  // of a side: a lane has one of either, others have the first again
+  const bool own = threadIdx.x < kWarps;
+  double one_sided = 0;
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const double* const mine = scratch.sums[side * kWarps + threadIdx.x % kWarps];
+    const double distance = warp_sum(own ? mine[0] : 0), regular = warp_sum(own ? mine[1] : 0);
+    one_sided += warp_sum(own ? mine[2] : 0);
+    const double nearest = warp_least(mine[3]), farthest = -warp_least(-mine[4]);
+    if (threadIdx.x != 0) continue;
+    summary.distance[side] = ordered * distance, summary.regular[side] = ordered * regular;
+    summary.nearest[side] = nearest, summary.farthest[side] = farthest;
   }
-  summary = total;
+  if (threadIdx.x == 0) summary.one_sided = ordered * one_sided;
 }
 
 // Which rows take part and how many they are, and the weights without those of the others.
@@ -236,11 +217,15 @@ __device__ __forceinline__ void look_at_rows(const TakingPart& takes_part, int64
 
 template <class Tile>
 __global__ void __launch_bounds__(2 * kSideThreads, 2)
-    measure_kernel(Rows first, Rows second, TakingPart takes_part, int64_t padded, double eps, Distances<Tile> out) {
+    measure_kernel(Points first, Points second, TakingPart takes_part, int64_t padded, double eps,
+                   Distances<Tile> out) {
   constexpr int kBlock = Tile::kBlock, kPer = kBlock / 16;
+  let_next_start();
+  wait_for_previous();
+  if (blockIdx.x == gridDim.x - 1) return look_at_rows(takes_part, padded, out);
   auto& scratch = shared<MeasureScratch<kBlock>>();
   const int side = threadIdx.x / kSideThreads, thread = threadIdx.x % kSideThreads, ty = thread / 16, tx = thread % 16;
-  const Rows rows = side == 0 ? first : second;
+  const Points rows = side == 0 ? first : second;
   const BlockPair at = blocks_of(blockIdx.x);
   if (threadIdx.x < 2 * kBlock) {
     const int which = threadIdx.x / kBlock, i = threadIdx.x % kBlock;
@@ -251,8 +236,7 @@ __global__ void __launch_bounds__(2 * kSideThreads, 2)
   const int64_t widest = first.width > second.width ? first.width : second.width;
   squared_distances<kBlock>(rows, at, widest, scratch, side, squared);
   Tile& tile = out.tiles[blockIdx.x];
-  double distance = 0;
-  int regulars = 0, one_sided = 0;
+  Found found;
 #pragma unroll
   for (int p = 0; p < kPer; ++p) {
 #pragma unroll
@@ -264,23 +248,28 @@ __global__ void __launch_bounds__(2 * kSideThreads, 2)
       const double root = sqrt(d);
       tile.e[side][i * kBlock + j] = static_cast<typename Tile::T>(d / 2);
       tile.r[side][i * kBlock + j] = regular ? static_cast<typename Tile::A>(root / d) : 0;  // NaN at infinity
-      if (regular) distance += root, ++regulars;
+      if (regular) {
+        found.distance += root, ++found.regular;
+        found.nearest = fmin(found.nearest, d / 2),
+        found.farthest = fmax(found.farthest, d < INFINITY ? d / 2 : INFINITY);
+      }
       scratch.regular[side][i][j] = regular;
     }
   }
   __syncthreads();
   const bool* const of_both = &scratch.regular[0][0][0];
-  for (int e = threadIdx.x; e < Tile::kArea; e += 2 * kSideThreads) one_sided += of_both[e] != of_both[Tile::kArea + e];
-  summarize<kBlock>(distance, regulars, one_sided, at.x == at.y ? 1 : 2, scratch, out.summaries[blockIdx.x]);
-  if (blockIdx.x == 0) look_at_rows(takes_part, padded, out);
+  for (int e = threadIdx.x; e < Tile::kArea; e += 2 * kSideThreads)
+    found.one_sided += of_both[e] != of_both[Tile::kArea + e];
+  summarize<kBlock>(found, at.x == at.y ? 1 : 2, scratch, out.summaries[blockIdx.x]);
 }
 
 template <class Tile>
-void measure(const Rows& first, const Rows& second, const TakingPart& takes_part, const Tiling& tiling, double eps,
-             const Distances<Tile>& out, const OnDevice& on) {
-  const size_t bytes = sizeof(MeasureScratch<Tile::kBlock>);
-  launch(measure_kernel<Tile>, {static_cast<unsigned>(tiling.tiles()), 2 * kSideThreads, 1, bytes}, on, first, second,
-         takes_part, static_cast<int64_t>(tiling.blocks) * Tile::kBlock, eps, out);
+void measure(const Points& first, const Points& second, const TakingPart& takes_part, const Tiling& tiling, double eps,
+             const Distances<Tile>& out, const OnDevice& on, bool early = false) {
+  const Spread spread{static_cast<unsigned>(tiling.tiles() + 1), 2 * kSideThreads, 1,
+                      sizeof(MeasureScratch<Tile::kBlock>), early};
+  launch(measure_kernel<Tile>, spread, on, first, second, takes_part,
+         static_cast<int64_t>(tiling.blocks) * Tile::kBlock, eps, out);
 }
 
 // --- back to the rows
@@ -294,7 +283,7 @@ struct GradientScratch {
 // Writes factor * sum_j W_ij (x_i - x_j) for rows of block blockIdx.y and columns of blockIdx.x; 0 for rows that are
 // not kept. weight(at, w) sets w to two elements of W, from `at` on. kGradientThreads threads, lanes along columns.
 template <int kBlock, class Weight>
-__device__ __forceinline__ void row_gradient(const Rows& rows, int64_t n, const bool* kept, int blocks,
+__device__ __forceinline__ void row_gradient(const Points& rows, int64_t n, const bool* kept, int blocks,
                                              const Weight& weight, double factor, float* out) {
   constexpr int kWarps = kGradientThreads / kWarp, kOwn = kBlock / kWarps, kArea = kBlock * kBlock;
   auto& scratch = shared<GradientScratch<kBlock>>();

@@ -7,7 +7,8 @@
 //   -> weights [N, T], pooled [N, d] float32, index [N, d] int32: where the maximum stands first in its plane.
 //
 // Grid: a block an example, both ways: lanes run over the pixels of a plane, or over channels where those are
-// neighbors in memory. The gradient of theta and v is a second launch: a block for 8 channels, over all examples.
+// neighbors in memory. The gradient of theta and v takes a block for 8 channels, over all examples: in the same launch
+// where the weights are at hand (AMTMLLoss), else in a second one.
 // Traffic: forward reads the map, backward writes it, 16 bytes a thread where sizes and strides allow; bandwidth binds
 // from a few megabytes on, below that the launches. Besides pooled and index (8 N d bytes each way).
 //
@@ -26,6 +27,7 @@ constexpr int kFewExamples = 512;               // from here on small blocks: se
 constexpr int kKept = 2048;                     // up to so many pooled numbers stay in shared memory
 constexpr int kSpread = 512;                    // channels whose gradient one block writes
 constexpr int kSlice = 8, kTeachersAtOnce = 4;  // of the parameters' gradient: kSlice * kTeachersAtOnce is a warp
+constexpr int kExamplesAtOnce = 1024;           // up to so many, a block of the map's threads does for a slice
 constexpr int kMaxTeachers = 2048;              // 20 bytes of shared memory each
 
 constexpr int least(int a, int b) { return a < b ? a : b; }
@@ -235,6 +237,7 @@ __device__ __forceinline__ void weigh(const Factors& factors, const float* poole
 template <class T, int kWide, bool kByChannels, bool kMax>
 __global__ void forward_kernel(const T* features, Map map, Factors factors, int lanes, float* weights, float* pooled,
                                int* index) {
+  let_next_start();
   const int64_t example = blockIdx.x;
   const Kept kept(kByChannels ? blockDim.x * kWide : 0, least(map.channels, kKept), factors.teachers);
   Pooled to{pooled + example * map.channels, kept.pooled, kMax ? index + example * map.channels : nullptr, map.pixels};
@@ -250,17 +253,19 @@ __global__ void forward_kernel(const T* features, Map map, Factors factors, int 
   for (int t = threadIdx.x; t < factors.teachers; t += kWarp) weights[example * factors.teachers + t] = kept.weight[t];
 }
 
-struct Incoming {  // [N, T]
-  Values values;
-  int64_t sn, st;
-};
+// dL/dgamma of teacher t, from weights and what comes back to them: either maps a teacher to its number.
+template <class Weight, class Back>
+__device__ __forceinline__ float slope_of(int teachers, int t, const Weight& weight, const Back& back) {
+  float sum = 0;
+  for (int s = 0; s < teachers; ++s) sum += weight(s) * (back(t) - back(s));
+  return weight(t) * sum;
+}
 
-// dL/dgamma of the block's example, from its weights and what comes back to them.
+// Of the block's example.
 __device__ __forceinline__ void set_slopes(int teachers, const Kept& kept, float* slopes) {
   for (int t = threadIdx.x; t < teachers; t += blockDim.x) {
-    float sum = 0;
-    for (int s = 0; s < teachers; ++s) sum += kept.weight[s] * (kept.incoming[t] - kept.incoming[s]);
-    kept.slope[t] = kept.weight[t] * sum;
+    kept.slope[t] =
+        slope_of(teachers, t, [&](int s) { return kept.weight[s]; }, [&](int s) { return kept.incoming[s]; });
     if (slopes) slopes[t] = kept.slope[t];
   }
 }
@@ -294,11 +299,93 @@ __device__ void spread_gradient(T* out, const Map& map, int count, int lanes, co
   }
 }
 
-// `out` and `slopes` [N, T] are null where they are not wanted, `index` where the pool was an average.
+// --- the gradients of theta and v
+
+struct Parameters {
+  const float* slopes;   // [N, T], or null: made of the weights
+  const float* weights;  // [N, T]
+  WeightsIncoming incoming;
+  const float* pooled;  // [N, d]
+  int64_t examples;
+  Factors factors;
+  Decay decay;
+  float *grad_theta, *grad_v;
+
+  __device__ __forceinline__ float slope(int64_t i, int t) const {
+    if (slopes) return slopes[i * factors.teachers + t];
+    return slope_of(
+        factors.teachers, t, [&](int s) { return weights[i * factors.teachers + s]; },
+        [&](int s) { return incoming.values[i * incoming.sn + s * incoming.st]; });
+  }
+};
+
+struct SliceSums {
+  float warp[kWarp][kWarp];
+};
+
+// For kSlice channels: threads are examples by channels, teachers come four at a time.
+__device__ __forceinline__ void parameters_of_slice(const Parameters& of, int slice) {
+  SliceSums& sums = shared<SliceSums>();
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int c = slice * kSlice + threadIdx.x % kSlice, groups = blockDim.x / kSlice;
+  const int teachers = of.factors.teachers, channels = of.factors.channels;
+  const bool inside = c < channels;
+  const float decays = of.decay.upstream ? of.decay.factor * *of.decay.upstream : 0;
+  const float v = inside ? of.factors.v[c] : 0;
+  float total = 0;
+  for (int first = 0; first < teachers; first += kTeachersAtOnce) {
+    float sum[kTeachersAtOnce] = {};
+#pragma unroll 4
+    for (int64_t i = threadIdx.x / kSlice; i < of.examples; i += groups) {
+      const float b = inside ? of.pooled[i * channels + c] : 0;
+#pragma unroll
+      for (int u = 0; u < kTeachersAtOnce; ++u) {
+        if (first + u < teachers) sum[u] += of.slope(i, first + u) * b;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kTeachersAtOnce; ++u) {
+#pragma unroll
+      for (int by = kSlice; by < kWarp; by *= 2) sum[u] += __shfl_xor_sync(0xffffffffu, sum[u], by);
+      if (lane < kSlice) sums.warp[warp][u * kSlice + lane] = sum[u];
+    }
+    __syncthreads();
+    if (warp == 0) {  // a lane has a teacher and a channel
+      const int t = first + lane / kSlice;
+      float all = 0;
+      for (int w = 0; w < warps; ++w) all += sums.warp[w][lane];
+      if (inside && t < teachers) {
+        const int64_t at = static_cast<int64_t>(t) * channels + c;
+        const float theta = of.factors.theta[at];
+        of.grad_theta[at] = of.decay.upstream ? all * v + decays * theta : all * v;
+        total += all * theta;
+      }
+    }
+    __syncthreads();
+  }
+  if (warp > 0) return;
+#pragma unroll
+  for (int by = kSlice; by < kWarp; by *= 2) total += __shfl_xor_sync(0xffffffffu, total, by);
+  if (inside && lane < kSlice) of.grad_v[c] = of.decay.upstream ? total + decays * v : total;
+}
+
+__global__ void __launch_bounds__(1024) parameters_kernel(const __grid_constant__ Parameters of) {
+  wait_for_previous();
+  parameters_of_slice(of, blockIdx.x);
+}
+
+// A block an example, and one for each slice of the parameters behind them. `out` and `slopes` [N, T] are null where
+// they are not wanted, `index` where the pool was an average.
 template <class T, int kWide, bool kByChannels>
-__global__ void backward_kernel(Incoming grad, Factors factors, const float* pooled, const int* index, Map map,
-                                int lanes, T* out, float* slopes) {
+__global__ void backward_kernel(WeightsIncoming grad, Factors factors, const float* pooled, const int* index, Map map,
+                                int lanes, T* out, float* slopes, const __grid_constant__ Parameters parameters) {
+  let_next_start();
+  wait_for_previous();
   const int64_t example = blockIdx.x;
+  if (example >= parameters.examples) {
+    if (blockIdx.y == 0) parameters_of_slice(parameters, static_cast<int>(example - parameters.examples));
+    return;
+  }
   const int teachers = factors.teachers, first = blockIdx.y * kSpread;
   const int count = least(factors.channels - first, kSpread);
   const Kept kept(out ? least(factors.channels, kSpread) : 0, 0, teachers);
@@ -320,62 +407,6 @@ __global__ void backward_kernel(Incoming grad, Factors factors, const float* poo
   }
   __syncthreads();
   spread_gradient<kWide, kByChannels>(out + example * map.sn + first * map.sc, map, count, lanes, kept);
-}
-
-struct Decay {  // adds factor * upstream * parameter to each gradient, unless upstream is null
-  const float* upstream;
-  float factor;
-};
-
-struct SliceSums {
-  float warp[kWarp][kWarp];
-};
-
-// The gradients of theta and v for kSlice channels: threads are examples by channels, teachers come four at a time.
-__global__ void __launch_bounds__(1024)
-    parameters_kernel(const float* __restrict__ slopes, const float* __restrict__ pooled, int64_t n, Factors factors,
-                      Decay decay, float* grad_theta, float* grad_v) {
-  SliceSums& sums = shared<SliceSums>();
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int c = blockIdx.x * kSlice + threadIdx.x % kSlice, groups = blockDim.x / kSlice;
-  const int teachers = factors.teachers, channels = factors.channels;
-  const bool inside = c < channels;
-  const float decays = decay.upstream ? decay.factor * *decay.upstream : 0, v = inside ? factors.v[c] : 0;
-  float total = 0;
-  for (int first = 0; first < teachers; first += kTeachersAtOnce) {
-    float sum[kTeachersAtOnce] = {};
-#pragma unroll 4
-    for (int64_t i = threadIdx.x / kSlice; i < n; i += groups) {
-      const float b = inside ? pooled[i * channels + c] : 0;
-#pragma unroll
-      for (int u = 0; u < kTeachersAtOnce; ++u) {
-        if (first + u < teachers) sum[u] += slopes[i * teachers + first + u] * b;
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kTeachersAtOnce; ++u) {
-#pragma unroll
-      for (int by = kSlice; by < kWarp; by *= 2) sum[u] += __shfl_xor_sync(0xffffffffu, sum[u], by);
-      if (lane < kSlice) sums.warp[warp][u * kSlice + lane] = sum[u];
-    }
-    __syncthreads();
-    if (warp == 0) {  // a lane has a teacher and a channel
-      const int t = first + lane / kSlice;
-      float all = 0;
-      for (int w = 0; w < warps; ++w) all += sums.warp[w][lane];
-      if (inside && t < teachers) {
-        const int64_t at = static_cast<int64_t>(t) * channels + c;
-        const float theta = factors.theta[at];
-        grad_theta[at] = decay.upstream ? all * v + decays * theta : all * v;
-        total += all * theta;
-      }
-    }
-    __syncthreads();
-  }
-  if (warp > 0) return;
-#pragma unroll
-  for (int by = kSlice; by < kWarp; by *= 2) total += __shfl_xor_sync(0xffffffffu, total, by);
-  if (inside && lane < kSlice) grad_v[c] = decay.upstream ? total + decays * v : total;
 }
 
 int power_of_2(int64_t n, int most) {  // the smallest from n on, but at most `most`
@@ -465,56 +496,68 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
   return {weights, pooled, index};
 }
 
+void teacher_weights_backward(const WeightsIncoming& incoming, const Tensor& features, const Tensor& theta,
+                              const Tensor& v, const Tensor& pooled, const Tensor& index, bool use_max,
+                              const Tensor& map_like, const WeightsGrads& grads, float* slopes, const float* weights,
+                              const Decay& decay, const OnDevice& on, bool early) {
+  check(features, theta, v);
+  const int64_t n = features.size(0), teachers = theta.size(0), d = features.size(1);
+  check_shape(kOp, "pooled", pooled, {n, d});
+  if (use_max) check_shape(kOp, "index", index, {n, d});
+  const Tensor th = dense(theta), vv = dense(v), b = dense(pooled, ScalarType::Float), at = dense(index);
+  const Factors factors{floats(th), floats(vv), static_cast<int>(teachers), static_cast<int>(d)};
+  const bool from_weights = weights && n <= kExamplesAtOnce;  // else by way of the slopes
+  const bool at_once = from_weights && grads.features && grads.theta;
+  const unsigned slices = grads.theta ? blocks_for(d, kSlice) : 0;
+  const Parameters parameters{
+      from_weights ? nullptr : slopes, weights, incoming, floats(b), n, factors, decay, grads.theta, grads.v};
+  if (grads.features || (grads.theta && !from_weights)) {
+    const Map map(map_like);
+    const int* places = use_max ? static_cast<const int*>(at.const_data_ptr()) : nullptr;
+    dispatch_layout(map, features.scalar_type(), grads.features, [&](auto element, auto wide, auto channels) {
+      using T = decltype(element);
+      constexpr int kWide = decltype(wide)::value;
+      const unsigned threads = grads.features ? threads_for(map, n, kWide) : 4 * kWarp;
+      const dim3 grid(static_cast<unsigned>(n + (at_once ? slices : 0)), grads.features ? blocks_for(d, kSpread) : 1);
+      const size_t bytes = Kept::bytes(grads.features ? least(map.channels, kSpread) : 0, 0, factors.teachers, threads);
+      launch(&backward_kernel<T, kWide, decltype(channels)::value>,
+             {grid, threads, 1, std::max(bytes, at_once ? sizeof(SliceSums) : 0), early}, on, incoming, factors,
+             floats(b), places, map, lanes_for(map, threads, kWide, false), static_cast<T*>(grads.features),
+             grads.theta && !from_weights ? slopes : nullptr, parameters);
+      early = true;
+    });
+  }
+  if (at_once) return;
+  const int threads = std::max(power_of_2(n * kSlice, 1024), kWarp);
+  launch(parameters_kernel, {slices, static_cast<unsigned>(threads), 1, sizeof(SliceSums), early}, on, parameters);
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const Tensor& features, const Tensor& theta,
                                                        const Tensor& v, const Tensor& pooled, const Tensor& index,
-                                                       bool use_max, bool need_features, bool need_parameters,
-                                                       const float* upstream, double factor) {
+                                                       bool use_max, bool need_features, bool need_parameters) {
   check(features, theta, v);
   const OnDevice on(features);
   const int64_t n = features.size(0), teachers = theta.size(0), d = features.size(1);
   check_shape(kOp, "grad", grad, {n, teachers});
-  check_shape(kOp, "pooled", pooled, {n, d});
-  if (use_max) check_shape(kOp, "index", index, {n, d});
   const Tensor incoming = grad.scalar_type() == ScalarType::Double ? converted(grad, ScalarType::Float) : grad;
-  const Tensor th = dense(theta), vv = dense(v), b = dense(pooled, ScalarType::Float), at = dense(index);
-  const Factors factors{floats(th), floats(vv), static_cast<int>(teachers), static_cast<int>(d)};
   Tensor grad_features =
       need_features ? torch::stable::empty_like(features) : empty(features, {0}, features.scalar_type());
   Tensor grad_theta = empty_or_none(theta, need_parameters, {teachers, d}, ScalarType::Float);
   Tensor grad_v = empty_or_none(theta, need_parameters, {d}, ScalarType::Float);
   Tensor slopes = empty_or_none(theta, need_parameters, {n, teachers}, ScalarType::Float);
-  const Map map(need_features ? grad_features : features);  // where features are dense, the same
-  const int* places = use_max ? static_cast<const int*>(at.const_data_ptr()) : nullptr;
-  void* out = grad_features.mutable_data_ptr();
-  dispatch_layout(map, features.scalar_type(), out, [&](auto element, auto wide, auto channels) {
-    using T = decltype(element);
-    constexpr int kWide = decltype(wide)::value;
-    const unsigned threads = need_features ? threads_for(map, n, kWide) : 4 * kWarp;
-    const dim3 grid(need_features || need_parameters ? n : 0, need_features ? blocks_for(d, kSpread) : 1);
-    const size_t bytes = Kept::bytes(need_features ? least(map.channels, kSpread) : 0, 0, factors.teachers, threads);
-    launch(&backward_kernel<T, kWide, decltype(channels)::value>, {grid, threads, 1, bytes}, on,
-           Incoming{Values(incoming), incoming.stride(0), incoming.stride(1)}, factors, floats(b), places, map,
-           lanes_for(map, threads, kWide, false), need_features ? static_cast<T*>(out) : nullptr,
-           need_parameters ? floats(slopes) : nullptr);
-  });
-  const unsigned slices = need_parameters ? blocks_for(d, kSlice) : 0;
-  const int threads = std::max(power_of_2(n * kSlice, 1024), kWarp);
-  launch(parameters_kernel, {slices, static_cast<unsigned>(threads), 1, sizeof(SliceSums)}, on, floats(slopes),
-         floats(b), n, factors, Decay{upstream, static_cast<float>(factor)}, floats(grad_theta), floats(grad_v));
+  const WeightsGrads grads{need_features ? grad_features.mutable_data_ptr() : nullptr,
+                           need_parameters ? floats(grad_theta) : nullptr, need_parameters ? floats(grad_v) : nullptr};
+  teacher_weights_backward({Values(incoming), incoming.stride(0), incoming.stride(1)}, features, theta, v, pooled,
+                           index, use_max, need_features ? grad_features : features, grads, floats(slopes), nullptr,
+                           {nullptr, 0}, on, false);
   return {grad_features, grad_theta, grad_v};
-}
-
-namespace {
-
-std::tuple<Tensor, Tensor, Tensor> without_decay(const Tensor& grad, const Tensor& features, const Tensor& theta,
-                                                 const Tensor& v, const Tensor& pooled, const Tensor& index,
-                                                 bool use_max, bool need_features, bool need_parameters) {
-  return teacher_weights_bwd(grad, features, theta, v, pooled, index, use_max, need_features, need_parameters);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {
   m.impl("teacher_weights_fwd", TORCH_BOX(&teacher_weights_fwd));
-  m.impl("teacher_weights_bwd", TORCH_BOX(&without_decay));
+  m.impl("teacher_weights_bwd", TORCH_BOX(&teacher_weights_bwd));
 }
 
 }  // namespace

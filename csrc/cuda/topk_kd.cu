@@ -31,15 +31,6 @@ struct Problem : KDProblem {
   __device__ bool has_ce() const { return labels && ce_weight != 0; }
 };
 
-// What to make; null where it is not asked for.
-struct Wanted {
-  double *ce_rows, *kl_rows;  // [N] times kl_scale, before the reduction
-  float* loss;                // [N], instead, for the reduction "none"
-  float* stats;               // [N, 3]: the student's maximum, inverse sums at tau and at 1
-  void* grad_student;         // [N, C]
-  float* grad_weights;        // [N, T]
-};
-
 struct Scratch {
   Online part[kMaxWarps];
   float max, inverse, inverse1, log_sum, log_sum1;
@@ -56,17 +47,30 @@ struct Scratch {
   __device__ float* partial(const Problem& pr) { return prob(pr) + pr.entries(); }
 };
 
+template <class Packs, class S>
+__device__ __forceinline__ const Packs* row_of(const Rows& rows, int64_t i) {
+  return reinterpret_cast<const Packs*>(static_cast<const S*>(rows.data) + i * rows.stride);
+}
+
 __device__ __forceinline__ int64_t class_of(unsigned long long key) { return static_cast<int64_t>(key >> 32); }
 __device__ __forceinline__ int entry_of(unsigned long long key) { return static_cast<int>(key & 0xffffffffu); }
 
-template <class S, int kPack>
+// The first sweep.
+template <class S, class Packs>
 __device__ void make_stats(const Problem& pr, int64_t i, Scratch& s, float* stats) {
-  const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e;
-  Online o = warp_combined(sweep<kPack, S>(pr.student, i, 0, pr.classes, per_tau, pr.has_ce()), unit);
+  const Packs* const row = row_of<Packs, S>(pr.student, i);
+  const int64_t count = pr.classes / Packs::kCount;
+  Online o{-INFINITY, 0, 0};
+  if (pr.has_ce()) {
+    each_pack<false>(row, count, [&](const Packs& pack, int64_t) { take<true>(o, pack, pr.unit); });
+  } else {
+    each_pack<false>(row, count, [&](const Packs& pack, int64_t) { take<false>(o, pack, pr.unit); });
+  }
+  o = warp_combined(o, pr.unit);
   if (threadIdx.x % kWarp == 0) s.part[threadIdx.x / kWarp] = o;
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (unsigned w = 1; w < blockDim.x / kWarp; ++w) o = combined(o, s.part[w], unit);
+    for (unsigned w = 1; w < blockDim.x / kWarp; ++w) o = combined(o, s.part[w], pr.unit);
     if (o.max == -INFINITY) o.sum = o.sum1 = NAN;  // no class has a probability
     s.log_sum1 = static_cast<float>(log(static_cast<double>(o.sum1)));
     stats[i * 3] = o.max;
@@ -225,23 +229,52 @@ struct Below {  // sum of maximum - z over the classes that are not -inf, and ho
   __device__ double value() const { return masked > 0 ? INFINITY : sum; }
 };
 
-// The second sweep.
-template <class S, int kPack>
+// The second sweep: the gradient where nobody names a class, and what is below the maximum. Its numbers are the same
+// for the whole row, but at the label.
+template <class S, class Packs>
 __device__ Below sweep_again(const Problem& pr, const Scratch& s, const Scales& by, int64_t i, bool need_below,
                              S* grad) {
-  const int64_t label = pr.labels ? pr.labels[i] : -1;
   Below below;
-  if (!need_below && !grad) return below;
-  for (int64_t c = threadIdx.x * kPack; c < pr.classes; c += blockDim.x * kPack) {
-    float z[kPack], out[kPack];
-    load_row<kPack, S>(pr.student, i, c, z);
+  const float max = s.max, unit = by.unit, even = pr.label_smoothing / static_cast<float>(pr.classes);
+  const float of_q = by.kl == 0 ? 0.0f : by.kl * by.per_tau * s.total * s.inverse;
+  const float of_q1 = pr.has_ce() ? by.ce * s.inverse1 : 0.0f;
+  const float always = (by.kl == 0 ? 0.0f : -by.kl * by.per_tau * s.outside) - (pr.has_ce() ? by.ce * even : 0.0f);
+  const int64_t label_pack = pr.has_label(i) ? pr.labels[i] / Packs::kCount : -1;
+  Packs* const out = reinterpret_cast<Packs*>(grad);
+  auto look = [&](const Packs& pack) {
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      if (need_below) below.add(s.max - z[k]);
-      out[k] = student_gradient(pr, s, by, z[k], s.outside, c + k == label);
+    for (int k = 0; k < Packs::kCount; ++k) below.add(max - pack.at(k));
+  };
+  auto write = [&](const Packs& pack, int64_t at, auto second) {
+    Packs grads;
+#pragma unroll
+    for (int k = 0; k < Packs::kCount; ++k) {
+      const float z = pack.at(k), down = z - max;
+      float g = fmaf(of_q, exp2f(down * unit), always);
+      if (decltype(second)::value) g = fmaf(of_q1, exp2f(down * kLog2e), g);
+      grads.set(k, z == -INFINITY ? 0.0f : g);
     }
-    if (grad) store(grad + c, out);
-  }
+    if (at == label_pack) {  // again, with the label
+      for (int64_t c = at * Packs::kCount; c < (at + 1) * Packs::kCount; ++c) {
+        const float z = static_cast<float>(row_of<S, S>(pr.student, i)[c]);
+        grad[c] = static_cast<S>(student_gradient(pr, s, by, z, s.outside, c == pr.labels[i]));
+      }
+    } else {
+      write_through(out + at, grads);
+    }
+  };
+  const Packs* const row = row_of<Packs, S>(pr.student, i);
+  const int64_t count = pr.classes / Packs::kCount;
+  auto sweep_with = [&](auto second) {
+    if (need_below && grad) {
+      each_pack<true>(row, count, [&](const Packs& pack, int64_t at) { look(pack), write(pack, at, second); });
+    } else if (grad) {
+      each_pack<true>(row, count, [&](const Packs& pack, int64_t at) { write(pack, at, second); });
+    } else if (need_below) {
+      each_pack<true>(row, count, [&](const Packs& pack, int64_t) { look(pack); });
+    }
+  };
+  pr.has_ce() ? sweep_with(std::true_type{}) : sweep_with(std::false_type{});
   return below;
 }
 
@@ -260,7 +293,7 @@ __device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i) 
 }
 
 // Forward makes the statistics; backward has them, and what comes back to the loss: one number, or one each row.
-template <class S, int kPack>
+template <class S, class Packs>
 __global__ void __launch_bounds__(kMaxThreads, 2)
     topk_kernel(const __grid_constant__ Problem pr, const Wanted want, const float* stats, const float* grad_loss,
                 bool each_row) {
@@ -274,14 +307,14 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const float g = grad_loss[each_row ? i : 0];
     by.ce *= g, by.kl *= g;
   }
-  if (want.stats) make_stats<S, kPack>(pr, i, s, want.stats);
+  if (want.stats) make_stats<S, Packs>(pr, i, s, want.stats);
   if (threadIdx.x == 0) read_stats(i, s, want.stats ? want.stats : stats);
   __syncthreads();
   load_teachers(pr, i, s);
 
   S* const grad = want.grad_student ? static_cast<S*>(want.grad_student) + i * pr.classes : nullptr;
   const bool smooth = pr.has_ce() && pr.label_smoothing != 0 && want.stats;
-  Below below = sweep_again<S, kPack>(pr, s, by, i, smooth || s.outside != 0, grad);
+  Below below = sweep_again<S, Packs>(pr, s, by, i, smooth || s.outside != 0, grad);
   const double everywhere = block_sum(below.sum, s.sums);
   __syncthreads();
   const int masked = block_sum(below.masked, reinterpret_cast<int*>(s.sums));
@@ -384,7 +417,7 @@ void run_rows(const Inputs& inputs, const Wanted& want, const float* stats, cons
                        (pr.start[pr.teachers] + pr.teachers * threads) * sizeof(float);
   dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
     using S = decltype(element);
-    launch(packs ? topk_kernel<S, 16 / sizeof(S)> : topk_kernel<S, 1>,
+    launch(packs ? topk_kernel<S, Packed<S>> : topk_kernel<S, Single<S>>,
            {static_cast<unsigned>(pr.rows), threads, 1, bytes}, on, pr, want, stats, grad_loss, each_row);
   });
 }

@@ -36,6 +36,93 @@
 
 namespace amtml::gpu {
 
+// Fixed point: if all squared distances of a side are within a factor of 64 of each other, E is kept in 32 bits, in
+// units of a power of 4 with the largest below 2^30 of them, so that two of them add up in 32 bits. Three roundings of
+// half a unit are then at most 1.8e-7 in psi, and nothing cancels that would need float64 in sums over a cube. r is
+// scaled by the root of the unit. fixed_kernel finds out on the device whether that is so, fix_kernel rewrites the
+// tiles, and of the two forms of triangles_kernel one leaves at once. csrc/cpu/angle.cpp has the same.
+constexpr double kFixedRange = 64;
+
+struct Fixed {
+  int on;
+  double per_unit[2];  // of either side
+  float root[2];       // of the unit
+};
+
+// Lies where a PairTile lies: r is in the same place.
+template <class Pair>
+struct alignas(32) FixedTile {
+  using T = typename Pair::T;
+  using A = typename Pair::A;
+  using E = int32_t;
+  using Sum = A;
+  static constexpr int kBlock = Pair::kBlock, kArea = Pair::kArea;
+  union {
+    E e[2][kArea];
+    unsigned char space[2 * kArea * sizeof(T)];
+  };
+  A r[2][kArea];
+};
+template <class Tile>
+constexpr bool is_fixed = std::is_same_v<typename Tile::E, int32_t>;
+
+// One block: whether fixed point is exact enough, and its units.
+__global__ void __launch_bounds__(kGradientThreads) fixed_kernel(const Summary* summaries, int64_t tiles, Fixed* out) {
+  let_next_start();
+  wait_for_previous();
+  auto& scratch = shared<double[kGradientThreads / kWarp][4]>();
+  double least[4] = {INFINITY, 0, INFINITY, 0};  // nearest and -farthest of either side
+  for (int64_t i = threadIdx.x; i < tiles; i += kGradientThreads) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      least[2 * side] = fmin(least[2 * side], summaries[i].nearest[side]);
+      least[2 * side + 1] = fmin(least[2 * side + 1], -summaries[i].farthest[side]);
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    least[k] = warp_least(least[k]);
+    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp][k] = least[k];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Fixed fixed{1, {1, 1}, {1, 1}};
+  for (int side = 0; side < 2; ++side) {
+    double nearest = INFINITY, farthest = 0;
+    for (int warp = 0; warp < kGradientThreads / kWarp; ++warp) {
+      nearest = fmin(nearest, scratch[warp][2 * side]), farthest = fmax(farthest, -scratch[warp][2 * side + 1]);
+    }
+    fixed.on &= farthest <= kFixedRange * nearest && 1e-30 < nearest && farthest < 1e30;
+    int exponent = 0;
+    frexp(1.01 * farthest, &exponent);   // below 2^exponent
+    const int m = (exponent - 29) >> 1;  // the unit is 4^m: farthest is below 2^30 of it, even rounded
+    fixed.per_unit[side] = ldexp(1.0, -2 * m), fixed.root[side] = ldexpf(1.0f, m);
+  }
+  *out = fixed;
+}
+
+// Grid: tiles.
+template <class Pair>
+__global__ void __launch_bounds__(kGradientThreads) fix_kernel(Pair* tiles, const Fixed* fixed) {
+  let_next_start();
+  wait_for_previous();
+  if (!fixed->on) return;
+  constexpr int kCount = 2 * Pair::kArea / kGradientThreads;
+  Pair& from = tiles[blockIdx.x];
+  auto& to = reinterpret_cast<FixedTile<Pair>&>(from);
+  static_assert(sizeof(FixedTile<Pair>) == sizeof(Pair));
+  int32_t e[kCount];
+#pragma unroll
+  for (int m = 0; m < kCount; ++m) {
+    const int at = m * kGradientThreads + threadIdx.x, side = m < kCount / 2 ? 0 : 1;
+    e[m] = static_cast<int32_t>(static_cast<double>((&from.e[0][0])[at]) * fixed->per_unit[side] + 0.5);
+    (&to.r[0][0])[at] *= fixed->root[side];
+  }
+  __syncthreads();  // all have been read
+#pragma unroll
+  for (int m = 0; m < kCount; ++m) (&to.e[0][0])[m * kGradientThreads + threadIdx.x] = e[m];
+}
+
 enum class Kind {
   kLoss,
   kGradient,    // of the first kPlanes sides, and the loss
@@ -48,6 +135,7 @@ struct Config {
   using Tile = Tile_;
   using T = typename Tile::T;
   using A = typename Tile::A;
+  using E = typename Tile::E;
   static constexpr Kind kKind = kKind_;
   static constexpr int kBlock = Tile::kBlock, kArea = Tile::kArea, kPlanes = kPlanes_;
   static constexpr int kI = sizeof(A) == 8 ? 2 : 4, kK = 2;              // pairs of a lane
@@ -55,7 +143,8 @@ struct Config {
   static constexpr int kRowsI = kI * kLanesI, kRowsK = kK * kLanesK;     // rows of a corner
   static constexpr int kWarps = kBlock == 16 && sizeof(A) == 4 ? 8 : 4;  // few rows: all that can run at once should
   static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kResident = kWarps == 8 ? 1 : sizeof(A) == 4 && kPlanes <= 1 ? 3 : 2;  // on a multiprocessor
+  static constexpr int kResident =  // on a multiprocessor
+      kWarps == 8 ? 1 : (sizeof(A) == 4 && kPlanes <= 1 ? 3 : 2) + (is_fixed<Tile> ? 1 : 0);
 };
 
 template <class Tile>
@@ -64,6 +153,7 @@ struct Triangles {
   const float* weight;     // [blocks, kBlock], or null
   typename Tile::T* sums;  // [planes, slots, tiles, kArea]
   double* loss;            // [slots, tiles], or null
+  const Fixed* fixed;      // or null: there is one form alone
   int64_t tile_count;
   int64_t plane;      // elements of a plane of sums
   int blocks, phase;  // of slot 0
@@ -100,7 +190,7 @@ struct alignas(16) GradientSum {
   __device__ __forceinline__ void operator+=(const GradientSum& b) { gh += b.gh, gpsi += b.gpsi; }
   __device__ __forceinline__ GradientSum from(int by) const { return {from_lane(gh, by), from_lane(gpsi, by)}; }
   __device__ __forceinline__ T total(A r) const {
-    if constexpr (std::is_same_v<T, double>) return arm_gradient<double>(gh, r, gpsi);
+    if constexpr (!std::is_same_v<T, FloatPair>) return arm_gradient<T>(gh, r, gpsi);
     return gh + static_cast<T>(-(r * r) * gpsi);
   }
 };
@@ -115,8 +205,8 @@ struct LossSum {
 };
 
 template <class C>
-using SumOf = std::conditional_t<C::kKind == Kind::kVertexLoss, LossSum<typename C::T, typename C::A>,
-                                 GradientSum<typename C::T, typename C::A>>;
+using SumOf = std::conditional_t<C::kKind == Kind::kVertexLoss, LossSum<typename C::Tile::Sum, typename C::A>,
+                                 GradientSum<typename C::Tile::Sum, typename C::A>>;
 
 // Which of kCount sums sum_over_lanes leaves to a lane.
 template <int kCount>
@@ -160,9 +250,9 @@ struct CubeScratch {
 
 // --- one triangle
 
-template <class T, class A>
+template <class E, class A>
 struct Edge {
-  T e;
+  E e;
   A r;
 };
 
@@ -171,12 +261,12 @@ __device__ __forceinline__ float product(float a, float b) { return __fmul_rn(a,
 __device__ __forceinline__ double product(double a, double b) { return __dmul_rn(a, b); }
 
 // At j, i and k. kDiagonal: the triangle comes up in other orders, too, and gives the same bits in all of them.
-template <bool kDiagonal, class T, class A>
-__device__ __forceinline__ void angles(const Edge<T, A>& ji, const Edge<T, A>& jk, const Edge<T, A>& ik, A (&h)[3],
+template <bool kDiagonal, class E, class A>
+__device__ __forceinline__ void angles(const Edge<E, A>& ji, const Edge<E, A>& jk, const Edge<E, A>& ik, A (&h)[3],
                                        A (&psi)[3]) {
-  const T difference = ji.e - jk.e;
-  const T at_i = kDiagonal ? ji.e + ik.e - jk.e : ik.e + difference;
-  const T at_k = kDiagonal ? jk.e + ik.e - ji.e : ik.e - difference;
+  const E difference = ji.e - jk.e;
+  const E at_i = kDiagonal ? ji.e + ik.e - jk.e : ik.e + difference;
+  const E at_k = kDiagonal ? jk.e + ik.e - ji.e : ik.e - difference;
   h[0] = product(ji.r, jk.r), h[1] = product(ji.r, ik.r), h[2] = product(jk.r, ik.r);
   psi[0] = product(static_cast<A>(between_arms(ji.e, jk.e, ik.e)), h[0]);
   psi[1] = product(static_cast<A>(at_i), h[1]);
@@ -203,12 +293,12 @@ __device__ __forceinline__ void add_gradient(const A (&g)[3], const A (&h)[3], c
 template <class C>
 struct Corner {
   using Tile = typename C::Tile;
-  using T = typename C::T;
+  using E = typename C::E;
   using A = typename C::A;
   static constexpr int kPlanes = CubeScratch<C>::kPlanes;
 
   int i, k;  // of the lane's first pair, within their blocks
-  Edge<T, A> edge[2][C::kI][C::kK];
+  Edge<E, A> edge[2][C::kI][C::kK];
   SumOf<C> sum[kPlanes][C::kI][C::kK];
   A weight_i[C::kI], weight_k[C::kK];
 
@@ -232,8 +322,8 @@ struct Corner {
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void load_edges(const Tile& tile, int side, int at, Edge<T, A> (&to)[kCount]) {
-    const auto e = *reinterpret_cast<const Pack<T, kCount>*>(&tile.e[side][at]);
+  static __device__ __forceinline__ void load_edges(const Tile& tile, int side, int at, Edge<E, A> (&to)[kCount]) {
+    const auto e = *reinterpret_cast<const Pack<E, kCount>*>(&tile.e[side][at]);
     const auto r = *reinterpret_cast<const Pack<A, kCount>*>(&tile.r[side][at]);
 #pragma unroll
     for (int m = 0; m < kCount; ++m) to[m] = {e.at[m], r.at[m]};
@@ -244,7 +334,7 @@ struct Corner {
   template <bool kDiagonal>
   __device__ __forceinline__ A add_row(const Triangles<Tile>& all, int j, int lane, CubeScratch<C>& scratch) {
     const Cube& cube = scratch.cube;
-    Edge<T, A> ji[2][C::kI], jk[2][C::kK];
+    Edge<E, A> ji[2][C::kI], jk[2][C::kK];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       load_edges<C::kI>(all.tiles[cube.ji], s, j * C::kBlock + i, ji[s]);
@@ -318,10 +408,18 @@ __device__ __forceinline__ void store_sums(const Triangles<typename C::Tile>& al
                                            const Place& place, const Sum& sum) {
   auto* const to = all.sums + plane * all.plane + (blockIdx.y * all.tile_count + tile) * C::kArea;
   const auto& r = all.tiles[tile].r[plane];
-  typename C::T total[kCount];
+  using T = typename C::T;
+  T total[kCount];
+  double per_unit = 1;
+  if constexpr (is_fixed<typename C::Tile> && C::kKind != Kind::kVertexLoss) per_unit = all.fixed->per_unit[plane];
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
-    total[m] = sum(m).total(r[place(m)]);
+    const auto of_cube = sum(m).total(r[place(m)]);
+    if constexpr (is_fixed<typename C::Tile>) {
+      total[m] = T(static_cast<double>(of_cube) * per_unit);
+    } else {
+      total[m] = of_cube;
+    }
     if (!all.first) total[m] += to[place(m)];
   }
 #pragma unroll
@@ -399,6 +497,9 @@ __device__ __forceinline__ void sweep(const Triangles<typename C::Tile>& all, Cu
 
 template <class C>
 __global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Triangles<typename C::Tile> all) {
+  let_next_start();
+  wait_for_previous();
+  if (all.fixed && (all.fixed->on != 0) != is_fixed<typename C::Tile>) return;
   const int phase = all.phase + blockIdx.y;
   if (phase >= all.blocks) return;
   const Cube cube(blockIdx.x, phase, all.blocks);

@@ -1,6 +1,8 @@
 // AMTMLLoss without hints in one call each way, as csrc/cpu/whole_loss.cpp, in few launches: forward the weights (1),
-// the rows of the distillation (1), the angle loss (3 at N = 128) and the sums of all terms (1), backward the rows (1)
-// and the weights (2). What forward sends back is scaled where backward reads it, and nothing waits for the host.
+// the rows of the distillation (1) and the angle loss with the sums of all terms (3 at N = 128), backward the rows (1)
+// and the weights with their parameters (1). Each starts while the one before it ends. What forward sends back is
+// scaled where backward reads it, all that passes between the kernels lies in one allocation, and nothing waits for the
+// host.
 #include "ops.cuh"
 
 namespace amtml::gpu {
@@ -9,53 +11,13 @@ namespace {
 constexpr char kOp[] = "AMTMLLoss";
 constexpr int kThreads = 256;
 
-struct Parameters {  // whose squares are summed
-  const float *theta, *v;
-  int64_t theta_count, v_count;
-};
-
-struct Reduction {
-  const double *ce_rows, *kl_rows;  // [N]
-  int64_t rows, classes;
-  const int64_t* labels;
-  int64_t ignore_index;
-  bool mean_rows, mean_classes;
-  const float *divisor, *angle;  // or null
-  float ce_weight, kl_weight, angle_weight, regularizer_weight;
-};
-
-__device__ double squares(const float* x, int64_t count) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += static_cast<double>(x[i]) * x[i];
-  return sum;
+// Without an angle loss, whose last kernel does it otherwise.
+__global__ void terms_kernel(const __grid_constant__ Terms terms) {
+  wait_for_previous();
+  write_terms(terms, 0, &shared<double>());
 }
 
-// kd, ce, kl, angle, 0 for the hint, regularizer; a term without weight is left out of the loss: 0 * infinity is NaN.
-__global__ void terms_kernel(Reduction of, Parameters parameters, float* loss, float* terms) {
-  double* scratch = &shared<double>();
-  double sums[4] = {};
-  for (int64_t i = threadIdx.x; i < of.rows; i += kThreads) {
-    sums[0] += of.ce_rows[i];
-    sums[1] += of.kl_rows[i];
-    sums[2] += !(of.labels && of.labels[i] == of.ignore_index);
-  }
-  sums[3] = squares(parameters.theta, parameters.theta_count) + squares(parameters.v, parameters.v_count);
-  for (double& sum : sums) {
-    sum = block_sum(sum, scratch);
-    __syncthreads();
-  }
-  if (threadIdx.x != 0) return;
-  const double rows = of.mean_rows ? fmax(sums[2], 1.0) : 1, by = of.divisor ? 1.0 / *of.divisor : 1;
-  const double ce = by * sums[0] / rows, kl = by * sums[1] / (of.mean_classes ? rows * of.classes : rows);
-  const double kd = (of.ce_weight == 0 ? 0 : of.ce_weight * ce) + (of.kl_weight == 0 ? 0 : of.kl_weight * kl);
-  const double angle = of.angle ? *of.angle : 0, regularizer = sums[3];
-  double total = kd;
-  if (of.angle_weight != 0) total += of.angle_weight * angle;
-  if (of.regularizer_weight != 0) total += of.regularizer_weight * regularizer;
-  const double values[6] = {kd, ce, kl, angle, 0, regularizer};
-  for (int k = 0; k < 6; ++k) terms[k] = static_cast<float>(values[k]);
-  *loss = static_cast<float>(total);
-}
+float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> theta, std::optional<Tensor> v,
                        std::optional<Tensor> given_weights, const Tensor& student, std::vector<Tensor> teachers,
@@ -67,51 +29,67 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   auto none = [&] { return empty(student, {0}, ScalarType::Float); };  // outputs may not be shared
-  Tensor weights, pooled, index, grad_probs, grad_targets;
-  Parameters parameters{};
-  std::optional<Tensor> factors, scale;  // theta and v in float32
+  const bool with_angle = angle_weight != 0, mean = reduction == "mean";
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  const std::optional<Tensor> y = labels ? std::optional(dense(*labels)) : std::nullopt;
+  const auto by = as_float(divisor), factors = as_float(theta), scale = as_float(v);
+
+  const Tensor loss = empty(student, {}, ScalarType::Float), terms = empty(student, {6}, ScalarType::Float);
+  const Tensor stats = empty(student, {n, 3 + 2 * count}, ScalarType::Float);
+  const Tensor grad_probs = empty_or_none(student, with_angle && need_student_grad, {n, c}, ScalarType::Float);
+  const Tensor grad_targets = empty_or_none(student, with_angle && need_targets_grad, {n, c}, ScalarType::Float);
+  Tensor weights, pooled, index;
   if (features) {
-    factors = as_float(theta), scale = as_float(v);
     std::tie(weights, pooled, index) = teacher_weights_fwd(*features, *factors, *scale, max_pool);
-    if (regularizer_weight != 0) parameters = {values(factors), values(scale), factors->numel(), scale->numel()};
   } else {
-    weights = *given_weights;
-    pooled = none(), index = none();
+    weights = converted(*given_weights, ScalarType::Float), pooled = none(), index = none();
   }
-  KDRows rows = multi_teacher_kd_forward(student, teachers, converted(weights, ScalarType::Float), labels, set, false,
-                                         false, angle_weight != 0, false, on);
-  std::optional<Tensor> angle;
-  if (angle_weight != 0) {
-    Tensor value;
-    std::tie(value, grad_probs, grad_targets) =
-        angle_rows({rows.student_probs, rows.soft_targets, std::nullopt, labels, ignore_index}, delta, eps, "mean",
-                   need_student_grad, need_targets_grad);
-    angle = value;
+
+  Wanted want{};
+  want.stats = floats(stats);
+  AngleCall angle_call{Points(nullptr, c), Points(nullptr, c)};
+  if (y) angle_call.takes_part = {y->const_data_ptr(), n, 1, ignore_index, sizeof(int64_t)};
+  angle_call.takes_part.n = n;
+  angle_call.vertex_weight = nullptr, angle_call.delta = delta, angle_call.eps = eps;
+  angle_call.reduction = AngleReduction::kMean, angle_call.gradients = need_student_grad + need_targets_grad;
+  angle_call.grad_one = need_student_grad ? floats(grad_probs) : nullptr;
+  angle_call.grad_other = need_targets_grad ? floats(grad_targets) : nullptr;
+  angle_call.loss = floats(loss);
+  const bool swap = need_targets_grad && !need_student_grad;
+  if (swap) std::swap(angle_call.grad_one, angle_call.grad_other);
+  void* angle_memory = nullptr;
+  auto lay_out = [&](Pieces pieces) {
+    want.ce_rows = pieces.take<double>(n), want.kl_rows = pieces.take<double>(n);
+    if (!with_angle) return pieces;
+    want.student_probs = pieces.take<float>(n * c), want.targets = pieces.take<float>(n * c);
+    angle_memory = pieces.take<unsigned char>(static_cast<int64_t>(angle_scratch(angle_call, on)));
+    return pieces;
+  };
+  const Tensor memory = memory_for(student, lay_out(Pieces()));
+  lay_out(Pieces(memory.mutable_data_ptr()));
+
+  multi_teacher_kd_forward(student, teachers, weights, y, set, want, on, features.has_value());
+  Terms sums{want.ce_rows, want.kl_rows, n, c, y ? static_cast<const int64_t*>(y->const_data_ptr()) : nullptr};
+  sums.ignore_index = ignore_index;
+  sums.mean_rows = mean || reduction == "batchmean", sums.mean_classes = mean;
+  sums.divisor = values(by);
+  if (features && regularizer_weight != 0) {
+    sums.theta = values(factors), sums.v = values(scale);
+    sums.theta_count = factors->numel(), sums.v_count = scale->numel();
+  }
+  sums.ce_weight = static_cast<float>(ce_weight), sums.kl_weight = static_cast<float>(kl_weight);
+  sums.angle_weight = static_cast<float>(angle_weight);
+  sums.regularizer_weight = static_cast<float>(regularizer_weight);
+  sums.loss = floats(loss), sums.terms = floats(terms);
+  if (with_angle) {
+    angle_call.one = Points(want.student_probs, c), angle_call.other = Points(want.targets, c);
+    if (swap) std::swap(angle_call.one, angle_call.other);
+    angle_call.terms = sums;
+    angle(angle_call, angle_memory, on, true);
   } else {
-    grad_probs = none(), grad_targets = none();
+    launch(terms_kernel, {1, kThreads, 1, kWarp * sizeof(double), true}, on, sums);
   }
-  const int64_t n = student.size(0);
-  const auto by = as_float(divisor), y = labels ? std::optional(dense(*labels)) : std::nullopt;
-  const double* of_rows = static_cast<const double*>(rows.values.const_data_ptr());
-  const bool mean = reduction == "mean";
-  const Reduction of{of_rows,
-                     of_rows + n,
-                     n,
-                     student.size(1),
-                     y ? static_cast<const int64_t*>(y->const_data_ptr()) : nullptr,
-                     ignore_index,
-                     mean || reduction == "batchmean",
-                     mean,
-                     values(by),
-                     values(angle),
-                     static_cast<float>(ce_weight),
-                     static_cast<float>(kl_weight),
-                     static_cast<float>(angle_weight),
-                     static_cast<float>(regularizer_weight)};
-  Tensor terms = empty(student, {6}, ScalarType::Float);
-  launch(terms_kernel, {1, kThreads, 1, kWarp * sizeof(double)}, on, of, parameters,
-         static_cast<float*>(rows.loss.mutable_data_ptr()), static_cast<float*>(terms.mutable_data_ptr()));
-  return {rows.loss, terms, features ? weights : none(), pooled, index, rows.stats, grad_probs, grad_targets};
+  return {loss, terms, features ? weights : none(), pooled, index, stats, grad_probs, grad_targets};
 }
 
 Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::optional<Tensor> theta,
@@ -122,25 +100,43 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
                        double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                        double label_smoothing, bool max_pool, double angle_weight, double regularizer_weight,
                        bool need_student, bool need_weights, bool need_features, bool need_parameters) {
-  const OnDevice on(student);
-  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
-  const Tensor upstream = dense(grad, ScalarType::Float);
-  auto given = [](const Tensor& t) { return t.numel() ? std::optional(t) : std::nullopt; };
-  const KDIncoming incoming{upstream, given(grad_probs), given(grad_targets), divisor, angle_weight};
-  auto [grad_student, grad_weights] =
-      multi_teacher_kd_backward(incoming, student, teachers, converted(weights, ScalarType::Float), labels, stats, set,
-                                need_student, need_weights, on);
   auto none = [&] { return empty(student, {0}, ScalarType::Float); };
+  const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
+  const bool to_features = features && need_weights && need_features;
+  const bool to_parameters = features && need_weights && need_parameters;
+  const Tensor grad_student = empty_or_none(student, need_student, {n, c}, student.scalar_type());
+  Tensor grad_features = to_features ? torch::stable::empty_like(*features) : none();
+  Tensor grad_theta = to_parameters ? empty(student, {count, theta->size(1)}, ScalarType::Float) : none();
+  Tensor grad_v = to_parameters ? empty(student, {v->size(0)}, ScalarType::Float) : none();
+  Tensor grad_weights = features ? none() : empty_or_none(student, need_weights, {n, count}, ScalarType::Float);
+  {
+    const OnDevice on(student);
+    const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
+    const Tensor upstream = dense(grad, ScalarType::Float), w = converted(weights, ScalarType::Float);
+    auto given = [](const Tensor& t) { return t.numel() ? std::optional(t) : std::nullopt; };
+    const KDIncoming incoming{upstream, given(grad_probs), given(grad_targets), divisor, angle_weight};
+    // [2, N, T]: what comes back to the weights, and the slopes of their scores
+    const Tensor scratch = empty_or_none(student, features && need_weights, {2, n, count}, ScalarType::Float);
+    Wanted want{};
+    if (need_student) want.grad_student = grad_student.mutable_data_ptr();
+    if (need_weights) want.grad_weights = floats(features ? scratch : grad_weights);
+    multi_teacher_kd_backward(incoming, student, teachers, w, labels, stats, set, want, on);
+    if (features && need_weights) {
+      const WeightsGrads grads{to_features ? grad_features.mutable_data_ptr() : nullptr,
+                               to_parameters ? floats(grad_theta) : nullptr, to_parameters ? floats(grad_v) : nullptr};
+      const Decay decay{floats(upstream), static_cast<float>(2 * regularizer_weight)};
+      teacher_weights_backward({Values(want.grad_weights), count, 1}, *features, *as_float(theta), *as_float(v), pooled,
+                               index, max_pool, to_features ? grad_features : *features, grads,
+                               want.grad_weights + n * count, floats(w), decay, on, true);
+    }
+  }
+  // to the parameters' own dtypes
   if (!features) return {grad_student, converted(grad_weights, weights.scalar_type()), none(), none(), none()};
-  if (!need_weights) return {grad_student, none(), none(), none(), none()};
-  auto [grad_features, grad_theta, grad_v] = teacher_weights_bwd(
-      grad_weights, *features, dense(*theta, ScalarType::Float), dense(*v, ScalarType::Float), pooled, index, max_pool,
-      need_features, need_parameters, values(upstream), 2 * regularizer_weight);
-  if (need_parameters) {
+  if (to_parameters) {
     grad_theta = converted(grad_theta, theta->scalar_type());
     grad_v = converted(grad_v, v->scalar_type());
   }
-  return {grad_student, none(), grad_features, grad_theta, grad_v};
+  return {grad_student, grad_weights, grad_features, grad_theta, grad_v};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) {

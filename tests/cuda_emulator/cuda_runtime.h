@@ -77,7 +77,7 @@ struct Thread {
   ucontext_t context;
   jmp_buf place;
   std::unique_ptr<unsigned char[]> stack;
-  bool started = false, done = false;
+  bool started = false, done = false, waited = false;
 };
 
 struct Cluster {
@@ -92,14 +92,16 @@ struct Machine {
   ucontext_t scheduler;
   jmp_buf scheduler_place;
   const std::function<void()>* kernel = nullptr;
-  unsigned progress = 0, launches = 0;
+  unsigned progress = 0;
+  bool previous_done = true;
   std::string failure;
 };
 
-inline Machine& machine() {
-  static thread_local Machine the;
+inline Machine*& current() {
+  static thread_local Machine* the = nullptr;
   return the;
 }
+inline Machine& machine() { return *current(); }
 
 inline void yield() {
   Machine& m = machine();
@@ -166,54 +168,131 @@ inline void resume(Thread& t) {
   setcontext(&t.context);
 }
 
-// Runs the blocks of one cluster, whose indices start at `first`.
-inline void run_cluster(unsigned first, unsigned size, size_t shared_bytes, std::vector<Thread>& threads,
-                        bool falling) {
-  Machine& m = machine();
-  const unsigned per_block = m.block.x * m.block.y * m.block.z;
-  m.cluster.blocks = std::vector<Block>(size);
-  m.cluster.barrier = {size * per_block, 0, 0};
-  for (unsigned b = 0; b < size; ++b) {
-    Block& block = m.cluster.blocks[b];
-    const unsigned at = first + b;
-    block.index = dim3(at % m.grid.x, at / m.grid.x % m.grid.y, at / m.grid.x / m.grid.y);
-    block.barrier = {per_block, 0, 0};
-    block.warps.resize((per_block + kWarp - 1) / kWarp);
-    block.shared.reset(new unsigned char[shared_bytes]);
-    std::memset(block.shared.get(), 0xff, shared_bytes);
-    for (unsigned i = 0; i < per_block; ++i) {
-      Thread& t = threads[b * per_block + i];
-      t.index = dim3(i % m.block.x, i / m.block.x % m.block.y, i / m.block.x / m.block.y);
-      t.linear = i, t.block = &block, t.started = t.done = false;
-      if (!t.stack) t.stack.reset(new unsigned char[kStack]);
-      ++block.warps[i / kWarp].barrier.live;
-    }
-  }
-  for (bool running = true; running;) {
-    running = false;
-    const unsigned before = m.progress;
-    const unsigned total = size * per_block;
-    for (unsigned i = 0; i < total; ++i) {
-      Thread& t = threads[falling ? total - 1 - i : i];
-      if (t.done) continue;
-      running = true;
-      resume(t);
-    }
-    if (running && m.progress == before) throw std::runtime_error("CUDA emulation: threads wait at different barriers");
-  }
+struct Launch {
+  dim3 grid, block;
+  unsigned cluster;
+  size_t shared_bytes;
+  bool early;
+  std::function<void()> kernel;
+};
+
+inline unsigned& launches() {
+  static thread_local unsigned count = 0;
+  return count;
 }
 
-inline void run(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes, const std::function<void()>& kernel) {
-  Machine& m = machine();
-  m.grid = grid, m.block = block, m.kernel = &kernel, m.failure.clear();
-  const unsigned blocks = grid.x * grid.y * grid.z;
-  static thread_local std::vector<Thread> threads;
-  if (threads.size() < cluster * block.x * block.y * block.z) threads.resize(cluster * block.x * block.y * block.z);
-  ++m.launches;
-  for (unsigned first = 0; first < blocks; first += cluster) {
-    run_cluster(first, cluster, shared_bytes, threads, (first / cluster + m.launches) % 2);
+// A kernel on its way. One that may start early does: its first cluster runs as far as it gets before the kernel in
+// front of it is run at all. What it reads too soon is not there yet.
+class Run {
+ public:
+  explicit Run(Launch launch) : launch_(std::move(launch)), number_(++launches()) {
+    machine_.grid = launch_.grid, machine_.block = launch_.block, machine_.kernel = &launch_.kernel;
+    machine_.previous_done = !launch_.early;
+    threads_.resize(launch_.cluster * per_block());
+    set_up(0);
   }
-  if (!m.failure.empty()) throw std::runtime_error(m.failure);
+
+  void start() { step(0); }
+
+  void finish() {
+    machine_.previous_done = true;
+    for (unsigned first = 0; first < launch_.grid.x * launch_.grid.y * launch_.grid.z; first += launch_.cluster) {
+      if (first > 0) set_up(first);
+      if (!step(first)) throw std::runtime_error("CUDA emulation: threads wait at different barriers");
+    }
+    if (!machine_.failure.empty()) throw std::runtime_error(machine_.failure);
+  }
+
+ private:
+  unsigned per_block() const { return launch_.block.x * launch_.block.y * launch_.block.z; }
+
+  // The blocks of one cluster, whose indices start at `first`.
+  void set_up(unsigned first) {
+    Machine& m = machine_;
+    m.cluster.blocks = std::vector<Block>(launch_.cluster);
+    m.cluster.barrier = {launch_.cluster * per_block(), 0, 0};
+    for (unsigned b = 0; b < launch_.cluster; ++b) {
+      Block& block = m.cluster.blocks[b];
+      const unsigned at = first + b;
+      block.index = dim3(at % m.grid.x, at / m.grid.x % m.grid.y, at / m.grid.x / m.grid.y);
+      block.barrier = {per_block(), 0, 0};
+      block.warps.resize((per_block() + kWarp - 1) / kWarp);
+      block.shared.reset(new unsigned char[launch_.shared_bytes]);
+      std::memset(block.shared.get(), 0xff, launch_.shared_bytes);
+      for (unsigned i = 0; i < per_block(); ++i) {
+        Thread& t = threads_[b * per_block() + i];
+        t.index = dim3(i % m.block.x, i / m.block.x % m.block.y, i / m.block.x / m.block.y);
+        t.linear = i, t.block = &block, t.started = t.done = t.waited = false;
+        if (!t.stack) t.stack.reset(new unsigned char[kStack]);
+        ++block.warps[i / kWarp].barrier.live;
+      }
+    }
+  }
+
+  // Runs the threads until all are done (true), or none gets on.
+  bool step(unsigned first) {
+    current() = &machine_;
+    const bool falling = (first / launch_.cluster + number_) % 2;
+    while (true) {
+      bool running = false;
+      const unsigned before = machine_.progress, total = static_cast<unsigned>(threads_.size());
+      for (unsigned i = 0; i < total; ++i) {
+        Thread& t = threads_[falling ? total - 1 - i : i];
+        if (t.done) continue;
+        running = true;
+        resume(t);
+      }
+      if (!running) break;
+      if (machine_.progress == before) return false;
+    }
+    for (const Thread& t : threads_) {
+      if (launch_.early && !t.waited) throw std::runtime_error("CUDA emulation: an early kernel must wait");
+    }
+    return true;
+  }
+
+  const Launch launch_;
+  const unsigned number_;
+  Machine machine_;
+  std::vector<Thread> threads_;
+};
+
+// The last launch: it is run when the next one comes, or the stream is waited for.
+inline std::unique_ptr<Run>& last() {
+  static thread_local std::unique_ptr<Run> the;
+  return the;
+}
+
+// What kernels on their way read and write may have been freed by the host: it lives until they have ended.
+inline std::vector<std::shared_ptr<void>>& kept() {
+  static thread_local std::vector<std::shared_ptr<void>> all;
+  return all;
+}
+
+inline int& depth() {
+  static thread_local int count = 0;
+  return count;
+}
+
+inline void settle(bool run_it = true) {
+  const auto run = std::move(last());
+  if (run && run_it) run->finish();
+  if (depth() == 0) kept().clear();
+}
+
+inline void launch(Launch launch) {
+  if (!launch.early) settle();
+  auto next = std::make_unique<Run>(std::move(launch));
+  if (last()) next->start();
+  settle();
+  last() = std::move(next);
+}
+
+inline void wait_for_previous() {
+  Machine& m = machine();
+  if (!m.thread->waited) ++m.progress;
+  m.thread->waited = true;
+  while (!m.previous_done) yield();
 }
 
 }  // namespace emulation

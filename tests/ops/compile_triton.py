@@ -23,34 +23,13 @@ import torch
 import triton
 from test_ops import GRID, STEP
 from test_topk import dense_calls
-from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from triton_host import Driver
 
 import amtml_fast as af
 from amtml_fast import backend
+from amtml_fast.kernels import _launch
 from amtml_fast.testing import CASES, value_and_grads
-
-
-class Driver:
-    """Answers what the launch path asks before it launches."""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
-        return divmod(self.target.arch, 10)
 
 
 def large_calls() -> Iterator[tuple[Any, tuple, dict]]:
@@ -60,6 +39,15 @@ def large_calls() -> Iterator[tuple[Any, tuple, dict]]:
                 yield case.function, case.inputs(*size, dtype=dtype), options
     student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
     yield af.multi_teacher_kd_loss, (student, teachers, weights, None), {}  # no case lacks its labels
+    yield from whole_losses(128, 64, 8)
+
+
+def whole_losses(rows: int, channels: int, side: int) -> Iterator[tuple[Any, tuple, dict]]:
+    student, teachers, _, labels = CASES["multi_teacher_kd"].inputs(rows, 100, 3)
+    features = torch.randn(rows, channels, side, side, requires_grad=True)
+    for options in ({}, {"angle_trains_weights": True, "regularizer_weight": 0.0}, {"angle_weight": 0.0}):
+        loss = af.AMTMLLoss(af.TeacherAdapter(channels, 3), **options)
+        yield lambda *args: loss(*args).loss, (student, teachers, labels, features), {}  # noqa: B023
 
 
 def test_calls() -> Iterator[tuple[Any, tuple, dict]]:
@@ -69,6 +57,7 @@ def test_calls() -> Iterator[tuple[Any, tuple, dict]]:
                 yield case.function, case.inputs(*size, dtype=dtype), options
     for args, options in dense_calls():
         yield af.topk_kd_loss, args, {"reduction": "none", **options}
+    yield from whole_losses(9, 6, 3)
 
 
 def thirds(calls: Iterator, part: int) -> Iterator:
@@ -81,6 +70,7 @@ def main(capability: int, folder: Path, part: int | None = None) -> int:
     backend.DEVICES["triton"] = ("cpu",)
     compiled: dict[str, Any] = {}
     failed: Counter[str] = Counter()
+    _launch.by_hand = False  # each launch goes through JITFunction.run
     launch = JITFunction.run
 
     def only_compile(self: JITFunction, *args: object, grid: object, warmup: bool = False, **options: object) -> object:

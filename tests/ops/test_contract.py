@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, takes
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import amtml_fast as af
 from amtml_fast import backend, reference
@@ -870,6 +872,58 @@ def test_backends_tell_why_not():
     assert all(r.available != bool(r.why_not) for r in rows.values())
     assert all(rows[op, "reference"].available for op in backend.OPS)
     assert CHOSEN or all(rows[op, "cpp"].available for op in backend.OPS)
+
+
+def test_auto_goes_by_operator_and_size():
+    """The first line of the table that fits; the table is complete."""
+    table = [backend.Choice("cpu", "angle", 6, ("triton",)), *backend.AUTO]
+    small, large = torch.empty(1, 5, device="cpu"), torch.empty(2, 3, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "AUTO", tuple(table))
+        assert backend.order("angle", large) == ("triton",) and backend.order("angle", small) == ("cpp",)
+        assert backend.order("distance", large) == ("cpp",)
+        assert backend.order("angle", torch.empty(6, device="meta")) == ()
+    for choice in backend.AUTO:
+        assert choice.op in (None, *backend.OPS) and set(choice.backends) < set(backend.BACKENDS[1:])
+        assert choice.numbers == 0 or choice.op
+    everything = [c.device_type for c in backend.AUTO if c.op is None]
+    assert sorted(everything) == ["cpu", "cuda", "xpu"]
+
+
+@pytest.mark.parametrize(
+    "capability, code, reasons",
+    [
+        ((9, 0), 90, {"cuda": None, "triton": None}),
+        ((7, 5), 0, {"cuda": "no CUDA kernels for compute capability 7.5; .* 8.0 or later", "triton": None}),
+        ((12, 0), 0, {"cuda": "no CUDA kernels for compute capability 12.0; .* 12.0", "triton": None}),
+        ((6, 1), 0, {"cuda": "no CUDA kernels for", "triton": "needs compute capability 7.0 or later, got 6.1"}),
+    ],
+    ids=lambda x: str(x) if isinstance(x, tuple) else None,
+)
+def test_a_gpu_without_code_in_the_library_falls_to_triton_and_then_to_the_reference(
+    monkeypatch, capability, code, reasons
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.ops.amtml, "cuda_code", lambda device: code, raising=False)
+    monkeypatch.setattr(backend, "HAS_EXTENSION", True)
+    monkeypatch.setattr(backend, "HAS_CUDA", True)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(backend, "DEVICES", {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)})
+    backend.why_not_gpu.cache_clear()
+    try:
+        for name, reason in reasons.items():
+            said = backend.why_not("angle", name, "cuda", 0)
+            assert said is None if reason is None else re.search(reason, said), said
+        taken = next((name for name, reason in reasons.items() if reason is None), "reference")
+        with FakeTensorMode():
+            rows = torch.empty(3, 4, device="cuda")
+            assert backend.choose("angle", rows) == taken
+        status = {row.backend: row for row in af.backends() if row.op == "angle"}
+        assert status["cuda"].available == (reasons["cuda"] is None)
+    finally:
+        backend.why_not_gpu.cache_clear()
 
 
 @cpu_only

@@ -1,10 +1,12 @@
 """AMTMLLoss as one node of the graph: each line of the contract, against the float64 reference of the single operators."""
 
 import copy
+import ctypes
+import sys
 
 import pytest
 import torch
-from backends import cpu_only, in_memory_of_the_cpu, takes
+from backends import CHOSEN, cpu_only, in_memory_of_the_cpu, takes
 
 import amtml_fast as af
 from amtml_fast.ops import whole_loss
@@ -70,6 +72,27 @@ def test_is_the_float64_reference(options):
 )
 def test_sizes(size):
     _check(_problem(**size), teachers=size.get("t", 3))
+
+
+class _Given(torch.nn.Module):
+    """The features are the weights."""
+
+    def forward(self, features):
+        return features.softmax(1)
+
+    def regularizer(self):
+        return torch.zeros(())
+
+
+def test_more_rows_than_one_program_adds_up():
+    student, teachers, labels, _ = _problem(n=4100, c=2)
+    problem = student, teachers, labels, torch.randn(4100, 3).requires_grad_()
+    loss = af.AMTMLLoss(_Given(), angle_weight=0.0)
+    want, want_grads = _run(loss, convert(problem, dtype=torch.float64), "reference")
+    got, grads = _run(loss, problem)
+    for g, w in zip((got.loss, got.ce, got.kl), (want.loss, want.ce, want.kl)):
+        torch.testing.assert_close(g.double(), w, rtol=0, atol=1e-6)
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
 
 
 def test_one_class():
@@ -177,16 +200,14 @@ def test_same_bits_twice_and_from_any_number_of_threads():
 
 
 def test_no_gradient_is_made_where_none_is_asked_for(monkeypatch, fused):
-    if fused == "triton":
-        pytest.skip("not one node")
-    made = []
+    made, namespace = [], whole_loss.kernels(fused)
 
     class Spy:
         def __getattr__(self, name):
-            op = getattr(torch.ops.amtml, name).default
+            op = getattr(namespace, name).default
             return type("Op", (), {"default": staticmethod(lambda *args: made.append(op(*args)) or made[-1])})
 
-    monkeypatch.setattr(whole_loss, "kernels", Spy())
+    monkeypatch.setattr(whole_loss, "kernels", lambda name: Spy())
     student, teachers, labels, features = _problem()
     loss = af.AMTMLLoss(af.TeacherAdapter(D, 3), angle_trains_weights=True)
     with torch.no_grad():
@@ -220,3 +241,16 @@ def test_wrong_labels_are_named_before_anything_runs():
     for backend in (af.backend._active, "reference"):
         with af.use_backend(backend), pytest.raises(ValueError, match=r"labels\[5\] must be in \[0, 7\) .* got 7"):
             af.AMTMLLoss(af.TeacherAdapter(D, 3))(student, teachers, labels, features)
+
+
+@pytest.mark.skipif(CHOSEN != "emulated", reason="the emulator counts launches")
+@pytest.mark.parametrize(
+    "options, launches", [({}, 7), ({"angle_trains_weights": True}, 7), ({"angle_weight": 0.0}, 5)], ids=str
+)
+def test_few_launches(options, launches):
+    """Of forward and backward, at the batch size of the paper: each costs about as much as it computes."""
+    count = ctypes.CDLL(sys.modules["amtml_fast._C"].__file__).amtml_emulated_launches
+    loss, problem = af.AMTMLLoss(af.TeacherAdapter(D, 3), **options), _problem(n=128, c=10, plane=(1, 1))
+    before = count()
+    _run(loss, problem)
+    assert count() - before == launches
