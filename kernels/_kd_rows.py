@@ -126,26 +126,28 @@ def sum_of(x):
 
 @triton.jit
 def streamed_sums(
-    xs, rows, strides, c, used, rate, rate1,
+    x, others, rows, stride, strides, c, used, rate, rate1,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The same of rows that are read in chunks, a tuple of them side by side, so that many loads are under way: every thread
     has its own maximum, which moves once a chunk. Less than 2^-126 of a maximum adds nothing to a sum from 1 on."""
     unit = rate + rate
-    T: tl.constexpr = len(xs)
+    T: tl.constexpr = 1 + len(others)
     LANES: tl.constexpr = BLOCK // VECTOR
     maxima = (tl.full([1, LANES, 1], LOWEST, tl.float32),) * T  # finite: -inf - m is no NaN
     sums = (tl.zeros([1, LANES, 1], tl.float32),) * T
     sum1 = tl.zeros([1, LANES, 1], tl.float32)
     for step in range(STEPS):
         cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
-        tiles = load_all(xs, rows, strides, cols, used & (cols < c), ALIGN)
+        keep = used & (cols < c)
+        tiles = (load(x, rows, stride, cols, keep, ALIGN, -float("inf")),)
+        tiles = tiles + load_all(others, rows, strides, cols, keep, ALIGN)
         new_maxima = ()
         new_sums = ()
         for t in tl.static_range(T):
-            x = vectors(tiles[t], ALIGN, VECTOR)
-            m = tl.maximum(maxima[t], top_of(x))  # a NaN is none and makes the sum NaN
-            below = x - m
+            tile = vectors(tiles[t], ALIGN, VECTOR)
+            m = tl.maximum(maxima[t], top_of(tile))  # a NaN is none and makes the sum NaN
+            below = tile - m
             fell = maxima[t] - m
             s = sums[t] * tl.exp2(fell * unit) + sum_of(tl.exp2(below * unit))
             if t == 0 and rate1 is not None:
@@ -173,20 +175,22 @@ def streamed_sums(
 
 @triton.jit
 def softmax_sums(
-    xs, rows, strides, c, used, rate, rate1,
+    x, others, rows, stride, strides, c, used, rate, rate1,
     HELD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of rows, and of the first ones the sum at tau = 1, where xs is what they hold or where they are."""
+    """Maxima and sums of rows, and of x's the sum at tau = 1, where x and others are what they hold or where they are."""
     if HELD:
-        m, s, s1 = held_sums(xs[0], rate, rate1)
+        m, s, s1 = held_sums(x, rate, rate1)
         maxima = (m,)
         sums = (s,)
-        for t in tl.static_range(1, len(xs)):
-            m, s, _ = held_sums(xs[t], rate, None)
+        for t in tl.static_range(len(others)):
+            m, s, _ = held_sums(others[t], rate, None)
             maxima = maxima + (m,)
             sums = sums + (s,)
     else:
-        maxima, sums, s1 = streamed_sums(xs, rows, strides, c, used, rate, rate1, ALIGN, BLOCK, STEPS, VECTOR)
+        maxima, sums, s1 = streamed_sums(
+            x, others, rows, stride, strides, c, used, rate, rate1, ALIGN, BLOCK, STEPS, VECTOR
+        )
     return maxima, sums, s1
 
 

@@ -98,7 +98,7 @@ def _kd_forward_kernel(
         z = load(student, rows, stride, cols, used & (cols < c), ALIGN, -float("inf"))
         xs = load_all(teachers, rows, teacher_strides, cols, used & (cols < c), ALIGN)
     tops, totals, s1 = softmax_sums(
-        (z,) + xs, rows, (stride,) + teacher_strides, c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
+        z, xs, rows, stride, teacher_strides, c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
     )
     m = tops[0]
     s = totals[0]

@@ -101,7 +101,7 @@ def _topk_kernel(
         s1 = tl.load(at_stats + 2, mask=used, other=1.0)
     else:
         tops, sums_of_rows, s1 = softmax_sums(
-            (z,), rows, (stride,), c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
+            z, (), rows, stride, (), c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
         )
         m = tops[0]
         s = sums_of_rows[0]
