@@ -4,6 +4,8 @@ the launchers that count rows and add them up.
 A tile is [rows, classes] float32, -inf outside; what there is of every row is [rows, 1], of every teacher a tuple. A
 row has the maximum and the sum of exp((x - maximum) / tau) of the student (m, s; s1 with tau = 1) and of every teacher
 (maxima, sums). rate is log2(e) / (2 tau), rate1 log2(e), and half is half of log2 exp((x - maximum) / tau).
+
+Another divergence replaces ``divergence_terms``, ``plain_terms`` and ``slopes``, and what their gradients to the student are.
 """
 
 import math
@@ -24,6 +26,10 @@ SPAN = 4096  # rows that one program adds up
 FLOOR: tl.constexpr = tl.constexpr(2.0**-64)  # least exponential that a ratio is taken to; ``half`` has the rest
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 SQRT_HALF: tl.constexpr = tl.constexpr(0x3F3504F3)  # its bits
+LEAST_P: tl.constexpr = tl.constexpr(2.0**-100)  # beside a logarithm
+LEAST_SHARE: tl.constexpr = tl.constexpr(
+    2.0**-20
+)  # of the weights: with it, what LEAST_P changes is too little to count
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -45,6 +51,20 @@ def find_rows(n, labels, label_stride, ignore_index, c, ROWS: tl.constexpr):
 def load(matrix, rows, stride, cols, keep, ALIGN: tl.constexpr, OTHER: tl.constexpr):
     """Elements in float32, OTHER where they are not to be kept."""
     return tl.load(matrix + rows * aligned(stride, ALIGN) + cols, mask=keep, other=OTHER).to(tl.float32)
+
+
+@triton.jit
+def load_whole(matrix, rows, stride, cols, ALIGN: tl.constexpr):
+    """The same where all are there."""
+    return tl.load(matrix + rows * aligned(stride, ALIGN) + cols).to(tl.float32)
+
+
+@triton.jit
+def load_all_whole(matrices, rows, strides, cols, ALIGN: tl.constexpr):
+    out = ()
+    for t in tl.static_range(len(matrices)):
+        out = out + (load_whole(matrices[t], rows, strides[t], cols, ALIGN),)
+    return out
 
 
 @triton.jit
@@ -88,42 +108,90 @@ def held_sums(x, rate, rate1):
 
 
 @triton.jit
-def streamed_sums(x, rows, stride, c, used, rate, rate1, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """The same of a row that is read in chunks: every lane has its own maximum, and one exponential an element."""
-    m = tl.full([1, BLOCK], LOWEST, tl.float32)  # finite: -inf - m is no NaN
-    s = tl.zeros([1, BLOCK], tl.float32)
-    s1 = tl.zeros([1, BLOCK], tl.float32)
+def vectors(x, ALIGN: tl.constexpr, VECTOR: tl.constexpr):
+    """[1, classes] of a long row as [pieces, threads, classes next to each other]: a thread holds all of a column."""
+    NEXT: tl.constexpr = min(ALIGN, VECTOR)
+    return tl.reshape(x, [VECTOR // NEXT, x.shape[1] // VECTOR, NEXT])
+
+
+@triton.jit
+def top_of(x):
+    return tl.max(tl.max(x, axis=2), axis=0)[None, :, None]
+
+
+@triton.jit
+def sum_of(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)[None, :, None]
+
+
+@triton.jit
+def streamed_sums(
+    x, others, rows, stride, strides, c, used, rate, rate1,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The same of rows that are read in chunks, a tuple of them side by side, so that many loads are under way: every thread
+    has its own maximum, which moves once a chunk. Less than 2^-126 of a maximum adds nothing to a sum from 1 on."""
+    unit = rate + rate
+    T: tl.constexpr = 1 + len(others)
+    LANES: tl.constexpr = BLOCK // VECTOR
+    maxima = (tl.full([1, LANES, 1], LOWEST, tl.float32),) * T  # finite: -inf - m is no NaN
+    sums = (tl.zeros([1, LANES, 1], tl.float32),) * T
+    sum1 = tl.zeros([1, LANES, 1], tl.float32)
     for step in range(STEPS):
         cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
-        value = load(x, rows, stride, cols, used & (cols < c), ALIGN, -float("inf"))
-        rises = value > m
-        below = -tl.abs(value - m)  # a NaN does not rise and makes the sum NaN
-        e = square(tl.exp2(below * rate))
-        s = tl.where(rises, s * e + 1.0, s + e)
-        if rate1 is not None:
-            e1 = tl.exp2(below * rate1)
-            s1 = tl.where(rises, s1 * e1 + 1.0, s1 + e1)
-        m = tl.where(rises, value, m)
-    top = tl.max(m, axis=1, keep_dims=True)
-    total = tl.sum(s * square(tl.exp2((m - top) * rate)), axis=1, keep_dims=True)
-    total = tl.where(total == 0, float("nan"), total)  # a row of -inf
-    total1 = total
-    if rate1 is not None:
-        total1 = tl.sum(s1 * tl.exp2((m - top) * rate1), axis=1, keep_dims=True)
-    return top, total, total1
+        keep = used & (cols < c)
+        tiles = (load(x, rows, stride, cols, keep, ALIGN, -float("inf")),)
+        tiles = tiles + load_all(others, rows, strides, cols, keep, ALIGN)
+        new_maxima = ()
+        new_sums = ()
+        for t in tl.static_range(T):
+            tile = vectors(tiles[t], ALIGN, VECTOR)
+            m = tl.maximum(maxima[t], top_of(tile))  # a NaN is none and makes the sum NaN
+            below = tile - m
+            fell = maxima[t] - m
+            s = sums[t] * tl.exp2(fell * unit) + sum_of(tl.exp2(below * unit))
+            if t == 0 and rate1 is not None:
+                sum1 = sum1 * tl.exp2(fell * rate1) + sum_of(tl.exp2(below * rate1))
+            new_maxima = new_maxima + (m,)
+            new_sums = new_sums + (s,)
+        maxima = new_maxima
+        sums = new_sums
+    tops = ()
+    totals = ()
+    total1 = tl.zeros([1, 1], tl.float32)
+    for t in tl.static_range(T):
+        m = tl.reshape(maxima[t], [1, LANES])
+        top = tl.max(m, axis=1, keep_dims=True)
+        total = tl.sum(tl.reshape(sums[t], [1, LANES]) * tl.exp2((m - top) * unit), axis=1, keep_dims=True)
+        total = tl.where(total == 0, float("nan"), total)  # a row of -inf
+        if t == 0:
+            total1 = total
+            if rate1 is not None:
+                total1 = tl.sum(tl.reshape(sum1, [1, LANES]) * tl.exp2((m - top) * rate1), axis=1, keep_dims=True)
+        tops = tops + (top,)
+        totals = totals + (total,)
+    return tops, totals, total1
 
 
 @triton.jit
 def softmax_sums(
-    x, rows, stride, c, used, rate, rate1,
-    HELD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    x, others, rows, stride, strides, c, used, rate, rate1,
+    HELD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sums of rows, where x is what they hold or where they are."""
+    """Maxima and sums of rows, and of x's the sum at tau = 1, where x and others are what they hold or where they are."""
     if HELD:
-        out = held_sums(x, rate, rate1)
+        m, s, s1 = held_sums(x, rate, rate1)
+        maxima = (m,)
+        sums = (s,)
+        for t in tl.static_range(len(others)):
+            m, s, _ = held_sums(others[t], rate, None)
+            maxima = maxima + (m,)
+            sums = sums + (s,)
     else:
-        out = streamed_sums(x, rows, stride, c, used, rate, rate1, ALIGN, BLOCK, STEPS)
-    return out
+        maxima, sums, s1 = streamed_sums(
+            x, others, rows, stride, strides, c, used, rate, rate1, ALIGN, BLOCK, STEPS, VECTOR
+        )
+    return maxima, sums, s1
 
 
 @triton.jit
@@ -188,37 +256,45 @@ def mix(xs, maxima, inverses, weights, rate):
 
 
 @triton.jit
-def log_ratio(p, e, half, ratio):
-    """log(p / (ratio e)), 0 where p is 0, and p - ratio e. Loses a NaN; ``slopes`` brings it back."""
-    base = ratio * tl.maximum(e, FLOOR)
-    difference = p - base
-    inverse = 1.0 / base
-    quotient = (p * 16777216.0) * inverse  # 2^24: a subnormal p becomes normal
-    bits = quotient.to(tl.int32, bitcast=True) - (SQRT_HALF + 24 * 8388608)
-    exponent = bits >> 23
-    mantissa = ((bits & 0x7FFFFF) + SQRT_HALF).to(tl.float32, bitcast=True)  # from 2^-1/2 to 2^1/2
-    f = tl.where(exponent == 0, difference * inverse, mantissa - 1.0)
-    g = f * 0.0897955596446991 - 0.14426901936531067  # log(1 + f) = f + f^2 g(f) to 1e-7
+def log_near_1(f):
+    """log(1 + f) = f + f^2 g(f) to 1e-7, for 1 + f from 2^-1/2 to 2^1/2."""
+    g = f * 0.0897955596446991 - 0.14426901936531067
     g = g * f + 0.14883683621883392
     g = g * f - 0.16551785171031952
     g = g * f + 0.19963476061820984
     g = g * f - 0.25002583861351013
     g = g * f + 0.3333393335342407
     g = g * f - 0.4999998211860657
-    log = g * (f * f) + f
-    log = exponent.to(tl.float32) * LN2 + log
+    return g * (f * f) + f
+
+
+@triton.jit
+def exponent_and_mantissa(x):
+    """Of a positive normal x = 2^k (1 + f): 2^23 k, and f from 2^-1/2 - 1 to 2^1/2 - 1."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - SQRT_HALF) & -8388608
+    return exponent, (bits - exponent).to(tl.float32, bitcast=True) - 1.0
+
+
+@triton.jit
+def log_ratio(p, e, half, ratio):
+    """log(p / (ratio e)), 0 where p is 0, and p - ratio e. Loses a NaN; ``slopes`` brings it back."""
+    base = ratio * tl.maximum(e, FLOOR)
+    difference = p - base
+    inverse = 1.0 / base
+    quotient = (p * 16777216.0) * inverse  # 2^24: a subnormal p becomes normal
+    exponent, f = exponent_and_mantissa(quotient)
+    f = tl.where(exponent == 24 * 8388608, difference * inverse, f)
+    log = (exponent.to(tl.float32) * 2.0**-23 - 24.0) * LN2 + log_near_1(f)
     log += tl.maximum(half * (-2 * LN2) - 64 * LN2, 0.0)
     return tl.where(p == 0, 0.0, log), difference
 
 
 @triton.jit
 def folded(x, FOLD: tl.constexpr, ALIGN: tl.constexpr):
-    """Sums by FOLD of what a thread holds, neighbors where it reads vectors: whole tiles would fill its registers."""
+    """Sums by FOLD of what a thread holds: whole tiles would fill its registers."""
     if FOLD > 1:
-        if ALIGN == 1:
-            x = tl.sum(tl.reshape(x, [x.shape[0], FOLD, x.shape[1] // FOLD]), axis=1)
-        else:
-            x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // FOLD, FOLD]), axis=2)
+        x = tl.reshape(sum_of(vectors(x, ALIGN, FOLD)), [1, x.shape[1] // FOLD])
     return x
 
 
@@ -240,15 +316,15 @@ def times(terms, by):
 
 @triton.jit
 def divergence_terms(e, half, halves, exps, p, s, total, sums, log_ratios, MIXTURE: tl.constexpr):
-    """What a class adds to the KL of the mixture; and, times sum_t, to d KL / d w_t or (mode sum) to KL_t."""
+    """What a class adds to the KL of the mixture; and, times sum_t, to what ``slopes`` makes of all classes."""
     value = p
     out = ()
     if MIXTURE:
         log, difference = log_ratio(p, e, half, total / s)
         value = p * log - difference
-        by = log + (1.0 + tl.log(total))
-        for t in tl.static_range(len(exps)):  # p_t = 0 and p = 0 count 0, whatever the logarithm is
-            out = out + (tl.where((exps[t] == 0) | (p == 0), 0.0, exps[t] * by),)
+        by = tl.where(p == 0, -one_and_log(total), log)
+        for t in tl.static_range(len(exps)):  # p_t = 0 counts 0, whatever the logarithm is
+            out = out + (tl.where(exps[t] == 0, 0.0, exps[t] * by),)
     else:
         for t in tl.static_range(len(exps)):
             log = (halves[t] - half) * (2 * LN2) - log_ratios[t]
@@ -257,20 +333,138 @@ def divergence_terms(e, half, halves, exps, p, s, total, sums, log_ratios, MIXTU
 
 
 @triton.jit
-def slopes(dots, weights, inverses, ratio, MIXTURE: tl.constexpr):
+def plain_terms(e, y, exps, ys, p, s, sums, log_ratios, MIXTURE: tl.constexpr):
+    """The same where nothing needs care. y are the exponents of e and exps; p and the value are over total / s, next to e."""
+    value = p
+    out = ()
+    if MIXTURE:
+        exponent, f = exponent_and_mantissa(tl.maximum(p, LEAST_P))
+        log = (exponent.to(tl.float32) * 2.0**-23 - y) * LN2 + log_near_1(f)
+        value = p * log - (p - e)
+        for t in tl.static_range(len(exps)):
+            out = out + (exps[t] * log,)
+    else:
+        for t in tl.static_range(len(exps)):
+            log = (ys[t] - y) * LN2 - log_ratios[t]
+            out = out + (exps[t] * log - (exps[t] - e * (sums[t] / s)),)
+    return value, out
+
+
+@triton.jit
+def one_and_log(total):
+    return tl.where(total == 0, 0.0, 1.0 + tl.log(total))
+
+
+@triton.jit
+def slopes(dots, weights, inverses, total, s, MIXTURE: tl.constexpr):
     """d KL / d w_t, which for ``sum`` is KL_t, from the sums of ``divergence_terms``."""
-    poison = 0.0 * ratio
+    poison = 0.0 * (total / s)
     for t in tl.static_range(len(inverses)):
         poison += 0.0 * inverses[t]
     out = ()
     for t in tl.static_range(len(dots)):
         dot = tl.sum(dots[t], axis=1, keep_dims=True) * inverses[t]
         if MIXTURE:
-            dot += poison
+            dot = tl.where(inverses[t] == 0, 0.0, dot + one_and_log(total)) + poison
         else:  # without weight a teacher counts only if it has a KL
             dot = tl.where((weights[t] == 0) & ((inverses[t] == 0) | (tl.abs(dot) == float("inf"))), 0.0, dot)
         out = out + (dot,)
     return out
+
+
+@triton.jit
+def plain_exponentials(z, xs, m, maxima, factors, unit):
+    """Of a student and its teachers z - m, its exponent and exponential, theirs, and the mixture over total / s."""
+    ys = ()
+    exps = ()
+    p = tl.zeros(z.shape, tl.float32)
+    for t in tl.static_range(len(xs)):
+        y = (xs[t] - maxima[t]) * unit
+        e = tl.exp2(y)
+        p += factors[t] * e
+        ys = ys + (y,)
+        exps = exps + (e,)
+    below = z - m
+    y = below * unit
+    return below, y, tl.exp2(y), ys, exps, p
+
+
+@triton.jit
+def plain_grad(below, e, p, labels, of_kl, of_ce, at_all, rate1, SMOOTH: tl.constexpr):
+    """d loss / d z but for what the label adds."""
+    grad = of_kl * (e - p)
+    if labels is not None:
+        e1 = e
+        if rate1 is not None:
+            e1 = tl.exp2(below * rate1)
+        if SMOOTH:
+            grad -= at_all
+        grad += of_ce * e1
+    return grad
+
+
+@triton.jit
+def plain_sweep(
+    student, teachers, grad_out, rows, stride, teacher_strides, c, used, labels, label_stride, w, total, m, s, s1, maxima,
+    sums, inverses, log_ratios, rate, rate1, per_tau, ce_grad, kl_grad, smoothing, even,
+    SLOPES: tl.constexpr, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """Sums over a long row, and its gradient, as far as whole blocks go and nothing needs care, which costs much.
+
+    Returns after the sums how many blocks that were: none if something turns out to need care. What does: teachers without
+    weight or almost, which meet the logarithm of a p next to 0; ignored rows; and what makes a sum infinite or NaN."""
+    T: tl.constexpr = len(teachers)
+    LANES: tl.constexpr = BLOCK // VECTOR
+    unit = rate + rate
+    scale = total / s
+    plain = used & (total > 0)
+    factors = ()
+    for t in tl.static_range(T):
+        plain = plain & (w[t] >= (LEAST_SHARE * total if SLOPES and MIXTURE else 0.0))
+        factors = factors + ((w[t] / total) * (s * inverses[t]),)
+    of_kl = kl_grad * per_tau * scale
+    of_ce = ce_grad / s1
+    at_all = ce_grad * even
+    values = tl.zeros([1, LANES], tl.float32)
+    sum_below = tl.zeros([1, LANES], tl.float32)
+    dots = (tl.zeros([1, LANES], tl.float32),) * (T if SLOPES else 0)
+    steps = tl.max(tl.where(plain, c // BLOCK, 0))
+    for step in range(steps):
+        cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+        z = load_whole(student, rows, stride, cols, ALIGN)
+        xs = load_all_whole(teachers, rows, teacher_strides, cols, ALIGN)
+        below, y, e, ys, exps, p = plain_exponentials(z, xs, m, maxima, factors, unit)
+        if grad_out is not None:
+            grad = plain_grad(below, e, p, labels, of_kl, of_ce, at_all, rate1, SMOOTH)
+            tl.store(grad_out + rows * c + cols, grad.to(grad_out.dtype.element_ty))
+        if SMOOTH:
+            sum_below -= folded(below, VECTOR, ALIGN)
+        value, terms = plain_terms(e, y, exps, ys, p, s, sums, log_ratios, MIXTURE)
+        values += folded(value, VECTOR, ALIGN)
+        dots = add(dots, terms, VECTOR, ALIGN)
+    values *= scale
+    check = values
+    for t in tl.static_range(len(dots)):
+        check += dots[t]
+    odd = ~(tl.abs(tl.sum(check, axis=1, keep_dims=True)) < float("inf"))
+    steps = tl.max(tl.where(odd, 0, steps))
+    values = tl.where(odd, 0.0, values)
+    sum_below = tl.where(odd, 0.0, sum_below)
+    out = ()
+    for t in tl.static_range(len(dots)):
+        out = out + (tl.where(odd, 0.0, dots[t]),)
+    tl.debug_barrier()  # what was stored may be read or stored again, by other threads
+    if grad_out is not None and labels is not None:
+        label = tl.load(labels + rows * label_stride)
+        there = (label >= 0) & (label < steps * BLOCK)
+        at = tl.where(there, label, 0)
+        z = load_whole(student, rows, stride, at, 1)
+        xs = load_all_whole(teachers, rows, teacher_strides, at, 1)
+        below, y, e, ys, exps, p = plain_exponentials(z, xs, m, maxima, factors, unit)
+        grad = plain_grad(below, e, p, labels, of_kl, of_ce, at_all, rate1, SMOOTH) - ce_grad * (1.0 - smoothing)
+        tl.store(grad_out + rows * c + at, grad.to(grad_out.dtype.element_ty), mask=there)
+    return values, sum_below, out, steps
 
 
 @triton.jit

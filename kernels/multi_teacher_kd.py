@@ -13,13 +13,16 @@ Grid     one program for a tile of whole rows. Tiles of up to HELD_BYTES are rea
          then for all that follows from them. Backward has those in stats and reads every row once. One or two small
          kernels more count the rows and add them up
 Traffic  (T + 1) N C elements in, and one out where there is a gradient; twice that in for long rows, the second time
-         from L2 where that holds them. Memory should bind in float32; in 16 bits arithmetic comes close: T + 2
-         exponentials and a division an element, and T + 2 exponentials more for long rows
+         from L2 where that holds them. Memory should bind, if enough loads are under way; in 16 bits arithmetic comes
+         close: T + 2 exponentials an element, and T + 2 more for long rows
 
 A KL near 0 is made of terms that cancel, so each class adds p log(p / W q) - (p - W q), in which p and q are the
 numbers that the gradient is made of: what approximate exponentials and rounded sums leave of sum p = W and sum q = 1
 then counts in second order only. The logarithm is a polynomial of (p - W q) / W q where the two are close. It and the
 exponential (a square: 2^x = (2^(x/2))^2) reach down to the smallest float32, where Triton's own flush to 0.
+
+Half of that is for numbers that hardly any row has. So the whole blocks of a long row are swept first without it
+(plain_sweep in _kd_rows.py). An infinite sum or a NaN tells of the others: those rows are swept again, with care.
 
 A label out of range is an error only with TRITON_DEBUG=1: to look would cost a synchronization. Without, it makes the
 loss of its row NaN, and nothing outside of the row is read or written. Weights are not looked at.
@@ -54,6 +57,7 @@ from ._kd_rows import (
     log_ratios_of,
     mix,
     per_row,
+    plain_sweep,
     slopes,
     softmax_sums,
     square,
@@ -66,6 +70,7 @@ from ._launch import Launch, kept
 
 HELD_BYTES = 40960  # what a tile may keep in registers, T + 2 numbers a class: two programs share a multiprocessor
 THREAD_NUMBERS = 80  # that a thread may hold, T + 2 a class, or it spills registers
+LONG_NUMBERS = 56  # and of a row that is read in chunks
 # Elements that a program takes, and the programs to have before that. An interpreted one is slow, whatever it takes.
 TILE, PROGRAMS = (65536, 3) if triton.knobs.runtime.interpret else (1024, 128)
 
@@ -76,11 +81,14 @@ def _kd_forward_kernel(
     slopes_out, n, c, stride, teacher_strides, weight_stride, weight_along, label_stride, num_counts, ignore_index,
     rate, rate1, per_tau, ce_weight, kl_weight, kl_scale, ce_grad, kl_grad, smoothing, even,
     MIXTURE: tl.constexpr, NONE: tl.constexpr, COUNT: tl.constexpr, COUNT_BLOCK: tl.constexpr, SMOOTH: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, FOLD: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
     """Losses of rows, and whatever else has a place to go. last_out: the loss if NONE, else 1 for a row that counts."""
     T: tl.constexpr = len(teachers)
     HELD: tl.constexpr = STEPS == 1
+    PLAIN: tl.constexpr = not HELD and probs_out is None
+    FOLD: tl.constexpr = VECTOR * PART // BLOCK
     c = aligned(c, ALIGN)
     rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
     w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
@@ -89,13 +97,13 @@ def _kd_forward_kernel(
         cols = tl.arange(0, BLOCK)[None, :]
         z = load(student, rows, stride, cols, used & (cols < c), ALIGN, -float("inf"))
         xs = load_all(teachers, rows, teacher_strides, cols, used & (cols < c), ALIGN)
-    m, s, s1 = softmax_sums(z, rows, stride, c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS)
-    maxima = ()
-    sums = ()
-    for t in tl.static_range(T):
-        m_t, s_t, _ = softmax_sums(xs[t], rows, teacher_strides[t], c, used, rate, None, HELD, ALIGN, BLOCK, STEPS)
-        maxima = maxima + (m_t,)
-        sums = sums + (s_t,)
+    tops, totals, s1 = softmax_sums(
+        z, xs, rows, stride, teacher_strides, c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
+    )
+    m = tops[0]
+    s = totals[0]
+    maxima = tops[1:]
+    sums = totals[1:]
     store_stats(stats, rows, inside, used, m, s, s1, maxima, sums)
     inverses = inverses_of(sums, w)
     log_ratios = log_ratios_of(sums, s, MIXTURE)
@@ -103,11 +111,25 @@ def _kd_forward_kernel(
     ce_grad = ce_grad * by
     kl_grad = kl_grad * by
 
-    kl_sums = tl.zeros([ROWS, BLOCK // FOLD], tl.float32)
-    below = tl.zeros([ROWS, BLOCK // FOLD], tl.float32)
-    dots = (tl.zeros([ROWS, BLOCK // FOLD], tl.float32),) * (0 if MIXTURE and slopes_out is None else T)
-    for step in range(STEPS):
-        cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+    kl_sums = tl.zeros([ROWS, PART // FOLD], tl.float32)
+    below = tl.zeros([ROWS, PART // FOLD], tl.float32)
+    dots = (tl.zeros([ROWS, PART // FOLD], tl.float32),) * (0 if MIXTURE and slopes_out is None else T)
+    first = 0
+    if PLAIN:
+        kl_sums, below, dots, first = plain_sweep(
+            student, teachers, grad_out, rows, stride, teacher_strides, c, used, labels, label_stride, w, total, m, s, s1,
+            maxima, sums, inverses, log_ratios, rate, rate1, per_tau, ce_grad, kl_grad, smoothing, even,
+            not MIXTURE or slopes_out is not None, MIXTURE, SMOOTH, ALIGN, BLOCK, VECTOR,
+        )  # fmt: skip
+        first *= BLOCK // PART
+        # Read again, so that the sweep has the registers.
+        rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
+        w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
+        m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
+        inverses = inverses_of(sums, w)
+        log_ratios = log_ratios_of(sums, s, MIXTURE)
+    for step in range(1 if HELD else tl.cdiv(c, PART) - first):
+        cols = (first + step) * PART + tl.arange(0, PART)[None, :]
         real = cols < c
         if HELD:
             z_tile, x_tiles = z, xs
@@ -133,7 +155,7 @@ def _kd_forward_kernel(
             grad = tl.where(used & (z_tile != -float("inf")), grad, 0.0)
             tl.store(grad_out + at, grad.to(grad_out.dtype.element_ty), mask=inside & real)
 
-    slope = slopes(dots, w, inverses, total / s, MIXTURE)
+    slope = slopes(dots, w, inverses, total, s, MIXTURE)
     if MIXTURE:
         kl = tl.sum(kl_sums, axis=1, keep_dims=True) + tl.where(total == 0, 0.0, total * tl.log(total))
     else:
@@ -166,13 +188,15 @@ def _kd_backward_kernel(
     num_counts, ignore_index, rate, rate1, per_tau, ce_grad, kl_grad, smoothing, even,
     MIXTURE: tl.constexpr, COUNT: tl.constexpr, COUNT_BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     RESCALE: tl.constexpr, BACK_ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    FOLD: tl.constexpr,
+    VECTOR: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Gradients from what comes back to loss, probabilities and soft targets, and from the stats of forward.
 
     With RESCALE they are there already, for an incoming gradient of 1, and are made again where they cannot be scaled
     without rounding them a second time."""
     T: tl.constexpr = len(teachers)
+    PLAIN: tl.constexpr = STEPS > 1 and grad_probs is None and grad_targets is None
+    FOLD: tl.constexpr = VECTOR * PART // BLOCK
     c = aligned(c, ALIGN)
     rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
     if RESCALE:
@@ -203,20 +227,34 @@ def _kd_backward_kernel(
     ce_grad = ce_grad * by
     kl_grad = kl_grad * by
 
-    inner = tl.zeros([ROWS, BLOCK // FOLD], tl.float32)  # of q and what comes back to it
+    inner = tl.zeros([ROWS, PART // FOLD], tl.float32)  # of q and what comes back to it
     if grad_probs is not None:
-        for step in range(STEPS):
-            cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+        for step in range(1 if STEPS == 1 else tl.cdiv(c, PART)):
+            cols = step * PART + tl.arange(0, PART)[None, :]
             keep = used & (cols < c)
             z = load(student, rows, stride, cols, keep, ALIGN, -float("inf"))
             back = load(grad_probs, rows, probs_stride, cols, keep, BACK_ALIGN, 0.0)
             inner += folded(square(tl.exp2((z - m) * rate)) * back, FOLD, ALIGN)
     inner = tl.sum(inner, axis=1, keep_dims=True) / s
 
-    dots = (tl.zeros([ROWS, BLOCK // FOLD], tl.float32),) * (0 if slopes_out is None else T)
-    backs = (tl.zeros([ROWS, BLOCK // FOLD], tl.float32),) * (0 if grad_targets is None else T)
-    for step in range(STEPS):
-        cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
+    dots = (tl.zeros([ROWS, PART // FOLD], tl.float32),) * (0 if slopes_out is None else T)
+    backs = (tl.zeros([ROWS, PART // FOLD], tl.float32),) * (0 if grad_targets is None else T)
+    first = 0
+    if PLAIN:
+        _values, _below, dots, first = plain_sweep(
+            student, teachers, grad_out, rows, stride, teacher_strides, c, used, labels, label_stride, w, total, m, s, s1,
+            maxima, sums, inverses, log_ratios, rate, rate1, per_tau, ce_grad, kl_grad, smoothing, even,
+            slopes_out is not None, MIXTURE, True, ALIGN, BLOCK, VECTOR,
+        )  # fmt: skip
+        first *= BLOCK // PART
+        # Read again, so that the sweep has the registers.
+        rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
+        w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
+        m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
+        inverses = inverses_of(sums, w)
+        log_ratios = log_ratios_of(sums, s, MIXTURE)
+    for step in range(1 if STEPS == 1 else tl.cdiv(c, PART) - first):
+        cols = (first + step) * PART + tl.arange(0, PART)[None, :]
         keep = used & (cols < c)
         z = load(student, rows, stride, cols, keep, ALIGN, -float("inf"))
         xs = load_all(teachers, rows, teacher_strides, cols, keep, ALIGN)
@@ -238,7 +276,7 @@ def _kd_backward_kernel(
             grad = tl.where(used & (z != -float("inf")), grad, 0.0)
             tl.store(grad_out + rows * c + cols, grad.to(grad_out.dtype.element_ty), mask=inside & (cols < c))
 
-    slope = slopes(dots, w, inverses, total / s, MIXTURE)
+    slope = slopes(dots, w, inverses, total, s, MIXTURE)
     for t in tl.static_range(len(dots)):
         grad = tl.where(kl_grad != 0, kl_grad * slope[t], 0.0)
         if grad_targets is not None:
@@ -246,19 +284,37 @@ def _kd_backward_kernel(
         tl.store(slopes_out + rows * T + t, tl.where(used, grad, 0.0), mask=inside)
 
 
-def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int) -> dict[str, int]:
-    """Rows and classes of a tile, how many tiles make a row, and warps."""
+def power_of_2_below(n: int) -> int:
+    """The largest power of 2 up to n, 1 at least."""
+    return 1 << max(n, 1).bit_length() - 1
+
+
+def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int, simple: bool) -> dict[str, int]:
+    """Rows and classes of a tile, how many tiles make a row, warps and registers. What is not ``simple`` takes more of those."""
     block = triton.next_power_of_2(c)
-    share = 1 << max(THREAD_NUMBERS // (inputs + 1), 1).bit_length() - 1  # of each input
     if block * (inputs + 1) * itemsize > HELD_BYTES:
-        vector = min(16 // itemsize, share)
-        block, fold = LONG_WARPS * 32 * vector, vector if align == 1 else min(vector, align)
-        return dict(ROWS=1, BLOCK=block, STEPS=triton.cdiv(c, block), FOLD=fold, num_warps=LONG_WARPS, **OPTIONS)
+        vector = min(16 // itemsize, power_of_2_below(LONG_NUMBERS // inputs))
+        block, numbers = LONG_WARPS * 32 * vector, vector * inputs
+        # As few as do not spill, for what hides the latency of memory is the loads of many threads: with 64, 80 and 128 a
+        # multiprocessor of 9.0 has 4, 3 and 2 programs at a time.
+        few = simple and align * itemsize >= 16 and inputs <= 5 and numbers <= 32
+        registers = (64 if numbers <= 16 else 80) if few else 128 if inputs <= 7 else 255
+        return dict(
+            ROWS=1,
+            BLOCK=block,
+            STEPS=triton.cdiv(c, block),
+            VECTOR=vector,
+            PART=block // min(vector, 4) if block < c else block,
+            num_warps=LONG_WARPS,
+            maxnreg=registers,
+            **OPTIONS,
+        )
+    share = power_of_2_below(THREAD_NUMBERS // (inputs + 1))  # of each input
     rows = max(1, TILE // block)
     while rows > 1 and triton.cdiv(n, rows) < PROGRAMS:
         rows //= 2
     warps = rows * block // (32 * min(share, 16 if rows == 1 else 8))  # a thread has numbers of each of its rows, too
-    return dict(ROWS=rows, BLOCK=block, STEPS=1, FOLD=1, num_warps=min(16, max(1, warps)), **OPTIONS)
+    return dict(ROWS=rows, BLOCK=block, STEPS=1, VECTOR=1, PART=block, num_warps=min(16, max(1, warps)), **OPTIONS)
 
 
 class Layout(NamedTuple):
@@ -290,6 +346,7 @@ def _numbers(at: Layout, of: Settings, count_rows: bool) -> dict:
     n, c, labeled = at.n, at.c, at.label_stride is not None
     rows = max(n, 1) if of.is_mean() and not labeled else 1
     align = alignment(c, at.stride, *at.teacher_strides)
+    simple = of.mode == "mixture" and of.label_smoothing == 0
     log2_e = math.log2(math.e)
     weight_strides = at.weight_strides or (0, 0)
     return dict(
@@ -311,7 +368,7 @@ def _numbers(at: Layout, of: Settings, count_rows: bool) -> dict:
         MIXTURE=of.mode == "mixture",
         **count_numbers(n, count_rows),
         ALIGN=align,
-        **_tiles(n, c, align, 1 + len(at.teacher_strides), at.itemsize),
+        **_tiles(n, c, align, 1 + len(at.teacher_strides), at.itemsize, simple),
     )
 
 
@@ -335,6 +392,8 @@ def _backward_launch(
     at: Layout, of: Settings, loss_stride: int, probs_stride: int, targets_stride: int, rescale: bool
 ) -> Launch:
     numbers = _numbers(at, of, of.is_mean() and at.label_stride is not None)
+    if "maxnreg" in numbers:
+        numbers["maxnreg"] = max(numbers["maxnreg"], 128)  # with fewer it spills on Triton 3.6
     return Launch(
         _kd_backward_kernel,
         (triton.cdiv(at.n, numbers["ROWS"]),),

@@ -80,7 +80,8 @@ def _topk_kernel(
     slopes_out, n, c, loss_stride, stride, weight_stride, weight_along, label_stride, num_counts, ignore_index,
     rate, rate1, per_tau, ce_weight, kl_weight, kl_scale, ce_grad, kl_grad, smoothing, even,
     TAIL: tl.constexpr, NONE: tl.constexpr, COUNT: tl.constexpr, COUNT_BLOCK: tl.constexpr, SMOOTH: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr, ENTRIES: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A row: forward without grad_loss, else backward, which reads the stats. last_out: as for multi_teacher_kd."""
     T: tl.constexpr = len(starts) - 1
@@ -99,7 +100,11 @@ def _topk_kernel(
         s = tl.load(at_stats + 1, mask=used, other=1.0)
         s1 = tl.load(at_stats + 2, mask=used, other=1.0)
     else:
-        m, s, s1 = softmax_sums(z, rows, stride, c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS)
+        tops, sums_of_rows, s1 = softmax_sums(
+            z, (), rows, stride, (), c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
+        )
+        m = tops[0]
+        s = sums_of_rows[0]
         tl.store(at_stats, tl.where(used, m, 0.0), mask=inside)
         tl.store(at_stats + 1, tl.where(used, s, 0.0), mask=inside)
         tl.store(at_stats + 2, tl.where(used, s1, 0.0), mask=inside)
@@ -248,9 +253,10 @@ def _launch(at: Layout, of: Settings, count_rows: bool, loss_stride: int) -> Lau
     rows = max(n, 1) if of.is_mean() and not labeled else 1
     entries = triton.next_power_of_2(sum(sizes))
     log2_e = math.log2(math.e)
-    block, warps = triton.next_power_of_2(c), LONG_WARPS
+    block, vector, warps = triton.next_power_of_2(c), 1, LONG_WARPS
     if block > HELD:
-        block = LONG_WARPS * 32 * (16 // at.itemsize)
+        vector = 16 // at.itemsize
+        block = LONG_WARPS * 32 * vector
     else:
         warps = min(LONG_WARPS, max(1, max(block, entries) // 512))
     weight_strides = at.weight_strides or (0, 0)
@@ -283,6 +289,7 @@ def _launch(at: Layout, of: Settings, count_rows: bool, loss_stride: int) -> Lau
         ALIGN=alignment(c, at.stride),
         BLOCK=block,
         STEPS=triton.cdiv(c, block),
+        VECTOR=vector,
         ENTRIES=entries,
         CHUNK=max(1, PAIRS * warps // entries),
         num_warps=warps,

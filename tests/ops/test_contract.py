@@ -380,7 +380,14 @@ def _odd_rows(student, teachers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("labeled", [False, True])
 @pytest.mark.parametrize("classes", [1040, 1041])
-def test_odd_numbers_stay_in_their_rows(classes, labeled, dtype, fused):
+@pytest.mark.parametrize(
+    "long",
+    [False, pytest.param(True, marks=pytest.mark.skipif(CHOSEN != "triton", reason="Triton reads such in chunks"))],
+)
+def test_odd_numbers_stay_in_their_rows(long, classes, labeled, dtype, fused, monkeypatch):
+    if long:
+        monkeypatch.setattr("amtml_fast.kernels.multi_teacher_kd.HELD_BYTES", 0)
+        monkeypatch.setattr("amtml_fast.kernels.multi_teacher_kd.LONG_WARPS", 2)  # several chunks to a row, and a rest
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(12, classes, 2, dtype=dtype)
     with torch.no_grad():
         _odd_rows(student, teachers)
