@@ -164,11 +164,10 @@ __device__ __forceinline__ float rescaled(float sum, float from, float to, float
   return from == -INFINITY ? sum : sum * exp2f((from - to) * per_unit);
 }
 
-// Calls use(pack, at) for the packs at threadIdx.x, threadIdx.x + blockDim.x, ... below `count`: several loads are
-// under way at a time.
-template <bool kLast, class Packs, class Use>
+// Calls use(pack, at) for the packs at threadIdx.x, threadIdx.x + blockDim.x, ... below `count`: kLoads loads are under
+// way at a time.
+template <bool kLast, int kLoads, class Packs, class Use>
 __device__ __forceinline__ void each_pack(const Packs* row, int64_t count, const Use& use) {
-  constexpr int kLoads = 4;
   const int64_t step = blockDim.x;
   for (int64_t first = threadIdx.x; first < count; first += kLoads * step) {
     Packs packs[kLoads];

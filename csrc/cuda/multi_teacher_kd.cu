@@ -14,7 +14,8 @@ namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp;
-constexpr int kTogether = 4;  // tensors whose loads are under way at a time
+// Tensors whose loads are under way at a time.
+constexpr int together(int pack) { return pack == 8 ? 2 : 4; }
 
 struct Scratch {
   Online part[kMaxTeachers + 1][kMaxWarps], whole[kMaxTeachers + 1];  // of this block
@@ -26,9 +27,10 @@ struct Scratch {
   float partial[1];  // [2 or 1][T][threads], to the end
 };
 
-// Calls use(t, x) for all teachers, in order, with their logits from class c on: kTogether loads are under way.
+// Calls use(t, x) for all teachers, in order, with their logits from class c on.
 template <int kPack, class E, class Use>
 __device__ __forceinline__ void each_teacher(const Problem& pr, int64_t i, int64_t c, const Use& use) {
+  constexpr int kTogether = together(kPack);
   for (int first = 0; first < pr.teachers; first += kTogether) {
     float x[kTogether][kPack];
 #pragma unroll
@@ -47,6 +49,7 @@ template <class S, class E, int kPack>
 __device__ void make_stats(const Problem& pr, int64_t i, int64_t begin, int64_t end, Scratch& s, float* stats) {
   const float unit = pr.unit;
   const unsigned lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  constexpr int kTogether = together(kPack);
   for (int first = 0; first <= pr.teachers; first += kTogether) {  // tensor 0 is the student
     const int count = min(kTogether, pr.teachers + 1 - first);
     Online o[kTogether];

@@ -17,7 +17,7 @@ namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int kMaxThreads = 512, kMaxWarps = kMaxThreads / kWarp, kMaxTeachers = 32;
+constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp, kMaxTeachers = 32;
 constexpr int64_t kMaxEntries = 8192;  // 12 bytes each in shared memory
 
 struct Problem : KDProblem {
@@ -294,7 +294,7 @@ __device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i) 
 
 // Forward makes the statistics; backward has them, and what comes back to the loss: one number, or one each row.
 template <class S, class Packs>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, 3)
     topk_kernel(const __grid_constant__ Problem pr, const Wanted want, const float* stats, const float* grad_loss,
                 bool each_row) {
   Scratch& s = shared<Scratch>();
