@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # where backends.py is
 
 import torch
 import triton
+from amtml_fast.kernels import _launch
 from test_ops import GRID, STEP
 from test_topk import dense_calls
 from triton.runtime.jit import JITFunction
@@ -28,7 +29,6 @@ from triton_host import Driver
 
 import amtml_fast as af
 from amtml_fast import backend
-from amtml_fast.kernels import _launch
 from amtml_fast.testing import CASES, value_and_grads
 
 

@@ -11,12 +11,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 import triton.language as tl
+from amtml_fast.kernels import _launch
 from triton.runtime.jit import JITFunction
 from triton_host import Driver, steps
 
 import amtml_fast as af
 from amtml_fast import backend
-from amtml_fast.kernels import _launch
 
 
 class Recorder(Driver):
