@@ -410,7 +410,8 @@ def plain_sweep(
     SLOPES: tl.constexpr, MIXTURE: tl.constexpr, SMOOTH: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Sums over a long row, and its gradient, as far as whole blocks go and nothing needs care, which costs much.
+    """Sums over a long row, and its gradient, as far as whole blocks go and nothing needs care, which costs much. The first
+    sum is yet to be multiplied by total / s: kept through the sweep, that would cost it a register.
 
     Returns after the sums how many blocks that were: none if something turns out to need care. What does: teachers without
     weight or almost, which meet the logarithm of a p next to 0; ignored rows; and what makes a sum infinite or NaN."""
@@ -443,7 +444,6 @@ def plain_sweep(
         value, terms = plain_terms(e, y, exps, ys, p, s, sums, log_ratios, MIXTURE)
         values += folded(value, VECTOR, ALIGN)
         dots = add(dots, terms, VECTOR, ALIGN)
-    values *= scale
     check = values
     for t in tl.static_range(len(dots)):
         check += dots[t]

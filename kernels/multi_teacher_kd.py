@@ -128,6 +128,7 @@ def _kd_forward_kernel(
         m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
         inverses = inverses_of(sums, w)
         log_ratios = log_ratios_of(sums, s, MIXTURE)
+        kl_sums *= total / s
     for step in range(1 if HELD else tl.cdiv(c, PART) - first):
         cols = (first + step) * PART + tl.arange(0, PART)[None, :]
         real = cols < c

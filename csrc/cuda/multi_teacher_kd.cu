@@ -412,6 +412,21 @@ bool takes_sweeps(const Inputs& inputs, const Wanted& want, const Incoming& in) 
   return packs && inputs.pr.mixture && !probs && inputs.pr.teachers <= kSweepTeachers && inputs.pr.classes < 1LL << 31;
 }
 
+// Bytes of shared memory in which a block keeps what it has of a row between the sweeps: AMTML_KEEP_BYTES, for trials.
+// None by default, for no GPU has timed it yet (kernels/README.md).
+int64_t kept_bytes() {
+  auto given = [] {
+    const char* text = std::getenv("AMTML_KEEP_BYTES");
+    return text ? std::atoll(text) : 0;
+  };
+#ifdef AMTML_EMULATED_CUDA
+  return given();
+#else
+  static const int64_t once = std::min<int64_t>(given(), 200 << 10);
+  return once;
+#endif
+}
+
 template <class S, int T = 1>
 void run_sweeps(const Problem& pr, const Wanted& want, const Incoming& in, const float* stats, Pass pass,
                 const OnDevice& on, bool early) {
@@ -424,10 +439,16 @@ void run_sweeps(const Problem& pr, const Wanted& want, const Incoming& in, const
   unsigned cluster = 1, threads = kWarp;
   while (cluster < kMaxCluster && packs / cluster > kSweepThreads * kSweepSteps) cluster *= 2;
   while (cluster < kMaxCluster && pr.rows * cluster < kSweepBlocks && packs / cluster > kSweepThreads) cluster *= 2;
+  const int64_t keep = pass == Pass::kForward ? kept_bytes() : 0, row_bytes = packs * (T + 1) * sizeof(Packed<S>);
+  while (keep > 0 && cluster < kMaxCluster && row_bytes > keep * cluster) cluster *= 2;
   if (cluster > 1) cluster = on.largest_cluster(cluster);
   while (threads < packs / cluster && threads < kSweepThreads) threads *= 2;
-  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster, sizeof(SweepScratch<T>), early};
-  launch(kernel, spread, on, pr, want, in, stats, pass);
+  const int64_t place_bytes = threads * (T + 1) * sizeof(Packed<S>);  // of one pack a thread
+  Problem kept = pr;
+  kept.keep = static_cast<int>(std::min<int64_t>(keep / place_bytes, blocks_for(blocks_for(packs, cluster), threads)));
+  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster,
+                      sizeof(SweepScratch<T>) + kept.keep * place_bytes, early};
+  launch(kernel, spread, on, kept, want, in, stats, pass);
 }
 
 void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, const float* stats, Pass pass,

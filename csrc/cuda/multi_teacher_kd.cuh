@@ -18,6 +18,7 @@ constexpr int kMaxTeachers = 32, kMaxCluster = 8;
 struct Problem : KDProblem {
   Rows teacher[kMaxTeachers];
   bool mixture;
+  int keep;  // of a row's slice, as many packs of each thread stay in shared memory between the sweeps
 };
 
 // What comes back, for backward.
@@ -66,6 +67,23 @@ __device__ __forceinline__ float log_2_ratio(float p, float y) {
 
 enum class Pass { kForward, kBackward, kRescale };
 
+// Copies to shared memory that need neither registers nor the first-level cache while they are under way. A thread
+// reads only what it copied itself, after waiting for it.
+template <class S>
+__device__ __forceinline__ void copy_to_shared(Packed<S>* to, const Packed<S>* from) {
+#if defined(AMTML_EMULATED_CUDA) || !defined(__CUDA_ARCH__)
+  *to = *from;
+#else
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_copies() {
+#if !defined(AMTML_EMULATED_CUDA) && defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // What a block shares.
 template <int T>
 struct alignas(16) SweepScratch {
@@ -79,6 +97,12 @@ struct alignas(16) SweepScratch {
   void* grads;                                    // of the student, in this row; or null
   int label_pack;
   double totals[T + 2];  // KL, slopes of the weights, sum of maximum - z
+
+  // Behind it: [keep][T + 1][threads] packs.
+  template <class S>
+  __device__ __forceinline__ Packed<S>* kept(int place, int t) {
+    return reinterpret_cast<Packed<S>*>(this + 1) + (place * (T + 1) + t) * blockDim.x + threadIdx.x;
+  }
 };
 
 // Exponents are fmaf(x, unit, base) with base = -maximum * unit, and those at temperature 1 are that times the
@@ -352,10 +376,21 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
     Online o[T + 1];
 #pragma unroll
     for (int t = 0; t <= T; ++t) o[t] = {-kFar / pr.unit, 0, 0};
-    for (int at = begin + threadIdx.x; at < end; at += blockDim.x) {
-      Packed<S> pack[T + 1];
+    auto row = [&](int t) { return static_cast<const Packed<S>*>(s.rows[t]); };
+    for (int place = 0, at = begin + threadIdx.x; place < pr.keep && at < end; ++place, at += blockDim.x) {
 #pragma unroll
-      for (int t = 0; t <= T; ++t) pack[t] = read<false>(static_cast<const Packed<S>*>(s.rows[t]) + at);
+      for (int t = 0; t <= T; ++t) copy_to_shared(s.template kept<S>(place, t), row(t) + at);
+    }
+    wait_for_copies();
+    for (int place = 0, at = begin + threadIdx.x; at < end; ++place, at += blockDim.x) {
+      Packed<S> pack[T + 1];
+      if (place < pr.keep) {
+#pragma unroll
+        for (int t = 0; t <= T; ++t) pack[t] = *s.template kept<S>(place, t);
+      } else {
+#pragma unroll
+        for (int t = 0; t <= T; ++t) pack[t] = read<false>(row(t) + at);
+      }
 #pragma unroll
       for (int t = 0; t <= T; ++t) {
         if (t == 0 && pr.labels) {
@@ -419,11 +454,18 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   if (threadIdx.x == 0) s.total = total;
   float sums[T + 1] = {}, below = 0;
   const int mine = end - begin - static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);
+  const int keep = pass == Pass::kForward ? pr.keep : 0;
   // Backwards: what was read last may be in cache still.
-  for (int at = begin + threadIdx.x + (mine - 1) / step * step; mine > 0 && at >= begin; at -= step) {
+  for (int place = (mine - 1) / step, at = begin + threadIdx.x + place * step; mine > 0 && at >= begin;
+       --place, at -= step) {
     Packed<S> pack[T + 1];
+    if (place < keep) {
 #pragma unroll
-    for (int t = 0; t <= T; ++t) pack[t] = read<true>(static_cast<const Packed<S>*>(s.rows[t]) + at);
+      for (int t = 0; t <= T; ++t) pack[t] = *s.template kept<S>(place, t);
+    } else {
+#pragma unroll
+      for (int t = 0; t <= T; ++t) pack[t] = read<true>(static_cast<const Packed<S>*>(s.rows[t]) + at);
+    }
     if (smooth) {
 #pragma unroll
       for (int k = 0; k < kPack; ++k) below += s.max[0] - pack[0].at(k);

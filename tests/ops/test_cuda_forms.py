@@ -1,5 +1,7 @@
-"""The forms of the CUDA angle loss that many rows have: larger blocks, fixed point, pairs of floats. The emulator's settings bring
-them about with few rows."""
+"""Forms of the CUDA kernels that are for sizes too large for the emulator, or for trials. Its settings bring them about with few rows.
+
+Angle loss: larger blocks, fixed point, pairs of floats. Weighted KL: rows that stay in shared memory between the sweeps.
+"""
 
 import pytest
 import torch
@@ -8,11 +10,11 @@ from backends import CHOSEN
 import amtml_fast as af
 from amtml_fast import reference
 from amtml_fast.ops.angle import EPS, angle
-from amtml_fast.testing import relative_error
+from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
 
 pytestmark = [
     pytest.mark.usefixtures("fused"),
-    pytest.mark.skipif(CHOSEN != "emulated", reason="about forms that few rows have in the emulator alone"),
+    pytest.mark.skipif(CHOSEN != "emulated", reason="about the emulator's settings"),
 ]
 
 
@@ -58,3 +60,21 @@ def test_rows_that_are_not_finite_take_no_fixed_point(monkeypatch):
         x, y = _rows("even")
         x[4, 2] = bad
         assert af.angle_loss(x, y).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", ["3000", "100000"])  # part of a row, all of it
+@pytest.mark.parametrize("teachers", [1, 3, 8])
+def test_rows_that_stay_in_shared_memory(monkeypatch, dtype, kept, teachers):
+    case = CASES["multi_teacher_kd"]
+    inputs = convert(case.inputs(5, 4096, teachers), dtype=dtype)
+    inputs[0].detach()[1, 7:40] = -torch.inf
+    inputs[1][0][2, 5:300] = -torch.inf
+    exact, exact_grads = value_and_grads(case.reference, convert(inputs, dtype=torch.float64))
+    plain, plain_grads = value_and_grads(case.function, inputs)
+    monkeypatch.setenv("AMTML_KEEP_BYTES", kept)
+    got, grads = value_and_grads(case.function, inputs)
+    for value, same, want in zip([got, *grads], [plain, *plain_grads], [exact, *exact_grads], strict=True):
+        step = 1e-6 if value.dtype == torch.float32 else 2**-8
+        assert relative_error(value, want) <= 2 * step
+        assert relative_error(value, same) <= step
