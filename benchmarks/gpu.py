@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command: build, figures, tests, memory checks. Run by ``make gpu [PART=...]``.
 
-    python -m benchmarks.gpu [--part all|tests|an operator] [--out benchmarks/results/gpu]
+    python -m benchmarks.gpu [--part all|tests|tune|an operator] [--out benchmarks/results/gpu]
 
 It runs with the Python that has torch >= 2.11, Triton >= 3.6, pytest and pytest-benchmark, and needs nvcc, but no network. It
 writes results.json (the benchmark suite's own, for benchmarks/report.py) and checks.json (the tests) to the folder. Each part has
@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("all", "tests", "kl", *sorted(file.stem for file in (ROOT / "amtml_fast" / "ops").glob("[a-z]*.py")))
+PARTS = ("all", "tests", "tune", "kl", *sorted(file.stem for file in (ROOT / "amtml_fast" / "ops").glob("[a-z]*.py")))
 KIT = ROOT / "build" / "gpu-kit"
 LIBRARY = "_C.abi3.so"
-SECONDS = {"figures": 240, "tests": 240, "memory checks": 90}  # after which a part is stopped
+SECONDS = {"figures": 240, "tests": 240, "memory checks": 90, "tuning": 180}  # after which a part is stopped
 
 
 def main() -> int:
@@ -44,6 +44,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("\nNo GPU was found: the extension is built, nothing was run and nothing was measured.")
         return 1
+    if args.part == "tune":  # the lines of backend.AUTO for this GPU
+        tuned, _ = limited("tuning", [sys.executable, "-m", "benchmarks.tune"], dict(os.environ), shown=True)
+        return 1 if tuned is None else tuned
     args.out.mkdir(parents=True, exist_ok=True)
     status = 0
     if args.part != "tests":  # first: what is measured is kept, whatever the tests do
