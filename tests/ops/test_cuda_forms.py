@@ -20,9 +20,8 @@ pytestmark = [
 
 def _rows(kind, n=45, c=12):
     x, y = torch.rand(n, c), torch.rand(n, c)
-    if kind == "clustered":  # squared distances from 1e-9 to 1: no fixed point
-        x, y = x.round(), y.round()
-        x, y = x + 3e-5 * torch.randn(n, c), y + 3e-5 * torch.randn(n, c)
+    if kind == "clustered":  # squared distances from 1e-8 to 1: no fixed point
+        x, y = (z[torch.randint(0, 5, (n,))] + 3e-5 * torch.randn(n, c) for z in (x, y))
     if kind == "huge":
         return 1e4 * x, 1e-4 * y
     if kind == "degenerate":  # among them rows that are one, which have no angle
