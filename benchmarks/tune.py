@@ -34,16 +34,14 @@ class Timed(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", choices=[op for op in ORDER if op != "whole_loss"], help="of this operator alone")
+    parser.add_argument("--op", choices=ORDER, help="of this operator alone")
     args = parser.parse_args()
     if len(OURS) < 2:
         print(f"On {machine.DEVICE.type} there is one backend, {OURS[0]}: nothing to choose.")
         return
     timed = []
     for workload in WORKLOADS:
-        if workload.op == "whole_loss" or args.op not in (None, workload.op):  # the whole loss has one fused backend
-            continue
-        if not any(why_not(name, workload) for name in OURS):
+        if args.op in (None, workload.op) and not any(why_not(name, workload) for name in OURS):
             timed.append(time(workload))
             figures = ", ".join(f"{name} {1e3 * s:.3f} ms" for name, s in timed[-1].seconds.items())
             print(f"{workload.name}: {figures}", flush=True)
@@ -61,7 +59,6 @@ def time(workload: Workload) -> Timed:
     rounds: dict[str, list[float]] = {name: [] for name in OURS}
     for _ in range(ROUNDS):
         for name, step in steps.items():
-            machine.flush_cache()
             rounds[name].append(machine.seconds(step))
     op, numbers = "multi_teacher_kd" if workload.op == "kl" else workload.op, next(tensors(task.args)).numel()
     return Timed(op, numbers, {name: statistics.median(times) for name, times in rounds.items()})

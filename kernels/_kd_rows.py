@@ -27,9 +27,7 @@ FLOOR: tl.constexpr = tl.constexpr(2.0**-64)  # least exponential that a ratio i
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 SQRT_HALF: tl.constexpr = tl.constexpr(0x3F3504F3)  # its bits
 LEAST_P: tl.constexpr = tl.constexpr(2.0**-100)  # beside a logarithm
-LEAST_SHARE: tl.constexpr = tl.constexpr(
-    2.0**-20
-)  # of the weights: with it, what LEAST_P changes is too little to count
+LEAST_SHARE: tl.constexpr = tl.constexpr(2.0**-20)  # of the weights, from which on LEAST_P changes too little to count
 LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
 
 

@@ -83,9 +83,5 @@ class Launch:
         kernel = self.kernel[self.grid](*arguments, **self.options)
         # Others than NVIDIA's look at more, as at the size of a tensor's memory.
         if isinstance(kernel, CompiledKernel) and kernel.metadata.target.backend == "cuda":
-            self.compiled[key] = (
-                kernel.run,
-                kernel.function,
-                kernel.packed_metadata,
-                kernel,
-            )  # the last: to keep it alive
+            # The kernel itself is there to be kept alive.
+            self.compiled[key] = kernel.run, kernel.function, kernel.packed_metadata, kernel

@@ -37,8 +37,8 @@ def whole_loss(
     angle_trains_weights: bool,
     regularizer_weight: float,
 ) -> tuple[Tensor, ...]:
-    """On checked rows, by the backend that ``fused_by`` gave. sources of the weights: (features, theta, v, None), or (None, None, None, weights). divisor: of the
-    kd term. Returns loss, terms and weights like ``WholeLoss``."""
+    """On checked rows, by the backend that ``fused_by`` gave. sources of the weights: (features, theta, v, None), or
+    (None, None, None, weights). divisor: of the kd term. Returns loss, terms and weights like ``WholeLoss``."""
     name = "AMTMLLoss"
     _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
     checks.one_of(name, "mode", options.mode, MODES)

@@ -12,8 +12,11 @@ void keep_for_kernels(const Tensor& t) {
   if (emulation::depth() > 0) emulation::kept().push_back(std::make_shared<Tensor>(t));
 }
 
-// How many kernels this thread has launched, for tests.
+// How many kernels this thread has launched, and how many of them early, for tests.
 extern "C" __attribute__((visibility("default"))) unsigned amtml_emulated_launches() { return emulation::launches(); }
+extern "C" __attribute__((visibility("default"))) unsigned amtml_emulated_early_launches() {
+  return emulation::early_launches();
+}
 
 const DeviceFacts& facts_of(int) {
   const char* pairs = std::getenv("AMTML_EMULATED_PAIRS");

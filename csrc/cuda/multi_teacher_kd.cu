@@ -355,7 +355,8 @@ struct Inputs {
   std::vector<Tensor> teachers;
   KDTensors own;
   Problem pr{};
-  bool same = true;  // the teachers' dtypes and the student's
+  bool same = true;      // the teachers' dtypes and the student's
+  bool in_place = true;  // nothing of the logits had to be copied
   int pack;
 
   Inputs(const Tensor& student_, const std::vector<Tensor>& teachers_, const std::optional<Tensor>& weights_,
@@ -369,7 +370,9 @@ struct Inputs {
       check_shape(kOp, "teacher", t, {n, c});
       same &= t.scalar_type() == student.scalar_type();
       teachers.push_back(dense_rows(t));
+      in_place &= teachers.back().const_data_ptr() == t.const_data_ptr();
     }
+    in_place &= student.const_data_ptr() == student_.const_data_ptr();
     pr.mixture = set.mode == "mixture";
     own.fill(pr, kOp, student, count, weights_, labels_, set, on);
     for (int64_t t = 0; t < count; ++t) pr.teacher[t] = Rows(teachers[t]);
@@ -417,12 +420,12 @@ bool takes_sweeps(const Inputs& inputs, const Wanted& want, const Incoming& in) 
 int64_t kept_bytes() {
   auto given = [] {
     const char* text = std::getenv("AMTML_KEEP_BYTES");
-    return text ? std::atoll(text) : 0;
+    return std::clamp<int64_t>(text ? std::atoll(text) : 0, 0, 200 << 10);
   };
 #ifdef AMTML_EMULATED_CUDA
   return given();
 #else
-  static const int64_t once = std::min<int64_t>(given(), 200 << 10);
+  static const int64_t once = given();
   return once;
 #endif
 }
@@ -486,7 +489,8 @@ void multi_teacher_kd_forward(const Tensor& student, const std::vector<Tensor>& 
                               const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
                               const KDSettings& set, const Wanted& want, const OnDevice& on, bool early) {
   const Inputs inputs(student, teachers, weights, labels, set, on);
-  run_rows(inputs, want, {}, nullptr, Pass::kForward, on, early);
+  // Copies of the logits would be in front, and they are read before the kernel waits.
+  run_rows(inputs, want, {}, nullptr, Pass::kForward, on, early && inputs.in_place);
 }
 
 namespace {

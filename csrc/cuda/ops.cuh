@@ -17,7 +17,7 @@ struct Wanted {
   float* grad_weights;             // [N, T]
 };
 
-// early: as in Spread; the weights alone come from the kernel in front.
+// early: as in Spread; of all inputs the weights alone may come from the kernel in front.
 void multi_teacher_kd_forward(const Tensor& student, const std::vector<Tensor>& teachers,
                               const std::optional<Tensor>& weights, const std::optional<Tensor>& labels,
                               const KDSettings& set, const Wanted& want, const OnDevice& on, bool early);

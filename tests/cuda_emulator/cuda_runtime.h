@@ -180,6 +180,10 @@ inline unsigned& launches() {
   static thread_local unsigned count = 0;
   return count;
 }
+inline unsigned& early_launches() {
+  static thread_local unsigned count = 0;
+  return count;
+}
 
 // A kernel on its way. One that may start early does: its first cluster runs as far as it gets before the kernel in
 // front of it is run at all. What it reads too soon is not there yet.
@@ -281,6 +285,7 @@ inline void settle(bool run_it = true) {
 }
 
 inline void launch(Launch launch) {
+  early_launches() += launch.early;
   if (!launch.early) settle();
   auto next = std::make_unique<Run>(std::move(launch));
   if (last()) next->start();

@@ -254,3 +254,22 @@ def test_few_launches(options, launches):
     before = count()
     _run(loss, problem)
     assert count() - before == launches
+
+
+@pytest.mark.skipif(CHOSEN != "emulated", reason="the emulator counts launches")
+def test_logits_that_must_be_copied_are_waited_for():
+    """The rows' kernel reads them before it waits for the kernel in front, so that kernel must not be the copy."""
+    count = ctypes.CDLL(sys.modules["amtml_fast._C"].__file__).amtml_emulated_early_launches
+    loss, problem = af.AMTMLLoss(af.TeacherAdapter(D, 3)), _problem(n=128, c=10, plane=(1, 1))
+    student, teachers, labels, features = problem
+    by_columns = [t.detach().t().contiguous().t() for t in (student, *teachers)]
+    early = []
+    for logits in (
+        (student, teachers),
+        (by_columns[0].requires_grad_(), teachers),
+        (student, [*teachers[:2], by_columns[3]]),
+    ):
+        before = count()
+        loss(*logits, labels, features)
+        early.append(count() - before)
+    assert early == [4, 3, 3]
