@@ -22,9 +22,8 @@ ALL = (*OURS, *PLAIN, *PEERS)
 def why_not(name: str, workload: Workload) -> str | None:
     """Why a provider does not run a workload here, or None. An empty answer: it has nothing of the kind."""
     if name in OURS:
-        ops = {"kl": ["multi_teacher_kd"], "whole_loss": ["teacher_weights", "multi_teacher_kd", "angle"]}
-        reasons = (backend.why_not(op, name, DEVICE.type) for op in ops.get(workload.op, [workload.op]))
-        return next((reason for reason in reasons if reason), None)
+        op = "multi_teacher_kd" if workload.op == "kl" else workload.op
+        return backend.why_not(op, name, DEVICE.type)
     if name in PEERS and workload.op != "kl":
         return ""
     if name == "Liger":

@@ -9,7 +9,7 @@ Another divergence replaces ``divergence_terms``, ``plain_terms`` and ``slopes``
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -561,6 +561,30 @@ def count_numbers(n: int, count_rows: bool) -> dict:
     if n > INLINE:
         n, kind = triton.cdiv(n, SPAN), "parts"
     return dict(num_counts=n, COUNT=kind, COUNT_BLOCK=max(256, triton.next_power_of_2(n)))
+
+
+def row_numbers(at: Any, of: Settings, count_rows: bool) -> dict:
+    """What the kernels of rows have in common, of a layout with n, c, stride, weight_strides and label_stride."""
+    labeled, weight_strides = at.label_stride is not None, at.weight_strides or (0, 0)
+    rows = max(at.n, 1) if of.is_mean() and not labeled else 1
+    log2_e = math.log2(math.e)
+    return dict(
+        n=at.n,
+        c=at.c,
+        stride=at.stride,
+        weight_stride=weight_strides[0],
+        weight_along=weight_strides[1],
+        label_stride=at.label_stride or 0,
+        ignore_index=of.ignore_index,
+        rate=0.5 * log2_e / of.temperature,
+        rate1=None if not labeled or of.temperature == 1 else log2_e,
+        per_tau=1 / of.temperature,
+        ce_grad=of.ce_weight / rows,
+        kl_grad=of.kl_weight * of.kl_scale / (rows * at.c if of.reduction == "mean" else rows),
+        smoothing=float(of.label_smoothing),
+        even=of.label_smoothing / at.c,
+        **count_numbers(at.n, count_rows),
+    )
 
 
 @kept

@@ -28,7 +28,6 @@ A label out of range is an error only with TRITON_DEBUG=1: to look would cost a 
 loss of its row NaN, and nothing outside of the row is read or written. Weights are not looked at.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +41,6 @@ from ._kd_rows import (
     Settings,
     add,
     add_rows,
-    count_numbers,
     counts_of,
     cross_entropy,
     dense,
@@ -58,6 +56,7 @@ from ._kd_rows import (
     mix,
     per_row,
     plain_sweep,
+    row_numbers,
     slopes,
     softmax_sums,
     square,
@@ -344,32 +343,14 @@ def _layout(student: Tensor, teachers: tuple[Tensor, ...], weights: Tensor | Non
 
 def _numbers(at: Layout, of: Settings, count_rows: bool) -> dict:
     """What forward and backward give their kernels alike, but for the tensors."""
-    n, c, labeled = at.n, at.c, at.label_stride is not None
-    rows = max(n, 1) if of.is_mean() and not labeled else 1
-    align = alignment(c, at.stride, *at.teacher_strides)
+    align = alignment(at.c, at.stride, *at.teacher_strides)
     simple = of.mode == "mixture" and of.label_smoothing == 0
-    log2_e = math.log2(math.e)
-    weight_strides = at.weight_strides or (0, 0)
     return dict(
-        n=n,
-        c=c,
-        stride=at.stride,
+        **row_numbers(at, of, count_rows),
         teacher_strides=at.teacher_strides,
-        weight_stride=weight_strides[0],
-        weight_along=weight_strides[1],
-        label_stride=at.label_stride or 0,
-        ignore_index=of.ignore_index,
-        rate=0.5 * log2_e / of.temperature,
-        rate1=None if not labeled or of.temperature == 1 else log2_e,
-        per_tau=1 / of.temperature,
-        ce_grad=of.ce_weight / rows,
-        kl_grad=of.kl_weight * of.kl_scale / (rows * c if of.reduction == "mean" else rows),
-        smoothing=float(of.label_smoothing),
-        even=of.label_smoothing / c,
         MIXTURE=of.mode == "mixture",
-        **count_numbers(n, count_rows),
         ALIGN=align,
-        **_tiles(n, c, align, 1 + len(at.teacher_strides), at.itemsize, simple),
+        **_tiles(at.n, at.c, align, 1 + len(at.teacher_strides), at.itemsize, simple),
     )
 
 

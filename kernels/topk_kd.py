@@ -19,7 +19,6 @@ A label or class out of range is an error only with TRITON_DEBUG=1: to look woul
 makes the loss of its row NaN, and nothing outside of the row is read or written. Weights are not looked at.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,6 @@ from ._kd_rows import (
     LONG_WARPS,
     Settings,
     add_rows,
-    count_numbers,
     counts_of,
     cross_entropy,
     dense,
@@ -41,6 +39,7 @@ from ._kd_rows import (
     load,
     load_weights,
     per_row,
+    row_numbers,
     softmax_sums,
     square,
     student_grad,
@@ -249,43 +248,26 @@ class Layout(NamedTuple):
 
 @kept
 def _launch(at: Layout, of: Settings, count_rows: bool, loss_stride: int) -> Launch:
-    n, c, sizes, labeled = at.n, at.c, at.sizes, at.label_stride is not None
-    rows = max(n, 1) if of.is_mean() and not labeled else 1
+    c, sizes = at.c, at.sizes
     entries = triton.next_power_of_2(sum(sizes))
-    log2_e = math.log2(math.e)
     block, vector, warps = triton.next_power_of_2(c), 1, LONG_WARPS
     if block > HELD:
         vector = 16 // at.itemsize
         block = LONG_WARPS * 32 * vector
     else:
         warps = min(LONG_WARPS, max(1, max(block, entries) // 512))
-    weight_strides = at.weight_strides or (0, 0)
     return Launch(
         _topk_kernel,
-        (n,),
+        (at.n,),
+        **row_numbers(at, of, count_rows),
         starts=tuple(sum(sizes[:t]) for t in range(len(sizes) + 1)),
-        n=n,
-        c=c,
         loss_stride=loss_stride,
-        stride=at.stride,
-        weight_stride=weight_strides[0],
-        weight_along=weight_strides[1],
-        label_stride=at.label_stride or 0,
-        ignore_index=of.ignore_index,
-        rate=0.5 * log2_e / of.temperature,
-        rate1=None if not labeled or of.temperature == 1 else log2_e,
-        per_tau=1 / of.temperature,
         ce_weight=float(of.ce_weight),
         kl_weight=float(of.kl_weight),
         kl_scale=float(of.kl_scale),
-        ce_grad=of.ce_weight / rows,
-        kl_grad=of.kl_weight * of.kl_scale / (rows * c if of.reduction == "mean" else rows),
-        smoothing=float(of.label_smoothing),
-        even=of.label_smoothing / c,
         TAIL=of.mode,
         NONE=of.reduction == "none",
-        SMOOTH=of.label_smoothing != 0 and labeled,
-        **count_numbers(n, count_rows),
+        SMOOTH=of.label_smoothing != 0 and at.label_stride is not None,
         ALIGN=alignment(c, at.stride),
         BLOCK=block,
         STEPS=triton.cdiv(c, block),
