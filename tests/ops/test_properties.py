@@ -83,13 +83,13 @@ def check(case, args, options, upstream=1.0, unit=1.0, grad_unit=None):
         fits = ours <= tolerance + STEP[got.dtype] or ours <= 2 * theirs or largest <= rounding * size
         assert fits, f"error {ours} (at most {largest}), of plain torch {theirs}"
 
+    names = [name for name in FUSED if (not exact or takes(name, torch.float64)) and _turn_of(name)]
+    if not names:  # no backend's turn
+        return None
     want, want_grads = run(case.reference, convert(args, dtype=torch.float64))
     with af.use_backend("reference"):
         eager, eager_grads = run(case.function, args)
-    result = eager
-    for name in FUSED:
-        if (exact and not takes(name, torch.float64)) or not _turn_of(name):
-            continue
+    for name in names:
         with af.use_backend(name):
             got, grads = run(case.function, args)
         agrees(got, want, eager, 1e-12 if exact else 1e-6, unit)
@@ -187,7 +187,7 @@ def test_multi_teacher_kd(p):
     )
     steepness = 1.0 if p["options"]["t2_scale"] else max(1.0, 1 / p["options"]["temperature"])
     got = check(CASES["multi_teacher_kd"], args, p["options"], p["upstream"], unit, unit * steepness)
-    if labels is None and p["weights"] in ("rows", "none") and got.isfinite().all():
+    if labels is None and p["weights"] in ("rows", "none") and got is not None and got.isfinite().all():
         assert (got >= -1e-6 * unit * max(n, 1)).all(), "a KL below 0"
 
 
