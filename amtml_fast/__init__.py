@@ -20,6 +20,7 @@ from amtml_fast.losses import (
     TeacherAdapter,
     TopKKDLoss,
 )
+from amtml_fast.reference import KDStats
 from amtml_fast.version import __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "AMTMLOutput",
     "AngleLoss",
     "DualSoftmax",
+    "KDStats",
     "MultiGroupHintLoss",
     "MultiTeacherKDLoss",
     "RKDDistanceLoss",

@@ -6,6 +6,7 @@ floating dtype (16-bit inputs are computed in float32), and can be differentiate
 taken as already checked: the checks live in ``amtml_fast.ops``.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,39 @@ class KDOptions(NamedTuple):
 
     temperature: float
     alpha: float
-    mode: str  # "mixture" or "sum"; in topk_kd it holds the tail
+    mode: str  # "mixture", "sum" or, with a Divergence, "logits"; in topk_kd it holds the tail
     reduction: str
     t2_scale: bool
     ignore_index: int
     label_smoothing: float
+
+
+class Divergence(NamedTuple):
+    """What ``divergence_loss`` does otherwise than Eq 8; the defaults are Eq 8 itself."""
+
+    name: str = "forward_kl"
+    beta: float = 0.0
+    teacher_temperatures: tuple[float, ...] = ()  # one for each teacher; (): the student's
+    alpha: Tensor | None = None  # [N], in the place of KDOptions.alpha
+    temperature: Tensor | None = None  # [N], in the place of KDOptions.temperature
+
+    def nothing_but_eq8(self, mode: str) -> bool:
+        own = self.teacher_temperatures or self.alpha is not None or self.temperature is not None
+        return self.name == "forward_kl" and mode != "logits" and not own
+
+
+class KDStats(NamedTuple):
+    """Numbers of each row beside a distillation loss, detached: [N] (or [B, S], as the student has it), 0 in an ignored row.
+
+    With q and p_t the softmax of student and teachers at their temperatures, and p what ``mode`` makes of the teachers (for
+    ``"sum"`` their mixture). Entropies and divergences are in nats, without ``temperature**2``.
+    """
+
+    student_entropy: Tensor  # of q
+    target_entropy: Tensor  # of p
+    teacher_kl: Tensor  # KL(p_t || q), [N, T]
+    retained_mass: Tensor  # of the teachers, in the classes that are given: 1 where all are
+    agreement: Tensor  # 1 where q and p are largest at the same class, else 0
 
 
 class KDTerms(NamedTuple):
@@ -78,27 +107,40 @@ def multi_teacher_kd_loss(
     teacher_weights: Tensor | None,
     labels: Tensor | None = None,
     *,
-    temperature: float = 4.0,
-    alpha: float = 0.7,
+    temperature: float | Tensor = 4.0,
+    alpha: float | Tensor = 0.7,
     mode: str = "mixture",
     reduction: str = "batchmean",
     t2_scale: bool = True,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     num_items_in_batch: int | Tensor | None = None,
-) -> Tensor:
-    """Eq 7-8: ``(1 - alpha) * CE + alpha * temperature**2 * KL(sum_t w_t p_t || q)``."""
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    teacher_temperature: float | Sequence[float] | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, KDStats]:
+    """Eq 7-8: ``(1 - alpha) * CE + alpha * temperature**2 * D(p, q)``, where D is ``KL(sum_t w_t p_t || q)``."""
+    leading = student_logits.shape[:-1]
+    divergent = divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teacher_logits))
+    numbers = (1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha))
     row_reduction = "sum" if num_items_in_batch is not None else reduction
-    terms = multi_teacher_kd(
+    arguments = (
         student_logits.reshape(-1, student_logits.shape[-1]),
         [t.reshape(-1, t.shape[-1]) for t in teacher_logits],
         None if teacher_weights is None else teacher_weights.reshape(-1, teacher_weights.shape[-1]),
         None if labels is None else labels.reshape(-1),
-        KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing),
+        KDOptions(*numbers, mode, row_reduction, t2_scale, ignore_index, label_smoothing),
     )
+    if divergent.nothing_but_eq8(mode) and not return_stats:
+        loss = multi_teacher_kd(*arguments).loss
+    else:
+        loss, stats = divergence_loss(*arguments, divergent)
     if num_items_in_batch is not None:
-        return over_items(terms.loss, num_items_in_batch)
-    return terms.loss.reshape(student_logits.shape[:-1]) if reduction == "none" else terms.loss
+        loss = over_items(loss, num_items_in_batch)
+    elif reduction == "none":
+        loss = loss.reshape(leading)
+    return (loss, shaped_stats(stats, leading)) if return_stats else loss
 
 
 def multi_teacher_kd(
@@ -127,6 +169,137 @@ def multi_teacher_kd(
     kl = kl * (temperature**2 if options.t2_scale else 1)
     loss, ce, kl = _kd_reduced(z, kl, valid, labels, options)
     return KDTerms(loss, ce, kl, log_q.exp(), mixture)
+
+
+DEFAULT_BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # of the divergences that have one
+
+
+def divergence_of(
+    temperature: float | Tensor,
+    alpha: float | Tensor,
+    divergence: str,
+    beta: float | None,
+    teacher_temperature: float | Sequence[float] | None,
+    num_teachers: int,
+) -> Divergence:
+    """The keywords of ``multi_teacher_kd_loss`` with their defaults filled in."""
+    of_teachers = () if teacher_temperature is None else teacher_temperature
+    if not isinstance(of_teachers, Sequence):
+        of_teachers = (of_teachers,) * num_teachers
+    return Divergence(
+        divergence,
+        float(DEFAULT_BETA.get(divergence, 0.0) if beta is None else beta),
+        tuple(map(float, of_teachers)),
+        alpha.reshape(-1) if isinstance(alpha, Tensor) else None,
+        temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else None,
+    )
+
+
+def shaped_stats(stats: KDStats, leading: Sequence[int]) -> KDStats:
+    """The numbers of rows in the shape of the student's logits."""
+    return KDStats(*(x.reshape(*leading, *x.shape[1:]) for x in stats))
+
+
+def divergence_loss(
+    student: Tensor,  # [N, C]
+    teachers: list[Tensor],  # T x [N, C]
+    weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
+    labels: Tensor | None,  # [N]
+    options: KDOptions,
+    divergence: Divergence,
+) -> tuple[Tensor, KDStats]:
+    """Eq 8 with any divergence D(p, q) in the place of its KL, on rows."""
+    dtype = wide_dtype(student, *teachers, weights)
+    valid, logits, w = _kd_rows(student, weights, len(teachers), labels, options.ignore_index, dtype)
+    hide = ~valid.unsqueeze(1)
+    tau = logits.new_full((1, 1), options.temperature)
+    if divergence.temperature is not None:
+        tau = divergence.temperature.to(dtype).unsqueeze(1).masked_fill(hide, 1)  # [N, 1]
+    of_teachers = divergence.teacher_temperatures or (tau,) * len(teachers)
+    scaled = [t.to(dtype).masked_fill(hide, 0) / by for t, by in zip(teachers, of_teachers)]
+    log_p = [x.log_softmax(-1) for x in scaled]
+    log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
+
+    # What the student is compared with: weight, probabilities and their logarithms.
+    mixture = w.new_ones(len(w)), *_mixture(log_p, w)
+    if options.mode == "mixture":
+        targets = [mixture]
+    elif options.mode == "logits":
+        log_target = _mixed_logits(scaled, w).log_softmax(-1)
+        targets = [(mixture[0], log_target.exp(), log_target)]
+    else:
+        targets = [(w[:, t], p.exp(), p) for t, p in enumerate(log_p)]
+
+    z = logits / tau
+    if divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
+        z = torch.where(_lost(targets, z), z.detach(), z)
+    log_q = z.log_softmax(-1)
+    q = log_q.exp()
+    each = [_divergence(divergence, p, log, q, log_q) for _, p, log in targets]
+    distance = each[0]
+    if options.mode == "sum":
+        distance = torch.stack([_weighted(weight, d) for (weight, _, _), d in zip(targets, each)]).sum(0)
+    if options.t2_scale:
+        distance = distance * tau.square().squeeze(1)
+    loss = _kd_reduced(logits, distance, valid, labels, options, divergence.alpha)[0]
+
+    _, target, log = mixture if options.mode == "sum" else targets[0]
+    stats = KDStats(
+        -_kl_rows(q, log_q, torch.zeros_like(q)),
+        -_kl_rows(target, log, torch.zeros_like(q)),
+        torch.stack([_kl_rows(p.exp(), p, log_q) for p in log_p], 1),
+        (w.sum(1) > 0).to(dtype),
+        (q.argmax(1) == target.argmax(1)).to(dtype),
+    )
+    return loss, KDStats(*(x.detach().masked_fill(hide if x.dim() == 2 else ~valid, 0) for x in stats))
+
+
+def _divergence(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
+    """D(p, q) of each row. A class without probability counts 0."""
+    name, beta = divergence.name, divergence.beta
+    if name == "forward_kl":
+        return _kl_rows(p, log_p, log_q)
+    if name == "reverse_kl":
+        lost = (log_p == -torch.inf) & (q != 0)
+        infinite = torch.zeros_like(q[:, 0]).masked_fill(lost.any(-1), torch.inf)
+        return _kl_rows(q.masked_fill(lost, 0), log_q, log_p) + infinite
+    if name == "tvd":
+        return (p - q).abs().sum(-1) / 2
+    share = 1 - beta if name == "skew_reverse_kl" else beta
+    m = share * p + (1 - share) * q
+    log_m = m.masked_fill(m == 0, 1).log()
+    if name == "skew_kl":
+        return _kl_rows(p, log_p, log_m)
+    if name == "skew_reverse_kl":
+        return _kl_rows(q, log_q, log_m)
+    return beta * _kl_rows(p, log_p, log_m) + (1 - beta) * _kl_rows(q, log_q, log_m)
+
+
+def _lost(targets: list[tuple[Tensor, Tensor, Tensor]], z: Tensor) -> Tensor:
+    """Classes [N, C] that the student has, and one of its targets has not."""
+    lost = torch.stack([(weight != 0).unsqueeze(1) & (log == -torch.inf) for weight, _, log in targets])
+    return lost.any(0) & (z != -torch.inf)
+
+
+def _mixture(log_p: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
+    """``sum_t w_t p_t``, and its logarithm: a number even where the probabilities are too small for one."""
+    used = torch.stack([p.masked_fill(w[:, t, None] == 0, -torch.inf) for t, p in enumerate(log_p)])
+    most = used.detach().amax(0)
+    most = most.masked_fill(most == -torch.inf, 0)
+    shares = [_weighted(w[:, t, None], torch.stack([p.exp(), (p - most).exp()])) for t, p in enumerate(log_p)]
+    mixture, share = torch.stack(shares).sum(0)
+    none = share == 0
+    return mixture, (most + share.masked_fill(none, 1).log()).masked_fill(none, -torch.inf)
+
+
+def _mixed_logits(scaled: list[Tensor], w: Tensor) -> Tensor:
+    """``sum_t w_t z_t / tau_t``; -inf where a teacher with weight has it."""
+    masked, mixed = torch.zeros_like(scaled[0], dtype=torch.bool), torch.zeros_like(scaled[0])
+    for t, x in enumerate(scaled):
+        weight, out = w[:, t, None], x == -torch.inf
+        masked = masked | (out & (weight != 0))
+        mixed = mixed + _weighted(weight, x.masked_fill(out, 0))
+    return mixed.masked_fill(masked, -torch.inf)
 
 
 def _kd_rows(
@@ -163,6 +336,7 @@ def _kd_reduced(
     valid: Tensor,
     labels: Tensor | None,
     options: KDOptions,
+    alphas: Tensor | None = None,  # [N]: one a row
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq 8 from its KL of every row: loss, ce and kl, reduced."""
     _, alpha, _, reduction, _, ignore_index, label_smoothing = options
@@ -173,12 +347,18 @@ def _kd_reduced(
         ce = F.cross_entropy(
             z, labels.long(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
         )
+    if alphas is not None:  # the rest then adds them up
+        alphas = alphas.to(z.dtype).masked_fill(~valid, 0)
+        shares = 1 - alphas, alphas
+        ce, kl = (by * x.masked_fill((by == 0) & ~x.isfinite(), 0) for by, x in zip(shares, (ce, kl)))
 
     if reduction != "none":
         count = z.new_ones(()) if reduction == "sum" else valid.sum().clamp(min=1).to(z.dtype)
         ce = ce.sum() / count
         kl = kl.sum() / (count * (z.shape[1] if reduction == "mean" else 1))
-    if labels is None or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
+    if alphas is not None:
+        loss = ce + kl
+    elif labels is None or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
         loss = kl if labels is None else times(kl, alpha)
     else:
         loss = times(ce, 1 - alpha)

@@ -33,6 +33,76 @@ AMTML_SHARED A mixture_gradient(A e, A p, A log_ratio, A one = A(1)) {
   return p == 0 ? -e * one : term;
 }
 
+// --- divergences D(p, q) = sum_c f(p_c, q_c)
+
+enum class Divergence { forward_kl, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd };
+
+// What a class adds: f(p, q), q df/dq and df/dp.
+template <class A>
+struct DivergenceTerm {
+  A value, qb, a;
+};
+
+// log(1 + u) where 1 + u = x / y: exact near 0 as well as far from it, and with one logarithm.
+template <class A, class Log>
+AMTML_SHARED A log_of_ratio(A u, A ratio, const Log& log) {
+  const bool near = u > A(-0.5) && u < A(0.5);
+  const A y = near ? A(1) + u : ratio;
+  const A l = log(y), less = y - A(1);
+  return near ? (less == 0 ? u : l * (u / less)) : l;
+}
+
+// Of the mixture m = beta p + (1 - beta) q and a probability x of the two: log(x / m), where far = (1 - beta) (p - q) for
+// x = p, and beta (q - p) for x = q, is x - m without cancellation.
+template <class A, class Log>
+AMTML_SHARED A log_over_mixture(A x, A m, A far, const Log& log) {
+  return log_of_ratio(far / m, x / m, log);
+}
+
+// log_p and log_q are read by the two KLs alone. A KL to a mixture is summed as x log(x / m) - x + m, of which every term is
+// small where x is near m; divergence_constant is what the rest adds up to. Reverse KL leaves out the 1 of df/dq, which
+// changes no gradient. Where a class has no probability on one side, the logarithm of that side does not count.
+template <Divergence kind, class A, class Log>
+AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, A beta, const Log& log) {
+  if constexpr (kind == Divergence::forward_kl) {
+    const A ratio = log_p - log_q;
+    return {if_mass(p, p * ratio), -p, if_mass(p, ratio + A(1))};
+  } else if constexpr (kind == Divergence::reverse_kl) {
+    const A value = if_mass(q, q * (log_q - log_p));
+    return {value, value, if_mass(q, -q / p)};
+  } else if constexpr (kind == Divergence::tvd) {
+    const A difference = p - q, sign = difference > 0 ? A(0.5) : (difference < 0 ? A(-0.5) : difference);
+    return {sign * difference, -q * sign, sign};
+  } else {
+    const A share = kind == Divergence::skew_reverse_kl ? A(1) - beta : beta;  // of p in the mixture
+    const A m = share * p + (A(1) - share) * q;
+    const A over = m == 0 ? A(1) : m;  // both are 0 then
+    const A from_p = (A(1) - share) * (p - q), from_q = share * (q - p);
+    if constexpr (kind == Divergence::skew_kl) {
+      const A log_p_m = log_over_mixture(p, over, from_p, log);
+      const A ratio = p / over;
+      return {if_mass(p, p * log_p_m) - from_p, -(A(1) - share) * q * ratio,
+              if_mass(p, log_p_m + A(1) - share * ratio)};
+    } else if constexpr (kind == Divergence::skew_reverse_kl) {
+      const A log_q_m = log_over_mixture(q, over, from_q, log);
+      const A ratio = q / over;
+      return {if_mass(q, q * log_q_m) - from_q, if_mass(q, q * (log_q_m - (A(1) - share) * ratio)), -share * ratio};
+    } else {
+      const A log_p_m = log_over_mixture(p, over, from_p, log), log_q_m = log_over_mixture(q, over, from_q, log);
+      const A of_p = if_mass(p, share * log_p_m), of_q = if_mass(q, (A(1) - share) * log_q_m);
+      return {p * of_p + q * of_q, q * of_q, p == 0 ? (q == 0 ? A(0) : -share) : of_p};
+    }
+  }
+}
+
+// What the terms leave out, of p with this mass and q with mass 1.
+template <class A>
+AMTML_SHARED A divergence_constant(Divergence kind, A mass, A beta) {
+  if (kind == Divergence::skew_kl) return (A(1) - beta) * (mass - A(1));
+  if (kind == Divergence::skew_reverse_kl) return (A(1) - beta) * (A(1) - mass);
+  return A(0);
+}
+
 // d/dx of sum g y with y = softmax(x), where mean = sum g y.
 template <class A>
 AMTML_SHARED A softmax_gradient(A y, A g, A mean) {

@@ -7,6 +7,7 @@ the raw ops that its kernels implement. The kernels have the same name: csrc/cpu
 # isort: off
 from amtml_fast.ops import teacher_weights
 from amtml_fast.ops import multi_teacher_kd
+from amtml_fast.ops import divergence
 from amtml_fast.ops import topk_kd
 from amtml_fast.ops import angle
 from amtml_fast.ops import distance

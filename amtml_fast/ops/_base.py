@@ -267,21 +267,24 @@ def may_overwrite_saved(ctx: Any) -> bool:
     )
 
 
-def save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | None], needs: tuple[bool, bool]) -> None:
+def save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | None], needs: tuple[bool, ...]) -> None:
     """Gradients that forward has made, and what they belong to; None for what needs none."""
     # What needs a gradient cannot be an inference tensor.
     ctx.save_for_backward(*map(asked, grads, needs), *map(asked, inputs, needs))
 
 
-def scaled_rows(ctx: Any, grad_loss: Tensor) -> list[Any]:
-    """The gradients of ``save_grads`` from that of the loss, which may have one value a row."""
+def scaled_rows(ctx: Any, grad_loss: Tensor, count: int = 2) -> list[Any]:
+    """The gradients of ``save_grads``, so many, from that of the loss, which may have one value a row."""
+    grads = ctx.saved_tensors[:count]
     if ctx.backend != "cpp" and may_overwrite_saved(ctx):
-        grads = ctx.saved_tensors[:2]
         for g in grads:
             if g is not None:
                 kernels(ctx.backend).scale_rows_.default(g, grad_loss)
         return list(grads)
-    return scaled(ctx, ctx.saved_tensors[:2], grad_loss.unsqueeze(-1) if grad_loss.dim() else grad_loss)
+    if grad_loss.dim() == 0:
+        return scaled(ctx, grads, grad_loss)
+    rows, others = grads[:2], grads[2:]  # [N, ...] and [N]
+    return scaled(ctx, rows, grad_loss.unsqueeze(-1)) + scaled(ctx, others, grad_loss)
 
 
 # rows [N, ...] float32 times by, [N] or [], in place; where that is 1, nothing is read or written

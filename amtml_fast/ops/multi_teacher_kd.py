@@ -22,7 +22,8 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
-from amtml_fast.reference import KDOptions, KDTerms, wide_dtype
+from amtml_fast.ops.divergence import check_options, check_row_numbers, divergence_loss
+from amtml_fast.reference import KDOptions, KDStats, KDTerms, wide_dtype
 
 MODES = ("mixture", "sum")
 
@@ -35,47 +36,66 @@ def multi_teacher_kd_loss(
     teacher_weights: Tensor | None,
     labels: Tensor | None = None,
     *,
-    temperature: float = 4.0,
-    alpha: float = 0.7,
+    temperature: float | Tensor = 4.0,
+    alpha: float | Tensor = 0.7,
     mode: str = "mixture",
     reduction: str = "batchmean",
     t2_scale: bool = True,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     num_items_in_batch: int | Tensor | None = None,
-) -> Tensor:
-    """Weighted multi-teacher distillation loss (Eq 7-8)::
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    teacher_temperature: float | Sequence[float] | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, KDStats]:
+    """Weighted multi-teacher distillation loss (Eq 7-8), with any of six divergences D(p, q)::
 
-        q, p_t = softmax(student / temperature), softmax(teacher_t / temperature)
-        kl = KL(sum_t w_t p_t || q)       # mode "mixture"
-        kl = sum_t w_t KL(p_t || q)       # mode "sum"; same student gradient where the weights sum to 1
-        loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
-        loss = temperature**2 * kl        # without labels: alpha plays no part
+        q, p_t = softmax(student / temperature), softmax(teacher_t / teacher_temperature_t)
+        D = D(sum_t w_t p_t, q)                             # mode "mixture": Eq 7
+        D = sum_t w_t D(p_t, q)                             # mode "sum"
+        D = D(softmax(sum_t w_t teacher_t / temperature_t), q)    # mode "logits"
+        loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * D
+        loss = temperature**2 * D         # without labels: alpha plays no part
 
     Args:
         student_logits: [N, C], or [B, S, C] taken as B * S rows.
         teacher_logits: T tensors shaped like ``student_logits``, read in place, or one [T, N, C] tensor. Teachers are
-            frozen: one that requires grad is an error.
+            frozen: one that requires grad is an error. Pad the shorter of two vocabularies with -inf.
         teacher_weights: [N, T], [T] (the same for every row) or None (uniform); [B, S, T] or [B * S, T] with [B, S, C].
-            Finite and not negative; need not sum to 1.
+            Finite and not negative; need not sum to 1. "jsd" and the skewed divergences are divergences only where they
+            do, or in mode "logits".
         labels: [N] or [B, S] integer classes, or None.
-        temperature: > 0.
-        alpha: share of the KL in [0, 1].
+        temperature: > 0; or one for each row, [N] or [B, S], which gets no gradient.
+        alpha: share of D in [0, 1]; or, with labels, one for each row, [N] or [B, S], whose gradient is exact.
+        mode: how teachers are combined, see above. ``"mixture"`` and ``"sum"`` have the same student gradient for
+            ``"forward_kl"`` where the weights sum to 1.
         reduction: ``"none"`` (one value a row, shaped like ``labels``), ``"sum"``, ``"batchmean"`` (divided by the rows
-            that are not ignored) or ``"mean"`` (the KL divided by the number of classes too, as ``nn.KLDivLoss`` does).
-        t2_scale: multiply the KL by ``temperature**2``.
+            that are not ignored) or ``"mean"`` (D divided by the number of classes too, as ``nn.KLDivLoss`` does).
+        t2_scale: multiply D by ``temperature**2``.
         ignore_index: rows with this label count 0 in value, gradient and denominator.
         label_smoothing: of the cross-entropy, in [0, 1].
         num_items_in_batch: replaces the denominator of ``"batchmean"`` (gradient accumulation, data parallel): an int or
             a 0-d tensor of any dtype. It may be 0 where every row is ignored; the loss is 0 then.
+        divergence: D(p, q), with KL(a || b) = sum_c a_c log(a_c / b_c) and ``b`` for ``beta``:
+
+            - ``"forward_kl"``: KL(p || q), Eq 8. ``"reverse_kl"``: KL(q || p).
+            - ``"jsd"``: b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q.
+            - ``"skew_kl"``: KL(p || b p + (1 - b) q). ``"skew_reverse_kl"``: KL(q || (1 - b) p + b q).
+            - ``"tvd"``: half of sum_c |p_c - q_c|; gradient 0 where they are equal.
+        beta: between 0 and 1, both excluded. None: 0.5 for ``"jsd"``, 0.1 for the skewed ones; the others have none.
+        teacher_temperature: of all teachers, or T numbers; None: ``temperature``. Its square scales nothing.
+        return_stats: return ``(loss, KDStats)``: entropies, each teacher's KL and more for every row, detached.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
 
-    A logit of -inf is probability 0 with gradient 0. Gradients flow to ``student_logits`` and ``teacher_weights``.
+    A logit of -inf is probability 0 with gradient 0. Where only the student has a class, ``"reverse_kl"`` is +inf, with
+    gradient 0 at that class. Gradients flow to ``student_logits``, ``teacher_weights`` and ``alpha``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then.
+        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU the values of
+            weights, labels, ``temperature`` and ``alpha`` are not looked at.
     """
     name = "multi_teacher_kd_loss"
     rows, classes, teachers = check_arguments(
@@ -91,9 +111,21 @@ def multi_teacher_kd_loss(
         student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
         labels = None if labels is None else labels.reshape(rows)
     row_reduction = reduction if num_items_in_batch is None else "sum"
-    options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
-    loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
-    return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+    eq8 = divergence == "forward_kl" and mode != "logits" and beta is None and teacher_temperature is None
+    if eq8 and not (return_stats or isinstance(temperature, Tensor) or isinstance(alpha, Tensor)):
+        options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
+        loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
+        return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+    check_options(
+        temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers)
+    )
+    check_row_numbers(student_logits, temperature, alpha, labels)
+    numbers = (1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha))
+    options = KDOptions(*numbers, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
+    more = reference.divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
+    loss, stats = divergence_loss(student, teachers, weights, labels, options, more, need_stats=return_stats)
+    loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+    return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
 
 def multi_teacher_kd(

@@ -1,0 +1,250 @@
+"""``multi_teacher_kd_loss`` with what Eq 8 has not: other divergences, mixed logits, temperatures of the teachers, numbers for
+each row, and statistics."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtml_fast import backend, checks, reference
+from amtml_fast.ops import _kd
+from amtml_fast.ops._base import (
+    asked,
+    define,
+    empty,
+    first_order,
+    kernels,
+    needs_grad,
+    operator,
+    run,
+    save,
+    save_grads,
+    saved,
+    scaled_rows,
+)
+from amtml_fast.reference import DEFAULT_BETA, Divergence, KDOptions, KDStats, wide_dtype
+
+MODES = ("mixture", "sum", "logits")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+_NAME = "multi_teacher_kd_loss"
+
+operator("divergence", backends=("cpp",))
+
+
+def check_options(
+    temperature: float | Tensor,
+    alpha: float | Tensor,
+    mode: str,
+    label_smoothing: float,
+    divergence: str,
+    beta: float | None,
+    teacher_temperature: float | Sequence[float] | None,
+    num_teachers: int,
+) -> None:
+    """The keywords of ``multi_teacher_kd_loss``, but for the tensors."""
+    numbers = (1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha))
+    _kd.check_numbers(_NAME, *numbers, label_smoothing)
+    checks.one_of(_NAME, "mode", mode, MODES)
+    checks.one_of(_NAME, "divergence", divergence, DIVERGENCES)
+    if divergence in DEFAULT_BETA:
+        if beta is not None:
+            wanted = f'between 0 and 1, both excluded, with divergence "{divergence}"'
+            if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+                raise TypeError(f"{_NAME}: beta must be a number {wanted}, got {beta!r}")
+            if not 0 < beta < 1:
+                raise ValueError(f"{_NAME}: beta must be a number {wanted}, got {beta}")
+    elif beta is not None:
+        raise ValueError(f'{_NAME}: beta must be None with divergence "{divergence}", got {beta!r}')
+    if teacher_temperature is None:
+        return
+    if isinstance(teacher_temperature, (list, tuple)):
+        if len(teacher_temperature) != num_teachers:
+            wanted = f"a number or {num_teachers} numbers, one for each teacher"
+            raise ValueError(f"{_NAME}: teacher_temperature must be {wanted}, got {len(teacher_temperature)}")
+        for t, tau in enumerate(teacher_temperature):
+            checks.number(_NAME, f"teacher_temperature[{t}]", tau, 0, math.inf, above=True)
+    else:
+        checks.number(_NAME, "teacher_temperature", teacher_temperature, 0, math.inf, above=True)
+
+
+def check_row_numbers(
+    student_logits: Tensor, temperature: float | Tensor, alpha: float | Tensor, labels: Tensor | None
+) -> None:
+    """``alpha`` and ``temperature`` where they are tensors, one number a row."""
+    leading = student_logits.shape[:-1]
+    for name, value in (("temperature", temperature), ("alpha", alpha)):
+        if not isinstance(value, Tensor):
+            continue
+        checks.tensor(_NAME, name, value)
+        if value.shape not in (leading, (leading.numel(),)):
+            raise ValueError(f"{_NAME}: {name} must be a number or {list(leading)}, got {checks.shape(value)}")
+        checks.same_device(_NAME, name, value, "student_logits", student_logits)
+    if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{_NAME}: temperature must be detached (it gets no gradient), got one that requires grad")
+    if isinstance(alpha, Tensor) and labels is None:
+        raise ValueError(f"{_NAME}: alpha must be a number without labels (it has no cross-entropy to weigh), got a tensor")
+
+
+def divergence_loss(
+    student: Tensor,
+    teachers: Sequence[Tensor],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    divergence: Divergence,
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, KDStats | None]:
+    """The loss of checked rows [N, C], and with ``need_stats`` their statistics."""
+    chosen = backend.choose("divergence", student, weights, divergence.alpha, *teachers)
+    values = labels, options.ignore_index, divergence, student.shape[1], weights
+    if chosen != "cpp":  # the C++ kernel checks values itself
+        _check_values(*values)
+    if chosen == "reference":
+        return reference.divergence_loss(student, list(teachers), weights, labels, options, divergence)
+    wide = wide_dtype(student, *teachers, weights)
+    if weights is not None:
+        weights = weights.to(wide).expand(student.shape[0], -1)
+    alpha, temperatures = (None if x is None else x.to(wide) for x in (divergence.alpha, divergence.temperature))
+    ce_weight, kl_weight = (1.0 - options.alpha, float(options.alpha)) if labels is not None else (0.0, 1.0)
+    settings = (
+        divergence.name, divergence.beta, options.mode, list(divergence.teacher_temperatures), float(options.temperature),
+        options.t2_scale, ce_weight, kl_weight, options.reduction, options.ignore_index, float(options.label_smoothing),
+    )  # fmt: skip
+    needs = needs_grad(student), needs_grad(weights), needs_grad(alpha)
+    try:
+        out = run(
+            DivergenceKD, any(needs),
+            chosen, student, weights, alpha, _kd.as_long(labels), temperatures, settings, needs, wide, need_stats, *teachers,
+        )  # fmt: skip
+    except RuntimeError:
+        _check_values(*values)  # as ValueError
+        raise
+    if not need_stats:
+        return out, None
+    loss, stats = out
+    return loss, KDStats(stats[:, 0], stats[:, 1], stats[:, 4:], stats[:, 2], stats[:, 3])
+
+
+def _check_values(
+    labels: Tensor | None, ignore_index: int, divergence: Divergence, classes: int, weights: Tensor | None
+) -> None:
+    """Only where looking costs no sync. A row that is ignored may hold anything."""
+    _kd.check_values(_NAME, labels, classes, ignore_index, weights)
+    temperature, alpha = divergence.temperature, divergence.alpha
+    if temperature is not None:
+        fits = (temperature > 0) & temperature.isfinite()
+        _check_rows("temperature", "positive and finite", temperature, fits, labels, ignore_index)
+    if alpha is not None:
+        _check_rows("alpha", "in [0, 1]", alpha, (alpha >= 0) & (alpha <= 1), labels, ignore_index)
+
+
+def _check_rows(
+    name: str, wanted: str, value: Tensor, fits: Tensor, labels: Tensor | None, ignore_index: int
+) -> None:
+    if not checks.values_are_free(value):
+        return
+    bad = ~fits if labels is None else ~fits & (labels != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0, 0])
+        raise ValueError(f"{_NAME}: {name} must be {wanted}, got {value[row].item():g} in row {row}")
+
+
+class DivergenceKD(torch.autograd.Function):
+    """The loss, or with ``need_stats`` the loss and the statistics [N, 4 + T], which are not differentiable.
+
+    ``needs``: a gradient to the student, to the weights and to alpha; ``wide``: the dtype of sums.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        student: Tensor,
+        weights: Tensor | None,
+        alpha: Tensor | None,
+        labels: Tensor | None,
+        temperatures: Tensor | None,
+        settings: tuple,
+        needs: tuple[bool, bool, bool],
+        wide: torch.dtype,
+        need_stats: bool,
+        *teachers: Tensor,
+    ) -> Any:
+        ctx.in_forward, ctx.backend, ctx.settings, ctx.needs = student.dtype == wide, backend, settings, needs
+        now = needs if ctx.in_forward else (False, False, False)
+        loss, *grads, stats = kernels(backend).divergence_fwd.default(
+            student, teachers, weights, labels, alpha, temperatures, *settings, *now, need_stats
+        )
+        ctx.set_materialize_grads(False)
+        if ctx.in_forward:
+            save_grads(ctx, grads, (student, weights, alpha), needs)
+        else:
+            save(ctx, student, weights, labels, alpha, temperatures, *teachers)
+        if not need_stats:
+            return loss
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    @first_order("multi_teacher_kd_loss")
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple:
+        fixed = (None,) * (len(ctx.needs_input_grad) - 4)
+        if grad_loss is None:
+            return None, None, None, None, *fixed
+        if ctx.in_forward:
+            return None, *scaled_rows(ctx, grad_loss, len(ctx.needs)), *fixed
+        student, weights, labels, alpha, temperatures, *teachers = saved(ctx)
+        grads = kernels(ctx.backend).divergence_bwd.default(
+            grad_loss, student, teachers, weights, labels, alpha, temperatures, *ctx.settings, *ctx.needs
+        )
+        return None, *map(asked, grads, ctx.needs), *fixed
+
+
+_INPUTS = (
+    "Tensor student, Tensor[] teachers, Tensor? weights, Tensor? labels, Tensor? alphas, Tensor? temperatures, "
+    "str divergence, float beta, str mode, float[] teacher_temperatures, float temperature, bool t2_scale, "
+    "float ce_weight, float kl_weight, str reduction, int ignore_index, float label_smoothing, "
+    "bool need_student_grad, bool need_weights_grad, bool need_alpha_grad"
+)
+
+
+def _fake_grads(
+    student: Tensor, num_teachers: int, wide: torch.dtype, made: torch.dtype, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = student.shape[0]
+    return (
+        empty(student, needs[0], student.shape, made),
+        empty(student, needs[1], (n, num_teachers), wide),
+        empty(student, needs[2], (n,), wide),
+    )
+
+
+# loss (scalar, or [N] for "none"), grad_student, grad_weights, grad_alpha, statistics [N, 4 + T]
+@define(
+    "divergence_fwd",
+    f"({_INPUTS}, bool need_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    triton=None,
+    gpu=False,
+)
+def _(student, teachers, weights, labels, alphas, temperatures, *settings):
+    reduction, needs = settings[8], settings[-4:]
+    wide, n = wide_dtype(student, *teachers, weights), student.shape[0]
+    return (
+        student.new_empty((n,) if reduction == "none" else (), dtype=wide),
+        *_fake_grads(student, len(teachers), wide, wide, needs),
+        empty(student, needs[3], (n, 4 + len(teachers)), wide),
+    )
+
+
+@define(
+    "divergence_bwd",
+    f"(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    triton=None,
+    gpu=False,
+)
+def _(grad_loss, student, teachers, weights, labels, alphas, temperatures, *settings):
+    wide = wide_dtype(student, *teachers, weights)
+    return _fake_grads(student, len(teachers), wide, student.dtype, settings[-3:])
