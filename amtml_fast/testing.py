@@ -3,6 +3,7 @@
 Tests and benchmarks both take their cases from here, so that nothing is timed which is not also checked.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -183,6 +184,35 @@ CASES = {
             large=((128, 100, 3), (50_000, 10, 2), (64, 1000, 3), (4, 32000, 3), (4, 128256, 1)),
             bytes=lambda s, n, c, t: s * n * c * (t + 2),
             flops=lambda n, c, t: n * c * (7 * t + 20),
+        ),
+        Case(
+            "divergence",
+            functools.partial(functional.multi_teacher_kd_loss, divergence="jsd"),
+            functools.partial(reference.multi_teacher_kd_loss, divergence="jsd"),
+            _multi_teacher_kd,
+            (6, 5, 3),
+            # n, C, T: empty; one of all; less and more than a vector; past several summation blocks; threads
+            ((0, 10, 3), (1, 1, 1), (2, 7, 3), (7, 10, 1), (33, 100, 3), (5, 1030, 2), (256, 257, 5)),
+            (
+                {},
+                {"divergence": "reverse_kl", "mode": "sum", "reduction": "none", "teacher_temperature": 2.0},
+                {"divergence": "skew_kl", "mode": "logits", "reduction": "mean", "label_smoothing": 0.1},
+                {"divergence": "skew_reverse_kl", "reduction": "sum", "t2_scale": False, "beta": 0.3},
+                {"divergence": "tvd", "mode": "sum", "reduction": "none", "temperature": 1.0},
+                {"divergence": "forward_kl", "mode": "logits", "alpha": 1.0, "temperature": 0.5},
+                {"divergence": "reverse_kl", "reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
+                {"divergence": "jsd", "mode": "logits", "beta": 0.9, "teacher_temperature": 1.5},
+                {"divergence": "skew_kl", "reduction": "none", "temperature": 0.7},
+                {"divergence": "reverse_kl", "mode": "logits"},
+                {"divergence": "skew_reverse_kl", "mode": "sum"},
+                {"divergence": "forward_kl", "teacher_temperature": 3.0, "reduction": "sum"},
+                {"divergence": "reverse_kl", "temperature": 1.0},
+                {"divergence": "tvd", "mode": "logits", "reduction": "none"},
+            ),
+            parallel=(2000, 100, 3),
+            large=((128, 100, 3), (4, 32000, 3), (4, 128256, 1)),
+            bytes=lambda s, n, c, t: s * n * c * (t + 2),
+            flops=lambda n, c, t: n * c * (7 * t + 30),
         ),
         Case(
             "topk_kd",

@@ -84,7 +84,9 @@ def check_row_numbers(
     if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{_NAME}: temperature must be detached (it gets no gradient), got one that requires grad")
     if isinstance(alpha, Tensor) and labels is None:
-        raise ValueError(f"{_NAME}: alpha must be a number without labels (it has no cross-entropy to weigh), got a tensor")
+        raise ValueError(
+            f"{_NAME}: alpha must be a number without labels (it has no cross-entropy to weigh), got a tensor"
+        )
 
 
 def divergence_loss(
@@ -141,9 +143,7 @@ def _check_values(
         _check_rows("alpha", "in [0, 1]", alpha, (alpha >= 0) & (alpha <= 1), labels, ignore_index)
 
 
-def _check_rows(
-    name: str, wanted: str, value: Tensor, fits: Tensor, labels: Tensor | None, ignore_index: int
-) -> None:
+def _check_rows(name: str, wanted: str, value: Tensor, fits: Tensor, labels: Tensor | None, ignore_index: int) -> None:
     if not checks.values_are_free(value):
         return
     bad = ~fits if labels is None else ~fits & (labels != ignore_index)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from amtml_fast import backend, checks, reference
 from amtml_fast.ops import _kd
+from amtml_fast.ops import divergence as divergence_op
 from amtml_fast.ops._base import (
     asked,
     define,
@@ -22,10 +23,9 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
-from amtml_fast.ops.divergence import check_options, check_row_numbers, divergence_loss
 from amtml_fast.reference import KDOptions, KDStats, KDTerms, wide_dtype
 
-MODES = ("mixture", "sum")
+MODES = ("mixture", "sum")  # of Eq 7-8
 
 operator("multi_teacher_kd")
 
@@ -101,6 +101,7 @@ def multi_teacher_kd_loss(
     rows, classes, teachers = check_arguments(
         name, student_logits, teacher_logits, teacher_weights, labels, ignore_index
     )
+    checks.one_of(name, "mode", mode, divergence_op.MODES)
     checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
     if num_items_in_batch is not None:
         _kd.check_num_items(name, num_items_in_batch, reduction, labels)
@@ -116,14 +117,16 @@ def multi_teacher_kd_loss(
         options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
         loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
         return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
-    check_options(
+    divergence_op.check_options(
         temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers)
     )
-    check_row_numbers(student_logits, temperature, alpha, labels)
+    divergence_op.check_row_numbers(student_logits, temperature, alpha, labels)
     numbers = (1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha))
     options = KDOptions(*numbers, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
     more = reference.divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
-    loss, stats = divergence_loss(student, teachers, weights, labels, options, more, need_stats=return_stats)
+    loss, stats = divergence_op.divergence_loss(
+        student, teachers, weights, labels, options, more, need_stats=return_stats
+    )
     loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
     return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
@@ -177,7 +180,6 @@ def _of_rows(
     """The loss; with ``need_terms`` all of ``KDTerms``, whose loss and probabilities are differentiable."""
     name = "multi_teacher_kd_loss"
     _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
-    checks.one_of(name, "mode", options.mode, MODES)
     chosen = backend.choose("multi_teacher_kd", student, weights, *teachers)
     if chosen != "cpp":  # the C++ kernel checks values itself
         _kd.check_values(name, labels, student.shape[1], options.ignore_index, None if need_terms else weights)

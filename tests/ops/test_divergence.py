@@ -1,0 +1,350 @@
+"""Divergences, modes, temperatures and numbers by row of multi_teacher_kd_loss, from their formulas; statistics; bad input."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from backends import takes
+
+import amtml_fast as af
+from amtml_fast.ops.divergence import DIVERGENCES, MODES
+from amtml_fast.testing import convert, relative_error
+
+pytestmark = pytest.mark.usefixtures("on")
+N, C, T = 6, 9, 3
+EVERY = pytest.mark.parametrize(("divergence", "mode"), list(itertools.product(DIVERGENCES, MODES)))
+BETA = {"jsd": 0.3, "skew_kl": 0.2, "skew_reverse_kl": 0.4}
+
+
+def _problem(dtype=torch.float32, n=N, c=C):
+    g = torch.Generator().manual_seed(3)
+    here = torch.get_default_device()
+    draw = lambda *size: torch.randn(size, generator=g, device="cpu").to(here)  # noqa: E731
+    labels = torch.randint(0, c, (n,), generator=g, device="cpu")
+    labels[1] = -100
+    student = (2 * draw(n, c)).to(dtype).requires_grad_()
+    weights = draw(n, T).softmax(1).requires_grad_()
+    alpha = draw(n).sigmoid().requires_grad_()
+    return student, [(2 * draw(n, c)).to(dtype) for _ in range(T)], weights, labels.to(here), alpha, draw(n).exp() + 0.5
+
+
+def _kl(a, b):
+    return (a * (a / b).log()).sum()
+
+
+def _distance(name, beta, p, q):
+    """docs/method.md, line by line."""
+    if name == "forward_kl":
+        return _kl(p, q)
+    if name == "reverse_kl":
+        return _kl(q, p)
+    if name == "jsd":
+        m = beta * p + (1 - beta) * q
+        return beta * _kl(p, m) + (1 - beta) * _kl(q, m)
+    if name == "skew_kl":
+        return _kl(p, beta * p + (1 - beta) * q)
+    if name == "skew_reverse_kl":
+        return _kl(q, (1 - beta) * p + beta * q)
+    return (p - q).abs().sum() / 2
+
+
+def _by_hand(student, teachers, weights, labels, alpha, temperature, divergence, beta, mode, of_teachers):
+    """The loss of each row, in float64, one row at a time."""
+    rows = []
+    for i in range(len(student)):
+        if labels[i] == -100:
+            rows.append(student.new_zeros(()))
+            continue
+        tau, w, a = temperature[i], weights[i], alpha[i]
+        q = (student[i] / tau).softmax(0)
+        scaled = [z[i] / by for z, by in zip(teachers, of_teachers)]
+        if mode == "sum":
+            distance = sum(w[t] * _distance(divergence, beta, x.softmax(0), q) for t, x in enumerate(scaled))
+        else:
+            mixed = sum(w[t] * (x.softmax(0) if mode == "mixture" else x) for t, x in enumerate(scaled))
+            distance = _distance(divergence, beta, mixed if mode == "mixture" else mixed.softmax(0), q)
+        ce = torch.nn.functional.cross_entropy(student[i : i + 1], labels[i : i + 1])
+        rows.append((1 - a) * ce + a * tau**2 * distance)
+    return torch.stack(rows)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_its_formula(divergence, mode, dtype):
+    problem = _problem(dtype)
+    options = dict(divergence=divergence, beta=BETA.get(divergence), mode=mode)
+    leaves = [problem[i] for i in (0, 2, 4)]
+    upstream = torch.linspace(-1, 1, N)
+
+    def gradients(rows, leaves):
+        return torch.autograd.grad(rows, leaves, upstream.to(rows))
+
+    exact = convert(problem, dtype=torch.float64)
+    want = _by_hand(*exact, divergence, options["beta"], mode, (1.5, 2.0, 0.7))
+    student, teachers, weights, labels, alpha, temperature = problem
+    got = af.multi_teacher_kd_loss(
+        student, teachers, weights, labels, alpha=alpha, temperature=temperature,
+        teacher_temperature=(1.5, 2.0, 0.7), reduction="none", **options,
+    )  # fmt: skip
+    assert relative_error(got, want) <= 1e-6
+    step = 2**-8 if dtype == torch.bfloat16 else 0
+    for g, w, leaf in zip(gradients(got, leaves), gradients(want, [exact[i] for i in (0, 2, 4)]), leaves):
+        assert g.dtype == leaf.dtype
+        assert relative_error(g, w.to(g.dtype)) <= 1e-5 + (step if g.dtype == dtype else 0)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+def test_alpha_by_row_is_reduced_as_the_loss_is(reduction):
+    student, teachers, weights, labels, alpha, _ = _problem()
+    options = dict(divergence="jsd", temperature=2.0)
+    rows = {
+        a: af.multi_teacher_kd_loss(student, teachers, weights, labels, alpha=a, reduction="none", **options)
+        for a in (0.0, 1.0)
+    }
+    by = {"sum": 1, "batchmean": N - 1, "mean": N - 1}[reduction]
+    ce, kl = rows[0.0] / by, rows[1.0] / (by * (C if reduction == "mean" else 1))
+    got = af.multi_teacher_kd_loss(student, teachers, weights, labels, alpha=alpha, reduction=reduction, **options)
+    torch.testing.assert_close(got, ((1 - alpha) * ce + alpha * kl).sum())
+    torch.testing.assert_close(torch.autograd.grad(got, alpha)[0], (kl - ce).detach())
+
+
+def test_three_dimensions_and_a_count_of_items():
+    student, teachers, weights, labels, alpha, temperature = _problem()
+    options = dict(divergence="reverse_kl", return_stats=True)
+    flat, of_rows = af.multi_teacher_kd_loss(
+        student, teachers, weights, labels, alpha=alpha, temperature=temperature, reduction="none", **options
+    )
+    cube = student.view(2, 3, C), [z.view(2, 3, C) for z in teachers], weights.view(2, 3, T), labels.view(2, 3)
+    numbers = dict(alpha=alpha.view(2, 3), temperature=temperature.view(2, 3))
+    got, stats = af.multi_teacher_kd_loss(*cube, reduction="none", **numbers, **options)
+    torch.testing.assert_close(got, flat.view(2, 3))
+    assert stats.teacher_kl.shape == (2, 3, T) and stats.agreement.shape == (2, 3)
+    torch.testing.assert_close(stats.teacher_kl.view(N, T), of_rows.teacher_kl)
+    counted, _ = af.multi_teacher_kd_loss(*cube, num_items_in_batch=7, **numbers, **options)
+    torch.testing.assert_close(counted, flat.sum() / 7)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics(mode):
+    student, teachers, weights, labels, _, temperature = _problem()
+    of_teachers = (1.5, 2.0, 0.7)
+    loss, stats = af.multi_teacher_kd_loss(
+        student,
+        teachers,
+        weights,
+        labels,
+        mode=mode,
+        temperature=temperature,
+        teacher_temperature=of_teachers,
+        return_stats=True,
+    )
+    plain = af.multi_teacher_kd_loss(
+        student, teachers, weights, labels, mode=mode, temperature=temperature, teacher_temperature=of_teachers
+    )
+    torch.testing.assert_close(loss, plain)
+    z, ts, w, *_, tau = convert(_problem(), dtype=torch.float64)
+    q = (z / tau[:, None]).softmax(1)
+    ps = [(t / by).softmax(1) for t, by in zip(ts, of_teachers)]
+    p = sum(w[:, t, None] * x for t, x in enumerate(ps))
+    if mode == "logits":
+        p = sum(w[:, t, None] * z / by for (t, z), by in zip(enumerate(ts), of_teachers)).softmax(1)
+    entropy = lambda x: -(x * x.log()).sum(1)  # noqa: E731
+    kls = torch.stack([(x * (x / q).log()).sum(1) for x in ps], 1)
+    want = entropy(q), entropy(p), kls, torch.ones(N), (q.argmax(1) == p.argmax(1)).double()
+    for name, got, right in zip(stats._fields, stats, want):
+        right = right.detach().to(torch.float32).clone()
+        right[1] = 0  # ignored
+        assert not got.requires_grad
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_the_defaults_are_equation_8():
+    student, teachers, weights, labels, *_ = _problem()
+    args = student, teachers, weights, labels
+    rows = torch.full((N,), 0.7), torch.full((N,), 4.0)
+    want = torch.autograd.grad(af.multi_teacher_kd_loss(*args), (student, weights))
+    for options in (
+        dict(alpha=rows[0]),
+        dict(temperature=rows[1]),
+        dict(teacher_temperature=4.0),
+        dict(teacher_temperature=[4.0] * T),
+    ):
+        loss = af.multi_teacher_kd_loss(*args, **options)
+        torch.testing.assert_close(loss, af.multi_teacher_kd_loss(*args))
+        torch.testing.assert_close(torch.autograd.grad(loss, (student, weights)), want)
+
+
+@EVERY
+def test_masked_classes_count_nothing(divergence, mode):
+    """A vocabulary padded with -inf on both sides is the smaller vocabulary."""
+    student, teachers, weights, labels, *_ = _problem()
+    pad = lambda x: torch.nn.functional.pad(x, (0, 4), value=-math.inf)  # noqa: E731
+    options = dict(divergence=divergence, mode=mode, reduction="sum")
+    want = af.multi_teacher_kd_loss(student, teachers, weights, labels, **options)
+    wide = pad(student.detach()).requires_grad_()
+    got = af.multi_teacher_kd_loss(wide, [pad(t) for t in teachers], weights, labels, **options)
+    torch.testing.assert_close(got, want)
+    (of_wide, of_weights), grads = (torch.autograd.grad(x, (y, weights)) for x, y in ((got, wide), (want, student)))
+    torch.testing.assert_close((of_wide[:, :C], of_weights), grads)
+    assert not of_wide[:, C:].any()
+
+
+@EVERY
+def test_classes_that_one_side_alone_has(divergence, mode):
+    """A student's or a teacher's -inf: as the formulas say, and never NaN."""
+    student, teachers, weights, *_ = _problem()
+    student = student.detach().clone()
+    student[:, 0] = -math.inf
+    teachers[0][:, 0] = -math.inf
+    for t in teachers:
+        t[:, 1] = -math.inf
+    teachers[1][:, 2] = -math.inf
+    options = dict(divergence=divergence, mode=mode, reduction="none", temperature=1.0)
+
+    def run(student, teachers, weights):
+        leaf = student.requires_grad_()
+        rows = af.multi_teacher_kd_loss(leaf, teachers, weights, None, **options)
+        return rows.detach(), *torch.autograd.grad(rows, (leaf, weights), torch.ones_like(rows))
+
+    with af.use_backend("reference"):
+        want = run(*convert((student, teachers, weights), dtype=torch.float64))
+    got = run(student, teachers, weights)
+    infinite = divergence == "reverse_kl" or (divergence == "forward_kl" and mode != "logits")
+    assert (got[0] == math.inf).all() if infinite else got[0].isfinite().all()
+    assert got[1].isfinite().all() and not got[1][:, 0].any()
+    if divergence == "reverse_kl":
+        assert got[1][:, 1].abs().max() <= 1e-6
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g.double(), w, rtol=2e-5, atol=2e-5)
+
+
+def test_reverse_kl_of_teachers_far_below_the_smallest_number():
+    """exp(-300) is no float32, but its logarithm is, and the teacher that is nearer gets all of the weight's gradient."""
+    student = torch.tensor([[0.0, 1.0, 0.5]], requires_grad=True)
+    teachers = [torch.tensor([[0.0, -300.0, 1.0]]), torch.tensor([[0.0, -310.0, -1.0]])]
+    weights = torch.tensor([[0.4, 0.6]], requires_grad=True)
+    for mode in MODES:
+        options = dict(divergence="reverse_kl", mode=mode, temperature=1.0)
+        loss = af.multi_teacher_kd_loss(student, teachers, weights, **options)
+        exact = convert((student, teachers, weights), dtype=torch.float64)
+        want = af.reference.multi_teacher_kd_loss(*exact, **options)
+        assert relative_error(loss, want) <= 1e-6 and want > 100
+        for g, w in zip(torch.autograd.grad(loss, (student, weights)), torch.autograd.grad(want, (exact[0], exact[2]))):
+            assert relative_error(g, w) <= 1e-5
+
+
+@EVERY
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_student_that_equals_its_target_learns_nothing(divergence, mode, temperature):
+    z = (3 * torch.randn(4, 50)).requires_grad_()
+    loss = af.multi_teacher_kd_loss(z, [z.detach()], None, divergence=divergence, mode=mode, temperature=temperature)
+    (grad,) = torch.autograd.grad(loss, z)
+    if (divergence, mode) == ("tvd", "logits"):
+        return  # has no gradient that is near 0: softmax(z / tau) and softmax(w z / tau) may differ in their last bit
+    assert abs(loss.item()) <= 1e-6 * temperature**2 + 1e-9
+    assert grad.abs().max() <= 1e-6 * temperature
+
+
+def test_a_row_that_is_ignored_may_hold_anything():
+    student, teachers, weights, labels, alpha, temperature = _problem()
+    want = af.multi_teacher_kd_loss(
+        student, teachers, weights, labels, alpha=alpha, temperature=temperature, divergence="jsd"
+    )
+    wanted = torch.autograd.grad(want, (student, weights, alpha))
+    bad = [x.detach().clone() for x in (student, weights, alpha, temperature)]
+    bad[0][1], bad[2][1], bad[3][1] = math.nan, 7.0, -1.0
+    for t in teachers:
+        t[1] = math.nan
+    leaves = [x.requires_grad_() for x in bad[:3]]
+    got = af.multi_teacher_kd_loss(
+        leaves[0], teachers, leaves[1], labels, alpha=leaves[2], temperature=bad[3], divergence="jsd"
+    )
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, leaves), wanted)
+    assert all(not g[1].any() for g in wanted)
+
+
+@EVERY
+def test_nan_stays_in_its_row(divergence, mode):
+    student, teachers, weights, *_ = _problem()
+    teachers[1][2, 3] = math.nan
+    rows = af.multi_teacher_kd_loss(student, teachers, weights, divergence=divergence, mode=mode, reduction="none")
+    grads = torch.autograd.grad(rows, (student, weights), torch.ones_like(rows))
+    others = torch.arange(N) != 2
+    assert rows[2].isnan() and rows[others].isfinite().all() and all(g[others].isfinite().all() for g in grads)
+    without = weights.detach().clone()
+    without[:, 1] = 0
+    rows = af.multi_teacher_kd_loss(student, teachers, without, divergence=divergence, mode=mode, reduction="none")
+    assert rows.isfinite().all()  # a teacher without weight
+
+
+def test_torch_compile():
+    torch._dynamo.reset()
+    student, teachers, weights, labels, alpha, temperature = _problem()
+    compiled = torch.compile(af.multi_teacher_kd_loss, fullgraph=True, backend="aot_eager")
+    options = dict(
+        alpha=alpha,
+        temperature=temperature,
+        divergence="skew_kl",
+        teacher_temperature=[1.0, 2.0, 3.0],
+        return_stats=True,
+    )
+    got, want = (f(student, teachers, weights, labels, **options) for f in (compiled, af.multi_teacher_kd_loss))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(x[0], (student, weights, alpha)) for x in (got, want)))
+
+
+BAD = {
+    r"divergence must be one of forward_kl, .*, tvd, got 'kl'": dict(divergence="kl"),
+    "mode must be one of mixture, sum, logits, got": dict(mode="logit"),
+    'beta must be None with divergence "forward_kl", got 0.5': dict(beta=0.5),
+    'beta must be None with divergence "tvd", got 0.5': dict(divergence="tvd", beta=0.5),
+    r'beta must be a number between 0 and 1, both excluded, with divergence "jsd", got 0': dict(divergence="jsd", beta=0),
+    r'beta must be a number between 0 and 1, both excluded, with divergence "skew_kl", got nan': dict(divergence="skew_kl", beta=math.nan),
+    r'beta must be a number between .*, got True': dict(divergence="jsd", beta=True),
+    r"teacher_temperature must be a number in \(0.*, got 0": dict(teacher_temperature=0.0),
+    r"teacher_temperature must be a number or 3 numbers, one for each teacher, got 2": dict(teacher_temperature=[1.0, 2.0]),
+    r"teacher_temperature\[1\] must be a number in \(0.*, got -2": dict(teacher_temperature=[1.0, -2.0, 1.0]),
+    r"alpha must be a number or \[6\], got \[5\]": dict(alpha=torch.ones(5)),
+    r"temperature must be a number or \[6\], got \[6, 1\]": dict(temperature=torch.ones(6, 1)),
+    r"temperature must be detached \(it gets no gradient\), got one that requires grad": dict(temperature=torch.ones(6, requires_grad=True)),
+    r"temperature must be positive and finite, got 0 in row 2": dict(temperature=torch.tensor([1.0, 1, 0, 1, 1, 1])),
+    r"temperature must be positive and finite, got inf in row 0": dict(temperature=torch.tensor([math.inf, 1, 0, 1, 1, 1])),
+    r"alpha must be in \[0, 1\], got 1.5 in row 3": dict(alpha=torch.tensor([1.0, 9, 0, 1.5, 1, 1])),
+    r"alpha must be in \[0, 1\], got nan in row 0": dict(alpha=torch.tensor([math.nan, 9, 0, 1, 1, 1])),
+    r"alpha must be float32, bfloat16, float16 or float64, got torch.int64": dict(alpha=torch.ones(6, dtype=torch.int64)),
+    r"label_smoothing must be a number in \[0, 1\], got 2": dict(divergence="jsd", label_smoothing=2.0),
+    r"alpha must be a number in \[0, 1\], got -1": dict(divergence="jsd", alpha=-1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message, on):
+    options = {
+        k: v.to(torch.get_default_device()).requires_grad_(v.requires_grad) if isinstance(v, torch.Tensor) else v
+        for k, v in BAD[message].items()
+    }
+    by_value = " in row " in message
+    if by_value and torch.get_default_device().type != "cpu":
+        pytest.skip("values are not looked at there")
+    student, teachers, weights, labels, *_ = _problem()
+    with pytest.raises((ValueError, TypeError), match="multi_teacher_kd_loss: " + message):
+        af.multi_teacher_kd_loss(student, teachers, weights, labels, **options)
+
+
+def test_alpha_by_row_needs_labels():
+    student, teachers, weights, _, alpha, _ = _problem()
+    with pytest.raises(ValueError, match=r"alpha must be a number without labels .*, got a tensor"):
+        af.multi_teacher_kd_loss(student, teachers, weights, alpha=alpha)
+
+
+def test_float64(on):
+    if not takes(on, torch.float64):
+        pytest.skip("float64")
+    student, teachers, weights, labels, *_ = convert(_problem(), dtype=torch.float64)
+    for divergence, mode in itertools.product(DIVERGENCES, MODES):
+        torch.autograd.gradcheck(
+            lambda z, w, d=divergence, m=mode: af.multi_teacher_kd_loss(z, teachers, w, labels, divergence=d, mode=m),
+            (student, weights),
+        )
