@@ -7,7 +7,7 @@ taken as already checked: the checks live in ``amtml_fast.ops``.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,18 +119,17 @@ def multi_teacher_kd_loss(
     beta: float | None = None,
     teacher_temperature: float | Sequence[float] | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, KDStats]:
+) -> Any:
     """Eq 7-8: ``(1 - alpha) * CE + alpha * temperature**2 * D(p, q)``, where D is ``KL(sum_t w_t p_t || q)``."""
     leading = student_logits.shape[:-1]
     divergent = divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teacher_logits))
-    numbers = (1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha))
     row_reduction = "sum" if num_items_in_batch is not None else reduction
     arguments = (
         student_logits.reshape(-1, student_logits.shape[-1]),
         [t.reshape(-1, t.shape[-1]) for t in teacher_logits],
         None if teacher_weights is None else teacher_weights.reshape(-1, teacher_weights.shape[-1]),
         None if labels is None else labels.reshape(-1),
-        KDOptions(*numbers, mode, row_reduction, t2_scale, ignore_index, label_smoothing),
+        divergence_numbers(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing),
     )
     if divergent.nothing_but_eq8(mode) and not return_stats:
         loss = multi_teacher_kd(*arguments).loss
@@ -195,6 +194,12 @@ def divergence_of(
     )
 
 
+def divergence_numbers(temperature: float | Tensor, alpha: float | Tensor, *others: Any) -> KDOptions:
+    """``KDOptions`` of which ``Divergence`` holds what there is one of a row."""
+    shared = [1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha)]
+    return KDOptions(shared[0], shared[1], *others)
+
+
 def shaped_stats(stats: KDStats, leading: Sequence[int]) -> KDStats:
     """The numbers of rows in the shape of the student's logits."""
     return KDStats(*(x.reshape(*leading, *x.shape[1:]) for x in stats))
@@ -215,7 +220,7 @@ def divergence_loss(
     tau = logits.new_full((1, 1), options.temperature)
     if divergence.temperature is not None:
         tau = divergence.temperature.to(dtype).unsqueeze(1).masked_fill(hide, 1)  # [N, 1]
-    of_teachers = divergence.teacher_temperatures or (tau,) * len(teachers)
+    of_teachers: Sequence[Any] = divergence.teacher_temperatures or (tau,) * len(teachers)
     scaled = [t.to(dtype).masked_fill(hide, 0) / by for t, by in zip(teachers, of_teachers)]
     log_p = [x.log_softmax(-1) for x in scaled]
     log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]

@@ -44,8 +44,8 @@ def check_options(
     num_teachers: int,
 ) -> None:
     """The keywords of ``multi_teacher_kd_loss``, but for the tensors."""
-    numbers = (1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha))
-    _kd.check_numbers(_NAME, *numbers, label_smoothing)
+    shared = [1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha)]
+    _kd.check_numbers(_NAME, shared[0], shared[1], label_smoothing)
     checks.one_of(_NAME, "mode", mode, MODES)
     checks.one_of(_NAME, "divergence", divergence, DIVERGENCES)
     if divergence in DEFAULT_BETA:
@@ -98,7 +98,7 @@ def divergence_loss(
     divergence: Divergence,
     *,
     need_stats: bool,
-) -> tuple[Tensor, KDStats | None]:
+) -> tuple[Tensor, Any]:
     """The loss of checked rows [N, C], and with ``need_stats`` their statistics."""
     chosen = backend.choose("divergence", student, weights, divergence.alpha, *teachers)
     values = labels, options.ignore_index, divergence, student.shape[1], weights

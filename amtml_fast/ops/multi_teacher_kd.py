@@ -23,7 +23,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
-from amtml_fast.reference import KDOptions, KDStats, KDTerms, wide_dtype
+from amtml_fast.reference import KDOptions, KDTerms, wide_dtype
 
 MODES = ("mixture", "sum")  # of Eq 7-8
 
@@ -48,7 +48,7 @@ def multi_teacher_kd_loss(
     beta: float | None = None,
     teacher_temperature: float | Sequence[float] | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, KDStats]:
+) -> Any:
     """Weighted multi-teacher distillation loss (Eq 7-8), with any of six divergences D(p, q)::
 
         q, p_t = softmax(student / temperature), softmax(teacher_t / teacher_temperature_t)
@@ -121,8 +121,9 @@ def multi_teacher_kd_loss(
         temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers)
     )
     divergence_op.check_row_numbers(student_logits, temperature, alpha, labels)
-    numbers = (1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha))
-    options = KDOptions(*numbers, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
+    options = reference.divergence_numbers(
+        temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing
+    )
     more = reference.divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
     loss, stats = divergence_op.divergence_loss(
         student, teachers, weights, labels, options, more, need_stats=return_stats
