@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amtml_fast import checks
+from amtml_fast import checks, dropin_language
+from amtml_fast.dropin_language import *  # noqa: F403
 from amtml_fast.functional import (
     angle_loss,
     hint_loss,
@@ -47,6 +48,7 @@ __all__ = [
     "RkdDistance",
     "kd_loss",
     "rkd_loss",
+    *dropin_language.__all__,
 ]
 
 

@@ -65,7 +65,8 @@ class TeacherAdapter(nn.Module):
 
 
 class MultiTeacherKDLoss(nn.Module):
-    """Module form of ``multi_teacher_kd_loss``: same keywords, same meaning."""
+    """Module form of ``multi_teacher_kd_loss``: same keywords, same meaning. ``forward`` takes ``alpha`` and ``temperature`` of
+    this batch, where they are one number a row."""
 
     def __init__(
         self,
@@ -76,6 +77,10 @@ class MultiTeacherKDLoss(nn.Module):
         t2_scale: bool = True,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
+        divergence: str = "forward_kl",
+        beta: float | None = None,
+        teacher_temperature: float | Sequence[float] | None = None,
+        return_stats: bool = False,
     ):
         super().__init__()
         self.options: dict[str, Any] = dict(
@@ -86,6 +91,10 @@ class MultiTeacherKDLoss(nn.Module):
             t2_scale=t2_scale,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            divergence=divergence,
+            beta=beta,
+            teacher_temperature=teacher_temperature,
+            return_stats=return_stats,
         )
 
     def forward(
@@ -95,14 +104,16 @@ class MultiTeacherKDLoss(nn.Module):
         teacher_weights: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> Tensor:
+        *,
+        alpha: Tensor | None = None,
+        temperature: Tensor | None = None,
+    ) -> Any:
+        options = self.options
+        if alpha is not None or temperature is not None:
+            by_row = dict(alpha=alpha, temperature=temperature)
+            options = {**options, **{name: value for name, value in by_row.items() if value is not None}}
         return multi_teacher_kd_loss(
-            student_logits,
-            teacher_logits,
-            teacher_weights,
-            labels,
-            num_items_in_batch=num_items_in_batch,
-            **self.options,
+            student_logits, teacher_logits, teacher_weights, labels, num_items_in_batch=num_items_in_batch, **options
         )
 
     def extra_repr(self) -> str:

@@ -26,7 +26,7 @@ from amtml_fast.ops._base import (
 )
 from amtml_fast.reference import DEFAULT_BETA, Divergence, KDOptions, KDStats, wide_dtype
 
-MODES = ("mixture", "sum", "logits")
+ALL_MODES = ("mixture", "sum", "logits")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 _NAME = "multi_teacher_kd_loss"
 
@@ -46,7 +46,7 @@ def check_options(
     """The keywords of ``multi_teacher_kd_loss``, but for the tensors."""
     shared = [1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha)]
     _kd.check_numbers(_NAME, shared[0], shared[1], label_smoothing)
-    checks.one_of(_NAME, "mode", mode, MODES)
+    checks.one_of(_NAME, "mode", mode, ALL_MODES)
     checks.one_of(_NAME, "divergence", divergence, DIVERGENCES)
     if divergence in DEFAULT_BETA:
         if beta is not None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from amtml_fast import backend, checks, reference
 from amtml_fast.ops import _kd
-from amtml_fast.ops import divergence as divergence_op
 from amtml_fast.ops._base import (
     asked,
     define,
@@ -23,6 +22,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
+from amtml_fast.ops.divergence import ALL_MODES, check_options, check_row_numbers, divergence_loss
 from amtml_fast.reference import KDOptions, KDTerms, wide_dtype
 
 MODES = ("mixture", "sum")  # of Eq 7-8
@@ -101,7 +101,7 @@ def multi_teacher_kd_loss(
     rows, classes, teachers = check_arguments(
         name, student_logits, teacher_logits, teacher_weights, labels, ignore_index
     )
-    checks.one_of(name, "mode", mode, divergence_op.MODES)
+    checks.one_of(name, "mode", mode, ALL_MODES)
     checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
     if num_items_in_batch is not None:
         _kd.check_num_items(name, num_items_in_batch, reduction, labels)
@@ -117,17 +117,13 @@ def multi_teacher_kd_loss(
         options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
         loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
         return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
-    divergence_op.check_options(
-        temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers)
-    )
-    divergence_op.check_row_numbers(student_logits, temperature, alpha, labels)
+    check_options(temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers))
+    check_row_numbers(student_logits, temperature, alpha, labels)
     options = reference.divergence_numbers(
         temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing
     )
     more = reference.divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
-    loss, stats = divergence_op.divergence_loss(
-        student, teachers, weights, labels, options, more, need_stats=return_stats
-    )
+    loss, stats = divergence_loss(student, teachers, weights, labels, options, more, need_stats=return_stats)
     loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
     return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 

@@ -1,6 +1,7 @@
 """docs/dropin.md: every number in its tables is what the code beside it gives."""
 
 import ast
+import functools
 import itertools
 import pathlib
 import re
@@ -19,7 +20,7 @@ EXAMPLE = {
     name: torch.tensor(ast.literal_eval(re.search(rf"^    {name} = (.+)$", TEXT, re.M)[1]), device="cpu").double()
     for name in "zt"
 }
-SCOPE = {**vars(af), **vars(dropin), **EXAMPLE, "T": 2.0, "F": F, "torch": torch, "kd": af.multi_teacher_kd_loss}
+SCOPE: dict = {**vars(af), **vars(dropin), **EXAMPLE, "T": 2.0, "F": F, "torch": torch, "kd": af.multi_teacher_kd_loss}
 
 
 def table(columns, heading):
@@ -48,6 +49,56 @@ def test_the_docs_say_how_the_libraries_define_kl():
         if whose.startswith("torch,"):
             assert value_of(call) == value, whose
     assert {"RepDistiller", "mdistiller", "optax"} <= {row[0] for row in rows}
+
+
+def test_the_docs_say_how_the_libraries_define_other_divergences():
+    d = functools.partial(af.multi_teacher_kd_loss, EXAMPLE["z"], [EXAMPLE["t"]], None, temperature=2.0, t2_scale=False)
+    entropy = d(return_stats=True)[1].target_entropy.mean()
+    scope = {"d": d, "H": entropy, "y": torch.zeros(2, dtype=torch.long, device="cpu")}
+    rows = table(5, "| whose | call | what it is | here |")
+    for whose, call, _, here, value in rows:
+        for cell in (call, here):
+            assert f"{float(eval(cell.strip('`'), {**SCOPE, **scope})):.4f}" == value, whose
+    called = {row[1].strip("`").split("(")[0] for row in rows}
+    assert called == set(dropin.dropin_language.__all__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_language_losses_are_the_formulas_of_their_libraries(dtype):
+    """Value and gradient over the tokens that count; a token that does not may hold anything."""
+    g = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(2, 5, 7, generator=g, dtype=dtype, device="cpu") for _ in range(2))
+    y = torch.randint(0, 7, (2, 5), generator=g, device="cpu")
+    y[0, :2] = -100
+    z[0, 0] = torch.nan
+    z.requires_grad_()
+    p, q = ((x[y != -100].double()).softmax(-1) for x in (t, z))
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1).mean()
+
+    cross, reverse, batch = -(p * q.log()).sum(-1).mean(), kl(q, p), {"label": y}
+    m = [share * p + (1 - share) * q for share in (0.1, 0.9, 0.5)]
+    js = (0.1 * kl(p, m[0]) + 0.9 * kl(q, m[0])), (kl(p, m[2]) + kl(q, m[2])) / 2
+    flat = z.flatten(0, 1), t.flatten(0, 1), y.flatten()
+    for got, want in (
+        (dropin.forward_kl(z, t, batch), cross),
+        (dropin.reverse_kl(z, t, batch), reverse),
+        (dropin.symmetric_kl(z, t, batch), 0.1 * cross + 0.9 * reverse),
+        (dropin.js_distance(z, t, batch), js[0]),
+        (dropin.tv_distance(z, t, batch), (p - q).abs().sum(-1).mean() / 2),
+        (dropin.skewed_forward_kl(z, t, batch), -(p * m[0].log()).sum(-1).mean()),
+        (dropin.skewed_reverse_kl(z, t, batch), kl(q, m[1])),
+        (dropin.ForwardKLLoss()(*flat), cross),
+        (dropin.ReverseKLLoss()(*flat, normalize=False), reverse * len(p)),
+        (dropin.SymmetricKLLoss(0.3)(*flat), 0.3 * cross + 0.7 * reverse),
+        (dropin.generalized_jsd_loss(z, t, y), js[1]),
+        (dropin.generalized_jsd_loss(z, t, y, 1, reduction="mean"), reverse / 7),
+        (dropin.generalized_jsd_loss(z, t, y, num_items_in_batch=16), js[1] * len(p) / 16),
+    ):
+        torch.testing.assert_close(got, want.to(dtype), rtol=2e-6, atol=1e-7)
+        (grad,), (right,) = (torch.autograd.grad(x, z, retain_graph=True) for x in (got, want))
+        torch.testing.assert_close(grad, right.nan_to_num(0), rtol=2e-5, atol=1e-7)
 
 
 def test_the_docs_say_what_is_no_kl():

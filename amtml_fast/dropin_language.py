@@ -1,0 +1,174 @@
+"""The distillation losses of libraries for language models, under their names. ``amtml_fast.dropin`` passes them on.
+
+``amtml_fast.multi_teacher_kd_loss`` has the same divergences with several teachers, weights by token and labels. None of these
+multiplies by T^2. Tokens whose label is -100 count nothing; the others' mean is the loss. Three things differ from theirs:
+16-bit logits are computed in float32; where no token counts, the loss is 0 (DistiLLM's is NaN); and a class that only one side has (a
+logit of -inf) adds what the formula says, where DistiLLM and torchtune leave it out.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from amtml_fast import checks
+from amtml_fast.functional import multi_teacher_kd_loss
+
+__all__ = [
+    "ForwardKLLoss",
+    "ReverseKLLoss",
+    "SymmetricKLLoss",
+    "forward_kl",
+    "generalized_jsd_loss",
+    "js_distance",
+    "reverse_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "symmetric_kl",
+    "tv_distance",
+]
+
+
+def _over_tokens(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    divergence: str,
+    beta: float | None = None,
+    *,
+    reduction: str = "batchmean",
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> Tensor:
+    """D(teacher, student), where labels only say which tokens count. ``with_entropy`` adds the teacher's: a cross term."""
+    teacher = teacher.detach()
+    if labels is not None:  # their values do not matter, and may be of another vocabulary
+        labels = torch.where(labels == ignore_index, -100, 0).reshape(student.shape[:-1])
+    out = multi_teacher_kd_loss(
+        student, [teacher], None, labels, temperature=temperature, alpha=1.0, divergence=divergence, beta=beta,
+        t2_scale=False, reduction=reduction, return_stats=with_entropy,
+    )  # fmt: skip
+    if not with_entropy:
+        return out
+    loss, stats = out
+    entropy = stats.target_entropy.sum()
+    if reduction == "batchmean":
+        entropy = entropy / (labels == 0).sum().clamp(min=1)
+    return loss + entropy
+
+
+def generalized_jsd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "batchmean",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """TRL's (GKD): ``beta KL(t || m) + (1 - beta) KL(s || m)`` with ``m = beta t + (1 - beta) s``; KL(t || s) at beta 0, KL(s || t)
+    at beta 1.
+
+    ``"batchmean"`` divides by the tokens that count, or without labels by the first dimension; ``"mean"`` by tokens times
+    classes; ``num_items_in_batch`` replaces either. ``"none"`` is an error: theirs has one number a class.
+    """
+    checks.number("generalized_jsd_loss", "beta", beta, 0, 1)
+    checks.one_of("generalized_jsd_loss", "reduction", reduction, ("batchmean", "sum", "mean"))
+    divergence, own = {0: ("forward_kl", None), 1: ("reverse_kl", None)}.get(beta, ("jsd", float(beta)))
+    by_count = num_items_in_batch is not None or (reduction == "batchmean" and labels is None)
+    loss = _over_tokens(
+        student_logits, teacher_logits, labels, divergence, own,
+        reduction="sum" if by_count else reduction, temperature=temperature,
+    )  # fmt: skip
+    if not by_count:
+        return loss
+    return loss / (max(len(student_logits), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+# --- DistiLLM: the labels are no_model_batch["label"]
+
+
+def forward_kl(logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor]) -> Tensor:
+    """DistiLLM's: KL(t || s) and the teacher's entropy, which has no gradient."""
+    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "forward_kl", with_entropy=True)
+
+
+def reverse_kl(logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor]) -> Tensor:
+    """DistiLLM's: KL(s || t)."""
+    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "reverse_kl")
+
+
+def symmetric_kl(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.9
+) -> Tensor:
+    """DistiLLM's: (1 - lam) of ``forward_kl``, lam of ``reverse_kl``."""
+    forward = forward_kl(logits, teacher_logits, no_model_batch)
+    return (1 - lam) * forward + lam * reverse_kl(logits, teacher_logits, no_model_batch)
+
+
+def js_distance(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.9
+) -> Tensor:
+    """DistiLLM's: ``lam KL(s || m) + (1 - lam) KL(t || m)`` with ``m = (1 - lam) t + lam s``."""
+    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "jsd", 1 - lam)
+
+
+def tv_distance(logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor]) -> Tensor:
+    """DistiLLM's: half of the sum of absolute differences."""
+    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "tvd")
+
+
+def skewed_forward_kl(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.1
+) -> Tensor:
+    """DistiLLM's: ``KL(t || lam t + (1 - lam) s)`` and the teacher's entropy, which has no gradient."""
+    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "skew_kl", lam, with_entropy=True)
+
+
+def skewed_reverse_kl(
+    logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.1
+) -> Tensor:
+    """DistiLLM's: ``KL(s || (1 - lam) t + lam s)``."""
+    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "skew_reverse_kl", lam)
+
+
+# --- torchtune
+
+
+class ForwardKLLoss(nn.Module):
+    """torchtune's: KL(t || s) and the teacher's entropy, which has no gradient. Logits [tokens, C] or [B, S, C]."""
+
+    divergence, with_entropy = "forward_kl", True
+
+    def __init__(self, ignore_index: int = -100):
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
+        """``normalize``: divide by the tokens that count."""
+        return _over_tokens(
+            student_logits, teacher_logits, labels, self.divergence, reduction="batchmean" if normalize else "sum",
+            ignore_index=self.ignore_index, with_entropy=self.with_entropy,
+        )  # fmt: skip
+
+
+class ReverseKLLoss(ForwardKLLoss):
+    """torchtune's: KL(s || t)."""
+
+    divergence, with_entropy = "reverse_kl", False
+
+
+class SymmetricKLLoss(nn.Module):
+    """torchtune's: ``sym_kd_ratio`` of ``ForwardKLLoss``, the rest of ``ReverseKLLoss``."""
+
+    def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100):
+        super().__init__()
+        checks.number("SymmetricKLLoss", "sym_kd_ratio", sym_kd_ratio, 0, 1)
+        self.sym_kd_ratio = sym_kd_ratio
+        self.fkl, self.rkl = ForwardKLLoss(ignore_index), ReverseKLLoss(ignore_index)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
+        """``normalize``: divide by the tokens that count."""
+        both = [loss(student_logits, teacher_logits, labels, normalize) for loss in (self.fkl, self.rkl)]
+        return self.sym_kd_ratio * both[0] + (1 - self.sym_kd_ratio) * both[1]
