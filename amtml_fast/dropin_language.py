@@ -53,7 +53,7 @@ def _over_tokens(
         return out
     loss, stats = out
     entropy = stats.target_entropy.sum()
-    if reduction == "batchmean":
+    if reduction == "batchmean" and labels is not None:
         entropy = entropy / (labels == 0).sum().clamp(min=1)
     return loss + entropy
 
@@ -75,10 +75,10 @@ def generalized_jsd_loss(
     """
     checks.number("generalized_jsd_loss", "beta", beta, 0, 1)
     checks.one_of("generalized_jsd_loss", "reduction", reduction, ("batchmean", "sum", "mean"))
-    divergence, own = {0: ("forward_kl", None), 1: ("reverse_kl", None)}.get(beta, ("jsd", float(beta)))
+    divergence = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
     by_count = num_items_in_batch is not None or (reduction == "batchmean" and labels is None)
     loss = _over_tokens(
-        student_logits, teacher_logits, labels, divergence, own,
+        student_logits, teacher_logits, labels, divergence, beta if divergence == "jsd" else None,
         reduction="sum" if by_count else reduction, temperature=temperature,
     )  # fmt: skip
     if not by_count:
