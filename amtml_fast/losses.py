@@ -132,6 +132,10 @@ class TopKKDLoss(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         tail: str = "renormalize",
+        divergence: str = "forward_kl",
+        beta: float | None = None,
+        support: str = "teacher",
+        return_stats: bool = False,
     ):
         super().__init__()
         self.options: dict[str, Any] = dict(
@@ -142,6 +146,10 @@ class TopKKDLoss(nn.Module):
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             tail=tail,
+            divergence=divergence,
+            beta=beta,
+            support=support,
+            return_stats=return_stats,
         )
 
     def forward(
@@ -152,7 +160,7 @@ class TopKKDLoss(nn.Module):
         teacher_weights: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         return topk_kd_loss(
             student_logits,
             teacher_indices,

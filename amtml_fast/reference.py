@@ -392,10 +392,14 @@ def topk_kd_loss(
     label_smoothing: float = 0.0,
     num_items_in_batch: int | Tensor | None = None,
     tail: str = "renormalize",
-) -> Tensor:
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    support: str = "teacher",
+    return_stats: bool = False,
+) -> Any:
     """Eq 7-8 where of ``softmax(teacher_t / temperature)`` only some classes are given. Dense: O(T N C) memory."""
     row_reduction = "sum" if num_items_in_batch is not None else reduction
-    loss = topk_kd(
+    arguments = (
         student_logits.reshape(-1, student_logits.shape[-1]),
         [i.reshape(-1, i.shape[-1]) for i in teacher_indices],
         [p.reshape(-1, p.shape[-1]) for p in teacher_log_probs],
@@ -403,9 +407,16 @@ def topk_kd_loss(
         None if labels is None else labels.reshape(-1),
         KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing),
     )
+    if tail == "bucket":
+        chosen = divergence_of(temperature, alpha, divergence, beta, None, len(teacher_indices))
+        loss, stats = topk_bucket(*arguments, chosen, support)
+    else:
+        loss, stats = topk_kd(*arguments)
     if num_items_in_batch is not None:
-        return over_items(loss, num_items_in_batch)
-    return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
+        loss = over_items(loss, num_items_in_batch)
+    elif reduction == "none":
+        loss = loss.reshape(student_logits.shape[:-1])
+    return (loss, shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
 
 def topk_kd(
@@ -415,18 +426,90 @@ def topk_kd(
     weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
     labels: Tensor | None,  # [N]
     options: KDOptions,
-) -> Tensor:
-    """``topk_kd_loss`` on rows."""
+) -> tuple[Tensor, KDStats]:
+    """``topk_kd_loss`` on rows, but for the tail "bucket"."""
     temperature, tail = options.temperature, options.mode
     dtype = wide_dtype(student, *log_probs, weights)
     valid, z, w = _kd_rows(student, weights, len(indices), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
     mixture = torch.zeros_like(z)
+    given = []
     for t, (index, log_p) in enumerate(zip(indices, log_probs)):
-        p = _dense_probs(index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0), z.shape[1], tail)
-        mixture = mixture + _weighted(w[:, t, None], p)
-    kl = _mixture_kl(mixture, (z / temperature).log_softmax(-1)) * (temperature**2 if options.t2_scale else 1)
-    return _kd_reduced(z, kl, valid, labels, options)[0]
+        hidden = index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0)
+        given.append(_dense_probs(*hidden, z.shape[1], tail))
+        mixture = mixture + _weighted(w[:, t, None], given[t])
+    log_q = (z / temperature).log_softmax(-1)
+    kl = _mixture_kl(mixture, log_q) * (temperature**2 if options.t2_scale else 1)
+    loss = _kd_reduced(z, kl, valid, labels, options)[0]
+    kls = [_mixture_kl(p, log_q) for p in given]
+    return loss, _topk_stats(log_q, mixture, kls, [p.to(dtype).exp().sum(-1) for p in log_probs], w, valid)
+
+
+def topk_bucket(
+    student: Tensor,  # [N, C]
+    indices: list[Tensor],  # T x [N, k]
+    log_probs: list[Tensor],  # T x [N, k]
+    weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
+    labels: Tensor | None,  # [N]
+    options: KDOptions,
+    divergence: Divergence,
+    support: str,
+) -> tuple[Tensor, KDStats]:
+    """``topk_kd_loss`` with the tail "bucket": ``sum_t w_t D`` over the classes that teacher t names and one for all others."""
+    dtype = wide_dtype(student, *log_probs, weights)
+    valid, logits, w = _kd_rows(student, weights, len(indices), labels, options.ignore_index, dtype)
+    hide = ~valid.unsqueeze(1)
+    z = logits / options.temperature
+    order = z.sort(dim=-1, descending=True, stable=True).indices.argsort(-1) if support == "student" else None
+    outcomes, masses, lost = [], [], torch.zeros_like(z, dtype=torch.bool)
+    for t, (index, log_p) in enumerate(zip(indices, log_probs)):
+        index, log_p = index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0)
+        given = _dense_probs(index, log_p, z.shape[1], "ignore")
+        named = torch.zeros_like(lost).scatter(1, index, True)
+        if order is not None:
+            named = named & (order < index.shape[1])
+        p = given.masked_fill(~named, 0)
+        # What is not given, without the digits that 1 - sum would lose, and what is given of other classes.
+        rest = (-torch.expm1(log_p.double().logsumexp(-1))).clamp(min=0).to(dtype) + given.masked_fill(named, 0).sum(-1)
+        rest = rest.masked_fill(named.all(-1), 0)
+        p = torch.cat([p, rest.unsqueeze(1)], 1)
+        outcomes.append((p, p.masked_fill(p == 0, 1).log().masked_fill(p == 0, -torch.inf), named))
+        masses.append(p[:, :-1].sum(-1))
+        gone = torch.where(named, p[:, :-1] == 0, (rest == 0).unsqueeze(1)) & (z != -torch.inf)
+        lost = lost | (gone & (w[:, t, None] != 0))
+    if divergence.name == "reverse_kl":  # an outcome that the teacher has not makes it infinite, and gets no gradient
+        z = torch.where(lost, z.detach(), z)
+    log_q = z.log_softmax(-1)
+    each, kls = [], []
+    for p, log_p, named in outcomes:
+        others = log_q.masked_fill(named, -torch.inf)
+        none = (others == -torch.inf).all(-1, keepdim=True)
+        rest = others.masked_fill(none, 0).logsumexp(-1, keepdim=True).masked_fill(none, -torch.inf)
+        own = torch.cat([log_q.masked_fill(~named, -torch.inf), rest], 1)
+        each.append(_divergence(divergence, p, log_p, own.exp(), own))
+        kls.append(_kl_rows(p, log_p, own))
+    distance = torch.stack([_weighted(w[:, t], d) for t, d in enumerate(each)]).sum(0)
+    if options.t2_scale:
+        distance = distance * options.temperature**2
+    loss = _kd_reduced(logits, distance, valid, labels, options)[0]
+    target = torch.stack([_weighted(w[:, t, None], p) for t, (p, _, _) in enumerate(outcomes)]).sum(0)
+    return loss, _topk_stats(log_q, target, kls, masses, w, valid)
+
+
+def _topk_stats(
+    log_q: Tensor, target: Tensor, kls: list[Tensor], masses: list[Tensor], w: Tensor, valid: Tensor
+) -> KDStats:
+    """``KDStats`` of teachers that give some classes: [N, C] or, with what they do not give, [N, C + 1] probabilities."""
+    total = w.sum(1)
+    kept = torch.stack([_weighted(w[:, t], mass) for t, mass in enumerate(masses)]).sum(0)
+    stats = KDStats(
+        -_kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)),
+        -_mixture_kl(target, torch.zeros_like(target)),
+        torch.stack(kls, 1),
+        kept / total.masked_fill(total == 0, 1),
+        (log_q.argmax(1) == target[:, : log_q.shape[1]].argmax(1)).to(log_q.dtype),
+    )
+    return KDStats(*(x.detach().masked_fill(~valid.unsqueeze(1) if x.dim() == 2 else ~valid, 0) for x in stats))
 
 
 def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tensor:

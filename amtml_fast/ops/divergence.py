@@ -47,16 +47,7 @@ def check_options(
     shared = [1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha)]
     _kd.check_numbers(_NAME, shared[0], shared[1], label_smoothing)
     checks.one_of(_NAME, "mode", mode, ALL_MODES)
-    checks.one_of(_NAME, "divergence", divergence, DIVERGENCES)
-    if divergence in DEFAULT_BETA:
-        if beta is not None:
-            wanted = f'between 0 and 1, both excluded, with divergence "{divergence}"'
-            if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-                raise TypeError(f"{_NAME}: beta must be a number {wanted}, got {beta!r}")
-            if not 0 < beta < 1:
-                raise ValueError(f"{_NAME}: beta must be a number {wanted}, got {beta}")
-    elif beta is not None:
-        raise ValueError(f'{_NAME}: beta must be None with divergence "{divergence}", got {beta!r}')
+    check_divergence(_NAME, divergence, beta)
     if teacher_temperature is None:
         return
     if isinstance(teacher_temperature, (list, tuple)):
@@ -67,6 +58,19 @@ def check_options(
             checks.number(_NAME, f"teacher_temperature[{t}]", tau, 0, math.inf, above=True)
     else:
         checks.number(_NAME, "teacher_temperature", teacher_temperature, 0, math.inf, above=True)
+
+
+def check_divergence(function: str, divergence: str, beta: float | None) -> None:
+    checks.one_of(function, "divergence", divergence, DIVERGENCES)
+    if divergence in DEFAULT_BETA:
+        if beta is not None:
+            wanted = f'between 0 and 1, both excluded, with divergence "{divergence}"'
+            if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+                raise TypeError(f"{function}: beta must be a number {wanted}, got {beta!r}")
+            if not 0 < beta < 1:
+                raise ValueError(f"{function}: beta must be a number {wanted}, got {beta}")
+    elif beta is not None:
+        raise ValueError(f'{function}: beta must be None with divergence "{divergence}", got {beta!r}')
 
 
 def check_row_numbers(

@@ -21,11 +21,14 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
+from amtml_fast.ops.divergence import check_divergence
 from amtml_fast.reference import KDOptions, wide_dtype
 
-TAILS = ("renormalize", "ignore", "uniform")
+TAILS = ("renormalize", "ignore", "uniform", "bucket")
 
 operator("topk_kd")
+operator("topk_bucket", backends=())  # these two run on the reference
+operator("topk_stats", backends=())
 
 
 def topk_kd_loss(
@@ -43,7 +46,11 @@ def topk_kd_loss(
     label_smoothing: float = 0.0,
     num_items_in_batch: int | Tensor | None = None,
     tail: str = "renormalize",
-) -> Tensor:
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    support: str = "teacher",
+    return_stats: bool = False,
+) -> Any:
     """``multi_teacher_kd_loss`` where each teacher gives only its k largest classes (Eq 7-8)::
 
         q = softmax(student / temperature)
@@ -76,6 +83,14 @@ def topk_kd_loss(
               ``sum_c p_c (log p_c - log q_c)`` all the same, at least P log P, which may be below 0; the gradient to the
               student's logits is ``temperature * (P q - p)``.
             - ``"uniform"``: ``max(1 - sum, 0)``, the same share for each.
+            - ``"bucket"``: ``1 - sum``, to all of them together, which are one class more, on the student's side too. The loss is
+              ``sum_t w_t D(p_t, q)`` over the k + 1 classes of each teacher. Exact: no digits are lost however small the
+              student's share is.
+        divergence, beta: as in ``multi_teacher_kd_loss``; other than ``"forward_kl"`` with ``tail="bucket"`` only.
+        support: ``"student"``, with ``tail="bucket"``: of a teacher's k classes only those among the student's own k largest have
+            a class of their own, the others go to the bucket, as recipes for the reverse KL do it. ``"teacher"``: all k.
+        return_stats: return ``(loss, KDStats)``. ``retained_mass`` is the teachers' mass in the classes that are given (and, with
+            ``support="student"``, kept), and ``teacher_kl`` the KL of what ``tail`` makes of each teacher.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
@@ -94,6 +109,14 @@ def topk_kd_loss(
     )
     checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
     checks.one_of(name, "tail", tail, TAILS)
+    checks.one_of(name, "support", support, ("teacher", "student"))
+    check_divergence(name, divergence, beta)
+    if tail != "bucket":
+        for argument, value, wanted in (("divergence", divergence, "forward_kl"), ("support", support, "teacher")):
+            if value != wanted:
+                raise ValueError(
+                    f'{name}: {argument} must be "{wanted}" with tail "{tail}" (not "bucket"), got "{value}"'
+                )
     _kd.check_numbers(name, temperature, alpha, label_smoothing)
     if num_items_in_batch is not None:
         _kd.check_num_items(name, num_items_in_batch, reduction, labels)
@@ -106,13 +129,27 @@ def topk_kd_loss(
     labels = None if labels is None else _kd.as_long(labels.reshape(rows))
     row_reduction = reduction if num_items_in_batch is None else "sum"
     options = KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing)
-    chosen = backend.choose("topk_kd", student, weights, *given_log_probs)
     values = (name, labels, classes, ignore_index, weights, (indices, sizes))
+    if tail == "bucket" or return_stats:
+        _kd.check_values(*values)
+        backend.choose(
+            "topk_bucket" if tail == "bucket" else "topk_stats", student, weights, *given_log_probs
+        )  # or an error
+        apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
+        arguments = student, *apart, weights, labels, options
+        if tail == "bucket":
+            compared = reference.divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
+            loss, stats = reference.topk_bucket(*arguments, compared, support)
+        else:
+            loss, stats = reference.topk_kd(*arguments)
+        loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+        return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
+    chosen = backend.choose("topk_kd", student, weights, *given_log_probs)
     if chosen != "cpp":  # the C++ kernel checks values itself
         _kd.check_values(*values)
     if chosen == "reference":
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
-        loss = reference.topk_kd(student, *apart, weights, labels, options)
+        loss = reference.topk_kd(student, *apart, weights, labels, options)[0]
     else:
         wide = wide_dtype(student, log_probs, weights)
         weights = None if weights is None else weights.to(wide).expand(rows, -1)
