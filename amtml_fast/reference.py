@@ -134,7 +134,7 @@ def multi_teacher_kd_loss(
     if divergent.nothing_but_eq8(mode) and not return_stats:
         loss = multi_teacher_kd(*arguments).loss
     else:
-        loss, stats = divergence_loss(*arguments, divergent)
+        loss, stats = divergence_loss(*arguments, divergent, need_stats=return_stats)
     if num_items_in_batch is not None:
         loss = over_items(loss, num_items_in_batch)
     elif reduction == "none":
@@ -212,8 +212,10 @@ def divergence_loss(
     labels: Tensor | None,  # [N]
     options: KDOptions,
     divergence: Divergence,
-) -> tuple[Tensor, KDStats]:
-    """Eq 8 with any divergence D(p, q) in the place of its KL, on rows."""
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, Any]:
+    """Eq 8 with any divergence D(p, q) in the place of its KL, on rows; and ``KDStats`` or None."""
     dtype = wide_dtype(student, *teachers, weights)
     valid, logits, w = _kd_rows(student, weights, len(teachers), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
@@ -248,6 +250,8 @@ def divergence_loss(
         distance = distance * tau.square().squeeze(1)
     loss = _kd_reduced(logits, distance, valid, labels, options, divergence.alpha)[0]
 
+    if not need_stats:
+        return loss, None
     _, target, log = mixture if options.mode == "sum" else targets[0]
     stats = KDStats(
         -_kl_rows(q, log_q, torch.zeros_like(q)),
@@ -409,9 +413,9 @@ def topk_kd_loss(
     )
     if tail == "bucket":
         chosen = divergence_of(temperature, alpha, divergence, beta, None, len(teacher_indices))
-        loss, stats = topk_bucket(*arguments, chosen, support)
+        loss, stats = topk_bucket(*arguments, chosen, support, need_stats=return_stats)
     else:
-        loss, stats = topk_kd(*arguments)
+        loss, stats = topk_kd(*arguments, need_stats=return_stats)
     if num_items_in_batch is not None:
         loss = over_items(loss, num_items_in_batch)
     elif reduction == "none":
@@ -426,8 +430,10 @@ def topk_kd(
     weights: Tensor | None,  # [N, T], [1, T] or None (uniform)
     labels: Tensor | None,  # [N]
     options: KDOptions,
-) -> tuple[Tensor, KDStats]:
-    """``topk_kd_loss`` on rows, but for the tail "bucket"."""
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, Any]:
+    """``topk_kd_loss`` on rows, but for the tail "bucket"; and ``KDStats`` or None."""
     temperature, tail = options.temperature, options.mode
     dtype = wide_dtype(student, *log_probs, weights)
     valid, z, w = _kd_rows(student, weights, len(indices), labels, options.ignore_index, dtype)
@@ -441,6 +447,8 @@ def topk_kd(
     log_q = (z / temperature).log_softmax(-1)
     kl = _mixture_kl(mixture, log_q) * (temperature**2 if options.t2_scale else 1)
     loss = _kd_reduced(z, kl, valid, labels, options)[0]
+    if not need_stats:
+        return loss, None
     kls = [_mixture_kl(p, log_q) for p in given]
     return loss, _topk_stats(log_q, mixture, kls, [p.to(dtype).exp().sum(-1) for p in log_probs], w, valid)
 
@@ -454,7 +462,9 @@ def topk_bucket(
     options: KDOptions,
     divergence: Divergence,
     support: str,
-) -> tuple[Tensor, KDStats]:
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, Any]:
     """``topk_kd_loss`` with the tail "bucket": ``sum_t w_t D`` over the classes that teacher t names and one for all others."""
     dtype = wide_dtype(student, *log_probs, weights)
     valid, logits, w = _kd_rows(student, weights, len(indices), labels, options.ignore_index, dtype)
@@ -492,6 +502,8 @@ def topk_bucket(
     if options.t2_scale:
         distance = distance * options.temperature**2
     loss = _kd_reduced(logits, distance, valid, labels, options)[0]
+    if not need_stats:
+        return loss, None
     target = torch.stack([_weighted(w[:, t, None], p) for t, (p, _, _) in enumerate(outcomes)]).sum(0)
     return loss, _topk_stats(log_q, target, kls, masses, w, valid)
 

@@ -153,6 +153,7 @@ _EVERYWHERE = (
     Workload("whole_loss", (128, 100, 3), quick=True),
     Workload("whole_loss", (512, 200, 3)),
     Workload("multi_teacher_kd", (128, 100, 3), quick=True),
+    Workload("divergence", (128, 100, 3), quick=True),
     Workload("topk_kd", (128, 1000, 32, 3), quick=True),
     Workload("angle", (128, 100), quick=True),
     Workload("hint", (128, 16, 16, 64, 8), quick=True),
@@ -162,6 +163,7 @@ _EVERYWHERE = (
 _CPU = (
     Workload("multi_teacher_kd", (1024, 32000, 3)),
     Workload("multi_teacher_kd", (1024, 32000, 3), _BF16),
+    Workload("divergence", (1024, 32000, 3)),
     Workload("topk_kd", (1024, 32000, 64, 3)),
     Workload("kl", (1024, 32000)),
     Workload("kl", (128, 1000), quick=True),
@@ -173,6 +175,7 @@ _GPU = (
     Workload("multi_teacher_kd", (4096, 32000, 3), _BF16),
     Workload("multi_teacher_kd", (4096, 128256, 3), _BF16),
     Workload("multi_teacher_kd", (4096, 128256, 3)),
+    Workload("divergence", (4096, 128256, 3), _BF16),
     Workload("topk_kd", (4096, 128256, 64, 3), _BF16),
     Workload("kl", (4096, 128256), _BF16),
     Workload("kl", (1024, 32000), quick=True),

@@ -109,7 +109,9 @@ def divergence_loss(
     if chosen != "cpp":  # the C++ kernel checks values itself
         _check_values(*values)
     if chosen == "reference":
-        return reference.divergence_loss(student, list(teachers), weights, labels, options, divergence)
+        return reference.divergence_loss(
+            student, list(teachers), weights, labels, options, divergence, need_stats=need_stats
+        )
     wide = wide_dtype(student, *teachers, weights)
     if weights is not None:
         weights = weights.to(wide).expand(student.shape[0], -1)

@@ -139,9 +139,9 @@ def topk_kd_loss(
         arguments = student, *apart, weights, labels, options
         if tail == "bucket":
             compared = reference.divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
-            loss, stats = reference.topk_bucket(*arguments, compared, support)
+            loss, stats = reference.topk_bucket(*arguments, compared, support, need_stats=return_stats)
         else:
-            loss, stats = reference.topk_kd(*arguments)
+            loss, stats = reference.topk_kd(*arguments, need_stats=True)
         loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
         return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
     chosen = backend.choose("topk_kd", student, weights, *given_log_probs)
@@ -149,7 +149,7 @@ def topk_kd_loss(
         _kd.check_values(*values)
     if chosen == "reference":
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
-        loss = reference.topk_kd(student, *apart, weights, labels, options)[0]
+        loss = reference.topk_kd(student, *apart, weights, labels, options, need_stats=False)[0]
     else:
         wide = wide_dtype(student, log_probs, weights)
         weights = None if weights is None else weights.to(wide).expand(rows, -1)

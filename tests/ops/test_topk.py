@@ -362,7 +362,7 @@ BAD = [  # one call a line
     (lambda: af.topk_kd_loss(Z, I2, P2, -W), "teacher_weights must be finite and not negative"),
     (lambda: af.topk_kd_loss(Z, I2, P2, W, Y + 5), r"labels\[0\] must be in \[0, 5\) or ignore_index -100, got 5"),
     (lambda: af.topk_kd_loss(Z, I2, P2, W, Y[:3]), r"labels must be \[4\] like student_logits, got \[3\]"),
-    (lambda: af.topk_kd_loss(Z, I2, P2, W, tail="zero"), "tail must be one of renormalize, ignore, uniform, got 'zero'"),
+    (lambda: af.topk_kd_loss(Z, I2, P2, W, tail="zero"), "tail must be one of renormalize, ignore, uniform, bucket, got 'zero'"),
     (lambda: af.topk_kd_loss(Z, I2, P2, W, reduction="avg"), "reduction must be one of none"),
     (lambda: af.topk_kd_loss(Z, I2, P2, W, temperature=0.0), "temperature must be a number"),
     (lambda: af.topk_kd_loss(Z, I2, P2, W, alpha=2.0), "alpha must be a number"),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from backends import cpu_only
 from test_divergence import BETA, _distance, _kl
 
 import amtml_fast as af
@@ -11,7 +12,7 @@ from amtml_fast.ops.divergence import DIVERGENCES
 from amtml_fast.testing import convert, relative_error
 
 N, C, T, KS = 5, 11, 2, (4, 3)
-pytestmark = pytest.mark.usefixtures("reference_too")
+pytestmark = [cpu_only, pytest.mark.usefixtures("reference_too")]
 
 
 @pytest.fixture(params=["auto", "reference"])
