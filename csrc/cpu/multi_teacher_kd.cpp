@@ -139,7 +139,14 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
   constexpr A masked = -std::numeric_limits<A>::infinity();
   const bool need_log = mixture && (want.kl || want.grad_weights);
   A *p = row.p.data(), *ratio = row.ratio.data(), *out = row.out.data();
-  double kl = 0, inner = 0;
+  double kl = 0, inner = 0, rest = row.rest;
+  const bool alone = teachers == 1;  // log (w p_t) needs no logarithm then
+  A log_sum_t = 0;
+  if (need_log && alone) {
+    double cut = 0;
+    log_sum_t = rounded<A>(-std::log(static_cast<double>(total) * stats[4]) - kLogScale, &cut);
+    rest -= cut;
+  }
   if (want.grad_weights) std::fill(row.dot.begin(), row.dot.end(), 0.0);
   if (want.grad_q) {
     const A *e = row.e.data(), *back = want.grad_q;
@@ -155,7 +162,13 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
 #pragma omp simd
       for (int64_t c = 0; c < count; ++c) p[c] += factor * e_t[c];
     }
-    if (need_log) {  // log p - log q, and 0 where p is 0
+    if (need_log && alone) {  // log p - log q, and 0 where p is 0
+      const A *x = row.x[0] + start, m_t = stats[3];
+      kl += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
+        ratio[c] = if_mass(p[c], ((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum));
+        return if_mass(p[c], p[c] * ratio[c]);
+      });
+    } else if (need_log) {
       kl += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
         ratio[c] = if_mass(p[c], log_positive(p[c] == 0 ? A(1) : p[c]) - ((z[c] - m) * per_tau - log_sum));
         return if_mass(p[c], p[c] * ratio[c]);
@@ -210,7 +223,7 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
     }
     if (!mixture) kl += row.weight[t] == 0 ? 0 : row.weight[t] * row.kl_t[t];
   }
-  return mixture && total != 0 ? kl + total * row.rest : kl;
+  return mixture && total != 0 ? kl + total * rest : kl;
 }
 
 struct Inputs {  // owns what Problem points to
