@@ -52,16 +52,17 @@ AMTML_SHARED A log_of_ratio(A u, A ratio, const Log& log) {
   return near ? (less == 0 ? u : l * (u / less)) : l;
 }
 
-// Of the mixture m = beta p + (1 - beta) q and a probability x of the two: log(x / m), where far = (1 - beta) (p - q) for
-// x = p, and beta (q - p) for x = q, is x - m without cancellation.
+// Of the mixture m = beta p + (1 - beta) q and a probability x of the two: log(x / m), where far = (1 - beta) (p - q)
+// for x = p, and beta (q - p) for x = q, is x - m without cancellation.
 template <class A, class Log>
 AMTML_SHARED A log_over_mixture(A x, A m, A far, const Log& log) {
   return log_of_ratio(far / m, x / m, log);
 }
 
-// log_p and log_q are read by the two KLs alone. A KL to a mixture is summed as x log(x / m) - x + m, of which every term is
-// small where x is near m; divergence_constant is what the rest adds up to. Reverse KL leaves out the 1 of df/dq, which
-// changes no gradient. Where a class has no probability on one side, the logarithm of that side does not count.
+// log_p and log_q are read by the two KLs alone. A KL to a mixture is summed as x log(x / m) - x + m, of which every
+// term is small where x is near m; divergence_constant is what the rest adds up to. Reverse KL leaves out the 1 of
+// df/dq, which changes no gradient. Where a class has no probability on one side, the logarithm of that side does not
+// count.
 template <Divergence kind, class A, class Log>
 AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, A beta, const Log& log) {
   if constexpr (kind == Divergence::forward_kl) {

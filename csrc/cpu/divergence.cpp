@@ -4,7 +4,8 @@
 //   p = sum_t w_t p_t  (mixture)    p = softmax(sum_t w_t z_t / tau_t)  (logits)    p_t itself, weighed by w_t  (sum)
 //   D(p, q) = sum_c f(p_c, q_c), a = df/dp, b = df/dq
 //   dD/dz_k = q_k (b_k - sum_c q_c b_c) / tau
-//   dD/dw_t = sum_c p_t,c a_c  (mixture)    sum_k (p_k a_k - p_k sum_c p_c a_c) z_t,k / tau_t  (logits)    D(p_t, q)  (sum)
+//   dD/dw_t = sum_c p_t,c a_c  (mixture)    sum_k (p_k a_k - p_k sum_c p_c a_c) z_t,k / tau_t  (logits)    D(p_t, q)
+//   (sum)
 //
 // A row of every input is read once; its exponentials stay in cache until the row is done.
 #include <algorithm>
@@ -58,12 +59,14 @@ void check_row_numbers(const Problem<A>& pr) {
   for (int64_t i = 0; i < pr.rows; ++i) {
     if (pr.ignored(i)) continue;
     const double tau = pr.temperature(i), alpha = pr.alphas ? pr.alphas[i] : 0;
-    STD_TORCH_CHECK(tau > 0 && std::isfinite(tau), kOp, ": temperature must be positive and finite, got ", tau, " in row ", i);
+    STD_TORCH_CHECK(tau > 0 && std::isfinite(tau), kOp, ": temperature must be positive and finite, got ", tau,
+                    " in row ", i);
     STD_TORCH_CHECK(alpha >= 0 && alpha <= 1, kOp, ": alpha must be in [0, 1], got ", alpha, " in row ", i);
   }
 }
 
-// The softmax of a row of logits x: e exp((x - m) per_tau), times 2^kScale, the inverse of their sum, and its logarithm.
+// The softmax of a row of logits x: e exp((x - m) per_tau), times 2^kScale, the inverse of their sum, and its
+// logarithm.
 template <class A>
 struct Softmax {
   const A* x;
@@ -89,13 +92,13 @@ struct Row : StudentRow<A> {
   std::vector<Softmax<A>> of;  // of the teachers
   Buffer<A> converted_teachers, e_t, mixed_logits, e_mixed;
   std::vector<A> weight;
-  std::vector<double> dot;     // d D / d weight
-  std::vector<int64_t> lost;   // classes that the student has and its target has not: they make D infinite
-  Buffer<A> qb, pa;            // q b and p a, of all classes
+  std::vector<double> dot;                  // d D / d weight
+  std::vector<int64_t> lost;                // classes that the student has and its target has not: they make D infinite
+  Buffer<A> qb, pa;                         // q b and p a, of all classes
   Buffer<A> p, prob, log_p, log_q, a, out;  // of a chunk: p, q, their logarithms, a
-  A stats[3], total = 0;       // of the student, as StudentRow has them; sum of the weights
-  double lost_mass = 0;        // sum of their q, weighed
-  double distance = 0;         // D
+  A stats[3], total = 0;                    // of the student, as StudentRow has them; sum of the weights
+  double lost_mass = 0;                     // sum of their q, weighed
+  double distance = 0;                      // D
 
   explicit Row(const Problem<A>& pr)
       : StudentRow<A>(pr.student, pr.classes, pr.labels != nullptr),
@@ -191,7 +194,8 @@ AMTML_INLINE double add_terms(Row<A>& row, int64_t n, A weight, A* qb) {
   }
 }
 
-// log p of a mixture that is too small for A, and each p_t / p in `share`. False where no teacher with weight has the class.
+// log p of a mixture that is too small for A, and each p_t / p in `share`. False where no teacher with weight has the
+// class.
 template <class A>
 bool tiny_mixture(const Row<A>& row, int64_t c, double& log_p, std::vector<double>& share) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
@@ -210,8 +214,8 @@ bool tiny_mixture(const Row<A>& row, int64_t c, double& log_p, std::vector<doubl
   return true;
 }
 
-// Reverse KL needs log p where p is too small for A, or 0: takes such classes of a chunk out of it, and adds them to D, q b
-// and the weights' gradient. A class that the target has not makes D infinite.
+// Reverse KL needs log p where p is too small for A, or 0: takes such classes of a chunk out of it, and adds them to D,
+// q b and the weights' gradient. A class that the target has not makes D infinite.
 template <class A>
 double take_tiny_classes(Row<A>& row, int64_t start, int64_t n, const Softmax<A>* target, A weight) {
   constexpr A tiny = static_cast<A>(1e-30);
@@ -286,7 +290,8 @@ AMTML_INLINE double compare(Row<A>& row, const Softmax<A>* target, A weight) {
     if (!target) {
       for (int64_t t = 0; t < pr.teachers; ++t) {
         const A* e_t = row.of[t].e + start;
-        row.dot[t] += row.of[t].inverse * block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(e_t[c], e_t[c] * a[c]); });
+        row.dot[t] +=
+            row.of[t].inverse * block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(e_t[c], e_t[c] * a[c]); });
       }
     } else if (pr.set.mode == Mode::logits) {
       A* pa = row.pa.data() + start;
@@ -470,8 +475,8 @@ Made run(const Inputs& in, const Settings& set, const std::optional<Tensor>& gra
   STD_TORCH_CHECK(student.dim() == 2 && student.size(1) > 0, kOp, ": student must be [N, C] with C >= 1");
   STD_TORCH_CHECK(!in.teachers.empty(), kOp, ": teachers must hold at least one teacher");
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(in.teachers.size());
-  STD_TORCH_CHECK(set.teacher_temperatures.empty() || static_cast<int64_t>(set.teacher_temperatures.size()) == count, kOp,
-                  ": teacher_temperatures must be none, or one for each teacher");
+  STD_TORCH_CHECK(set.teacher_temperatures.empty() || static_cast<int64_t>(set.teacher_temperatures.size()) == count,
+                  kOp, ": teacher_temperatures must be none, or one for each teacher");
   ScalarType wide = wide_dtype(student.scalar_type());
   for (const Tensor& t : in.teachers) {
     check_shape(kOp, "teacher", t, {n, c});
@@ -497,8 +502,11 @@ Made run(const Inputs& in, const Settings& set, const std::optional<Tensor>& gra
             empty_or_none(student, need_statistics, {n, statistics_size(count)}, wide)};
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
-    auto numbers = [](const std::optional<Tensor>& t) { return t ? static_cast<const A*>(t->const_data_ptr()) : nullptr; };
-    Problem<A> pr{n, c, count, Matrix(student), Matrix(in.weights), {}, nullptr, numbers(alphas), numbers(temperatures), set};
+    auto numbers = [](const std::optional<Tensor>& t) {
+      return t ? static_cast<const A*>(t->const_data_ptr()) : nullptr;
+    };
+    Problem<A> pr{n,  c,       count,           Matrix(student),       Matrix(in.weights),
+                  {}, nullptr, numbers(alphas), numbers(temperatures), set};
     if (labels) pr.labels = static_cast<const int64_t*>(labels->const_data_ptr());
     for (const Tensor& t : in.teachers) pr.teacher.emplace_back(t);
     check_row_numbers(pr);
@@ -512,10 +520,12 @@ Made run(const Inputs& in, const Settings& set, const std::optional<Tensor>& gra
     if (need_student_grad) pass.grad_student = Target(made.grad_student);
     pass.grad_weights = data<A>(made.grad_weights), pass.grad_alpha = data<A>(made.grad_alpha);
     pass.statistics = data<A>(made.statistics);
-    torch::stable::parallel_for(0, n, grain(c * (count + 2)), [&](int64_t begin, int64_t end) {
+    in_shares(n, grain(c * (count + 2)), [&](const auto& next) {
       Row<A> row(pr);
       vectorized([&] AMTML_BODY() {
-        for (int64_t i = begin; i < end; ++i) run_row(row, i, pass);
+        for (Share share; next(share);) {
+          for (int64_t i = share.begin; i < share.end; ++i) run_row(row, i, pass);
+        }
       });
     });
     if (!forward) return;
@@ -534,7 +544,11 @@ Settings settings(std::string divergence, double beta, std::string mode, std::ve
   STD_TORCH_CHECK(name != std::end(names), kOp, ": unknown divergence ", divergence);
   const Mode how = mode == "mixture" ? Mode::mixture : (mode == "sum" ? Mode::sum : Mode::logits);
   return {{temperature, ce_weight, kl_weight, 1, mode, reduction, ignore_index, label_smoothing},
-          static_cast<Divergence>(name - std::begin(names)), how, beta, teacher_temperatures, t2_scale};
+          static_cast<Divergence>(name - std::begin(names)),
+          how,
+          beta,
+          teacher_temperatures,
+          t2_scale};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
@@ -553,8 +567,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
 std::tuple<Tensor, Tensor, Tensor> divergence_bwd(
     const Tensor& grad_loss, const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
     std::optional<Tensor> labels, std::optional<Tensor> alphas, std::optional<Tensor> temperatures,
-    std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures,
-    double temperature, bool t2_scale, double ce_weight, double kl_weight, std::string reduction, int64_t ignore_index,
+    std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures, double temperature,
+    bool t2_scale, double ce_weight, double kl_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_alpha_grad) {
   const Settings set = settings(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight,
                                 kl_weight, reduction, ignore_index, label_smoothing);

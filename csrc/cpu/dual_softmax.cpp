@@ -21,12 +21,25 @@ struct Sizes {
 // Calls body(batch, first column, end column) for blocks of columns.
 template <class F>
 void for_columns(const Sizes& s, const F& body) {
-  torch::stable::parallel_for(0, s.batch * s.blocks, grain(s.rows * kColumns), [&](int64_t begin, int64_t end) {
+  in_shares(s.batch * s.blocks, grain(s.rows * kColumns), [&](const auto& next) {
     vectorized([&] AMTML_BODY() {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % s.blocks * kColumns;
-        body(i / s.blocks, first, std::min(first + kColumns, s.columns));
+      for (Share share; next(share);) {
+        for (int64_t i = share.begin; i < share.end; ++i) {
+          const int64_t first = i % s.blocks * kColumns;
+          body(i / s.blocks, first, std::min(first + kColumns, s.columns));
+        }
       }
+    });
+  });
+}
+
+// Calls body(first row, end row, scratch for a row), the rows of all batches.
+template <class A, class F>
+void for_rows(const Sizes& s, const F& body) {
+  in_shares(s.batch * s.rows, grain(s.columns), [&](const auto& next) {
+    Buffer<A> scratch(s.columns);
+    vectorized([&] AMTML_BODY() {
+      for (Share share; next(share);) body(share.begin, share.end, scratch.data());
     });
   });
 }
@@ -64,32 +77,29 @@ void forward(const Sizes& size, bool sequential, const Source& x, const Target& 
       }
     }
   });
-  torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
-    Buffer<A> scratch(size.columns);
-    vectorized([&] AMTML_BODY() {
-      for (int64_t i = begin; i < end; ++i) {
-        const A* sum = &column_sum[i / size.rows * size.columns];
-        A *a = softmax + i * size.columns, *e = scratch.data();
+  for_rows<A>(size, [&] AMTML_BODY(int64_t begin, int64_t end, A* scratch) {
+    for (int64_t i = begin; i < end; ++i) {
+      const A* sum = &column_sum[i / size.rows * size.columns];
+      A *a = softmax + i * size.columns, *e = scratch;
 #pragma omp simd
-        for (int64_t k = 0; k < size.columns; ++k) a[k] /= sum[k];
-        const A* v = sequential ? a : x.read(i * size.columns, size.columns, e);
-        const A highest = row_max(v, size.columns);
-        const A total = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-          return e[k] = exp_nonpositive(v[k] - highest);
-        }));
-        row[2 * i] = highest;
-        row[2 * i + 1] = total;
-        A* made = y.place(i * size.columns, e);
-        if (sequential) {
+      for (int64_t k = 0; k < size.columns; ++k) a[k] /= sum[k];
+      const A* v = sequential ? a : x.read(i * size.columns, size.columns, e);
+      const A highest = row_max(v, size.columns);
+      const A total = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+        return e[k] = exp_nonpositive(v[k] - highest);
+      }));
+      row[2 * i] = highest;
+      row[2 * i + 1] = total;
+      A* made = y.place(i * size.columns, e);
+      if (sequential) {
 #pragma omp simd
-          for (int64_t k = 0; k < size.columns; ++k) made[k] = e[k] / total;
-        } else {
+        for (int64_t k = 0; k < size.columns; ++k) made[k] = e[k] / total;
+      } else {
 #pragma omp simd
-          for (int64_t k = 0; k < size.columns; ++k) made[k] = e[k] / total * a[k];
-        }
-        y.write(i * size.columns, size.columns, made);
+        for (int64_t k = 0; k < size.columns; ++k) made[k] = e[k] / total * a[k];
       }
-    });
+      y.write(i * size.columns, size.columns, made);
+    }
   });
 }
 
@@ -102,35 +112,32 @@ void backward(const Sizes& size, bool sequential, const A* g, const Source& x, c
   // lies where dx will.
   Buffer<A> apart(dx.in_place<A>() ? 0 : numel), rest(sequential ? 0 : numel);
   A* const weighted = dx.place(0, apart.data());
-  torch::stable::parallel_for(0, size.batch * size.rows, grain(size.columns), [&](int64_t begin, int64_t end) {
-    Buffer<A> scratch(size.columns);
-    vectorized([&] AMTML_BODY() {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t at = i * size.columns;
-        const A highest = row[2 * i], total = row[2 * i + 1], *a = softmax + at, *up = g + at;
-        A *e = scratch.data(), *d = weighted + at;
-        if (sequential) {
-          const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-            e[k] = exp_nonpositive(a[k] - highest) / total;
-            return up[k] * e[k];
-          }));
+  for_rows<A>(size, [&] AMTML_BODY(int64_t begin, int64_t end, A* scratch) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i * size.columns;
+      const A highest = row[2 * i], total = row[2 * i + 1], *a = softmax + at, *up = g + at;
+      A *e = scratch, *d = weighted + at;
+      if (sequential) {
+        const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+          e[k] = exp_nonpositive(a[k] - highest) / total;
+          return up[k] * e[k];
+        }));
 #pragma omp simd
-          for (int64_t k = 0; k < size.columns; ++k) d[k] = e[k] * (up[k] - inner);
-        } else {
-          const A* v = x.read(at, size.columns, e);
-          const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-            e[k] = exp_nonpositive(v[k] - highest) / total;
-            return up[k] * e[k] * a[k];
-          }));
-          A* whole = rest.data() + at;
+        for (int64_t k = 0; k < size.columns; ++k) d[k] = e[k] * (up[k] - inner);
+      } else {
+        const A* v = x.read(at, size.columns, e);
+        const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
+          e[k] = exp_nonpositive(v[k] - highest) / total;
+          return up[k] * e[k] * a[k];
+        }));
+        A* whole = rest.data() + at;
 #pragma omp simd
-          for (int64_t k = 0; k < size.columns; ++k) {
-            d[k] = up[k] * e[k] * a[k];
-            whole[k] = 2 * d[k] - e[k] * inner;
-          }
+        for (int64_t k = 0; k < size.columns; ++k) {
+          d[k] = up[k] * e[k] * a[k];
+          whole[k] = 2 * d[k] - e[k] * inner;
         }
       }
-    });
+    }
   });
   for_columns(size, [&] AMTML_BODY(int64_t b, int64_t begin, int64_t end) {
     const int64_t count = end - begin, start = b * size.rows * size.columns + begin;

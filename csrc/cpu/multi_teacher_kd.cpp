@@ -310,11 +310,13 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass, A* q_row,
 
 template <bool kForward, class A>
 void run_rows(const Problem<A>& pr, const Pass<A>& pass) {
-  torch::stable::parallel_for(0, pr.rows, grain(pr.classes * (pr.teachers + 2)), [&](int64_t begin, int64_t end) {
+  in_shares(pr.rows, grain(pr.classes * (pr.teachers + 2)), [&](const auto& next) {
     Row<A> row(pr);
     Buffer<A> q_row(pass.grad_q ? pr.classes : 0), p_row(pass.grad_p ? pr.classes : 0);
     vectorized([&] AMTML_BODY() {
-      for (int64_t i = begin; i < end; ++i) run_row<kForward>(row, i, pass, q_row.data(), p_row.data());
+      for (Share share; next(share);) {
+        for (int64_t i = share.begin; i < share.end; ++i) run_row<kForward>(row, i, pass, q_row.data(), p_row.data());
+      }
     });
   });
 }

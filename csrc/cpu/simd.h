@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -246,5 +247,25 @@ inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // How many items of `work` elements each a thread should get at least, so that starting it pays.
 inline int64_t grain(int64_t work) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(work, 1)); }
+
+// Items begin to end of those that threads share.
+struct Share {
+  int64_t begin = 0, end = 0;
+};
+
+// body(next) once in each thread, where next(share) gives it another share of n items, of at least `least` each, until
+// none is left: a thread whose core has other work takes fewer. Who takes what changes no number.
+template <class Body>
+void in_shares(int64_t n, int64_t least, const Body& body) {
+  constexpr int64_t kShares = 64;
+  const int64_t size = std::max(least, (n + kShares - 1) / kShares);
+  std::atomic<int64_t> taken{0};
+  const auto next = [&](Share& share) {
+    share.begin = taken.fetch_add(size, std::memory_order_relaxed);
+    share.end = std::min(share.begin + size, n);
+    return share.begin < n;
+  };
+  if (n > 0) torch::stable::parallel_for(0, (n + size - 1) / size, 1, [&](int64_t, int64_t) { body(next); });
+}
 
 }  // namespace amtml

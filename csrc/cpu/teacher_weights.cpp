@@ -249,18 +249,20 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
     A *w = static_cast<A*>(weights.mutable_data_ptr()), *b = static_cast<A*>(pooled.mutable_data_ptr());
     int32_t* at = static_cast<int32_t*>(index.mutable_data_ptr());
     const Source x(features);
-    torch::stable::parallel_for(0, map.n, grain(d * map.pixels()), [&](int64_t begin, int64_t end) {
+    in_shares(map.n, grain(d * map.pixels()), [&](const auto& next) {
       Pieces<A> pieces(map, x);
       std::vector<double> gamma(teachers);
       vectorized([&] AMTML_BODY(auto lanes) {
-        for (int64_t i = begin; i < end; ++i) {
-          if (use_max) {
-            max_pool<decltype(lanes)::value>(pieces, i * map.sn, b + i * d, at + i * d);
-          } else {
-            avg_pool(pieces, i * map.sn, b + i * d);
+        for (Share share; next(share);) {
+          for (int64_t i = share.begin; i < share.end; ++i) {
+            if (use_max) {
+              max_pool<decltype(lanes)::value>(pieces, i * map.sn, b + i * d, at + i * d);
+            } else {
+              avg_pool(pieces, i * map.sn, b + i * d);
+            }
+            weigh(factors.data(), b + i * d, teachers, d, gamma.data());
+            for (int64_t t = 0; t < teachers; ++t) w[i * teachers + t] = static_cast<A>(gamma[t]);
           }
-          weigh(factors.data(), b + i * d, teachers, d, gamma.data());
-          for (int64_t t = 0; t < teachers; ++t) w[i * teachers + t] = static_cast<A>(gamma[t]);
         }
       });
     });

@@ -309,10 +309,12 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
 
 template <class A>
 void run_rows(const Problem<A>& pr, const KDPass<A>& pass) {
-  torch::stable::parallel_for(0, pr.rows, grain(2 * pr.classes), [&](int64_t begin, int64_t end) {
+  in_shares(pr.rows, grain(2 * pr.classes), [&](const auto& next) {
     Row<A> row(pr);
     vectorized([&] AMTML_BODY() {
-      for (int64_t i = begin; i < end; ++i) run_row(row, i, pass);
+      for (Share share; next(share);) {
+        for (int64_t i = share.begin; i < share.end; ++i) run_row(row, i, pass);
+      }
     });
   });
 }
