@@ -57,6 +57,10 @@ NAMES = [
 ]
 
 
+# What matplotlib may read: formulas, labels that begin with an underscore, escapes and format strings.
+DRAWN = ["cost $5 or $6", r"$\foo$", "_a_ b_c", "back\\", "&lt;", "{0} %s {{ x }}"]
+
+
 def rows(name: str) -> list[Row]:
     made = [("student", "student alone", None, [0.5, 0.6]), ("x", name, 2, [0.7, 0.8]), ("x", name, 3, [0.8, 0.9])]
     return [Row(*it[:2], 10, it[3], 1.0, teachers=it[2], student=name) for it in made]
@@ -67,7 +71,7 @@ def histories(name: str) -> dict[str, list[list[dict[str, object]]]]:
     return {name: [[epoch, {**epoch, "loss": 0.5}]], "other": [[epoch, epoch]]}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DRAWN)
 def test_pictures_draw_it(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     save = drawing.save
