@@ -18,6 +18,10 @@
 #include <tuple>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
 #define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
 #endif
@@ -88,6 +92,19 @@ inline void fill_for_tests(void* data, size_t bytes) {
   if (fill && bytes > 0) std::memset(data, 0xff, bytes);
 }
 
+// Asks for pages of 2 MB under new memory that the allocator has just mapped (glibc maps what is larger than 32 MB anew
+// each time): to touch 4 KB after 4 KB the first time takes longer than a loss does. A kernel that gives them to
+// nobody, or to everybody, ignores it.
+inline void ask_for_huge_pages(void* data, size_t bytes) {
+#ifdef __linux__
+  constexpr size_t kMapped = size_t{32} << 20, kPage = size_t{2} << 20;
+  if (bytes < kMapped) return;
+  const size_t start = (reinterpret_cast<size_t>(data) + kPage - 1) / kPage * kPage;
+  const size_t end = (reinterpret_cast<size_t>(data) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
+}
+
 // Where the tests' emulator of CUDA must keep memory alive until kernels have ended, as a GPU's allocator does.
 #ifdef AMTML_EMULATED_CUDA
 void keep_for_kernels(const Tensor& t);
@@ -107,7 +124,9 @@ inline Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape&
                                                          strides.data(), type, device_type, device_index, &handle));
   const Tensor made(handle);
   if (device_type == aoti_torch_device_type_cpu()) {
-    fill_for_tests(made.mutable_data_ptr(), made.numel() * made.element_size());
+    const size_t bytes = made.numel() * made.element_size();
+    ask_for_huge_pages(made.mutable_data_ptr(), bytes);
+    fill_for_tests(made.mutable_data_ptr(), bytes);
   }
   keep_for_kernels(made);
   return made;
