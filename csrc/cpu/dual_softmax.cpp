@@ -10,23 +10,30 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "dual_softmax";
-constexpr int64_t kColumns = 128;  // columns that one task reduces together
+constexpr int64_t kColumns =
+    1024;  // most columns that one task reduces together: their sums stay in the first-level cache
 
 struct Sizes {
-  int64_t batch, rows, columns, blocks;
-  explicit Sizes(const Tensor& t)
-      : batch(t.size(0)), rows(t.size(1)), columns(t.size(2)), blocks((t.size(2) + kColumns - 1) / kColumns) {}
+  int64_t batch, rows, columns;
+  int64_t width,
+      blocks;  // columns of a task: as many as leave each thread one, for memory is read best along whole rows
+
+  explicit Sizes(const Tensor& t) : batch(t.size(0)), rows(t.size(1)), columns(t.size(2)) {
+    const int64_t count = std::max<int64_t>(batch, 1), threads = (torch::stable::get_num_threads() + count - 1) / count;
+    width = std::min(std::max<int64_t>(padded(columns / threads, 16), 128), kColumns);
+    blocks = (columns + width - 1) / width;
+  }
 };
 
 // Calls body(batch, first column, end column) for blocks of columns.
 template <class F>
 void for_columns(const Sizes& s, const F& body) {
-  in_shares(s.batch * s.blocks, grain(s.rows * kColumns), [&](const auto& next) {
+  in_shares(s.batch * s.blocks, grain(s.rows * s.width), [&](const auto& next) {
     vectorized([&] AMTML_BODY() {
       for (Share share; next(share);) {
         for (int64_t i = share.begin; i < share.end; ++i) {
-          const int64_t first = i % s.blocks * kColumns;
-          body(i / s.blocks, first, std::min(first + kColumns, s.columns));
+          const int64_t first = i % s.blocks * s.width;
+          body(i / s.blocks, first, std::min(first + s.width, s.columns));
         }
       }
     });
