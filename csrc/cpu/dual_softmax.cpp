@@ -10,13 +10,14 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "dual_softmax";
-constexpr int64_t kColumns =
-    1024;  // most columns that one task reduces together: their sums stay in the first-level cache
+// Most columns that one task reduces together: their sums stay in the first-level cache.
+constexpr int64_t kColumns = 1024;
 
 struct Sizes {
   int64_t batch, rows, columns;
-  int64_t width,
-      blocks;  // columns of a task: as many as leave each thread one, for memory is read best along whole rows
+  // Of a task the columns, so many that each thread has a task, for memory is read best along whole rows; and the
+  // tasks.
+  int64_t width, blocks;
 
   explicit Sizes(const Tensor& t) : batch(t.size(0)), rows(t.size(1)), columns(t.size(2)) {
     const int64_t count = std::max<int64_t>(batch, 1), threads = (torch::stable::get_num_threads() + count - 1) / count;
