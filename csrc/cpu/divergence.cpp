@@ -7,9 +7,6 @@
 //   dD/dw_t = sum_c p_t,c a_c  (mixture)    sum_k (p_k a_k - p_k sum_c p_c a_c) z_t,k / tau_t  (logits)    D(p_t, q)  (sum)
 //
 // A row of every input is read once; its exponentials stay in cache until the row is done.
-#include <algorithm>
-
-#include "../arithmetic.h"
 #include "kd_rows.h"
 #include "ops.h"
 
@@ -19,16 +16,8 @@ namespace {
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int64_t kChunk = 1024;  // classes at a time after the exponentials: a chunk stays in the first-level cache
 
-enum class Mode { mixture, sum, logits };
-
-struct Settings {
-  KDSettings kd;  // kl_scale is not used: a row's is its temperature squared, or 1
-  Divergence kind;
-  Mode mode;
-  double beta;
-  std::vector<double> teacher_temperatures;  // empty: the student's
-  bool t2_scale;
-};
+using Mode = DivergenceMode;
+using Settings = DivergenceSettings;
 
 template <class A>
 struct Problem {
@@ -526,25 +515,14 @@ Made run(const Inputs& in, const Settings& set, const std::optional<Tensor>& gra
   return made;
 }
 
-Settings settings(std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures,
-                  double temperature, bool t2_scale, double ce_weight, double kl_weight, std::string reduction,
-                  int64_t ignore_index, double label_smoothing) {
-  constexpr const char* names[] = {"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"};
-  const auto name = std::find(std::begin(names), std::end(names), divergence);
-  STD_TORCH_CHECK(name != std::end(names), kOp, ": unknown divergence ", divergence);
-  const Mode how = mode == "mixture" ? Mode::mixture : (mode == "sum" ? Mode::sum : Mode::logits);
-  return {{temperature, ce_weight, kl_weight, 1, mode, reduction, ignore_index, label_smoothing},
-          static_cast<Divergence>(name - std::begin(names)), how, beta, teacher_temperatures, t2_scale};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
     const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights, std::optional<Tensor> labels,
     std::optional<Tensor> alphas, std::optional<Tensor> temperatures, std::string divergence, double beta,
     std::string mode, std::vector<double> teacher_temperatures, double temperature, bool t2_scale, double ce_weight,
     double kl_weight, std::string reduction, int64_t ignore_index, double label_smoothing, bool need_student_grad,
     bool need_weights_grad, bool need_alpha_grad, bool need_statistics) {
-  const Settings set = settings(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight,
-                                kl_weight, reduction, ignore_index, label_smoothing);
+  const Settings set(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight, kl_weight, reduction,
+                     ignore_index, label_smoothing);
   Made made = run({student, teachers, weights, labels, alphas, temperatures}, set, std::nullopt, need_student_grad,
                   need_weights_grad, need_alpha_grad, need_statistics);
   return {made.loss, made.grad_student, made.grad_weights, made.grad_alpha, made.statistics};
@@ -556,8 +534,8 @@ std::tuple<Tensor, Tensor, Tensor> divergence_bwd(
     std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures,
     double temperature, bool t2_scale, double ce_weight, double kl_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_alpha_grad) {
-  const Settings set = settings(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight,
-                                kl_weight, reduction, ignore_index, label_smoothing);
+  const Settings set(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight, kl_weight, reduction,
+                     ignore_index, label_smoothing);
   Made made = run({student, teachers, weights, labels, alphas, temperatures}, set, grad_loss, need_student_grad,
                   need_weights_grad, need_alpha_grad, false);
   return {made.grad_student, made.grad_weights, made.grad_alpha};
