@@ -14,14 +14,15 @@ namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
-constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp, kMaxTeachers = 32, kMaxCluster = 8;
+constexpr int kMaxTeachers = 32, kMaxCluster = 8;
 constexpr int kQueue = 4;              // teachers whose loads are under way at a time
-constexpr float kTinyMixture = 1e-30;  // from here on log p is made of logarithms
+constexpr float kTinyMixture = 1e-30;  // below it log p is made of logarithms
 #ifdef AMTML_EMULATED_CUDA             // so that small rows are spread, too
-constexpr int64_t kMostBlocks = 48, kSteps = 2;
+constexpr int kMaxThreads = 64, kMostBlocks = 48, kSteps = 2;
 #else
-constexpr int64_t kMostBlocks = 264, kSteps = 4;
+constexpr int kMaxThreads = 256, kMostBlocks = 264, kSteps = 4;
 #endif
+constexpr int kMaxWarps = kMaxThreads / kWarp;
 
 struct Problem : KDProblem {  // weights of the two terms, and kl_scale, are 1 there: rows have their own
   Rows teacher[kMaxTeachers];
@@ -214,7 +215,7 @@ __device__ void make_softmaxes(const Problem& pr, const Slice& slice, Scratch& s
     const double log_sum = -log(static_cast<double>(made.inverse));
     made.log_sum = static_cast<float>(log_sum), made.rest = log_sum - made.log_sum;
     const bool without = t > 0 && t <= teachers && s.weight[t - 1] == 0;
-    if (without && !(fabsf(made.inverse) < INFINITY)) made.inverse = 0;  // 0 * NaN is 0
+    if (without && !(fabsf(made.inverse) < INFINITY)) made.inverse = 0, made.rest = 0;  // 0 * NaN is 0
     if (t == 0) s.inverse1 = 1 / o.sum1, s.log_sum1 = static_cast<float>(log(static_cast<double>(o.sum1)));
   }
   if (threadIdx.x == 0) {
@@ -426,13 +427,14 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
         all_pa += of_pa;
         each_teacher<kPack>(pr, i, c, [&](int t, const float (&x)[kPack]) {
           const Softmax& own = s.of[t + 1];
+          const float shift = fabsf(own.max) < INFINITY ? own.max : 0.0f;  // by which nothing changes but the rounding
           float sum = 0, other = 0;
 #pragma unroll
           for (int k = 0; k < kPack; ++k) {
             if (pr.logits()) {
-              const float y = (x[k] - own.max) * own.per_tau;
-              if (y - y != 0) continue;  // infinite, or NaN
-              sum += a[k] * y, other += p[k] * y;
+              const bool finite = x[k] - x[k] == 0;  // else no weight or no probability is there: 0 it counts
+              const float y = ((finite ? x[k] : 0.0f) - shift) * own.per_tau;
+              sum += if_mass(y, a[k] * y), other += if_mass(y, p[k] * y);  // a may be infinite
             } else {
               const float each = own.probability(x[k]);
               sum += if_mass(each, each * a[k]);
@@ -577,10 +579,13 @@ __device__ inline void write_row(const Problem& pr, const Results& want, int64_t
   for (int t = threadIdx.x; want.grad_weights && t < pr.teachers; t += blockDim.x) {
     double slope = s.totals[kFixed + t];
     if (pr.mode == DivergenceMode::sum) {
-      slope += cut_off(pr, q_rest, s.of[t + 1].rest);
+      const bool left_out = s.of[t + 1].inverse == 0;
+      slope += left_out ? divergence_constant(pr.kind, 0.0, static_cast<double>(pr.beta))
+                        : cut_off(pr, q_rest, s.of[t + 1].rest);
       if (s.weight[t] == 0 && !(fabs(slope) < INFINITY)) slope = 0;
     } else if (pr.logits()) {
-      slope -= s.totals[kOfPA] * s.totals[kFixed + pr.teachers + t];
+      const double mean = s.totals[kFixed + pr.teachers + t];
+      slope -= if_mass(mean, s.totals[kOfPA] * mean);
     } else if (pr.kind == Divergence::forward_kl && s.of[t + 1].inverse != 0) {
       slope += 1;
     }
@@ -717,7 +722,8 @@ void run_rows(const Inputs& inputs, const Results& want, const float* grad_loss,
   unsigned threads = kWarp, cluster = 1;
   while (threads < packs && threads < kMaxThreads) threads *= 2;
   // Few long rows by several blocks each, so that all multiprocessors work.
-  while (cluster < kMaxCluster && pr.rows * cluster < kMostBlocks && packs > kSteps * threads * cluster) cluster *= 2;
+  while (cluster < kMaxCluster && pr.rows * cluster < kMostBlocks && packs > int64_t{kSteps} * threads * cluster)
+    cluster *= 2;
   if (cluster > 1) cluster = on.largest_cluster(cluster);
   const bool sum = pr.mode == DivergenceMode::sum;
   auto* const kernel = inputs.packs ? (sum ? divergence_kernel<4, true> : divergence_kernel<4, false>)
