@@ -15,7 +15,7 @@ namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int kMaxTeachers = 32, kMaxCluster = 8;
-constexpr int kQueue = 4;              // teachers whose loads are under way at a time
+constexpr int kQueue = 2;              // teachers whose loads are under way at a time
 constexpr float kTinyMixture = 1e-30;  // below it log p is made of logarithms
 #ifdef AMTML_EMULATED_CUDA             // so that small rows are spread, too
 constexpr int kMaxThreads = 64, kMostBlocks = 48, kSteps = 2;
@@ -58,7 +58,14 @@ struct Softmax {
 
 enum Sum { kValue, kSlope, kBelow, kOfPA, kFixed };  // D, sum q b, sum of maximum - z, sum p a; then each teacher's
 
+// What a row is weighed by, and all but the first sweep need. In shared memory: kept in registers, they spilled.
+struct Scales {
+  float incoming, ce, kl;            // what comes back; d loss / d of either term of the row, before its weight
+  float student_ce, student_kl, qb;  // of the student's gradient; sum q b
+};
+
 struct Scratch {
+  Scales by;
   Softmax of[kMaxTeachers + 2];  // student, teachers, mixed logits
   float weight[kMaxTeachers], total, inverse1, log_sum1;
   Online part[kMaxTeachers + 2][kMaxWarps], whole[kMaxTeachers + 2];                      // of this block
@@ -73,7 +80,8 @@ struct Scratch {
 
 // Classes of one block, in one row.
 struct Slice {
-  int64_t row, begin, end;
+  int64_t row;
+  int begin, end;
 };
 
 // --- rows of any dtype
@@ -84,22 +92,24 @@ struct Raw {
   uint32_t words[kPack];
 
   __device__ __forceinline__ void get(ScalarType dtype, float (&to)[kPack]) const {
+    if (dtype == ScalarType::Float) {
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      if (dtype == ScalarType::Float) {
-        std::memcpy(&to[k], &words[k], sizeof(float));
-      } else if (dtype == ScalarType::BFloat16) {  // the upper half of a float32
+      for (int k = 0; k < kPack; ++k) std::memcpy(&to[k], &words[k], sizeof(float));
+    } else if (dtype == ScalarType::BFloat16) {  // the upper half of a float32
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) {
         const uint32_t bits = k % 2 ? words[k / 2] & 0xffff0000u : words[k / 2] << 16;
         std::memcpy(&to[k], &bits, sizeof(float));
-      } else {
-        to[k] = static_cast<float>(reinterpret_cast<const Half*>(words)[k]);
       }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) to[k] = static_cast<float>(reinterpret_cast<const Half*>(words)[k]);
     }
   }
 };
 
 template <int kPack>
-__device__ __forceinline__ Raw<kPack> fetch(const Rows& rows, int64_t i, int64_t c) {
+__device__ __forceinline__ Raw<kPack> fetch(const Rows& rows, int64_t i, int c) {
   Raw<kPack> raw = {};
   auto copy = [&](auto element, auto count) {
     using Each = decltype(element);
@@ -134,7 +144,7 @@ __device__ __forceinline__ void put(void* to, ScalarType dtype, int64_t at, cons
 // Calls use(t, x) for all teachers, in order, with their logits from class c on. `use` is there once: what is loaded
 // moves through a queue of registers.
 template <int kPack, class Use>
-__device__ __forceinline__ void each_teacher(const Problem& pr, int64_t i, int64_t c, const Use& use) {
+__device__ __forceinline__ void each_teacher(const Problem& pr, int64_t i, int c, const Use& use) {
 #pragma unroll 1
   for (int first = 0; first < pr.teachers; first += kQueue) {
     Raw<kPack> queue[kQueue];
@@ -179,7 +189,7 @@ __device__ void make_softmaxes(const Problem& pr, const Slice& slice, Scratch& s
   for (int t = 0; t < teachers; ++t) s.first(t) = -INFINITY, s.second(pr, t) = 0;
   __syncthreads();
   Online q{-INFINITY, 0, 0}, mixed{-INFINITY, 0, 0};
-  for (int64_t c = slice.begin + threadIdx.x * kPack; c < slice.end; c += blockDim.x * kPack) {
+  for (int c = slice.begin + threadIdx.x * kPack; c < slice.end; c += blockDim.x * kPack) {
     const Raw<kPack> raw = fetch<kPack>(pr.student, i, c);
     float z[kPack], logits[kPack] = {};
     each_teacher<kPack>(pr, i, c, [&](int t, const float (&x)[kPack]) {
@@ -253,20 +263,23 @@ struct Log {
 
 // Of the classes of a pack: returns the sum of their terms, adds q b times the weight, and makes `a`: p a of mixed
 // logits, else df/dp. Forward KL leaves out the 1 of df/dp: beside it the small logarithms would be rounded away. It
-// changes nothing for logits, and write_row adds it to a mixture's.
-template <Divergence kind, int kPack>
+// changes nothing for logits, and write_row adds it to a mixture's. The two KLs alone make logarithms of p and q.
+template <Divergence kind, int kPack, class LogP, class LogQ>
 __device__ __forceinline__ float terms(const Problem& pr, float weight, const float (&p)[kPack],
-                                       const float (&q)[kPack], const float (&log_p)[kPack],
-                                       const float (&log_q)[kPack], float (&qb)[kPack], float (&a)[kPack]) {
+                                       const float (&q)[kPack], const LogP& log_p, const LogQ& log_q,
+                                       float (&qb)[kPack], float (&a)[kPack]) {
+  constexpr bool kForward = kind == Divergence::forward_kl, kReverse = kind == Divergence::reverse_kl;
   float sum = 0;
 #pragma unroll
   for (int k = 0; k < kPack; ++k) {
-    const auto term = divergence_term<kind>(p[k], q[k], log_p[k], log_q[k], pr.beta, Log());
+    float of_p = 0, of_q = 0;
+    if constexpr (kForward || kReverse) of_p = log_p(k), of_q = log_q(k);
+    const auto term = divergence_term<kind>(p[k], q[k], of_p, of_q, pr.beta, Log());
     sum += term.value;
     if (weight != 0) qb[k] += weight * term.qb;  // 0 * NaN is 0
-    if (kind == Divergence::forward_kl) {
-      a[k] = pr.logits() ? term.value : p[k] == 0 ? -1.0f : log_p[k] - log_q[k];
-    } else if (kind == Divergence::reverse_kl) {  // a = -q / p may be too large for float32
+    if constexpr (kForward) {
+      a[k] = pr.logits() ? term.value : p[k] == 0 ? -1.0f : of_p - of_q;
+    } else if constexpr (kReverse) {  // a = -q / p may be too large for float32
       a[k] = pr.logits() ? -q[k] : term.a;
     } else {
       a[k] = pr.logits() ? if_mass(p[k], p[k] * term.a) : term.a;
@@ -275,10 +288,10 @@ __device__ __forceinline__ float terms(const Problem& pr, float weight, const fl
   return sum;
 }
 
-template <int kPack>
+template <int kPack, class LogP, class LogQ>
 __device__ __forceinline__ float terms(const Problem& pr, float weight, const float (&p)[kPack],
-                                       const float (&q)[kPack], const float (&log_p)[kPack],
-                                       const float (&log_q)[kPack], float (&qb)[kPack], float (&a)[kPack]) {
+                                       const float (&q)[kPack], const LogP& log_p, const LogQ& log_q,
+                                       float (&qb)[kPack], float (&a)[kPack]) {
   switch (pr.kind) {
     case Divergence::forward_kl:
       return terms<Divergence::forward_kl>(pr, weight, p, q, log_p, log_q, qb, a);
@@ -318,41 +331,35 @@ __device__ inline float log_of_tiny_mixture(const Problem& pr, int64_t i, int64_
   return most + logf(sum);
 }
 
-// How much of d loss / d CE and, with the 1 / tau, d loss / d D a row has in the student's gradient.
-struct Scales {
-  float ce, kl;
-};
-
-// gather: D, sum q b and the weights' slopes. write: the gradient, from sum q b.
+// gather: D, sum q b and the weights' slopes. write: the gradient.
 template <int kPack, bool kSum>
-__device__ __forceinline__ void sweep(const Problem& pr, const Results& want, const Slice& slice, const Scales& by,
-                                      bool gather, bool write, float slope, Scratch& s) {
-  const int64_t i = slice.row, label = pr.labels ? pr.labels[i] : -1;
-  const Softmax student = s.of[0];
+__device__ __forceinline__ void sweep(const Problem& pr, const Results& want, const Slice& slice, bool gather,
+                                      bool write, Scratch& s) {
+  const int64_t i = slice.row;
+  const int label = pr.labels ? static_cast<int>(pr.labels[i]) : -1;
+  const Softmax& student = s.of[0];
   const bool reverse = pr.kind == Divergence::reverse_kl, slopes = gather && want.grad_weights;
   const bool smooth = gather && pr.labels && pr.label_smoothing != 0;
   const float even = pr.label_smoothing / static_cast<float>(pr.classes);
-  double value = 0, all_qb = 0, below = 0, all_pa = 0;
+  double value = 0, all_qb = 0;
+  double below = 0, all_pa = 0;
   if (gather) {
     for (int t = 0; t < pr.teachers; ++t) s.first(t) = s.second(pr, t) = 0;
   }
-  for (int64_t c = slice.begin + threadIdx.x * kPack; c < slice.end; c += blockDim.x * kPack) {
-    float z[kPack], q[kPack], log_q[kPack], qb[kPack] = {}, part = 0, lost_mass = 0;
+  for (int c = slice.begin + threadIdx.x * kPack; c < slice.end; c += blockDim.x * kPack) {
+    float z[kPack], q[kPack], qb[kPack] = {}, part = 0, lost_mass = 0;
     // Bits of the classes that the student has and its target has not: they make reverse KL infinite, and get no
     // gradient.
     unsigned lost = 0;
     fetch<kPack>(pr.student, i, c).get(pr.student.dtype, z);
 #pragma unroll
-    for (int k = 0; k < kPack; ++k) {
-      q[k] = student.probability(z[k]), log_q[k] = student.log(z[k]);
-    }
-    // What one target adds, without the classes of `out`; x: the logits that say which classes it has.
-    auto compare = [&](float weight, const float (&p)[kPack], const float (&log_p)[kPack], unsigned out,
-                       float (&a)[kPack]) {
+    for (int k = 0; k < kPack; ++k) q[k] = student.probability(z[k]);
+    // What one target adds, without the classes of `out`.
+    auto compare = [&](float weight, const float (&p)[kPack], const auto& log_p, unsigned out, float (&a)[kPack]) {
       float rest[kPack];
 #pragma unroll
       for (int k = 0; k < kPack; ++k) rest[k] = out >> k & 1 ? 0.0f : q[k];
-      return terms(pr, weight, p, rest, log_p, log_q, qb, a);
+      return terms(pr, weight, p, rest, log_p, [&](int k) { return student.log(z[k]); }, qb, a);
     };
     auto without = [&](const float (&x)[kPack], float weight) {  // classes that the target of logits x has not
       unsigned out = 0;
@@ -369,23 +376,23 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
       each_teacher<kPack>(pr, i, c, [&](int t, const float (&x)[kPack]) {
         const Softmax& own = s.of[t + 1];
         const float w = s.weight[t];
-        float p[kPack], log_p[kPack], a[kPack];
+        float p[kPack], a[kPack];
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) p[k] = own.probability(x[k]), log_p[k] = own.log(x[k]);
+        for (int k = 0; k < kPack; ++k) p[k] = own.probability(x[k]);
         const unsigned out = without(x, w);
-        const float sum = compare(w, p, log_p, out, a) + (out ? INFINITY : 0.0f);
+        const float of_rest = compare(w, p, [&](int k) { return own.log(x[k]); }, out, a);
+        const float sum = out ? INFINITY : of_rest;
         if (w != 0) part += w * sum;
         if (slopes) s.first(t) += sum;
       });
     } else {
-      float p[kPack] = {}, log_p[kPack], a[kPack];
+      const Softmax& mixed = s.of[pr.teachers + 1];
+      float x[kPack] = {}, p[kPack] = {}, a[kPack];
       unsigned out = 0;
       if (pr.logits()) {
-        const Softmax& own = s.of[pr.teachers + 1];
-        float x[kPack] = {};
         each_teacher<kPack>(pr, i, c, [&](int t, const float (&each)[kPack]) { mix(s, t, each, x); });
 #pragma unroll
-        for (int k = 0; k < kPack; ++k) p[k] = own.probability(x[k]), log_p[k] = own.log(x[k]);
+        for (int k = 0; k < kPack; ++k) p[k] = mixed.probability(x[k]);
         out = without(x, 1);
         if (out) part = INFINITY;
       } else {
@@ -397,7 +404,6 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
         });
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
-          log_p[k] = logf(p[k] == 0 ? 1.0f : p[k]);
           if (reverse && p[k] < kTinyMixture && q[k] != 0) out |= 1u << k;
         }
 #pragma unroll 1
@@ -419,6 +425,7 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
           for (int at = 0; at < kPack; ++at) qb[at] += at == k ? term : 0.0f;
         }
       }
+      auto log_p = [&](int k) { return pr.logits() ? mixed.log(x[k]) : logf(p[k] == 0 ? 1.0f : p[k]); };
       part += compare(1, p, log_p, out, a);
       if (slopes) {
         float of_pa = 0;
@@ -458,11 +465,11 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
     float grad[kPack];
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
-      const bool none = by.kl == 0 || lost >> k & 1;  // a divergence without weight may be infinite
-      float g = none ? 0.0f : by.kl * (qb[k] - q[k] * slope);
+      const bool none = s.by.student_kl == 0 || lost >> k & 1;  // a divergence without weight may be infinite
+      float g = none ? 0.0f : s.by.student_kl * (qb[k] - q[k] * s.by.qb);
       if (pr.labels) {
         const float q1 = exp2f((z[k] - student.max) * kLog2e) * s.inverse1;
-        g += by.ce * (q1 - even - (c + k == label ? 1 - pr.label_smoothing : 0.0f));
+        g += s.by.student_ce * (q1 - even - (c + k == label ? 1 - pr.label_smoothing : 0.0f));
       }
       grad[k] = z[k] == -INFINITY ? 0.0f : g;
     }
@@ -483,10 +490,10 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
 __device__ inline unsigned long long larger(unsigned long long a, unsigned long long b) { return a > b ? a : b; }
 
 // Of probabilities and their classes: the largest key is the first class of the largest probability.
-__device__ __forceinline__ unsigned long long key_of(float p, int64_t c) {
+__device__ __forceinline__ unsigned long long key_of(float p, int c) {
   uint32_t bits;
   std::memcpy(&bits, &p, sizeof(bits));
-  return static_cast<unsigned long long>(bits) << 32 | (0xffffffffu - static_cast<uint32_t>(c));
+  return static_cast<unsigned long long>(bits) << 32 | ~static_cast<uint32_t>(c);
 }
 
 // The largest key of the block, in thread 0's `to`.
@@ -505,11 +512,11 @@ __device__ inline void block_best(Scratch& s, unsigned long long key, unsigned l
 template <int kPack>
 __device__ void write_statistics(const Problem& pr, const Slice& slice, float* out, Scratch& s) {
   const int64_t i = slice.row;
-  const Softmax student = s.of[0];
+  const Softmax& student = s.of[0];
   double of_q = 0, of_p = 0;
   unsigned long long best_q = 0, best_p = 0;
   for (int t = 0; t < pr.teachers; ++t) s.first(t) = 0;
-  for (int64_t c = slice.begin + threadIdx.x * kPack; c < slice.end; c += blockDim.x * kPack) {
+  for (int c = slice.begin + threadIdx.x * kPack; c < slice.end; c += blockDim.x * kPack) {
     float z[kPack], p[kPack] = {}, logits[kPack] = {}, sum_q = 0, sum_p = 0;
     fetch<kPack>(pr.student, i, c).get(pr.student.dtype, z);
     each_teacher<kPack>(pr, i, c, [&](int t, const float (&x)[kPack]) {
@@ -570,12 +577,11 @@ __device__ inline double cut_off(const Problem& pr, double student, double rest)
 }
 
 // The row's scalars and the gradient of its weights.
-__device__ inline void write_row(const Problem& pr, const Results& want, int64_t i, const Scales& scale, float g,
-                                 Scratch& s) {
+__device__ inline void write_row(const Problem& pr, const Results& want, int64_t i, Scratch& s) {
   const double tau = pr.temperature_of(i), squared = pr.t2_scale ? tau * tau : 1;
   const double ce_weight = pr.alphas ? 1 - static_cast<double>(pr.alphas[i]) : pr.of_ce;
   const double kl_weight = pr.alphas ? pr.alphas[i] : pr.of_kl;
-  const double kl_grad = g * kl_weight * squared * scale.kl, q_rest = s.of[0].rest;
+  const double g = s.by.incoming, kl_grad = g * kl_weight * squared * s.by.kl, q_rest = s.of[0].rest;
   for (int t = threadIdx.x; want.grad_weights && t < pr.teachers; t += blockDim.x) {
     double slope = s.totals[kFixed + t];
     if (pr.mode == DivergenceMode::sum) {
@@ -610,12 +616,12 @@ __device__ inline void write_row(const Problem& pr, const Results& want, int64_t
   const double of_ce = ce_weight == 0 ? 0 : ce_weight * ce, of_kl = kl_weight == 0 ? 0 : kl_weight * kl;
   if (want.ce_rows) want.ce_rows[i] = of_ce, want.kl_rows[i] = of_kl;
   if (want.loss) want.loss[i] = static_cast<float>(of_ce + of_kl);
-  if (want.grad_alpha) want.grad_alpha[i] = static_cast<float>(g * (kl * scale.kl - ce * scale.ce));
+  if (want.grad_alpha) want.grad_alpha[i] = static_cast<float>(g * (kl * s.by.kl - ce * s.by.ce));
 }
 
 __device__ inline void write_ignored(const Problem& pr, const Results& want, const Slice& slice) {
   const int64_t i = slice.row;
-  for (int64_t c = slice.begin + threadIdx.x; want.grad_student && c < slice.end; c += blockDim.x) {
+  for (int c = slice.begin + threadIdx.x; want.grad_student && c < slice.end; c += blockDim.x) {
     const float zero[1] = {};
     put(want.grad_student, want.grad_dtype, i * pr.classes + c, zero);
   }
@@ -632,32 +638,39 @@ __device__ inline void write_ignored(const Problem& pr, const Results& want, con
 
 // Forward, or with what comes back to the loss backward, which makes all of it again.
 template <int kPack, bool kSum>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, 3)
     divergence_kernel(const __grid_constant__ Problem pr, const __grid_constant__ Results want, const float* grad_loss,
                       bool each_row) {
   Scratch& s = shared<Scratch>();
-  const int64_t blocks = cluster_size(), packs = pr.classes / kPack, length = (packs + blocks - 1) / blocks * kPack;
-  Slice slice{blockIdx.x / blocks, least(cluster_rank() * length, pr.classes), 0};
-  slice.end = least(slice.begin + length, pr.classes);
+  const int classes = static_cast<int>(pr.classes), blocks = static_cast<int>(cluster_size());
+  const int length = (classes / kPack + blocks - 1) / blocks * kPack;
+  Slice slice{blockIdx.x / blocks, min(static_cast<int>(cluster_rank()) * length, classes), 0};
+  slice.end = min(slice.begin + length, classes);
   const int64_t i = slice.row;
   if (pr.ignored(i)) return write_ignored(pr, want, slice);
-  Scales scale;
-  gradient_scales(pr, s.sums, &scale.ce, &scale.kl);
+  float of_ce, of_kl;
+  gradient_scales(pr, s.sums, &of_ce, &of_kl);
   make_softmaxes<kPack>(pr, slice, s);
-
-  const float g = grad_loss ? grad_loss[each_row ? i : 0] : 1.0f, tau = pr.temperature_of(i);
-  const float alpha = pr.alphas ? pr.alphas[i] : 0.0f;
-  const Scales by{g * scale.ce * (pr.alphas ? 1 - alpha : pr.of_ce),
-                  g * scale.kl * (pr.alphas ? alpha : pr.of_kl) * (pr.t2_scale ? tau : 1 / tau)};
-  const bool known = pr.kind == Divergence::forward_kl;
-  float slope = pr.logits() ? -1.0f : -s.total;
+  const bool known = pr.kind == Divergence::forward_kl;  // what sum q b is
+  if (threadIdx.x == 0) {
+    const float g = grad_loss ? grad_loss[each_row ? i : 0] : 1.0f, tau = pr.temperature_of(i);
+    const float ce_weight = pr.alphas ? 1 - pr.alphas[i] : pr.of_ce, kl_weight = pr.alphas ? pr.alphas[i] : pr.of_kl;
+    s.by = {g,
+            of_ce,
+            of_kl,
+            g * of_ce * ce_weight,
+            g * of_kl * kl_weight * (pr.t2_scale ? tau : 1 / tau),
+            pr.logits() ? -1.0f : -s.total};
+  }
+  __syncthreads();
   for (bool gather = true;; gather = false) {
     const bool write = want.grad_student && (known || !gather);
-    sweep<kPack, kSum>(pr, want, slice, by, gather, write, slope, s);
+    sweep<kPack, kSum>(pr, want, slice, gather, write, s);
     if (!want.grad_student || write) break;
-    slope = static_cast<float>(s.totals[kSlope]);
+    if (threadIdx.x == 0) s.by.qb = static_cast<float>(s.totals[kSlope]);
+    __syncthreads();
   }
-  if (cluster_rank() == 0) write_row(pr, want, i, scale, g, s);
+  if (cluster_rank() == 0) write_row(pr, want, i, s);
   if (!want.statistics) return;
   __syncthreads();
   write_statistics<kPack>(pr, slice, want.statistics + i * (4 + pr.teachers), s);
