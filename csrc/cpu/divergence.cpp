@@ -139,7 +139,7 @@ AMTML_INLINE void load(Row<A>& row, int64_t i) {
     p.make(x, n, static_cast<A>(1 / own), row.e_t.data() + t * n);
     const A w = row.weight[t] = pr.weight(i, t);
     const bool broken = !(std::abs(p.inverse) < std::numeric_limits<A>::infinity());
-    if (w == 0 && broken) std::fill_n(p.e, n, A(0)), p.inverse = 0;  // 0 * NaN is 0
+    if (w == 0 && broken) std::fill_n(p.e, n, A(0)), p.inverse = 0, p.rest = 0;  // 0 * NaN is 0
     row.total += w;
   }
   if (pr.set.mode != Mode::logits) return;
@@ -284,7 +284,7 @@ AMTML_INLINE double compare(Row<A>& row, const Softmax<A>* target, A weight) {
       for (int64_t c = 0; c < n; ++c) pa[c] = reverse ? -q[c] : if_mass(p[c], p[c] * a[c]);
     }
   }
-  const double mass = target ? 1 : row.total, cut = target ? target->rest : 0;
+  const double mass = target ? target->inverse != 0 : row.total, cut = target ? target->rest : 0;
   if (kind == Divergence::forward_kl) return mass == 0 ? sum : sum + mass * (row.q.rest - cut);
   if (kind == Divergence::reverse_kl) return sum + cut - row.q.rest;
   return sum + divergence_constant(kind, mass, pr.set.beta);
@@ -317,9 +317,11 @@ AMTML_INLINE void compare_all(Row<A>& row) {
   const A mean = static_cast<A>(block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return pa[c]; }));
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const Softmax<A>& p = row.of[t];
+    const A shift = p.m - p.m == 0 ? p.m : A(0);  // by which nothing changes but the rounding
     row.dot[t] = block_sum<A>(n, [&] AMTML_BODY(int64_t c) {
-      const A x = (p.x[c] - p.m) * p.per_tau, slope = pa[c] - e[c] * by * mean;
-      return x - x == 0 ? slope * x : A(0);
+      const A x = p.x[c], slope = pa[c] - e[c] * by * mean;
+      const A y = ((x - x == 0 ? x : A(0)) - shift) * p.per_tau;  // what is not finite has no weight, or no probability
+      return if_mass(y, slope * y);
     });
   }
 }

@@ -347,3 +347,25 @@ def test_float64():
             lambda z, w, d=divergence, m=mode: af.multi_teacher_kd_loss(z, teachers, w, labels, divergence=d, mode=m),
             (student, weights),
         )
+
+
+@EVERY
+def test_a_teacher_without_weight_counts_nothing(divergence, mode):
+    """Whatever it holds, and the gradient of its weight is as the reference has it."""
+    student, teachers, weights, labels, *_ = _problem()
+    teachers[0][0] = math.nan
+    teachers[0][2, 1:4] = -math.inf
+    weights = weights.detach().clone()
+    weights[:3, 0] = 0
+    args = student, teachers, weights.requires_grad_(), labels
+    options = dict(divergence=divergence, mode=mode, reduction="none", return_stats=True)
+
+    def run(args):
+        rows, stats = af.multi_teacher_kd_loss(*args, **options)
+        return rows.detach(), *stats, *torch.autograd.grad(rows, (args[0], args[2]), torch.ones_like(rows))
+
+    got = run(args)
+    with af.use_backend("reference"):
+        want = run(convert(args, dtype=torch.float64))
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g.double(), w, rtol=2e-5, atol=2e-5)
