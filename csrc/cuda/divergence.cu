@@ -200,7 +200,7 @@ __device__ void make_softmaxes(const Problem& pr, const Slice& slice, Scratch& s
     });
     if (pr.logits()) take<false>(mixed, logits, kLog2e);
     raw.get(pr.student.dtype, z);
-    take<true>(q, z, s.of[0].unit);
+    pr.labels ? take<true>(q, z, s.of[0].unit) : take<false>(q, z, s.of[0].unit);
   }
   for (int t = 0; t < count; ++t) {
     Online o = t == 0 ? q : t > teachers ? mixed : Online{s.first(t - 1), s.second(pr, t - 1), 0};
@@ -341,8 +341,7 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
   const bool reverse = pr.kind == Divergence::reverse_kl, slopes = gather && want.grad_weights;
   const bool smooth = gather && pr.labels && pr.label_smoothing != 0;
   const float even = pr.label_smoothing / static_cast<float>(pr.classes);
-  double value = 0, all_qb = 0;
-  double below = 0, all_pa = 0;
+  double value = 0, all_qb = 0, below = 0, all_pa = 0;
   if (gather) {
     for (int t = 0; t < pr.teachers; ++t) s.first(t) = s.second(pr, t) = 0;
   }
@@ -700,6 +699,7 @@ struct Inputs {
     KDSettings kd = set.kd;
     kd.ce_weight = kd.kl_weight = 1;
     own.fill(pr, kOp, student, count, weights, labels, kd, on);
+    STD_TORCH_CHECK(pr.classes <= 1 << 30, kOp, ": the CUDA kernel takes at most 2^30 classes, got ", pr.classes);
     packs = takes(student);
     pr.own_temperatures = !set.teacher_temperatures.empty();
     for (int64_t t = 0; t < count; ++t) {
