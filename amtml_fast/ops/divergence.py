@@ -30,7 +30,7 @@ ALL_MODES = ("mixture", "sum", "logits")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 _NAME = "multi_teacher_kd_loss"
 
-operator("divergence", backends=("cpp",))
+operator("divergence", backends=("cpp", "cuda"))
 
 
 def check_options(
@@ -233,7 +233,6 @@ def _fake_grads(
     "divergence_fwd",
     f"({_INPUTS}, bool need_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton=None,
-    gpu=False,
 )
 def _(student, teachers, weights, labels, alphas, temperatures, *settings):
     reduction, needs = settings[8], settings[-4:]
@@ -249,7 +248,6 @@ def _(student, teachers, weights, labels, alphas, temperatures, *settings):
     "divergence_bwd",
     f"(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
     triton=None,
-    gpu=False,
 )
 def _(grad_loss, student, teachers, weights, labels, alphas, temperatures, *settings):
     wide = wide_dtype(student, *teachers, weights)

@@ -8,9 +8,6 @@
 //   (sum)
 //
 // A row of every input is read once; its exponentials stay in cache until the row is done.
-#include <algorithm>
-
-#include "../arithmetic.h"
 #include "kd_rows.h"
 #include "ops.h"
 
@@ -20,16 +17,8 @@ namespace {
 constexpr char kOp[] = "multi_teacher_kd_loss";
 constexpr int64_t kChunk = 1024;  // classes at a time after the exponentials: a chunk stays in the first-level cache
 
-enum class Mode { mixture, sum, logits };
-
-struct Settings {
-  KDSettings kd;  // kl_scale is not used: a row's is its temperature squared, or 1
-  Divergence kind;
-  Mode mode;
-  double beta;
-  std::vector<double> teacher_temperatures;  // empty: the student's
-  bool t2_scale;
-};
+using Mode = DivergenceMode;
+using Settings = DivergenceSettings;
 
 template <class A>
 struct Problem {
@@ -153,7 +142,7 @@ AMTML_INLINE void load(Row<A>& row, int64_t i) {
     p.make(x, n, static_cast<A>(1 / own), row.e_t.data() + t * n);
     const A w = row.weight[t] = pr.weight(i, t);
     const bool broken = !(std::abs(p.inverse) < std::numeric_limits<A>::infinity());
-    if (w == 0 && broken) std::fill_n(p.e, n, A(0)), p.inverse = 0;  // 0 * NaN is 0
+    if (w == 0 && broken) std::fill_n(p.e, n, A(0)), p.inverse = 0, p.rest = 0;  // 0 * NaN is 0
     row.total += w;
   }
   if (pr.set.mode != Mode::logits) return;
@@ -300,7 +289,7 @@ AMTML_INLINE double compare(Row<A>& row, const Softmax<A>* target, A weight) {
       for (int64_t c = 0; c < n; ++c) pa[c] = reverse ? -q[c] : if_mass(p[c], p[c] * a[c]);
     }
   }
-  const double mass = target ? 1 : row.total, cut = target ? target->rest : 0;
+  const double mass = target ? target->inverse != 0 : row.total, cut = target ? target->rest : 0;
   if (kind == Divergence::forward_kl) return mass == 0 ? sum : sum + mass * (row.q.rest - cut);
   if (kind == Divergence::reverse_kl) return sum + cut - row.q.rest;
   return sum + divergence_constant(kind, mass, pr.set.beta);
@@ -333,9 +322,11 @@ AMTML_INLINE void compare_all(Row<A>& row) {
   const A mean = static_cast<A>(block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return pa[c]; }));
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const Softmax<A>& p = row.of[t];
+    const A shift = p.m - p.m == 0 ? p.m : A(0);  // by which nothing changes but the rounding
     row.dot[t] = block_sum<A>(n, [&] AMTML_BODY(int64_t c) {
-      const A x = (p.x[c] - p.m) * p.per_tau, slope = pa[c] - e[c] * by * mean;
-      return x - x == 0 ? slope * x : A(0);
+      const A x = p.x[c], slope = pa[c] - e[c] * by * mean;
+      const A y = ((x - x == 0 ? x : A(0)) - shift) * p.per_tau;  // what is not finite has no weight, or no probability
+      return if_mass(y, slope * y);
     });
   }
 }
@@ -536,29 +527,14 @@ Made run(const Inputs& in, const Settings& set, const std::optional<Tensor>& gra
   return made;
 }
 
-Settings settings(std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures,
-                  double temperature, bool t2_scale, double ce_weight, double kl_weight, std::string reduction,
-                  int64_t ignore_index, double label_smoothing) {
-  constexpr const char* names[] = {"forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"};
-  const auto name = std::find(std::begin(names), std::end(names), divergence);
-  STD_TORCH_CHECK(name != std::end(names), kOp, ": unknown divergence ", divergence);
-  const Mode how = mode == "mixture" ? Mode::mixture : (mode == "sum" ? Mode::sum : Mode::logits);
-  return {{temperature, ce_weight, kl_weight, 1, mode, reduction, ignore_index, label_smoothing},
-          static_cast<Divergence>(name - std::begin(names)),
-          how,
-          beta,
-          teacher_temperatures,
-          t2_scale};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
     const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights, std::optional<Tensor> labels,
     std::optional<Tensor> alphas, std::optional<Tensor> temperatures, std::string divergence, double beta,
     std::string mode, std::vector<double> teacher_temperatures, double temperature, bool t2_scale, double ce_weight,
     double kl_weight, std::string reduction, int64_t ignore_index, double label_smoothing, bool need_student_grad,
     bool need_weights_grad, bool need_alpha_grad, bool need_statistics) {
-  const Settings set = settings(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight,
-                                kl_weight, reduction, ignore_index, label_smoothing);
+  const Settings set(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight, kl_weight,
+                     reduction, ignore_index, label_smoothing);
   Made made = run({student, teachers, weights, labels, alphas, temperatures}, set, std::nullopt, need_student_grad,
                   need_weights_grad, need_alpha_grad, need_statistics);
   return {made.loss, made.grad_student, made.grad_weights, made.grad_alpha, made.statistics};
@@ -570,8 +546,8 @@ std::tuple<Tensor, Tensor, Tensor> divergence_bwd(
     std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures, double temperature,
     bool t2_scale, double ce_weight, double kl_weight, std::string reduction, int64_t ignore_index,
     double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_alpha_grad) {
-  const Settings set = settings(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight,
-                                kl_weight, reduction, ignore_index, label_smoothing);
+  const Settings set(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight, kl_weight,
+                     reduction, ignore_index, label_smoothing);
   Made made = run({student, teachers, weights, labels, alphas, temperatures}, set, grad_loss, need_student_grad,
                   need_weights_grad, need_alpha_grad, false);
   return {made.grad_student, made.grad_weights, made.grad_alpha};

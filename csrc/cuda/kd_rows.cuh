@@ -253,8 +253,9 @@ template <class S>
 __device__ double cross_entropy(const KDProblem& pr, int64_t i, float max, float log_sum1, double below) {
   if (!pr.has_label(i)) return 0;
   const int64_t label = pr.labels[i];
-  const S* z = static_cast<const S*>(pr.student.data) + i * pr.student.stride;
-  const double ce = static_cast<double>(log_sum1) - (static_cast<float>(z[label]) - max);
+  float z[1];
+  load_row<1, S>(pr.student, i, label, z);
+  const double ce = static_cast<double>(log_sum1) - (z[0] - max);
   if (pr.label_smoothing == 0) return ce;  // not 0 * infinity
   return (1 - pr.label_smoothing) * ce + pr.label_smoothing * (log_sum1 + below / static_cast<double>(pr.classes));
 }

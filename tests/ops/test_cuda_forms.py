@@ -1,6 +1,7 @@
 """Forms of the CUDA kernels that are for sizes too large for the emulator, or for trials. Its settings bring them about with few rows.
 
 Angle loss: larger blocks, fixed point, pairs of floats. Weighted KL: rows that stay in shared memory between the sweeps.
+Divergences: rows that several blocks share.
 """
 
 import pytest
@@ -77,3 +78,24 @@ def test_rows_that_stay_in_shared_memory(monkeypatch, dtype, kept, teachers):
         step = 1e-6 if value.dtype == torch.float32 else 2**-8
         assert relative_error(value, want) <= 2 * step
         assert relative_error(value, same) <= step
+
+
+@pytest.mark.parametrize("mode", ["mixture", "sum", "logits"])
+def test_divergences_of_long_rows_from_teachers_of_several_dtypes(mode):
+    """Rows that several blocks share, four classes at a time, with more teachers than are loaded together; and statistics."""
+    student, teachers, weights, labels = CASES["divergence"].inputs(3, 1040, 5)
+    dtypes = torch.float32, torch.bfloat16, torch.float16
+    args = student, [z.to(dtypes[t % 3]) for t, z in enumerate(teachers)], weights, labels
+    alpha, temperature = torch.rand(3), torch.rand(3) + 0.5
+    options = dict(mode=mode, reduction="none", temperature=temperature, label_smoothing=0.1, return_stats=True)
+    for divergence in ("forward_kl", "reverse_kl", "skew_kl"):
+        numbers = dict(divergence=divergence, alpha=alpha, **options)
+        got, stats = af.multi_teacher_kd_loss(*args, **numbers)
+        exact = convert((student, args[1], weights, labels), dtype=torch.float64)
+        want, wanted = reference.multi_teacher_kd_loss(*exact, **numbers)
+        assert relative_error(got, want) <= 1e-6
+        for name, x, y in zip(stats._fields, stats, wanted):
+            assert relative_error(x, y) <= 1e-6, name
+        grads = torch.autograd.grad(got.sum(), (student, weights))
+        for g, w in zip(grads, torch.autograd.grad(want.sum(), (exact[0], exact[2]))):
+            assert relative_error(g, w) <= 1e-5

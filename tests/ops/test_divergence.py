@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import takes
+from backends import CHOSEN, cpu_only
 
 import amtml_fast as af
 from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
@@ -279,7 +279,9 @@ def test_nan_stays_in_its_row(divergence, mode):
     assert rows.isfinite().all()  # a teacher without weight
 
 
-def test_torch_compile():
+def test_torch_compile(on):
+    if on == "reference" and CHOSEN:
+        pytest.skip("traced beside the CPU's kernels")
     torch._dynamo.reset()
     student, teachers, weights, labels, alpha, temperature = _problem()
     compiled = torch.compile(af.multi_teacher_kd_loss, fullgraph=True, backend="aot_eager")
@@ -339,12 +341,33 @@ def test_alpha_by_row_needs_labels():
         af.multi_teacher_kd_loss(student, teachers, weights, alpha=alpha)
 
 
-def test_float64(on):
-    if not takes(on, torch.float64):
-        pytest.skip("float64")
+@cpu_only  # GPU kernels take no float64
+def test_float64():
     student, teachers, weights, labels, *_ = convert(_problem(), dtype=torch.float64)
     for divergence, mode in itertools.product(DIVERGENCES, ALL_MODES):
         torch.autograd.gradcheck(
             lambda z, w, d=divergence, m=mode: af.multi_teacher_kd_loss(z, teachers, w, labels, divergence=d, mode=m),
             (student, weights),
         )
+
+
+@EVERY
+def test_a_teacher_without_weight_counts_nothing(divergence, mode):
+    """Whatever it holds, and the gradient of its weight is as the reference has it."""
+    student, teachers, weights, labels, *_ = _problem()
+    teachers[0][0] = math.nan
+    teachers[0][2, 1:4] = -math.inf
+    weights = weights.detach().clone()
+    weights[:3, 0] = 0
+    args = student, teachers, weights.requires_grad_(), labels
+    options = dict(divergence=divergence, mode=mode, reduction="none", return_stats=True)
+
+    def run(args):
+        rows, stats = af.multi_teacher_kd_loss(*args, **options)
+        return rows.detach(), *stats, *torch.autograd.grad(rows, (args[0], args[2]), torch.ones_like(rows))
+
+    got = run(args)
+    with af.use_backend("reference"):
+        want = run(convert(args, dtype=torch.float64))
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g.double(), w, rtol=2e-5, atol=2e-5)
