@@ -61,13 +61,14 @@ AMTML_SHARED A log_over_mixture(A x, A m, A far, const Log& log) {
 
 // log_p and log_q are read by the two KLs alone. A KL to a mixture is summed as x log(x / m) - x + m, of which every
 // term is small where x is near m; divergence_constant is what the rest adds up to. Reverse KL leaves out the 1 of
-// df/dq, which changes no gradient. Where a class has no probability on one side, the logarithm of that side does not
-// count.
+// df/dq, which changes no gradient, and forward KL that of df/dp: beside it the small logarithms would be rounded away,
+// so it is to be added to a sum over the classes. Where a class has no probability on one side, the logarithm of that
+// side does not count.
 template <Divergence kind, class A, class Log>
 AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, A beta, const Log& log) {
   if constexpr (kind == Divergence::forward_kl) {
     const A ratio = log_p - log_q;
-    return {if_mass(p, p * ratio), -p, if_mass(p, ratio + A(1))};
+    return {if_mass(p, p * ratio), -p, p == 0 ? A(-1) : ratio};
   } else if constexpr (kind == Divergence::reverse_kl) {
     const A value = if_mass(q, q * (log_q - log_p));
     return {value, value, if_mass(q, -q / p)};

@@ -315,6 +315,9 @@ AMTML_INLINE void compare_all(Row<A>& row) {
   }
   if (pr.set.mode == Mode::mixture) {
     row.distance = compare<A>(row, nullptr, A(1));
+    for (int64_t t = 0; pr.set.kind == Divergence::forward_kl && t < pr.teachers; ++t) {
+      row.dot[t] += row.of[t].inverse != 0;  // the 1 of df/dp
+    }
     return;
   }
   row.distance = compare(row, &row.mixed, A(1));

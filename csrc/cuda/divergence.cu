@@ -262,8 +262,8 @@ struct Log {
 };
 
 // Of the classes of a pack: returns the sum of their terms, adds q b times the weight, and makes `a`: p a of mixed
-// logits, else df/dp. Forward KL leaves out the 1 of df/dp: beside it the small logarithms would be rounded away. It
-// changes nothing for logits, and write_row adds it to a mixture's. The two KLs alone make logarithms of p and q.
+// logits, else df/dp. The 1 that forward KL's leaves out changes nothing for logits, and write_row adds it to a
+// mixture's. The two KLs alone make logarithms of p and q.
 template <Divergence kind, int kPack, class LogP, class LogQ>
 __device__ __forceinline__ float terms(const Problem& pr, float weight, const float (&p)[kPack],
                                        const float (&q)[kPack], const LogP& log_p, const LogQ& log_q,
@@ -277,9 +277,7 @@ __device__ __forceinline__ float terms(const Problem& pr, float weight, const fl
     const auto term = divergence_term<kind>(p[k], q[k], of_p, of_q, pr.beta, Log());
     sum += term.value;
     if (weight != 0) qb[k] += weight * term.qb;  // 0 * NaN is 0
-    if constexpr (kForward) {
-      a[k] = pr.logits() ? term.value : p[k] == 0 ? -1.0f : of_p - of_q;
-    } else if constexpr (kReverse) {  // a = -q / p may be too large for float32
+    if constexpr (kReverse) {                    // a = -q / p may be too large for float32
       a[k] = pr.logits() ? -q[k] : term.a;
     } else {
       a[k] = pr.logits() ? if_mass(p[k], p[k] * term.a) : term.a;
