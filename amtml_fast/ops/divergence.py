@@ -30,7 +30,7 @@ MODES = ("mixture", "sum", "logits")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 _NAME = "multi_teacher_kd_loss"
 
-operator("divergence", backends=("cpp",))
+operator("divergence", backends=("cpp", "triton"))
 
 
 def check_options(
@@ -226,7 +226,6 @@ def _fake_grads(
 @define(
     "divergence_fwd",
     f"({_INPUTS}, bool need_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=None,
     gpu=False,
 )
 def _(student, teachers, weights, labels, alphas, temperatures, *settings):
@@ -242,7 +241,6 @@ def _(student, teachers, weights, labels, alphas, temperatures, *settings):
 @define(
     "divergence_bwd",
     f"(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    triton=None,
     gpu=False,
 )
 def _(grad_loss, student, teachers, weights, labels, alphas, temperatures, *settings):
