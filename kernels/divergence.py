@@ -452,7 +452,7 @@ def _divergence_kernel(
                 slope = tl.sum(dots[t], axis=1, keep_dims=True) + slope_constant
                 slopes = slopes + (tl.where(inverses[t] == 0, 0.0, slope) + poison,)
     if not KNOWN:
-        all_r = tl.sum(r_sums, axis=1, keep_dims=True)
+        all_r = tl.sum(r_sums, axis=1, keep_dims=True) + poison
 
     # What needs a sum over all classes.
     AGAIN: tl.constexpr = (grad_out is not None and not KNOWN) or (LOGITS and slopes_out is not None)
@@ -460,6 +460,9 @@ def _divergence_kernel(
         mean_a = tl.zeros([ROWS, 1], tl.float32)
         if LOGITS and slopes_out is not None:
             mean_a = tl.sum(dots[0], axis=1, keep_dims=True)
+        shifts = ()  # of logits, for the slopes add up to 0
+        for t in tl.static_range(T if LOGITS and slopes_out is not None else 0):
+            shifts = shifts + (tl.where(tl.abs(own_maxima[t]) < 1e38, own_maxima[t], 0.0),)
         mixed_dots = (tl.zeros([ROWS, PART // FOLD], tl.float32),) * (T if LOGITS and slopes_out is not None else 0)
         for step in range(1 if HELD else tl.cdiv(c, PART)):
             cols = step * PART + tl.arange(0, PART)[None, :]
@@ -480,8 +483,8 @@ def _divergence_kernel(
                 slope = terms[0] - p[0] * mean_a
                 products = ()
                 for t in tl.static_range(T):
-                    x = (x_tiles[t] - own_maxima[t]) * per_taus[t]
-                    products = products + (tl.where(x - x == 0, slope * x, 0.0),)
+                    x = tl.where(x_tiles[t] - x_tiles[t] == 0, x_tiles[t], 0.0)  # a class that the teacher has not
+                    products = products + (slope * ((x - shifts[t]) * per_taus[t]),)
                 mixed_dots = add(mixed_dots, products, FOLD, ALIGN)
             if not KNOWN and grad_out is not None:
                 _write_grad(
@@ -501,8 +504,10 @@ def _divergence_kernel(
         below_row = tl.sum(below, axis=1, keep_dims=True)
         ce = cross_entropy(z_rows, label, used, c, m, s1, below_row, smoothing, SMOOTH)
     kl = kl_scale * distance
-    if alpha_out is not None:
-        tl.store(alpha_out + rows, tl.where(used, kl_by * kl - ce_by * ce, 0.0), mask=inside)
+    if alpha_out is not None:  # what is infinite has no gradient either where it has no weight
+        of_kl = tl.where((kl_weight == 0) & ~(tl.abs(kl) < float("inf")), 0.0, kl_by * kl)
+        of_ce = tl.where((ce_weight == 0) & ~(tl.abs(ce) < float("inf")), 0.0, ce_by * ce)
+        tl.store(alpha_out + rows, tl.where(used, of_kl - of_ce, 0.0), mask=inside)
     ce = tl.where(used & (ce_weight != 0), ce_weight * ce, 0.0)
     kl = tl.where(used & (kl_weight != 0), kl_weight * kl, 0.0)
     if NONE and last_out is not None:
