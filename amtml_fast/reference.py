@@ -218,7 +218,9 @@ def divergence_loss(
     valid, logits, w = _kd_rows(student, weights, len(teachers), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
     compared = logits
-    if divergence.alpha is not None:  # an infinite D counts nothing where alpha is 0: no gradient through it, or 0 would meet it
+    if (
+        divergence.alpha is not None
+    ):  # an infinite D counts nothing where alpha is 0: no gradient through it, or 0 would meet it
         holes = torch.stack([(x == -torch.inf).any(1) for x in (logits, *teachers)]).any(0)
         without = ((divergence.alpha == 0) & holes).unsqueeze(1)
         w, compared = (torch.where(without, x.detach(), x) for x in (w, logits))

@@ -61,7 +61,8 @@ from ._launch import Launch, kept
 from .multi_teacher_kd import Layout, layout, tiles
 
 RATE: tl.constexpr = tl.constexpr(0.5 * math.log2(math.e))  # at a temperature of 1
-LEAST: tl.constexpr = tl.constexpr(1e-30)  # of a mixture whose logarithm is taken from itself
+LEAST: tl.constexpr = tl.constexpr(1e-30)  # of a mixture of teachers whose logarithm is taken from itself
+LEAST_MIXTURE: tl.constexpr = tl.constexpr(2.0**-120)  # of p and q, whose inverse is finite
 
 
 @triton.jit
@@ -86,14 +87,14 @@ def _class_terms(p, q, log, difference, total, log_total, by_total, beta, KIND: 
         if KIND == "skew_reverse_kl":
             share = 1.0 - beta
         m = share * p + (1.0 - share) * q
-        inverse = 1.0 / tl.where(m == 0, 1.0, m)  # both are 0 then
+        inverse = 1.0 / tl.maximum(m, LEAST_MIXTURE)  # below it nothing counts, and infinity would meet a 0
         from_p = (1.0 - share) * (p - q)
         from_q = share * (q - p)
         if KIND == "skew_kl":
             log_p = tl.where(p == 0, 0.0, log_over(p, from_p, inverse))
             value = p * log_p - from_p
             r = (1.0 - share) * q * (p * inverse)
-            a = log_p + 1.0 - share * (p * inverse)
+            a = tl.where(p == 0, 0.0, log_p + 1.0 - share * (p * inverse))
         elif KIND == "skew_reverse_kl":
             log_q = tl.where(q == 0, 0.0, log_over(q, from_q, inverse))
             value = q * log_q - from_q
@@ -364,7 +365,22 @@ def _divergence_kernel(
             if HELD:
                 of_sums = targets + xs
     tops, totals, s1 = softmax_sums(
-        z, of_sums, rows, stride, teacher_strides, c, used, sum_rates, rate1, mixing, OWN, HELD, ALIGN, BLOCK, STEPS, VECTOR
+        z,
+        of_sums,
+        rows,
+        stride,
+        teacher_strides,
+        c,
+        used,
+        sum_rates,
+        rate1,
+        mixing,
+        OWN,
+        HELD,
+        ALIGN,
+        BLOCK,
+        STEPS,
+        VECTOR,
     )
     m = tops[0]
     s = totals[0]
@@ -545,7 +561,9 @@ def _launch(at: Layout, of: Settings, more: Options, count_rows: bool, loss_stri
     align = alignment(at.c, at.stride, *at.teacher_strides)
     numbers = row_numbers(at, of._replace(ce_weight=1.0, kl_weight=1.0, kl_scale=1.0), count_rows)
     if at.label_stride is not None and (more.temperature_stride is not None or more.divergence == "reverse_kl"):
-        numbers["rate1"] = math.log2(math.e)  # apart from q, of which a row's temperature or a lost class leaves nothing
+        numbers["rate1"] = math.log2(
+            math.e
+        )  # apart from q, of which a row's temperature or a lost class leaves nothing
     taus = more.teacher_temperatures
     shape = tiles(at.n, at.c, align, 1 + len(at.teacher_strides), at.itemsize, False)
     return Launch(
