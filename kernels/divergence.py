@@ -55,7 +55,6 @@ from ._kd_rows import (
     softmax_sums,
     square,
     student_grad,
-    weighted,
 )
 from ._launch import Launch, kept
 from .multi_teacher_kd import Layout, layout, tiles
