@@ -219,6 +219,13 @@ def divergence_loss(
     dtype = wide_dtype(student, *teachers, weights)
     valid, logits, w = _kd_rows(student, weights, len(teachers), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
+    compared = logits
+    if (
+        divergence.alpha is not None
+    ):  # an infinite D counts nothing where alpha is 0: no gradient through it, or 0 would meet it
+        holes = torch.stack([(x == -torch.inf).any(1) for x in (logits, *teachers)]).any(0)
+        without = ((divergence.alpha == 0) & holes).unsqueeze(1)
+        w, compared = (torch.where(without, x.detach(), x) for x in (w, logits))
     tau = logits.new_full((1, 1), options.temperature)
     if divergence.temperature is not None:
         tau = divergence.temperature.to(dtype).unsqueeze(1).masked_fill(hide, 1)  # [N, 1]
@@ -237,7 +244,7 @@ def divergence_loss(
     else:
         targets = [(w[:, t], p.exp(), p) for t, p in enumerate(log_p)]
 
-    z = logits / tau
+    z = compared / tau
     if divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
         z = torch.where(_lost(targets, z), z.detach(), z)
     log_q = z.log_softmax(-1)

@@ -89,6 +89,17 @@ def load_weights(weights, rows, row_stride, stride, used, T: tl.constexpr):
 
 
 @triton.jit
+def mix_logits(xs, keep, weights, per_taus):
+    """sum_t w_t z_t / tau_t of a tile, -inf where a teacher with weight has it. One without counts nothing, NaN or not."""
+    out = tl.zeros(keep.shape, tl.float32)
+    masked = ~keep
+    for t in tl.static_range(len(xs)):
+        masked = masked | ((xs[t] == -float("inf")) & (weights[t] != 0))
+        out += tl.where(weights[t] == 0, 0.0, weights[t] * (xs[t] * per_taus[t]))
+    return tl.where(masked, -float("inf"), out)
+
+
+@triton.jit
 def square(x):
     """2^y from x = 2^(y/2): down to the smallest float32, where Triton's exp2 flushes to 0 below 2^-126."""
     return x * x
@@ -124,13 +135,12 @@ def sum_of(x):
 
 @triton.jit
 def streamed_sums(
-    x, others, rows, stride, strides, c, used, rate, rate1,
+    x, others, rows, stride, strides, c, used, rates, rate1, mixing, OWN: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The same of rows that are read in chunks, a tuple of them side by side, so that many loads are under way: every thread
     has its own maximum, which moves once a chunk. Less than 2^-126 of a maximum adds nothing to a sum from 1 on."""
-    unit = rate + rate
-    T: tl.constexpr = 1 + len(others)
+    T: tl.constexpr = len(rates)
     LANES: tl.constexpr = BLOCK // VECTOR
     maxima = (tl.full([1, LANES, 1], LOWEST, tl.float32),) * T  # finite: -inf - m is no NaN
     sums = (tl.zeros([1, LANES, 1], tl.float32),) * T
@@ -139,7 +149,11 @@ def streamed_sums(
         cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
         keep = used & (cols < c)
         tiles = (load(x, rows, stride, cols, keep, ALIGN, -float("inf")),)
-        tiles = tiles + load_all(others, rows, strides, cols, keep, ALIGN)
+        read = load_all(others, rows, strides, cols, keep, ALIGN)
+        if mixing is not None:
+            tiles = tiles + (mix_logits(read, keep, mixing[0], mixing[1]),)
+        if OWN:
+            tiles = tiles + read
         new_maxima = ()
         new_sums = ()
         for t in tl.static_range(T):
@@ -147,6 +161,7 @@ def streamed_sums(
             m = tl.maximum(maxima[t], top_of(tile))  # a NaN is none and makes the sum NaN
             below = tile - m
             fell = maxima[t] - m
+            unit = rates[t] + rates[t]
             s = sums[t] * tl.exp2(fell * unit) + sum_of(tl.exp2(below * unit))
             if t == 0 and rate1 is not None:
                 sum1 = sum1 * tl.exp2(fell * rate1) + sum_of(tl.exp2(below * rate1))
@@ -160,6 +175,7 @@ def streamed_sums(
     for t in tl.static_range(T):
         m = tl.reshape(maxima[t], [1, LANES])
         top = tl.max(m, axis=1, keep_dims=True)
+        unit = rates[t] + rates[t]
         total = tl.sum(tl.reshape(sums[t], [1, LANES]) * tl.exp2((m - top) * unit), axis=1, keep_dims=True)
         total = tl.where(total == 0, float("nan"), total)  # a row of -inf
         if t == 0:
@@ -173,21 +189,23 @@ def streamed_sums(
 
 @triton.jit
 def softmax_sums(
-    x, others, rows, stride, strides, c, used, rate, rate1,
+    x, others, rows, stride, strides, c, used, rates, rate1, mixing, OWN: tl.constexpr,
     HELD: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Maxima and sums of rows, and of x's the sum at tau = 1, where x and others are what they hold or where they are."""
+    """Maxima and sums of rows, each at its own rate, and of x's the sum at tau = 1. x and others are what they hold, or where
+    they are: then ``mixing`` (weights, and 1 / tau of each) puts the row of mixed logits before the others, which are left out
+    unless OWN."""
     if HELD:
-        m, s, s1 = held_sums(x, rate, rate1)
+        m, s, s1 = held_sums(x, rates[0], rate1)
         maxima = (m,)
         sums = (s,)
         for t in tl.static_range(len(others)):
-            m, s, _ = held_sums(others[t], rate, None)
+            m, s, _ = held_sums(others[t], rates[1 + t], None)
             maxima = maxima + (m,)
             sums = sums + (s,)
     else:
         maxima, sums, s1 = streamed_sums(
-            x, others, rows, stride, strides, c, used, rate, rate1, ALIGN, BLOCK, STEPS, VECTOR
+            x, others, rows, stride, strides, c, used, rates, rate1, mixing, OWN, ALIGN, BLOCK, STEPS, VECTOR
         )
     return maxima, sums, s1
 
@@ -275,15 +293,20 @@ def exponent_and_mantissa(x):
 
 
 @triton.jit
+def log_over(x, difference, inverse):
+    """log(x / m) of a positive x from x - m and 1 / m: exact where the two are close, too. Loses a NaN."""
+    quotient = (x * 16777216.0) * inverse  # 2^24: a subnormal x becomes normal
+    exponent, f = exponent_and_mantissa(quotient)
+    f = tl.where(exponent == 24 * 8388608, difference * inverse, f)
+    return (exponent.to(tl.float32) * 2.0**-23 - 24.0) * LN2 + log_near_1(f)
+
+
+@triton.jit
 def log_ratio(p, e, half, ratio):
     """log(p / (ratio e)), 0 where p is 0, and p - ratio e. Loses a NaN; ``slopes`` brings it back."""
     base = ratio * tl.maximum(e, FLOOR)
     difference = p - base
-    inverse = 1.0 / base
-    quotient = (p * 16777216.0) * inverse  # 2^24: a subnormal p becomes normal
-    exponent, f = exponent_and_mantissa(quotient)
-    f = tl.where(exponent == 24 * 8388608, difference * inverse, f)
-    log = (exponent.to(tl.float32) * 2.0**-23 - 24.0) * LN2 + log_near_1(f)
+    log = log_over(p, difference, 1.0 / base)
     log += tl.maximum(half * (-2 * LN2) - 64 * LN2, 0.0)
     return tl.where(p == 0, 0.0, log), difference
 
@@ -609,8 +632,9 @@ def _add_rows_kernel(
         by = tl.where(classes == 0, 1.0, tl.maximum(count, 1.0))
         ce_sum = ce_sum / by
         kl_sum = kl_sum / (by * tl.where(classes == 0, 1.0, classes))
-        tl.store(ce, ce_sum.to(tl.float32))
-        tl.store(kl, kl_sum.to(tl.float32))
+        if ce is not None:
+            tl.store(ce, ce_sum.to(tl.float32))
+            tl.store(kl, kl_sum.to(tl.float32))
         tl.store(loss, weighted(ce_sum, kl_sum, ce_weight, kl_weight).to(tl.float32))
     else:
         at = parts + tl.program_id(0)
@@ -619,8 +643,8 @@ def _add_rows_kernel(
         tl.store(at + 2 * tl.num_programs(0), count)
 
 
-def add_rows(values: Tensor, outputs: list[Tensor], ce_weight: float, kl_weight: float, classes: float) -> None:
-    """Loss, CE and KL from values [3, N]: CE, KL and whether a row counts."""
+def add_rows(values: Tensor, outputs: list[Any], ce_weight: float, kl_weight: float, classes: float) -> None:
+    """Loss, and unless they are None CE and KL, from values [3, N]: CE, KL and whether a row counts."""
     values = few_rows(values)
     _add_rows_launch(values.shape[1], ce_weight, kl_weight, classes, True)(values, values, *outputs)
 

@@ -97,8 +97,9 @@ def _kd_forward_kernel(
         z = load(student, rows, stride, cols, used & (cols < c), ALIGN, -float("inf"))
         xs = load_all(teachers, rows, teacher_strides, cols, used & (cols < c), ALIGN)
     tops, totals, s1 = softmax_sums(
-        z, xs, rows, stride, teacher_strides, c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
-    )
+        z, xs, rows, stride, teacher_strides, c, used, (rate,) * (1 + T), rate1, None, True,
+        HELD, ALIGN, BLOCK, STEPS, VECTOR,
+    )  # fmt: skip
     m = tops[0]
     s = totals[0]
     maxima = tops[1:]
@@ -289,7 +290,7 @@ def power_of_2_below(n: int) -> int:
     return 1 << max(n, 1).bit_length() - 1
 
 
-def _tiles(n: int, c: int, align: int, inputs: int, itemsize: int, simple: bool) -> dict[str, int]:
+def tiles(n: int, c: int, align: int, inputs: int, itemsize: int, simple: bool) -> dict[str, int]:
     """Rows and classes of a tile, how many tiles make a row, warps and registers. What is not ``simple`` takes more of those."""
     block = triton.next_power_of_2(c)
     if block * (inputs + 1) * itemsize > HELD_BYTES:
@@ -329,7 +330,7 @@ class Layout(NamedTuple):
     itemsize: int  # the largest of the logits
 
 
-def _layout(student: Tensor, teachers: tuple[Tensor, ...], weights: Tensor | None, labels: Tensor | None) -> Layout:
+def layout(student: Tensor, teachers: tuple[Tensor, ...], weights: Tensor | None, labels: Tensor | None) -> Layout:
     return Layout(
         student.shape[0],
         student.shape[1],
@@ -350,7 +351,7 @@ def _numbers(at: Layout, of: Settings, count_rows: bool) -> dict:
         teacher_strides=at.teacher_strides,
         MIXTURE=of.mode == "mixture",
         ALIGN=align,
-        **_tiles(at.n, at.c, align, 1 + len(at.teacher_strides), at.itemsize, simple),
+        **tiles(at.n, at.c, align, 1 + len(at.teacher_strides), at.itemsize, simple),
     )
 
 
@@ -457,7 +458,7 @@ def forward_rows(
     if n:
         student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
         count_rows = (need_student_grad or need_weights_grad) and settings.is_mean() and labels is not None
-        at = _layout(student, dense_teachers, weights, labels)
+        at = layout(student, dense_teachers, weights, labels)
         _forward_launch(at, settings, count_rows)(
             student,
             dense_teachers,
@@ -552,7 +553,7 @@ def backward(
         return
     student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
     launch = _backward_launch(
-        _layout(student, dense_teachers, weights, labels),
+        layout(student, dense_teachers, weights, labels),
         settings,
         grad_loss.stride(0) if grad_loss.dim() else 0,
         0 if back_q is None else back_q.stride(0),

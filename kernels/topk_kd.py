@@ -100,7 +100,7 @@ def _topk_kernel(
         s1 = tl.load(at_stats + 2, mask=used, other=1.0)
     else:
         tops, sums_of_rows, s1 = softmax_sums(
-            z, (), rows, stride, (), c, used, rate, rate1, HELD, ALIGN, BLOCK, STEPS, VECTOR
+            z, (), rows, stride, (), c, used, (rate,), rate1, None, True, HELD, ALIGN, BLOCK, STEPS, VECTOR
         )
         m = tops[0]
         s = sums_of_rows[0]
@@ -360,7 +360,7 @@ def topk_kd_fwd(
     )
     if not none:
         classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
-        add_rows(values, [loss, make(True), make(True)], float(ce_weight), float(kl_weight), classes)
+        add_rows(values, [loss, None, None], float(ce_weight), float(kl_weight), classes)
     return loss, stats, grad, slopes
 
 

@@ -30,7 +30,7 @@ ALL_MODES = ("mixture", "sum", "logits")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
 _NAME = "multi_teacher_kd_loss"
 
-operator("divergence", backends=("cpp", "cuda"))
+operator("divergence")
 
 
 def check_options(
@@ -232,7 +232,6 @@ def _fake_grads(
 @define(
     "divergence_fwd",
     f"({_INPUTS}, bool need_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    triton=None,
 )
 def _(student, teachers, weights, labels, alphas, temperatures, *settings):
     reduction, needs = settings[8], settings[-4:]
@@ -247,7 +246,6 @@ def _(student, teachers, weights, labels, alphas, temperatures, *settings):
 @define(
     "divergence_bwd",
     f"(Tensor grad_loss, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    triton=None,
 )
 def _(grad_loss, student, teachers, weights, labels, alphas, temperatures, *settings):
     wide = wide_dtype(student, *teachers, weights)

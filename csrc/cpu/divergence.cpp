@@ -432,7 +432,11 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass) {
     pass.kl[i] = kl_weight == 0 ? 0 : kl_weight * kl;
     pass.ce[i] = ce_weight == 0 ? 0 : ce_weight * ce;
   }
-  if (pass.grad_alpha) pass.grad_alpha[i] = static_cast<A>(g * (kl * pass.scale.kl - ce * pass.scale.ce));
+  if (pass.grad_alpha) {  // what is infinite has no gradient either where it has no weight
+    const auto counted = [](double weight, double x) { return weight == 0 && !std::isfinite(x) ? 0 : x; };
+    const double of_kl = counted(kl_weight, kl) * pass.scale.kl, of_ce = counted(ce_weight, ce) * pass.scale.ce;
+    pass.grad_alpha[i] = static_cast<A>(g * (of_kl - of_ce));
+  }
   for (int64_t t = 0; pass.grad_weights && t < pr.teachers; ++t) {
     pass.grad_weights[i * pr.teachers + t] = kl_grad == 0 ? A(0) : static_cast<A>(kl_grad * row.dot[t]);
   }

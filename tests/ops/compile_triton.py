@@ -43,7 +43,18 @@ def large_calls(part: int | None) -> Iterator[tuple[Any, tuple, dict]]:
                     yield case.function, case.inputs(*size, dtype=dtype), options
     student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
     yield af.multi_teacher_kd_loss, (student, teachers, weights, None), {}  # no case lacks its labels
+    yield from numbers_by_row()
     yield from whole_losses(128, 64, 8)
+
+
+def numbers_by_row() -> Iterator[tuple[Any, tuple, dict]]:
+    """What no case has: alpha and temperature of rows, and statistics."""
+    for size, mode in (((128, 100, 3), "mixture"), ((4, 32000, 3), "logits")):
+        student, teachers, weights, labels = CASES["divergence"].inputs(*size)
+        alpha = torch.full(size[:1], 0.5, requires_grad=True)
+        options = {"divergence": "jsd", "mode": mode, "temperature": alpha.detach(), "return_stats": True}
+        args = student, teachers, weights, labels, alpha
+        yield lambda *a, **o: af.multi_teacher_kd_loss(*a[:4], alpha=a[4], **o)[0], args, options
 
 
 def whole_losses(rows: int, channels: int, side: int) -> Iterator[tuple[Any, tuple, dict]]:

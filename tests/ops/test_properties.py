@@ -3,6 +3,7 @@
 ``make test`` runs the same 2,000 and more cases each time; ``make fuzz`` draws new ones, many times as many.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import amtml_fast as af
+from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
+from amtml_fast.reference import DEFAULT_BETA
 from amtml_fast.testing import CASES, convert, tensors, value_and_grads
 
 FUZZ = int(os.environ.get("AMTML_FUZZ", "0"))  # how many times as many cases, drawn anew
@@ -150,9 +153,8 @@ DISTILLATIONS = st.fixed_dictionaries(
 )
 
 
-@drawn(900)
-@given(DISTILLATIONS)
-def test_multi_teacher_kd(p):
+def distillation(p):
+    """Arguments of a drawn problem, and its weights."""
     g = torch.Generator().manual_seed(p["seed"])
     n, c, teachers = p["n"], p["c"], len(p["teachers"])
     z = p["logits"] * torch.randn(n, c, generator=g)
@@ -181,14 +183,86 @@ def test_multi_teacher_kd(p):
         None if p["weights"] == "none" else leaf(w, torch.float32, "contiguous"),
         None if labels is None else labels.to(DEVICE),
     )
+    return args, w
+
+
+@drawn(900)
+@given(DISTILLATIONS)
+def test_multi_teacher_kd(p):
+    args, w = distillation(p)
+    n, c = p["n"], p["c"]
     # What cancels in a KL near 0 are logarithms of probabilities.
     unit = (
         max(1.0, p["options"]["temperature"] ** 2) * max(1.0, float(w.sum(-1).max()) if n else 1.0) * (1 + math.log(c))
     )
     steepness = 1.0 if p["options"]["t2_scale"] else max(1.0, 1 / p["options"]["temperature"])
     got = check(CASES["multi_teacher_kd"], args, p["options"], p["upstream"], unit, unit * steepness)
-    if labels is None and p["weights"] in ("rows", "none") and got is not None and got.isfinite().all():
+    if args[3] is None and p["weights"] in ("rows", "none") and got is not None and got.isfinite().all():
         assert (got >= -1e-6 * unit * max(n, 1)).all(), "a KL below 0"
+
+
+TEMPERATURES = [0.01, 0.3, 1.0, 4.0, 100.0]
+
+
+def undecided(args, options):
+    """Whether the sign of p - q, which is all that the gradient of "tvd" has of a class, hangs on a rounding."""
+    (z, ts, w, *_), tau = convert(args, dtype=torch.float64), options["temperature"]
+    tau = tau.double().unsqueeze(1) if isinstance(tau, torch.Tensor) else tau
+    of_teachers = options["teacher_temperature"] or [tau] * len(ts)
+    w = torch.full((len(z), len(ts)), 1 / len(ts), device=z.device) if w is None else w.expand(len(z), -1)
+    ps = [t / by for t, by in zip(ts, of_teachers)]
+    if options["mode"] == "logits":
+        ps = [sum(torch.where(w[:, t, None] == 0, 0, w[:, t, None] * x) for t, x in enumerate(ps))]
+    ps = [x.softmax(1) for x in ps]
+    if options["mode"] == "mixture":
+        ps = [sum(w[:, t, None] * x for t, x in enumerate(ps))]
+    q = (z / tau).softmax(1)
+    return any((((p - q).abs() < 1e-4 * torch.maximum(p, q)) & (q > 1e-9)).any() for p in ps)
+
+
+@drawn(300)
+@given(
+    p=DISTILLATIONS,
+    divergence=st.sampled_from(DIVERGENCES),
+    mode=st.sampled_from(ALL_MODES),
+    beta=st.sampled_from([None, 0.01, 0.5, 0.97]),
+    of_teachers=st.sampled_from([None, "one", "each"]),
+    by_row=st.sampled_from(["nothing", "nothing", "alpha", "temperature", "both"]),
+)
+def test_divergence(p, divergence, mode, beta, of_teachers, by_row):
+    args, w = distillation(p)
+    g = torch.Generator().manual_seed(p["seed"] + 1)
+    n, teachers, tau = p["n"], len(p["teachers"]), p["options"]["temperature"]
+    options = dict(p["options"], divergence=divergence, mode=mode)
+    options["beta"] = beta if divergence in DEFAULT_BETA else None
+    drawn_taus = [TEMPERATURES[i] for i in torch.randint(0, 5, (teachers,), generator=g).tolist()]
+    options["teacher_temperature"] = {None: None, "one": drawn_taus[:1] * teachers, "each": drawn_taus}[of_teachers]
+    taus = torch.full((n,), tau)
+    if by_row in ("temperature", "both"):
+        taus = tau * torch.tensor([0.5, 1.0, 2.0])[torch.randint(0, 3, (n,), generator=g)]
+        options["temperature"] = taus.to(DEVICE)
+    case = CASES["divergence"]
+    if by_row in ("alpha", "both") and args[3] is not None:
+        alpha = torch.rand(n, generator=g)
+        if n:
+            alpha[0] = p["options"]["alpha"]
+        args = *args, leaf(alpha, torch.float32, "contiguous")
+        del options["alpha"]
+        functions = [lambda *a, f=f, **o: f(*a[:4], alpha=a[4], **o) for f in (case.function, case.reference)]
+        case = dataclasses.replace(case, function=functions[0], reference=functions[1])
+    if divergence == "tvd" and undecided(args, options):
+        return
+    lowest = min([*taus.tolist(), *(options["teacher_temperature"] or [])], default=1.0)
+    infinite = mode == "logits" and p["masked"] != "none"  # minus infinity, where D is
+    hangs = mode == "mixture" and p["weights"] == "zeros" and p["logits"] > 50 * lowest  # on whether a p next to 0 is 0
+    if divergence == "forward_kl" and (infinite or hangs) and args[2] is not None:
+        args[2].requires_grad_(False)  # as that gradient
+    # What cancels: logarithms of probabilities, which are differences of logits.
+    sizes = [x.masked_fill(x.isinf(), 0).abs().max() for x in (args[0].detach(), *args[1]) if x.numel()]
+    logs = 1 + math.log(p["c"]) + 2 * float(max(sizes, default=0.0)) / lowest
+    most = float(taus.max()) if n else 1.0
+    unit = (most**2 if options["t2_scale"] else 1.0) * max(1.0, float(w.sum(-1).max()) if n else 1.0) * logs
+    check(case, args, options, p["upstream"], max(unit, logs), max(unit, logs) * max(1.0, 1 / lowest) * logs)
 
 
 @drawn(300)
@@ -383,6 +457,7 @@ def test_dual_softmax(seed, shape, dims, scale, dtype, layout, mode):
 def test_make_test_draws_at_least_two_thousand_cases():
     tests = [
         test_multi_teacher_kd,
+        test_divergence,
         test_topk_kd,
         test_angle,
         test_distance,

@@ -114,6 +114,10 @@ def steps() -> dict[str, Callable[[], object]]:
     def kd() -> None:
         torch.autograd.grad(af.multi_teacher_kd_loss(student, teachers, weights, labels), (student, weights))
 
+    def jsd() -> None:
+        options: dict = {"divergence": "jsd", "teacher_temperature": [1.0, 2.0, 3.0]}
+        torch.autograd.grad(af.multi_teacher_kd_loss(student, teachers, weights, labels, **options), (student, weights))
+
     def forward(function: Callable, *args: Any) -> Callable:
         def step() -> None:
             with torch.no_grad():
@@ -126,6 +130,7 @@ def steps() -> dict[str, Callable[[], object]]:
         "an empty node with eight inputs": lambda: torch.autograd.grad(Empty.apply(*empty), leaves),
         "KL, forward": forward(af.multi_teacher_kd_loss, student, teachers, weights, labels),
         "KL, both ways": kd,
+        "another divergence, both ways": jsd,
         "angle, forward": forward(af.angle_loss, student, targets),
         "weights, forward": forward(adapter, features),
         "AMTMLLoss, both ways": both_ways,
