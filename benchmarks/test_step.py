@@ -2,7 +2,7 @@
 code has it. ResNet20 learns from ResNet32, 56 and 110 on 32 x 32 images. The quick run has smaller networks."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +35,9 @@ from amtml_fast.train.models.networks import build
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import FEATURES, student_job
-from amtml_fast.train.run.metrics import Sums
 from amtml_fast.train.run.prepare import load_teachers, make_accelerator
 from amtml_fast.train.run.trainer import Trainer
-from amtml_fast.train.teachers import frozen
+from amtml_fast.train.teachers.frozen import weights_file
 
 GROUPS = {"low": "stage1", "mid": "stage2", "high": "stage3"}
 
@@ -47,7 +46,7 @@ GROUPS = {"low": "stage1", "mid": "stage2", "high": "stage3"}
 class Switches:
     """How the trainer runs."""
 
-    channels_last: bool = False
+    channels_last: bool | str = "auto"
     compile: bool = False
     cached: bool = False
     losses: str = "auto"  # a backend
@@ -111,31 +110,38 @@ class Setting:
         self, switches: Switches, folder: Path
     ) -> tuple[Callable[[], None], Callable[[int], dict[str, float]]]:
         """The trainer's step, and the seconds of its parts, mean over so many steps."""
-        trainer, sums = self.trainer(switches, folder), Sums(DEVICE)
-        stream = itertools.chain.from_iterable(itertools.repeat(trainer.loader))
+        trainer = self.trainer(switches, folder)
+        timer, rates = trainer.whole_step.timer, [0.1] * len(trainer.optimizer.param_groups)
+        stream = itertools.chain.from_iterable(trainer.loader.draws() for _ in itertools.count())
 
         def step() -> None:
             with af.use_backend(switches.losses):
-                trainer.learn(next(stream), sums)
+                trainer.learn([next(stream)], rates)
 
         def parts(steps: int) -> dict[str, float]:
-            trainer.timer.start()
+            timer.start()
             for _ in range(steps):
                 step()
-            trainer.timer.stop()
-            return {part: seconds / steps for part, seconds in trainer.timer.read().items()}
+            timer.stop()
+            return {part: seconds / steps for part, seconds in timer.read().items()}
 
         return step, parts
 
     def paper_step(self, folder: Path) -> Callable[[], object]:
-        teachers = frozen.load(self.config(Switches(), folder), self.data, hints=True)
-        paths = {FEATURES: "stage3", **GROUPS}
-        student = FeatureExtractor(
-            build("resnet", dict(self.student.args), num_classes=100, in_channels=3, weights=None), paths
-        ).to(DEVICE)
-        student.probe(next(iter(Loader(self.data.val, self.data, 2))).images, training=True)
+        def net(depth: int, paths: Mapping[str, str], weights: Path | None = None) -> FeatureExtractor:
+            bare = build("resnet", {"depth": depth}, num_classes=100, in_channels=3, weights=weights)
+            return FeatureExtractor(bare, paths).to(DEVICE)
+
+        config = self.config(Switches(), folder)
+        files = [weights_file(config, teacher) for teacher in self.teachers]
+        teachers = [net(depth, {"hint": "stage3"}, file).eval() for depth, file in zip(self.depths, files)]
+        student = net(self.student.args["depth"], {FEATURES: "stage3", **GROUPS})
+        two = next(iter(Loader(self.data.val, self.data, 2))).images
+        student.probe(two, training=True)
+        for teacher in teachers:
+            teacher.probe(two)
         widths = {"low": 16, "mid": 32, "high": 64}
-        loss = PaperLoss(64, len(self.depths), [(widths[g], c) for g, c in zip(GROUPS, teachers.channels)]).to(DEVICE)
+        loss = PaperLoss(64, len(teachers), [(width, 64) for width in widths.values()][: len(teachers)]).to(DEVICE)
         optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
         cpu = self.data.to("cpu")
         stream = batches(Images(cpu.train.images, cpu.train.labels, cpu.mean, cpu.std), self.batch)
@@ -144,7 +150,7 @@ class Setting:
         def step() -> None:
             images, labels = (x.to(DEVICE) for x in next(stream))
             taught, hints = [], []
-            for teacher in teachers.models:
+            for teacher in teachers:
                 with torch.no_grad():
                     out, caught = teacher(images)
                 taught.append(out)

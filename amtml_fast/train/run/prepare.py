@@ -61,7 +61,7 @@ def load_teachers(
         return None
     accelerator = make_accelerator(config.engine, config.folder)
     with accelerator.main_process_first():  # of several processes one downloads
-        teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
+        teachers = frozen.load(config, data, hints=need_hints(jobs))
     if config.cache.hints != "never" or not all(job.method.hints(job.config.loss) for job in jobs):
         with Stop(accelerator.num_processes) as stop:
             fill.use_cache(config, teachers, data, display, stop.check)
