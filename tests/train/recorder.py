@@ -21,7 +21,16 @@ from torch.utils._pytree import tree_leaves
 from amtml_fast import checks
 
 # Operators that read values, or make tensors whose shapes depend on them; and that copy numbers from the host.
-WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "is_nonzero", "_unique2", "unique_dim"}
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "_unique2",
+    "unique_dim",
+}
 WAITING |= {"unique_consecutive", "repeat_interleave"}
 FROM_HOST = {"lift_fresh"}
 LIBRARY = Path(checks.__file__).parent
@@ -40,7 +49,10 @@ class Recorder:
 
     def waits(self, function: Callable[[], object]) -> list[str]:
         found: list[str] = []
-        with Operators(lambda func, args: found.append(name_of(func)) if waits(func, args) else None), Reads(found.append):
+        with (
+            Operators(lambda func, args: found.append(name_of(func)) if waits(func, args) else None),
+            Reads(found.append),
+        ):
             function()
         return found
 
@@ -136,4 +148,3 @@ def tensors(out: Any) -> list[Tensor]:
 
 def place(x: Tensor) -> int:
     return x.untyped_storage().data_ptr()
-

@@ -74,7 +74,9 @@ SETTINGS = {
     "two stages": ("amtml_kd", ["stages.adapter_epochs=1", "stages.adapter_lr=0.01", "stages.adapter_milestones=[1]"]),
     "channels_last": ("amtml_label_weights", ["engine.channels_last=true"]),
     "bf16": ("amtml_kd", ["engine.mixed_precision=bf16"]),
-    **{method: (method, []) for method in ("fitnet", "at", "rkd", "dml", "eb_kd", "ca_mkd", "aekd", "amtml_paper_code")},
+    **{
+        method: (method, []) for method in ("fitnet", "at", "rkd", "dml", "eb_kd", "ca_mkd", "aekd", "amtml_paper_code")
+    },
 }
 
 
@@ -179,7 +181,9 @@ def test_where_the_step_waits_the_teachers_alone_are_captured(
     assert "AvgMKD" in line and "only the teachers are captured: the step waits for the device (_local_" in line, line
     assert len(recorders) == 1 and len(recorders[0].launches) == 1
     assert_equal(teachers, plain)
-    with pytest.raises(ConfigError, match=r"cuda_graphs must be auto or false for AvgMKD, seed 0, got true: the step waits"):
+    with pytest.raises(
+        ConfigError, match=r"cuda_graphs must be auto or false for AvgMKD, seed 0, got true: the step waits"
+    ):
         noted(place, must=True)
     assert not (place.folder / "small" / "avg_mkd-seed0").exists()
 

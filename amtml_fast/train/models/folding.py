@@ -14,7 +14,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @torch.no_grad()
 def fold(model: nn.Module) -> int:
-    """Folds in place, in a model in eval mode, each BatchNorm that alone reads one convolution's output; how many were folded.
+    """Folds in place each BatchNorm in eval mode that alone reads one convolution's output; how many were folded.
 
     The normalized values are right to rounding. Modules keep their paths and hooks; a convolution or BatchNorm that has hooks
     (one whose map is caught) is left as it is, and so is a model that torch.fx cannot read.
@@ -32,6 +32,8 @@ def fold(model: nn.Module) -> int:
         names = str(before.target), str(node.target)
         convolution, norm = modules[names[0]], modules[names[1]]
         if type(convolution) not in CONVOLUTIONS or type(norm) not in NORMS or norm.running_var is None:
+            continue
+        if convolution.training or norm.training:
             continue
         if any(calls[name] != 1 or has_hooks(modules[name]) for name in names):
             continue

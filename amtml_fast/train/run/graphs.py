@@ -77,9 +77,7 @@ class Graph:
     the function is then called as it is for good, unless `failed` raises.
     """
 
-    def __init__(
-        self, function: Callable[..., Any], capture: Capture, failed: Callable[[RuntimeError], None]
-    ) -> None:
+    def __init__(self, function: Callable[..., Any], capture: Capture, failed: Callable[[RuntimeError], None]) -> None:
         self.function, self.capture, self.failed = function, capture, failed
         self.key: Hashable = None
         self.calls = 0  # with this key

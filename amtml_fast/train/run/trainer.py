@@ -354,7 +354,9 @@ class Trainer:
         row["step_seconds"] = {part: total / max(1, self.steps - first) for part, total in timer.read().items()}
         return row
 
-    def learn(self, draws: Sequence[Draws], rates: Sequence[float], frozen_adapter: Sequence[nn.Parameter] = ()) -> None:
+    def learn(
+        self, draws: Sequence[Draws], rates: Sequence[float], frozen_adapter: Sequence[nn.Parameter] = ()
+    ) -> None:
         """One optimizer step."""
         self.whole_step(draws, rates, frozen_adapter)
 

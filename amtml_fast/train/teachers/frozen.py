@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -64,6 +65,10 @@ class Teachers:
     precision: torch.dtype | None = None  # they run under autocast to it; None: in float32
     kinds: Kinds = field(default_factory=Kinds)  # how outputs are kept, and so what a student gets to see of them
     cache: dict[int | None, Kept] = field(default_factory=dict)  # by Batch.view; what is not in it is computed
+    compiled: bool = False  # in the steps of a training
+    fast: dict[str, FeatureExtractor] = field(
+        default_factory=dict
+    )  # by name, what runs in these; made when it first does
 
     def only(self, names: Sequence[str], *, hints: bool) -> Teachers:
         """These of the teachers, in this order, sharing models and cache; without their hint maps if not `hints`."""
@@ -81,16 +86,21 @@ class Teachers:
             self.precision,
             self.kinds,
             cache,
+            self.compiled,
+            self.fast,
         )
 
     def live(self, images: Tensor) -> Outputs:
-        """The teachers run on any number of `images` [n, C, H, W]; never compiled."""
+        """The teachers run on any number of `images` [n, C, H, W], as they are."""
         return self._outputs(images, [model.forward for model in self.models])
 
     def run(self, images: Tensor) -> Outputs:
-        """The teachers run on a batch of the training, compiled if they were."""
+        """The teachers run on a batch of the training: by copies that are faster and right to rounding."""
+        for name, model in zip(self.names, self.models, strict=True):
+            if name not in self.fast:
+                self.fast[name] = faster(model, compiled=self.compiled)
         with as_constants() if images.device.type == "cpu" else nullcontext():
-            return self._outputs(images, self.models)
+            return self._outputs(images, [self.fast[name] for name in self.names])
 
     def _outputs(self, images: Tensor, teachers: Sequence[Callable[[Tensor], Any]]) -> Outputs:
         outputs = []
@@ -124,6 +134,15 @@ class Teachers:
 def _ordinary(x: Tensor) -> Tensor:
     """As float32 and as a normal tensor: autograd cannot save inference-mode tensors."""
     return x.clone() if x.dtype == torch.float32 else x.float()
+
+
+def faster(model: FeatureExtractor, *, compiled: bool) -> FeatureExtractor:
+    """A copy with BatchNorm folded into the convolutions, and compiled if asked. What is kept is of the net as it is."""
+    model = copy.deepcopy(model)
+    fold(model.model)
+    if compiled:
+        compile_frozen(model)
+    return model
 
 
 def weights_file(config: Config, teacher: TeacherConfig) -> Path | None:
@@ -169,10 +188,7 @@ def load(config: Config, data: ImageData, *, hints: bool) -> Teachers:
         net.to(device, memory_format=memory)  # type: ignore[call-overload]
         models.append(net.eval().requires_grad_(False))
     teachers = assemble([teacher.name for teacher in config.teachers], models, data)
-    for model in models:
-        fold(model.model)
-        if config.engine.compile:
-            compile_frozen(model)
+    teachers.compiled = config.engine.compile
     teachers.precision = PRECISIONS.get(config.engine.mixed_precision)
     hint_storage = Storage() if config.cache.hints == "never" else Storage(config.cache.hints)
     teachers.kinds = Kinds(Storage(config.cache.logits), hint_storage)
