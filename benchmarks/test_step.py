@@ -19,6 +19,7 @@ from .workloads import Workload
 
 pytest.importorskip("accelerate", reason='the trainer needs "amtml-fast[train]"')
 
+from amtml_fast.train.config import environment
 from amtml_fast.train.config.schema import (
     CacheConfig,
     Config,
@@ -50,12 +51,14 @@ class Switches:
     compile: bool = False
     cached: bool = False
     losses: str = "auto"  # a backend
+    graphs: bool | str = "auto"
+    precision: str | None = None
 
 
 PAPER = "a loop as published"
 PROVIDERS: dict[str, Switches | None] = {
     "the trainer": Switches(),
-    "channels_last": Switches(channels_last=True),
+    "channels_last off": Switches(channels_last=False),
     "compiled": Switches(compile=True),
     "cached teachers": Switches(cached=True),
     "cached and compiled": Switches(cached=True, compile=True),
@@ -82,12 +85,19 @@ class Setting:
 
     def config(self, switches: Switches, folder: Path) -> Config:
         """One for `amtml-fast distill`, with teachers of random weights in `folder`."""
+        engine = EngineConfig(
+            channels_last=switches.channels_last,
+            compile=switches.compile,
+            cuda_graphs=switches.graphs,
+            precision=switches.precision,
+        )
+        engine.mixed_precision = "no" if engine.precision is None else environment.fastest(engine)
         config = Config(
             data=DataConfig(augment=not switches.cached),
             teachers=self.teachers,
             student=self.student,
             distill=TrainConfig(batch_size=self.batch),
-            engine=EngineConfig(channels_last=switches.channels_last, compile=switches.compile),
+            engine=engine,
             cache=CacheConfig(teachers="always" if switches.cached else "never"),
             out=str(folder),
         )
@@ -100,7 +110,10 @@ class Setting:
 
     def trainer(self, switches: Switches, folder: Path) -> Trainer:
         """As `amtml-fast distill` makes it."""
-        config, display = self.config(switches, folder), Display(quiet=True)
+        return self.trainer_of(self.config(switches, folder))
+
+    def trainer_of(self, config: Config) -> Trainer:
+        display = Display(quiet=True)
         job = student_job(config, "amtml_kd", 0)
         accelerator = make_accelerator(config.engine, job.folder)
         teachers = load_teachers(config, self.data, [job], display)
@@ -119,15 +132,17 @@ class Setting:
                 trainer.learn([next(stream)], rates)
 
         def parts(steps: int) -> dict[str, float]:
-            timer.start()
+            timer.read()
             for _ in range(steps):
                 step()
-            timer.stop()
             return {part: seconds / steps for part, seconds in timer.read().items()}
 
+        timer.start()  # before a graph is captured, which then holds its events
         return step, parts
 
-    def paper_step(self, folder: Path) -> Callable[[], object]:
+    def paper_step(self, folder: Path, *, compiled: str | None = None) -> Callable[[], object]:
+        """compiled: a mode of torch.compile for the networks and the loss."""
+
         def net(depth: int, paths: Mapping[str, str], weights: Path | None = None) -> FeatureExtractor:
             bare = build("resnet", {"depth": depth}, num_classes=100, in_channels=3, weights=weights)
             return FeatureExtractor(bare, paths).to(DEVICE)
@@ -142,12 +157,16 @@ class Setting:
             teacher.probe(two)
         widths = {"low": 16, "mid": 32, "high": 64}
         loss = PaperLoss(64, len(teachers), [(width, 64) for width in widths.values()][: len(teachers)]).to(DEVICE)
+        if compiled is not None:
+            for module in (*teachers, student, loss):
+                module.compile(dynamic=False, mode=compiled)
         optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
         cpu = self.data.to("cpu")
         stream = batches(Images(cpu.train.images, cpu.train.labels, cpu.mean, cpu.std), self.batch)
         total = {"loss": 0.0, "correct": 0}
 
         def step() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
             images, labels = (x.to(DEVICE) for x in next(stream))
             taught, hints = [], []
             for teacher in teachers:

@@ -282,7 +282,7 @@ def test_a_scaled_loss_is_captured_with_the_scaler() -> None:
         lambda x: x.masked_select(x > 1),
         lambda x: x.unique(),
         lambda x: x * torch.tensor([1.0, 2.0, 3.0]),
-        lambda x: torch.manual_seed(int(1)) and x,
+        lambda x: torch.manual_seed(1) and x,
     ],
 )
 def test_the_recorder_refuses_what_no_graph_can_hold(wrong: Callable[[Tensor], object]) -> None:
