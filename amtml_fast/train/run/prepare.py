@@ -12,6 +12,7 @@ from accelerate.utils import ProjectConfiguration
 from ..config import environment
 from ..config.schema import Config, ConfigError, EngineConfig
 from ..data import images
+from ..models.layout import channels_last
 from ..progress import Display
 from ..teachers import fill, frozen
 from .job import Job, need_hints
@@ -50,6 +51,16 @@ def load_data(config: Config) -> images.ImageData:
             f"config: data.root must be a folder whose files can be read, got {data.root} ({reason})"
         ) from error
     return loaded.to(accelerator.device)
+
+
+def say_choices(config: Config, data: images.ImageData, display: Display) -> None:
+    """What engine.precision=auto stands for here, in one line."""
+    if config.engine.precision == "auto":
+        shown = data.train.images
+        where = torch.cuda.get_device_name(shown.device) if shown.is_cuda else "the CPU"
+        last = str(channels_last(config.engine.channels_last, shown.shape)).lower()
+        precision = config.engine.mixed_precision
+        display.say(f"engine.precision=auto on {where}: mixed_precision={precision}, channels_last={last}")
 
 
 def load_teachers(

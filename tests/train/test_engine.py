@@ -1,0 +1,62 @@
+# ruff: noqa: E402
+"""What the engine chooses by itself: the layout of images and maps, the precision."""
+
+from __future__ import annotations
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import torch
+from small_run import Place
+
+from amtml_fast.train.config import reading
+from amtml_fast.train.config.schema import ConfigError
+from amtml_fast.train.models.layout import channels_last
+from amtml_fast.train.progress import Display
+from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.prepare import load_data, say_choices
+
+
+@pytest.mark.parametrize(("side", "chosen"), [(8, False), (15, False), (16, True), (32, True)])
+def test_channels_are_adjacent_where_that_pays(side: int, chosen: bool) -> None:
+    shape = torch.Size((5, 3, side, 64))
+    assert channels_last("auto", shape) is chosen
+    assert channels_last(True, shape) and not channels_last(False, shape)
+
+
+def test_the_choices_are_three_and_errors_name_them(place: Place) -> None:
+    for key in ("channels_last", "cuda_graphs"):
+        with pytest.raises(ConfigError, match=f"engine.{key} must be one of auto, true, false, got 'yes please'"):
+            place.load(f"engine.{key}=yes please")
+    with pytest.raises(ConfigError, match="engine.precision must be one of null, auto, got 'bf16'"):
+        place.load("engine.precision=bf16")
+    assert place.load("engine.channels_last=true").engine.channels_last is True
+
+
+@pytest.mark.parametrize("gpu", [None, False, True])
+def test_precision_auto_is_what_the_device_computes_with(
+    place: Place, monkeypatch: pytest.MonkeyPatch, gpu: bool | None
+) -> None:
+    """gpu: whether it computes in bf16; None: there is none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
+    settings = place.load("engine.precision=auto", "engine.device=auto")
+    assert settings.engine.mixed_precision == ("bf16" if gpu else "no")
+    assert place.load("engine.precision=auto").engine.mixed_precision == "no"  # on engine.device=cpu
+    # What was chosen is in the recipe, and a run's own file says it again.
+    recipe = student_job(settings, "student", 0).recipe()
+    assert recipe["engine"]["mixed_precision"] == settings.engine.mixed_precision
+    assert "precision" not in recipe["engine"] and "mixed_precision: " in reading.to_yaml(settings)
+
+
+def test_what_was_chosen_is_said_in_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = place.load("engine.precision=auto")
+    data, display = load_data(settings), Display()
+    say_choices(settings, data, display)
+    said = capsys.readouterr()
+    assert "engine.precision=auto on the CPU: mixed_precision=no, channels_last=false" in said.out + said.err
+    say_choices(place.load(), data, display)
+    said = capsys.readouterr()
+    assert not said.out + said.err
