@@ -52,7 +52,8 @@ class TrainingStep:
         self.model, self.optimizer = model, optimizer
         self.bare.timer = self.timer
         if rates_on_device:
-            self.own_rates = [torch.zeros((), device=self.accelerator.device) for _ in optimizer.param_groups]
+            zero = torch.zeros((), dtype=torch.float32, device=self.accelerator.device)
+            self.own_rates = [zero.clone() for _ in optimizer.param_groups]
 
     def capture(self, how: Capture, failed: Callable[[RuntimeError], None], *, whole: bool) -> None:
         """From now on as a graph: the whole step, or what the teachers compute."""
