@@ -1,5 +1,5 @@
 # ruff: noqa: E402
-"""What the engine chooses by itself: the layout of images and maps, the precision."""
+"""What the engine chooses by itself: the layout of images and maps, the precision, how teachers run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
 import torch
+import torch._inductor.config
 from small_run import Place
+from torch import nn
+from torch._dynamo.utils import counters
 
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import ConfigError
+from amtml_fast.train.data.images import Loader
+from amtml_fast.train.models.features import FeatureExtractor
 from amtml_fast.train.models.layout import channels_last
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run.job import student_job
 from amtml_fast.train.run.prepare import load_data, say_choices
+from amtml_fast.train.run.timing import WHOLE, StepTimer
+from amtml_fast.train.teachers import frozen
 
 
 @pytest.mark.parametrize(("side", "chosen"), [(8, False), (15, False), (16, True), (32, True)])
@@ -30,7 +37,7 @@ def test_the_choices_are_three_and_errors_name_them(place: Place) -> None:
     for key in ("channels_last", "cuda_graphs"):
         with pytest.raises(ConfigError, match=f"engine.{key} must be one of auto, true, false, got 'yes please'"):
             place.load(f"engine.{key}=yes please")
-    with pytest.raises(ConfigError, match="engine.precision must be one of null, auto, got 'bf16'"):
+    with pytest.raises(ConfigError, match=r"engine\.precision must be one of null, auto, got 'bf16'"):
         place.load("engine.precision=bf16")
     assert place.load("engine.channels_last=true").engine.channels_last is True
 
@@ -60,3 +67,43 @@ def test_what_was_chosen_is_said_in_one_line(place: Place, capsys: pytest.Captur
     say_choices(place.load(), data, display)
     said = capsys.readouterr()
     assert not said.out + said.err
+
+
+# --- teachers -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_run_folded_copies_of_the_teachers_and_the_cache_holds_what_they_are(place: Place) -> None:
+    settings = place.load("cache.teachers=never")
+    data = load_data(settings)
+    found = frozen.load(settings, data, hints=True)
+    images = next(iter(Loader(data.train, data, 16))).images
+    with torch.inference_mode():
+        plain = [model(images)[0] for model in found.models]
+    ran = found.only(["b", "a"], hints=False).run(images)
+    assert all(torch.equal(a, b) for a, b in zip(found.live(images).logits, plain, strict=True))
+    for a, b in zip(ran.logits, reversed(plain), strict=True):
+        assert not torch.equal(a, b)  # another rounding
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert set(found.fast) == {"a", "b"}  # made once for all that learn from them
+    again = found.run(images)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, reversed(ran.logits), strict=True))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="packs weights for oneDNN")
+def test_compiled_teachers_have_their_weights_packed(place: Place) -> None:
+    net = nn.Conv2d(3, 8, 3).eval().requires_grad_(False)  # no C++ has to be compiled
+    teachers = frozen.Teachers(["a"], [FeatureExtractor(net, {})], [0.0], [], [0], compiled=True)
+    counters.clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        teachers.run(torch.randn(2, 3, 8, 8))
+    assert counters["inductor"]["mkldnn_conv_weight_pack_matcher_count"] == 1
+
+
+def test_a_replayed_step_is_divided_like_the_last_that_was_not() -> None:
+    timer = StepTimer(torch.device("cpu"))
+    timer.start()
+    timer.totals |= {"data": 1.0, "student": 3.0}
+    timer.mark(WHOLE)
+    timer.totals[WHOLE] = 8.0
+    assert timer.read() == {"data": 3.0, "teachers": 0.0, "student": 9.0, "losses": 0.0, "optimizer": 0.0}
+    assert not any(timer.read().values())

@@ -8,16 +8,19 @@ before the step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..config.schema import ConfigError
 from ..data.images import Batch, Draws, Loader
 from ..methods.base import StepLoss
 from ..models.features import restoring_state
+from ..progress import Display
 from ..teachers.frozen import Outputs, Teachers
+from . import graphs
 from .distiller import Distiller
 from .graphs import Capture, Graph
 from .metrics import Sums
@@ -55,12 +58,45 @@ class TrainingStep:
             zero = torch.zeros((), dtype=torch.float32, device=self.accelerator.device)
             self.own_rates = [zero.clone() for _ in optimizer.param_groups]
 
-    def capture(self, how: Capture, failed: Callable[[RuntimeError], None], *, whole: bool) -> None:
-        """From now on as a graph: the whole step, or what the teachers compute."""
-        if whole:
+    def capture(self, asked: bool | str, title: str, display: Display) -> None:
+        """From now on as a graph: the whole step where that is possible, else what the teachers compute. asked:
+        engine.cuda_graphs; ConfigError where it is true and the whole step cannot be captured."""
+        kind = self.accelerator.device.type
+        if asked is False or (asked == "auto" and kind not in graphs.CAPTURES):
+            return
+
+        def refuse(why: str) -> NoReturn:
+            raise ConfigError(f"config: engine.cuda_graphs must be auto or false for {title}, got true: {why}")
+
+        def failed(error: RuntimeError) -> None:
+            why = f"CUDA could not capture it ({(str(error).splitlines() or [type(error).__name__])[0]})"
+            if asked is True:
+                refuse(why)
+            display.warn(f"{title}: trains without a CUDA graph: {why}")
+            self.optimizer.optimizer.zero_grad()
+
+        if kind not in graphs.CAPTURES:
+            refuse(f"there is no CUDA device, only {kind}")
+        how = graphs.CAPTURES[kind](self.accelerator.device)
+        obstacle = self.obstacle(how)
+        if obstacle is None:
             self.run = Graph(self.learn, how, failed)
-        elif self.teachers:
+            return
+        if asked is True:
+            refuse(obstacle)
+        rest = "only the teachers are captured" if self.teachers else "nothing is captured"
+        display.say(f"{title}: no CUDA graph of the whole step, {rest}: {obstacle}")
+        if self.teachers:
             self.compute = Graph(self.teachers.computed, how, failed)
+
+    def obstacle(self, how: Capture) -> str | None:
+        """What stands in the way of a graph of the whole step."""
+        if self.accelerator.num_processes > 1:
+            return "several processes exchange gradients within the step"
+        inputs = self.first_inputs()
+        self.gradients(*inputs)  # what waits once, at the first call, is not in the way
+        places = how.waits(lambda: self.gradients(*inputs))
+        return f"the step waits for the device ({'; '.join(dict.fromkeys(places))})" if places else None
 
     def __call__(self, draws: Sequence[Draws], rates: Sequence[float], frozen: Sequence[nn.Parameter] = ()) -> None:
         """Nothing here waits for the device."""

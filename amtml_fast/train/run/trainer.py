@@ -167,7 +167,7 @@ class Trainer:
             for network in (module.student, *module.objective.peers):
                 compile_in_place(network)
         self._place(module)
-        self._capture()
+        self.whole_step.capture(engine.cuda_graphs, job.title, display)
         self.seconds, self.before = 0.0, 0.0  # in all, and in the epoch that a stop cut short
         self.record: dict[str, Any] = {
             "method": job.method.name,
@@ -198,39 +198,6 @@ class Trainer:
             optimizer = make_optimizer(self.job.train, self.bare, on_device=on_device)
             self.model, self.optimizer = accelerator.prepare(module, optimizer)
         self.whole_step.trains(self.model, self.optimizer, rates_on_device=on_device)
-
-    def _capture(self) -> None:
-        """Has the step captured as a graph where that is possible and not forbidden, or else what the teachers compute."""
-        asked, kind = self.job.config.engine.cuda_graphs, self.accelerator.device.type
-        if asked is False or (asked == "auto" and kind not in graphs.CAPTURES):
-            return
-
-        def failed(error: RuntimeError) -> None:
-            said = f"CUDA could not capture it ({(str(error).splitlines() or [type(error).__name__])[0]})"
-            if asked is True:
-                raise ConfigError(self._no_graph(said)) from error
-            self.display.warn(f"{self.job.title}: trains without a CUDA graph: {said}")
-            self.optimizer.optimizer.zero_grad()
-
-        if kind not in graphs.CAPTURES:
-            raise ConfigError(self._no_graph(f"there is no CUDA device, only {kind}"))
-        how, obstacle = graphs.CAPTURES[kind](self.accelerator.device), None
-        if self.accelerator.num_processes > 1:
-            obstacle = "several processes exchange gradients within the step"
-        else:
-            inputs = self.whole_step.first_inputs()
-            self.whole_step.gradients(*inputs)  # what waits once, at the first call, is not in the way
-            if places := how.waits(lambda: self.whole_step.gradients(*inputs)):
-                obstacle = f"the step waits for the device ({'; '.join(dict.fromkeys(places))})"
-        if obstacle and asked is True:
-            raise ConfigError(self._no_graph(obstacle))
-        if obstacle:
-            rest = "only the teachers are captured" if self.teachers else "nothing is captured"
-            self.display.say(f"{self.job.title}: no CUDA graph of the whole step, {rest}: {obstacle}")
-        self.whole_step.capture(how, failed, whole=obstacle is None)
-
-    def _no_graph(self, why: str) -> str:
-        return f"config: engine.cuda_graphs must be auto or false for {self.job.title}, got true: {why}"
 
     def _loader(self, accumulation: int) -> Loader:
         train = self.job.train
