@@ -1,9 +1,9 @@
 """Everything that needs a GPU, in one command: build, figures, tests, memory checks. Run by ``make gpu [PART=...]``.
 
-    python -m benchmarks.gpu [--part all|tests|tune|an operator] [--out benchmarks/results/gpu]
+    python -m benchmarks.gpu [--part all|tests|tune|step|an operator] [--out benchmarks/results/gpu]
 
 It runs with the Python that has torch >= 2.11, Triton >= 3.6, pytest and pytest-benchmark, and needs nvcc, but no network. It
-writes results.json (the benchmark suite's own, for benchmarks/report.py) and checks.json (the tests) to the folder. Each part has
+writes results.json (the benchmark suite's own, for benchmarks/report.py), checks.json (the tests) and, with --part step, step.json to the folder. Each part has
 a time limit; a part that is stopped keeps what it has.
 
 `make gpu-kit` on another machine makes build/gpu-kit: the library, built, and the Python packages beside torch. Where that folder
@@ -26,10 +26,23 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("all", "tests", "tune", "kl", *sorted(file.stem for file in (ROOT / "amtml_fast" / "ops").glob("[a-z]*.py")))
+PARTS = (
+    "all",
+    "tests",
+    "tune",
+    "step",
+    "kl",
+    *sorted(file.stem for file in (ROOT / "amtml_fast" / "ops").glob("[a-z]*.py")),
+)
 KIT = ROOT / "build" / "gpu-kit"
 LIBRARY = "_C.abi3.so"
-SECONDS = {"figures": 240, "tests": 240, "memory checks": 90, "tuning": 180}  # after which a part is stopped
+SECONDS = {
+    "figures": 240,
+    "tests": 240,
+    "memory checks": 90,
+    "tuning": 180,
+    "step": 180,
+}  # after which a part is stopped
 
 
 def main() -> int:
@@ -48,6 +61,10 @@ def main() -> int:
         tuned, _ = limited("tuning", [sys.executable, "-m", "benchmarks.tune"], dict(os.environ), shown=True)
         return 1 if tuned is None else tuned
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.part == "step":  # the trainer's, checked and measured
+        command = [sys.executable, "-m", "benchmarks.step", "--out", str(args.out / "step.json")]
+        done, _ = limited("step", command, dict(os.environ), shown=True)
+        return 1 if done is None else done
     status = 0
     if args.part != "tests":  # first: what is measured is kept, whatever the tests do
         status = measure(None if args.part == "all" else args.part, args.out / "results.json")

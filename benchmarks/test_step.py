@@ -2,7 +2,7 @@
 code has it. ResNet20 learns from ResNet32, 56 and 110 on 32 x 32 images. The quick run has smaller networks."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from .workloads import Workload
 
 pytest.importorskip("accelerate", reason='the trainer needs "amtml-fast[train]"')
 
+from amtml_fast.train.config import environment
 from amtml_fast.train.config.schema import (
     CacheConfig,
     Config,
@@ -35,10 +36,9 @@ from amtml_fast.train.models.networks import build
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import FEATURES, student_job
-from amtml_fast.train.run.metrics import Sums
 from amtml_fast.train.run.prepare import load_teachers, make_accelerator
 from amtml_fast.train.run.trainer import Trainer
-from amtml_fast.train.teachers import frozen
+from amtml_fast.train.teachers.frozen import weights_file
 
 GROUPS = {"low": "stage1", "mid": "stage2", "high": "stage3"}
 
@@ -47,16 +47,18 @@ GROUPS = {"low": "stage1", "mid": "stage2", "high": "stage3"}
 class Switches:
     """How the trainer runs."""
 
-    channels_last: bool = False
+    channels_last: bool | str = "auto"
     compile: bool = False
     cached: bool = False
     losses: str = "auto"  # a backend
+    graphs: bool | str = "auto"
+    precision: str | None = None
 
 
 PAPER = "a loop as published"
 PROVIDERS: dict[str, Switches | None] = {
     "the trainer": Switches(),
-    "channels_last": Switches(channels_last=True),
+    "channels_last off": Switches(channels_last=False),
     "compiled": Switches(compile=True),
     "cached teachers": Switches(cached=True),
     "cached and compiled": Switches(cached=True, compile=True),
@@ -83,12 +85,19 @@ class Setting:
 
     def config(self, switches: Switches, folder: Path) -> Config:
         """One for `amtml-fast distill`, with teachers of random weights in `folder`."""
+        engine = EngineConfig(
+            channels_last=switches.channels_last,
+            compile=switches.compile,
+            cuda_graphs=switches.graphs,
+            precision=switches.precision,
+        )
+        engine.mixed_precision = "no" if engine.precision is None else environment.fastest(engine)
         config = Config(
             data=DataConfig(augment=not switches.cached),
             teachers=self.teachers,
             student=self.student,
             distill=TrainConfig(batch_size=self.batch),
-            engine=EngineConfig(channels_last=switches.channels_last, compile=switches.compile),
+            engine=engine,
             cache=CacheConfig(teachers="always" if switches.cached else "never"),
             out=str(folder),
         )
@@ -101,7 +110,10 @@ class Setting:
 
     def trainer(self, switches: Switches, folder: Path) -> Trainer:
         """As `amtml-fast distill` makes it."""
-        config, display = self.config(switches, folder), Display(quiet=True)
+        return self.trainer_of(self.config(switches, folder))
+
+    def trainer_of(self, config: Config) -> Trainer:
+        display = Display(quiet=True)
         job = student_job(config, "amtml_kd", 0)
         accelerator = make_accelerator(config.engine, job.folder)
         teachers = load_teachers(config, self.data, [job], display)
@@ -111,40 +123,53 @@ class Setting:
         self, switches: Switches, folder: Path
     ) -> tuple[Callable[[], None], Callable[[int], dict[str, float]]]:
         """The trainer's step, and the seconds of its parts, mean over so many steps."""
-        trainer, sums = self.trainer(switches, folder), Sums(DEVICE)
-        stream = itertools.chain.from_iterable(itertools.repeat(trainer.loader))
+        trainer = self.trainer(switches, folder)
+        timer, rates = trainer.whole_step.timer, [0.1] * len(trainer.optimizer.param_groups)
+        stream = itertools.chain.from_iterable(trainer.loader.draws() for _ in itertools.count())
 
         def step() -> None:
             with af.use_backend(switches.losses):
-                trainer.learn(next(stream), sums)
+                trainer.learn([next(stream)], rates)
 
         def parts(steps: int) -> dict[str, float]:
-            trainer.timer.start()
+            timer.read()
             for _ in range(steps):
                 step()
-            trainer.timer.stop()
-            return {part: seconds / steps for part, seconds in trainer.timer.read().items()}
+            return {part: seconds / steps for part, seconds in timer.read().items()}
 
+        timer.start()  # before a graph is captured, which then holds its events
         return step, parts
 
-    def paper_step(self, folder: Path) -> Callable[[], object]:
-        teachers = frozen.load(self.config(Switches(), folder), self.data, hints=True)
-        paths = {FEATURES: "stage3", **GROUPS}
-        student = FeatureExtractor(
-            build("resnet", dict(self.student.args), num_classes=100, in_channels=3, weights=None), paths
-        ).to(DEVICE)
-        student.probe(next(iter(Loader(self.data.val, self.data, 2))).images, training=True)
+    def paper_step(self, folder: Path, *, compiled: str | None = None) -> Callable[[], object]:
+        """compiled: a mode of torch.compile for the networks and the loss."""
+
+        def net(depth: int, paths: Mapping[str, str], weights: Path | None = None) -> FeatureExtractor:
+            bare = build("resnet", {"depth": depth}, num_classes=100, in_channels=3, weights=weights)
+            return FeatureExtractor(bare, paths).to(DEVICE)
+
+        config = self.config(Switches(), folder)
+        files = [weights_file(config, teacher) for teacher in self.teachers]
+        teachers = [net(depth, {"hint": "stage3"}, file).eval() for depth, file in zip(self.depths, files)]
+        student = net(self.student.args["depth"], {FEATURES: "stage3", **GROUPS})
+        two = next(iter(Loader(self.data.val, self.data, 2))).images
+        student.probe(two, training=True)
+        for teacher in teachers:
+            teacher.probe(two)
         widths = {"low": 16, "mid": 32, "high": 64}
-        loss = PaperLoss(64, len(self.depths), [(widths[g], c) for g, c in zip(GROUPS, teachers.channels)]).to(DEVICE)
+        loss = PaperLoss(64, len(teachers), [(width, 64) for width in widths.values()][: len(teachers)]).to(DEVICE)
+        if compiled is not None:
+            for module in (*teachers, student, loss):
+                module.compile(dynamic=False, mode=compiled)
         optimizer = torch.optim.SGD([*student.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
         cpu = self.data.to("cpu")
         stream = batches(Images(cpu.train.images, cpu.train.labels, cpu.mean, cpu.std), self.batch)
         total = {"loss": 0.0, "correct": 0}
 
         def step() -> None:
+            torch.compiler.cudagraph_mark_step_begin()
             images, labels = (x.to(DEVICE) for x in next(stream))
             taught, hints = [], []
-            for teacher in teachers.models:
+            for teacher in teachers:
                 with torch.no_grad():
                     out, caught = teacher(images)
                 taught.append(out)

@@ -15,7 +15,7 @@ from ..progress import Display
 from ..run import preflight
 from ..run.folder import Diverged, Run, alone
 from ..run.job import need_hints, teacher_job
-from ..run.prepare import load_data, load_teachers, make_accelerator
+from ..run.prepare import load_data, load_teachers, make_accelerator, say_choices
 from ..run.tasks import say_result
 from ..run.trainer import finished, train
 from ..teachers import frozen
@@ -61,6 +61,7 @@ class Session:
 
     def check(self) -> None:
         """What does not fit is found before hours of training."""
+        say_choices(self.config, self.data, self.display)
         preflight.places(self.config)
         preflight.networks(self.config, self.data, [*self.jobs[TEACH], *self.jobs[DISTILL]])
 

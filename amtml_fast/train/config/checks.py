@@ -13,7 +13,7 @@ from .messages import bad_choice, errors
 from .presets import PRESETS
 from .schema import Config, ConfigError, ModelConfig, TeacherConfig, TrainConfig
 
-CHOICES = {
+CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "preset": tuple(PRESETS),
     "loss.mode": ("mixture", "sum"),
     "loss.pool": ("max", "avg"),
@@ -23,6 +23,9 @@ CHOICES = {
     "loss.aekd_gradients": ("mean", "rows"),
     "compare.split": ("test", "validation"),
     "engine.mixed_precision": ("no", "fp16", "bf16"),
+    "engine.precision": (None, "auto"),
+    "engine.cuda_graphs": ("auto", True, False),
+    "engine.channels_last": ("auto", True, False),
     "engine.device": ("auto", "cpu"),
     "cache.teachers": ("auto", "always", "never"),
     "cache.hints": ("float32", "float16", "never"),
@@ -70,8 +73,8 @@ def check_values(config: Config) -> None:
                 "be fixed for the angle loss, too"
             )
     engine = config.engine
-    if engine.cuda_graphs and not engine.compile:
-        raise ConfigError("config: engine.compile must be true with engine.cuda_graphs=true, got false")
+    if engine.cuda_graphs is True and engine.device == "cpu":
+        raise ConfigError("config: engine.cuda_graphs must be auto or false with engine.device=cpu, got true")
     if engine.fsdp and engine.mixed_precision == "fp16":
         raise ConfigError("config: engine.mixed_precision must be no or bf16 with engine.fsdp=true, got fp16")
 

@@ -60,6 +60,14 @@ def check(engine: EngineConfig) -> None:
             )
 
 
+def fastest(engine: EngineConfig) -> str:
+    """The mixed_precision that engine.precision=auto stands for on this machine."""
+    import torch  # takes a second, which reading a configuration need not
+
+    gpu = engine.device == "auto" and torch.cuda.is_available()
+    return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
 def precision() -> dict[str, str]:
     """The variables that lower the precision here, as they are set; most often none."""
     return {name: os.environ[name] for name in PRECISION if os.environ.get(name)}

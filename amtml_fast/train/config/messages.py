@@ -37,6 +37,7 @@ class errors:
         raise ConfigError(f"config: {shown}{f' must be {wanted}' if wanted else ''}: {came}{place}") from None
 
 
-def bad_choice(key: str, value: Any, choices: Iterable[str]) -> str:
-    choices = list(choices)
-    return f"config: {key} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
+def bad_choice(key: str, value: Any, choices: Iterable[str | bool | None]) -> str:
+    yaml = {None: "null", True: "true", False: "false"}
+    names = [choice if isinstance(choice, str) else yaml[choice] for choice in choices]
+    return f"config: {key} must be one of {', '.join(names)}, got {value!r}{nearest(str(value), names)}"

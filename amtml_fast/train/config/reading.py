@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ..names import nearest
-from . import fields, yaml_text
+from . import environment, fields, yaml_text
 from .checks import check_values
 from .messages import bad_choice, errors
 from .presets import PRESETS
@@ -57,6 +57,8 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     config = _merge(preset, written, overrides, str(path)) if preset else plain
     _expand(config)
     check_values(config)
+    if config.engine.precision == "auto":
+        config.engine.mixed_precision = environment.fastest(config.engine)
     return config
 
 

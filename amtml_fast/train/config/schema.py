@@ -153,11 +153,16 @@ class CompareConfig:
 @dataclass
 class EngineConfig:
     mixed_precision: str = "no"
+    # null: as mixed_precision says | auto: the fastest here, bf16 on a GPU that computes with it, else no
+    precision: str | None = None
     gradient_accumulation_steps: int = field(default=1, metadata=COUNT)
     compile: bool = False  # torch.compile for teachers and student
-    cuda_graphs: bool = False  # with compile, on a GPU: the student's step is replayed as CUDA graphs
+    # auto | true | false: on a GPU the whole step is one CUDA graph; auto: where that is possible, else as much as is
+    cuda_graphs: Any = "auto"
     fsdp: bool = False  # several processes share parameters and optimizer state (FSDP2); false: each has all (DDP)
-    channels_last: bool = False
+    channels_last: Any = (
+        "auto"  # auto | true | false: channels adjacent in memory; auto: for images of 16 x 16 and more
+    )
     # a checkpoint after so many steps of an epoch, too; null: after each epoch
     checkpoint_steps: int | None = field(default=None, metadata=COUNT)
     device: str = "auto"  # auto | cpu

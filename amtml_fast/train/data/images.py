@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -191,6 +191,16 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     return tuple(means), tuple(stds)
 
 
+class Draws(NamedTuple):
+    """What an epoch draws for one batch of n images: places [n] int64, where they are in the split; flips [n] bool and
+    offsets [n, 2] int64 for `flip_and_crop`; on_host [n]: the places on the CPU, for what is looked up there."""
+
+    places: Tensor
+    flips: Tensor
+    offsets: Tensor
+    on_host: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """index [n] int64: positions in the split; labels [n] int64; images [n, C, H, W] float32, normalized and, where asked
@@ -276,15 +286,21 @@ class Loader:
 
     def batches(self, first: int = 0) -> Iterator[Batch]:
         """The epoch's batches from number `first` on."""
-        order, flips, offsets = self._draws()
+        return (self.batch(draws.places, draws.flips, draws.offsets) for draws in self.draws(first))
+
+    def draws(self, first: int = 0) -> Iterator[Draws]:
+        """What `batch` makes them of: views of tensors that were drawn for the whole epoch."""
+        drawn = self._draws()
         for number in range(first, len(self)):
             rows = self._rows(number)
-            index = order[rows]
-            images = self.split.images[index]
-            if self.augment:
-                drawn = rows if self.views is None else index  # by place in the epoch, or by image
-                images = flip_and_crop(images, flips[drawn], offsets[drawn])
-            yield Batch(index, self._normalize(images), self.split.labels[index], self.view)
+            yield Draws(*(each[rows] for each in drawn))
+
+    def batch(self, index: Tensor, flips: Tensor, offsets: Tensor) -> Batch:
+        """Augmented, normalized: operators on the device alone, the same for every batch."""
+        images = self.split.images[index]
+        if self.augment:
+            images = flip_and_crop(images, flips, offsets)
+        return Batch(index, self._normalize(images), self.split.labels[index], self.view)
 
     def _rows(self, number: int) -> slice:
         """The part of the epoch's order that is this rank's share of batch `number`."""
@@ -292,8 +308,8 @@ class Loader:
         size = min(self.batch_size, len(self.split) - start)
         return slice(start + size * self.rank // self.world_size, start + size * (self.rank + 1) // self.world_size)
 
-    def _draws(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The epoch's order [N], flips [N] and crop offsets [N, 2], drawn on the CPU: the same on every device."""
+    def _draws(self) -> Draws:
+        """The whole epoch's, in its order; drawn on the CPU: the same on every device."""
         n, (height, width) = len(self.split), self.split.images.shape[2:]
         generator = _generator(self.seed, self.epoch)
         if self.shuffle:
@@ -307,8 +323,11 @@ class Loader:
             torch.randint(2 * (side // 8) + 1, (n,), generator=generator, dtype=torch.int64, device="cpu")
             for side in (height, width)
         )
+        offsets = torch.stack([rows, columns], dim=1)
+        if self.views is not None:  # drawn by image, not by place in the epoch
+            flips, offsets = flips[order], offsets[order]
         device = self.split.images.device
-        return order.to(device), flips.to(device), torch.stack([rows, columns], dim=1).to(device)
+        return Draws(order.to(device), flips.to(device), offsets.to(device), order)
 
     def _normalize(self, images: Tensor) -> Tensor:
         return images.to(torch.float32).mul_(self._scale).add_(self._shift)

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
+import torch._inductor.config
 from torch import nn
 
 # To the compiler FeatureExtractor.forward is one function for all networks of a process; each kind needs its own code.
 MOST_NETWORKS = 64
 
 
-def compile_in_place(network: nn.Module, *, cuda_graphs: bool = False) -> None:
-    """A network that trains. `cuda_graphs`: forward and backward are recorded once and replayed without launches."""
+def compile_in_place(network: nn.Module) -> None:
+    """A network that trains."""
     _make_room()
-    network.compile(dynamic=False, mode="reduce-overhead" if cuda_graphs else None)
+    network.compile(dynamic=False)
 
 
 def compile_frozen(network: nn.Module) -> None:
-    """A network that never trains: on the CPU its weights become constants, so that BatchNorm folds into the convolutions
-    and these get the layout that suits them best."""
+    """A network that never trains, to be called under `as_constants`."""
     _make_room()
-    on_cpu = next(iter(network.parameters())).device.type == "cpu"
-    network.compile(dynamic=False, options={"freezing": True} if on_cpu else None)
+    network.compile(dynamic=False)
 
 
-def new_step() -> None:
-    """CUDA graphs may use their memory again: what they gave in the last step has been used."""
-    torch.compiler.cudagraph_mark_step_begin()
+def as_constants() -> AbstractContextManager[None]:
+    """Within it weights are constants of the code that is compiled without gradients. On the CPU that code then packs them
+    for its convolutions, and computes what follows each of these with it."""
+    # Not an option of compile(): the tracer looks at the global setting alone, and makes the weights inputs without it.
+    return torch._inductor.config.patch(freezing=True)
 
 
 def _make_room() -> None:

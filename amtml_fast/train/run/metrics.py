@@ -18,22 +18,24 @@ EXAMPLES = "examples"
 
 
 class Sums:
-    """Sums of an epoch on the device, read once at its end.
+    """Sums of an epoch on the device, read once at its end. They stay in the same memory from one epoch to the next, so
+    that a graph can add to them."""
 
-    `before`: what `reduced` gave when a stop cut the epoch short; for one of several processes.
-    """
-
-    def __init__(self, device: torch.device, before: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device, self.totals, self.examples = device, dict[str, Tensor](), 0
-        for name, value in (before or {}).items():
-            if name == EXAMPLES:
-                self.examples = int(value)
-            else:
-                self._add(name, value.to(device))
+
+    def start(self, before: Mapping[str, Tensor] | None = None) -> None:
+        """A new epoch. `before`: what `reduced` gave when a stop cut it short; for one of several processes."""
+        before = dict(before or {})
+        self.examples = int(before.pop(EXAMPLES, 0))
+        for total in self.totals.values():
+            total.zero_()
+        for name, value in before.items():
+            self._add(name, value.to(self.device))
 
     def add(self, out: StepLoss, logits: Tensor, labels: Tensor) -> None:
+        """What a batch adds on the device; the caller counts its `examples`."""
         n = len(labels)
-        self.examples += n
         self._add("train_accuracy", (logits.argmax(1) == labels).sum())
         for name, value in {"loss": out.loss.detach(), **out.terms}.items():
             self._add(name, value.float() * n)
@@ -48,7 +50,9 @@ class Sums:
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double() if self.device.type != "mps" else value.float()
-        self.totals[name] = self.totals[name] + value if name in self.totals else value
+        if name not in self.totals:
+            self.totals[name] = torch.zeros_like(value)
+        self.totals[name] += value
 
     def reduced(self, accelerator: Accelerator) -> dict[str, Tensor]:
         """The sums over all processes, on the CPU; one transfer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 
@@ -12,17 +13,22 @@ from .distiller import Distiller
 ADAPTER = "adapter"  # its group of the optimizer
 
 
-def make_optimizer(train: TrainConfig, module: Distiller) -> torch.optim.Optimizer:
-    """One optimizer over student, hint projections F_t and adapter; the adapter has its regularizer for decay."""
+def make_optimizer(train: TrainConfig, module: Distiller, *, on_device: bool = False) -> torch.optim.Optimizer:
+    """One optimizer over student, hint projections F_t and adapter; the adapter has its regularizer for decay. on_device: its
+    step is one kernel that takes learning rates and loss scales as tensors, so that a graph can hold it."""
     adapter = module.objective.adapter
     own = list(adapter.parameters()) if adapter is not None else []
     ids = {id(p) for p in own}
     groups = [{"params": [p for p in module.parameters() if id(p) not in ids], "weight_decay": train.weight_decay}]
     groups += [{"params": own, "weight_decay": 0.0, "name": ADAPTER}] if own else []
+    fused = True if on_device else None
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=train.lr)
+        warnings.filterwarnings(
+            "ignore", "This instance was constructed with capturable=True"
+        )  # by steps without a graph
+        return torch.optim.AdamW(groups, lr=train.lr, fused=fused, capturable=on_device)
     nesterov = train.nesterov and train.momentum > 0.0
-    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=nesterov)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=nesterov, fused=fused)
 
 
 def learning_rate(train: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -12,6 +12,7 @@ from accelerate.utils import ProjectConfiguration
 from ..config import environment
 from ..config.schema import Config, ConfigError, EngineConfig
 from ..data import images
+from ..models.layout import channels_last
 from ..progress import Display
 from ..teachers import fill, frozen
 from .job import Job, need_hints
@@ -52,6 +53,16 @@ def load_data(config: Config) -> images.ImageData:
     return loaded.to(accelerator.device)
 
 
+def say_choices(config: Config, data: images.ImageData, display: Display) -> None:
+    """What engine.precision=auto stands for here, in one line."""
+    if config.engine.precision == "auto":
+        shown = data.train.images
+        where = torch.cuda.get_device_name(shown.device) if shown.is_cuda else "the CPU"
+        last = str(channels_last(config.engine.channels_last, shown.shape)).lower()
+        precision = config.engine.mixed_precision
+        display.say(f"engine.precision=auto on {where}: mixed_precision={precision}, channels_last={last}")
+
+
 def load_teachers(
     config: Config, data: images.ImageData, jobs: Sequence[Job], display: Display
 ) -> frozen.Teachers | None:
@@ -61,7 +72,7 @@ def load_teachers(
         return None
     accelerator = make_accelerator(config.engine, config.folder)
     with accelerator.main_process_first():  # of several processes one downloads
-        teachers = frozen.load(config, data, hints=need_hints(jobs), channels_last=config.engine.channels_last)
+        teachers = frozen.load(config, data, hints=need_hints(jobs))
     if config.cache.hints != "never" or not all(job.method.hints(job.config.loss) for job in jobs):
         with Stop(accelerator.num_processes) as stop:
             fill.use_cache(config, teachers, data, display, stop.check)

@@ -15,13 +15,14 @@ from ..teachers import frozen
 from . import preflight
 from .folder import Run
 from .job import Job, one_job, teacher_job
-from .prepare import load_teachers
+from .prepare import load_teachers, say_choices
 from .timing import shares
 from .trainer import train
 
 
 def teach(config: Config, data: ImageData, display: Display, *, resume: bool = True, fresh: bool = False) -> list[Run]:
     """Trains every teacher that brings no weights of its own; finished ones are skipped."""
+    say_choices(config, data, display)
     preflight.places(config)
     trained = [teacher for teacher in config.teachers if not teacher.model.brings_weights]
     jobs = [teacher_job(config, teacher) for teacher in trained]
@@ -49,6 +50,7 @@ def distill(
     fresh: bool,
 ) -> Run:
     """Trains one student; the teachers must be there."""
+    say_choices(config, data, display)
     preflight.places(config)
     job = one_job(config, method, seed, student, teachers)
     return train(job, data, load_teachers(config, data, [job], display), display, resume=resume, fresh=fresh)

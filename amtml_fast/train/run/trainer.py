@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,24 +15,24 @@ from torch import Tensor, nn
 
 from ..config.reading import to_yaml
 from ..config.schema import ConfigError
-from ..data.images import Batch, ImageData, ImageSet, Loader, drawn_seed, of_classes
+from ..data.images import Draws, ImageData, ImageSet, Loader, drawn_seed, of_classes
 from ..files import RunError, differences
-from ..methods.base import StepLoss
-from ..models.compiling import compile_in_place, new_step
+from ..models.compiling import compile_in_place
 from ..models.evaluate import count_correct
-from ..models.features import restoring_state
+from ..models.layout import memory_format
 from ..progress import Bar, Display
-from ..teachers.frozen import Outputs, Teachers
-from . import processes
+from ..teachers.frozen import Teachers
+from . import graphs, processes
 from .distiller import make_distiller, teachers_of
 from .folder import Diverged, Run, alone
 from .job import Job
 from .memory import PeakMemory
-from .metrics import Sums, collapsed
+from .metrics import collapsed
 from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
 from .prepare import make_accelerator
+from .step import TrainingStep
 from .stop import Interrupted, Stop
-from .timing import PARTS, StepTimer
+from .timing import PARTS
 from .versions import chosen_backends, git_commit, versions
 
 # Several processes agree on a stop at every so many steps: each time they wait for each other.
@@ -140,15 +141,16 @@ class Trainer:
         self.data = of_classes(data, job.classes)
         self.teachers = teachers_of(job, teachers)
         engine = job.config.engine
-        self.memory = torch.channels_last if engine.channels_last else torch.contiguous_format
+        memory = memory_format(engine.channels_last, self.data.train.images.shape)
         module = make_distiller(job, self.data, self.teachers, accelerator.num_processes)
-        module.to(accelerator.device, memory_format=self.memory)  # type: ignore[call-overload]
+        module.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
         self.bare = module
         self.done, self.step = 0, 0  # epochs, and steps of the next one
         self.saved = (0, 0)  # the same, as the checkpoint has them
         self.partial: dict[str, Tensor] = {}  # the sums of those steps
         self.warned = set[str]()
         self.loader = self._loader(engine.gradient_accumulation_steps)
+        self.whole_step = TrainingStep(accelerator, module, self.loader, self.teachers, memory)
         # Accumulation never reaches over the end of an epoch: what does not fill a step is left out, as drop_last does.
         self.steps = len(self.loader) // engine.gradient_accumulation_steps
         if self.steps == 0:
@@ -156,18 +158,16 @@ class Trainer:
                 f"config: batch_size must be at most {len(self.data.train.labels)} (the training images), "
                 f"got {job.train.batch_size}"
             )
-        if engine.cuda_graphs and accelerator.device.type != "cuda":
-            raise ConfigError(
-                f"config: engine.cuda_graphs must be false without a CUDA device, got true on {accelerator.device.type}"
-            )
-        # DDP looks through each step's graph for them where it must; 3 to 7 % of a step that has little to compute.
-        if accelerator.num_processes > 1 and processes.anyone(accelerator, self.leaves_parameters_out()):
-            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        if accelerator.num_processes > 1:
+            # DDP looks through each step's graph for them where it must; 3 to 7 % of a step that has little to compute.
+            gradients = self.whole_step.gradients(*self.whole_step.first_inputs())
+            if processes.anyone(accelerator, any(gradient is None for gradient in gradients)):
+                accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if engine.compile:
             for network in (module.student, *module.objective.peers):
-                compile_in_place(network, cuda_graphs=engine.cuda_graphs)
+                compile_in_place(network)
         self._place(module)
-        self.timer = module.timer = StepTimer(accelerator.device)
+        self.whole_step.capture(engine.cuda_graphs, job.title, display)
         self.seconds, self.before = 0.0, 0.0  # in all, and in the epoch that a stop cut short
         self.record: dict[str, Any] = {
             "method": job.method.name,
@@ -186,23 +186,18 @@ class Trainer:
             "finished": False,
         }
 
-    def leaves_parameters_out(self) -> bool:
-        """Whether the first step leaves some parameters without a gradient. That step is only computed, not applied."""
-        self.loader.set_epoch(1)
-        with restoring_state(self.bare):
-            out, _ = self.forward(self.bare.train(), next(self.loader.batches()))
-            trained = [p for p in self.bare.parameters() if p.requires_grad]
-            return any(x is None for x in torch.autograd.grad(out.loss, trained, allow_unused=True))
-
     def _place(self, module: nn.Module) -> None:
         """The module as it is called, and its optimizer: as they are, or for several processes by DDP or FSDP2."""
         engine, accelerator = self.job.config.engine, self.accelerator
         self.model: nn.Module
+        on_device = accelerator.num_processes == 1 and accelerator.device.type in graphs.CAPTURES
         if engine.fsdp and accelerator.num_processes > 1:
             self.model = processes.shard(module, accelerator.device)
             self.optimizer = accelerator.prepare(make_optimizer(self.job.train, self.bare))
         else:
-            self.model, self.optimizer = accelerator.prepare(module, make_optimizer(self.job.train, self.bare))
+            optimizer = make_optimizer(self.job.train, self.bare, on_device=on_device)
+            self.model, self.optimizer = accelerator.prepare(module, optimizer)
+        self.whole_step.trains(self.model, self.optimizer, rates_on_device=on_device)
 
     def _loader(self, accumulation: int) -> Loader:
         train = self.job.train
@@ -249,6 +244,7 @@ class Trainer:
 
     def save(self) -> None:
         """The checkpoint: all that the steps to come depend on. Every process takes part, the first one writes."""
+        self.whole_step.plain_rates()
         model, optimizer = processes.state(self.bare, self.optimizer.optimizer)
         scaler = self.accelerator.scaler
         self.run.save_checkpoint(
@@ -292,22 +288,22 @@ class Trainer:
         """One pass over the training split; returns its row of metrics.jsonl without the validation accuracy."""
         job, engine = self.job, self.job.config.engine
         began, before = time.perf_counter(), self.before
-        sums = Sums(self.accelerator.device, self.partial)
+        sums, timer, rounds = self.whole_step.sums, self.whole_step.timer, engine.gradient_accumulation_steps
+        sums.start(self.partial)
         frozen_adapter = self.frozen_adapter(epoch)
         lr, own_lr = 0.0, adapter_rate(job.config.stages, epoch)
         self.loader.set_epoch(epoch)
         self.model.train()
         first = self.step
-        batches = self.loader.batches(first * engine.gradient_accumulation_steps)
-        self.timer.start()
+        draws = self.loader.draws(first * rounds)
+        timer.start()
         for step in range(first, self.steps):
             lr = learning_rate(job.train, (epoch - 1) * self.steps + step, self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = own_lr if group.get("name") == ADAPTER and own_lr is not None else lr
+            own = lr if own_lr is None else own_lr
+            rates = [own if group.get("name") == ADAPTER else lr for group in self.optimizer.param_groups]
             # All randomness of a step follows from (seed, epoch, step, process): resuming needs no generator's state.
             torch.manual_seed(drawn_seed(job.seed, epoch, step, self.accelerator.process_index))
-            for _ in range(engine.gradient_accumulation_steps):
-                self.learn(next(batches), sums, frozen_adapter)
+            self.learn(list(itertools.islice(draws, rounds)), rates, frozen_adapter)
             bar.add(job.train.batch_size)
             self.step = step + 1
             stopping = self.step < self.steps and (self.step % self.agree_every == 0) and self.asked(stop)
@@ -319,36 +315,17 @@ class Trainer:
                 self.save()
             if stopping:
                 raise KeyboardInterrupt
-        self.timer.stop()
+        timer.stop()
         row = {"epoch": epoch, "lr": lr, **sums.means(self.accelerator)}
         row["seconds"] = before + time.perf_counter() - began
-        row["step_seconds"] = {part: total / max(1, self.steps - first) for part, total in self.timer.read().items()}
+        row["step_seconds"] = {part: total / max(1, self.steps - first) for part, total in timer.read().items()}
         return row
 
-    def learn(self, batch: Batch, sums: Sums, frozen_adapter: Sequence[nn.Parameter] = ()) -> None:
-        """Forward, backward and, if it is the step's last batch, the optimizer's step. Nothing here waits for the device."""
-        accelerator, timer = self.accelerator, self.timer
-        with accelerator.accumulate(self.model):
-            out, logits = self.forward(self.model, batch, timer)
-            accelerator.backward(out.loss)
-            timer.mark("student")
-            for parameter in frozen_adapter:
-                parameter.grad = None
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        timer.mark("optimizer")
-        sums.add(out, logits, batch.labels)
-
-    def forward(self, model: nn.Module, batch: Batch, timer: StepTimer | None = None) -> tuple[StepLoss, Tensor]:
-        """What the module says about a batch that the teachers have seen."""
-        mark = timer.mark if timer is not None else lambda part: None
-        images = batch.images.contiguous(memory_format=self.memory)
-        mark("data")
-        taught = self.teachers.outputs(batch) if self.teachers else Outputs([], [])
-        mark("teachers")
-        new_step()
-        with self.accelerator.autocast():
-            return model(images, batch.labels, taught.logits, taught.maps)
+    def learn(
+        self, draws: Sequence[Draws], rates: Sequence[float], frozen_adapter: Sequence[nn.Parameter] = ()
+    ) -> None:
+        """One optimizer step."""
+        self.whole_step(draws, rates, frozen_adapter)
 
     def asked(self, stop: Stop) -> bool:
         """Whether this process, or any other, was asked to stop."""

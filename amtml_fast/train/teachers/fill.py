@@ -15,6 +15,7 @@ from ..config import environment
 from ..config.schema import Config, ConfigError
 from ..data.images import ImageData, Loader
 from ..models.evaluate import EVAL_BATCH
+from ..models.layout import channels_last
 from ..progress import Display
 from .frozen import Kept, Teachers, fingerprint
 from .store import Storage, Store, free_disk, locked, no_room
@@ -59,7 +60,7 @@ def stores(config: Config, teachers: Teachers, data: ImageData) -> dict[int | No
         "data": {"name": data.name, "train": split.digest(), "mean": data.mean, "std": data.std},
         "computed": {
             "device": split.images.device.type,
-            "channels_last": config.engine.channels_last,
+            "channels_last": channels_last(config.engine.channels_last, split.images.shape),
             "mixed_precision": config.engine.mixed_precision,
             **environment.precision(),
         },

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +16,11 @@ from ..config.schema import Config, ConfigError, TeacherConfig
 from ..data.images import Batch, ImageData
 from ..files import RunError, sha256
 from ..models import zoo
-from ..models.compiling import compile_frozen
+from ..models.compiling import as_constants, compile_frozen
 from ..models.evaluate import accuracy
 from ..models.features import FeatureExtractor
+from ..models.folding import fold
+from ..models.layout import memory_format
 from ..models.networks import build
 from ..models.probe import MAP, check_map, maps
 from .store import Storage, Store
@@ -61,6 +65,10 @@ class Teachers:
     precision: torch.dtype | None = None  # they run under autocast to it; None: in float32
     kinds: Kinds = field(default_factory=Kinds)  # how outputs are kept, and so what a student gets to see of them
     cache: dict[int | None, Kept] = field(default_factory=dict)  # by Batch.view; what is not in it is computed
+    compiled: bool = False  # in the steps of a training
+    fast: dict[str, FeatureExtractor] = field(
+        default_factory=dict
+    )  # by name, what runs in these; made when it first does
 
     def only(self, names: Sequence[str], *, hints: bool) -> Teachers:
         """These of the teachers, in this order, sharing models and cache; without their hint maps if not `hints`."""
@@ -78,15 +86,21 @@ class Teachers:
             self.precision,
             self.kinds,
             cache,
+            self.compiled,
+            self.fast,
         )
 
     def live(self, images: Tensor) -> Outputs:
-        """The teachers run on any number of `images` [n, C, H, W]; never compiled."""
+        """The teachers run on any number of `images` [n, C, H, W], as they are."""
         return self._outputs(images, [model.forward for model in self.models])
 
     def run(self, images: Tensor) -> Outputs:
-        """The teachers run on a batch of the training, compiled if they were."""
-        return self._outputs(images, self.models)
+        """The teachers run on a batch of the training: by copies that are faster and right to rounding."""
+        for name, model in zip(self.names, self.models, strict=True):
+            if name not in self.fast:
+                self.fast[name] = faster(model, compiled=self.compiled)
+        with as_constants() if images.device.type == "cpu" else nullcontext():
+            return self._outputs(images, [self.fast[name] for name in self.names])
 
     def _outputs(self, images: Tensor, teachers: Sequence[Callable[[Tensor], Any]]) -> Outputs:
         outputs = []
@@ -101,19 +115,34 @@ class Teachers:
 
     def outputs(self, batch: Batch) -> Outputs:
         """Outputs for a batch of the training split: looked up if they are kept, else computed, and rounded alike."""
-        kept = self.cache.get(batch.view)
+        return self.looked_up(batch.view, batch.index) or self.computed(batch.images)
+
+    def looked_up(self, view: int | None, index: Tensor, on_host: Tensor | None = None) -> Outputs | None:
+        """What is kept for these images of a version; None where nothing is. on_host: the index on the CPU, without which
+        a lookup on the disk waits for the device."""
+        kept = self.cache.get(view)
         if kept is None or (self.channels and not kept.maps):
-            live = self.run(batch.images)
-            logits = [self.kinds.logits.through(output) for output in live.logits]
-            return Outputs(logits, [self.kinds.maps.through(output) for output in live.maps])
-        return Outputs(
-            [store.rows(batch.index) for store in kept.logits], [store.rows(batch.index) for store in kept.maps]
-        )
+            return None
+        return Outputs(*([store.rows(index, on_host) for store in stores] for stores in kept))
+
+    def computed(self, images: Tensor) -> Outputs:
+        """The teachers run on a batch of the training, their outputs rounded as kept ones are."""
+        live, (logits, maps) = self.run(images), self.kinds
+        return Outputs([logits.through(x) for x in live.logits], [maps.through(x) for x in live.maps])
 
 
 def _ordinary(x: Tensor) -> Tensor:
     """As float32 and as a normal tensor: autograd cannot save inference-mode tensors."""
     return x.clone() if x.dtype == torch.float32 else x.float()
+
+
+def faster(model: FeatureExtractor, *, compiled: bool) -> FeatureExtractor:
+    """A copy with BatchNorm folded into the convolutions, and compiled if asked. What is kept is of the net as it is."""
+    model = copy.deepcopy(model)
+    fold(model.model)
+    if compiled:
+        compile_frozen(model)
+    return model
 
 
 def weights_file(config: Config, teacher: TeacherConfig) -> Path | None:
@@ -142,7 +171,7 @@ def missing(teacher: TeacherConfig, path: Path) -> str:
     return f"teacher {teacher.name!r}: looked for {path}: {what}"
 
 
-def load(config: Config, data: ImageData, *, hints: bool, channels_last: bool = False) -> Teachers:
+def load(config: Config, data: ImageData, *, hints: bool) -> Teachers:
     """Every teacher of the configuration on the data's device, frozen, with its validation accuracy."""
     if not config.teachers:
         raise ConfigError("config: teachers must hold at least one for this method, got none")
@@ -155,13 +184,11 @@ def load(config: Config, data: ImageData, *, hints: bool, channels_last: bool = 
                 "got null; or set loss.hint_weight=0"
             )
         net = extractor(config, teacher, data, hints=hints)
-        memory = torch.channels_last if channels_last else torch.contiguous_format
+        memory = memory_format(config.engine.channels_last, data.train.images.shape)
         net.to(device, memory_format=memory)  # type: ignore[call-overload]
         models.append(net.eval().requires_grad_(False))
     teachers = assemble([teacher.name for teacher in config.teachers], models, data)
-    if config.engine.compile:
-        for model in models:
-            compile_frozen(model)
+    teachers.compiled = config.engine.compile
     teachers.precision = PRECISIONS.get(config.engine.mixed_precision)
     hint_storage = Storage() if config.cache.hints == "never" else Storage(config.cache.hints)
     teachers.kinds = Kinds(Storage(config.cache.logits), hint_storage)

@@ -145,10 +145,11 @@ class Store:
         names = self.storage.parts(self.shape)
         self.shards = [{name: torch.cat([shard[name].to(device) for shard in self.shards]) for name in names}]
 
-    def rows(self, index: Tensor) -> Tensor:
-        """The output's rows `index` [n], float32 [n, *shape] on the device of `index`."""
+    def rows(self, index: Tensor, on_host: Tensor | None = None) -> Tensor:
+        """The output's rows `index` [n], float32 [n, *shape] on the device of `index`. on_host: the index on the CPU, which
+        is fetched from the device if it is needed and not given."""
         here = next(iter(self.shards[0].values())).device
-        found = self._gather(index.to(here))
+        found = self._gather(index.to(here) if on_host is None or here == index.device else on_host)
         if here != index.device:  # pinned, so that the copy does not wait for the device
             pin = index.device.type == "cuda"
             found = {k: (x.pin_memory() if pin else x).to(index.device, non_blocking=pin) for k, x in found.items()}
