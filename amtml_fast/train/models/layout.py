@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-# Sides from which convolutions gained by it where it was measured (docs/training.md): on CPUs and on an H200 at 32 x 32, and not
-# at 8 x 8.
+# Sides from which "auto" takes it. Convolutions gained by it at 32 x 32, on CPUs and on an H200 (docs/training.md). Nothing between
+# was measured; 8 x 8 stays as it was.
 SMALLEST = 16
 
 
