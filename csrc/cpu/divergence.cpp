@@ -518,7 +518,7 @@ Made run(const Inputs& in, const Settings& set, const std::optional<Tensor>& gra
     if (need_student_grad) pass.grad_student = Target(made.grad_student);
     pass.grad_weights = data<A>(made.grad_weights), pass.grad_alpha = data<A>(made.grad_alpha);
     pass.statistics = data<A>(made.statistics);
-    in_shares(n, grain(c * (count + 2)), [&](const auto& next) {
+    in_shares(n, c * (count + 2), [&](Shares& next) {
       Row<A> row(pr);
       vectorized([&] AMTML_BODY() {
         for (Share share; next(share);) {

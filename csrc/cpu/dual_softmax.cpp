@@ -29,7 +29,7 @@ struct Sizes {
 // Calls body(batch, first column, end column) for blocks of columns.
 template <class F>
 void for_columns(const Sizes& s, const F& body) {
-  in_shares(s.batch * s.blocks, grain(s.rows * s.width), [&](const auto& next) {
+  in_shares(s.batch * s.blocks, s.rows * s.width, [&](Shares& next) {
     vectorized([&] AMTML_BODY() {
       for (Share share; next(share);) {
         for (int64_t i = share.begin; i < share.end; ++i) {
@@ -44,7 +44,7 @@ void for_columns(const Sizes& s, const F& body) {
 // Calls body(first row, end row, scratch for a row), the rows of all batches.
 template <class A, class F>
 void for_rows(const Sizes& s, const F& body) {
-  in_shares(s.batch * s.rows, grain(s.columns), [&](const auto& next) {
+  in_shares(s.batch * s.rows, s.columns, [&](Shares& next) {
     Buffer<A> scratch(s.columns);
     vectorized([&] AMTML_BODY() {
       for (Share share; next(share);) body(share.begin, share.end, scratch.data());

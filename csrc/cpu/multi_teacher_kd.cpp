@@ -310,7 +310,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass, A* q_row,
 
 template <bool kForward, class A>
 void run_rows(const Problem<A>& pr, const Pass<A>& pass) {
-  in_shares(pr.rows, grain(pr.classes * (pr.teachers + 2)), [&](const auto& next) {
+  in_shares(pr.rows, pr.classes * (pr.teachers + 2), [&](Shares& next) {
     Row<A> row(pr);
     Buffer<A> q_row(pass.grad_q ? pr.classes : 0), p_row(pass.grad_p ? pr.classes : 0);
     vectorized([&] AMTML_BODY() {

@@ -249,7 +249,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
     A *w = static_cast<A*>(weights.mutable_data_ptr()), *b = static_cast<A*>(pooled.mutable_data_ptr());
     int32_t* at = static_cast<int32_t*>(index.mutable_data_ptr());
     const Source x(features);
-    in_shares(map.n, grain(d * map.pixels()), [&](const auto& next) {
+    in_shares(map.n, d * map.pixels(), [&](Shares& next) {
       Pieces<A> pieces(map, x);
       std::vector<double> gamma(teachers);
       vectorized([&] AMTML_BODY(auto lanes) {

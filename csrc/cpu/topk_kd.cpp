@@ -309,7 +309,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
 
 template <class A>
 void run_rows(const Problem<A>& pr, const KDPass<A>& pass) {
-  in_shares(pr.rows, grain(2 * pr.classes), [&](const auto& next) {
+  in_shares(pr.rows, 2 * pr.classes, [&](Shares& next) {
     Row<A> row(pr);
     vectorized([&] AMTML_BODY() {
       for (Share share; next(share);) {
