@@ -564,7 +564,10 @@ def _launch(at: Layout, of: Settings, more: Options, count_rows: bool, loss_stri
             math.e
         )  # apart from q, of which a row's temperature or a lost class leaves nothing
     taus = more.teacher_temperatures
-    shape = tiles(at.n, at.c, align, 1 + len(at.teacher_strides), at.itemsize, False)
+    teachers = len(at.teacher_strides)
+    shape = tiles(at.n, at.c, align, 1 + teachers, at.itemsize, False)
+    if shape["STEPS"] == 1 and teachers > 3:  # the terms take more registers than the KL's
+        shape["num_warps"] = min(16, 2 * shape["num_warps"])
     return Launch(
         _divergence_kernel,
         (triton.cdiv(at.n, shape["ROWS"]),),

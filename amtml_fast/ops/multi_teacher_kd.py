@@ -132,6 +132,7 @@ def multi_teacher_kd(
     student: Tensor, teachers: Sequence[Tensor], weights: Tensor | None, labels: Tensor | None, options: KDOptions
 ) -> KDTerms:
     """``multi_teacher_kd_loss`` on checked rows [N, C], with its parts. For ``AMTMLLoss``."""
+    checks.one_of("multi_teacher_kd_loss", "mode", options.mode, MODES)
     return KDTerms(*_of_rows(student, teachers, weights, labels, options, need_terms=True))
 
 
