@@ -457,6 +457,14 @@ def _divergence_kernel(
         distance = tl.zeros([ROWS, 1], tl.float32)
         for t in tl.static_range(T):
             own = tl.sum(values[t], axis=1, keep_dims=True)
+            if (
+                KIND == "forward_kl"
+            ):  # a teacher that counts nothing has p = 0, where the classes have added up q - p to 1
+                own -= tl.where(inverses[t] == 0, 1.0, 0.0)
+            elif KIND == "skew_kl":
+                own -= tl.where(inverses[t] == 0, 1.0 - beta, 0.0)
+            elif KIND == "skew_reverse_kl":
+                own += tl.where(inverses[t] == 0, 1.0 - beta, 0.0)
             distance += tl.where(w[t] == 0, 0.0, w[t] * own)
             own = tl.where((w[t] == 0) & ~(tl.abs(own) < float("inf")), 0.0, own)
             slopes = slopes + (own,)
