@@ -33,13 +33,13 @@ from amtml_fast.testing import CASES, value_and_grads
 
 
 def large_calls(part: int | None) -> Iterator[tuple[Any, tuple, dict]]:
-    """All; in the first and the last of the three parts, those of multi_teacher_kd and half of the others."""
+    """All; in the first and the last of the three parts, those of multi_teacher_kd and a quarter of the others."""
     at = 0
     for case in CASES.values():
         for size in case.large:
             for options, dtype in zip(case.variants, (torch.bfloat16, torch.float32)):
                 at += 1
-                if part in (None, 1) or case.op == "multi_teacher_kd" or at % 2 == part // 2:
+                if part in (None, 1) or case.op == "multi_teacher_kd" or at % 4 == part:
                     yield case.function, case.inputs(*size, dtype=dtype), options
     student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
     yield af.multi_teacher_kd_loss, (student, teachers, weights, None), {}  # no case lacks its labels
@@ -66,17 +66,17 @@ def whole_losses(rows: int, channels: int, side: int) -> Iterator[tuple[Any, tup
 
 
 def test_calls(part: int | None) -> Iterator[tuple[Any, tuple, dict]]:
-    """All of the operators' tests, or in the three parts together each size and each variant, but a third of the pairs of them, in
-    one of the dtypes."""
+    """All of the operators' tests, or in the three parts together each size and each variant, but not each pair of them, in one of
+    the dtypes."""
     for grid in GRID:
         case, size, options = grid.values
-        at, of = case.sizes.index(size) + case.variants.index(options) + 1, min(3, len(case.variants))
+        at, of = case.sizes.index(size) + case.variants.index(options) + 1, min(6, len(case.variants))
         mine = at % of == 0 and at // of % 3 == part
         for i, dtype in enumerate(d for d in STEP if d != torch.float64):
             if part is None or (mine and case.sizes.index(size) % 3 == i):
                 yield case.function, case.inputs(*size, dtype=dtype), options
     for at, (args, options) in enumerate(dense_calls()):
-        if part is None or at % 9 == 3 * part:
+        if part is None or at % 18 == 6 * part:
             yield af.topk_kd_loss, args, {"reduction": "none", **options}
     yield from whole_losses(9, 6, 3)
 
