@@ -39,6 +39,7 @@ def _over_tokens(
     reduction: str = "batchmean",
     ignore_index: int = -100,
     temperature: float = 1.0,
+    count: int | Tensor | None = None,
     with_entropy: bool = False,
 ) -> Tensor:
     """D(teacher, student), where labels only say which tokens count. ``with_entropy`` adds the teacher's: a cross term."""
@@ -47,7 +48,7 @@ def _over_tokens(
         labels = torch.where(labels == ignore_index, -100, 0).reshape(student.shape[:-1])
     out = multi_teacher_kd_loss(
         student, [teacher], None, labels, temperature=temperature, alpha=1.0, divergence=divergence, beta=beta,
-        t2_scale=False, reduction=reduction, return_stats=with_entropy,
+        t2_scale=False, reduction=reduction, num_items_in_batch=count, return_stats=with_entropy,
     )  # fmt: skip
     if not with_entropy:
         return out
@@ -76,14 +77,13 @@ def generalized_jsd_loss(
     checks.number("generalized_jsd_loss", "beta", beta, 0, 1)
     checks.one_of("generalized_jsd_loss", "reduction", reduction, ("batchmean", "sum", "mean"))
     divergence = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
-    by_count = num_items_in_batch is not None or (reduction == "batchmean" and labels is None)
-    loss = _over_tokens(
+    count = num_items_in_batch
+    if count is None and reduction == "batchmean" and labels is None:
+        count = max(len(student_logits), 1)
+    return _over_tokens(
         student_logits, teacher_logits, labels, divergence, beta if divergence == "jsd" else None,
-        reduction="sum" if by_count else reduction, temperature=temperature,
+        reduction=reduction if count is None else "batchmean", temperature=temperature, count=count,
     )  # fmt: skip
-    if not by_count:
-        return loss
-    return loss / (max(len(student_logits), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
 # --- DistiLLM: the labels are no_model_batch["label"]

@@ -220,9 +220,8 @@ def divergence_loss(
     valid, logits, w = _kd_rows(student, weights, len(teachers), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
     compared = logits
-    if (
-        divergence.alpha is not None
-    ):  # an infinite D counts nothing where alpha is 0: no gradient through it, or 0 would meet it
+    if divergence.alpha is not None:
+        # An infinite D counts nothing where alpha is 0: no gradient goes through it, or it would meet the 0.
         holes = torch.stack([(x == -torch.inf).any(1) for x in (logits, *teachers)]).any(0)
         without = ((divergence.alpha == 0) & holes).unsqueeze(1)
         w, compared = (torch.where(without, x.detach(), x) for x in (w, logits))
@@ -267,7 +266,13 @@ def divergence_loss(
         (w.sum(1) > 0).to(dtype),
         (q.argmax(1) == target.argmax(1)).to(dtype),
     )
-    return loss, KDStats(*(x.detach().masked_fill(hide if x.dim() == 2 else ~valid, 0) for x in stats))
+    return loss, _of_counted_rows(stats, valid)
+
+
+def _of_counted_rows(stats: KDStats, valid: Tensor) -> KDStats:
+    """Detached, and 0 in rows that do not count."""
+    ignored = ~valid
+    return KDStats(*(x.detach().masked_fill(ignored.unsqueeze(1) if x.dim() == 2 else ignored, 0) for x in stats))
 
 
 def _divergence(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
@@ -528,7 +533,7 @@ def _topk_stats(
         kept / total.masked_fill(total == 0, 1),
         (log_q.argmax(1) == target[:, : log_q.shape[1]].argmax(1)).to(log_q.dtype),
     )
-    return KDStats(*(x.detach().masked_fill(~valid.unsqueeze(1) if x.dim() == 2 else ~valid, 0) for x in stats))
+    return _of_counted_rows(stats, valid)
 
 
 def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tensor:

@@ -568,9 +568,8 @@ def _launch(at: Layout, of: Settings, more: Options, count_rows: bool, loss_stri
     align = alignment(at.c, at.stride, *at.teacher_strides)
     numbers = row_numbers(at, of._replace(ce_weight=1.0, kl_weight=1.0, kl_scale=1.0), count_rows)
     if at.label_stride is not None and (more.temperature_stride is not None or more.divergence == "reverse_kl"):
-        numbers["rate1"] = math.log2(
-            math.e
-        )  # apart from q, of which a row's temperature or a lost class leaves nothing
+        # Apart from q, of which a row's temperature or a lost class leaves nothing.
+        numbers["rate1"] = math.log2(math.e)
     taus = more.teacher_temperatures
     teachers = len(at.teacher_strides)
     shape = tiles(at.n, at.c, align, 1 + teachers, at.itemsize, False)

@@ -132,9 +132,8 @@ def topk_kd_loss(
     values = (name, labels, classes, ignore_index, weights, (indices, sizes))
     if tail == "bucket" or return_stats:
         _kd.check_values(*values)
-        backend.choose(
-            "topk_bucket" if tail == "bucket" else "topk_stats", student, weights, *given_log_probs
-        )  # or an error
+        op = "topk_bucket" if tail == "bucket" else "topk_stats"
+        backend.choose(op, student, weights, *given_log_probs)  # the reference; raises for a backend chosen by name
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         arguments = student, *apart, weights, labels, options
         if tail == "bucket":

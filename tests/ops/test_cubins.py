@@ -29,7 +29,7 @@ COMPILE = Path(__file__).parent / "compile_triton.py"
 LIBRARY = Path(importlib.util.find_spec("amtml_fast._C").origin) if backend.HAS_CUDA else None
 ALL = (
     os.environ.get("AMTML_CUBINS") == "all"
-)  # every call of the operators' tests for every capability; else a ninth for each
+)  # every call of the operators' tests for every capability; else a part for each
 
 
 def _tool(name: str) -> str:

@@ -380,6 +380,17 @@ def test_bad_input_is_named(message, on):
         af.multi_teacher_kd_loss(student, teachers, weights, labels, **options)
 
 
+def test_modules_take_the_same_keywords():
+    student, teachers, weights, labels, alpha, temperature = _problem()
+    options = dict(divergence="skew_kl", beta=0.2, mode="logits", teacher_temperature=2.0, return_stats=True)
+    module = af.MultiTeacherKDLoss(**options)
+    by_row = dict(alpha=alpha, temperature=temperature)
+    got = module(student, teachers, weights, labels, **by_row)
+    want = af.multi_teacher_kd_loss(student, teachers, weights, labels, **options, **by_row)
+    torch.testing.assert_close(got, want)
+    assert not torch.equal(got[0], module(student, teachers, weights, labels)[0])
+
+
 def test_alpha_by_row_needs_labels():
     student, teachers, weights, _, alpha, _ = _problem()
     with pytest.raises(ValueError, match=r"alpha must be a number without labels .*, got a tensor"):

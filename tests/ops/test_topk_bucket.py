@@ -173,6 +173,13 @@ def test_bad_input_is_named(options, message):
         af.topk_kd_loss(student, indices, log_probs, weights, labels, **options)
 
 
+def test_the_module_takes_the_same_keywords():
+    student, indices, log_probs, weights, labels, _ = _problem()
+    options = dict(tail="bucket", divergence="jsd", beta=0.3, support="student", return_stats=True)
+    got = af.TopKKDLoss(**options)(student, indices, log_probs, weights, labels)
+    torch.testing.assert_close(got, af.topk_kd_loss(student, indices, log_probs, weights, labels, **options))
+
+
 def test_a_backend_chosen_by_name_says_that_it_has_no_kernel():
     student, indices, log_probs, weights, labels, _ = _problem()
     with af.use_backend("cpp"), pytest.raises(RuntimeError, match="this version has no cpp kernel for topk_bucket"):
