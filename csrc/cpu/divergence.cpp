@@ -10,6 +10,7 @@
 // A row of every input is read once; its exponentials stay in cache until the row is done.
 #include "kd_rows.h"
 #include "ops.h"
+#include "shares.h"
 
 namespace amtml {
 namespace {

@@ -4,7 +4,7 @@
 //   product:    y = softmax_R(x) softmax_K(x)          dx = 2 g y - a sum_R g y - b sum_K g y
 //
 // Columns are reduced in blocks of neighbors, so that vectors run along memory in both phases.
-#include "simd.h"
+#include "shares.h"
 
 namespace amtml {
 namespace {

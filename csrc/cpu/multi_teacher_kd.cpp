@@ -11,6 +11,7 @@
 #include "../arithmetic.h"
 #include "kd_rows.h"
 #include "ops.h"
+#include "shares.h"
 
 namespace amtml {
 namespace {

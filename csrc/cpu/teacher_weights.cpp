@@ -4,7 +4,7 @@
 //   dgamma_t = w_t (g_t - sum_s g_s w_s),  db_d = sum_t dgamma_t theta_td v_d,  d(theta_t v) = sum_n dgamma_nt b_n
 #include "../arithmetic.h"
 #include "ops.h"
-#include "simd.h"
+#include "shares.h"
 
 namespace amtml {
 namespace {

@@ -10,6 +10,7 @@
 
 #include "../arithmetic.h"
 #include "kd_rows.h"
+#include "shares.h"
 
 namespace amtml {
 namespace {
