@@ -35,7 +35,9 @@ def look_for_overflow_in_numpy() -> None:
     def check(self, a, b, operation):
         kind = a.type.scalar
         if kind.int_bitwidth < 64:
-            right = getattr(operator, operation.__name__)(a.handle.data.astype(np.int64), b.handle.data.astype(np.int64))
+            right = getattr(operator, operation.__name__)(
+                a.handle.data.astype(np.int64), b.handle.data.astype(np.int64)
+            )
             fits = right.min() >= kind.get_int_min_value() and right.max() <= kind.get_int_max_value()
             assert fits, f"int{kind.int_bitwidth} overflow in {operation.__name__}"
 
