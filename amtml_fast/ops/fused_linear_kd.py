@@ -5,6 +5,7 @@ No kernels of its own: for a chunk of rows torch makes the products, the row ker
 states and the weight. Value and gradients come from one pass; backward multiplies them by the incoming gradient.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -496,7 +497,7 @@ _define()
 # --- chunk by chunk
 
 _MIB = 2**20
-CPU_BYTES, GPU_BYTES = 48 * _MIB, 1024 * _MIB  # of a chunk's logits
+CPU_BYTES, GPU_BYTES = 56 * _MIB, 1024 * _MIB  # of a chunk's logits
 BLOCK = 4 * _MIB  # bytes of a weight that are converted at a time
 HALF_SCALE = 256.0  # of logit gradients in float16, most of which are small
 
@@ -533,6 +534,7 @@ class _Call:
             at += TENSORS[kind]
         self.wide = wide_dtype(hidden, weight, bias, weights, *teachers)
         self.rows, self.classes = hidden.shape[0], weight.shape[0]
+        self.on_cpu = _reads_free(hidden)
         self.buffers: dict[str, Tensor] = {}
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -551,10 +553,10 @@ class _Call:
 
     def segments(self) -> list[tuple[Tensor | None, int, list[int]]]:
         """Rows that are taken together: their numbers (None: all of them), how many, and their teachers."""
-        everyone, on_cpu = list(range(len(self.kinds))), self.hidden.device.type == "cpu"
+        everyone = list(range(len(self.kinds)))
         valid = None if self.labels is None else self.labels != self.set.ignore_index
         if self.index is None:
-            if valid is None or not on_cpu or bool(valid.all()):
+            if valid is None or not self.on_cpu or bool(valid.all()):
                 return [(None, self.rows, everyone)]
             rows = valid.nonzero().squeeze(1)
             return [(rows, rows.shape[0], everyone)]
@@ -575,15 +577,16 @@ class _Call:
         size = self.wide.itemsize
         made = sum(self.kinds[t] != "logits" and not self.set.row_kernel == "topk_kd" for t in only)
         each = self.classes * (size * (1 + made + grads) + (2 if self.narrow and grads else 0))
-        on_cpu = self.hidden.device.type == "cpu"
         # A chunk's products read the whole weight: with a larger one larger chunks pay.
         budget = (
-            max(CPU_BYTES, self.weight.numel() * size // 2) if on_cpu else max(GPU_BYTES, self.weight.numel() * size)
+            max(CPU_BYTES, self.weight.numel() * size // 2)
+            if self.on_cpu
+            else max(GPU_BYTES, self.weight.numel() * size)
         )
         most = max(budget // each, 1)
-        if not on_cpu and most > 128:
+        if not self.on_cpu and most > 128:
             most -= most % 128
-        return -(-rows // -(-rows // most)) if on_cpu else min(most, rows)
+        return -(-rows // -(-rows // most)) if self.on_cpu else min(most, rows)
 
     def take(self, x: Tensor, rows: Tensor | slice, name: str = "") -> Tensor:
         if isinstance(rows, slice):
@@ -626,7 +629,7 @@ class _Call:
             scale = scale / cap
         bias = None if bias is None else bias.to(self.wide)
         if _narrow(hidden, weight, self.wide):
-            torch.mm(hidden, weight.t(), out_dtype=self.wide, out=out)
+            _narrow_product(hidden, weight.t(), out)
             if bias is not None:
                 out.add_(bias)
             if scale != 1:
@@ -666,7 +669,7 @@ class _Call:
             return None
         out = self.buffer("grad_hidden", tuple(hidden.shape))
         if narrow:
-            torch.mm(rounded, self.weight, out_dtype=self.wide, out=out)
+            _narrow_product(rounded, self.weight, out)
             return out.mul_(scale) if scale != 1 else out
         if self.weight.dtype == self.wide:
             return torch.addmm(out, grad, self.weight, beta=0, alpha=scale, out=out)
@@ -680,7 +683,7 @@ class _Call:
             hidden = hidden.to(self.wide)
         if out.dtype == grad.dtype:
             torch.addmm(out, grad.t(), hidden, beta=beta, alpha=scale, out=out)
-        elif narrow and out.dtype == self.wide:
+        elif narrow and out.dtype == self.wide and _adds_to_float32(out.device, grad.dtype):
             torch.addmm(out, grad.t(), hidden, out_dtype=self.wide, beta=beta, alpha=scale, out=out)
         else:
             step = max(BLOCK // (hidden.shape[1] * self.wide.itemsize), 1)
@@ -688,7 +691,7 @@ class _Call:
                 some = grad[:, start : start + step]
                 made = self.buffer("block", (some.shape[1], hidden.shape[1]))
                 if narrow:
-                    torch.mm(some.t(), hidden, out_dtype=self.wide, out=made)
+                    _narrow_product(some.t(), hidden, made)
                     made.mul_(scale)
                 else:
                     torch.addmm(made, some.t(), hidden, beta=0, alpha=scale, out=made)
@@ -762,7 +765,7 @@ class _Call:
         """Of the sum over rows: the rows that count, a number wherever it is known without a sync."""
         if self.set.reduction not in ("mean", "batchmean"):
             return None
-        if self.labels is None or self.index is not None or self.hidden.device.type == "cpu":
+        if self.labels is None or self.index is not None or self.on_cpu:
             return max(sum(count for _, count, _ in segments), 1)  # rows that do not count are left out
         return (self.labels != self.set.ignore_index).sum().clamp(min=1).to(self.wide)
 
@@ -787,7 +790,7 @@ class _Call:
         need_student, (need_weights, need_alpha) = any(self.needs[:3]), self.needs[3:]
         labels = None if self.labels is None else take(self.labels, rows)
         keep = None  # rows that count, where others are among them: what these hold must not get into a product
-        if labels is not None and self.hidden.device.type != "cpu" and isinstance(rows, slice):
+        if labels is not None and not self.on_cpu and isinstance(rows, slice):
             keep = labels != set.ignore_index
         hidden = _kept(take(self.hidden, rows), keep)
         student = self.logits("student", hidden, self.weight, self.bias)
@@ -878,9 +881,31 @@ class _Call:
         )  # fmt: skip
 
 
+def _reads_free(hidden: Tensor) -> bool:
+    """Whether looking at values costs no sync."""
+    return hidden.device.type == "cpu"
+
+
 def _narrow(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> bool:
     """Whether torch multiplies these 16-bit numbers into float32 as they are."""
     return hidden.device.type == "cuda" and hidden.dtype == weight.dtype != wide == torch.float32
+
+
+def _narrow_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a @ b`` of 16-bit numbers, summed and given in float32."""
+    torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds such a product to a float32 matrix; some versions want a matrix of the factors' dtype."""
+    one = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
 
 
 def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> None:

@@ -293,6 +293,48 @@ def test_a_class_that_one_side_has_not():
     assert grads[3][5] == 0
 
 
+# --- what GPUs do otherwise: no look at values, and 16-bit factors as they are
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    def product(a, b, out):
+        assert a.dtype == b.dtype != torch.float32
+        torch.mm(a.float(), b.float(), out=out)
+
+    def narrow(hidden, weight, wide):
+        return hidden.dtype == weight.dtype != wide == torch.float32
+
+    monkeypatch.setattr(fused_linear_kd, "_reads_free", lambda hidden: False)
+    monkeypatch.setattr(fused_linear_kd, "_narrow", narrow)
+    monkeypatch.setattr(fused_linear_kd, "_narrow_product", product)
+    monkeypatch.setattr(fused_linear_kd, "_adds_to_float32", lambda device, dtype: False)
+
+
+@cpu_only
+def test_without_a_look_at_labels(like_a_gpu):
+    for reduction in ("none", "mean", "batchmean", "sum"):
+        check(*MIXED, divergence="jsd", reduction=reduction)
+    check("linear", "linear", weights=False, teacher_index=torch.arange(N) % 2)
+    args = inputs("linear", "topk")
+    want = agrees(args, chunk_size=4, accumulate="fp32")
+    with torch.no_grad():
+        args[0][args[4] == -100] = args[2][0].hidden[args[4] == -100] = torch.nan
+    got = value_and_grads(fused_loss, args, chunk_size=4)
+    assert torch.equal(got[0], want[0]) and all(torch.equal(x, y) for x, y in zip(got[1], want[1]))
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bit_factors(dtype, like_a_gpu):
+    eps = torch.finfo(dtype).eps
+    for reduction in ("none", "mean", "batchmean", "sum"):
+        options = {"dtype": dtype, "grads": eps, "reduction": reduction}
+        check("linear", "logits", "topk", softcap=4.0, logit_scale=0.7, **options)
+        check("linear", labels=False, bias=False, **options)
+    check("linear", "topk", dtype=dtype, grads=2 * torch.finfo(torch.bfloat16).eps, accumulate="bf16")
+
+
 # --- promises
 
 
