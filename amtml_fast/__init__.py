@@ -5,6 +5,7 @@ from amtml_fast.backend import backends, use_backend
 from amtml_fast.functional import (
     angle_loss,
     dual_softmax,
+    fused_linear_kd_loss,
     hint_loss,
     multi_teacher_kd_loss,
     rkd_distance_loss,
@@ -14,13 +15,14 @@ from amtml_fast.functional import (
 from amtml_fast.losses import (
     AngleLoss,
     DualSoftmax,
+    FusedLinearKDLoss,
     MultiGroupHintLoss,
     MultiTeacherKDLoss,
     RKDDistanceLoss,
     TeacherAdapter,
     TopKKDLoss,
 )
-from amtml_fast.reference import KDStats
+from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher
 from amtml_fast.version import __version__
 
 __all__ = [
@@ -28,16 +30,20 @@ __all__ = [
     "AMTMLOutput",
     "AngleLoss",
     "DualSoftmax",
+    "FusedLinearKDLoss",
     "KDStats",
+    "LinearTeacher",
     "MultiGroupHintLoss",
     "MultiTeacherKDLoss",
     "RKDDistanceLoss",
     "TeacherAdapter",
     "TopKKDLoss",
+    "TopKTeacher",
     "__version__",
     "angle_loss",
     "backends",
     "dual_softmax",
+    "fused_linear_kd_loss",
     "hint_loss",
     "multi_teacher_kd_loss",
     "rkd_distance_loss",

@@ -11,6 +11,7 @@ from amtml_fast import checks, reference
 from amtml_fast.functional import (
     angle_loss,
     dual_softmax,
+    fused_linear_kd_loss,
     hint_loss,
     multi_teacher_kd_loss,
     rkd_distance_loss,
@@ -18,6 +19,7 @@ from amtml_fast.functional import (
     topk_kd_loss,
 )
 from amtml_fast.ops.teacher_weights import POOLS
+from amtml_fast.reference import LinearTeacher, TopKTeacher
 
 MAPPINGS = ("best_high", "best_low", "random")
 
@@ -169,6 +171,79 @@ class TopKKDLoss(nn.Module):
             labels,
             num_items_in_batch=num_items_in_batch,
             **self.options,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class FusedLinearKDLoss(nn.Module):
+    """Module form of ``fused_linear_kd_loss``: same keywords, same meaning. It holds no weights: ``forward`` takes the student's
+    output layer, and ``alpha`` and ``temperature`` of this batch, where they are one number a row."""
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 0.7,
+        mode: str = "mixture",
+        reduction: str = "batchmean",
+        t2_scale: bool = True,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        divergence: str = "forward_kl",
+        beta: float | None = None,
+        teacher_temperature: float | Sequence[float] | None = None,
+        return_stats: bool = False,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        chunk_size: int | None = None,
+        accumulate: str = "fp32",
+    ):
+        super().__init__()
+        self.options: dict[str, Any] = dict(
+            temperature=temperature,
+            alpha=alpha,
+            mode=mode,
+            reduction=reduction,
+            t2_scale=t2_scale,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            divergence=divergence,
+            beta=beta,
+            teacher_temperature=teacher_temperature,
+            return_stats=return_stats,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            chunk_size=chunk_size,
+            accumulate=accumulate,
+        )
+
+    def forward(
+        self,
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teachers: Sequence[Tensor | LinearTeacher | TopKTeacher],
+        teacher_weights: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_index: Tensor | None = None,
+        alpha: Tensor | None = None,
+        temperature: Tensor | None = None,
+    ) -> Any:
+        by_row = dict(alpha=alpha, temperature=temperature)
+        options = {**self.options, **{name: value for name, value in by_row.items() if value is not None}}
+        return fused_linear_kd_loss(
+            student_hidden,
+            student_weight,
+            teachers,
+            teacher_weights,
+            labels,
+            student_bias=student_bias,
+            teacher_index=teacher_index,
+            num_items_in_batch=num_items_in_batch,
+            **options,
         )
 
     def extra_repr(self) -> str:

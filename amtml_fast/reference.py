@@ -54,6 +54,21 @@ class KDStats(NamedTuple):
     agreement: Tensor  # 1 where q and p are largest at the same class, else 0
 
 
+class LinearTeacher(NamedTuple):
+    """A teacher of ``fused_linear_kd_loss`` by its last hidden states and its output layer: logits ``hidden @ weight.T + bias``."""
+
+    hidden: Tensor  # [N, H_t], or [B, S, H_t]
+    weight: Tensor  # [C, H_t]
+    bias: Tensor | None = None  # [C]; -inf at a class that the teacher has not
+
+
+class TopKTeacher(NamedTuple):
+    """A teacher of ``fused_linear_kd_loss`` by its k largest classes, as ``topk_kd_loss`` takes them with tail "renormalize"."""
+
+    indices: Tensor  # [N, k], or [B, S, k], int64 or int32
+    log_probs: Tensor  # of the same shape: their log-probabilities, made at the temperature of the loss
+
+
 class KDTerms(NamedTuple):
     """What one pass over the logits yields. ``kl`` includes ``temperature**2`` where that is asked for."""
 
@@ -545,6 +560,123 @@ def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tenso
     named = torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
     others = (~named).sum(-1, keepdim=True).clamp(min=1)
     return torch.where(named, dense, (1 - dense.sum(-1, keepdim=True)).clamp(min=0) / others)
+
+
+def fused_linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teachers: Sequence[Tensor | LinearTeacher | TopKTeacher],
+    teacher_weights: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    accumulate: str = "fp32",
+    temperature: float | Tensor = 4.0,
+    alpha: float | Tensor = 0.7,
+    mode: str = "mixture",
+    reduction: str = "batchmean",
+    t2_scale: bool = True,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    num_items_in_batch: int | Tensor | None = None,
+    divergence: str = "forward_kl",
+    beta: float | None = None,
+    teacher_temperature: float | Sequence[float] | None = None,
+    return_stats: bool = False,
+) -> Any:
+    """Eq 7-8 from hidden states and output layers: makes all logits, and then ``multi_teacher_kd_loss`` of them."""
+    rows, leading = student_hidden.shape[:-1].numel(), student_hidden.shape[:-1]
+    dtype = wide_dtype(student_hidden, student_weight, student_bias, *flat_teachers(teachers), teacher_weights)
+    labels = None if labels is None else labels.reshape(rows)
+    valid = student_hidden.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
+
+    def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        hidden = hidden.reshape(rows, -1).to(dtype).masked_fill(~valid.unsqueeze(1), 0)
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = hidden @ weight.to(dtype).t()
+        x = x if bias is None else x + bias.to(dtype)
+        x = x if logit_scale == 1 else x * logit_scale
+        return x if softcap is None else softcap * (x / softcap).tanh()
+
+    of_teachers = (temperature,) * len(teachers) if teacher_temperature is None else teacher_temperature
+    taus = of_teachers if isinstance(of_teachers, Sequence) else (of_teachers,) * len(teachers)
+    dense = []
+    for teacher, tau in zip(teachers, taus):
+        if isinstance(teacher, LinearTeacher):
+            dense.append(logits(*teacher))
+        elif isinstance(teacher, TopKTeacher):
+            index, log_probs = (x.reshape(rows, -1).masked_fill(~valid.unsqueeze(1), 0) for x in teacher)
+            made = dense_log_probs(index.long(), log_probs.to(dtype), student_weight.shape[0])
+            dense.append(made * (tau.reshape(rows, 1).to(dtype) if isinstance(tau, Tensor) else tau))
+        else:
+            dense.append(teacher.reshape(rows, -1))
+    weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(teachers))
+    chosen = None
+    if teacher_index is not None:
+        count = torch.arange(len(teachers), dtype=torch.int64, device=teacher_index.device)
+        chosen = teacher_index.reshape(rows, 1) == count
+        weights = chosen.to(dtype)
+    out = multi_teacher_kd_loss(
+        logits(student_hidden, student_weight, student_bias), dense, weights, labels,
+        temperature=temperature, alpha=alpha, mode=mode, reduction=reduction, t2_scale=t2_scale, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, num_items_in_batch=num_items_in_batch, divergence=divergence, beta=beta,
+        teacher_temperature=teacher_temperature, return_stats=return_stats,
+    )  # fmt: skip
+    loss, stats = out if return_stats else (out, None)
+    if reduction == "none":
+        loss = loss.reshape(leading)
+    if stats is None:
+        return loss
+    return loss, shaped_stats(linear_stats(stats, teachers, weights, chosen), leading)
+
+
+def flat_teachers(teachers: Sequence[Tensor | LinearTeacher | TopKTeacher]) -> list[Tensor]:
+    """Their tensors one after another, without the classes of top-k teachers and biases that are not there."""
+    out: list[Tensor] = []
+    for teacher in teachers:
+        if isinstance(teacher, Tensor):
+            out.append(teacher)
+        elif isinstance(teacher, TopKTeacher):
+            out.append(teacher.log_probs)
+        else:
+            out += [x for x in teacher if x is not None]
+    return out
+
+
+def dense_log_probs(index: Tensor, log_probs: Tensor, classes: int) -> Tensor:
+    """[N, k] classes and the logarithms of their probabilities -> [N, C], -inf where there is none; named twice: both."""
+    most = log_probs.new_full((len(index), classes), -torch.inf).scatter_reduce(1, index, log_probs, "amax")
+    share = (log_probs - most.gather(1, index)).masked_fill(log_probs == -torch.inf, -torch.inf).exp()
+    return torch.zeros_like(most).scatter_add(1, index, share).log() + most
+
+
+def linear_stats(
+    stats: KDStats,
+    teachers: Sequence[Tensor | LinearTeacher | TopKTeacher],
+    weights: Tensor | None,
+    chosen: Tensor | None,  # [N, T] bool
+) -> KDStats:
+    """Statistics [N] of the dense teachers, with the mass that top-k teachers give, and no KL of a teacher that is not asked."""
+    if chosen is not None:
+        stats = stats._replace(teacher_kl=stats.teacher_kl.masked_fill(~chosen, 0))
+    if not any(isinstance(teacher, TopKTeacher) for teacher in teachers):
+        return stats
+    kept = stats.retained_mass
+    mass = [
+        t.log_probs.detach().reshape(len(kept), -1).to(kept.dtype).exp().sum(1)
+        if isinstance(t, TopKTeacher)
+        else torch.ones_like(kept)
+        for t in teachers
+    ]
+    w = kept.new_ones(1, len(teachers)) if weights is None else weights.detach().to(kept.dtype)
+    total = w.sum(1)
+    share = torch.stack([_weighted(w[:, t], m) for t, m in enumerate(mass)]).sum(0)
+    share = share / total.masked_fill(total == 0, 1)
+    return stats._replace(retained_mass=share.masked_fill(kept == 0, 0))
 
 
 def angle_loss(

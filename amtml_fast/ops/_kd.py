@@ -79,6 +79,7 @@ def check_rows(
     teacher_weights: Tensor | None,
     labels: Tensor | None,
     ignore_index: int,
+    student_name: str = "student_logits",
 ) -> tuple[int, int]:
     """Rows and classes of a student whose weights and labels fit it."""
     wanted_shape = student_logits.shape
@@ -92,13 +93,13 @@ def check_rows(
         if teacher_weights.shape not in allowed:
             wanted = f"{' or '.join(str(list(w)) for w in allowed)} for {num_teachers} teachers"
             raise ValueError(f"{function}: teacher_weights must be {wanted}, got {checks.shape(teacher_weights)}")
-        checks.same_device(function, "teacher_weights", teacher_weights, "student_logits", student_logits)
+        checks.same_device(function, "teacher_weights", teacher_weights, student_name, student_logits)
     if labels is not None:
         checks.integers(function, "labels", labels)
         if labels.shape != wanted_shape[:-1]:
-            wanted = f"{list(wanted_shape[:-1])} like student_logits"
+            wanted = f"{list(wanted_shape[:-1])} like {student_name}"
             raise ValueError(f"{function}: labels must be {wanted}, got {checks.shape(labels)}")
-        checks.same_device(function, "labels", labels, "student_logits", student_logits)
+        checks.same_device(function, "labels", labels, student_name, student_logits)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
     return rows, classes

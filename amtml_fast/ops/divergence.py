@@ -34,6 +34,7 @@ operator("divergence")
 
 
 def check_options(
+    function: str,
     temperature: float | Tensor,
     alpha: float | Tensor,
     mode: str,
@@ -45,19 +46,19 @@ def check_options(
 ) -> None:
     """The keywords of ``multi_teacher_kd_loss``, but for the tensors."""
     shared = [1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha)]
-    _kd.check_numbers(_NAME, shared[0], shared[1], label_smoothing)
-    checks.one_of(_NAME, "mode", mode, ALL_MODES)
-    check_divergence(_NAME, divergence, beta)
+    _kd.check_numbers(function, shared[0], shared[1], label_smoothing)
+    checks.one_of(function, "mode", mode, ALL_MODES)
+    check_divergence(function, divergence, beta)
     if teacher_temperature is None:
         return
     if isinstance(teacher_temperature, (list, tuple)):
         if len(teacher_temperature) != num_teachers:
             wanted = f"a number or {num_teachers} numbers, one for each teacher"
-            raise ValueError(f"{_NAME}: teacher_temperature must be {wanted}, got {len(teacher_temperature)}")
+            raise ValueError(f"{function}: teacher_temperature must be {wanted}, got {len(teacher_temperature)}")
         for t, tau in enumerate(teacher_temperature):
-            checks.number(_NAME, f"teacher_temperature[{t}]", tau, 0, math.inf, above=True)
+            checks.number(function, f"teacher_temperature[{t}]", tau, 0, math.inf, above=True)
     else:
-        checks.number(_NAME, "teacher_temperature", teacher_temperature, 0, math.inf, above=True)
+        checks.number(function, "teacher_temperature", teacher_temperature, 0, math.inf, above=True)
 
 
 def check_divergence(function: str, divergence: str, beta: float | None) -> None:
@@ -74,22 +75,27 @@ def check_divergence(function: str, divergence: str, beta: float | None) -> None
 
 
 def check_row_numbers(
-    student_logits: Tensor, temperature: float | Tensor, alpha: float | Tensor, labels: Tensor | None
+    function: str,
+    student: Tensor,
+    temperature: float | Tensor,
+    alpha: float | Tensor,
+    labels: Tensor | None,
+    student_name: str = "student_logits",
 ) -> None:
     """``alpha`` and ``temperature`` where they are tensors, one number a row."""
-    leading = student_logits.shape[:-1]
+    leading = student.shape[:-1]
     for name, value in (("temperature", temperature), ("alpha", alpha)):
         if not isinstance(value, Tensor):
             continue
-        checks.tensor(_NAME, name, value)
+        checks.tensor(function, name, value)
         if value.shape not in (leading, (leading.numel(),)):
-            raise ValueError(f"{_NAME}: {name} must be a number or {list(leading)}, got {checks.shape(value)}")
-        checks.same_device(_NAME, name, value, "student_logits", student_logits)
+            raise ValueError(f"{function}: {name} must be a number or {list(leading)}, got {checks.shape(value)}")
+        checks.same_device(function, name, value, student_name, student)
     if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{_NAME}: temperature must be detached (it gets no gradient), got one that requires grad")
+        raise ValueError(f"{function}: temperature must be detached (it gets no gradient), got one that requires grad")
     if isinstance(alpha, Tensor) and labels is None:
         raise ValueError(
-            f"{_NAME}: alpha must be a number without labels (it has no cross-entropy to weigh), got a tensor"
+            f"{function}: alpha must be a number without labels (it has no cross-entropy to weigh), got a tensor"
         )
 
 
@@ -105,9 +111,9 @@ def divergence_loss(
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows [N, C], and with ``need_stats`` their statistics."""
     chosen = backend.choose("divergence", student, weights, divergence.alpha, *teachers)
-    values = labels, options.ignore_index, divergence, student.shape[1], weights
+    values = _NAME, labels, options.ignore_index, divergence, student.shape[1], weights
     if chosen != "cpp":  # the C++ kernel checks values itself
-        _check_values(*values)
+        check_values(*values)
     if chosen == "reference":
         return reference.divergence_loss(
             student, list(teachers), weights, labels, options, divergence, need_stats=need_stats
@@ -128,7 +134,7 @@ def divergence_loss(
             chosen, student, weights, alpha, _kd.as_long(labels), temperatures, settings, needs, wide, need_stats, *teachers,
         )  # fmt: skip
     except RuntimeError:
-        _check_values(*values)  # as ValueError
+        check_values(*values)  # as ValueError
         raise
     if not need_stats:
         return out, None
@@ -136,26 +142,33 @@ def divergence_loss(
     return loss, KDStats(stats[:, 0], stats[:, 1], stats[:, 4:], stats[:, 2], stats[:, 3])
 
 
-def _check_values(
-    labels: Tensor | None, ignore_index: int, divergence: Divergence, classes: int, weights: Tensor | None
+def check_values(
+    function: str,
+    labels: Tensor | None,
+    ignore_index: int,
+    divergence: Divergence,
+    classes: int,
+    weights: Tensor | None,
 ) -> None:
     """Only where looking costs no sync. A row that is ignored may hold anything."""
-    _kd.check_values(_NAME, labels, classes, ignore_index, weights)
+    _kd.check_values(function, labels, classes, ignore_index, weights)
     temperature, alpha = divergence.temperature, divergence.alpha
     if temperature is not None:
         fits = (temperature > 0) & temperature.isfinite()
-        _check_rows("temperature", "positive and finite", temperature, fits, labels, ignore_index)
+        _check_rows(function, "temperature", "positive and finite", temperature, fits, labels, ignore_index)
     if alpha is not None:
-        _check_rows("alpha", "in [0, 1]", alpha, (alpha >= 0) & (alpha <= 1), labels, ignore_index)
+        _check_rows(function, "alpha", "in [0, 1]", alpha, (alpha >= 0) & (alpha <= 1), labels, ignore_index)
 
 
-def _check_rows(name: str, wanted: str, value: Tensor, fits: Tensor, labels: Tensor | None, ignore_index: int) -> None:
+def _check_rows(
+    function: str, name: str, wanted: str, value: Tensor, fits: Tensor, labels: Tensor | None, ignore_index: int
+) -> None:
     if not checks.values_are_free(value):
         return
     bad = ~fits if labels is None else ~fits & (labels != ignore_index)
     if bad.any():
         row = int(bad.nonzero()[0, 0])
-        raise ValueError(f"{_NAME}: {name} must be {wanted}, got {value[row].item():g} in row {row}")
+        raise ValueError(f"{function}: {name} must be {wanted}, got {value[row].item():g} in row {row}")
 
 
 class DivergenceKD(torch.autograd.Function):

@@ -117,8 +117,8 @@ def multi_teacher_kd_loss(
         options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
         loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
         return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
-    check_options(temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers))
-    check_row_numbers(student_logits, temperature, alpha, labels)
+    check_options(name, temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers))
+    check_row_numbers(name, student_logits, temperature, alpha, labels)
     options = reference.divergence_numbers(
         temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing
     )
