@@ -1,0 +1,95 @@
+"""A causal language model's output layer, and the hidden states that reach it. No logits are made."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amtml_fast.reference import LinearTeacher
+
+
+class OutputLayer:
+    """The layer that makes a model's logits, and what the model does to them: ``softcap * tanh(scale * logits / softcap)``.
+
+    Both numbers are found by a probe, one token through the model: they have other names in the configuration of each
+    architecture.
+    """
+
+    def __init__(self, model: Any, name: str):
+        layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(
+                f"DistillationTrainer: {name} must be a causal language model whose get_output_embeddings() is an nn.Linear, "
+                f"got {type(model).__name__} with {type(layer).__name__}"
+            )
+        self.model, self.layer, self.name = model, layer, name
+        self.logit_scale, self.softcap = _after_the_layer(model, layer, name)
+
+    @property
+    def classes(self) -> int:
+        return self.layer.weight.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        return _gathered(self.layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.layer.bias is None else _gathered(self.layer.bias)
+
+    @contextlib.contextmanager
+    def catch(self) -> Iterator[list[Tensor]]:
+        """A list that has the hidden states [B, S, H] of each forward inside, whose logits are [B, 0, C]."""
+        caught: list[Tensor] = []
+
+        def before(layer: nn.Module, args: tuple) -> tuple:
+            caught.append(args[0])
+            return (args[0][..., :0, :], *args[1:])
+
+        handle = self.layer.register_forward_pre_hook(before)
+        try:
+            yield caught
+        finally:
+            handle.remove()
+
+    def teach(self, inputs: Mapping[str, Any], device: torch.device) -> LinearTeacher:
+        """What this frozen model has to say about the inputs, on ``device``."""
+        with torch.inference_mode(), self.catch() as caught:
+            self.model(**inputs)
+        bias = None if self.bias is None else self.bias.detach().to(device)
+        return LinearTeacher(caught[0].to(device), self.weight.detach().to(device), bias)
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """A sharded parameter as a whole; its gradient is shared out again."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+@torch.no_grad()
+def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, float | None]:
+    """The scale and the softcap that the model gives its logits."""
+    small, large = 2.0**-7, 2.0**13
+    probe = torch.linspace(-64, 64, layer.weight.shape[0])
+    probe[0], probe[-1] = small, large
+    handle = layer.register_forward_hook(lambda _, args, out: probe.to(out.device).expand(*out.shape[:-1], -1))
+    training = model.training
+    try:
+        device = model.get_input_embeddings().weight.device
+        logits = (
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device)).logits.flatten().float().cpu()
+        )
+    finally:
+        handle.remove()
+        model.train(training)
+    scale, cap = logits[0].item() / small, logits[-1].item()
+    softcap = None if math.isclose(cap, scale * large, rel_tol=1e-3) else cap
+    made = probe * scale if softcap is None else softcap * torch.tanh(probe * scale / softcap)
+    if not scale > 0 or not torch.allclose(made, logits, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"DistillationTrainer: {name} must give its output layer's results as they are, scaled or soft-capped, got "
+            f"{type(model).__name__}, which does something else to them"
+        )
+    return scale, softcap

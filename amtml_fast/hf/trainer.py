@@ -1,0 +1,305 @@
+"""A ``transformers.Trainer`` whose student learns from several teachers, by hidden states: no model's logits are held."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from amtml_fast.hf.output_layer import OutputLayer
+from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows
+from amtml_fast.losses import FusedLinearKDLoss, TeacherAdapter
+from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher
+
+_NAME = "DistillationTrainer"
+WEIGHTING = ("uniform", "adaptive", "routed")
+_CHUNK = 1 << 24  # logits at a time where teachers are asked for the labels' probabilities
+
+
+class DistillationTrainer(Trainer):
+    """Trains a causal language model on labels and teachers; ``fused_linear_kd_loss`` of hidden states and output layers.
+
+    Args:
+        model: the student, a causal language model of transformers.
+        args: ``TrainingArguments``. ``label_smoothing_factor`` is to be 0: it is the loss's own ``label_smoothing``.
+        teachers: a list of T teachers of the student's vocabulary, each a causal language model (of any hidden size; frozen,
+            in eval mode), or a ``StoredTopK`` of the training set, made by ``store_topk`` at the loss's temperature.
+        loss: a ``FusedLinearKDLoss``; None: temperature 1, alpha 0.5. Its ``logit_scale`` and ``softcap`` are the models'.
+        weighting: how much a teacher counts for a token.
+
+            - ``"uniform"``: 1 / T.
+            - ``"adaptive"``: what a ``TeacherAdapter`` makes of the student's last hidden state. Labels train it: its loss is
+              ``-log sum_t w_t p_t(label)``, the mean of tokens; the distillation takes its weights as they are.
+            - ``"routed"``: the batch says by ``teacher_index``, one number a row of the batch or a token, which teacher alone
+              counts. Of a teacher only its own tokens' products are made.
+        teacher_tokenizers: one for each teacher, or None. They are compared with ``processing_class``: all have to be one.
+        kwargs: those of ``Trainer``.
+
+    Tokens with label -100 do not count. The loss is divided by the tokens of all batches of a step, on all processes, as
+    transformers counts them. ``evaluate`` gives the student's plain cross-entropy. Where a step is logged, so are for each teacher
+    the mean weight and KL, and the entropies of weights, student and target (nats).
+
+    The adapter is a part of the model, ``model.teacher_adapter``: it is trained, saved and resumed with it, and ``from_pretrained``
+    leaves it out.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, before anything is trained.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments | None = None,
+        *,
+        teachers: Sequence[PreTrainedModel | StoredTopK],
+        loss: FusedLinearKDLoss | None = None,
+        weighting: str = "uniform",
+        teacher_tokenizers: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ):
+        loss = FusedLinearKDLoss(temperature=1.0, alpha=0.5) if loss is None else loss
+        _check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
+        self.output_layer = OutputLayer(model, "model")
+        self.sources = [
+            t if isinstance(t, StoredTopK) else OutputLayer(t, f"teachers[{i}]") for i, t in enumerate(teachers)
+        ]
+        _check_teachers(self.output_layer, self.sources, loss)
+        self.loss = FusedLinearKDLoss(
+            **{**loss.options, "logit_scale": self.output_layer.logit_scale, "softcap": self.output_layer.softcap}
+        )
+        self.weighting = weighting
+        if weighting == "adaptive":
+            adapter = TeacherAdapter(self.output_layer.layer.in_features, len(self.sources))
+            model.teacher_adapter = adapter.to(self.output_layer.layer.weight.device)
+        self._batch: dict[str, Any] = {}
+        self._sums: Tensor | None = None
+        stores = [s for s in self.sources if isinstance(s, StoredTopK)]
+        if stores and kwargs.get("train_dataset") is not None:
+            kwargs["train_dataset"] = WithRows(kwargs["train_dataset"], stores)
+        super().__init__(model, args, compute_loss_func=self._distillation, **kwargs)
+        if stores:
+            self.data_collator = _KeepRows(self.data_collator)
+        for source in self.sources:
+            if isinstance(source, OutputLayer):
+                self._prepare_teacher(source.model)
+
+    def _prepare_teacher(self, teacher: Any) -> None:
+        teacher.eval().requires_grad_(False)
+        if getattr(teacher, "hf_device_map", None) is None:
+            if self.is_fsdp_enabled:
+                self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            else:
+                teacher.to(self.args.device)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: list[str] = self._signature_columns or []
+        columns += [c for c in (ROW, "teacher_index", "shift_labels") if c not in columns]
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rows, index = inputs.pop(ROW, None), inputs.pop("teacher_index", None)
+        if not model.training:  # the student alone
+            ours, self.compute_loss_func = self.compute_loss_func, None
+            try:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            finally:
+                self.compute_loss_func = ours
+        if "labels" not in inputs:
+            raise ValueError(f"{_NAME}: batches must have labels (-100 where none counts), got {', '.join(inputs)}")
+        if (index is None) == (self.weighting == "routed"):
+            wanted = "must have teacher_index" if index is None else "must not have teacher_index"
+            raise ValueError(f'{_NAME}: batches {wanted} with weighting "{self.weighting}", got {", ".join(inputs)}')
+        shifted = inputs.pop("shift_labels", None)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        with self.output_layer.catch() as caught:
+            self._batch = dict(inputs=given, caught=caught, rows=rows, index=index, labels=shifted)
+            try:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            finally:
+                self._batch = {}
+
+    def _distillation(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """What transformers calls with the outputs of the student, whose hidden states were caught."""
+        batch, student = self._batch, self.output_layer
+        hidden = batch["caught"][0]
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100) if batch["labels"] is None else batch["labels"]
+        teachers = [self._teach(source, batch, hidden, labels) for source in self.sources]
+        options: dict[str, Any] = dict(student_bias=student.bias)
+        weights = None
+        extra = hidden.new_zeros((), dtype=torch.float32)
+        if self.weighting == "routed":
+            index = batch["index"]
+            options["teacher_index"] = index[:, None].expand_as(labels) if index.dim() == 1 else index
+        elif self.weighting == "adaptive":
+            learned = student.model.teacher_adapter(hidden.detach().reshape(-1, hidden.shape[-1]))
+            extra = self._adapter_loss(learned, teachers, labels, num_items_in_batch)
+            weights = learned.detach()
+        log = self._is_logged()
+        loss = FusedLinearKDLoss(**{**self.loss.options, "return_stats": log})(
+            hidden, student.weight, teachers, weights, labels, num_items_in_batch, **options
+        )
+        if log:
+            loss, stats = loss
+            self._record(stats, weights, options.get("teacher_index"), labels)
+        return loss + (extra - extra.detach())  # its gradient; what is logged as the loss is the student's
+
+    def _teach(self, source: OutputLayer | StoredTopK, batch: dict, hidden: Tensor, labels: Tensor) -> Any:
+        if isinstance(source, StoredTopK):
+            return source.batch(batch["rows"], batch["inputs"].get("attention_mask"), labels.shape, hidden.device)
+        teacher = source.teach(batch["inputs"], hidden.device)
+        if source.logit_scale == self.output_layer.logit_scale:
+            return teacher
+        factor = source.logit_scale / self.output_layer.logit_scale  # logits are scaled by the student's number
+        return LinearTeacher(
+            teacher.hidden * factor, teacher.weight, None if teacher.bias is None else teacher.bias * factor
+        )
+
+    def _adapter_loss(self, weights: Tensor, teachers: list, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+        """``-log sum_t w_t p_t(label)``, by the tokens that count."""
+        labels = labels.reshape(-1)
+        given = torch.stack([self._log_probs_of_labels(teacher, labels) for teacher in teachers], 1)
+        rows = -(weights.log() + given).logsumexp(1)
+        counted = labels != -100
+        count = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        return rows.masked_fill(~counted, 0).sum() / count
+
+    @torch.no_grad()
+    def _log_probs_of_labels(self, teacher: Any, labels: Tensor) -> Tensor:
+        """[N] at temperature 1; 0 where the label does not count."""
+        counted = labels != -100
+        if isinstance(teacher, TopKTeacher):
+            named, given = (x.reshape(len(labels), -1) for x in teacher)
+            given = given.float()
+            others = (1 - given.exp().sum(1)).clamp(min=1e-6).log() - torch.tensor(
+                float(max(self.output_layer.classes - named.shape[1], 1))
+            ).log()
+            own = given.masked_fill(named != labels.unsqueeze(1), -torch.inf).logsumexp(1)
+            return torch.where(own == -torch.inf, others, own).masked_fill(~counted, 0)
+        scale, cap = self.output_layer.logit_scale, self.output_layer.softcap
+        rows = teacher.hidden.reshape(len(labels), -1)
+        made = []
+        size = max(_CHUNK // self.output_layer.classes, 1)
+        for some, of in zip(rows.split(size), labels.split(size)):
+            logits = F.linear(some, teacher.weight, teacher.bias).float() * scale
+            logits = logits if cap is None else cap * (logits / cap).tanh()
+            made.append(-F.cross_entropy(logits, of, ignore_index=-100, reduction="none"))
+        return torch.cat(made)
+
+    # --- what is logged
+
+    def _is_logged(self) -> bool:
+        every = self.state.logging_steps or 0
+        return every > 0 and (self.state.global_step + 1) % every == 0
+
+    def _record(self, stats: KDStats, weights: Tensor | None, index: Tensor | None, labels: Tensor) -> None:
+        """Sums over the tokens that count, on the device."""
+        teachers = len(self.sources)
+        counted = (labels != -100).reshape(-1)
+        if index is not None:
+            weights = F.one_hot(index.reshape(-1).long(), teachers).float()
+        elif weights is None:
+            weights = torch.full((1, teachers), 1 / teachers, device=labels.device).expand(len(counted), -1)
+        entropy = torch.special.entr(weights).sum(1)
+        columns = [
+            torch.ones_like(entropy), stats.student_entropy.reshape(-1), stats.target_entropy.reshape(-1), entropy,
+            *weights.unbind(1), *stats.teacher_kl.reshape(-1, teachers).unbind(1),
+        ]  # fmt: skip
+        sums = torch.stack([c.float().masked_fill(~counted, 0).sum() for c in columns])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._sums is not None and "loss" in logs:
+            sums = self.accelerator.reduce(self._sums, "sum").tolist()
+            count, means = max(sums[0], 1), sums[1:]
+            teachers = range(len(self.sources))
+            names = ["student_entropy", "target_entropy", "weight_entropy"]
+            names += [f"teacher_{t}_weight" for t in teachers] + [f"teacher_{t}_kl" for t in teachers]
+            logs = {**logs, **{name: value / count for name, value in zip(names, means)}}
+            self._sums = None
+        super().log(logs, *args, **kwargs)
+
+
+class _KeepRows:
+    """A collator that leaves out the number of the row, and puts it into the batch again."""
+
+    def __init__(self, collate: Any):
+        self.collate = collate
+
+    def __call__(self, examples: list[dict]) -> dict:
+        rows = [example.get(ROW) for example in examples]
+        batch = self.collate([{name: value for name, value in e.items() if name != ROW} for e in examples])
+        if rows[0] is not None:
+            batch[ROW] = torch.tensor(rows)
+        return batch
+
+
+def _check_arguments(
+    args: TrainingArguments | None, teachers: Any, loss: Any, weighting: str, tokenizers: Any, kwargs: dict
+) -> None:
+    if not isinstance(teachers, (list, tuple)) or not teachers:
+        raise TypeError(
+            f"{_NAME}: teachers must be a list of one or more models or StoredTopK, got {type(teachers).__name__}"
+        )
+    if not isinstance(loss, FusedLinearKDLoss):
+        raise TypeError(f"{_NAME}: loss must be a FusedLinearKDLoss, got {type(loss).__name__}")
+    wanted = dict(reduction="batchmean", ignore_index=-100, logit_scale=1.0, softcap=None)
+    for name, value in wanted.items():
+        if loss.options[name] != value:
+            raise ValueError(
+                f"{_NAME}: loss must have {name}={value!r}, which the trainer sets, got {loss.options[name]!r}"
+            )
+    if weighting not in WEIGHTING:
+        raise ValueError(f"{_NAME}: weighting must be one of {', '.join(WEIGHTING)}, got {weighting!r}")
+    if weighting == "routed" and len(teachers) == 1:
+        raise ValueError(f'{_NAME}: teachers must be two or more with weighting "routed", got 1')
+    if args is not None and args.label_smoothing_factor:
+        given = args.label_smoothing_factor
+        raise ValueError(f"{_NAME}: args.label_smoothing_factor must be 0 (the loss has label_smoothing), got {given}")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(f"{_NAME}: compute_loss_func must be None: the loss is `loss`")
+    if kwargs.get("model_init") is not None:
+        raise ValueError(f"{_NAME}: model_init must be None, got a function: give the student as `model`")
+    if tokenizers is None:
+        return
+    own = kwargs.get("processing_class")
+    if own is None or len(tokenizers) != len(teachers):
+        raise ValueError(
+            f"{_NAME}: teacher_tokenizers must be one for each of {len(teachers)} teachers, beside processing_class, "
+            f"got {len(tokenizers)}"
+        )
+    vocabulary = own.get_vocab()
+    for t, tokenizer in enumerate(tokenizers):
+        others = tokenizer.get_vocab()
+        if others != vocabulary:
+            token = min((x for x in {*vocabulary, *others} if vocabulary.get(x) != others.get(x)), key=str)
+            raise ValueError(
+                f"{_NAME}: teacher_tokenizers[{t}] must have the student's tokens, got {token!r} as {others.get(token)}, the "
+                f"student's is {vocabulary.get(token)}; distil from text that this teacher writes, or choose a teacher of one family"
+            )
+
+
+def _check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredTopK], loss: FusedLinearKDLoss) -> None:
+    for i, source in enumerate(sources):
+        name = f"teachers[{i}]"
+        if source.classes != student.classes:
+            raise ValueError(
+                f"{_NAME}: {name} must have the student's vocabulary of {student.classes}, got {source.classes}; where the tokenizer "
+                "is one and only padding differs, model.resize_token_embeddings(n) makes them equal"
+            )
+        if isinstance(source, StoredTopK):
+            if source.temperature != loss.options["temperature"]:
+                wanted = f"temperature {loss.options['temperature']}, the loss's"
+                raise ValueError(f"{_NAME}: {name} must have been stored at {wanted}, got {source.temperature}")
+        elif source.softcap != student.softcap:
+            raise ValueError(
+                f"{_NAME}: {name} must have the student's softcap of logits {student.softcap}, got {source.softcap}; "
+                "store_topk makes it a teacher that any student can take"
+            )
+        elif source.layer.weight.is_meta:
+            raise ValueError(
+                f"{_NAME}: {name} must have its output layer on a device (see device_map), got an offloaded one"
+            )
