@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,19 +41,34 @@ class OutputLayer:
         return None if self.layer.bias is None else _gathered(self.layer.bias)
 
     @contextlib.contextmanager
-    def catch(self) -> Iterator[list[Tensor]]:
-        """A list that has the hidden states [B, S, H] of each forward inside, whose logits are [B, 0, C]."""
+    def catch(self, loss_of: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Tensor]]:
+        """A list that has the hidden states [B, S, H] of each forward inside, whose logits are [B, 0, C].
+
+        ``loss_of`` makes of them what the model returns as its loss. It runs inside the model's forward, because what wraps models
+        for several processes has to see each use of a parameter.
+        """
         caught: list[Tensor] = []
 
         def before(layer: nn.Module, args: tuple) -> tuple:
             caught.append(args[0])
             return (args[0][..., :0, :], *args[1:])
 
-        handle = self.layer.register_forward_pre_hook(before)
+        def without_count(model: nn.Module, args: tuple, kwargs: dict) -> tuple:
+            return args, {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+
+        def after(model: nn.Module, args: tuple, output: Any) -> Any:
+            output["loss"] = loss_of(caught[-1])  # type: ignore[misc]
+            return output
+
+        handles = [self.layer.register_forward_pre_hook(before)]
+        if loss_of is not None:
+            handles.append(self.model.register_forward_pre_hook(without_count, with_kwargs=True))
+            handles.append(self.model.register_forward_hook(after))
         try:
             yield caught
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def teach(self, inputs: Mapping[str, Any], device: torch.device) -> LinearTeacher:
         """What this frozen model has to say about the inputs, on ``device``."""

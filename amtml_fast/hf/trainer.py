@@ -73,12 +73,16 @@ class DistillationTrainer(Trainer):
         if weighting == "adaptive":
             adapter = TeacherAdapter(self.output_layer.layer.in_features, len(self.sources))
             model.teacher_adapter = adapter.to(self.output_layer.layer.weight.device)
-        self._batch: dict[str, Any] = {}
         self._sums: Tensor | None = None
         stores = [s for s in self.sources if isinstance(s, StoredTopK)]
         if stores and kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"] = WithRows(kwargs["train_dataset"], stores)
-        super().__init__(model, args, compute_loss_func=self._distillation, **kwargs)
+        super().__init__(model, args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{_NAME}: must have one GPU a process, got {self.args.n_gpu}; start it by torchrun or `accelerate launch`"
+            )
+        self.model_accepts_loss_kwargs = True  # the loss does: it is divided by the tokens of all batches of a step
         if stores:
             self.data_collator = _KeepRows(self.data_collator)
         for source in self.sources:
@@ -103,54 +107,48 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         rows, index = inputs.pop(ROW, None), inputs.pop("teacher_index", None)
         if not model.training:  # the student alone
-            ours, self.compute_loss_func = self.compute_loss_func, None
-            try:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            finally:
-                self.compute_loss_func = ours
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if "labels" not in inputs:
             raise ValueError(f"{_NAME}: batches must have labels (-100 where none counts), got {', '.join(inputs)}")
         if (index is None) == (self.weighting == "routed"):
             wanted = "must have teacher_index" if index is None else "must not have teacher_index"
             raise ValueError(f'{_NAME}: batches {wanted} with weighting "{self.weighting}", got {", ".join(inputs)}')
-        shifted = inputs.pop("shift_labels", None)
-        given = {name: value for name, value in inputs.items() if name != "labels"}
-        with self.output_layer.catch() as caught:
-            self._batch = dict(inputs=given, caught=caught, rows=rows, index=index, labels=shifted)
-            try:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            finally:
-                self._batch = {}
+        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
+        labels = inputs.pop("shift_labels", labels)
+        batch = dict(inputs=inputs, rows=rows, index=index, labels=labels, count=num_items_in_batch)
+        with self.output_layer.catch(lambda hidden: self._distillation(hidden, **batch)):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
-    def _distillation(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """What transformers calls with the outputs of the student, whose hidden states were caught."""
-        batch, student = self._batch, self.output_layer
-        hidden = batch["caught"][0]
-        labels = F.pad(labels[:, 1:], (0, 1), value=-100) if batch["labels"] is None else batch["labels"]
-        teachers = [self._teach(source, batch, hidden, labels) for source in self.sources]
+    def _distillation(
+        self, hidden: Tensor, inputs: dict, rows: Tensor | None, index: Tensor | None, labels: Tensor, count: Any
+    ) -> Tensor:
+        """The loss of the student's hidden states [B, S, H]; labels [B, S] are those of the next tokens."""
+        student = self.output_layer
+        teachers = [self._teach(source, inputs, rows, hidden) for source in self.sources]
         options: dict[str, Any] = dict(student_bias=student.bias)
         weights = None
         extra = hidden.new_zeros((), dtype=torch.float32)
         if self.weighting == "routed":
-            index = batch["index"]
+            assert index is not None
             options["teacher_index"] = index[:, None].expand_as(labels) if index.dim() == 1 else index
         elif self.weighting == "adaptive":
             learned = student.model.teacher_adapter(hidden.detach().reshape(-1, hidden.shape[-1]))
-            extra = self._adapter_loss(learned, teachers, labels, num_items_in_batch)
+            extra = self._adapter_loss(learned, teachers, labels, count)
             weights = learned.detach()
         log = self._is_logged()
         loss = FusedLinearKDLoss(**{**self.loss.options, "return_stats": log})(
-            hidden, student.weight, teachers, weights, labels, num_items_in_batch, **options
+            hidden, student.weight, teachers, weights, labels, count, **options
         )
         if log:
             loss, stats = loss
             self._record(stats, weights, options.get("teacher_index"), labels)
         return loss + (extra - extra.detach())  # its gradient; what is logged as the loss is the student's
 
-    def _teach(self, source: OutputLayer | StoredTopK, batch: dict, hidden: Tensor, labels: Tensor) -> Any:
+    def _teach(self, source: OutputLayer | StoredTopK, inputs: dict, rows: Tensor | None, hidden: Tensor) -> Any:
         if isinstance(source, StoredTopK):
-            return source.batch(batch["rows"], batch["inputs"].get("attention_mask"), labels.shape, hidden.device)
-        teacher = source.teach(batch["inputs"], hidden.device)
+            assert rows is not None
+            return source.batch(rows, inputs.get("attention_mask"), hidden.shape[:2], hidden.device)
+        teacher = source.teach(inputs, hidden.device)
         if source.logit_scale == self.output_layer.logit_scale:
             return teacher
         factor = source.logit_scale / self.output_layer.logit_scale  # logits are scaled by the student's number
@@ -158,13 +156,13 @@ class DistillationTrainer(Trainer):
             teacher.hidden * factor, teacher.weight, None if teacher.bias is None else teacher.bias * factor
         )
 
-    def _adapter_loss(self, weights: Tensor, teachers: list, labels: Tensor, num_items_in_batch: Any) -> Tensor:
+    def _adapter_loss(self, weights: Tensor, teachers: list, labels: Tensor, count: Any) -> Tensor:
         """``-log sum_t w_t p_t(label)``, by the tokens that count."""
         labels = labels.reshape(-1)
         given = torch.stack([self._log_probs_of_labels(teacher, labels) for teacher in teachers], 1)
         rows = -(weights.log() + given).logsumexp(1)
         counted = labels != -100
-        count = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        count = counted.sum().clamp(min=1) if count is None else count
         return rows.masked_fill(~counted, 0).sum() / count
 
     @torch.no_grad()

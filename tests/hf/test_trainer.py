@@ -1,0 +1,413 @@
+"""DistillationTrainer against the loss of whole logits, and what a trainer promises: accumulation, processes, resuming."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from backends import cpu_only
+
+pytest.importorskip("transformers")
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import amtml_fast as af
+from amtml_fast.hf import DistillationTrainer, StoredTopK, store_topk
+from amtml_fast.hf.output_layer import OutputLayer
+
+pytestmark = cpu_only
+C, S = 40, 12
+SIZES = dict(vocab_size=C, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
+def llama(hidden=16, seed=0, **options):
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden, initializer_range=0.4, **{**SIZES, **TOKENS, "tie_word_embeddings": True, **options}
+        )
+    )
+
+
+def examples(rows=8, seed=0):
+    """Of different lengths; the first tokens of some have no label."""
+    random = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(rows):
+        ids = torch.randint(3, C, (S - i % 4,), generator=random)
+        labels = ids.clone()
+        labels[: i % 3] = -100
+        made.append(dict(input_ids=ids, labels=labels))
+    return made
+
+
+def collate(given, left=False):
+    batch = {}
+    for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
+        rows = []
+        for example in given:
+            row = example[name] if name in example else torch.ones_like(example["input_ids"])
+            pad = S - len(row)
+            rows.append(torch.nn.functional.pad(row, (pad, 0) if left else (0, pad), value=fill))
+        batch[name] = torch.stack(rows)
+    if "teacher_index" in given[0]:
+        batch["teacher_index"] = torch.tensor([e["teacher_index"] for e in given])
+    return batch
+
+
+def trainer(folder, student, teachers, data=None, evaluated=None, collator=collate, **options):
+    arguments = dict(
+        per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
+        disable_tqdm=True, save_strategy="no", seed=3, max_grad_norm=0,
+    )  # fmt: skip
+    names = {"weighting", "loss", "teacher_tokenizers", "processing_class", "compute_loss_func", "model_init"} & set(
+        options
+    )
+    own = {name: options.pop(name) for name in names}
+    args = TrainingArguments(str(folder), **{**arguments, **options})
+    return DistillationTrainer(
+        student,
+        args,
+        teachers=teachers,
+        train_dataset=data or examples(),
+        eval_dataset=evaluated,
+        data_collator=collator,
+        **own,
+    )
+
+
+def by_whole_logits(student, teachers, batch, weights=None, **options):
+    """The loss of tokens [B * (S - 1)], of logits as the models give them."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    z, *ts = (m(**inputs).logits[:, :-1].reshape(-1, C) for m in (student, *teachers))
+    ts = [t.detach() for t in ts]
+    labels = batch["labels"][:, 1:].reshape(-1)
+    options = {"temperature": 1.0, "alpha": 0.5, **options}
+    return af.reference.multi_teacher_kd_loss(z, ts, weights, labels, **options)
+
+
+def grads_of(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got, want, tolerance=1e-5):
+    assert set(got) == set(want)
+    for name in want:
+        assert (got[name] - want[name]).norm() <= tolerance * want[name].norm() + 1e-9, name
+
+
+def one_step(made, student, batch):
+    """The gradients of one batch, as training_step makes them."""
+    made.create_optimizer()
+    loss = made.training_step(
+        made.model_wrapped, dict(batch), made._get_num_items_in_batch([batch], torch.device("cpu"))
+    )
+    return loss, grads_of(student)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_are_those_of_whole_logits(tmp_path, tied):
+    student, teachers = llama(tie_word_embeddings=tied), [llama(24, 1), llama(8, 2, tie_word_embeddings=False)]
+    batch = collate(examples(4))
+    want = by_whole_logits(student, teachers, batch)
+    want.backward()
+    right = grads_of(student)
+    student.zero_grad()
+    got, grads = one_step(trainer(tmp_path, student, teachers), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    assert_same(grads, right)
+    assert not any(p.requires_grad or p.grad is not None for t in teachers for p in t.parameters())
+    assert not any(t.training for t in teachers) and student.training
+
+
+def test_teachers_whose_logits_are_scaled_otherwise(tmp_path):
+    torch.manual_seed(1)
+    cohere = CohereForCausalLM(CohereConfig(hidden_size=16, logit_scale=0.25, initializer_range=0.5, **SIZES, **TOKENS))
+    student, batch = llama(), collate(examples(4))
+    want = by_whole_logits(student, [cohere], batch)
+    got, _ = one_step(trainer(tmp_path, student, [cohere]), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
+def test_what_models_do_to_their_logits_is_found():
+    small = dict(hidden_size=16, **SIZES, **TOKENS)
+    made = {
+        (1.0, None): LlamaForCausalLM(LlamaConfig(**small)).bfloat16(),
+        (1.0, 30.0): Gemma2ForCausalLM(Gemma2Config(head_dim=8, **small)),
+        (0.125, None): CohereForCausalLM(CohereConfig(logit_scale=0.125, **small)),
+        (1 / 8, None): GraniteForCausalLM(GraniteConfig(logits_scaling=8.0, **small)),
+        (1.0, None, "GPT-2"): GPT2LMHeadModel(GPT2Config(vocab_size=C, n_embd=16, n_layer=1, n_head=2, **TOKENS)),
+    }
+    for (scale, cap, *_), model in made.items():
+        found = OutputLayer(model, "model")
+        assert math.isclose(found.logit_scale, scale, rel_tol=1e-6), model
+        assert found.softcap == cap and found.classes == C
+        assert model.training  # as it was
+
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits - out.logits.mean(-1, keepdim=True)
+            return out
+
+    with pytest.raises(ValueError, match=r"teachers\[1\] must give its output layer's results as they are, .* got Odd"):
+        OutputLayer(Odd(LlamaConfig(**small)), "teachers[1]")
+
+
+def test_no_logits_are_made(tmp_path):
+    student, teacher = llama(), llama(24, 1)
+    seen = []
+    for model in (student, teacher):
+        model.get_output_embeddings().register_forward_hook(lambda layer, args, out: seen.append(out.numel()))
+    made = trainer(tmp_path, student, [teacher])
+    seen.clear()
+    one_step(made, student, collate(examples(4)))
+    assert seen == [0, 0]
+
+
+def test_adaptive_weights_learn_from_labels_and_the_student_from_them(tmp_path):
+    student, teachers = llama(), [llama(24, 1), llama(8, 2)]
+    made = trainer(tmp_path, student, teachers, weighting="adaptive")
+    batch = collate(examples(4))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["labels"][:, 1:].reshape(-1)
+    hidden = student.model(**inputs).last_hidden_state[:, :-1].reshape(-1, 16).detach()
+    weights = student.teacher_adapter(hidden)
+    p = torch.stack([t(**inputs).logits[:, :-1].reshape(-1, C).softmax(-1) for t in teachers], 1).detach()
+    of_labels = p.gather(2, labels.clamp(min=0)[:, None, None].expand(-1, 2, 1))[..., 0]
+    rows = -(weights * of_labels).sum(1).log()
+    (rows[labels != -100].mean() + by_whole_logits(student, teachers, batch, weights.detach())).backward()
+    right = grads_of(student)
+    student.zero_grad()
+    _, grads = one_step(made, student, batch)
+    assert "teacher_adapter.theta" in grads
+    assert_same(grads, right)
+
+
+def test_routed_examples_learn_from_their_teacher(tmp_path):
+    student, teachers = llama(), [llama(24, 1), llama(8, 2)]
+    data = [{**e, "teacher_index": i % 2} for i, e in enumerate(examples(4))]
+    batch = collate(data)
+    index = batch["teacher_index"][:, None].expand(-1, S - 1).reshape(-1)
+    want = by_whole_logits(student, teachers, batch, torch.nn.functional.one_hot(index, 2).float())
+    got, _ = one_step(trainer(tmp_path, student, teachers, weighting="routed"), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
+def weights_after(tmp_path, **options):
+    student = llama()
+    made = trainer(tmp_path, student, [llama(24, 1)], **options)
+    made.train()
+    return {name: p.detach().clone() for name, p in student.named_parameters()}
+
+
+def test_accumulated_batches_count_by_their_tokens(tmp_path):
+    sgd = dict(optim="sgd", learning_rate=0.1, max_steps=2)
+    whole = weights_after(tmp_path, per_device_train_batch_size=4, **sgd)
+    parts = weights_after(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **sgd)
+    assert_same(parts, whole)
+
+
+PROCESSES = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {here!r}]
+from test_trainer import *
+torch.manual_seed(0)
+student = llama()
+made = trainer({folder!r}, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", optim="sgd", learning_rate=0.1,
+               per_device_train_batch_size=2, max_steps=2)
+assert made.accelerator.num_processes == 2
+made.train()
+if made.is_world_process_zero():
+    torch.save({{name: p.detach() for name, p in student.named_parameters()}}, {folder!r} + "/weights.pt")
+"""
+
+
+def test_two_processes_are_one(tmp_path, request):
+    tests = request.config.rootpath / "tests"
+    script = tmp_path / "two.py"
+    script.write_text(PROCESSES.format(tests=str(tests), here=str(tests / "hf"), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    student = llama()
+    one = trainer(
+        tmp_path, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", optim="sgd", learning_rate=0.1,
+        per_device_train_batch_size=4, max_steps=2,
+    )  # fmt: skip
+    one.train()
+    assert_same(torch.load(tmp_path / "weights.pt"), {n: p.detach() for n, p in student.named_parameters()})
+
+
+def test_a_resumed_training_has_the_same_bits(tmp_path):
+    def run(folder, resume=None, **options):
+        student = llama(seed=5)
+        made = trainer(folder, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", max_steps=4, **options)
+        if resume == 0:  # stops in the middle
+            made.args.max_steps, made.args.num_train_epochs = 2, 1
+        made.train(resume_from_checkpoint=resume or None)
+        return {n: p.detach().clone() for n, p in student.named_parameters()}
+
+    saving = dict(save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    whole = run(tmp_path / "a", **saving)
+    resumed = run(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"), **saving)
+    assert "teacher_adapter.v" in whole and all(torch.equal(whole[n], resumed[n]) for n in whole)
+    again, info = LlamaForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-4", output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"teacher_adapter.theta", "teacher_adapter.v"} and not info["missing_keys"]
+    assert torch.equal(again.get_input_embeddings().weight, whole["model.embed_tokens.weight"])
+
+
+def test_evaluation_is_plain_cross_entropy_and_what_is_logged(tmp_path):
+    student, teachers = llama(), [llama(24, 1), llama(8, 2)]
+    made = trainer(tmp_path, student, teachers, evaluated=examples(4, seed=9), logging_steps=2)
+    plain = Trainer(llama(), made.args, eval_dataset=examples(4, seed=9), data_collator=collate)
+    assert math.isclose(made.evaluate()["eval_loss"], plain.evaluate()["eval_loss"], rel_tol=1e-5)
+    made.train()
+    (logs,) = [logs for logs in made.state.log_history if "loss" in logs]
+    for t in (0, 1):
+        assert math.isclose(logs[f"teacher_{t}_weight"], 0.5) and logs[f"teacher_{t}_kl"] > 0
+    assert math.isclose(logs["weight_entropy"], math.log(2), rel_tol=1e-6)
+    assert 0 < logs["student_entropy"] <= math.log(C) and 0 < logs["target_entropy"] <= math.log(C)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["padded right", "padded left"])
+def test_stored_classes_teach_as_the_teacher_does(tmp_path, left):
+    teacher, data = llama(24, 1), examples(8)
+    stored = store_topk(
+        teacher, data, tmp_path / "top", k=C, temperature=1.0, batch_size=3, rows_per_file=3,
+        data_collator=lambda given: collate(given, left=not left),
+    )  # fmt: skip
+    assert len(stored) == 8 and len(list((tmp_path / "top").glob("*.safetensors"))) == 3
+    top = stored[3]
+    want = teacher(input_ids=data[3]["input_ids"][None]).logits[0].log_softmax(-1).topk(C)
+    assert torch.equal(top.indices[:, :5].long(), want.indices[:, :5])
+    torch.testing.assert_close(top.log_probs, want.values, rtol=2**-10, atol=1e-5)
+    ends = []
+    for source in (teacher, stored):
+        student = llama()
+        made = trainer(
+            tmp_path, student, [source], data, collator=lambda given: collate(given, left), weighting="adaptive"
+        )
+        made.train()
+        ends.append({n: p.detach() for n, p in student.named_parameters()})
+    assert_same(ends[1], ends[0], 1e-2)  # float16 log-probabilities
+
+
+def test_a_store_goes_on_where_it_was_killed(tmp_path):
+    teacher, data = llama(24, 1), examples(8)
+    options = dict(k=4, rows_per_file=3, data_collator=collate)
+    whole = store_topk(teacher, data, tmp_path / "a", **options)
+
+    class Killed(list):
+        def __getitem__(self, i):
+            if i == 5:
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        store_topk(teacher, Killed(data), tmp_path / "b", **options)
+    with pytest.raises(FileNotFoundError, match=r"must be finished, got .* without rows-000000003.safetensors"):
+        StoredTopK(tmp_path / "b")
+    before = (tmp_path / "b" / "rows-000000000.safetensors").stat().st_mtime_ns
+    again = store_topk(teacher, data, tmp_path / "b", **options)
+    assert (tmp_path / "b" / "rows-000000000.safetensors").stat().st_mtime_ns == before
+    for i in range(8):
+        assert all(map(torch.equal, whole[i], again[i]))
+    for changed, name in ((dict(k=5), "k 4 instead of 5"), (dict(temperature=2.0), "temperature 1.0 instead of 2.0")):
+        with pytest.raises(FileExistsError, match=f"must be new or of the same call, got .* with {name}"):
+            store_topk(teacher, data, tmp_path / "b", **{**options, **changed})
+    with pytest.raises(FileExistsError, match="with teacher LlamaForCausalLM"):
+        store_topk(llama(24, 2), data, tmp_path / "b", **options)
+    for wrong, message in (
+        (dict(k=0), "k must be an int from 1 to 40, got 0"),
+        (dict(temperature=0), "temperature must be > 0, got 0"),
+        (dict(batch_size=0), "batch_size must be an int >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match="store_topk: " + message):
+            store_topk(teacher, data, tmp_path / "c", **{**options, **wrong})
+    assert not (tmp_path / "c").exists()
+
+
+class Tokens:
+    def __init__(self, *names):
+        self.names = names
+
+    def get_vocab(self):
+        return {name: i for i, name in enumerate(self.names)}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(teachers=[]), TypeError, "teachers must be a list of one or more models"),
+        (dict(teachers=llama()), TypeError, "teachers must be a list of one or more models"),
+        (
+            dict(teachers=[torch.nn.Linear(2, 2)]),
+            TypeError,
+            r"teachers\[0\] must be a causal language model .* got Linear",
+        ),
+        (
+            dict(teachers=[llama(vocab_size=41)]),
+            ValueError,
+            r"teachers\[0\] must have the student's vocabulary of 40, got 41; .*resize_token_embeddings",
+        ),
+        (dict(loss=af.MultiTeacherKDLoss()), TypeError, "loss must be a FusedLinearKDLoss, got MultiTeacherKDLoss"),
+        (dict(loss=af.FusedLinearKDLoss(reduction="sum")), ValueError, "loss must have reduction='batchmean'"),
+        (dict(weighting="learned"), ValueError, "weighting must be one of uniform, adaptive, routed, got 'learned'"),
+        (dict(weighting="routed"), ValueError, 'teachers must be two or more with weighting "routed", got 1'),
+        (dict(label_smoothing_factor=0.1), ValueError, "args.label_smoothing_factor must be 0 .* got 0.1"),
+        (dict(compute_loss_func=print), ValueError, "compute_loss_func must be None"),
+        (dict(teacher_tokenizers=[Tokens("a")]), ValueError, "teacher_tokenizers must be one for each of 1 teachers"),
+        (
+            dict(teacher_tokenizers=[Tokens("a", "c")], processing_class=Tokens("a", "b")),
+            ValueError,
+            r"teacher_tokenizers\[0\] must have the student's tokens, got 'b' as None, the student's is 1",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_named(tmp_path, options, error, message):
+    teachers = options.get("teachers", [llama(24, 1)])
+    rest = {name: value for name, value in options.items() if name != "teachers"}
+    with pytest.raises(error, match="DistillationTrainer: " + message):
+        trainer(tmp_path, llama(), teachers, **rest)
+
+
+def test_batches_and_stores_that_do_not_fit_are_named(tmp_path):
+    student, teachers = llama(), [llama(24, 1), llama(8, 2)]
+    batch = collate(examples(4))
+    with pytest.raises(ValueError, match='must have teacher_index with weighting "routed"'):
+        one_step(trainer(tmp_path, student, teachers, weighting="routed"), student, batch)
+    with pytest.raises(ValueError, match='must not have teacher_index with weighting "uniform"'):
+        one_step(
+            trainer(tmp_path, student, teachers), student, {**batch, "teacher_index": torch.zeros(4, dtype=torch.long)}
+        )
+    with pytest.raises(ValueError, match="batches must have labels"):
+        made = trainer(tmp_path, student, teachers)
+        made.training_step(made.model_wrapped, {n: x for n, x in batch.items() if n != "labels"})
+    stored = store_topk(teachers[0], examples(4), tmp_path / "top", k=4, temperature=2.0, data_collator=collate)
+    with pytest.raises(ValueError, match=r"must have been stored at temperature 1.0, the loss's, got 2.0"):
+        trainer(tmp_path, student, [stored])
+    loss = af.FusedLinearKDLoss(temperature=2.0)
+    with pytest.raises(ValueError, match=r"train_dataset must have the 4 rows that .* was made of, got 8"):
+        trainer(tmp_path, student, [stored], loss=loss)
+    with pytest.raises(ValueError, match=r"teachers\[0\] must have the student's softcap of logits None, got 30.0"):
+        gemma = Gemma2ForCausalLM(Gemma2Config(hidden_size=16, head_dim=8, **SIZES, **TOKENS))
+        trainer(tmp_path, student, [gemma])
+    other = [{**e, "input_ids": e["input_ids"][:5], "labels": e["labels"][:5]} for e in examples(4)]
+    with pytest.raises(ValueError, match=r"must have .* tokens, as when .* was written, got 5"):
+        trainer(tmp_path, student, [stored], other, loss=loss).train()
