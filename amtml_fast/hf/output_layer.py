@@ -26,6 +26,8 @@ class OutputLayer:
                 f"got {type(model).__name__} with {type(layer).__name__}"
             )
         self.model, self.layer, self.name = model, layer, name
+        self._caught: list[Tensor] = []
+        self._loss_of: Callable[[Tensor], Tensor] | None = None
         self.logit_scale, self.softcap = _after_the_layer(model, layer, name)
 
     @property
@@ -40,35 +42,38 @@ class OutputLayer:
     def bias(self) -> Tensor | None:
         return None if self.layer.bias is None else _gathered(self.layer.bias)
 
-    @contextlib.contextmanager
-    def catch(self, loss_of: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Tensor]]:
-        """A list that has the hidden states [B, S, H] of each forward inside, whose logits are [B, 0, C].
-
-        ``loss_of`` makes of them what the model returns as its loss. It runs inside the model's forward, because what wraps models
-        for several processes has to see each use of a parameter.
-        """
-        caught: list[Tensor] = []
-
-        def before(layer: nn.Module, args: tuple) -> tuple:
-            caught.append(args[0])
-            return (args[0][..., :0, :], *args[1:])
+    def return_loss(self) -> None:
+        """From now on the model returns what ``catch`` is given as its loss. It is made inside the model's forward, and this is
+        called before anything wraps the model: what shares work out among processes has to see each use of a parameter."""
 
         def without_count(model: nn.Module, args: tuple, kwargs: dict) -> tuple:
-            return args, {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+            if self._loss_of is not None:
+                kwargs.pop("num_items_in_batch", None)
+            return args, kwargs
 
         def after(model: nn.Module, args: tuple, output: Any) -> Any:
-            output["loss"] = loss_of(caught[-1])  # type: ignore[misc]
+            if self._loss_of is not None:
+                output["loss"] = self._loss_of(self._caught[-1])
             return output
 
-        handles = [self.layer.register_forward_pre_hook(before)]
-        if loss_of is not None:
-            handles.append(self.model.register_forward_pre_hook(without_count, with_kwargs=True))
-            handles.append(self.model.register_forward_hook(after))
+        self.model.register_forward_pre_hook(without_count, with_kwargs=True)
+        self.model.register_forward_hook(after)
+
+    @contextlib.contextmanager
+    def catch(self, loss_of: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Tensor]]:
+        """A list that has the hidden states [B, S, H] of each forward inside, whose logits are [B, 0, C]."""
+
+        def before(layer: nn.Module, args: tuple) -> tuple:
+            self._caught.append(args[0])
+            return (args[0][..., :0, :], *args[1:])
+
+        self._caught, self._loss_of = [], loss_of
+        handle = self.layer.register_forward_pre_hook(before)
         try:
-            yield caught
+            yield self._caught
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
+            self._caught, self._loss_of = [], None
 
     def teach(self, inputs: Mapping[str, Any], device: torch.device) -> LinearTeacher:
         """What this frozen model has to say about the inputs, on ``device``."""

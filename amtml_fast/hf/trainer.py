@@ -73,6 +73,7 @@ class DistillationTrainer(Trainer):
         if weighting == "adaptive":
             adapter = TeacherAdapter(self.output_layer.layer.in_features, len(self.sources))
             model.teacher_adapter = adapter.to(self.output_layer.layer.weight.device)
+        self.output_layer.return_loss()
         self._sums: Tensor | None = None
         stores = [s for s in self.sources if isinstance(s, StoredTopK)]
         if stores and kwargs.get("train_dataset") is not None:

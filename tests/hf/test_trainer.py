@@ -223,34 +223,56 @@ def test_accumulated_batches_count_by_their_tokens(tmp_path):
 
 
 PROCESSES = """
-import sys, torch
+import sys
 sys.path[:0] = [{tests!r}, {here!r}]
 from test_trainer import *
-torch.manual_seed(0)
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+
 student = llama()
-made = trainer({folder!r}, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", optim="sgd", learning_rate=0.1,
-               per_device_train_batch_size=2, max_steps=2)
+made = two_processes_or_one({folder!r}, student, 2)
 assert made.accelerator.num_processes == 2
-made.train()
-if made.is_world_process_zero():
-    torch.save({{name: p.detach() for name, p in student.named_parameters()}}, {folder!r} + "/weights.pt")
+made.train()  # which wraps the student in DDP
+ends = {{name: p.detach() for name, p in student.named_parameters()}}
+
+student, mesh = llama(), init_device_mesh("cpu", (2,))
+made = two_processes_or_one({folder!r}, student, 2)
+fully_shard(student.model.layers[0], mesh=mesh)
+fully_shard(student, mesh=mesh)
+batch, rank = collate(examples(4)), dist.get_rank()
+for step in range(2):  # the second after the layers were gathered and given back once
+    student.zero_grad()
+    half = {{name: x[2 * rank : 2 * rank + 2] for name, x in batch.items()}}
+    made.compute_loss(student.train(), half, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum()).backward()
+grads = {{name: p.grad.full_tensor() for name, p in student.named_parameters()}}
+if rank == 0:
+    torch.save((ends, grads), {folder!r} + "/two.pt")
+dist.destroy_process_group()
 """
 
 
-def test_two_processes_are_one(tmp_path, request):
+def two_processes_or_one(folder, student, batch_size):
+    torch.manual_seed(7)  # the adapter's
+    options = dict(optim="sgd", learning_rate=0.1, per_device_train_batch_size=batch_size)
+    return trainer(folder, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", **options)
+
+
+def test_two_processes_are_one_in_ddp_and_fsdp2(tmp_path, request):
     tests = request.config.rootpath / "tests"
     script = tmp_path / "two.py"
     script.write_text(PROCESSES.format(tests=str(tests), here=str(tests / "hf"), folder=str(tmp_path)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]
+    ends, grads = torch.load(tmp_path / "two.pt")
     student = llama()
-    one = trainer(
-        tmp_path, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", optim="sgd", learning_rate=0.1,
-        per_device_train_batch_size=4, max_steps=2,
-    )  # fmt: skip
+    one = two_processes_or_one(tmp_path, student, 4)
     one.train()
-    assert_same(torch.load(tmp_path / "weights.pt"), {n: p.detach() for n, p in student.named_parameters()})
+    assert_same(ends, {name: p.detach() for name, p in student.named_parameters()})
+    student = llama()
+    _, want = one_step(two_processes_or_one(tmp_path, student, 4), student, collate(examples(4)))
+    assert_same(grads, want)
 
 
 def test_a_resumed_training_has_the_same_bits(tmp_path):
