@@ -34,9 +34,9 @@ SIZES = dict(vocab_size=C, intermediate_size=32, num_hidden_layers=1, num_attent
 TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
-def llama(hidden=16, seed=0, **options):
+def llama(hidden=16, seed=0, kind=LlamaForCausalLM, **options):
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
+    return kind(
         LlamaConfig(
             hidden_size=hidden, initializer_range=0.4, **{**SIZES, **TOKENS, "tie_word_embeddings": True, **options}
         )
@@ -193,9 +193,35 @@ def test_adaptive_weights_learn_from_labels_and_the_student_from_them(tmp_path):
     (rows[labels != -100].mean() + by_whole_logits(student, teachers, batch, weights.detach())).backward()
     right = grads_of(student)
     student.zero_grad()
-    _, grads = one_step(made, student, batch)
+    loss, grads = one_step(made, student, batch)
     assert "teacher_adapter.theta" in grads
     assert_same(grads, right)
+    torch.testing.assert_close(
+        loss, by_whole_logits(student, teachers, batch, weights).detach()
+    )  # without the adapter's
+
+
+def test_what_teachers_say_of_the_labels(tmp_path):
+    torch.manual_seed(1)
+    config = CohereConfig(hidden_size=16, logit_scale=0.25, initializer_range=0.5, **SIZES, **TOKENS)
+    student, teacher = CohereForCausalLM(config), CohereForCausalLM(config)
+    data = examples(1)
+    stored = store_topk(teacher, data, tmp_path / "top", k=4, data_collator=collate)
+    made = trainer(tmp_path, student, [teacher, stored], data, weighting="adaptive")
+    ids = data[0]["input_ids"][None]
+    p = teacher(input_ids=ids).logits[0].softmax(-1)
+    labels = torch.arange(S) % C
+    labels[0], labels[1] = -100, p[1].argmax()
+    want = p[torch.arange(S), labels.clamp(min=0)].log()
+    top = p.topk(4)
+    others = ((1 - top.values.sum(1)) / (C - 4)).log()
+    bucket = torch.where((top.indices == labels[:, None]).any(1), want, others)
+    with torch.inference_mode():
+        given = made.sources[0].teach(dict(input_ids=ids), torch.device("cpu"))
+    for source, right in ((given, want), (stored[0], bucket)):
+        torch.testing.assert_close(
+            made._log_probs_of_labels(source, labels), right.masked_fill(labels == -100, 0), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_routed_examples_learn_from_their_teacher(tmp_path):
@@ -208,15 +234,26 @@ def test_routed_examples_learn_from_their_teacher(tmp_path):
     torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
 
 
-def weights_after(tmp_path, **options):
-    student = llama()
-    made = trainer(tmp_path, student, [llama(24, 1)], **options)
+class Strict(LlamaForCausalLM):
+    """Takes no count of tokens."""
+
+    accepts_loss_kwargs = False
+
+    def forward(self, input_ids=None, attention_mask=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def weights_after(tmp_path, kind, **options):
+    student = llama(kind=kind)
+    torch.manual_seed(7)  # the adapter's
+    made = trainer(tmp_path, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", **options)
     made.train()
     return {name: p.detach().clone() for name, p in student.named_parameters()}
 
 
-def test_accumulated_batches_count_by_their_tokens(tmp_path):
-    sgd = dict(optim="sgd", learning_rate=0.1, max_steps=2)
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Strict])
+def test_accumulated_batches_count_by_their_tokens(tmp_path, kind):
+    sgd = dict(kind=kind, optim="sgd", learning_rate=0.1, max_steps=2)
     whole = weights_after(tmp_path, per_device_train_batch_size=4, **sgd)
     parts = weights_after(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, **sgd)
     assert_same(parts, whole)
@@ -300,6 +337,7 @@ def test_evaluation_is_plain_cross_entropy_and_what_is_logged(tmp_path):
     assert math.isclose(made.evaluate()["eval_loss"], plain.evaluate()["eval_loss"], rel_tol=1e-5)
     made.train()
     (logs,) = [logs for logs in made.state.log_history if "loss" in logs]
+    assert made._sums is None  # the next step that is logged begins anew
     for t in (0, 1):
         assert math.isclose(logs[f"teacher_{t}_weight"], 0.5) and logs[f"teacher_{t}_kl"] > 0
     assert math.isclose(logs["weight_entropy"], math.log(2), rel_tol=1e-6)
@@ -318,6 +356,9 @@ def test_stored_classes_teach_as_the_teacher_does(tmp_path, left):
     want = teacher(input_ids=data[3]["input_ids"][None]).logits[0].log_softmax(-1).topk(C)
     assert torch.equal(top.indices[:, :5].long(), want.indices[:, :5])
     torch.testing.assert_close(top.log_probs, want.values, rtol=2**-10, atol=1e-5)
+    hot = store_topk(teacher, data[:1], tmp_path / "hot", k=4, temperature=2.0, data_collator=collate)
+    right = (teacher(input_ids=data[0]["input_ids"][None]).logits[0] / 2).log_softmax(-1).topk(4)
+    torch.testing.assert_close(hot[0].log_probs, right.values, rtol=2**-10, atol=1e-5)
     ends = []
     for source in (teacher, stored):
         student = llama()
