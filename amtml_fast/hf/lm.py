@@ -82,11 +82,11 @@ def without_docstrings(text: str) -> tuple[str, str]:
     """The code, without comments too, and its docstrings."""
     tree, docstrings = ast.parse(text), []
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(
-            node
-        ):
-            docstrings.append(ast.get_docstring(node) or "")
-            node.body[0] = ast.Pass()
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            docstring = ast.get_docstring(node)
+            if docstring:
+                docstrings.append(docstring)
+                node.body = node.body[1:] or [ast.Pass()]
     return ast.unparse(tree), "\n\n".join(docstrings)
 
 
@@ -179,7 +179,7 @@ def picture(path: Path, mean: Tensor, pieces: list[bytes], weights: Tensor) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = torch.tensor([[0.35, 0.6, 1.0], [1.0, 0.65, 0.2], [0.4, 0.8, 0.4]])
+    colors = torch.tensor([[0.25, 0.55, 1.0], [1.0, 0.6, 0.1], [0.3, 0.85, 0.3]])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6), width_ratios=(1, 2.4), layout="constrained")
     left.imshow(mean, cmap="Greys", vmin=0, vmax=1)
     left.set_xticks(range(len(DOMAINS)), DOMAINS)
@@ -202,11 +202,8 @@ def picture(path: Path, mean: Tensor, pieces: list[bytes], weights: Tensor) -> N
             )
             x, y = (0, y + 1) if byte == 10 else (x + 1, y)
         x, y = 0, y + 2
-    right.set(
-        xlim=(0, width),
-        ylim=(y, 0),
-        title="held-out text: the color of a byte is that of the teachers who count for the next one",
-    )
+    right.set(xlim=(0, width), ylim=(y, 0))
+    right.set_title("held-out text, each byte in the color of the weights for the next one", loc="left")
     right.axis("off")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
