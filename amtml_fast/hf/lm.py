@@ -10,6 +10,7 @@ import itertools
 import json
 import platform
 import statistics
+import sys
 import sysconfig
 import tempfile
 import time
@@ -63,7 +64,8 @@ def library(root: Path) -> Iterator[tuple[str, str, bytes]]:
     """Python's standard library: (name of the file, domain, text)."""
     if not list(root.glob("test/test_*.py")):
         raise SystemExit(
-            f"lm: {root / 'test'} must have Python's own tests; Debian: apt-get install libpython3-testsuite"
+            f"lm: {root / 'test'} must have Python's own tests; Debian: apt-get install "
+            f"libpython{sys.version_info.major}.{sys.version_info.minor}-testsuite"
         )
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
@@ -181,7 +183,7 @@ def picture(path: Path, mean: Tensor, pieces: list[bytes], weights: Tensor) -> N
 
     colors = torch.tensor([[0.25, 0.55, 1.0], [1.0, 0.6, 0.1], [0.3, 0.85, 0.3]])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6), width_ratios=(1, 2.4), layout="constrained")
-    left.imshow(mean, cmap="Greys", vmin=0, vmax=1)
+    left.imshow(mean.numpy(), cmap="Greys", vmin=0, vmax=1)
     left.set_xticks(range(len(DOMAINS)), DOMAINS)
     left.set_yticks(range(len(DOMAINS)), DOMAINS)
     left.set_xlabel("teacher of")
@@ -248,7 +250,7 @@ def run(settings: Settings, folder: Path, split: str = "test", root: Path | None
             teaching: dict[str, Any] = {}
             if method != "alone":
                 loss = FusedLinearKDLoss(temperature=1.0, alpha=s.alpha)
-                teaching = dict(teachers=stores, weighting=method, loss=loss)
+                teaching = dict(teachers=stores, weighting=method, loss=loss, adapter_learning_rate=s.student_rate)
             data = lessons if method == "routed" else unrouted
             train(student, data, s.student_steps, s.student_rate, s.batch, seed, **teaching)
             show(f"student, {method}", student)

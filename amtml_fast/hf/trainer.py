@@ -32,10 +32,11 @@ class DistillationTrainer(Trainer):
             - ``"uniform"``: 1 / T.
             - ``"adaptive"``: what a ``HiddenAdapter`` makes of the student's last hidden state h,
               ``w = softmax_t v . (theta_t * silu(project(layer_norm(h))))``. Labels train it: its loss is
-              ``-log sum_t w_t p_t(label)``, the mean of tokens; the distillation takes its weights as they are. It learns at the
-              student's learning rate: the default of ``TrainingArguments``, 5e-5, hardly moves it in some hundred steps.
+              ``-log sum_t w_t p_t(label)``, the mean of tokens; the distillation takes its weights as they are.
             - ``"routed"``: the batch says by ``teacher_index``, one number a row of the batch or a token, which teacher alone
               counts. Of a teacher only its own tokens' products are made.
+        adapter_learning_rate: that of the adapter, which starts from nothing, with the student's schedule and no weight decay. At the
+            rates at which language models are tuned, 5e-5 and less, its weights would stay uniform.
         teacher_tokenizers: one for each teacher, or None. They are compared with ``processing_class``: all have to be one.
         kwargs: those of ``Trainer``.
 
@@ -58,11 +59,14 @@ class DistillationTrainer(Trainer):
         teachers: Sequence[PreTrainedModel | StoredTopK],
         loss: FusedLinearKDLoss | None = None,
         weighting: str = "uniform",
+        adapter_learning_rate: float = 1e-3,
         teacher_tokenizers: Sequence[Any] | None = None,
         **kwargs: Any,
     ):
         loss = FusedLinearKDLoss(temperature=1.0, alpha=0.5) if loss is None else loss
         _check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
+        if not adapter_learning_rate > 0:
+            raise ValueError(f"{_NAME}: adapter_learning_rate must be > 0, got {adapter_learning_rate}")
         self.output_layer = OutputLayer(model, "model")
         self.sources = [
             t if isinstance(t, StoredTopK) else OutputLayer(t, f"teachers[{i}]") for i, t in enumerate(teachers)
@@ -71,7 +75,7 @@ class DistillationTrainer(Trainer):
         self.loss = FusedLinearKDLoss(
             **{**loss.options, "logit_scale": self.output_layer.logit_scale, "softcap": self.output_layer.softcap}
         )
-        self.weighting = weighting
+        self.weighting, self.adapter_learning_rate = weighting, adapter_learning_rate
         if weighting == "adaptive":
             adapter = HiddenAdapter(self.output_layer.layer.in_features, len(self.sources))
             model.teacher_adapter = adapter.to(self.output_layer.layer.weight.device)
@@ -99,6 +103,17 @@ class DistillationTrainer(Trainer):
                 self.accelerator.prepare_model(teacher, evaluation_mode=True)
             else:
                 teacher.to(self.args.device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.weighting != "adaptive" or self.optimizer is not None:  # one that was given has its own rates
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        owner: Any = self.model if model is None else model
+        own = [p for name, p in owner.named_parameters() if "teacher_adapter." in name]
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if not any(p is q for q in own)]
+        optimizer.add_param_group({"params": own, "lr": self.adapter_learning_rate, "weight_decay": 0.0})
+        return optimizer
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
