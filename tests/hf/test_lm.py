@@ -1,15 +1,20 @@
 """The example of language models: its text, and all of it with a few steps."""
 
 import json
+import re
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from transformers import TrainingArguments, default_data_collator
+
+import amtml_fast
 from amtml_fast.hf import lm
 
 FEW = lm.Settings(
@@ -71,6 +76,29 @@ def test_the_whole_example(root, tmp_path, capsys):
     assert all(5 < b < 9 for seeds in bits.values() for of_seed in seeds for b in of_seed)  # 8 knows nothing
     assert all(sum(row) == pytest.approx(1) for row in metrics["mean_weights"])
     assert (tmp_path / "weights.png").stat().st_size > 10_000
+
+
+def test_the_page_runs_as_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    student, *teachers = (lm.llama((32, 1), 16, seed) for seed in range(3))
+    torch.manual_seed(0)
+    ids = torch.randint(0, 256, (6, 16))
+    logits, teacher_logits, labels = torch.randn(6, 256), torch.randn(6, 256), ids[:, 0]
+    log_probs, indices = teacher_logits.log_softmax(-1).topk(4)
+    names = dict(
+        vars(amtml_fast), student=student, teachers=teachers, teacher=teachers[0], other_teacher=teachers[1],
+        dataset=lm.examples(bytes(ids.flatten().tolist()), 16), collator=default_data_collator,
+        args=TrainingArguments("runs", max_steps=1, report_to="none"), ids=ids, next_tokens=ids.roll(-1, 1),
+        weights=torch.full((6, 16, 2), 0.5), h=torch.randn(6, 8), w=torch.randn(256, 8), teacher_h=torch.randn(6, 4),
+        teacher_w=torch.randn(256, 4), labels=labels, logits=logits, student_logits=logits, teacher_logits=teacher_logits,
+        indices=indices, log_probs=log_probs,
+    )  # fmt: skip
+    page = Path(__file__).parents[2] / "docs" / "language_models.md"
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    assert len(blocks) == 8
+    for block in blocks:
+        exec(block.replace("max_steps=1000", "max_steps=2"), names)
+        assert not torch.is_tensor(names.get("loss")) or names["loss"].isfinite()
 
 
 def test_without_pythons_tests_it_says_so(tmp_path):
