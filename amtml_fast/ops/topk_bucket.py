@@ -89,7 +89,7 @@ def bucket_loss(
         others = outside
         if len(sizes) > 1:
             others = torch.cat([outside, x.masked_fill(~named.heads | named.named[t], _EMPTY)], 1)
-        none = (others == _EMPTY).all(1, keepdim=True)
+        none = (others == _EMPTY).all(1, keepdim=True) & (log_sum != _EMPTY)
         log_rest = (others.masked_fill(none, 0).logsumexp(1, keepdim=True) - log_sum).masked_fill(none, _EMPTY)
         own = torch.cat([log_q[:, start : start + k], log_rest], 1)
         p = torch.cat([named.p[:, start : start + k], rest[:, t : t + 1]], 1)
@@ -329,7 +329,8 @@ def _stats(
     first = first.masked_fill(first >= classes, classes)
     values = torch.cat([target.masked_fill(~named.heads, -1), outside.masked_fill(first == classes, -1)], 1)
     places = torch.cat([named.classes, first], 1)
-    largest = places.masked_fill(values < values.amax(1, keepdim=True), classes).amin(1)
+    is_largest = (values == values.amax(1, keepdim=True)) | values.isnan()
+    largest = places.masked_fill(~is_largest, classes).amin(1)
     total = w.sum(1)
     stats = KDStats(
         -kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)) - of_others,

@@ -3,7 +3,8 @@
 //
 // Forward: which classes are named stands in shared memory, a bit each, so that one sweep leaves them out of the
 // online maximum and sums; the statistics need another one. Backward: a sweep as if nobody named a class, then those
-// that are named, behind a barrier.
+// that are named, behind a barrier. One kernel each for all dtypes, of which a branch unpacks 16 bytes: the sweeps are
+// few instructions a class, and twelve kernels would take 0.4 MB.
 //
 // Traffic: a row in, once each way, one out in backward, 16 bytes an entry.
 #include "../arithmetic.h"
@@ -21,66 +22,125 @@ constexpr int kFound = 7;  // numbers a row; amtml_fast/ops/topk_bucket.py has t
 struct Problem : KDProblem {
   const int64_t* indices;  // [N, entries]
   int64_t entries;
+  int bytes;   // of a logit
+  bool packs;  // whether rows can be read 16 bytes at a time
   bool second, total, statistics;
 
   __device__ int64_t index(int64_t i, int64_t j) const { return indices[i * entries + j]; }
   __device__ bool known(int64_t c) const { return c >= 0 && c < classes; }
+  __device__ int per_pack() const { return 16 / bytes; }
+  __device__ float logit(int64_t i, int64_t c) const {
+    float x[1];
+    load_row<1, AnyType>(student, i, c, x);
+    return x[0];
+  }
 };
 
 struct Scratch {
-  Online part[kMaxThreads / kWarp];
   double sums[kWarp];
-  float max;
-  double log_sum;
+  float part[kMaxThreads / kWarp];
   uint32_t bits[1];  // [words], to the end
 };
 
-template <class S, class Packs>
-__device__ __forceinline__ const Packs* row_of(const Problem& pr, int64_t i) {
-  return reinterpret_cast<const Packs*>(static_cast<const S*>(pr.student.data) + i * pr.student.stride);
+using Words = Packed<float>;  // 16 bytes of any dtype
+
+// Those of row i from class c on; past the end of the row -inf.
+template <bool kLast>
+__device__ __forceinline__ Words read_words(const Problem& pr, int64_t i, int64_t c) {
+  const char* const from = static_cast<const char*>(pr.student.data) + (i * pr.student.stride + c) * pr.bytes;
+  if (pr.packs) return read<kLast>(reinterpret_cast<const Words*>(from));
+  uint64_t low = 0, high = 0;
+  const int bits = 8 * pr.bytes;
+#pragma unroll 1
+  for (int k = pr.per_pack() - 1; k >= 0; --k) {
+    uint64_t x = pr.bytes == 4 ? 0xff800000u : pr.student.dtype == ScalarType::Half ? 0xfc00u : 0xff80u;
+    if (c + k < pr.classes) {
+      x = pr.bytes == 4 ? reinterpret_cast<const uint32_t*>(from)[k] : reinterpret_cast<const uint16_t*>(from)[k];
+    }
+    high = high << bits | low >> (64 - bits);
+    low = low << bits | x;
+  }
+  return {static_cast<uint32_t>(low), static_cast<uint32_t>(low >> 32), static_cast<uint32_t>(high),
+          static_cast<uint32_t>(high >> 32)};
 }
 
-// Calls use(x, bits) for the packs of row i: their logits as they are, and a bit for each that is named.
-template <class S, class Packs, class Use>
+// Calls use(x) for the four numbers that they are, or for twice four.
+template <class Use>
+__device__ __forceinline__ void unpack(const Problem& pr, Words words, const Use& use) {
+#pragma unroll 1
+  for (int left = pr.per_pack(); left > 0; left -= 4) {
+    float x[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t word = words.words[k / 2];
+      const uint16_t narrow = static_cast<uint16_t>(k % 2 ? word >> 16 : word);
+      if (pr.bytes == 4) {
+        x[k] = words.at(k);
+      } else if (pr.student.dtype == ScalarType::Half) {
+        Half half;
+        std::memcpy(&half, &narrow, 2);
+        x[k] = static_cast<float>(half);
+      } else {
+        const uint32_t bits = static_cast<uint32_t>(narrow) << 16;
+        std::memcpy(&x[k], &bits, 4);
+      }
+    }
+    words.words[0] = words.words[2], words.words[1] = words.words[3];
+    use(x);
+  }
+}
+
+// Calls use(x, bits, there) for four logits at a time of row i, as they are, a bit for each that is named, and how many
+// there are.
+template <class Use>
 __device__ __forceinline__ void sweep(const Problem& pr, int64_t i, Scratch& s, const Use& use) {
-  constexpr int64_t kCount = Packs::kCount;
+  constexpr int kLoads = 2;  // under way at a time; what follows stands in the kernel once
+  const int64_t step = blockDim.x * pr.per_pack();
   for (int64_t start = 0; start < pr.classes; start += kSpan) {
     const int64_t count = least(kSpan, pr.classes - start);
     __syncthreads();
+#pragma unroll 1
     for (int64_t m = threadIdx.x; m < (count + 31) / 32; m += blockDim.x) s.bits[m] = 0;
     __syncthreads();
+#pragma unroll 1
     for (int64_t j = threadIdx.x; j < pr.entries; j += blockDim.x) {
       const int64_t c = pr.index(i, j) - start;
       if (c >= 0 && c < count) atomicOr(&s.bits[c / 32], 1u << (c % 32));
     }
     __syncthreads();
-    each_pack<false, 4>(row_of<S, Packs>(pr, i) + start / kCount, count / kCount, [&](const Packs& pack, int64_t at) {
-      const int64_t c = at * kCount;
-      const uint32_t bits = s.bits[c / 32] >> (c % 32);
-      float x[kCount];
+    for (int64_t first = threadIdx.x * pr.per_pack(); first < count; first += kLoads * step) {
+      Words words[kLoads];
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) x[k] = pack.at(k);
-      use(x, bits);
-    });
+      for (int u = 0; u < kLoads; ++u) {
+        const int64_t c = first + u * step;
+        words[u] = read_words<false>(pr, i, start + (c < count ? c : first));
+      }
+#pragma unroll 1
+      for (int64_t c = first; c < least(first + kLoads * step, count); c += step) {
+        uint32_t bits = s.bits[c / 32] >> (c % 32);
+        int there = static_cast<int>(least(count - c, pr.per_pack()));
+        unpack(pr, words[0], [&](float (&x)[4]) {
+          use(x, bits, there);
+          bits >>= 4, there -= 4;
+        });
+        words[0] = words[1];
+      }
+    }
   }
 }
 
-template <class S, class Packs>
 __global__ void __launch_bounds__(kMaxThreads)
     forward_kernel(const __grid_constant__ Problem pr, double* all_found, double* all_named) {
-  constexpr int kCount = Packs::kCount;
   Scratch& s = shared<Scratch>();
   const int64_t i = blockIdx.x;
   double* const found = all_found + i * kFound;
   double* const named = all_named + i * pr.entries;
   const bool ignored = pr.ignored(i);
+#pragma unroll 1
   for (int64_t j = threadIdx.x; j < pr.entries; j += blockDim.x) {
     const int64_t c = ignored ? kNobody : pr.index(i, j);
     AMTML_DEVICE_CHECK(c == kNobody || pr.known(c), "topk_kd_loss: teacher_indices must be in [0, C)");
-    named[j] = ignored        ? 0.0
-               : c == kNobody ? -INFINITY
-               : pr.known(c)  ? static_cast<double>(row_of<S, S>(pr, i)[c])
-                              : NAN;
+    named[j] = ignored ? 0.0f : c == kNobody ? -INFINITY : pr.known(c) ? pr.logit(i, c) : NAN;
   }
   if (ignored) {
     if (threadIdx.x < kFound) found[threadIdx.x] = 0;
@@ -89,40 +149,42 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   Online o{-INFINITY, 0, 0};
   double total = 0;
-  sweep<S, Packs>(pr, i, s, [&](float (&x)[kCount], uint32_t bits) {
-    if (pr.total) {
+  sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) total += x[k];
-    }
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
+    for (int k = 0; k < 4; ++k) {
+      if (pr.total && k < there) total += x[k];
       if (bits >> k & 1) x[k] = -INFINITY;
     }
     pr.second ? take<true>(o, x, pr.unit) : take<false>(o, x, pr.unit);
   });
-  total = block_sum(total, s.sums);
-  o = warp_combined(o, pr.unit);
-  if (threadIdx.x % kWarp == 0) s.part[threadIdx.x / kWarp] = o;
+  const float mine = warp_max(o.max);
+  if (threadIdx.x % kWarp == 0) s.part[threadIdx.x / kWarp] = mine;
   __syncthreads();
+  float max = -INFINITY;
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) max = fmaxf(max, s.part[w]);
+  const double sum = block_sum(static_cast<double>(rescaled(o.sum, o.max, max, pr.unit)), s.sums);
+  __syncthreads();
+  const double sum1 = block_sum(static_cast<double>(rescaled(o.sum1, o.max, max, kLog2e)), s.sums);
+  __syncthreads();
+  total = block_sum(total, s.sums);
+  if (max == -INFINITY) max = 0;
   if (threadIdx.x == 0) {
-    for (unsigned w = 1; w < blockDim.x / kWarp; ++w) o = combined(o, s.part[w], pr.unit);
     AMTML_DEVICE_CHECK(!pr.labels || pr.has_label(i), "topk_kd_loss: labels must be in [0, C) or ignore_index");
-    s.max = found[0] = o.max == -INFINITY ? 0.0f : o.max;
-    s.log_sum = found[1] = log(static_cast<double>(o.sum));
-    found[2] = pr.second ? log(static_cast<double>(o.sum1)) : 0;
-    found[3] = !pr.labels ? 0 : pr.has_label(i) ? static_cast<double>(row_of<S, S>(pr, i)[pr.labels[i]]) : NAN;
+    found[0] = max;
+    found[1] = log(sum);
+    found[2] = pr.second ? log(sum1) : 0;
+    found[3] = !pr.labels ? 0.0f : pr.has_label(i) ? pr.logit(i, pr.labels[i]) : NAN;
     found[4] = pr.total ? total : 0;
     found[5] = found[6] = 0;
   }
   if (!pr.statistics) return;
-  __syncthreads();
-  const float max = s.max, log_sum = static_cast<float>(s.log_sum), per_tau = 1 / pr.temperature;
+  const float log_sum = static_cast<float>(log(sum)), per_tau = 1 / pr.temperature;
   double entropy = 0, below = 0;
-  sweep<S, Packs>(pr, i, s, [&](float (&x)[kCount], uint32_t bits) {
+  sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there) {
     float terms = 0;
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      if (bits >> k & 1) continue;
+    for (int k = 0; k < 4; ++k) {
+      if (k >= there || bits >> k & 1) continue;
       below += x[k];
       const float log_r = (x[k] - max) * per_tau - log_sum;
       terms += x[k] == -INFINITY ? 0.0f : expf(log_r) * log_r;
@@ -135,82 +197,138 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (threadIdx.x == 0) found[5] = entropy, found[6] = below;
 }
 
+// A gradient where nobody names the class: of one row, in every thread.
+struct Outside {
+  float max, a, b, d, unit;
+  bool second;
+
+  __device__ __forceinline__ float operator()(float z) const {
+    float g = fmaf(a, exp2f((z - max) * unit), d);
+    if (second) g = fmaf(b, exp2f((z - max) * kLog2e), g);
+    return z == -INFINITY ? 0.0f : g;
+  }
+};
+
+__device__ __forceinline__ void write_number(const Problem& pr, void* grads, int64_t at, float g) {
+  if (pr.bytes == 4) {
+    static_cast<float*>(grads)[at] = g;
+  } else if (pr.student.dtype == ScalarType::Half) {
+    static_cast<Half*>(grads)[at] = static_cast<Half>(g);
+  } else {
+    static_cast<BFloat16*>(grads)[at] = static_cast<BFloat16>(g);
+  }
+}
+
+// Two 16-bit numbers.
+__device__ __forceinline__ uint32_t both(const Problem& pr, float x, float y) {
+  uint16_t bits[2];
+  if (pr.student.dtype == ScalarType::Half) {
+    const Half narrow[2] = {static_cast<Half>(x), static_cast<Half>(y)};
+    std::memcpy(bits, narrow, 4);
+  } else {
+    const BFloat16 narrow[2] = {static_cast<BFloat16>(x), static_cast<BFloat16>(y)};
+    std::memcpy(bits, narrow, 4);
+  }
+  return bits[0] | static_cast<uint32_t>(bits[1]) << 16;
+}
+
 // of_sums [N, 4]: what comes back to the log-sums at tau and at 1, the label's logit and the mean; of_named: to the
 // logits.
-template <class S, class Packs>
 __global__ void __launch_bounds__(kMaxThreads)
     backward_kernel(const __grid_constant__ Problem pr, const double* of_sums, const double* of_named,
-                    const double* found, S* grads) {
-  const int64_t i = blockIdx.x;
-  S* const grad = grads + i * pr.classes;
-  if (pr.ignored(i)) {
-    for (int64_t c = threadIdx.x; c < pr.classes; c += blockDim.x) grad[c] = S(0.0f);
-    return;
-  }
+                    const double* found, void* grads) {
+  const int64_t i = blockIdx.x, row = i * pr.classes;
+  const bool ignored = pr.ignored(i);
   of_sums += i * 4, found += i * kFound, of_named += i * pr.entries;
-  // Without a class there is nothing to multiply, whatever comes back.
-  auto factor = [](double g, double log_sum) {
-    return g == 0 || log_sum == -INFINITY ? 0.0f : static_cast<float>(g * exp(-log_sum));
-  };
-  const float m = static_cast<float>(found[0]), d = static_cast<float>(of_sums[3] / static_cast<double>(pr.classes));
-  const float a = factor(of_sums[0] / pr.temperature, found[1]), b = pr.second ? factor(of_sums[1], found[2]) : 0.0f;
-  auto at = [&](float z, auto second) {
-    float g = fmaf(a, exp2f((z - m) * pr.unit), d);
-    if (decltype(second)::value) g = fmaf(b, exp2f((z - m) * kLog2e), g);
-    return z == -INFINITY ? 0.0f : g;
-  };
-  auto fill = [&](auto second) {
-    Packs* const out = reinterpret_cast<Packs*>(grad);
-    each_pack<true, 2>(row_of<S, Packs>(pr, i), pr.classes / Packs::kCount, [&](const Packs& pack, int64_t place) {
-      Packs made;
+  Outside outside{0, 0, 0, 0, pr.unit, !ignored && pr.second};
+  if (!ignored) {
+    outside.max = static_cast<float>(found[0]);
+    outside.d = static_cast<float>(of_sums[3] / static_cast<double>(pr.classes));
+#pragma unroll 1
+    for (int k = 0; k < 1 + pr.second; ++k) {  // without a class there is nothing to multiply, whatever comes back
+      const double g = k == 0 ? of_sums[0] / pr.temperature : of_sums[1], log_sum = found[1 + k];
+      const float by = g == 0 || log_sum == -INFINITY ? 0.0f : static_cast<float>(g * exp(-log_sum));
+      (k == 0 ? outside.a : outside.b) = by;
+    }
+  }
+  const int per = pr.per_pack();
+  for (int64_t c = threadIdx.x * per; c < pr.classes; c += blockDim.x * per) {
+    Words made;
+    int64_t at = c;
+    unpack(pr, ignored ? Words{} : read_words<true>(pr, i, c), [&](float (&x)[4]) {
 #pragma unroll
-      for (int k = 0; k < Packs::kCount; ++k) made.set(k, at(pack.at(k), second));
-      write_through(out + place, made);
+      for (int k = 0; k < 4; ++k) x[k] = ignored ? 0.0f : outside(x[k]);
+      if (!pr.packs) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k, ++at) {
+          if (at < pr.classes) write_number(pr, grads, row + at, x[k]);
+        }
+      } else if (pr.bytes == 4) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) made.set(k, x[k]);
+      } else {
+        made.words[0] = made.words[2], made.words[1] = made.words[3];
+#pragma unroll
+        for (int k = 0; k < 2; ++k) made.words[2 + k] = both(pr, x[2 * k], x[2 * k + 1]);
+      }
     });
-  };
-  pr.second ? fill(std::true_type{}) : fill(std::false_type{});
+    if (pr.packs) {
+      write_through(reinterpret_cast<Words*>(static_cast<char*>(grads) + (row + c) * pr.bytes), made);
+    }
+  }
+  if (ignored) return;
   __syncthreads();
-  const S* const row = row_of<S, S>(pr, i);
   const int64_t label = pr.has_label(i) ? pr.labels[i] : -1;
   const double at_label = pr.labels ? of_sums[2] : 0;
   if (threadIdx.x == 0 && label >= 0 && at_label != 0) {
-    const float z = static_cast<float>(row[label]);
-    const float g = static_cast<float>(at_label) + (pr.second ? at(z, std::true_type{}) : at(z, std::false_type{}));
-    grad[label] = static_cast<S>(z == -INFINITY ? 0.0f : g);
+    const float z = pr.logit(i, label);
+    write_number(pr, grads, row + label, z == -INFINITY ? 0.0f : outside(z) + static_cast<float>(at_label));
   }
   __syncthreads();
+#pragma unroll 1
   for (int64_t j = threadIdx.x; j < pr.entries; j += blockDim.x) {
     const int64_t c = pr.index(i, j);
     if (!pr.known(c)) continue;
-    const float g = static_cast<float>(of_named[j] + (c == label ? at_label : 0)) + d;
-    grad[c] = static_cast<S>(static_cast<float>(row[c]) == -INFINITY ? 0.0f : g);
+    const float g = static_cast<float>(of_named[j] + (c == label ? at_label : 0)) + outside.d;
+    write_number(pr, grads, row + c, pr.logit(i, c) == -INFINITY ? 0.0f : g);
   }
 }
 
 // Of row blockIdx.x and bound blockIdx.y the last of the first `equal` classes that have it: every thread counts in a
 // part of the row of its own.
-template <class S>
-__global__ void last_kernel(Rows student, int64_t classes, const S* bounds, const int64_t* equal, int64_t* last) {
-  int64_t* const counts = &shared<int64_t>();
-  const S* const row = static_cast<const S*>(student.data) + blockIdx.x * student.stride;
+__global__ void __launch_bounds__(kMaxThreads)
+    last_kernel(Rows student, int64_t classes, Values bounds, const int64_t* equal, int64_t* last) {
+  int* const counts = &shared<int>();
   const int64_t place = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y, wanted = equal[place];
-  const float bound = static_cast<float>(bounds[place]);
+  const float bound = bounds[place];
   const int64_t size = (classes + blockDim.x - 1) / blockDim.x, begin = least(threadIdx.x * size, classes);
   const int64_t end = least(begin + size, classes);
-  int64_t mine = 0;
-  for (int64_t c = begin; c < end; ++c) mine += static_cast<float>(row[c]) == bound;
-  counts[threadIdx.x] = mine;
-  __syncthreads();
-  int64_t before = 0, all = 0;
-  for (unsigned k = 0; k < blockDim.x; ++k) {
-    if (k < threadIdx.x) before += counts[k];
-    all += counts[k];
+  int64_t before = 0, first = begin;
+#pragma unroll 1
+  for (int pass = 0; pass < 2; ++pass) {  // in the first all are counted, in the second up to the one that is wanted
+    int mine = 0;
+#pragma unroll 1
+    for (; first < end && (pass == 0 || before + mine < wanted); ++first) {
+      float x[1];
+      load_row<1, AnyType>(student, blockIdx.x, first, x);
+      mine += x[0] == bound;
+    }
+    if (pass == 1) {
+      last[place] = first - 1;
+      return;
+    }
+    counts[threadIdx.x] = mine;
+    __syncthreads();
+    int64_t all = 0;
+#pragma unroll 1
+    for (unsigned k = 0; k < blockDim.x; ++k) {
+      if (k == threadIdx.x) before = all;
+      all += counts[k];
+    }
+    if (threadIdx.x == 0 && all < wanted) last[place] = classes - 1;
+    if (before >= wanted || before + mine < wanted) return;
+    first = begin;
   }
-  if (threadIdx.x == 0 && all < wanted) last[place] = classes - 1;
-  if (before >= wanted || before + mine < wanted) return;
-  int64_t c = begin;
-  for (; before < wanted; ++c) before += static_cast<float>(row[c]) == bound;
-  last[place] = c - 1;
 }
 
 // --- the host's side
@@ -219,7 +337,6 @@ struct Inputs {
   Tensor student, indices;
   KDTensors own;
   Problem pr{};
-  bool packs;
   unsigned threads = kWarp;
 
   Inputs(const Tensor& student_, const Tensor& indices_, const std::optional<Tensor>& labels, double temperature,
@@ -231,9 +348,10 @@ struct Inputs {
     pr.indices = static_cast<const int64_t*>(indices.const_data_ptr());
     pr.entries = indices.size(1);
     pr.second = second, pr.total = total, pr.statistics = statistics;
-    const int wide = static_cast<int>(16 / student.element_size());
-    packs = fits_packs(student, wide);
-    while (threads * (packs ? wide : 1) < pr.classes && threads < kMaxThreads) threads *= 2;
+    dispatch_gpu(student.scalar_type(), kOp, [](auto) {});  // takes no others
+    pr.bytes = static_cast<int>(student.element_size());
+    pr.packs = fits_packs(student, 16 / pr.bytes);
+    while (threads * (16 / pr.bytes) < pr.classes && threads < kMaxThreads) threads *= 2;
   }
 };
 
@@ -247,12 +365,9 @@ std::tuple<Tensor, Tensor> topk_bucket_fwd(const Tensor& student, const Tensor& 
   const Problem& pr = in.pr;
   const Tensor found = empty(student, {pr.rows, kFound}, ScalarType::Double);
   const Tensor named = empty(student, {pr.rows, pr.entries}, ScalarType::Double);
-  const size_t bytes = sizeof(Scratch) + (least(kSpan, pr.classes) + 31) / 32 * sizeof(uint32_t);
-  dispatch_gpu(in.student.scalar_type(), kOp, [&](auto element) {
-    using S = decltype(element);
-    launch(in.packs ? forward_kernel<S, Packed<S>> : forward_kernel<S, Single<S>>,
-           {static_cast<unsigned>(pr.rows), in.threads, 1, bytes}, on, pr, doubles(found), doubles(named));
-  });
+  const size_t bytes = sizeof(Scratch) + (std::min(kSpan, pr.classes) + 31) / 32 * sizeof(uint32_t);
+  launch(forward_kernel, {static_cast<unsigned>(pr.rows), in.threads, 1, bytes}, on, pr, doubles(found),
+         doubles(named));
   return {found, named};
 }
 
@@ -267,12 +382,8 @@ Tensor topk_bucket_bwd(const Tensor& grad_sums, const Tensor& grad_z, const Tens
   check_shape(kOp, "found", found, {pr.rows, kFound});
   const Tensor sums = dense(grad_sums, ScalarType::Double), named = dense(grad_z, ScalarType::Double);
   const Tensor made = dense(found), grad = empty(student, {pr.rows, pr.classes}, student.scalar_type());
-  dispatch_gpu(in.student.scalar_type(), kOp, [&](auto element) {
-    using S = decltype(element);
-    launch(in.packs ? backward_kernel<S, Packed<S>> : backward_kernel<S, Single<S>>,
-           {static_cast<unsigned>(pr.rows), in.threads}, on, pr, doubles(sums), doubles(named), doubles(made),
-           static_cast<S*>(grad.mutable_data_ptr()));
-  });
+  launch(backward_kernel, {static_cast<unsigned>(pr.rows), in.threads}, on, pr, doubles(sums), doubles(named),
+         doubles(made), grad.mutable_data_ptr());
   return grad;
 }
 
@@ -283,14 +394,10 @@ Tensor topk_bucket_last(const Tensor& student_, const Tensor& bounds, const Tens
   check_shape(kOp, "bounds", bounds, {n, teachers});
   check_shape(kOp, "equal", equal, {n, teachers});
   const Tensor last = empty(student, {n, teachers}, ScalarType::Long);
-  dispatch_gpu(student.scalar_type(), kOp, [&](auto element) {
-    using S = decltype(element);
-    launch(last_kernel<S>,
-           {dim3(static_cast<unsigned>(n), static_cast<unsigned>(teachers)), kMaxThreads, 1,
-            kMaxThreads * sizeof(int64_t)},
-           on, Rows(student), student.size(1), static_cast<const S*>(of_bounds.const_data_ptr()),
-           static_cast<const int64_t*>(counts.const_data_ptr()), static_cast<int64_t*>(last.mutable_data_ptr()));
-  });
+  launch(last_kernel,
+         {dim3(static_cast<unsigned>(n), static_cast<unsigned>(teachers)), kMaxThreads, 1, kMaxThreads * sizeof(int)},
+         on, Rows(student), student.size(1), Values(of_bounds), static_cast<const int64_t*>(counts.const_data_ptr()),
+         static_cast<int64_t*>(last.mutable_data_ptr()));
   return last;
 }
 
