@@ -276,13 +276,13 @@ def of_counted_rows(stats: KDStats, valid: Tensor) -> KDStats:
 
 
 def divergence_rows(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    """D(p, q) of each row. A class without probability counts 0."""
+    """D(p, q) of each row, [..., C]. A class without probability counts 0."""
     name, beta = divergence.name, divergence.beta
     if name == "forward_kl":
         return kl_rows(p, log_p, log_q)
     if name == "reverse_kl":
         lost = (log_p == -torch.inf) & (q != 0)
-        infinite = torch.zeros_like(q[:, 0]).masked_fill(lost.any(-1), torch.inf)
+        infinite = torch.zeros_like(q[..., 0]).masked_fill(lost.any(-1), torch.inf)
         return kl_rows(q.masked_fill(lost, 0), log_q, log_p) + infinite
     if name == "tvd":
         return (p - q).abs().sum(-1) / 2
@@ -504,6 +504,8 @@ def topk_bucket(
     outcomes, masses, lost = [], [], torch.zeros_like(z, dtype=torch.bool)
     for t, (index, log_p) in enumerate(zip(indices, log_probs)):
         index, log_p = index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0)
+        dead = (w[:, t] == 0) & ~(log_p.exp().sum(-1) < torch.inf)  # 0 * NaN is 0
+        log_p = log_p.masked_fill(dead.unsqueeze(1), -torch.inf)
         given = _dense_probs(index, log_p, z.shape[1], "ignore")
         named = torch.zeros_like(lost).scatter(1, index, True)
         if order is not None:

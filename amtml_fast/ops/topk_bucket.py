@@ -65,15 +65,15 @@ def bucket_loss(
     tau, classes, wide = options.temperature, student.shape[1], wide_dtype(student, log_probs, weights)
     valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     kept = _kept(chosen, student, indices, sizes) if support == "student" else None
-    named = _named(indices, kept, log_p.exp(), sizes, valid)
+    given = log_p.exp()
+    named = _named(indices, kept, given, sizes, valid)
     rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats)
     w = rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
 
-    # What is not given, without the digits that 1 - sum would lose, and what is given of other classes.
-    columns = log_p.split(sizes, 1)
-    rest = torch.stack([-torch.expm1(x.logsumexp(1)) for x in columns], 1).clamp(min=0)
+    # What is not given, and what is given of other classes. (In float64 1 - sum keeps the digits that float32 would lose.)
+    rest = (1 - _by_teacher(given, sizes)).clamp(min=0)
     if kept is not None:
-        rest = rest + _by_teacher(log_p.exp().masked_fill(kept, 0), sizes)
+        rest = rest + _by_teacher(given.masked_fill(kept, 0), sizes)
     rest = rest.masked_fill(_by_teacher(named.own, sizes) == classes, 0)
 
     x, outside = rows.z / tau, rows.sums[:, :1]
@@ -83,22 +83,19 @@ def bucket_loss(
         x = torch.where(lost, x.detach(), x)
         outside = torch.where(gone.any(1, keepdim=True), outside.detach(), outside)
     log_sum, log_q = _log_q(x, outside, named)
-    each, kls = [], []
-    start = 0
-    for t, k in enumerate(sizes):
+    log_rests = []
+    for names in named.named:
         others = outside
         if len(sizes) > 1:
-            others = torch.cat([outside, x.masked_fill(~named.heads | named.named[t], _EMPTY)], 1)
+            others = torch.cat([outside, x.masked_fill(~named.heads | names, _EMPTY)], 1)
         none = (others == _EMPTY).all(1, keepdim=True) & (log_sum != _EMPTY)
-        log_rest = (others.masked_fill(none, 0).logsumexp(1, keepdim=True) - log_sum).masked_fill(none, _EMPTY)
-        own = torch.cat([log_q[:, start : start + k], log_rest], 1)
-        p = torch.cat([named.p[:, start : start + k], rest[:, t : t + 1]], 1)
-        log = p.masked_fill(p == 0, 1).log().masked_fill(p == 0, _EMPTY)
-        each.append(weighted(w[:, t], reference.divergence_rows(divergence, p, log, own.exp(), own)))
-        if need_stats:
-            kls.append(kl_rows(p, log, own.detach()))
-        start += k
-    distance = torch.stack(each).sum(0)
+        log_rests.append((others.masked_fill(none, 0).logsumexp(1, keepdim=True) - log_sum).masked_fill(none, _EMPTY))
+    outcomes = torch.cat([named.p, rest], 1)
+    log_p = outcomes.masked_fill(outcomes == 0, 1).log().masked_fill(outcomes == 0, _EMPTY)
+    log_q = torch.cat([log_q, *log_rests], 1)
+    # Every outcome as a row of its own, then added up by teacher.
+    each = reference.divergence_rows(divergence, *(y.unsqueeze(2) for y in (outcomes, log_p, log_q.exp(), log_q)))
+    distance = weighted(w, _of_outcomes(each, sizes)).sum(1)
     if options.t2_scale:
         distance = distance * tau**2
     ce = _cross_entropy(rows, named, valid, options) if labels is not None else None
@@ -110,7 +107,8 @@ def bucket_loss(
         mixed_rest = weighted(rough, rest).sum(1, keepdim=True)
         entropy = _entropy(torch.cat([target.masked_fill(~named.heads, 0), mixed_rest], 1))
         stats = _stats(
-            student, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy, kls,
+            student, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy,
+            _of_outcomes(kl_rows(*(y.unsqueeze(2) for y in (outcomes, log_p, log_q))), sizes),
             _by_teacher(named.p, sizes), rough, valid, tau,
         )  # fmt: skip
     return loss, _typed(stats, wide)
@@ -160,7 +158,9 @@ def topk_stats(
     target = _at_heads(named, sizes, w, share)
     outside = weighted(w, share).sum(1, keepdim=True)
     entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
-    stats = _stats(student, rows, named, log_sum, log_q, target, outside, entropy, kls, mass, w, valid, tau)
+    stats = _stats(
+        student, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, w, valid, tau
+    )
     return _typed(stats, wide)
 
 
@@ -189,11 +189,9 @@ def _given(
     w = log_probs.new_full((1, teachers), 1 / teachers) if weights is None else weights.detach()
     w = w.double().expand(rows, -1).masked_fill(hide, 0)
     log_p = log_probs.detach().double().masked_fill(hide, 0)
-    parts = []
-    for t, part in enumerate(log_p.split(sizes, 1)):
-        dead = (w[:, t] == 0) & ~(part.exp().sum(1) < torch.inf)
-        parts.append(part.masked_fill(dead.unsqueeze(1), _EMPTY))
-    return valid, torch.cat(parts, 1), w
+    dead = (w == 0) & ~(_by_teacher(log_p.exp(), sizes) < torch.inf)
+    of_entries = torch.cat([x.expand(-1, k) for x, k in zip(dead.split(1, 1), sizes)], 1)
+    return valid, log_p.masked_fill(of_entries, _EMPTY), w
 
 
 def _kept(chosen: str, student: Tensor, indices: Tensor, sizes: list[int]) -> Tensor:
@@ -275,6 +273,12 @@ def _by_teacher(x: Tensor, sizes: list[int]) -> Tensor:
     return torch.stack([part.sum(1) for part in x.split(sizes, 1)], 1)
 
 
+def _of_outcomes(x: Tensor, sizes: list[int]) -> Tensor:
+    """The same of [N, K + T], of which the last T belong to the teachers' buckets."""
+    entries = sum(sizes)
+    return _by_teacher(x[:, :entries], sizes) + x[:, entries:]
+
+
 # --- the student
 
 
@@ -308,18 +312,18 @@ def _stats(
     rows: _Rows,
     named: _Named,
     log_sum: Tensor,  # [N, 1]
-    log_q: Tensor,  # [N, K]
+    log_q: Tensor,  # [N, K], or more
     target: Tensor,  # [N, K], at the heads
     outside: Tensor,  # [N, 1]: the target of a class that nobody names
     target_entropy: Tensor,
-    kls: list[Tensor],
+    kls: Tensor,  # [N, T]
     masses: Tensor,  # [N, T]
     w: Tensor,
     valid: Tensor,
     tau: float,
 ) -> KDStats:
-    classes, entries = student.shape[1], log_q.shape[1]
-    log_q = log_q.masked_fill(~named.heads, _EMPTY)
+    classes, entries = student.shape[1], named.heads.shape[1]
+    log_q = log_q[:, :entries].masked_fill(~named.heads, _EMPTY)
     log_others = rows.sums[:, 0] - log_sum.squeeze(1)  # q of all that nobody names
     of_others = (log_others.exp() * (log_others + rows.stats[:, 0])).masked_fill(log_others == _EMPTY, 0)
     # The largest of the target, of several the first class; of those that nobody names the first is the least that is missing.
@@ -335,7 +339,7 @@ def _stats(
     stats = KDStats(
         -kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)) - of_others,
         target_entropy,
-        torch.stack(kls, 1),
+        kls,
         weighted(w, masses).sum(1) / total.masked_fill(total == 0, 1),
         (student.detach().argmax(1) == largest).double(),
     )

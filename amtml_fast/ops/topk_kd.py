@@ -58,7 +58,8 @@ def topk_kd_loss(
         loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
         loss = temperature**2 * kl        # without labels: alpha plays no part
 
-    A row costs O(C + T k log(T k)), and no dense teacher is built. To make what a teacher stores from its logits [N, C]::
+    A row costs O(C + T k log(T k)), with ``tail="bucket"`` or ``return_stats`` O(C + T^2 k + T k log(T k)), and no dense teacher is
+    built. To make what a teacher stores from its logits [N, C]::
 
         top = (teacher_logits / temperature).log_softmax(-1).topk(k)
         log_probs, indices = top.values, top.indices
