@@ -188,7 +188,7 @@ def _given(
     hide = ~valid.unsqueeze(1)
     w = log_probs.new_full((1, teachers), 1 / teachers) if weights is None else weights.detach()
     w = w.double().expand(rows, -1).masked_fill(hide, 0)
-    log_p = log_probs.detach().double().masked_fill(hide, 0)
+    log_p = log_probs.detach().double()
     dead = (w == 0) & ~(_by_teacher(log_p.exp(), sizes) < torch.inf)
     of_entries = torch.cat([x.expand(-1, k) for x, k in zip(dead.split(1, 1), sizes)], 1)
     return valid, log_p.masked_fill(of_entries, _EMPTY), w

@@ -120,8 +120,8 @@ def test_a_row_that_is_ignored_may_hold_anything():
     want, _ = af.topk_kd_loss(student, indices, log_probs, weights, labels, **options)
     with torch.no_grad():
         student[1] = math.nan
-        for index, log_prob in zip(indices, log_probs):
-            index[1], log_prob[1] = 99, math.nan
+        for index, log_prob, bad in zip(indices, log_probs, (-5, 2**40)):
+            index[1], log_prob[1] = bad, math.nan
     got, stats = af.topk_kd_loss(student, indices, log_probs, weights, labels, **options)
     torch.testing.assert_close(got, want)
     assert torch.autograd.grad(got, student)[0].isfinite().all() and not any(x[1].any() for x in stats)
@@ -249,8 +249,9 @@ def test_a_teacher_without_weight_counts_nothing_and_nan_stays_in_its_row():
         torch.testing.assert_close((loss[others], grad[others]), (clean[others], clean_grad[others]))
 
 
+@pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
-def test_masked_classes_of_the_student(divergence):
+def test_masked_classes_of_the_student(divergence, support):
     """Named by one teacher, by nobody, all that nobody names, and all there are."""
     student, indices, log_probs, _, _, _ = _problem()
     z = student.detach().clone()
@@ -259,13 +260,44 @@ def test_masked_classes_of_the_student(divergence):
     z[1, [next(c for c in range(C) if c not in named[1])]] = -math.inf
     z[2, [c for c in range(C) if c not in named[2]]] = -math.inf
     z[3] = -math.inf
+    z[4] = -math.inf
+    indices[0][4], indices[1][4] = torch.arange(4) + 4, torch.arange(3) + 4  # none of the first that are as large
     args = z.requires_grad_(), indices, log_probs, None
-    options = dict(tail="bucket", divergence=divergence, reduction="none")
+    options = dict(tail="bucket", divergence=divergence, support=support, reduction="none")
     want, (want_grad,) = value_and_grads(af.reference.topk_kd_loss, convert(args, dtype=torch.float64), **options)
     loss, (grad,) = value_and_grads(af.topk_kd_loss, args, **options)
     torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(grad, want_grad.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
-    assert loss[3].isnan() and (divergence == "forward_kl") == bool(loss[0].isposinf())
+    assert loss[3:].isnan().all() and (divergence != "forward_kl" or support == "student" or loss[0].isposinf())
+
+
+def test_reverse_kl_of_classes_that_a_teacher_gives_nothing():
+    """By name or in its bucket, while another teacher gives them something: infinite, and no gradient goes through them."""
+    student, indices, log_probs, weights, _, _ = _problem()
+    log_probs[0][0, 1] = -math.inf
+    shared = [set(indices[0][i].tolist()) & set(indices[1][i].tolist()) for i in range(N)]
+    row = next(i for i in range(1, N) if shared[i])
+    log_probs[1][row, (indices[1][row] == min(shared[row])).nonzero()[0]] = -math.inf
+    log_probs[0][4] = torch.tensor([0.5, 0.25, 0.125, 0.25]).log()  # more than 1: nothing is left
+    args = student, indices, log_probs, weights
+    options = dict(tail="bucket", divergence="reverse_kl", reduction="none")
+    want, want_grads = value_and_grads(af.reference.topk_kd_loss, convert(args, dtype=torch.float64), **options)
+    loss, grads = value_and_grads(af.topk_kd_loss, args, **options)
+    assert torch.equal(loss.isinf(), want.isinf()) and loss.isinf().sum() >= 3
+    torch.testing.assert_close(grads[0], want_grads[0].float(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_of_equal_probabilities_the_first_class_is_the_largest(tail):
+    indices = [torch.tensor([[3, 1, 4], [0, 2, 1], [1, 0, 3], [1, 0, 2], [4, 3, 1]])]
+    p = torch.tensor([[0.3, 0.3, 0.2], [0.01, 0.02, 0.02], [0.3, 0.3, 0.2], [0.01, 0.02, 0.02], [0.3, 0.3, 0.2]])
+    for best in range(6):
+        student = torch.zeros(5, 6)
+        student[:, best] = 2
+        args = student, indices, [p.log()], None
+        _, stats = af.topk_kd_loss(*args, tail=tail, return_stats=True)
+        _, want = af.reference.topk_kd_loss(*args, tail=tail, return_stats=True)
+        torch.testing.assert_close(stats, want)
 
 
 @cpu_only
