@@ -58,6 +58,16 @@ struct Inputs {
   }
 };
 
+// Doubles gain nothing from wide vectors: their exponential is the library's.
+template <class A, class Body>
+void in_vectors(const Body& body) {
+  if constexpr (std::is_same_v<A, float>) {
+    vectorized(body);
+  } else {
+    body();
+  }
+}
+
 template <class A>
 AMTML_INLINE double log_sum(const A* y, int64_t n, A m, A per_tau) {
   return std::log(block_sum<A>(n, [&](int64_t c) __attribute__((
@@ -89,8 +99,7 @@ AMTML_INLINE void sweep(const Problem& pr, int64_t i, A* y, double* found, doubl
   const A largest = maximum(y, n), m = largest == none ? A(0) : largest;
   const A per_tau = static_cast<A>(1 / pr.temperature);
   found[0] = m;
-  found[1] = log_sum(y, n, m, per_tau);
-  if (pr.second) found[2] = log_sum(y, n, m, A(1));
+  for (int k = 1; k <= (pr.second ? 2 : 1); ++k) found[k] = log_sum(y, n, m, k == 1 ? per_tau : A(1));
   if (!pr.statistics) return;
   const A log_all = static_cast<A>(found[1]);
   found[5] = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
@@ -121,7 +130,7 @@ std::tuple<Tensor, Tensor> topk_bucket_fwd(const Tensor& student, const Tensor& 
     using A = decltype(zero);
     in_shares(pr.rows, pr.classes, [&](Shares& next) {
       Buffer<A> row(pr.classes);
-      vectorized([&] AMTML_BODY() {
+      in_vectors<A>([&] AMTML_BODY() {
         for (Share share; next(share);) {
           for (int64_t i = share.begin; i < share.end; ++i) {
             sweep(pr, i, row.data(), to_found + i * kFound, to_named + i * pr.entries);
@@ -151,9 +160,13 @@ AMTML_INLINE void gradient(const Problem& pr, int64_t i, const double* of_sums, 
   const A a = factor(of_sums[0] / pr.temperature, found[1]), b = pr.second ? factor(of_sums[1], found[2]) : A(0);
   const A d = static_cast<A>(of_sums[3] / static_cast<double>(n));
   auto below = [](A x) __attribute__((always_inline)) { return x > 0 ? A(0) : x; };  // what is named may be above m
-  auto at = [&](A x)
-                __attribute__((always_inline)) { return a * exp_nonpositive<kScale>(below((x - m) * per_tau)) + d; };
-  auto at_both = [&](A x) __attribute__((always_inline)) { return at(x) + b * exp_nonpositive<kScale>(below(x - m)); };
+  auto at = [&](A x, bool second) __attribute__((always_inline)) {
+    const A g = a * exp_nonpositive<kScale>(below((x - m) * per_tau)) + d;
+    return second ? g + b * exp_nonpositive<kScale>(below(x - m)) : g;
+  };
+  const int64_t label = pr.labels ? pr.labels[i] : -1;
+  const double at_label = pr.labels ? of_sums[2] : 0;
+  double unnamed = 0;  // at the label, if nobody names it
   for (int64_t start = 0; start < n; start += kChunk) {
     const int64_t end = std::min(start + kChunk, n);
     A* made = grad.place(first + start, out_chunk);
@@ -161,25 +174,24 @@ AMTML_INLINE void gradient(const Problem& pr, int64_t i, const double* of_sums, 
     if (pr.second) {
 #pragma omp simd
       for (int64_t c = start; c < end; ++c) {
-        const A g = at_both(z[c]);
+        const A g = at(z[c], true);
         out[c] = z[c] == masked ? A(0) : g;
       }
     } else {
 #pragma omp simd
       for (int64_t c = start; c < end; ++c) {
-        const A g = at(z[c]);
+        const A g = at(z[c], false);
         out[c] = z[c] == masked ? A(0) : g;
       }
     }
+    if (start <= label && label < end) unnamed = out[label];
     grad.write(first + start, end - start, made);
   }
   auto write = [&](int64_t c, double g) {
     const A rounded = z[c] == masked ? A(0) : static_cast<A>(g);
     grad.scatter(first, &c, 1, &rounded);
   };
-  const int64_t label = pr.labels ? pr.labels[i] : -1;
-  const double at_label = pr.labels ? of_sums[2] : 0;
-  if (pr.labels && at_label != 0) write(label, at_label + (pr.second ? at_both(z[label]) : at(z[label])));
+  if (at_label != 0) write(label, unnamed + at_label);
   for (int64_t j = 0; j < pr.entries; ++j) {
     if (index[j] != kNobody) write(index[j], of_named[j] + d + (index[j] == label ? at_label : 0));
   }
@@ -201,7 +213,7 @@ Tensor topk_bucket_bwd(const Tensor& grad_sums, const Tensor& grad_z, const Tens
     using A = decltype(zero);
     in_shares(pr.rows, pr.classes, [&](Shares& next) {
       Buffer<A> row(pr.student.in_place<A>() ? 0 : pr.classes), chunk(std::min(pr.classes, kChunk));
-      vectorized([&] AMTML_BODY() {
+      in_vectors<A>([&] AMTML_BODY() {
         for (Share share; next(share);) {
           for (int64_t i = share.begin; i < share.end; ++i) {
             gradient(pr, i, of_sums + i * 4, of_named + i * pr.entries, of_found + i * kFound, row.data(), chunk.data(),

@@ -22,13 +22,14 @@ constexpr int kFound = 7;  // numbers a row; amtml_fast/ops/topk_bucket.py has t
 struct Problem : KDProblem {
   const int64_t* indices;  // [N, entries]
   int64_t entries;
-  int bytes;   // of a logit
+  int bytes, per_pack;  // of a logit, and how many are 16 bytes
+  float per_tau;
+  double per_class;
   bool packs;  // whether rows can be read 16 bytes at a time
   bool second, total, statistics;
 
   __device__ int64_t index(int64_t i, int64_t j) const { return indices[i * entries + j]; }
   __device__ bool known(int64_t c) const { return c >= 0 && c < classes; }
-  __device__ int per_pack() const { return 16 / bytes; }
   __device__ float logit(int64_t i, int64_t c) const {
     float x[1];
     load_row<1, AnyType>(student, i, c, x);
@@ -37,8 +38,9 @@ struct Problem : KDProblem {
 };
 
 struct Scratch {
-  double sums[kWarp];
-  float part[kMaxThreads / kWarp];
+  double sums[3][kMaxThreads / kWarp];
+  float most[kMaxThreads / kWarp];
+  float max, log_sum;
   uint32_t bits[1];  // [words], to the end
 };
 
@@ -52,7 +54,7 @@ __device__ __forceinline__ Words read_words(const Problem& pr, int64_t i, int64_
   uint64_t low = 0, high = 0;
   const int bits = 8 * pr.bytes;
 #pragma unroll 1
-  for (int k = pr.per_pack() - 1; k >= 0; --k) {
+  for (int k = pr.per_pack - 1; k >= 0; --k) {
     uint64_t x = pr.bytes == 4 ? 0xff800000u : pr.student.dtype == ScalarType::Half ? 0xfc00u : 0xff80u;
     if (c + k < pr.classes) {
       x = pr.bytes == 4 ? reinterpret_cast<const uint32_t*>(from)[k] : reinterpret_cast<const uint16_t*>(from)[k];
@@ -64,11 +66,29 @@ __device__ __forceinline__ Words read_words(const Problem& pr, int64_t i, int64_
           static_cast<uint32_t>(high >> 32)};
 }
 
+// Writes them, or as many numbers as there are.
+__device__ __forceinline__ void write_words(const Problem& pr, void* to, const Words& made, int64_t there) {
+  if (pr.packs) return write_through(static_cast<Words*>(to), made);
+  uint64_t low = static_cast<uint64_t>(made.words[1]) << 32 | made.words[0];
+  uint64_t high = static_cast<uint64_t>(made.words[3]) << 32 | made.words[2];
+  const int bits = 8 * pr.bytes;
+#pragma unroll 1
+  for (int k = 0; k < least(there, pr.per_pack); ++k) {
+    if (pr.bytes == 4) {
+      static_cast<uint32_t*>(to)[k] = static_cast<uint32_t>(low);
+    } else {
+      static_cast<uint16_t*>(to)[k] = static_cast<uint16_t>(low);
+    }
+    low = low >> bits | high << (64 - bits);
+    high >>= bits;
+  }
+}
+
 // Calls use(x) for the four numbers that they are, or for twice four.
 template <class Use>
 __device__ __forceinline__ void unpack(const Problem& pr, Words words, const Use& use) {
 #pragma unroll 1
-  for (int left = pr.per_pack(); left > 0; left -= 4) {
+  for (int left = pr.per_pack; left > 0; left -= 4) {
     float x[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -95,7 +115,7 @@ __device__ __forceinline__ void unpack(const Problem& pr, Words words, const Use
 template <class Use>
 __device__ __forceinline__ void sweep(const Problem& pr, int64_t i, Scratch& s, const Use& use) {
   constexpr int kLoads = 2;  // under way at a time; what follows stands in the kernel once
-  const int64_t step = blockDim.x * pr.per_pack();
+  const int64_t step = blockDim.x * pr.per_pack;
   for (int64_t start = 0; start < pr.classes; start += kSpan) {
     const int64_t count = least(kSpan, pr.classes - start);
     __syncthreads();
@@ -105,10 +125,10 @@ __device__ __forceinline__ void sweep(const Problem& pr, int64_t i, Scratch& s, 
 #pragma unroll 1
     for (int64_t j = threadIdx.x; j < pr.entries; j += blockDim.x) {
       const int64_t c = pr.index(i, j) - start;
-      if (c >= 0 && c < count) atomicOr(&s.bits[c / 32], 1u << (c % 32));
+      if (c >= 0 && c < count) atomicOr(&s.bits[static_cast<uint32_t>(c) / 32], 1u << (static_cast<uint32_t>(c) % 32));
     }
     __syncthreads();
-    for (int64_t first = threadIdx.x * pr.per_pack(); first < count; first += kLoads * step) {
+    for (int64_t first = threadIdx.x * pr.per_pack; first < count; first += kLoads * step) {
       Words words[kLoads];
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
@@ -117,8 +137,8 @@ __device__ __forceinline__ void sweep(const Problem& pr, int64_t i, Scratch& s, 
       }
 #pragma unroll 1
       for (int64_t c = first; c < least(first + kLoads * step, count); c += step) {
-        uint32_t bits = s.bits[c / 32] >> (c % 32);
-        int there = static_cast<int>(least(count - c, pr.per_pack()));
+        uint32_t bits = s.bits[static_cast<uint32_t>(c) / 32] >> (static_cast<uint32_t>(c) % 32);
+        int there = static_cast<int>(least(count - c, pr.per_pack));
         unpack(pr, words[0], [&](float (&x)[4]) {
           use(x, bits, there);
           bits >>= 4, there -= 4;
@@ -147,54 +167,65 @@ __global__ void __launch_bounds__(kMaxThreads)
     return;
   }
 
-  Online o{-INFINITY, 0, 0};
-  double total = 0;
-  sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there) {
+  const unsigned warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+#pragma unroll 1
+  for (int pass = 0; pass < (pr.statistics ? 2 : 1); ++pass) {  // the second one for the statistics
+    Online o{-INFINITY, 0, 0};
+    double total = 0, entropy = 0;
+    const float max = pass == 0 ? 0.0f : s.max, log_sum = pass == 0 ? 0.0f : s.log_sum;
+    sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there) {
+      if (pass == 0) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (pr.total && k < there) total += x[k];
-      if (bits >> k & 1) x[k] = -INFINITY;
+        for (int k = 0; k < 4; ++k) {
+          if (pr.total && k < there) total += x[k];
+          if (bits >> k & 1) x[k] = -INFINITY;
+        }
+        pr.second ? take<true>(o, x, pr.unit) : take<false>(o, x, pr.unit);
+        return;
+      }
+      float terms = 0;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if (k >= there || bits >> k & 1) continue;
+        total += x[k];
+        const float log_r = (x[k] - max) * pr.per_tau - log_sum;
+        terms += x[k] == -INFINITY ? 0.0f : power_of_2(log_r * kLog2e) * log_r;
+      }
+      entropy += terms;
+    });
+    const float mine = warp_max(o.max);
+    if (threadIdx.x % kWarp == 0) s.most[warp] = mine;
+    __syncthreads();
+    float top = -INFINITY;
+#pragma unroll 1
+    for (unsigned w = 0; w < warps; ++w) top = fmaxf(top, s.most[w]);
+    const double sum = warp_sum(pass == 0 ? static_cast<double>(rescaled(o.sum, o.max, top, pr.unit)) : entropy);
+    const double sum1 = warp_sum(static_cast<double>(rescaled(o.sum1, o.max, top, kLog2e)));
+    total = warp_sum(total);
+    if (threadIdx.x % kWarp == 0) s.sums[0][warp] = sum, s.sums[1][warp] = sum1, s.sums[2][warp] = total;
+    __syncthreads();
+    if (threadIdx.x < 3) {  // one for each of the sums
+      double all = 0;
+#pragma unroll 1
+      for (unsigned w = 0; w < warps; ++w) all += s.sums[threadIdx.x][w];
+      const bool log_of = pass == 0 && (threadIdx.x == 0 || (threadIdx.x == 1 && pr.second));
+      if (log_of) all = log(all);
+      if (pass == 0) {
+        found[threadIdx.x < 2 ? 1 + threadIdx.x : 4] = all;
+        if (threadIdx.x == 0) s.log_sum = static_cast<float>(all);
+      } else if (threadIdx.x != 1) {
+        found[threadIdx.x == 0 ? 5 : 6] = all;
+      }
     }
-    pr.second ? take<true>(o, x, pr.unit) : take<false>(o, x, pr.unit);
-  });
-  const float mine = warp_max(o.max);
-  if (threadIdx.x % kWarp == 0) s.part[threadIdx.x / kWarp] = mine;
-  __syncthreads();
-  float max = -INFINITY;
-  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) max = fmaxf(max, s.part[w]);
-  const double sum = block_sum(static_cast<double>(rescaled(o.sum, o.max, max, pr.unit)), s.sums);
-  __syncthreads();
-  const double sum1 = block_sum(static_cast<double>(rescaled(o.sum1, o.max, max, kLog2e)), s.sums);
-  __syncthreads();
-  total = block_sum(total, s.sums);
-  if (max == -INFINITY) max = 0;
-  if (threadIdx.x == 0) {
-    AMTML_DEVICE_CHECK(!pr.labels || pr.has_label(i), "topk_kd_loss: labels must be in [0, C) or ignore_index");
-    found[0] = max;
-    found[1] = log(sum);
-    found[2] = pr.second ? log(sum1) : 0;
-    found[3] = !pr.labels ? 0.0f : pr.has_label(i) ? pr.logit(i, pr.labels[i]) : NAN;
-    found[4] = pr.total ? total : 0;
-    found[5] = found[6] = 0;
+    if (pass == 0 && threadIdx.x == 0) {
+      AMTML_DEVICE_CHECK(!pr.labels || pr.has_label(i), "topk_kd_loss: labels must be in [0, C) or ignore_index");
+      s.max = top == -INFINITY ? 0.0f : top;
+      found[0] = s.max;
+      found[3] = !pr.labels ? 0.0f : pr.has_label(i) ? pr.logit(i, pr.labels[i]) : NAN;
+      if (!pr.statistics) found[5] = found[6] = 0;
+    }
+    __syncthreads();
   }
-  if (!pr.statistics) return;
-  const float log_sum = static_cast<float>(log(sum)), per_tau = 1 / pr.temperature;
-  double entropy = 0, below = 0;
-  sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there) {
-    float terms = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (k >= there || bits >> k & 1) continue;
-      below += x[k];
-      const float log_r = (x[k] - max) * per_tau - log_sum;
-      terms += x[k] == -INFINITY ? 0.0f : expf(log_r) * log_r;
-    }
-    entropy += terms;
-  });
-  entropy = block_sum(entropy, s.sums);
-  __syncthreads();
-  below = block_sum(below, s.sums);
-  if (threadIdx.x == 0) found[5] = entropy, found[6] = below;
 }
 
 // A gradient where nobody names the class: of one row, in every thread.
@@ -243,27 +274,21 @@ __global__ void __launch_bounds__(kMaxThreads)
   Outside outside{0, 0, 0, 0, pr.unit, !ignored && pr.second};
   if (!ignored) {
     outside.max = static_cast<float>(found[0]);
-    outside.d = static_cast<float>(of_sums[3] / static_cast<double>(pr.classes));
+    outside.d = static_cast<float>(of_sums[3] * pr.per_class);
 #pragma unroll 1
     for (int k = 0; k < 1 + pr.second; ++k) {  // without a class there is nothing to multiply, whatever comes back
-      const double g = k == 0 ? of_sums[0] / pr.temperature : of_sums[1], log_sum = found[1 + k];
+      const double g = k == 0 ? of_sums[0] * pr.per_tau : of_sums[1], log_sum = found[1 + k];
       const float by = g == 0 || log_sum == -INFINITY ? 0.0f : static_cast<float>(g * exp(-log_sum));
       (k == 0 ? outside.a : outside.b) = by;
     }
   }
-  const int per = pr.per_pack();
+  const int per = pr.per_pack;
   for (int64_t c = threadIdx.x * per; c < pr.classes; c += blockDim.x * per) {
     Words made;
-    int64_t at = c;
     unpack(pr, ignored ? Words{} : read_words<true>(pr, i, c), [&](float (&x)[4]) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) x[k] = ignored ? 0.0f : outside(x[k]);
-      if (!pr.packs) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k, ++at) {
-          if (at < pr.classes) write_number(pr, grads, row + at, x[k]);
-        }
-      } else if (pr.bytes == 4) {
+      if (pr.bytes == 4) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) made.set(k, x[k]);
       } else {
@@ -272,9 +297,7 @@ __global__ void __launch_bounds__(kMaxThreads)
         for (int k = 0; k < 2; ++k) made.words[2 + k] = both(pr, x[2 * k], x[2 * k + 1]);
       }
     });
-    if (pr.packs) {
-      write_through(reinterpret_cast<Words*>(static_cast<char*>(grads) + (row + c) * pr.bytes), made);
-    }
+    write_words(pr, static_cast<char*>(grads) + (row + c) * pr.bytes, made, pr.classes - c);
   }
   if (ignored) return;
   __syncthreads();
@@ -301,7 +324,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   int* const counts = &shared<int>();
   const int64_t place = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y, wanted = equal[place];
   const float bound = bounds[place];
-  const int64_t size = (classes + blockDim.x - 1) / blockDim.x, begin = least(threadIdx.x * size, classes);
+  const int64_t size = (classes + kMaxThreads - 1) / kMaxThreads, begin = least(threadIdx.x * size, classes);
   const int64_t end = least(begin + size, classes);
   int64_t before = 0, first = begin;
 #pragma unroll 1
@@ -350,8 +373,10 @@ struct Inputs {
     pr.second = second, pr.total = total, pr.statistics = statistics;
     dispatch_gpu(student.scalar_type(), kOp, [](auto) {});  // takes no others
     pr.bytes = static_cast<int>(student.element_size());
-    pr.packs = fits_packs(student, 16 / pr.bytes);
-    while (threads * (16 / pr.bytes) < pr.classes && threads < kMaxThreads) threads *= 2;
+    pr.per_pack = 16 / pr.bytes;
+    pr.per_tau = static_cast<float>(1 / temperature), pr.per_class = 1 / static_cast<double>(pr.classes);
+    pr.packs = fits_packs(student, pr.per_pack);
+    while (threads * pr.per_pack < pr.classes && threads < kMaxThreads) threads *= 2;
   }
 };
 
