@@ -256,12 +256,12 @@ CASES = {
             functools.partial(reference.topk_kd_loss, tail="bucket"),
             _topk_bucket,
             (6, 5, 3, 2),
-            # n, C, k, T: empty; one of all; all classes; all but one; past a vector, a chunk and a word of the GPUs' bits; threads
-            ((0, 10, 2, 3), (1, 1, 1, 1), (3, 5, 5, 1), (2, 7, 6, 2), (5, 1030, 40, 2), (96, 257, 7, 3)),
+            # n, C, k, T: empty; one of all; all classes; all but one; past a vector, a chunk and a word of the GPUs' bits; odd
+            ((0, 10, 2, 3), (1, 1, 1, 1), (3, 5, 5, 1), (2, 7, 6, 2), (5, 1030, 40, 2), (24, 257, 7, 3)),
             (
                 {},
-                {"divergence": "reverse_kl", "support": "student", "reduction": "none"},
                 {"divergence": "jsd", "reduction": "mean", "label_smoothing": 0.1, "temperature": 1.0},
+                {"divergence": "reverse_kl", "support": "student", "reduction": "none"},
                 {"divergence": "skew_kl", "reduction": "sum", "alpha": 1.0, "temperature": 0.5, "t2_scale": False},
                 {"divergence": "tvd", "reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
             ),

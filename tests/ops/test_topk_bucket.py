@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from backends import cpu_only
+from backends import CHOSEN, cpu_only
 from test_divergence import BETA, _distance, _kl
 
 import amtml_fast as af
@@ -52,6 +52,8 @@ def _by_hand(student, indices, weights, labels, teachers, divergence, support, t
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_its_formula(divergence, support, dtype):
+    if CHOSEN and divergence not in ("jsd", "reverse_kl"):
+        pytest.skip("the same kernels with another formula behind them")
     student, indices, log_probs, weights, labels, teachers = _problem(dtype)
     z, w, exact = convert((student, weights, teachers), dtype=torch.float64)
     want = _by_hand(z, indices, w, labels, exact, divergence, support, 2.0)
@@ -287,6 +289,7 @@ def test_reverse_kl_of_classes_that_a_teacher_gives_nothing():
     torch.testing.assert_close(grads[0], want_grads[0].float(), rtol=1e-5, atol=1e-6)
 
 
+@cpu_only
 @pytest.mark.parametrize("tail", TAILS)
 def test_of_equal_probabilities_the_first_class_is_the_largest(tail):
     indices = [torch.tensor([[3, 1, 4], [0, 2, 1], [1, 0, 3], [1, 0, 2], [4, 3, 1]])]
@@ -307,11 +310,12 @@ def test_compiled_code_still_refuses_wrong_values(on):
     torch._dynamo.reset()
     student, indices, log_probs, weights, labels, _ = (convert(x) if isinstance(x, list) else x for x in _problem())
     given = student.detach(), indices[0], log_probs[0], weights.detach()[:, :1], labels
+    options = dict(tail="bucket", divergence="reverse_kl", support="student")
     compiled = torch.compile(
-        lambda z, i, p, w, y: af.topk_kd_loss(z, [i], [p], w, y, tail="bucket"), fullgraph=True, backend="eager"
+        lambda z, i, p, w, y: af.topk_kd_loss(z, [i], [p], w, y, **options), fullgraph=True, backend="eager"
     )
     torch.testing.assert_close(
-        compiled(*given), af.topk_kd_loss(given[0], [given[1]], [given[2]], *given[3:], tail="bucket")
+        compiled(*given), af.topk_kd_loss(given[0], [given[1]], [given[2]], *given[3:], **options)
     )
     for wrong, message in (
         ((given[0], given[1] + C, *given[2:]), r"teacher_indices must be in \[0, 11\), got"),
