@@ -37,7 +37,7 @@ def _load_indices(indices, rows, entries, start, ENTRIES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n"])
-def _mark_kernel(indices, bits, n, c, entries, words, ENTRIES: tl.constexpr):
+def _bucket_mark_kernel(indices, bits, n, c, entries, words, ENTRIES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     for start in range(0, entries, ENTRIES):
         _, there, index = _load_indices(indices, row, entries, start, ENTRIES)
@@ -46,7 +46,7 @@ def _mark_kernel(indices, bits, n, c, entries, words, ENTRIES: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n"])
-def _forward_kernel(
+def _bucket_forward_kernel(
     student, indices, bits, labels, found, named, n, c, entries, words, stride, label_stride, ignore_index, unit, per_tau,
     SECOND: tl.constexpr, TOTAL: tl.constexpr, STATISTICS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
     STEPS: tl.constexpr, VECTOR: tl.constexpr, ENTRIES: tl.constexpr, NOBODY: tl.constexpr,
@@ -131,7 +131,7 @@ def _outside(z, m, a, b, d, unit, SECOND: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n"])
-def _backward_kernel(
+def _bucket_backward_kernel(
     of_sums, of_named, student, indices, labels, found, grad, n, c, entries, stride, label_stride, ignore_index, unit,
     per_tau,
     SECOND: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, ENTRIES: tl.constexpr,
@@ -154,24 +154,25 @@ def _backward_kernel(
     tl.debug_barrier()  # behind what other threads have written there
     if labels is not None:
         at_label += tl.load(of_sums + rows * 4 + 2, mask=used, other=0.0)
-        there = used & (label >= 0) & (label < c) & (at_label != 0)
-        z = tl.load(z_rows + label, mask=there, other=0.0).to(tl.float32)
-        g = _outside(z, m, a, b, d, unit, SECOND) + at_label.to(tl.float32)
-        tl.store(grad + rows * c + label, tl.where(z == -float("inf"), 0.0, g).to(grad.dtype.element_ty), mask=there)
+        has_label = used & (label >= 0) & (label < c) & (at_label != 0)
+        of_label = tl.load(z_rows + label, mask=has_label, other=0.0).to(tl.float32)
+        with_label = _outside(of_label, m, a, b, d, unit, SECOND) + at_label.to(tl.float32)
+        with_label = tl.where(of_label == -float("inf"), 0.0, with_label).to(grad.dtype.element_ty)
+        tl.store(grad + rows * c + label, with_label, mask=has_label)
         tl.debug_barrier()
     for start in range(0, entries, ENTRIES):
         entry, there, index = _load_indices(indices, rows, entries, start, ENTRIES)
         known = there & used & (index >= 0) & (index < c)
-        g = tl.load(of_named + rows * entries + entry, mask=known, other=0.0)
+        given = tl.load(of_named + rows * entries + entry, mask=known, other=0.0)
         if labels is not None:
-            g += tl.where(index == label, at_label, 0.0)
-        z = tl.load(z_rows + index, mask=known, other=0.0).to(tl.float32)
-        g = tl.where(z == -float("inf"), 0.0, g.to(tl.float32) + d)
-        tl.store(grad + rows * c + index, g.to(grad.dtype.element_ty), mask=known)
+            given += tl.where(index == label, at_label, 0.0)
+        logit = tl.load(z_rows + index, mask=known, other=0.0).to(tl.float32)
+        of_named_class = tl.where(logit == -float("inf"), 0.0, given.to(tl.float32) + d)
+        tl.store(grad + rows * c + index, of_named_class.to(grad.dtype.element_ty), mask=known)
 
 
 @triton.jit
-def _last_kernel(student, bounds, equal, last, c, stride, teachers, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+def _bucket_last_kernel(student, bounds, equal, last, c, stride, teachers, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     """Of a row and one of its bounds."""
     row = tl.program_id(0).to(tl.int64)
     place = row * teachers + tl.program_id(1)
@@ -222,28 +223,32 @@ def _numbers(
 @kept
 def _mark(n: int, c: int, entries: int, words: int) -> Launch:
     block = min(ENTRIES, triton.next_power_of_2(entries))
-    return Launch(_mark_kernel, (n,), n=n, c=c, entries=entries, words=words, ENTRIES=block, num_warps=1, **OPTIONS)
+    return Launch(
+        _bucket_mark_kernel, (n,), n=n, c=c, entries=entries, words=words, ENTRIES=block, num_warps=1, **OPTIONS
+    )
 
 
 @kept
 def _forward(itemsize: int, words: int, second: bool, total: bool, statistics: bool, *numbers: int) -> Launch:
     at = _numbers(*numbers)
     wanted = dict(SECOND=second, TOTAL=total, STATISTICS=statistics, NOBODY=-(2**62))
-    return Launch(_forward_kernel, (at["n"],), words=words, **at, **wanted, **_block(at["c"], itemsize), **OPTIONS)
+    return Launch(
+        _bucket_forward_kernel, (at["n"],), words=words, **at, **wanted, **_block(at["c"], itemsize), **OPTIONS
+    )
 
 
 @kept
 def _backward(itemsize: int, second: bool, *numbers: int) -> Launch:
     at, block = _numbers(*numbers), _block(numbers[1], itemsize)
     del block["VECTOR"]
-    return Launch(_backward_kernel, (at["n"],), SECOND=second, **at, **block, **OPTIONS)
+    return Launch(_bucket_backward_kernel, (at["n"],), SECOND=second, **at, **block, **OPTIONS)
 
 
 @kept
 def _last(n: int, c: int, stride: int, teachers: int) -> Launch:
     block = min(1024, triton.next_power_of_2(c))
     numbers = dict(c=c, stride=stride, teachers=teachers, BLOCK=block, STEPS=triton.cdiv(c, block), num_warps=4)
-    return Launch(_last_kernel, (n, teachers), **numbers, **OPTIONS)
+    return Launch(_bucket_last_kernel, (n, teachers), **numbers, **OPTIONS)
 
 
 def topk_bucket_fwd(
