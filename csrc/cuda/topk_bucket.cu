@@ -4,7 +4,7 @@
 // Forward: which classes are named stands in shared memory, a bit each, so that one sweep leaves them out of the
 // online maximum and sums; the statistics need another one. Backward: a sweep as if nobody named a class, then those
 // that are named, behind a barrier. One kernel each for all dtypes, of which a branch unpacks 16 bytes: the sweeps are
-// few instructions a class, and twelve kernels would take 0.4 MB.
+// few instructions a class, and a kernel for each would take 0.4 MB.
 //
 // Traffic: a row in, once each way, one out in backward, 16 bytes an entry.
 #include "../arithmetic.h"
