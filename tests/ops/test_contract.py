@@ -78,14 +78,13 @@ def test_opcheck(case, fused):
             return func(*args, **(kwargs or {}))
 
     # Dynamic shapes are traced, which takes time, for every dtype of the first variant and for the other variants in one, in
-    # turn. An interpreter does not have the time for the rest of the pairs at all, nor to trace more than the first variant: all
-    # backends have the same fakes.
+    # turn. An interpreter has the time for one dtype of each, and to trace the first: all backends have the same fakes.
     variants = [options for options in case.variants if options.get("dim1") != 0]
     dtypes = torch.float32, torch.bfloat16, torch.float16
     with Record():
         for i, options in enumerate(variants):
             for j, dtype in enumerate(dtypes):
-                turn = i == 0 or j == i % len(dtypes)
+                turn = j == i % len(dtypes) or (i == 0 and fused == "cpp")
                 traced = turn and (fused == "cpp" or i == 0)
                 if (turn and i < 5) or fused == "cpp":
                     utils = TRACED if traced else FAKED
@@ -221,7 +220,9 @@ def test_second_derivative_with_respect_to_one_input_is_loud_too(case, fused):
 @each_case
 def test_compiles_without_a_graph_break(case, fused):
     torch._dynamo.reset()
-    for options in case.variants[:2]:
+    for options in case.variants[
+        : 2 if fused == "cpp" else 1
+    ]:  # what is traced differs in little but the kernels' names
         args = case.inputs(*case.small)
         want, want_grads = value_and_grads(case.function, args, **options)
         compiled = torch.compile(lambda *a, o=options: case.function(*a, **o), fullgraph=True, backend="aot_eager")
@@ -881,8 +882,7 @@ def test_backends_tell_why_not():
     assert set(rows) == {(op, b) for op in backend.OPS for b in backend.BACKENDS[1:]}
     assert all(r.available != bool(r.why_not) for r in rows.values())
     assert all(rows[op, "reference"].available for op in backend.OPS)
-    on_the_reference = {"topk_bucket", "topk_stats"}
-    assert CHOSEN or {op for op in backend.OPS if not rows[op, "cpp"].available} == on_the_reference
+    assert CHOSEN or all(rows[op, "cpp"].available for op in backend.OPS)
 
 
 def test_auto_goes_by_operator_and_size():
