@@ -113,6 +113,13 @@ for case in CASES.values():
         assert relative_error(got, want) <= 1e-6, (case.op, size)
         assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads)), (case.op, size)
         print(case.op, size, got.double().sum().item())
+x, w, g = (torch.randn(35, 50), torch.randn(99, 50), torch.randn(35, 99))
+made = [torch.empty(35, 99), torch.empty(35, 50), torch.empty(99, 50)]
+torch.ops.amtml.fused_linear_kd_logits_(made[0], x, w, None, 1.0)
+torch.ops.amtml.fused_linear_kd_grad_hidden_(made[1], g, w, 1.0)
+torch.ops.amtml.fused_linear_kd_grad_weight_(made[2], g, x, 1.0, False)
+x, w, g = x.double(), w.double(), g.double()
+assert all(relative_error(m, e) <= 1e-6 for m, e in zip(made, (x @ w.T, g @ w, g.T @ x)))
 """
 
 
