@@ -602,23 +602,19 @@ class _Call:
             raise ValueError(f"{_NAME}: teacher_index must be in [0, {len(everyone)}), got values in [{low}, {high}]")
         return [(order[a:b], b - a, [t]) for t, (a, b) in enumerate(itertools.pairwise(starts[:-1])) if b > a]
 
-    def chunk_rows(self, rows: int, only: list[int], grads: bool) -> int:
+    def chunk_rows(self, rows: int, only: list[int], grads: bool, gathered: bool) -> int:
         """How many rows at a time."""
         if self.set.chunk_size:
             return min(self.set.chunk_size, rows)
         size = self.wide.itemsize
-        made = sum(self.kinds[t] != "logits" and not self.set.row_kernel == "topk_kd" for t in only)
+        made = 0 if self.set.row_kernel == "topk_kd" else sum(gathered or self.kinds[t] != "logits" for t in only)
         each = self.classes * (size * (1 + made + grads) + (2 if self.narrow and grads else 0))
         # A chunk's products read the whole weight: with a larger one larger chunks pay.
-        budget = (
-            max(CPU_BYTES, self.weight.numel() * size // 2)
-            if self.on_cpu
-            else max(GPU_BYTES, self.weight.numel() * size)
-        )
-        most = max(budget // each, 1)
-        if not self.on_cpu and most > 128:
-            most -= most % 128
-        return -(-rows // -(-rows // most)) if self.on_cpu else min(most, rows)
+        whole, step = self.weight.numel() * size, 1 if self.on_cpu else 128
+        budget = max(CPU_BYTES, whole // 2) if self.on_cpu else max(GPU_BYTES, whole)
+        most = max(budget // each // step * step, step)
+        even = -(-rows // -(-rows // most))  # chunks of about one size
+        return -(-even // step) * step
 
     def take(self, x: Tensor, rows: Tensor | slice, name: str = "") -> Tensor:
         if isinstance(rows, slice):
@@ -788,7 +784,7 @@ class _Call:
         first = True
         grads = any(self.needs[:3])
         for numbers, count, only in segments:
-            step = self.chunk_rows(count, only, grads) if count else 1
+            step = self.chunk_rows(count, only, grads, numbers is not None) if count else 1
             for start in range(0, count, step):
                 rows: Any = slice(start, min(start + step, count))
                 rows = rows if numbers is None else numbers[rows]

@@ -461,7 +461,7 @@ def test_chunks_stay_within_their_budget():
         seen = []
 
         def fake(call, seen=seen):
-            step = call.chunk_rows(call.rows, list(range(len(call.kinds))), True)
+            step = call.chunk_rows(call.rows, list(range(len(call.kinds))), True, False)
             seen.append(step * call.classes * 4 * (len(call.kinds) + 2))
             raise InterruptedError
 
