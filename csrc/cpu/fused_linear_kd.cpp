@@ -4,8 +4,8 @@
 //   grad_hidden out[i, j] = scale sum_c g[i, c] w[c, j]
 //   grad_weight out[c, j] (+)= scale sum_i g[i, c] x[i, j]
 //
-// A product of a library packs the large factor first, which with a hundred rows takes as long as the product itself. Here
-// the rows are packed, and the weight is read once, in the order in which it lies, in any dtype. Threads share
+// A product of a library packs the large factor first, which with a hundred rows takes as long as the product itself.
+// Here the rows are packed, and the weight is read once, in the order in which it lies, in any dtype. Threads share
 // parts of it that do not depend on how many they are.
 #include "../common.h"
 #include "shares.h"
@@ -14,9 +14,9 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "fused_linear_kd_loss";
-constexpr int kUnit = 12;      // classes, or rows, of a tile
-constexpr int kVectors = 2;    // beside one another in a tile
-constexpr int kMost = 16 * 2;  // numbers in them, at most
+constexpr int kUnit = 12;        // classes, or rows, of a tile
+constexpr int kVectors = 2;      // beside one another in a tile
+constexpr int kMost = 16 * 2;    // numbers in them, at most
 constexpr int64_t kDepth = 128;  // classes at a time: their part of a packed weight stays in the first-level cache
 
 // 24 sums under way, or 12 where there are but 16 registers.
@@ -47,7 +47,8 @@ AMTML_INLINE void multiply(int64_t depth, const float* a, int64_t a_pitch, const
 
 // A matrix as panels of the width of a tile: panel p holds columns p * width on of every row, 0 beyond the last.
 template <int kLanes>
-AMTML_INLINE void pack_columns(const Matrix& m, int64_t first, int64_t rows, int64_t columns, float* scratch, float* to) {
+AMTML_INLINE void pack_columns(const Matrix& m, int64_t first, int64_t rows, int64_t columns, float* scratch,
+                               float* to) {
   constexpr int kWidth = kVectors * kLanes;
   for (int64_t i = 0; i < rows; ++i) {
     const float* x = load_row(m, first + i, columns, scratch);
@@ -158,7 +159,7 @@ void fused_linear_kd_grad_hidden_(const Tensor& out, const Tensor& grad, const T
   const float* g = static_cast<const float*>(grad.const_data_ptr());
   const Matrix w(weight);
   // Each part of the classes has sums of its own.
-  const int64_t parts = std::clamp<int64_t>(classes / 4096, 1, 32);
+  const int64_t parts = classes < 4096 ? 1 : 2 * std::min<int64_t>(classes / 8192 + 1, 16);
   const int64_t each = padded((classes + parts - 1) / parts, kDepth);
   const int64_t units = (rows + kUnit - 1) / kUnit, wide = padded(width, kMost), size = units * kUnit * wide;
   Buffer<float> sums(parts * size);
