@@ -335,6 +335,21 @@ def test_mixed_dtypes_and_autocast(on):
     assert relative_error(angle, exact) <= 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_inside_a_checkpoint(dtype, fused):
+    """A checkpoint gives each saved tensor only once."""
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2, dtype=dtype)
+
+    def loss():
+        return 0.3 * af.multi_teacher_kd_loss(student, teachers, weights, labels)
+
+    want = torch.autograd.grad(loss(), (student, weights))
+    # (The emulated device has no index after a recomputation.)
+    whole = torch.utils.checkpoint.checkpoint(loss, use_reentrant=False, determinism_check="none")
+    got = torch.autograd.grad(whole, (student, weights))
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
+
+
 def test_16_bit_gradients_do_not_underflow_under_a_loss_scale(fused):
     """Most elements of this gradient are below half's smallest number until the scale is applied."""
     student = torch.zeros(1, 60000, dtype=torch.half, requires_grad=True)
