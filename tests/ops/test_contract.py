@@ -113,6 +113,13 @@ for case in CASES.values():
         assert relative_error(got, want) <= 1e-6, (case.op, size)
         assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads)), (case.op, size)
         print(case.op, size, got.double().sum().item())
+x, w, g = (torch.randn(35, 50), torch.randn(99, 50), torch.randn(35, 99))
+made = [torch.empty(35, 99), torch.empty(35, 50), torch.empty(99, 50)]
+torch.ops.amtml.fused_linear_kd_logits_(made[0], x, w, None, 1.0)
+torch.ops.amtml.fused_linear_kd_grad_hidden_(made[1], g, w, 1.0)
+torch.ops.amtml.fused_linear_kd_grad_weight_(made[2], g, x, 1.0, False)
+x, w, g = x.double(), w.double(), g.double()
+assert all(relative_error(m, e) <= 1e-6 for m, e in zip(made, (x @ w.T, g @ w, g.T @ x)))
 """
 
 
@@ -328,6 +335,21 @@ def test_mixed_dtypes_and_autocast(on):
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
     exact = af.reference.angle_loss(student.detach().double().softmax(1), teachers[0].double().softmax(1))
     assert relative_error(angle, exact) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_inside_a_checkpoint(dtype, fused):
+    """A checkpoint gives each saved tensor only once."""
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2, dtype=dtype)
+
+    def loss():
+        return 0.3 * af.multi_teacher_kd_loss(student, teachers, weights, labels)
+
+    want = torch.autograd.grad(loss(), (student, weights))
+    # (The emulated device has no index after a recomputation.)
+    whole = torch.utils.checkpoint.checkpoint(loss, use_reentrant=False, determinism_check="none")
+    got = torch.autograd.grad(whole, (student, weights))
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
 def test_16_bit_gradients_do_not_underflow_under_a_loss_scale(fused):
