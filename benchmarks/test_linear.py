@@ -31,13 +31,7 @@ def test_linear(case: Linear, provider: str, timed: Callable, leave_out: Callabl
         few = Inputs(dataclasses.replace(case, rows=min(case.rows, 64)))
         for got, want in zip(linear.step_of(provider, few)(), linear.exact(few), strict=True):
             assert relative_error(got, want) <= 1e-4
+    taken = None if case.quick or provider in OTHER else linear.memory(case, provider)[provider]
     step = linear.step_of(provider, Inputs(case))
     facts = {"size": (case.rows, case.width, case.classes, case.teachers), "dtype": "float32"}
-    timed(step, case.name, provider, flops=case.flops, **facts)
-
-
-@pytest.mark.parametrize("case", [_marked(c) for c in CASES if not c.quick])
-def test_memory(case: Linear, remembered: dict) -> None:
-    names = [p for p in ALL if p not in OTHER and linear.why_not(p, case) is None]
-    for provider, taken in linear.memory(case, *names).items():
-        remembered["memory"].append({"group": case.name, "provider": provider, "bytes": taken})
+    timed(step, case.name, provider, flops=case.flops, extra_bytes=taken, **facts)
