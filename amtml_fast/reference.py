@@ -694,7 +694,7 @@ def linear_stats(
     ]
     w = kept.new_ones(1, len(teachers)) if weights is None else weights.detach().to(kept.dtype)
     total = w.sum(1)
-    share = torch.stack([_weighted(w[:, t], m) for t, m in enumerate(mass)]).sum(0)
+    share = torch.stack([weighted(w[:, t], m) for t, m in enumerate(mass)]).sum(0)
     share = share / total.masked_fill(total == 0, 1)
     return stats._replace(retained_mass=share.masked_fill(kept == 0, 0))
 

@@ -54,7 +54,16 @@ def test_the_ten_lines_train_a_student():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/contract.md", "docs/cache.md", "kernels/README.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/method.md",
+        "docs/contract.md",
+        "docs/cache.md",
+        "docs/language_models.md",
+        "kernels/README.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
