@@ -109,7 +109,7 @@ sanitize: $(TESTABLE)
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops/test_ops.py tests/ops/test_divergence.py tests/ops/test_losses.py tests/ops/test_whole_loss.py tests/ops/test_properties.py
+	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops/test_ops.py tests/ops/test_divergence.py tests/ops/test_fused_linear.py tests/ops/test_losses.py tests/ops/test_whole_loss.py tests/ops/test_properties.py
 
 # The suite, its tables and its pictures, into RESULTS. bench-quick: in three minutes on two cores, with smaller cases.
 RESULTS ?= benchmarks/results/latest

@@ -175,11 +175,11 @@ def multi_teacher_kd(
     log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
     mixture = torch.zeros_like(z)
     for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
-        mixture = mixture + _weighted(w[:, t, None], p.exp())
+        mixture = mixture + weighted(w[:, t, None], p.exp())
     if options.mode == "mixture":
         kl = _mixture_kl(mixture, log_q)
     else:
-        kl = torch.stack([_weighted(w[:, t], _kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
+        kl = torch.stack([weighted(w[:, t], kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
     kl = kl * (temperature**2 if options.t2_scale else 1)
     loss, ce, kl = _kd_reduced(z, kl, valid, labels, options)
     return KDTerms(loss, ce, kl, log_q.exp(), mixture)
@@ -263,10 +263,10 @@ def divergence_loss(
         z = torch.where(_lost(targets, z), z.detach(), z)
     log_q = z.log_softmax(-1)
     q = log_q.exp()
-    each = [_divergence(divergence, p, log, q, log_q) for _, p, log in targets]
+    each = [divergence_rows(divergence, p, log, q, log_q) for _, p, log in targets]
     distance = each[0]
     if options.mode == "sum":
-        distance = torch.stack([_weighted(weight, d) for (weight, _, _), d in zip(targets, each)]).sum(0)
+        distance = torch.stack([weighted(weight, d) for (weight, _, _), d in zip(targets, each)]).sum(0)
     if options.t2_scale:
         distance = distance * tau.square().squeeze(1)
     loss = _kd_reduced(logits, distance, valid, labels, options, divergence.alpha)[0]
@@ -275,40 +275,40 @@ def divergence_loss(
         return loss, None
     _, target, log = mixture if options.mode == "sum" else targets[0]
     stats = KDStats(
-        -_kl_rows(q, log_q, torch.zeros_like(q)),
-        -_kl_rows(target, log, torch.zeros_like(q)),
-        torch.stack([_kl_rows(p.exp(), p, log_q) for p in log_p], 1),
+        -kl_rows(q, log_q, torch.zeros_like(q)),
+        -kl_rows(target, log, torch.zeros_like(q)),
+        torch.stack([kl_rows(p.exp(), p, log_q) for p in log_p], 1),
         (w.sum(1) > 0).to(dtype),
         (q.argmax(1) == target.argmax(1)).to(dtype),
     )
-    return loss, _of_counted_rows(stats, valid)
+    return loss, of_counted_rows(stats, valid)
 
 
-def _of_counted_rows(stats: KDStats, valid: Tensor) -> KDStats:
+def of_counted_rows(stats: KDStats, valid: Tensor) -> KDStats:
     """Detached, and 0 in rows that do not count."""
     ignored = ~valid
     return KDStats(*(x.detach().masked_fill(ignored.unsqueeze(1) if x.dim() == 2 else ignored, 0) for x in stats))
 
 
-def _divergence(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    """D(p, q) of each row. A class without probability counts 0."""
+def divergence_rows(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
+    """D(p, q) of each row, [..., C]. A class without probability counts 0."""
     name, beta = divergence.name, divergence.beta
     if name == "forward_kl":
-        return _kl_rows(p, log_p, log_q)
+        return kl_rows(p, log_p, log_q)
     if name == "reverse_kl":
         lost = (log_p == -torch.inf) & (q != 0)
-        infinite = torch.zeros_like(q[:, 0]).masked_fill(lost.any(-1), torch.inf)
-        return _kl_rows(q.masked_fill(lost, 0), log_q, log_p) + infinite
+        infinite = torch.zeros_like(q[..., 0]).masked_fill(lost.any(-1), torch.inf)
+        return kl_rows(q.masked_fill(lost, 0), log_q, log_p) + infinite
     if name == "tvd":
         return (p - q).abs().sum(-1) / 2
     share = 1 - beta if name == "skew_reverse_kl" else beta
     m = share * p + (1 - share) * q
     log_m = m.masked_fill(m == 0, 1).log()
     if name == "skew_kl":
-        return _kl_rows(p, log_p, log_m)
+        return kl_rows(p, log_p, log_m)
     if name == "skew_reverse_kl":
-        return _kl_rows(q, log_q, log_m)
-    return beta * _kl_rows(p, log_p, log_m) + (1 - beta) * _kl_rows(q, log_q, log_m)
+        return kl_rows(q, log_q, log_m)
+    return beta * kl_rows(p, log_p, log_m) + (1 - beta) * kl_rows(q, log_q, log_m)
 
 
 def _lost(targets: list[tuple[Tensor, Tensor, Tensor]], z: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ def _mixture(log_p: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     used = torch.stack([p.masked_fill(w[:, t, None] == 0, -torch.inf) for t, p in enumerate(log_p)])
     most = used.detach().amax(0)
     most = most.masked_fill(most == -torch.inf, 0)
-    shares = [_weighted(w[:, t, None], torch.stack([p.exp(), (p - most).exp()])) for t, p in enumerate(log_p)]
+    shares = [weighted(w[:, t, None], torch.stack([p.exp(), (p - most).exp()])) for t, p in enumerate(log_p)]
     mixture, share = torch.stack(shares).sum(0)
     none = share == 0
     return mixture, (most + share.masked_fill(none, 1).log()).masked_fill(none, -torch.inf)
@@ -334,7 +334,7 @@ def _mixed_logits(scaled: list[Tensor], w: Tensor) -> Tensor:
     for t, x in enumerate(scaled):
         weight, out = w[:, t, None], x == -torch.inf
         masked = masked | (out & (weight != 0))
-        mixed = mixed + _weighted(weight, x.masked_fill(out, 0))
+        mixed = mixed + weighted(weight, x.masked_fill(out, 0))
     return mixed.masked_fill(masked, -torch.inf)
 
 
@@ -357,13 +357,13 @@ def _kd_rows(
     return valid, z, weights.to(dtype).expand(rows, -1).masked_fill(hide, 0)
 
 
-def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+def weighted(weight: Tensor, value: Tensor) -> Tensor:
     value = value.masked_fill((weight == 0) & ~value.isfinite(), 0)
     return (weight * value).masked_fill(value == 0, 0)  # or an infinite gradient would meet the 0
 
 
 def _mixture_kl(mixture: Tensor, log_q: Tensor) -> Tensor:
-    return _kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
+    return kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
 
 
 def _kd_reduced(
@@ -375,34 +375,52 @@ def _kd_reduced(
     alphas: Tensor | None = None,  # [N]: one a row
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq 8 from its KL of every row: loss, ce and kl, reduced."""
-    _, alpha, _, reduction, _, ignore_index, label_smoothing = options
-    kl = kl.masked_fill(~valid, 0)
     if labels is None:
-        ce = torch.zeros_like(kl)
+        ce = None
     else:
         ce = F.cross_entropy(
-            z, labels.long(), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
+            z,
+            labels.long(),
+            ignore_index=options.ignore_index,
+            label_smoothing=options.label_smoothing,
+            reduction="none",
         )
+    return reduced(ce, kl, valid, z.shape[1], options, alphas)
+
+
+def reduced(
+    ce: Tensor | None,
+    kl: Tensor,
+    valid: Tensor,
+    classes: int,
+    options: KDOptions,
+    alphas: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from both terms of every row; without labels there is no ``ce``."""
+    alpha, reduction, labeled = options.alpha, options.reduction, ce is not None
+    kl = kl.masked_fill(~valid, 0)
+    if ce is None:
+        ce = torch.zeros_like(kl)
     if alphas is not None:  # the rest then adds them up
-        alphas = alphas.to(z.dtype).masked_fill(~valid, 0)
+        alphas = alphas.to(kl.dtype).masked_fill(~valid, 0)
         shares = 1 - alphas, alphas
         ce, kl = (by * x.masked_fill((by == 0) & ~x.isfinite(), 0) for by, x in zip(shares, (ce, kl)))
 
     if reduction != "none":
-        count = z.new_ones(()) if reduction == "sum" else valid.sum().clamp(min=1).to(z.dtype)
+        count = kl.new_ones(()) if reduction == "sum" else valid.sum().clamp(min=1).to(kl.dtype)
         ce = ce.sum() / count
-        kl = kl.sum() / (count * (z.shape[1] if reduction == "mean" else 1))
+        kl = kl.sum() / (count * (classes if reduction == "mean" else 1))
     if alphas is not None:
         loss = ce + kl
-    elif labels is None or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
-        loss = kl if labels is None else times(kl, alpha)
+    elif not labeled or alpha == 1:  # not 0 * ce: that is NaN where ce is infinite
+        loss = times(kl, alpha) if labeled else kl
     else:
         loss = times(ce, 1 - alpha)
         loss = loss if alpha == 0 else torch.add(loss, kl, alpha=alpha)
     return loss, ce, kl
 
 
-def _kl_rows(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl_rows(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """``sum_c p (log p - log q)`` where a class with p = 0 counts 0, in value and gradient."""
     empty = p == 0
     return (p * (log_p.masked_fill(empty, 0) - log_q.masked_fill(empty, 0))).sum(-1)
@@ -470,7 +488,7 @@ def topk_kd(
     for t, (index, log_p) in enumerate(zip(indices, log_probs)):
         hidden = index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0)
         given.append(_dense_probs(*hidden, z.shape[1], tail))
-        mixture = mixture + _weighted(w[:, t, None], given[t])
+        mixture = mixture + weighted(w[:, t, None], given[t])
     log_q = (z / temperature).log_softmax(-1)
     kl = _mixture_kl(mixture, log_q) * (temperature**2 if options.t2_scale else 1)
     loss = _kd_reduced(z, kl, valid, labels, options)[0]
@@ -501,6 +519,8 @@ def topk_bucket(
     outcomes, masses, lost = [], [], torch.zeros_like(z, dtype=torch.bool)
     for t, (index, log_p) in enumerate(zip(indices, log_probs)):
         index, log_p = index.long().masked_fill(hide, 0), log_p.to(dtype).masked_fill(hide, 0)
+        dead = (w[:, t] == 0) & ~(log_p.exp().sum(-1) < torch.inf)  # 0 * NaN is 0
+        log_p = log_p.masked_fill(dead.unsqueeze(1), -torch.inf)
         given = _dense_probs(index, log_p, z.shape[1], "ignore")
         named = torch.zeros_like(lost).scatter(1, index, True)
         if order is not None:
@@ -523,15 +543,15 @@ def topk_bucket(
         none = (others == -torch.inf).all(-1, keepdim=True)
         rest = others.masked_fill(none, 0).logsumexp(-1, keepdim=True).masked_fill(none, -torch.inf)
         own = torch.cat([log_q.masked_fill(~named, -torch.inf), rest], 1)
-        each.append(_divergence(divergence, p, log_p, own.exp(), own))
-        kls.append(_kl_rows(p, log_p, own))
-    distance = torch.stack([_weighted(w[:, t], d) for t, d in enumerate(each)]).sum(0)
+        each.append(divergence_rows(divergence, p, log_p, own.exp(), own))
+        kls.append(kl_rows(p, log_p, own))
+    distance = torch.stack([weighted(w[:, t], d) for t, d in enumerate(each)]).sum(0)
     if options.t2_scale:
         distance = distance * options.temperature**2
     loss = _kd_reduced(logits, distance, valid, labels, options)[0]
     if not need_stats:
         return loss, None
-    target = torch.stack([_weighted(w[:, t, None], p) for t, (p, _, _) in enumerate(outcomes)]).sum(0)
+    target = torch.stack([weighted(w[:, t, None], p) for t, (p, _, _) in enumerate(outcomes)]).sum(0)
     return loss, _topk_stats(log_q, target, kls, masses, w, valid)
 
 
@@ -540,15 +560,15 @@ def _topk_stats(
 ) -> KDStats:
     """``KDStats`` of teachers that give some classes: [N, C] or, with what they do not give, [N, C + 1] probabilities."""
     total = w.sum(1)
-    kept = torch.stack([_weighted(w[:, t], mass) for t, mass in enumerate(masses)]).sum(0)
+    kept = torch.stack([weighted(w[:, t], mass) for t, mass in enumerate(masses)]).sum(0)
     stats = KDStats(
-        -_kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)),
+        -kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)),
         -_mixture_kl(target, torch.zeros_like(target)),
         torch.stack(kls, 1),
         kept / total.masked_fill(total == 0, 1),
         (log_q.argmax(1) == target[:, : log_q.shape[1]].argmax(1)).to(log_q.dtype),
     )
-    return _of_counted_rows(stats, valid)
+    return of_counted_rows(stats, valid)
 
 
 def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tensor:
@@ -674,7 +694,7 @@ def linear_stats(
     ]
     w = kept.new_ones(1, len(teachers)) if weights is None else weights.detach().to(kept.dtype)
     total = w.sum(1)
-    share = torch.stack([_weighted(w[:, t], m) for t, m in enumerate(mass)]).sum(0)
+    share = torch.stack([weighted(w[:, t], m) for t, m in enumerate(mass)]).sum(0)
     share = share / total.masked_fill(total == 0, 1)
     return stats._replace(retained_mass=share.masked_fill(kept == 0, 0))
 

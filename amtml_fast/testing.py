@@ -124,6 +124,13 @@ def _topk_kd(g: torch.Generator, n: int, c: int, k: int, t: int) -> tuple:
     return student, [x.indices for x in top], [x.values for x in top], weights, labels
 
 
+def _topk_bucket(g: torch.Generator, n: int, c: int, k: int, t: int) -> tuple:
+    """A student not too far from its teachers: some of what they name is among its own k largest."""
+    student, teachers, weights, labels = _multi_teacher_kd(g, n, c, t)
+    top = [((3 * z + student.detach()) / 4).log_softmax(-1).topk(max(k - i, 1)) for i, z in enumerate(teachers)]
+    return student, [x.indices for x in top], [x.values for x in top], weights, labels
+
+
 def _angle(g: torch.Generator, n: int, c: int) -> tuple:
     return tuple((2 * _randn(g, n, c)).softmax(-1).requires_grad_() for _ in range(2))
 
@@ -242,6 +249,26 @@ CASES = {
             large=((128, 100, 8, 3), (4, 32000, 64, 3), (4, 128256, 32, 1)),
             bytes=lambda s, n, c, k, t: 2 * s * n * c + (8 + s) * n * sum(max(k - i, 1) for i in range(t)),
             flops=lambda n, c, k, t: n * (c * 14 + t * k * 30),
+        ),
+        Case(
+            "topk_bucket",
+            functools.partial(functional.topk_kd_loss, tail="bucket"),
+            functools.partial(reference.topk_kd_loss, tail="bucket"),
+            _topk_bucket,
+            (6, 5, 3, 2),
+            # n, C, k, T: empty; one of all; all classes; all but one; past a vector, a chunk and a word of the GPUs' bits; odd
+            ((0, 10, 2, 3), (1, 1, 1, 1), (3, 5, 5, 1), (2, 7, 6, 2), (5, 1030, 40, 2), (24, 257, 7, 3)),
+            (
+                {},
+                {"divergence": "jsd", "reduction": "mean", "label_smoothing": 0.1, "temperature": 1.0},
+                {"divergence": "reverse_kl", "support": "student", "reduction": "none"},
+                {"divergence": "skew_kl", "reduction": "sum", "alpha": 1.0, "temperature": 0.5, "t2_scale": False},
+                {"divergence": "tvd", "reduction": "none", "alpha": 0.0, "label_smoothing": 1.0},
+            ),
+            parallel=(300, 100, 9, 3),
+            large=((128, 100, 8, 3), (4, 32000, 64, 3), (4, 128256, 32, 1)),
+            bytes=lambda s, n, c, k, t: 2 * s * n * c + (8 + s) * n * sum(max(k - i, 1) for i in range(t)),
+            flops=lambda n, c, k, t: n * (c * 14 + t * k * 60),
         ),
         Case(
             "angle",

@@ -263,6 +263,18 @@ def overhead(results: Results) -> str:
     return markdown_table(["Python and dispatch of AMTMLLoss at N = 128", "time"], rows)
 
 
+def linear(results: Results) -> str:
+    """The loss from hidden states, its peers, and its matrix products alone."""
+    rows = []
+    for group in (g for g in results.groups() if g.startswith("fused_linear_kd")):
+        products = results.seconds(group, "products")
+        for provider in results.providers(group):
+            seconds, facts = results.rows[group, provider, None]
+            share = f"{seconds / products:.2f}" if products else ""
+            rows.append([group, provider, time_text(seconds), share, bytes_text(facts.get("extra_bytes"))])
+    return markdown_table(["from hidden states", "by", "time", "of its products", "memory beside the inputs"], rows)
+
+
 def report(results: Results) -> str:
     parts = ["# Benchmarks", head(results), "Forward and backward together. Bold: slower than the baseline."]
     parts += ["## Operators", operators(results), "![speed-up](speedup.png)", "![roofline](roofline.png)"]
@@ -270,6 +282,7 @@ def report(results: Results) -> str:
     parts += ["## Growth", scaling(results), "![growth](scaling.png)"]
     for title, table in (
         ("## Angle loss", triplets(results)),
+        ("## From hidden states", linear(results)),
         ("## Overhead", overhead(results)),
         ("## Training step", steps(results)),
     ):

@@ -36,6 +36,8 @@ def write(path, scale=1.0, commit="a" * 40):
             for n in (64, 128, 256, 512)
             for p, s, k in (("cpp", 1e-4 * scale, 2), ("eager", 1e-2, 3))
         ),
+        result("fused_linear_kd 8x4x9x1 float32", "cpp", 6e-3 * scale, extra_bytes=2_000_000),
+        result("fused_linear_kd 8x4x9x1 float32", "products", 5e-3),
         result("step, small", "the trainer", 0.5, images=64, parts=PARTS),
         result("step, small", "a loop as published", 1.0, images=64),
     ]
@@ -84,6 +86,7 @@ def test_tables_hold_what_was_measured_and_what_was_not(tmp_path):
     assert "A processor, 2 threads, PyTorch 2.13.0, commit aaaaaaa" in text and "10.0 GB/s" in text
     assert "| step, small | the trainer | 128.0 | 2.0x | 10.0% | 40.0% | 30.0% | 15.0% | 5.0% |" in text
     assert "| angle 128x100 float32 | 3 MB |" in text
+    assert "| fused_linear_kd 8x4x9x1 float32 | cpp | 6 ms | 1.20 | 2 MB |" in text
 
 
 def test_a_row_that_was_not_run_says_why(tmp_path):

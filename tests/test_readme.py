@@ -21,8 +21,27 @@ class Student(nn.Module):
         return self.fc(features.mean((2, 3))), features
 
 
+def snippets():
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+def test_the_lines_for_language_models():
+    _, code = snippets()
+    names = {
+        "student_hidden": torch.randn(5, 4, requires_grad=True),
+        "teacher_hidden": torch.randn(5, 6),
+        "student_head": nn.Linear(4, 9, bias=False),
+        "teacher_head": nn.Linear(6, 9).requires_grad_(False),
+        "indices": torch.randint(0, 9, (5, 3)),
+        "log_probs": torch.rand(5, 3).log(),
+        "labels": torch.randint(0, 9, (5,)),
+    }
+    exec(code, names)
+    assert names["student_head"].weight.grad.abs().sum() > 0 and names["student_hidden"].grad is not None
+
+
 def test_the_ten_lines_train_a_student():
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    code, _ = snippets()
     teachers = [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval() for _ in range(3)]
     batch = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
     names = {"student": Student(), "teachers": teachers, "loader": [batch] * 10}

@@ -144,7 +144,7 @@ def train(
 @torch.inference_mode()
 def bits_per_byte(model: LlamaForCausalLM, data: list[dict]) -> float:
     model.eval()
-    ids = torch.tensor([e["input_ids"] for e in data], device=model.device)
+    ids = torch.tensor([e["input_ids"] for e in data], dtype=torch.int64, device=model.device)
     losses = [model(input_ids=some, labels=some).loss * len(some) for some in ids.split(32)]
     return (torch.stack(losses).sum() / len(ids)).item() / 0.6931471805599453
 
@@ -152,7 +152,7 @@ def bits_per_byte(model: LlamaForCausalLM, data: list[dict]) -> float:
 @torch.inference_mode()
 def weights_of(student: Any, data: list[dict]) -> Tensor:
     """What the adapter gives each teacher at each byte, [examples, bytes, teachers]."""
-    ids = torch.tensor([e["input_ids"] for e in data], device=student.device)
+    ids = torch.tensor([e["input_ids"] for e in data], dtype=torch.int64, device=student.device)
     hidden = student.eval().model(input_ids=ids).last_hidden_state
     return student.teacher_adapter(hidden.flatten(0, 1)).view(*ids.shape, -1).cpu()
 
@@ -181,7 +181,7 @@ def picture(path: Path, mean: Tensor, pieces: list[bytes], weights: Tensor) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = torch.tensor([[0.25, 0.55, 1.0], [1.0, 0.6, 0.1], [0.3, 0.85, 0.3]])
+    colors = Tensor([[0.25, 0.55, 1.0], [1.0, 0.6, 0.1], [0.3, 0.85, 0.3]])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(14, 6), width_ratios=(1, 2.4), layout="constrained")
     left.imshow(mean.numpy(), cmap="Greys", vmin=0, vmax=1)
     left.set_xticks(range(len(DOMAINS)), DOMAINS)

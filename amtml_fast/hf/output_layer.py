@@ -92,14 +92,14 @@ def _gathered(parameter: Tensor) -> Tensor:
 def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, float | None]:
     """The scale and the softcap that the model gives its logits."""
     small, large = 2.0**-7, 2.0**13
-    probe = torch.linspace(-64, 64, layer.weight.shape[0])
+    probe = torch.linspace(-64, 64, layer.weight.shape[0], dtype=torch.float32, device="cpu")
     probe[0], probe[-1] = small, large
     handle = layer.register_forward_hook(lambda _, args, out: probe.to(out.device).expand(*out.shape[:-1], -1))
     training = model.training
     try:
         device = model.get_input_embeddings().weight.device
         logits = (
-            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device)).logits.flatten().float().cpu()
+            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device)).logits.flatten().float().cpu()
         )
     finally:
         handle.remove()

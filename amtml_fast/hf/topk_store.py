@@ -150,10 +150,10 @@ class StoredTopK:
 
     def batch(self, rows: Tensor, mask: Tensor | None, shape: Sequence[int], device: torch.device) -> TopKTeacher:
         """Of these examples, [B, S, k]: at the tokens of the mask [B, S], and one sure class where there is none."""
-        indices = torch.arange(self.k).expand(*shape, -1).clone()
-        log_probs = torch.full((*shape, self.k), -torch.inf)
+        indices = torch.arange(self.k, dtype=torch.int64, device="cpu").expand(*shape, -1).clone()
+        log_probs = torch.full((*shape, self.k), -torch.inf, dtype=torch.float32, device="cpu")
         log_probs[..., 0] = 0
-        tokens = torch.ones(tuple(shape), dtype=torch.bool) if mask is None else mask.cpu() != 0
+        tokens = torch.ones(tuple(shape), dtype=torch.bool, device="cpu") if mask is None else mask.cpu() != 0
         for at, row in enumerate(rows.tolist()):
             own = self[row]
             count = int(tokens[at].sum())

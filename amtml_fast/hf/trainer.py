@@ -104,11 +104,12 @@ class DistillationTrainer(Trainer):
             else:
                 teacher.to(self.args.device)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.weighting != "adaptive" or self.optimizer is not None:  # one that was given has its own rates
-            return super().create_optimizer(model)
-        optimizer = super().create_optimizer(model)
-        owner: Any = self.model if model is None else model
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        given = self.optimizer is not None  # which has its own rates
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.weighting != "adaptive" or given:
+            return optimizer
+        owner: Any = next((model for model in (*args, *kwargs.values()) if model is not None), self.model)
         own = [p for name, p in owner.named_parameters() if "teacher_adapter." in name]
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if not any(p is q for q in own)]
@@ -191,11 +192,9 @@ class DistillationTrainer(Trainer):
         if isinstance(teacher, TopKTeacher):
             named, given = (x.reshape(len(labels), -1) for x in teacher)
             given = given.float()
-            others = (1 - given.exp().sum(1)).clamp(min=1e-6).log() - torch.tensor(
-                float(max(self.output_layer.classes - named.shape[1], 1))
-            ).log()
+            others = (1 - given.exp().sum(1)).clamp(min=1e-6) / max(self.output_layer.classes - named.shape[1], 1)
             own = given.masked_fill(named != labels.unsqueeze(1), -torch.inf).logsumexp(1)
-            return torch.where(own == -torch.inf, others, own).masked_fill(~counted, 0)
+            return torch.where(own == -torch.inf, others.log(), own).masked_fill(~counted, 0)
         scale, cap = self.output_layer.logit_scale, self.output_layer.softcap
         rows = teacher.hidden.reshape(len(labels), -1)
         made = []
@@ -219,7 +218,7 @@ class DistillationTrainer(Trainer):
         if index is not None:
             weights = F.one_hot(index.reshape(-1).long(), teachers).float()
         elif weights is None:
-            weights = torch.full((1, teachers), 1 / teachers, device=labels.device).expand(len(counted), -1)
+            weights = stats.teacher_kl.new_full((1, teachers), 1 / teachers).expand(len(counted), -1)
         entropy = torch.special.entr(weights).sum(1)
         columns = [
             torch.ones_like(entropy), stats.student_entropy.reshape(-1), stats.target_entropy.reshape(-1), entropy,
@@ -267,7 +266,7 @@ class _KeepRows:
         rows = [example.get(ROW) for example in examples]
         batch = self.collate([{name: value for name, value in e.items() if name != ROW} for e in examples])
         if rows[0] is not None:
-            batch[ROW] = torch.tensor(rows)
+            batch[ROW] = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return batch
 
 

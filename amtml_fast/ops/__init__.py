@@ -9,6 +9,7 @@ from amtml_fast.ops import teacher_weights
 from amtml_fast.ops import multi_teacher_kd
 from amtml_fast.ops import divergence
 from amtml_fast.ops import topk_kd
+from amtml_fast.ops import topk_bucket
 from amtml_fast.ops import fused_linear_kd
 from amtml_fast.ops import angle
 from amtml_fast.ops import distance

@@ -260,11 +260,12 @@ class MultiTeacherKD(torch.autograd.Function):
 
 def _rescaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     """The bfloat16 gradients of ``MultiTeacherKD`` that forward has made, for this gradient of the loss."""
-    *grads, student, weights, labels, stats = saved(ctx)[:6]
+    kept = saved(ctx)  # once: a checkpoint gives each tensor but once
+    *grads, student, weights, labels, stats = kept[:6]
     if not may_overwrite_saved(ctx):
         grads = [g.clone() for g in grads]
     kernels(ctx.backend).multi_teacher_kd_rescale_.default(
-        *grads, grad_loss, student, saved(ctx)[6:], weights, labels, stats, *ctx.settings
+        *grads, grad_loss, student, kept[6:], weights, labels, stats, *ctx.settings
     )
     return grads
 

@@ -22,13 +22,12 @@ from amtml_fast.ops._base import (
     scaled_rows,
 )
 from amtml_fast.ops.divergence import check_divergence
+from amtml_fast.ops.topk_bucket import bucket_loss, topk_stats
 from amtml_fast.reference import KDOptions, wide_dtype
 
 TAILS = ("renormalize", "ignore", "uniform", "bucket")
 
 operator("topk_kd")
-operator("topk_bucket", backends=())  # these two run on the reference
-operator("topk_stats", backends=())
 
 
 def topk_kd_loss(
@@ -59,7 +58,8 @@ def topk_kd_loss(
         loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
         loss = temperature**2 * kl        # without labels: alpha plays no part
 
-    A row costs O(C + T k log(T k)), and no dense teacher is built. To make what a teacher stores from its logits [N, C]::
+    A row costs O(C + T k log(T k)), with ``tail="bucket"`` or ``return_stats`` O(C + T^2 k + T k log(T k)), and no dense teacher is
+    built. To make what a teacher stores from its logits [N, C]::
 
         top = (teacher_logits / temperature).log_softmax(-1).topk(k)
         log_probs, indices = top.values, top.indices
@@ -130,34 +130,42 @@ def topk_kd_loss(
     row_reduction = reduction if num_items_in_batch is None else "sum"
     options = KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing)
     values = (name, labels, classes, ignore_index, weights, (indices, sizes))
-    if tail == "bucket" or return_stats:
-        _kd.check_values(*values)
-        op = "topk_bucket" if tail == "bucket" else "topk_stats"
-        backend.choose(op, student, weights, *given_log_probs)  # the reference; raises for a backend chosen by name
-        apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
-        arguments = student, *apart, weights, labels, options
-        if tail == "bucket":
-            compared = reference.divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
-            loss, stats = reference.topk_bucket(*arguments, compared, support, need_stats=return_stats)
-        else:
-            loss, stats = reference.topk_kd(*arguments, need_stats=True)
-        loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
-        return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
-    chosen = backend.choose("topk_kd", student, weights, *given_log_probs)
+    given = student, indices, log_probs, sizes, weights, labels, options
+    if tail == "bucket":
+        compared = reference.divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
+        loss, stats = bucket_loss(*given, compared, support, values, need_stats=return_stats)
+    elif return_stats:
+        loss, stats = topk_loss(*given, values), topk_stats(*given, values)
+    else:
+        loss, stats = topk_loss(*given, values), None
+    loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+    return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
+
+
+def topk_loss(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    values: tuple,
+) -> Tensor:
+    """The loss of checked rows, but for the tail "bucket"."""
+    chosen = backend.choose("topk_kd", student, weights, log_probs)
     if chosen != "cpp":  # the C++ kernel checks values itself
         _kd.check_values(*values)
     if chosen == "reference":
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
-        loss = reference.topk_kd(student, *apart, weights, labels, options, need_stats=False)[0]
-    else:
-        wide = wide_dtype(student, log_probs, weights)
-        weights = None if weights is None else weights.to(wide).expand(rows, -1)
-        settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
-        loss = _kd.run(
-            values, TopkKD, any(needs),
-            chosen, student, weights, labels, indices, log_probs, sizes, settings, needs, wide,
-        )  # fmt: skip
-    return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+        return reference.topk_kd(student, *apart, weights, labels, options, need_stats=False)[0]
+    wide = wide_dtype(student, log_probs, weights)
+    weights = None if weights is None else weights.to(wide).expand(len(student), -1)
+    settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
+    return _kd.run(
+        values, TopkKD, any(needs),
+        chosen, student, weights, labels, indices, log_probs, sizes, settings, needs, wide,
+    )  # fmt: skip
 
 
 def _side_by_side(tensors: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:

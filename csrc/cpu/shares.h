@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 
 #include "simd.h"
 
@@ -36,9 +37,9 @@ class Shares {
 
 // body(next) in each thread, where next(share) gives it shares of n items of `work` elements each. Much work is handed
 // out piece by piece: a thread whose core is busy takes fewer. Little work is cut once, so that a thread finds in its
-// cache what it wrote there the last time. Who takes what changes no number.
-template <class Body>
-void in_shares(int64_t n, int64_t work, const Body& body) {
+// cache what it wrote there the last time. Who takes what changes no number. (No template: torch's parallel_for is one,
+// of 2 KB a body, and this is called once a thread.)
+inline void in_shares(int64_t n, int64_t work, const std::function<void(Shares&)>& body) {
   constexpr int64_t kMuch = 1 << 22, kShares = 64;
   if (n * work < kMuch) {
     torch::stable::parallel_for(0, n, grain(work), [&](int64_t begin, int64_t end) {

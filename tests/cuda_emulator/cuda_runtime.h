@@ -309,6 +309,11 @@ inline void wait_for_previous() {
 
 inline void __syncthreads() { emulation::wait(emulation::machine().thread->block->barrier); }
 inline void __syncwarp(unsigned = ~0u) { emulation::wait(emulation::warp().barrier); }
+inline unsigned atomicOr(unsigned* at, unsigned bits) {
+  const unsigned before = *at;
+  *at |= bits;
+  return before;
+}
 template <class T>
 T __shfl_xor_sync(unsigned, T value, int by) {
   return emulation::exchange(value, emulation::machine().thread->linear ^ by);

@@ -326,7 +326,7 @@ def test_a_resumed_training_has_the_same_bits(tmp_path):
     resumed = run(tmp_path / "b", resume=str(tmp_path / "a" / "checkpoint-2"), **saving)
     assert "teacher_adapter.v" in whole and all(torch.equal(whole[n], resumed[n]) for n in whole)
     again, info = LlamaForCausalLM.from_pretrained(tmp_path / "a" / "checkpoint-4", output_loading_info=True)
-    assert set(info["unexpected_keys"]) == {"teacher_adapter.theta", "teacher_adapter.v"} and not info["missing_keys"]
+    assert all(key.startswith("teacher_adapter.") for key in info["unexpected_keys"]) and not info["missing_keys"]
     assert torch.equal(again.get_input_embeddings().weight, whole["model.embed_tokens.weight"])
 
 

@@ -57,6 +57,8 @@ def numbers_by_row() -> Iterator[tuple[Any, tuple, dict]]:
         options = {"divergence": "jsd", "mode": mode, "temperature": alpha.detach(), "return_stats": True}
         args = student, teachers, weights, labels, alpha
         yield lambda *a, **o: af.multi_teacher_kd_loss(*a[:4], alpha=a[4], **o)[0], args, options
+    top = CASES["topk_bucket"].inputs(4, 32000, 64, 3)
+    yield lambda *a, **o: af.topk_kd_loss(*a, **o)[0], top, {"tail": "uniform", "return_stats": True}
 
 
 def whole_losses(rows: int, channels: int, side: int) -> Iterator[tuple[Any, tuple, dict]]:

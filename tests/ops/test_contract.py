@@ -78,14 +78,13 @@ def test_opcheck(case, fused):
             return func(*args, **(kwargs or {}))
 
     # Dynamic shapes are traced, which takes time, for every dtype of the first variant and for the other variants in one, in
-    # turn. An interpreter does not have the time for the rest of the pairs at all, nor to trace more than the first variant: all
-    # backends have the same fakes.
+    # turn. An interpreter has the time for one dtype of each, and to trace the first: all backends have the same fakes.
     variants = [options for options in case.variants if options.get("dim1") != 0]
     dtypes = torch.float32, torch.bfloat16, torch.float16
     with Record():
         for i, options in enumerate(variants):
             for j, dtype in enumerate(dtypes):
-                turn = i == 0 or j == i % len(dtypes)
+                turn = j == i % len(dtypes) or (i == 0 and fused == "cpp")
                 traced = turn and (fused == "cpp" or i == 0)
                 if (turn and i < 5) or fused == "cpp":
                     utils = TRACED if traced else FAKED
@@ -114,6 +113,13 @@ for case in CASES.values():
         assert relative_error(got, want) <= 1e-6, (case.op, size)
         assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads)), (case.op, size)
         print(case.op, size, got.double().sum().item())
+x, w, g = (torch.randn(35, 50), torch.randn(99, 50), torch.randn(35, 99))
+made = [torch.empty(35, 99), torch.empty(35, 50), torch.empty(99, 50)]
+torch.ops.amtml.fused_linear_kd_logits_(made[0], x, w, None, 1.0)
+torch.ops.amtml.fused_linear_kd_grad_hidden_(made[1], g, w, 1.0)
+torch.ops.amtml.fused_linear_kd_grad_weight_(made[2], g, x, 1.0, False)
+x, w, g = x.double(), w.double(), g.double()
+assert all(relative_error(m, e) <= 1e-6 for m, e in zip(made, (x @ w.T, g @ w, g.T @ x)))
 """
 
 
@@ -221,7 +227,9 @@ def test_second_derivative_with_respect_to_one_input_is_loud_too(case, fused):
 @each_case
 def test_compiles_without_a_graph_break(case, fused):
     torch._dynamo.reset()
-    for options in case.variants[:2]:
+    for options in case.variants[
+        : 2 if fused == "cpp" else 1
+    ]:  # what is traced differs in little but the kernels' names
         args = case.inputs(*case.small)
         want, want_grads = value_and_grads(case.function, args, **options)
         compiled = torch.compile(lambda *a, o=options: case.function(*a, **o), fullgraph=True, backend="aot_eager")
@@ -327,6 +335,21 @@ def test_mixed_dtypes_and_autocast(on):
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
     exact = af.reference.angle_loss(student.detach().double().softmax(1), teachers[0].double().softmax(1))
     assert relative_error(angle, exact) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loss_inside_a_checkpoint(dtype, fused):
+    """A checkpoint gives each saved tensor only once."""
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2, dtype=dtype)
+
+    def loss():
+        return 0.3 * af.multi_teacher_kd_loss(student, teachers, weights, labels)
+
+    want = torch.autograd.grad(loss(), (student, weights))
+    # (The emulated device has no index after a recomputation.)
+    whole = torch.utils.checkpoint.checkpoint(loss, use_reentrant=False, determinism_check="none")
+    got = torch.autograd.grad(whole, (student, weights))
+    assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
 def test_16_bit_gradients_do_not_underflow_under_a_loss_scale(fused):
@@ -881,8 +904,7 @@ def test_backends_tell_why_not():
     assert set(rows) == {(op, b) for op in backend.OPS for b in backend.BACKENDS[1:]}
     assert all(r.available != bool(r.why_not) for r in rows.values())
     assert all(rows[op, "reference"].available for op in backend.OPS)
-    on_the_reference = {"topk_bucket", "topk_stats"}
-    assert CHOSEN or {op for op in backend.OPS if not rows[op, "cpp"].available} == on_the_reference
+    assert CHOSEN or all(rows[op, "cpp"].available for op in backend.OPS)
 
 
 def test_auto_goes_by_operator_and_size():

@@ -225,8 +225,9 @@ def test_routing(divergence):
     for reduction in ("none", "mean", "batchmean"):
         options = {"teacher_index": index, "divergence": divergence, "reduction": reduction, "weights": False}
         check(*kinds, return_stats=reduction == "none", **options)
+        check(*kinds, labels=False, teacher_temperature=[1.0, 2.0, 3.0, 4.0], **options)
     check("topk", "topk", weights=False, teacher_index=index % 2, mode="sum", labels=False)
-    args = inputs(*kinds, weights=False)
+    args = inputs(*kinds, weights=False, labels=False)
     _, stats = af.fused_linear_kd_loss(*args[:5], teacher_index=index, return_stats=True, divergence=divergence)
     with af.use_backend("reference"):
         _, want = af.fused_linear_kd_loss(*args[:5], teacher_index=index, return_stats=True, divergence=divergence)
@@ -235,13 +236,13 @@ def test_routing(divergence):
 
 @cpu_only
 def test_only_the_products_of_routed_and_counted_rows_are_made(monkeypatch):
-    made, product = [], fused_linear_kd._product
+    made, product = [], fused_linear_kd._Call.logits
 
-    def count(hidden, *others):
+    def count(call, name, hidden, *others):
         made.append(hidden.shape)
-        product(hidden, *others)
+        return product(call, name, hidden, *others)
 
-    monkeypatch.setattr(fused_linear_kd, "_product", count)
+    monkeypatch.setattr(fused_linear_kd._Call, "logits", count)
     hidden, weight, teachers, _, labels, _ = inputs("linear", "linear", "linear")
     index = torch.tensor([0, 1, 1, 2, 1, 0, 0, 1, 0])
     af.fused_linear_kd_loss(hidden, weight, teachers, None, labels, teacher_index=index, chunk_size=2)
@@ -305,6 +306,7 @@ def like_a_gpu(monkeypatch):
     def narrow(hidden, weight, wide):
         return hidden.dtype == weight.dtype != wide == torch.float32
 
+    monkeypatch.setattr(fused_linear_kd._Call, "own_products", False)
     monkeypatch.setattr(fused_linear_kd, "_reads_free", lambda hidden: False)
     monkeypatch.setattr(fused_linear_kd, "_narrow", narrow)
     monkeypatch.setattr(fused_linear_kd, "_narrow_product", product)
@@ -333,6 +335,58 @@ def test_products_of_16_bit_factors(dtype, like_a_gpu):
         check("linear", "logits", "topk", softcap=4.0, logit_scale=0.7, **options)
         check("linear", labels=False, bias=False, **options)
     check("linear", "topk", dtype=dtype, grads=2 * torch.finfo(torch.bfloat16).eps, accumulate="bf16")
+
+
+@cpu_only
+def test_torchs_products_of_a_weight_that_is_converted_by_blocks(monkeypatch):
+    monkeypatch.setattr(fused_linear_kd._Call, "own_products", False)
+    monkeypatch.setattr(fused_linear_kd, "BLOCK", 4 * 5 * H)
+    for dtype in (torch.bfloat16, torch.float32):
+        for accumulate in ("fp32", "bf16"):
+            eps = torch.finfo(torch.bfloat16).eps
+            check("linear", "bias", "topk", dtype=dtype, grads=eps, softcap=4.0, logit_scale=0.7, accumulate=accumulate)
+
+
+# --- the products of csrc/cpu
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_of_few_rows(dtype):
+    """Sizes below, at and past a tile, a part of the classes, and what threads share; other strides."""
+    own = torch.ops.amtml
+    for rows, width, classes in ((1, 1, 1), (5, 7, 13), (12, 32, 24), (33, 40, 300), (70, 96, 8300)):
+        hidden, weight = randn(rows, width).to(dtype), randn(classes, 2 * width).to(dtype)[:, ::2]
+        bias, grad = randn(classes), randn(rows, classes)
+        for layer in (weight, weight.contiguous()):
+            logits, to_hidden, to_weight = (
+                torch.full(size, torch.nan) for size in ((rows, classes), (rows, width), (classes, width))
+            )
+            own.fused_linear_kd_logits_(logits, hidden, layer, bias, 0.5)
+            own.fused_linear_kd_grad_hidden_(to_hidden, grad, layer, 2.0)
+            own.fused_linear_kd_grad_weight_(to_weight, grad, hidden, 2.0, False)
+            own.fused_linear_kd_grad_weight_(to_weight, grad, hidden, 1.0, True)
+            x, w, b, g = (t.double() for t in (hidden, weight, bias, grad))
+            assert relative_error(logits, 0.5 * (x @ w.t() + b)) <= 1e-6
+            assert relative_error(to_hidden, 2 * g @ w) <= 1e-6
+            assert relative_error(to_weight, 3 * g.t() @ x) <= 1e-6
+    with pytest.raises(RuntimeError, match=r"fused_linear_kd_loss: out must be \[70, 8300\], got \[70, 96\]"):
+        own.fused_linear_kd_logits_(to_hidden, hidden, weight, None, 1.0)
+
+
+@cpu_only
+def test_any_number_of_threads_gives_the_same_bits():
+    rows, width, classes = 40, 64, 9000
+    hidden, weight = randn(rows, width).requires_grad_(), randn(classes, width).requires_grad_()
+    teachers, seen, before = [af.LinearTeacher(randn(rows, 8), randn(classes, 8))], [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            loss = af.fused_linear_kd_loss(hidden, weight, teachers, chunk_size=17)
+            seen.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for others in seen[1:] for x, y in zip(others, seen[0]))
 
 
 # --- promises
@@ -407,7 +461,7 @@ def test_chunks_stay_within_their_budget():
         seen = []
 
         def fake(call, seen=seen):
-            step = call.chunk_rows(call.rows, list(range(len(call.kinds))), True)
+            step = call.chunk_rows(call.rows, list(range(len(call.kinds))), True, False)
             seen.append(step * call.classes * 4 * (len(call.kinds) + 2))
             raise InterruptedError
 

@@ -269,10 +269,12 @@ def test_divergence(p, divergence, mode, beta, of_teachers, by_row):
 @given(
     p=DISTILLATIONS,
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    tail=st.sampled_from(["renormalize", "ignore", "uniform"]),
+    tail=st.sampled_from(["renormalize", "ignore", "uniform", "bucket", "bucket"]),
     kind=st.sampled_from(["largest", "largest", "drawn", "twice"]),
+    divergence=st.sampled_from(DIVERGENCES),
+    support=st.sampled_from(["teacher", "student"]),
 )
-def test_topk_kd(p, sizes, tail, kind):
+def test_topk_kd(p, sizes, tail, kind, divergence, support):
     g = torch.Generator().manual_seed(p["seed"])
     n, c, tau = p["n"], p["c"], p["options"]["temperature"]
     z = p["logits"] * torch.randn(n, c, generator=g)
@@ -307,7 +309,10 @@ def test_topk_kd(p, sizes, tail, kind):
     options = {k: v for k, v in p["options"].items() if k != "mode"}
     unit = max(1.0, tau**2) * max(1.0, float(w.sum(-1).max()) if n else 1.0) * (1 + math.log(c))
     steepness = 1.0 if options["t2_scale"] else max(1.0, 1 / tau)
-    check(CASES["topk_kd"], args, {**options, "tail": tail}, p["upstream"], unit, unit * steepness)
+    if tail == "bucket":
+        options.update(divergence=divergence, support=support)
+    op = "topk_bucket" if tail == "bucket" else "topk_kd"
+    check(CASES[op], args, {**options, "tail": tail}, p["upstream"], unit, unit * steepness)
 
 
 def rows_of(kind, n, c, g):

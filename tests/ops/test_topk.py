@@ -325,12 +325,17 @@ import resource, torch, amtml_fast as af
 n, c, k, t = 64, 200_000, 32, 8
 s = torch.randn(n, c, requires_grad=True)
 i = [torch.randint(0, c, (n, k)) for _ in range(t)]
+both = dict(tail="uniform"), dict(tail="bucket", support="student", return_stats=True)
 p = [torch.full((n, k), -5.0) for _ in range(t)]
 w = torch.full((n, t), 1 / t, requires_grad=True)
-af.topk_kd_loss(s[:1], [x[:1] for x in i], [x[:1] for x in p], w[:1]).backward()
+for options in both:
+    af.topk_kd_loss(s[:1], [x[:1] for x in i], [x[:1] for x in p], w[:1], **options)
 s.grad = None
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-af.topk_kd_loss(s, i, p, w, tail="uniform").backward()
+for options in both:
+    out = af.topk_kd_loss(s, i, p, w, **options)
+    (out[0] if "return_stats" in options else out).backward()
+    out = s.grad = None
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10, 4 * n * c / 2**20)
 """
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

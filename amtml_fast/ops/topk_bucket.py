@@ -1,0 +1,460 @@
+"""``topk_kd_loss`` with the tail "bucket", and the statistics of all tails.
+
+Kernels sweep the student's row of C classes; what the teachers name, [N, K] entries of all teachers side by side, is plain
+PyTorch in float64, with its autograd. What passes between the two: of every row the logarithm of the sum over the classes that
+nobody names, and the logits that are named. From these come all probabilities, by sums and never by differences.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amtml_fast import backend, reference
+from amtml_fast.ops import _kd
+from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, run, save, saved
+from amtml_fast.reference import Divergence, KDOptions, KDStats, kl_rows, weighted, wide_dtype
+
+operator("topk_bucket")
+
+NOBODY = -(2**62)  # in the place of a class that the support leaves out
+_EMPTY = -torch.inf
+
+
+class _Named(NamedTuple):
+    """The entries of rows [N, K]."""
+
+    classes: Tensor  # NOBODY where the support leaves one out
+    own: Tensor  # whether an entry is the first of its class in its teacher; the others count nothing
+    home: Tensor  # for these the column of the first entry of that class in the row, else K
+    heads: Tensor  # whether it is that one: each class that is named, once
+    p: Tensor  # float64: what its teacher gives the class, in all of its entries; 0 where it is not ``own``
+    named: list[Tensor]  # of each teacher [N, K]: at a head, whether it names that class
+
+
+class _Rows(NamedTuple):
+    """What the kernels find in rows, float64."""
+
+    sums: Tensor  # [N, 4]: logarithms of sums over the classes that nobody names, at the temperature and at 1; label's logit, mean
+    z: Tensor  # [N, K]: logits that are named
+    weights: Tensor | None
+    stats: Tensor  # [N, 2]: over the classes that nobody names, of r = softmax: sum r log r; and the sum of z
+
+
+def bucket_loss(
+    student: Tensor,  # [N, C]
+    indices: Tensor,  # [N, K]
+    log_probs: Tensor,  # [N, K]
+    sizes: list[int],
+    weights: Tensor | None,  # [N, T], [1, T]
+    labels: Tensor | None,  # [N]
+    options: KDOptions,
+    divergence: Divergence,
+    support: str,
+    values: tuple,
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, Any]:
+    """The loss of checked rows, and with ``need_stats`` their statistics."""
+    chosen = _chosen(student, log_probs, weights, values)
+    if chosen == "reference":
+        apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
+        return reference.topk_bucket(
+            student, *apart, weights, labels, options, divergence, support, need_stats=need_stats
+        )
+    tau, classes, wide = options.temperature, student.shape[1], wide_dtype(student, log_probs, weights)
+    valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
+    kept = _kept(chosen, student, indices, sizes) if support == "student" else None
+    given = log_p.exp()
+    named = _named(indices, kept, given, sizes, valid)
+    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats)
+    w = rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
+
+    # What is not given, and what is given of other classes. (In float64 1 - sum keeps the digits that float32 would lose.)
+    rest = (1 - _by_teacher(given, sizes)).clamp(min=0)
+    if kept is not None:
+        rest = rest + _by_teacher(given.masked_fill(kept, 0), sizes)
+    rest = rest.masked_fill(_by_teacher(named.own, sizes) == classes, 0)
+
+    x, outside = rows.z / tau, rows.sums[:, :1]
+    if divergence.name == "reverse_kl":  # an outcome that a teacher has not makes it infinite, and gets no gradient
+        gone = (rest == 0) & (rough != 0)
+        lost = _lost(named, gone, (rough != 0), sizes)
+        x = torch.where(lost, x.detach(), x)
+        outside = torch.where(gone.any(1, keepdim=True), outside.detach(), outside)
+    log_sum, log_q = _log_q(x, outside, named)
+    log_rests = []
+    for names in named.named:
+        others = outside
+        if len(sizes) > 1:
+            others = torch.cat([outside, x.masked_fill(~named.heads | names, _EMPTY)], 1)
+        none = (others == _EMPTY).all(1, keepdim=True) & (log_sum != _EMPTY)
+        log_rests.append((others.masked_fill(none, 0).logsumexp(1, keepdim=True) - log_sum).masked_fill(none, _EMPTY))
+    outcomes = torch.cat([named.p, rest], 1)
+    log_p = outcomes.masked_fill(outcomes == 0, 1).log().masked_fill(outcomes == 0, _EMPTY)
+    log_q = torch.cat([log_q, *log_rests], 1)
+    # Every outcome as a row of its own, then added up by teacher.
+    each = reference.divergence_rows(divergence, *(y.unsqueeze(2) for y in (outcomes, log_p, log_q.exp(), log_q)))
+    distance = weighted(w, _of_outcomes(each, sizes)).sum(1)
+    if options.t2_scale:
+        distance = distance * tau**2
+    ce = _cross_entropy(rows, named, valid, options) if labels is not None else None
+    loss = reference.reduced(ce, distance, valid, classes, options)[0].to(wide)
+    if not need_stats:
+        return loss, None
+    with torch.no_grad():
+        target = _at_heads(named, sizes, rough, torch.zeros_like(rough))
+        mixed_rest = weighted(rough, rest).sum(1, keepdim=True)
+        entropy = _entropy(torch.cat([target.masked_fill(~named.heads, 0), mixed_rest], 1))
+        stats = _stats(
+            student, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy,
+            _of_outcomes(kl_rows(*(y.unsqueeze(2) for y in (outcomes, log_p, log_q))), sizes),
+            _by_teacher(named.p, sizes), rough, valid, tau,
+        )  # fmt: skip
+    return loss, _typed(stats, wide)
+
+
+@torch.no_grad()
+def topk_stats(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    values: tuple,
+) -> KDStats:
+    """The statistics of checked rows with another tail."""
+    chosen = _chosen(student, log_probs, weights, values)
+    if chosen == "reference":
+        apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
+        return reference.topk_kd(student, *apart, weights, labels, options, need_stats=True)[1]
+    tau, classes, tail = options.temperature, student.shape[1], options.mode
+    wide = wide_dtype(student, log_probs, weights)
+    valid, log_p, w = _given(student, log_probs, sizes, weights, labels, options)
+    p = log_p.exp()
+    mass = _by_teacher(p, sizes)
+    if tail == "renormalize":
+        p = torch.cat([x.softmax(1) for x in log_p.split(sizes, 1)], 1)
+    named = _named(indices, None, p, sizes, valid)
+    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, True)
+    unnamed = classes - _by_teacher(named.own, sizes)
+    share = torch.zeros_like(mass)  # of each class that the teacher does not name
+    if tail == "uniform":
+        share = (1 - mass).clamp(min=0) / unnamed.clamp(min=1)
+        share = share.masked_fill(unnamed == 0, 0)
+    log_sum, log_q = _log_q(rows.z / tau, rows.sums[:, :1], named)
+    others = classes - named.heads.sum(1)  # that nobody names
+    below = rows.stats[:, 1] / tau - others * log_sum.squeeze(1)  # the sum of their log q
+    kls = []
+    for t, (of_p, of_q) in enumerate(zip(named.p.split(sizes, 1), log_q.split(sizes, 1))):
+        kl = kl_rows(of_p, of_p.masked_fill(of_p == 0, 1).log(), of_q)
+        if tail == "uniform":
+            u = share[:, t]
+            outside = log_q.masked_fill(~named.heads | named.named[t], 0).sum(1) + below
+            kl = kl + (u * (unnamed[:, t] * u.masked_fill(u == 0, 1).log() - outside)).masked_fill(u == 0, 0)
+        kls.append(kl)
+    target = _at_heads(named, sizes, w, share)
+    outside = weighted(w, share).sum(1, keepdim=True)
+    entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
+    stats = _stats(
+        student, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, w, valid, tau
+    )
+    return _typed(stats, wide)
+
+
+def _chosen(student: Tensor, log_probs: Tensor, weights: Tensor | None, values: tuple) -> str:
+    chosen = backend.choose("topk_bucket", student, weights, log_probs)
+    if chosen != "cpp":  # the C++ kernel checks values itself
+        _kd.check_values(*values)
+    return chosen
+
+
+# --- what the teachers name
+
+
+def _given(
+    student: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows count; and, in float64, detached, and without NaN where it counts nothing, log-probabilities and weights."""
+    rows, teachers = len(student), len(sizes)
+    valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != options.ignore_index
+    hide = ~valid.unsqueeze(1)
+    w = log_probs.new_full((1, teachers), 1 / teachers) if weights is None else weights.detach()
+    w = w.double().expand(rows, -1).masked_fill(hide, 0)
+    log_p = log_probs.detach().double()
+    dead = (w == 0) & ~(_by_teacher(log_p.exp(), sizes) < torch.inf)
+    of_entries = torch.cat([x.expand(-1, k) for x, k in zip(dead.split(1, 1), sizes)], 1)
+    return valid, log_p.masked_fill(of_entries, _EMPTY), w
+
+
+def _kept(chosen: str, student: Tensor, indices: Tensor, sizes: list[int]) -> Tensor:
+    """Which entries are among the student's k largest; of equal logits the first classes are."""
+    z = student.detach()
+    largest = z.topk(max(sizes), dim=1).values
+    bounds = torch.stack([largest[:, k - 1] for k in sizes], 1)
+    # So many of those that are equal to the bound are among the k.
+    equal = torch.stack([k - (largest[:, :k] > largest[:, k - 1 : k]).sum(1) for k in sizes], 1)
+    last = kernels(chosen).topk_bucket_last.default(z, bounds, equal)
+    out = []
+    for t, index in enumerate(indices.split(sizes, 1)):
+        named, bound = z.gather(1, index.clamp(0, z.shape[1] - 1)), bounds[:, t : t + 1]
+        out.append((named > bound) | ((named == bound) & (index <= last[:, t : t + 1])))
+    return torch.cat(out, 1)
+
+
+@torch.no_grad()
+def _named(indices: Tensor, kept: Tensor | None, p: Tensor, sizes: list[int], valid: Tensor) -> _Named:
+    indices = indices.masked_fill(~valid.unsqueeze(1), 0)
+    if kept is not None:
+        indices = indices.masked_fill(~kept, NOBODY)
+    entries = indices.shape[1]
+    at = torch.ones_like(indices).cumsum(1) - 1  # each column's number
+    in_order, order = indices.sort(dim=1, stable=True)  # so by teacher within a class
+    teacher, start = torch.zeros_like(order), 0
+    for k in sizes[:-1]:
+        start += k
+        teacher = teacher + (order >= start)
+    of_class, of_teacher = (x[:, 1:] != x[:, :-1] for x in (in_order, teacher))
+    first = torch.ones_like(indices[:, :1], dtype=torch.bool)
+
+    def beginning(begins: Tensor) -> Tensor:
+        """The column of the entry that stands first among its equals; back in the teachers' order."""
+        place = at.masked_fill(~torch.cat([first, begins], 1), 0).cummax(1).values
+        return torch.empty_like(order).scatter(1, order, order.gather(1, place))
+
+    mine, home = beginning(of_class | of_teacher), beginning(of_class)
+    own = (mine == at) & (indices != NOBODY)
+    counted, sums = p if kept is None else p.masked_fill(~kept, 0), torch.zeros_like(p)
+    if p.device.type == "cpu":
+        p = sums.scatter_add(1, mine, counted)
+    else:  # whose sums have one order there, as those of scatter_add have here
+        row = torch.ones_like(indices[:, :1]).cumsum(0) - 1
+        p = sums.index_put((row, mine), counted, accumulate=True)
+    home = home.masked_fill(~own, entries)
+    heads = own & (home == at)
+    return _Named(indices, own, home, heads, p, _to_heads(home, sizes, own))
+
+
+def _to_heads(home: Tensor, sizes: list[int], x: Tensor) -> list[Tensor]:
+    """Of each teacher what its entries have, at the head of their class; 0 elsewhere."""
+    entries = x.shape[1]
+    if len(sizes) == 1:
+        return [x.masked_fill(home == entries, 0)]
+    parts = zip(x.split(sizes, 1), home.split(sizes, 1))
+    return [x.new_zeros(len(x), entries + 1).scatter(1, to, part)[:, :entries] for part, to in parts]
+
+
+def _lost(named: _Named, gone: Tensor, used: Tensor, sizes: list[int]) -> Tensor:
+    """Entries whose class some teacher with weight gives nothing, by name or in its bucket."""
+    missing = _to_heads(named.home, sizes, named.p == 0)
+    at_heads = torch.zeros_like(named.own)
+    for t, names in enumerate(named.named):
+        at_heads = at_heads | torch.where(names, missing[t] & used[:, t : t + 1], gone[:, t : t + 1])
+    return at_heads.gather(1, named.home.clamp(max=at_heads.shape[1] - 1))
+
+
+def _at_heads(named: _Named, sizes: list[int], w: Tensor, share: Tensor) -> Tensor:
+    """The mixture of the teachers at the heads; ``share``: what each gives a class that it does not name."""
+    out = torch.zeros_like(named.p)
+    for t, p in enumerate(_to_heads(named.home, sizes, named.p)):
+        out = out + weighted(w[:, t : t + 1], torch.where(named.named[t], p, share[:, t : t + 1]))
+    return out
+
+
+def _by_teacher(x: Tensor, sizes: list[int]) -> Tensor:
+    """[N, K] -> [N, T]: sums."""
+    return torch.stack([part.sum(1) for part in x.split(sizes, 1)], 1)
+
+
+def _of_outcomes(x: Tensor, sizes: list[int]) -> Tensor:
+    """The same of [N, K + T], of which the last T belong to the teachers' buckets."""
+    entries = sum(sizes)
+    return _by_teacher(x[:, :entries], sizes) + x[:, entries:]
+
+
+# --- the student
+
+
+def _log_q(x: Tensor, outside: Tensor, named: _Named) -> tuple[Tensor, Tensor]:
+    """The student's log-sum [N, 1], and log q of the entries, -inf of those that count nothing."""
+    log_sum = torch.cat([outside, x.masked_fill(~named.heads, _EMPTY)], 1).logsumexp(1, keepdim=True)
+    return log_sum, (x - log_sum).masked_fill(~named.own, _EMPTY)
+
+
+def _cross_entropy(rows: _Rows, named: _Named, valid: Tensor, options: KDOptions) -> Tensor:
+    _, at_1, of_label, mean = rows.sums.unbind(1)
+    if options.temperature == 1:
+        at_1 = rows.sums[:, 0]
+    log_sum = torch.cat([at_1.unsqueeze(1), rows.z.masked_fill(~named.heads, _EMPTY)], 1).logsumexp(1)
+    smoothing = options.label_smoothing
+    ce = log_sum - of_label
+    if smoothing != 0:  # not 0 * infinity
+        ce = (1 - smoothing) * ce + smoothing * (log_sum - mean)
+    return ce.masked_fill(~valid, 0)
+
+
+# --- statistics
+
+
+def _entropy(p: Tensor) -> Tensor:
+    return -kl_rows(p, p.masked_fill(p == 0, 1).log(), torch.zeros_like(p))
+
+
+def _stats(
+    student: Tensor,
+    rows: _Rows,
+    named: _Named,
+    log_sum: Tensor,  # [N, 1]
+    log_q: Tensor,  # [N, K], or more
+    target: Tensor,  # [N, K], at the heads
+    outside: Tensor,  # [N, 1]: the target of a class that nobody names
+    target_entropy: Tensor,
+    kls: Tensor,  # [N, T]
+    masses: Tensor,  # [N, T]
+    w: Tensor,
+    valid: Tensor,
+    tau: float,
+) -> KDStats:
+    classes, entries = student.shape[1], named.heads.shape[1]
+    log_q = log_q[:, :entries].masked_fill(~named.heads, _EMPTY)
+    log_others = rows.sums[:, 0] - log_sum.squeeze(1)  # q of all that nobody names
+    of_others = (log_others.exp() * (log_others + rows.stats[:, 0])).masked_fill(log_others == _EMPTY, 0)
+    # The largest of the target, of several the first class; of those that nobody names the first is the least that is missing.
+    small = named.classes.masked_fill(~named.own | (named.classes > entries), entries + 1)
+    there = small.new_zeros(len(w), entries + 2).scatter(1, small, 1)
+    first = there[:, : entries + 1].argmin(1, keepdim=True)
+    first = first.masked_fill(first >= classes, classes)
+    values = torch.cat([target.masked_fill(~named.heads, -1), outside.masked_fill(first == classes, -1)], 1)
+    places = torch.cat([named.classes, first], 1)
+    is_largest = (values == values.amax(1, keepdim=True)) | values.isnan()
+    largest = places.masked_fill(~is_largest, classes).amin(1)
+    total = w.sum(1)
+    stats = KDStats(
+        -kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)) - of_others,
+        target_entropy,
+        kls,
+        weighted(w, masses).sum(1) / total.masked_fill(total == 0, 1),
+        (student.detach().argmax(1) == largest).double(),
+    )
+    return reference.of_counted_rows(stats, valid)
+
+
+def _typed(stats: KDStats, dtype: torch.dtype) -> KDStats:
+    return KDStats(*(x.to(dtype) for x in stats))
+
+
+# --- the kernels
+
+
+def _sweep(
+    chosen: str,
+    student: Tensor,
+    named: _Named,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    values: tuple,
+    wide: torch.dtype,
+    need_stats: bool,
+) -> _Rows:
+    needs = needs_grad(student), needs_grad(weights)
+    if weights is not None:
+        weights = weights.expand(len(student), -1)
+    labeled = labels is not None and options.alpha != 1
+    settings = (
+        float(options.temperature), options.ignore_index, labeled and options.temperature != 1,
+        labeled and options.label_smoothing != 0, wide == torch.float64,
+    )  # fmt: skip
+    try:
+        out = run(
+            TopkBucket, any(needs),
+            chosen, student, weights, labels, named.classes, named.classes.masked_fill(~named.heads, NOBODY), named.home,
+            sizes, settings, needs, need_stats,
+        )  # fmt: skip
+    except RuntimeError:
+        _kd.check_values(*values)  # as ValueError
+        raise
+    return _Rows(*out)
+
+
+class TopkBucket(torch.autograd.Function):
+    """What ``_Rows`` holds. The weights pass through it, so that a second derivative is refused for them, too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        student: Tensor,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        classes: Tensor,
+        heads: Tensor,
+        home: Tensor,
+        sizes: list[int],
+        settings: tuple,
+        needs: tuple[bool, bool],
+        need_stats: bool,
+    ) -> tuple:
+        found, z = kernels(backend).topk_bucket_fwd.default(student, classes, weights, labels, *settings, need_stats)
+        top, logs, logs_1, of_label, total, entropy, below = found.unbind(1)
+        sums = [top / settings[0] + logs, top + logs_1, of_label, total / student.shape[1]]
+        stats = torch.stack([entropy, below], 1)
+        ctx.mark_non_differentiable(stats)
+        ctx.backend, ctx.sizes, ctx.settings, ctx.needs = backend, sizes, settings, needs
+        save(ctx, student, weights, labels, heads, home, found)
+        return torch.stack(sums, 1), z, None if weights is None else weights.view_as(weights), stats
+
+    @staticmethod
+    @first_order("topk_kd_loss")
+    def backward(ctx: Any, of_sums: Tensor, of_z: Tensor, of_weights: Tensor | None, *_: Tensor | None) -> tuple:
+        fixed = (None,) * (len(ctx.needs_input_grad) - 3)
+        student, _, labels, heads, home, found = saved(ctx)
+        grad = None
+        if ctx.needs[0]:
+            summed = torch.zeros_like(of_z)
+            for part in _to_heads(home, ctx.sizes, of_z):  # one after another: their sum has one order
+                summed = summed + part
+            grad = kernels(ctx.backend).topk_bucket_bwd.default(
+                of_sums, summed, student, heads, labels, found, *ctx.settings
+            )
+        return None, grad, of_weights if ctx.needs[1] else None, *fixed
+
+
+_SETTINGS = "float temperature, int ignore_index, bool need_second, bool need_total, bool in_float64"
+
+
+# Of every row, over the classes that are not among its indices: maximum m, log sum exp((z - m) / temperature), with
+# need_second the same at temperature 1; the label's logit; with need_total the sum of all logits; and, with need_statistics,
+# sum r log r of r = softmax(z / temperature), and the sum of z. What is not asked for is 0, and so is an ignored row.
+# -> [N, 7], logits at the indices [N, K]: float64
+@define(
+    "topk_bucket_fwd",
+    f"(Tensor student, Tensor indices, Tensor? weights, Tensor? labels, {_SETTINGS}, bool need_statistics) -> (Tensor, Tensor)",
+)
+def _(student, indices, weights, labels, *settings):
+    n, entries = indices.shape
+    return student.new_empty(n, 7, dtype=torch.float64), student.new_empty(n, entries, dtype=torch.float64)
+
+
+# From the gradients to these sums (not m and the logarithm, but that of the sum; the mean, not the sum) and to the logits at
+# the indices, each class once, which have their part in no sum over classes but the mean
+@define(
+    "topk_bucket_bwd",
+    f"(Tensor grad_sums, Tensor grad_z, Tensor student, Tensor indices, Tensor? labels, Tensor found, {_SETTINGS}) -> Tensor",
+)
+def _(grad_sums, grad_z, student, indices, labels, found, *settings):
+    return student.new_empty(student.shape)
+
+
+# Of every row and bound [N, T] the last class of the first `equal` [N, T] that have it as logit; C - 1 if there are fewer
+@define("topk_bucket_last", "(Tensor student, Tensor bounds, Tensor equal) -> Tensor")
+def _(student, bounds, equal):
+    return torch.empty_like(equal)
