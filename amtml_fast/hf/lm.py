@@ -226,9 +226,8 @@ def run(settings: Settings, folder: Path, split: str = "test", root: Path | None
 
     def show(name: str, model: LlamaForCausalLM) -> None:
         bits.setdefault(name, []).append([bits_per_byte(model, data) for data in held_out])
-        print(
-            f"{time.monotonic() - began:4.0f} s  {name}: {', '.join(f'{b:.3f}' for b in bits[name][-1])} bits per byte"
-        )
+        told = ", ".join(f"{b:.3f}" for b in bits[name][-1])
+        print(f"{time.monotonic() - began:4.0f} s  {name}: {told} bits per byte", flush=True)
 
     teachers = []
     for t, domain in enumerate(DOMAINS):
@@ -240,7 +239,7 @@ def run(settings: Settings, folder: Path, split: str = "test", root: Path | None
 
     weights = []
     with tempfile.TemporaryDirectory() as kept:
-        # `teachers` themselves would do as well. Their answers are kept, because twelve students will ask for them.
+        # `teachers` themselves would do as well. Their answers are kept, because nine students will ask for them.
         stores = [
             store_topk(teacher, unrouted, Path(kept) / str(t), k=64, data_collator=default_data_collator)
             for t, teacher in enumerate(teachers)
