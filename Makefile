@@ -30,7 +30,7 @@ train: $(INSTALLED)
 lm: $(INSTALLED)
 	@$(BIN)/python -c "import transformers" 2> /dev/null || { echo "make: transformers into .venv: the download (20 MB)"; \
 	  AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[hf]"; }
-	@echo "make: training 3 teachers and 12 students on the standard library's text: 10 minutes at most on two cores"
+	@echo "make: training 3 teachers and 12 students on the standard library's text: 8 minutes on two cores"
 	$(BIN)/python -m amtml_fast.hf.lm
 
 # Between two edits: every operator, and the trainer's data, models, methods and report.
