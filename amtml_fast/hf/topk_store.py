@@ -170,6 +170,10 @@ class WithRows(torch.utils.data.Dataset):
     """A data set whose examples know their number."""
 
     def __init__(self, dataset: Any, stores: Sequence[StoredTopK]):
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"DistillationTrainer: train_dataset must have a length and rows with a StoredTopK, got {type(dataset).__name__}"
+            )
         for store in stores:
             if len(store) != len(dataset):
                 raise ValueError(

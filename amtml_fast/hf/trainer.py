@@ -32,7 +32,8 @@ class DistillationTrainer(Trainer):
             - ``"uniform"``: 1 / T.
             - ``"adaptive"``: what a ``HiddenAdapter`` makes of the student's last hidden state h,
               ``w = softmax_t v . (theta_t * silu(project(layer_norm(h))))``. Labels train it: its loss is
-              ``-log sum_t w_t p_t(label)``, the mean of tokens; the distillation takes its weights as they are.
+              ``-log sum_t w_t p_t(label)``, the mean of tokens; the distillation takes its weights as they are. p_t is at
+              temperature 1, of a ``StoredTopK`` at its own.
             - ``"routed"``: the batch says by ``teacher_index``, one number a row of the batch or a token, which teacher alone
               counts. Of a teacher only its own tokens' products are made.
         adapter_learning_rate: that of the adapter, which starts from nothing, with the student's schedule and no weight decay. At the
@@ -64,6 +65,7 @@ class DistillationTrainer(Trainer):
         **kwargs: Any,
     ):
         loss = FusedLinearKDLoss(temperature=1.0, alpha=0.5) if loss is None else loss
+        args = TrainingArguments() if args is None else args
         _check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
         if not adapter_learning_rate > 0:
             raise ValueError(f"{_NAME}: adapter_learning_rate must be > 0, got {adapter_learning_rate}")
@@ -75,20 +77,17 @@ class DistillationTrainer(Trainer):
         self.loss = FusedLinearKDLoss(
             **{**loss.options, "logit_scale": self.output_layer.logit_scale, "softcap": self.output_layer.softcap}
         )
+        stores = [s for s in self.sources if isinstance(s, StoredTopK)]
+        if stores:
+            kwargs["train_dataset"] = WithRows(kwargs.get("train_dataset"), stores)
         self.weighting, self.adapter_learning_rate = weighting, adapter_learning_rate
         if weighting == "adaptive":
             adapter = HiddenAdapter(self.output_layer.layer.in_features, len(self.sources))
             model.teacher_adapter = adapter.to(self.output_layer.layer.weight.device)
         self.output_layer.return_loss()
         self._sums: Tensor | None = None
-        stores = [s for s in self.sources if isinstance(s, StoredTopK)]
-        if stores and kwargs.get("train_dataset") is not None:
-            kwargs["train_dataset"] = WithRows(kwargs["train_dataset"], stores)
         super().__init__(model, args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{_NAME}: must have one GPU a process, got {self.args.n_gpu}; start it by torchrun or `accelerate launch`"
-            )
+        self.student_takes_count = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # the loss does: it is divided by the tokens of all batches of a step
         if stores:
             self.data_collator = _KeepRows(self.data_collator)
@@ -126,7 +125,8 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         rows, index = inputs.pop(ROW, None), inputs.pop("teacher_index", None)
         if not model.training:  # the student alone
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            count = num_items_in_batch if self.student_takes_count else None
+            return super().compute_loss(model, inputs, return_outputs, count)
         if "labels" not in inputs:
             raise ValueError(f"{_NAME}: batches must have labels (-100 where none counts), got {', '.join(inputs)}")
         if (index is None) == (self.weighting == "routed"):
@@ -187,7 +187,7 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def _log_probs_of_labels(self, teacher: Any, labels: Tensor) -> Tensor:
-        """[N] at temperature 1; 0 where the label does not count."""
+        """[N] at temperature 1, or as they are stored; 0 where the label does not count."""
         counted = labels != -100
         if isinstance(teacher, TopKTeacher):
             named, given = (x.reshape(len(labels), -1) for x in teacher)
@@ -271,7 +271,7 @@ class _KeepRows:
 
 
 def _check_arguments(
-    args: TrainingArguments | None, teachers: Any, loss: Any, weighting: str, tokenizers: Any, kwargs: dict
+    args: TrainingArguments, teachers: Any, loss: Any, weighting: str, tokenizers: Any, kwargs: dict
 ) -> None:
     if not isinstance(teachers, (list, tuple)) or not teachers:
         raise TypeError(
@@ -289,7 +289,11 @@ def _check_arguments(
         raise ValueError(f"{_NAME}: weighting must be one of {', '.join(WEIGHTING)}, got {weighting!r}")
     if weighting == "routed" and len(teachers) == 1:
         raise ValueError(f'{_NAME}: teachers must be two or more with weighting "routed", got 1')
-    if args is not None and args.label_smoothing_factor:
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{_NAME}: args.n_gpu must be at most 1, one GPU a process, got {args.n_gpu}; start it by torchrun or accelerate launch"
+        )
+    if args.label_smoothing_factor:
         given = args.label_smoothing_factor
         raise ValueError(f"{_NAME}: args.label_smoothing_factor must be 0 (the loss has label_smoothing), got {given}")
     if kwargs.get("compute_loss_func") is not None:

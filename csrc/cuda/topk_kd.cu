@@ -91,12 +91,10 @@ __device__ inline void read_stats(int64_t i, Scratch& s, const float* stats) {
 __device__ inline void load_entries(const Problem& pr, int64_t i, Scratch& s) {
   const unsigned lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   float* prob = s.prob(pr);
-#pragma unroll 1
   for (int m = pr.entries() + threadIdx.x; m < pr.sorted; m += blockDim.x) s.keys[m] = ~0ull;
   for (int t = threadIdx.x / kWarp; t < pr.teachers; t += warps) {
     const int begin = pr.start[t], end = pr.start[t + 1];
     float top = -INFINITY;
-#pragma unroll 1
     for (int m = begin + lane; m < end; m += kWarp) {
       const int64_t c = pr.indices[i * pr.entries() + m];
       const bool known = c >= 0 && c < pr.classes;
@@ -107,13 +105,11 @@ __device__ inline void load_entries(const Problem& pr, int64_t i, Scratch& s) {
     }
     top = pr.renormalize ? warp_max(top) : 0.0f;
     double sum = 0;
-#pragma unroll 1
     for (int m = begin + lane; m < end; m += kWarp) sum += prob[m] = expf(prob[m] - top);
     sum = warp_sum(sum);
     const float w = pr.weight(i, t);
     const bool dead = w == 0 && !(sum < INFINITY);
     const float factor = pr.renormalize ? static_cast<float>(1 / sum) : 1.0f;
-#pragma unroll 1
     for (int m = begin + lane; m < end; m += kWarp) prob[m] = dead ? 0.0f : prob[m] * factor;
     if (lane == 0)
       s.weight[t] = w, s.dead[t] = dead, s.mass[t] = dead ? 0 : pr.renormalize ? sum / sum : sum;  // 1, or NaN
@@ -122,12 +118,9 @@ __device__ inline void load_entries(const Problem& pr, int64_t i, Scratch& s) {
 
 // Bitonic.
 __device__ inline void sort_entries(const Problem& pr, Scratch& s) {
-#pragma unroll 1
   for (int size = 2; size <= pr.sorted; size *= 2) {
-#pragma unroll 1
     for (int by = size / 2; by > 0; by /= 2) {
       __syncthreads();
-#pragma unroll 1
       for (int m = threadIdx.x; m < pr.sorted; m += blockDim.x) {
         const int other = m ^ by;
         const unsigned long long a = s.keys[m], b = s.keys[other];
@@ -148,11 +141,9 @@ template <class F>
 __device__ __forceinline__ void each_teacher(const Problem& pr, Scratch& s, int m, const F& take) {
   const float* prob = s.prob(pr);
   const int64_t c = class_of(s.keys[m]);
-#pragma unroll 1
   for (int t = 0; t < pr.teachers; ++t) {
     bool named = false;
     float p = 0;
-#pragma unroll 1
     for (; m < pr.entries() && class_of(s.keys[m]) == c && entry_of(s.keys[m]) < pr.start[t + 1]; ++m) {
       p += prob[entry_of(s.keys[m])];  // named twice: the sum of both
       named = true;
@@ -165,9 +156,7 @@ __device__ __forceinline__ void each_teacher(const Problem& pr, Scratch& s, int 
 __device__ inline void spread_tails(const Problem& pr, Scratch& s) {
   float* partial = s.partial(pr) + threadIdx.x;
   int classes = 0;
-#pragma unroll 1
   for (int t = 0; t < pr.teachers; ++t) partial[t * blockDim.x] = 0;
-#pragma unroll 1
   for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
     classes += begins(s, m);
     int t = 0;
@@ -177,7 +166,6 @@ __device__ inline void spread_tails(const Problem& pr, Scratch& s) {
   int* const counts = reinterpret_cast<int*>(s.sums);
   classes = block_sum(classes, counts);
   __syncthreads();
-#pragma unroll 1
   for (int t = 0; t < pr.teachers; ++t) {
     const int64_t unnamed = pr.classes - block_sum(static_cast<int>(partial[t * blockDim.x]), counts);
     __syncthreads();
@@ -199,7 +187,6 @@ __device__ inline void load_teachers(const Problem& pr, int64_t i, Scratch& s) {
   if (threadIdx.x == 0) {
     double total = 0;
     float outside = 0;
-#pragma unroll 1
     for (int t = 0; t < pr.teachers; ++t) {
       total += s.weight[t] * s.mass[t];
       outside += s.weight[t] * s.spread[t];
@@ -293,11 +280,9 @@ __device__ Below sweep_again(const Problem& pr, const Scratch& s, const Scales& 
 
 template <class S>
 __device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i) {
-#pragma unroll 1
   for (int64_t c = threadIdx.x; want.grad_student && c < pr.classes; c += blockDim.x) {
     static_cast<S*>(want.grad_student)[i * pr.classes + c] = S(0.0f);
   }
-#pragma unroll 1
   for (int t = threadIdx.x; want.grad_weights && t < pr.teachers; t += blockDim.x) {
     want.grad_weights[i * pr.teachers + t] = 0;
   }
@@ -336,12 +321,10 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   __syncthreads();  // and no thread is still writing this row's gradient
 
   float* const slopes = s.partial(pr) + threadIdx.x;
-#pragma unroll 1
   for (int t = 0; want.grad_weights && t < pr.teachers; ++t) slopes[t * blockDim.x] = 0;
   const S* const row = static_cast<const S*>(pr.student.data) + i * pr.student.stride;
   Below named;
   double kl = 0;
-#pragma unroll 1
   for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
     if (!begins(s, m)) continue;
     const int64_t c = class_of(s.keys[m]);
@@ -369,7 +352,6 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
     of_others += unnamed.value() * per_tau;
     kl += s.outside * of_others;
   }
-#pragma unroll 1
   for (int t = 0; want.grad_weights && t < pr.teachers; ++t) {
     double slope = block_sum(static_cast<double>(slopes[t * blockDim.x]), s.sums);
     __syncthreads();

@@ -239,8 +239,8 @@ class Strict(LlamaForCausalLM):
 
     accepts_loss_kwargs = False
 
-    def forward(self, input_ids=None, attention_mask=None):
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
 
 
 def weights_after(tmp_path, kind, **options):
@@ -330,10 +330,11 @@ def test_a_resumed_training_has_the_same_bits(tmp_path):
     assert torch.equal(again.get_input_embeddings().weight, whole["model.embed_tokens.weight"])
 
 
-def test_evaluation_is_plain_cross_entropy_and_what_is_logged(tmp_path):
-    student, teachers = llama(), [llama(24, 1), llama(8, 2)]
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Strict])
+def test_evaluation_is_plain_cross_entropy_and_what_is_logged(tmp_path, kind):
+    student, teachers = llama(kind=kind), [llama(24, 1), llama(8, 2)]
     made = trainer(tmp_path, student, teachers, evaluated=examples(4, seed=9), logging_steps=2)
-    plain = Trainer(llama(), made.args, eval_dataset=examples(4, seed=9), data_collator=collate)
+    plain = Trainer(llama(kind=kind), made.args, eval_dataset=examples(4, seed=9), data_collator=collate)
     assert math.isclose(made.evaluate()["eval_loss"], plain.evaluate()["eval_loss"], rel_tol=1e-5)
     made.train()
     (logs,) = [logs for logs in made.state.log_history if "loss" in logs]
@@ -466,6 +467,8 @@ def test_batches_and_stores_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"must have been stored at temperature 1.0, the loss's, got 2.0"):
         trainer(tmp_path, student, [stored])
     loss = af.FusedLinearKDLoss(temperature=2.0)
+    with pytest.raises(TypeError, match="train_dataset must have a length and rows with a StoredTopK, got generator"):
+        trainer(tmp_path, student, [stored], (e for e in examples(4)), loss=loss)
     with pytest.raises(ValueError, match=r"train_dataset must have the 4 rows that .* was made of, got 8"):
         trainer(tmp_path, student, [stored], loss=loss)
     with pytest.raises(ValueError, match=r"teachers\[0\] must have the student's softcap of logits None, got 30.0"):
