@@ -19,7 +19,7 @@ from rich.text import Text
 from ..backend import backends_table
 from .compare.plan import checked
 from .config.fields import RANGE, SEED
-from .config.reading import changed, load
+from .config.reading import changed, load, load_all
 from .config.schema import Config, ConfigError
 from .config.yaml_text import INT
 from .files import RunError, read_json
@@ -165,7 +165,7 @@ def compare(
     """
     with friendly() as display:
         more, overrides = [w for w in words or [] if "=" not in w], [w for w in words or [] if "=" in w]
-        asked = [checked(load(source, overrides)) for source in (config, *more)]
+        asked = [checked(one) for source in (config, *more) for one in load_all(source, overrides)]
         folders = [settings.folder for settings in asked]
         if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
             raise ConfigError(f"config: name must differ between comparisons, got {twice} twice")
@@ -177,6 +177,13 @@ def compare(
         outcomes = [session.compare(settings, display, fresh=fresh) for settings in asked]
         for settings, outcome in zip(asked, outcomes, strict=True):
             show_outcome(settings, outcome, display)
+        for folder in dict.fromkeys(settings.folder.parent for settings in asked):
+            several = [i for i, settings in enumerate(asked) if settings.folder.parent == folder]
+            if len(several) > 1 and folder != Path(asked[several[0]].out):  # the regimes of one file
+                from .compare import results
+
+                files = results.write_digest([asked[i] for i in several], [outcomes[i].found for i in several])
+                display.say(f"Side by side: {', '.join(map(str, files))}")
     if any(outcome.failed for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -243,7 +250,7 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
             raise ConfigError(
                 f"--teacher must be one of {', '.join(names) or '(none)'}, without another choice, got {got}"
             )
-        return place / "teachers" / teacher
+        return config.teacher_folder(teacher) if config.teachers_folder else place / "teachers" / teacher
     if run.exists() and method is None and seed is None:
         return run.folder
     middle = "-"

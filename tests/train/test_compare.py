@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,16 +27,16 @@ from amtml_fast.train.compare.plan import checked, plan
 from amtml_fast.train.compare.session import Outcome, compare
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config, ConfigError, StagesConfig
-from amtml_fast.train.data.images import Loader, of_classes
+from amtml_fast.train.data.images import ImageData, Loader
 from amtml_fast.train.figures.tables import Row
 from amtml_fast.train.files import RunError, read_json
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import optim
 from amtml_fast.train.run.distiller import make_distiller, teachers_of
 from amtml_fast.train.run.folder import Run
-from amtml_fast.train.run.job import student_job
+from amtml_fast.train.run.job import student_job, teacher_job
 from amtml_fast.train.run.memory import PeakMemory
-from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.prepare import data_of, load_data
 from amtml_fast.train.run.tasks import distill, teach
 from amtml_fast.train.teachers import frozen
 from amtml_fast.train.teachers.fill import use_cache
@@ -224,16 +225,22 @@ def test_a_module_that_the_student_does_not_have(compared: Compared) -> None:
 
 
 def test_a_specialist_sees_its_classes_alone(tmp_path: Path) -> None:
-    data = load_data(load(tmp_path))
-    part = of_classes(data, [0, 1, 2])
+    config = load(tmp_path)
+    data = load_data(config)
+
+    def of_classes(classes: list[int] | None) -> ImageData:
+        asked = replace(config, teachers=[replace(config.teachers[0], classes=classes)])
+        return data_of(teacher_job(asked, asked.teachers[0]), data)
+
+    part = of_classes([0, 1, 2])
     assert part.train.labels.unique().tolist() == [0, 1, 2] and part.val is data.val and part.test is data.test
     whole = data.train.labels
     assert len(part.train) == sum((whole == label).sum().item() for label in (0, 1, 2))
     assert torch.equal(part.train.images, data.train.images[whole <= 2])
-    assert of_classes(data, None) is data
+    assert torch.equal(of_classes(None).train.images, data.train.images)
     for classes in ([], [3, 10]):
         with pytest.raises(ConfigError, match=r"must be labels in \[0, 10\)"):
-            of_classes(data, classes)
+            of_classes(classes)
 
 
 def test_a_specialist_never_predicts_another_class(compared: Compared) -> None:

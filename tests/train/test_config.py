@@ -225,7 +225,7 @@ def test_yaml_text_reads_what_a_dump_writes() -> None:
 def test_the_home_folder_stands_for_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     keys = [name for name, _, _, one in fields.leaves(load(tmp_path)) if fields.HOME in one.metadata]
-    assert {"out", "data.root", "cache.folder", "student.weights", "teachers.0.model.weights",
+    assert {"out", "data.root", "cache.folder", "teachers_folder", "student.weights", "teachers.0.model.weights",
             "compare.students.0.weights"} == set(keys)  # fmt: skip
     settings = load(tmp_path, WHOLE, *(f"{key}=~/x/{key}" for key in keys))
     found = {name: value for name, value, _, one in fields.leaves(settings) if fields.HOME in one.metadata}

@@ -14,9 +14,9 @@ from typing import Any
 
 from ..config.schema import Config, to_dict
 from ..data.images import ImageData
-from ..figures import charts, curves, significance, tables
+from ..figures import charts, curves, regimes, significance, tables
 from ..figures.markdown import escaped, paragraph, render
-from ..figures.tables import Blocks, Network, Row
+from ..figures.tables import ORACLE, Blocks, Network, Row
 from ..files import RunError, read_json, write_atomic
 from ..methods.registry import OKD
 from ..models.evaluate import accuracy
@@ -27,6 +27,7 @@ from ..teachers.frozen import Teachers
 from .answers import GALLERY, has_adapter, most_disputed, soft_targets, teacher_logits, weights_and_logits
 
 RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
+OURS = ("gated_kd", "amtml_kd")  # the first that is compared is what the others are compared with
 ADAPTERS = 5  # methods in the picture of the teacher weights
 
 
@@ -117,7 +118,7 @@ def teacher_row(config: Config, i: int, teachers: Teachers | None, data: ImageDa
     """A teacher's line: from its run, or measured now where it brought its weights."""
     teacher = config.teachers[i]
     if not teacher.model.brings_weights:
-        run = Run(config.folder / "teachers" / teacher.name)
+        run = Run(config.teacher_folder(teacher.name))
         return row(teacher.name, teacher.name, [run], config.compare.split)
     assert teachers is not None
     split = config.compare.split
@@ -126,11 +127,11 @@ def teacher_row(config: Config, i: int, teachers: Teachers | None, data: ImageDa
 
 
 def finding(rows: Sequence[Row]) -> str:
-    """One plain sentence: AMTML-KD (or else the last method) against AvgMKD, itself with uniform weights, the best other one
-    and the student alone."""
-    if len(rows) == 1:
-        return f"{rows[0].label} reaches {100 * rows[0].mean:.2f} % on the {rows[0].split} set."
+    """One plain sentence: ours (or else the last method) against AvgMKD, AMTML-KD with uniform weights, the best other one and
+    the student alone."""
     main, rest = ours_and_others(rows)
+    if not rest:
+        return f"{main.label} reaches {100 * main.mean:.2f} % on the {main.split} set."
     others = {row.method: row for row in rest}
     best = max(rest, key=lambda row: row.mean)
     wanted = [others.get(name, best) for name in ("avg_mkd", "amtml_no_adapter")]
@@ -141,7 +142,8 @@ def finding(rows: Sequence[Row]) -> str:
 
 def highest(rows: Sequence[Row]) -> str:
     """The same for rows over different seeds, which no paired test can compare."""
-    best = max(rows, key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
+    main, rest = ours_and_others(rows)
+    best = max([main, *rest], key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
     others = "their seeds differ, so nothing is tested"
     return (
         f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
@@ -149,8 +151,10 @@ def highest(rows: Sequence[Row]) -> str:
 
 
 def ours_and_others(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
-    """The row that the others are compared with: AMTML-KD's, or else the last one."""
-    main = next((row for row in rows if row.method == "amtml_kd"), rows[-1])
+    """The row that the others are compared with: Gated KD's, AMTML-KD's, or else the last one that is no oracle."""
+    rows = [row for row in rows if row.method != ORACLE] or list(rows)
+    found = {row.method: row for row in rows}
+    main = next((found[name] for name in OURS if name in found), rows[-1])
     return main, [row for row in rows if row is not main]
 
 
@@ -235,6 +239,18 @@ def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
     for name, text in contents.items():
         write_atomic(config.folder / name, text().encode())
     return [config.folder / name for name in contents]
+
+
+def write_digest(configs: Sequence[Config], founds: Sequence[Found]) -> list[Path]:
+    """The regimes of one file side by side: results.md and regimes.png in the folder that holds theirs."""
+    folder = configs[0].folder.parent
+    rows = {config.folder.name.replace("_", " "): found.main for config, found in zip(configs, founds, strict=True)}
+    method = regimes.ours(rows)
+    blocks = [*regimes.accuracy_table(rows), *regimes.gain_table(rows, method)]
+    write_atomic(folder / "results.md", f"# {escaped(folder.name)}\n\n{render(blocks)}".encode())
+    pictures = Pictures(folder)
+    pictures.draw("regimes", lambda path: regimes.chart(rows, method, path))
+    return [folder / "results.md", *pictures.files]
 
 
 class Pictures:

@@ -63,6 +63,11 @@ def check_values(config: Config) -> None:
     for teacher in config.teachers:
         _check_train(f"teachers.{teacher.name}.train", teacher_train(config, teacher))
         _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
+        if teacher.domain is not None and teacher.domain not in config.data.domains:
+            known = ", ".join(config.data.domains) or "(none)"
+            raise ConfigError(
+                f"config: teachers.{teacher.name}.domain must be one of data.domains, {known}, got {teacher.domain!r}"
+            )
     loss = config.loss
     if loss.adapter == "learned" and not loss.kl_trains_weights:
         if loss.adapter_label_weight == 0.0:

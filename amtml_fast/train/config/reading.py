@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ..names import nearest
 from . import environment, fields, yaml_text
-from .checks import check_values
+from .checks import check_names, check_values
 from .messages import bad_choice, errors
 from .presets import PRESETS
 from .schema import Config, ConfigError, File
@@ -47,14 +47,45 @@ def find(source: str | Path) -> Path:
 
 
 def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The configuration in `source` (file, run folder or packaged name) with `key=value` overrides applied."""
-    path, overrides = find(source), list(overrides)
+    """The configuration in `source` (file, run folder, packaged name, or one of several in a file, regimes:few) with `key=value`
+    overrides applied."""
+    found = load_all(source, overrides)
+    if len(found) > 1:
+        names = ", ".join(f"{source}:{Path(config.name).name}" for config in found)
+        raise ConfigError(f"config: {source} holds several configurations, must be one of {names}")
+    return found[0]
+
+
+def load_all(source: str | Path, overrides: Iterable[str] = ()) -> list[Config]:
+    """The same, and all configurations of a file with `regimes`."""
+    place, _, chosen = str(source).rpartition(":") if ":" in Path(source).name else (str(source), "", "")
+    path = find(place)
     written = _read(path)
-    plain = _merge({}, written, overrides, str(path))
+    regimes = written.pop("regimes", None)
+    if not regimes:
+        if chosen:
+            raise ConfigError(f"config: {place} must have regimes to choose {chosen!r} from, got none")
+        return [_finished(written, list(overrides), str(path))]
+    if chosen and chosen not in regimes:
+        raise ConfigError(f"config: {place} must be followed by one of {', '.join(regimes)}, got {chosen!r}")
+    check_names("regimes", list(regimes))
+    name = str(written.get("name", path.stem))
+    found = []
+    for one in [chosen] if chosen else regimes:
+        whole = OmegaConf.merge(written, regimes[one] or {}, {"name": f"{name}/{one}"})
+        config = _finished(whole, list(overrides), str(path))
+        if config.teachers_folder is None:
+            config.teachers_folder = str(config.folder.parent / "teachers")
+        found.append(config)
+    return found
+
+
+def _finished(written: Any, overrides: list[str], path: str) -> Config:
+    plain = _merge({}, written, overrides, path)
     if plain.preset not in PRESETS:
         raise ConfigError(bad_choice("preset", plain.preset, tuple(PRESETS)))
     preset = PRESETS[plain.preset](plain)
-    config = _merge(preset, written, overrides, str(path)) if preset else plain
+    config = _merge(preset, written, overrides, path) if preset else plain
     _expand(config)
     check_values(config)
     if config.engine.precision == "auto":

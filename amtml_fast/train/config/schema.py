@@ -23,6 +23,14 @@ class DataConfig:
     # Of students alone: this many fixed augmented versions of each image, one an epoch in turn; null: new ones every epoch.
     views: int | None = field(default=None, metadata=COUNT)
     augment_seed: int | None = field(default=None, metadata=SEED)  # what the views are drawn from; null: seed
+    # Who trains on what (data/parts.py), in shares of every class; null: all
+    share: float | None = field(default=None, metadata=within(Range(0, 1, above=True, below=True)))  # all that is used
+    # of these images the students'; teachers train on all
+    student_share: float | None = field(default=None, metadata=within(Range(0, 1, above=True, below=True)))
+    # of the students' images those whose labels they may use, drawn by each run's seed
+    labeled_share: float | None = field(default=None, metadata=within(Range(0, 1, above=True, below=True)))
+    # upright, rotated, inverted, mirrored: image i of a split is in the domain i modulo their number; empty: as they are
+    domains: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,6 +73,8 @@ class TeacherConfig:
     hint: str | None = None  # dotted path of the module whose output is the hint map u_t
     # a specialist: trained on the images of these classes alone; null: on all
     classes: list[int] | None = field(default=None, metadata=NOT_NEGATIVE)
+    domain: str | None = None  # trained on the images of this one of data.domains alone; null: of all
+    shuffled_labels: bool = False  # trained on the labels of other images: a teacher that knows nothing
     # this teacher's overrides of `teach`
     train: dict[str, Any] = field(default_factory=dict, metadata=keys_of(TrainConfig))
 
@@ -198,10 +208,15 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     out: str = field(default="runs", metadata=PATH)
+    # where the teachers are, so that several comparisons can share them; null: teachers in the run's folder
+    teachers_folder: str | None = field(default=None, metadata=PATH)
 
     @property
     def folder(self) -> Path:
         return Path(self.out) / self.name
+
+    def teacher_folder(self, teacher: str) -> Path:
+        return (self.folder / "teachers" if self.teachers_folder is None else Path(self.teachers_folder)) / teacher
 
     @property
     def cache_folder(self) -> Path:
@@ -217,6 +232,8 @@ class File(Config):
     """What a file may say."""
 
     base: str | None = None  # another file, over which this one is read
+    # several configurations, by name: what each says over the rest of the file. They share their teachers.
+    regimes: dict[str, Config] = field(default_factory=dict)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config.schema import ConfigError
 from ..names import import_factory, near_names
 from .readers import DATASETS, DOWNLOADS, Arrays, stratified
 from .samples import read_dataset
@@ -28,7 +27,7 @@ VIEWS = 1  # tells the draws of fixed views from those of an epoch with the same
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """One split, on one device: images [N, C, H, W] uint8, labels [N] int64."""
+    """One split, on one device: images [N, C, H, W] uint8, labels [N] int64; ~label where it is hidden (parts.py)."""
 
     images: Tensor
     labels: Tensor
@@ -46,10 +45,15 @@ class ImageSet:
     def to(self, device: torch.device | str) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
+    def at(self, places: Tensor) -> ImageSet:
+        """The images at these places, or those where a mask is set."""
+        return ImageSet(self.images[places], self.labels[places])
+
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """The three splits of a data set; mean and std are per channel, for images in [0, 1]."""
+    """The three splits of a data set; mean and std are per channel, for images in [0, 1]. `train` is what students train on;
+    `teaching` what teachers do, where that is something else (parts.py)."""
 
     name: str
     train: ImageSet
@@ -58,6 +62,7 @@ class ImageData:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    teaching: ImageSet | None = None
 
     @property
     def num_classes(self) -> int:
@@ -68,7 +73,9 @@ class ImageData:
         return self.train.images.shape[1]
 
     def to(self, device: torch.device | str) -> ImageData:
-        return replace(self, train=self.train.to(device), val=self.val.to(device), test=self.test.to(device))
+        teaching = None if self.teaching is None else self.teaching.to(device)
+        train, val, test = (split.to(device) for split in (self.train, self.val, self.test))
+        return replace(self, train=train, val=val, test=test, teaching=teaching)
 
 
 def load(
@@ -159,18 +166,6 @@ def _split(name: str, arrays: Arrays, val_fraction: float, seed: int) -> ImageDa
         mean=mean,
         std=std,
     )
-
-
-def of_classes(data: ImageData, classes: Sequence[int] | None) -> ImageData:
-    """The data with the training images of these classes alone; validation and test stay whole."""
-    if classes is None:
-        return data
-    known = len(data.classes)
-    if not classes or not all(0 <= label < known for label in classes):
-        raise ConfigError(f"config: teachers.classes must be labels in [0, {known}), got {list(classes)}")
-    train = data.train
-    keep = torch.isin(train.labels, torch.tensor(list(classes), dtype=torch.int64, device=train.labels.device))
-    return replace(data, train=ImageSet(train.images[keep], train.labels[keep]))
 
 
 def _image_set(images: np.ndarray, labels: np.ndarray) -> ImageSet:
@@ -311,13 +306,13 @@ class Loader:
     def _draws(self) -> Draws:
         """The whole epoch's, in its order; drawn on the CPU: the same on every device."""
         n, (height, width) = len(self.split), self.split.images.shape[2:]
-        generator = _generator(self.seed, self.epoch)
+        generator = random_stream(self.seed, self.epoch)
         if self.shuffle:
             order = torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")
         else:
             order = torch.arange(n, dtype=torch.int64, device="cpu")
         if self.augment and self.view is not None:
-            generator = _generator(self.augment_seed, self.view, VIEWS)
+            generator = random_stream(self.augment_seed, self.view, VIEWS)
         flips = torch.rand(n, generator=generator, dtype=torch.float32, device="cpu") < 0.5
         rows, columns = (
             torch.randint(2 * (side // 8) + 1, (n,), generator=generator, dtype=torch.int64, device="cpu")
@@ -339,7 +334,7 @@ def drawn_seed(*numbers: int) -> int:
     return int(entropy) >> 1  # 63 bits: a seed is a signed integer
 
 
-def _generator(*seeds: int) -> torch.Generator:
+def random_stream(*seeds: int) -> torch.Generator:
     return torch.Generator().manual_seed(drawn_seed(*seeds))
 
 

@@ -52,7 +52,7 @@ class Arrays(NamedTuple):
     std: tuple[float, ...] | None = None
 
 
-def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified(labels: np.ndarray, fraction: float, seed: int | Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Positions [n], [N - n] of a seeded split that takes `fraction` of every class, and the rest, both ascending.
 
     Each class gives round(fraction * its size), but at least one of two images or more, and never all.

@@ -18,7 +18,7 @@ from matplotlib.textpath import TextPath
 
 from . import drawing, numbers
 from .drawing import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
-from .tables import Row, accuracy, count_of, names, split_of, unique
+from .tables import ORACLE, Row, accuracy, count_of, names, split_of, unique
 
 BARS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, "#8a8a8a", "#F0E442")
 LEGEND_ROW = 0.19
@@ -217,6 +217,7 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
         raise ValueError("accuracies: rows must hold at least one, got none")
     known = [math.isfinite(row.mean) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (not known[i], -rows[i].mean if known[i] else 0.0))
+    told = [i for i in order if rows[i].method != ORACLE] or order  # what competes
     labels = [drawing.wrap(names(rows)[i], 34, 2) for i in order]
     lines = max(label.count("\n") + 1 for label in labels)
     step, left = (
@@ -226,7 +227,7 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(8, 0.75 + step * len(rows) + 0.55))
     axes = drawing.panel(figure, left, 0.75, 8 - left - 1.25, step * len(rows))
     for y, i in enumerate(order):
-        row, color = rows[i], BLUE if y else VERMILLION
+        row, color = rows[i], VERMILLION if i == told[0] else BLUE
         seeds = [100 * value for value in row.accuracies if math.isfinite(value)]
         axes.scatter(seeds, [y] * len(seeds), s=26, color=color, alpha=0.55, lw=0, zorder=3)
         if known[i] and len(seeds) > 1:
@@ -238,9 +239,7 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.margins(x=0.04)
-    drawing.headline(
-        figure, _accuracies_finding([rows[i] for i in order], [names(rows)[i] for i in order]), _dots(rows)
-    )
+    drawing.headline(figure, _accuracies_finding([rows[i] for i in told], [names(rows)[i] for i in told]), _dots(rows))
     return figure
 
 

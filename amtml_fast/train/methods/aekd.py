@@ -14,7 +14,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
 
 
 def min_norm_weights(gram: Tensor, bound: float = 1.0) -> Tensor:
@@ -64,7 +64,7 @@ class AgreementKD(Objective):
 
     def forward(self, step: Step) -> StepLoss:
         weights = min_norm_weights(self.gram(step), self.settings.aekd_bound)
-        loss = self.kd(step.logits, step.teacher_logits, weights, step.labels)
+        loss = teach(self.kd, step, weights)
         return StepLoss(loss, {"kd": loss.detach()}, weights.expand(len(step.labels), -1))
 
     def gram(self, step: Step) -> Tensor:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
 from ..config.presets import paper_code
-from ..config.schema import LossConfig
-from .base import KD, Context, Method, Objective, Step, StepLoss, mixture
+from ..config.schema import ConfigError, LossConfig
+from ..data.parts import IGNORED
+from .base import KD, Context, Method, Objective, Step, StepLoss, cross_entropy, mixture
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
 
@@ -64,6 +65,12 @@ class AdaptiveKD(Objective):
         self.groups = list(context.student_channels) if needs_hints(loss) else []
         # alpha and this factor make (1 - alpha) CE + kl_scale * alpha * tau^2 KL of Eq 8's (1 - a) CE + a * tau^2 KL.
         self.factor = 1.0 if loss.kl_scale == 1.0 else 1 - loss.alpha + loss.kl_scale * loss.alpha
+        if (
+            context.hidden_labels
+        ):  # AMTMLLoss gets none: the KL over all examples, and the CE beside it over those with a label
+            self.factor = loss.kl_scale * loss.alpha
+            if self.factor == 0:
+                raise ConfigError("config: loss.alpha must be above 0 with data.labeled_share, got 0")
         adapter = make_adapter(context)
         # Past nn.Module: the module belongs to `amtml`, and under a second name it would be in the state dict twice.
         object.__setattr__(self, "adapter", adapter)
@@ -87,7 +94,7 @@ class AdaptiveKD(Objective):
         out = self.amtml(
             step.logits,
             step.teacher_logits,
-            step.labels,
+            None if step.hidden else step.labels,
             step.features,
             student_maps={group: step.maps[group] for group in self.groups} if self.groups else None,
             teacher_maps=self.teacher_maps(step) if self.groups else None,
@@ -95,6 +102,9 @@ class AdaptiveKD(Objective):
         loss, settings = self.factor * out.loss, self.settings
         terms = {name: getattr(out, name) for name in TERMS}
         terms["kd"] = self.factor * out.kd
+        if step.hidden:
+            ce = (1 - settings.alpha) * cross_entropy(step, settings)
+            loss, terms["ce"], terms["kd"] = loss + ce, ce.detach(), terms["kd"] + ce.detach()
         if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
             weights = self.adapter(step.features) if settings.angle_trains_weights else out.weights
             mixed = mixed_targets(step.teacher_logits, weights, settings.temperature)
@@ -119,15 +129,17 @@ class AdaptiveKD(Objective):
         return maps
 
     def label_loss(self, step: Step) -> Tensor:
-        """-log of the true class's probability in the mixture, mean over the batch: tells the adapter who is right.
+        """-log of the true class's probability in the mixture, mean over the labels there are: tells the adapter who is right.
 
         Its gradient goes on into the student's features, as that of every use of the weights does.
         """
-        tau = self.settings.temperature
+        tau, known = self.settings.temperature, step.labels != IGNORED
         rows = torch.arange(len(step.labels), dtype=torch.int64, device=step.labels.device)
-        right = torch.stack([(z.float() / tau).softmax(-1)[rows, step.labels] for z in step.teacher_logits], 1)
+        labels = step.labels.where(known, 0)
+        right = torch.stack([(z.float() / tau).softmax(-1)[rows, labels] for z in step.teacher_logits], 1)
         weights = self.adapter(step.features)
-        return -(weights.float() * right).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log().mean()
+        each = -(weights.float() * right).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log()
+        return each.where(known, 0).sum() / known.sum().clamp_min(1) if step.hidden else each.mean()
 
 
 def mixed_targets(teacher_logits: list[Tensor], weights: Tensor, temperature: float) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
 
 
 class AverageKD(Objective):
@@ -16,7 +16,7 @@ class AverageKD(Objective):
         self.kd = multi_teacher_kd(context.loss)
 
     def forward(self, step: Step) -> StepLoss:
-        loss = self.kd(step.logits, step.teacher_logits, None, step.labels)
+        loss = teach(self.kd, step, None)
         return StepLoss(loss, {"kd": loss.detach()})
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ... import MultiTeacherKDLoss
 from ..config.schema import Config, LossConfig
+from ..data.parts import IGNORED
 
 ALL, BEST, NONE = "all", "best", "none"
 KD = ("temperature", "alpha", "mode")  # the keys of Eq 8
@@ -22,12 +23,14 @@ class Step(NamedTuple):
 
     logits: Tensor  # [N, C] of the student
     maps: dict[str, Tensor]  # of the student's layer groups, [N, c, h, w] each; empty for methods without
-    labels: Tensor  # [N] int64
+    labels: Tensor  # [N] int64; IGNORED where it is hidden
     teacher_logits: list[Tensor]  # T x [N, C]
     teacher_maps: list[Tensor]  # T x [N, c_t, h_t, w_t]; empty for methods without hints
     images: Tensor  # [N, c, H, W], normalized
     # the student's last convolutional map, [N, d, h, w]; empty for methods without
     features: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
+    hidden: bool = False  # labels may be
+    truth: Tensor | None = None  # [N] every label, for an oracle alone
 
 
 class StepLoss(NamedTuple):
@@ -54,6 +57,10 @@ class Objective(nn.Module):
         # Not on the class: nn.Module finds its submodules only where Python finds no other attribute of that name.
         self.adapter, self.peers = None, ()
 
+    def fit(self, teacher_logits: list[Tensor], labels: Tensor) -> None:
+        """Called once before the training where the method says `fits`: T x [n, C], [n] for a sample of its images, IGNORED
+        where the label is hidden."""
+
     def forward(self, step: Step) -> StepLoss:
         raise NotImplementedError(f"{type(self).__name__}: an objective must say how a step's loss is made")
 
@@ -74,6 +81,7 @@ class Context:
     teacher_names: Sequence[str] = ()
     teacher_scores: Sequence[float] = ()  # validation accuracies
     processes: int = 1
+    hidden_labels: bool = False  # data.labeled_share
     peers: int = 0  # how many teachers there are, also for a method that asks none of them
     new_student: Callable[[], nn.Module] = no_model  # another network of the student's kind, freshly initialized
 
@@ -94,6 +102,7 @@ class Method:
     # The keys of `loss` that it depends on, beside label_smoothing, each by name: it is shown no others, and a new key
     # of another method leaves its finished runs what they are.
     reads: tuple[str, ...] = ()
+    fits: bool = False  # its objective looks at the teachers' outputs before the training
     peers: bool = False  # trains as many peers as there are teachers
     labels: Callable[[LossConfig], bool] = lambda loss: False  # labels decide about the teachers' weights
     base: str = ""  # the method of which this is a variant or an ablation
@@ -122,7 +131,13 @@ class Method:
 
 
 def cross_entropy(step: Step, loss: LossConfig) -> Tensor:
-    return F.cross_entropy(step.logits, step.labels, label_smoothing=loss.label_smoothing)
+    """The mean over the batch, to which examples without a label add nothing."""
+    if not step.hidden:
+        return F.cross_entropy(step.logits, step.labels, label_smoothing=loss.label_smoothing)
+    rows = F.cross_entropy(
+        step.logits, step.labels, label_smoothing=loss.label_smoothing, ignore_index=IGNORED, reduction="sum"
+    )
+    return rows / len(step.labels)
 
 
 def mixture(probs: Tensor, weights: Tensor) -> Tensor:
@@ -135,3 +150,15 @@ def multi_teacher_kd(loss: LossConfig, mode: str | None = None) -> MultiTeacherK
     return MultiTeacherKDLoss(
         temperature=loss.temperature, alpha=loss.alpha, mode=mode or loss.mode, label_smoothing=loss.label_smoothing
     )
+
+
+def teach(kd: MultiTeacherKDLoss, step: Step, weights: Tensor | None, alpha: Tensor | None = None) -> Tensor:
+    """Eq 8 for a batch, where examples without a label learn from the teachers alone. alpha: [N], in place of the
+    configuration's."""
+    labels = step.labels
+    if step.hidden:
+        hidden = labels == IGNORED
+        wide = torch.float64 if step.logits.dtype == torch.float64 else torch.float32
+        own = torch.full_like(labels, kd.options["alpha"], dtype=wide) if alpha is None else alpha
+        labels, alpha = labels.masked_fill(hidden, 0), own.masked_fill(hidden, 1.0)
+    return kd(step.logits, step.teacher_logits, weights, labels, alpha=alpha)

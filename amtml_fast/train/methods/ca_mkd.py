@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ... import MultiGroupHintLoss, hint_loss
 from ..config.schema import LossConfig
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
 
 
 def confidence_weights(teacher_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class ConfidenceKD(Objective):
 
     def forward(self, step: Step) -> StepLoss:
         weights = confidence_weights(step.teacher_logits, step.labels)
-        kd = self.kd(step.logits, step.teacher_logits, weights, step.labels)
+        kd = teach(self.kd, step, weights)
         if self.transforms is None:
             return StepLoss(kd, {"kd": kd.detach()}, weights)
         # F_t and the pooling are linear: maps scaled by sqrt(w) have a mean square weighted by w.

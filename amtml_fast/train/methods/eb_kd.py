@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
 
 
 def entropy_weights(teacher_logits: Sequence[Tensor]) -> Tensor:
@@ -28,7 +28,7 @@ class EntropyKD(Objective):
 
     def forward(self, step: Step) -> StepLoss:
         weights = entropy_weights(step.teacher_logits)
-        loss = self.kd(step.logits, step.teacher_logits, weights, step.labels)
+        loss = teach(self.kd, step, weights)
         return StepLoss(loss, {"kd": loss.detach()}, weights)
 
 

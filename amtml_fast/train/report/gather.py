@@ -192,7 +192,7 @@ def teacher_rows(config: Config) -> list[Row]:
         names = {one.name for one in dataclasses.fields(Row)}
         records = [record for record in read_json(file).get("rows", []) if record.get("role") == "teacher"]
         return [Row(**{key: value for key, value in record.items() if key in names}) for record in records]
-    runs = {teacher.name: Run(config.folder / "teachers" / teacher.name) for teacher in config.teachers}
+    runs = {teacher.name: Run(config.teacher_folder(teacher.name)) for teacher in config.teachers}
     return [results.row(name, name, [run], config.compare.split) for name, run in runs.items() if run.finished()]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
 from ..config.schema import LossConfig
+from ..data import parts
 from ..data.images import ImageData
 from ..methods.base import BEST, Context, Objective, Step, StepLoss
 from ..models.features import FeatureExtractor
@@ -24,9 +25,9 @@ from .timing import StepTimer
 class Distiller(nn.Module):
     """Everything that trains in one module, so that DDP, FSDP, checkpoints and the optimizer see all of it."""
 
-    def __init__(self, student: FeatureExtractor, objective: Objective) -> None:
+    def __init__(self, student: FeatureExtractor, objective: Objective, *, hidden_labels: bool = False) -> None:
         super().__init__()
-        self.student, self.objective = student, objective
+        self.student, self.objective, self.hidden_labels = student, objective, hidden_labels
         self.timer: StepTimer | None = None
 
     def forward(
@@ -39,7 +40,10 @@ class Distiller(nn.Module):
             logits, maps = logits.view_as(logits), {name: x.view_as(x) for name, x in maps.items()}
         self._mark("student")
         features, groups = maps.get(FEATURES, Step._field_defaults["features"]), by_group(maps)
-        out = self.objective(Step(logits, groups, labels, teacher_logits, teacher_maps, images, features))
+        step = Step(logits, groups, labels, teacher_logits, teacher_maps, images, features)
+        if self.hidden_labels:
+            step = step._replace(labels=parts.known(labels), hidden=True, truth=parts.truth(labels))
+        out = self.objective(step)
         self._mark("losses")
         caught = [x for x in (logits, *maps.values()) if x.requires_grad]
         if self.timer is not None and caught and out.loss.requires_grad:
@@ -60,6 +64,8 @@ def make_distiller(job: Job, data: ImageData, teachers: Teachers | None, process
     def new(weights: str | None = None) -> nn.Module:
         return build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=weights)
 
+    # Without teachers a student sees no example whose label is hidden.
+    hidden = bool(job.student) and job.method.needs_teachers and job.config.data.labeled_share is not None
     student = FeatureExtractor(new(job.weights), job.paths)
     maps = preflight.student_maps(student, job, data)
     context = Context(
@@ -71,10 +77,11 @@ def make_distiller(job: Job, data: ImageData, teachers: Teachers | None, process
         teacher_names=teachers.names if teachers else (),
         teacher_scores=teachers.scores if teachers else (),
         processes=processes,
+        hidden_labels=hidden,
         peers=len(job.teachers),
         new_student=new,
     )
-    return Distiller(student, job.method.build(context))
+    return Distiller(student, job.method.build(context), hidden_labels=hidden)
 
 
 def by_group(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ from ..teachers import frozen
 FEATURES, GROUP = "features", "groups."
 # Of `data`; what counts of the last two is in Job.fixed_views.
 NOT_IN_RECIPE = ("root", "download", "views", "augment_seed")
+# Of `data`, where they are given: the first two decide about all, the others about students.
+SHARES, STUDENT_SHARES = ("share", "domains"), ("student_share", "labeled_share")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Job:
     features: str | None = None
     groups: dict[str, str] = field(default_factory=dict)
     teachers: tuple[str, ...] = ()  # those it may learn from; of these the method takes all, the best one or none
-    classes: tuple[int, ...] | None = None  # trains on the images of these alone; None: on all
+    teacher: TeacherConfig | None = None  # what this trains, where it is a teacher
     student: str = ""  # the student's name; empty for a teacher
     file: str = "student.safetensors"
 
@@ -62,9 +64,9 @@ class Job:
         config, method = self.config, self.method
         engine = to_dict(config.engine)
         recipe: dict[str, Any] = {
-            "data": {k: v for k, v in to_dict(config.data).items() if k not in NOT_IN_RECIPE} | self.fixed_views(),
+            "data": self.data_recipe(),
             "split_seed": config.seed,
-            "classes": self.classes,
+            "classes": self.teacher.classes if self.teacher else None,
             "model": {"factory": self.factory, "args": self.args},
             "start": sha256(Path(self.weights)) if self.weights else None,
             "train": to_dict(self.train),
@@ -88,11 +90,19 @@ class Job:
                 recipe["hints"] = {t.name: t.hint for t in config.teachers if t.name in self.teachers}
             if "adapter" in method.reads:
                 recipe["stages"] = to_dict(config.stages)
+        if (teacher := self.teacher) is not None and (teacher.domain is not None or teacher.shuffled_labels):
+            recipe |= {"domain": teacher.domain, "shuffled_labels": teacher.shuffled_labels}
         if precision := environment.precision():
             recipe["environment"] = precision
         if method.peers:
             recipe["peers"] = len(self.teachers)
         return json.loads(json.dumps(recipe))  # as it comes back from run.json
+
+    def data_recipe(self) -> dict[str, Any]:
+        data, shares = to_dict(self.config.data), (*SHARES, *STUDENT_SHARES)
+        asked = shares if self.student else SHARES
+        kept = {k: v for k, v in data.items() if k not in (*NOT_IN_RECIPE, *shares)}
+        return kept | {k: data[k] for k in asked if data[k] not in (None, [])} | self.fixed_views()
 
 
 def teacher_job(config: Config, teacher: TeacherConfig) -> Job:
@@ -100,7 +110,7 @@ def teacher_job(config: Config, teacher: TeacherConfig) -> Job:
     model = teacher.model
     return Job(
         config=config,
-        folder=config.folder / "teachers" / teacher.name,
+        folder=config.teacher_folder(teacher.name),
         title=f"teacher {teacher.name}",
         method=METHODS["student"],
         seed=config.seed + config.teachers.index(teacher),
@@ -108,7 +118,7 @@ def teacher_job(config: Config, teacher: TeacherConfig) -> Job:
         args=model.args,
         weights=None,
         train=teacher_train(config, teacher),
-        classes=None if teacher.classes is None else tuple(teacher.classes),
+        teacher=teacher,
         file="model.safetensors",
     )
 

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..data.parts import truth
 from ..methods.base import StepLoss
 
 # Mean normalized entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
@@ -36,7 +37,7 @@ class Sums:
     def add(self, out: StepLoss, logits: Tensor, labels: Tensor) -> None:
         """What a batch adds on the device; the caller counts its `examples`."""
         n = len(labels)
-        self._add("train_accuracy", (logits.argmax(1) == labels).sum())
+        self._add("train_accuracy", (logits.argmax(1) == truth(labels)).sum())
         for name, value in {"loss": out.loss.detach(), **out.terms}.items():
             self._add(name, value.float() * n)
         if out.weights is not None:

@@ -11,12 +11,13 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config.schema import Config, ConfigError
-from ..data.images import ImageData, of_classes
+from ..data.images import ImageData
 from ..models.features import FeatureExtractor
 from ..models.networks import build
 from ..models.probe import ANY, MAP, check_map, maps
 from ..teachers import frozen
 from .job import Job, need_hints
+from .prepare import data_of
 
 
 def places(config: Config) -> None:
@@ -60,7 +61,7 @@ def networks(config: Config, data: ImageData, jobs: Sequence[Job]) -> None:
     """Makes each kind of network that these jobs train or learn from once, and shows it two images."""
     seen = set()
     for job in jobs:
-        batches(job, of_classes(data, job.classes))
+        batches(job, data_of(job, data))
         kind = (job.factory, str(job.args), job.weights, str(job.paths), job.method.name)
         if kind not in seen:
             seen.add(kind)

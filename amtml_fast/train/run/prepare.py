@@ -11,7 +11,7 @@ from accelerate.utils import ProjectConfiguration
 
 from ..config import environment
 from ..config.schema import Config, ConfigError, EngineConfig
-from ..data import images
+from ..data import images, parts
 from ..models.layout import channels_last
 from ..progress import Display
 from ..teachers import fill, frozen
@@ -50,7 +50,15 @@ def load_data(config: Config) -> images.ImageData:
         raise ConfigError(
             f"config: data.root must be a folder whose files can be read, got {data.root} ({reason})"
         ) from error
-    return loaded.to(accelerator.device)
+    return parts.divided(loaded.to(accelerator.device), data, config.seed)
+
+
+def data_of(job: Job, data: images.ImageData) -> images.ImageData:
+    """The data as this job trains on it."""
+    if job.teacher is not None:
+        return parts.of_teacher(data, job.teacher, job.config.data.domains, job.seed)
+    alone = not job.method.needs_teachers
+    return parts.of_student(data, job.config.data.labeled_share, job.seed, alone=alone)
 
 
 def say_choices(config: Config, data: images.ImageData, display: Display) -> None:

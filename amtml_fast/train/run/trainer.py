@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from ..config.reading import to_yaml
 from ..config.schema import ConfigError
-from ..data.images import Draws, ImageData, ImageSet, Loader, drawn_seed, of_classes
+from ..data.images import Draws, ImageData, ImageSet, Loader, drawn_seed
 from ..files import RunError, differences
 from ..models.compiling import compile_in_place
 from ..models.evaluate import count_correct
 from ..models.layout import memory_format
 from ..progress import Bar, Display
+from ..teachers import frozen
 from ..teachers.frozen import Teachers
 from . import graphs, processes
 from .distiller import make_distiller, teachers_of
@@ -29,7 +30,7 @@ from .job import Job
 from .memory import PeakMemory
 from .metrics import collapsed
 from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
-from .prepare import make_accelerator
+from .prepare import data_of, make_accelerator
 from .step import TrainingStep
 from .stop import Interrupted, Stop
 from .timing import PARTS
@@ -138,11 +139,13 @@ class Trainer:
         display: Display,
     ) -> None:
         self.job, self.run, self.accelerator, self.display = job, run, accelerator, display
-        self.data = of_classes(data, job.classes)
+        self.data = data_of(job, data)
         self.teachers = teachers_of(job, teachers)
         engine = job.config.engine
         memory = memory_format(engine.channels_last, self.data.train.images.shape)
         module = make_distiller(job, self.data, self.teachers, accelerator.num_processes)
+        if job.method.fits and self.teachers is not None:
+            module.objective.fit(*frozen.sample(self.teachers, self.data))
         module.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
         self.bare = module
         self.done, self.step = 0, 0  # epochs, and steps of the next one

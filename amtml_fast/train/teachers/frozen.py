@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import Config, ConfigError, TeacherConfig
-from ..data.images import Batch, ImageData
+from ..data.images import Batch, ImageData, Loader
+from ..data.parts import known
 from ..files import RunError, sha256
 from ..models import zoo
 from ..models.compiling import as_constants, compile_frozen
-from ..models.evaluate import accuracy
+from ..models.evaluate import EVAL_BATCH, accuracy
 from ..models.features import FeatureExtractor
 from ..models.folding import fold
 from ..models.layout import memory_format
@@ -26,6 +27,7 @@ from ..models.probe import MAP, check_map, maps
 from .store import Storage, Store
 
 HINT = "hint"
+SAMPLE = 20_000  # images at most, for a method that looks at the teachers' outputs before the training
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by engine.mixed_precision
 
 
@@ -131,6 +133,19 @@ class Teachers:
         return Outputs([logits.through(x) for x in live.logits], [maps.through(x) for x in live.maps])
 
 
+def sample(teachers: Teachers, data: ImageData) -> tuple[list[Tensor], Tensor]:
+    """The teachers' logits for training images as they are, T x [n, C], and the labels [n] that students may know: all images,
+    or so many that those with a label come first."""
+    split, labels = data.train, known(data.train.labels)
+    order = (labels < 0).to(torch.int8).argsort(stable=True)  # those with a label first
+    chosen = order[:SAMPLE].sort().values
+    shown = Loader(split.at(chosen), data, EVAL_BATCH)
+    logits = []
+    for place, batch in zip(chosen.split(EVAL_BATCH), shown, strict=True):
+        logits.append((teachers.looked_up(0, place, place.cpu()) or teachers.computed(batch.images)).logits)
+    return [torch.cat(each) for each in zip(*logits, strict=True)], labels[chosen]
+
+
 def _ordinary(x: Tensor) -> Tensor:
     """As float32 and as a normal tensor: autograd cannot save inference-mode tensors."""
     return x.clone() if x.dtype == torch.float32 else x.float()
@@ -151,7 +166,7 @@ def weights_file(config: Config, teacher: TeacherConfig) -> Path | None:
         return Path(teacher.model.weights)
     if teacher.model.brings_weights:
         return None
-    return config.folder / "teachers" / teacher.name / "model.safetensors"
+    return config.teacher_folder(teacher.name) / "model.safetensors"
 
 
 def fingerprint(config: Config) -> dict[str, str]:

@@ -1,0 +1,43 @@
+"""Gated KD: each example is taught by the teachers that its own outputs show to be right about such examples.
+
+Before the training `TeacherGate` learns from the labels there are which teacher to trust where, g [N, T]. Then Eq 8 with the mixture
+
+    w = g where the label is not known,    w_t = g_t p_t(y) / sum_s g_s p_s(y) where it is: who said so
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...gate import TeacherGate, log_probabilities
+from ..data.parts import IGNORED
+from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
+
+
+class GatedKD(Objective):
+    def __init__(self, context: Context) -> None:
+        super().__init__()
+        self.settings = context.loss
+        self.gate = TeacherGate(len(context.teacher_names), context.classes)
+        self.kd = multi_teacher_kd(context.loss)
+
+    def fit(self, teacher_logits: list[Tensor], labels: Tensor) -> None:
+        self.gate.fit(teacher_logits, labels, ignore_index=IGNORED)
+
+    def forward(self, step: Step) -> StepLoss:
+        log_p = log_probabilities(step.teacher_logits)  # [N, T, C]
+        weights = responsibilities(self.gate.log_weights(log_p), log_p, step.labels)
+        loss = teach(self.kd, step, weights)
+        return StepLoss(loss, {"kd": loss.detach()}, weights)
+
+
+def responsibilities(log_gate: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
+    """[N, T]: of log g [N, T] where the label is not known, else how probable it is that teacher t said it."""
+    known = labels != IGNORED
+    at = labels.where(known, 0)[:, None, None].expand(-1, log_p.shape[1], 1)
+    right = log_p.gather(2, at)[..., 0]
+    return torch.softmax(log_gate + right.where(known[:, None], 0), -1)
+
+
+METHOD = Method(name="gated_kd", label="Gated KD", build=GatedKD, reads=KD, labels=lambda loss: True, fits=True)
