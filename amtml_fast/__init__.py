@@ -12,6 +12,7 @@ from amtml_fast.functional import (
     teacher_weights,
     topk_kd_loss,
 )
+from amtml_fast.gate import TeacherGate
 from amtml_fast.losses import (
     AngleLoss,
     DualSoftmax,
@@ -37,6 +38,7 @@ __all__ = [
     "MultiTeacherKDLoss",
     "RKDDistanceLoss",
     "TeacherAdapter",
+    "TeacherGate",
     "TopKKDLoss",
     "TopKTeacher",
     "__version__",

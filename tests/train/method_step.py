@@ -55,7 +55,9 @@ def make_config(**loss: object) -> Config:
     )
 
 
-def objective(method: str | Method, teachers: int = T, seed: int = 0, **loss: object) -> Objective:
+def objective(
+    method: str | Method, teachers: int = T, seed: int = 0, hidden_labels: bool = False, **loss: object
+) -> Objective:
     """As the trainer builds it: the method sees the keys that it says it reads, and no others."""
     torch.manual_seed(seed)
     whole = make_config(**loss)
@@ -70,6 +72,7 @@ def objective(method: str | Method, teachers: int = T, seed: int = 0, **loss: ob
         teacher_names=[f"t{i}" for i in range(teachers)],
         teacher_scores=[0.7, 0.9, 0.8][:teachers],
         peers=teachers,
+        hidden_labels=hidden_labels,
         new_student=Peer,
     )
     return made.build(context)

@@ -29,7 +29,7 @@ from amtml_fast.train.config.presets import paper_code
 from amtml_fast.train.config.schema import ConfigError, TrainConfig, VariantConfig
 from amtml_fast.train.methods.aekd import min_norm_weights
 from amtml_fast.train.methods.amtml_kd import mixed_targets
-from amtml_fast.train.methods.base import StepLoss
+from amtml_fast.train.methods.base import Step, StepLoss
 from amtml_fast.train.methods.ca_mkd import confidence_weights
 from amtml_fast.train.methods.eb_kd import entropy_weights
 from amtml_fast.train.methods.registry import METHODS, chosen, known
@@ -140,6 +140,68 @@ def test_aekd_takes_the_min_norm_point(bound: float) -> None:
         assert slope[w < bound - 1e-6].min() >= slope[w > 0].max() - 1e-5
         bounded += int((w > bound - 1e-6).any())
     assert bounded > 0
+
+
+def test_gated_kd_asks_who_said_so() -> None:
+    step, tau, alpha = make_step(), 3.0, 0.6
+    made = objective("gated_kd", temperature=tau, alpha=alpha)
+    made.fit(step.teacher_logits, step.labels)
+    gate = made.gate(step.teacher_logits)
+    assert gate.max() - gate.min() > 0.1  # it has learned something
+    p = torch.stack([z.softmax(-1) for z in step.teacher_logits], 1)
+    right = gate * p[torch.arange(N), :, step.labels]
+    weights = right / right.sum(1, keepdim=True)
+    mixed = (weights[..., None] * torch.stack([(z / tau).softmax(-1) for z in step.teacher_logits], 1)).sum(1)
+    want = (1 - alpha) * F.cross_entropy(step.logits, step.labels) + alpha * kl(mixed, step.logits, tau).mean()
+    out = made(step)
+    torch.testing.assert_close(out.weights, weights)
+    torch.testing.assert_close(out.loss, want)
+
+
+def test_the_oracle_takes_the_teacher_that_knows() -> None:
+    step = make_step()
+    out = objective("oracle")(step)
+    right = torch.stack([z.softmax(-1)[torch.arange(N), step.labels] for z in step.teacher_logits], 1)
+    assert torch.equal(out.weights, F.one_hot(right.argmax(1), T).float())
+
+
+WITHOUT_TEACHERS = [name for name, method in METHODS.items() if not method.needs_teachers]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*WITHOUT_TEACHERS, "oracle")])
+def test_an_example_whose_label_is_hidden_learns_from_the_teachers_alone(name: str) -> None:
+    method = METHODS[name]
+    step, one = seen(method), method.teachers == "best"
+    known = torch.arange(N) % 3 == 0
+    hidden = step._replace(labels=step.labels.where(known, -100), truth=step.labels, hidden=True)
+
+    def gradient(step: Step) -> Tensor:
+        made = objective(name, teachers=1 if one else T, hidden_labels=True)
+        made.fit(step.teacher_logits, step.labels)
+        loss = made(step).loss
+        assert loss.isfinite()
+        return torch.autograd.grad(loss, step.logits)[0]
+
+    mine = gradient(hidden)
+    other = hidden._replace(truth=(step.labels + 1) % C)
+    assert torch.equal(gradient(other), mine)  # what is behind does not count
+    assert not torch.allclose(
+        gradient(hidden._replace(labels=hidden.labels.where(~known, 0))), mine
+    )  # what is known does
+    if method.teachers == "all":
+        assert (mine[~known].abs().sum(1) > 0).all()
+    else:  # hints alone
+        assert (mine[~known] == 0).all()
+
+
+def test_with_hidden_labels_the_loss_is_the_same_where_none_is_hidden() -> None:
+    for name in ("avg_mkd", "gated_kd", "ca_mkd", "eb_kd", "aekd", "amtml_kd", "amtml_label_weights", "fitnet"):
+        method = METHODS[name]
+        teachers, step = 1 if method.teachers == "best" else T, seen(method)
+        plain, could = (objective(name, teachers=teachers, hidden_labels=hidden) for hidden in (False, True))
+        want, got = plain(step), could(step._replace(hidden=True, truth=step.labels))
+        torch.testing.assert_close(got.loss, want.loss, msg=name)
+        torch.testing.assert_close(got.terms["kd"], want.terms["kd"], msg=name) if "kd" in want.terms else None
 
 
 def test_aekd_with_equal_or_single_teachers() -> None:
