@@ -67,7 +67,13 @@ def test_every_objective_and_all_its_parts_return_tensors_or_tuples(name: str) -
 
 
 def test_only_the_keys_that_a_method_reads_make_its_runs_another_configuration() -> None:
-    assert set(METHODS["avg_mkd"].loss(make_config())) == {"temperature", "alpha", "mode", "label_smoothing"}
+    assert set(METHODS["avg_mkd"].loss(make_config())) == {
+        "temperature",
+        "alpha",
+        "alpha_end",
+        "mode",
+        "label_smoothing",
+    }
     assert set(METHODS["student"].loss(make_config())) == {"label_smoothing"}
     of_one = {"at": {"at_weight"}, "aekd": {"aekd_gradients", "aekd_bound"}}
     for name, keys in of_one.items():
@@ -156,6 +162,24 @@ def test_gated_kd_asks_who_said_so() -> None:
     out = made(step)
     torch.testing.assert_close(out.weights, weights)
     torch.testing.assert_close(out.loss, want)
+
+
+@pytest.mark.parametrize(("name", "end"), [("gated_kd", None), ("avg_mkd", 0.2), ("ca_mkd", 0.0)])
+def test_alpha_falls_from_the_teachers_to_the_labels(name: str, end: float | None) -> None:
+    step, options = make_step(), {} if name == "gated_kd" else {"alpha_end": end}
+    made = objective(name, alpha=0.6, hint_weight=0.0, **options)
+    losses = {p: made(step._replace(progress=torch.tensor(p))).loss for p in (0.0, 0.5, 1.0)}
+    at_first, at_last = (
+        objective(name, alpha=alpha, alpha_end=alpha, hint_weight=0.0)(step).loss for alpha in (0.6, end or 0.0)
+    )
+    torch.testing.assert_close(losses[0.0], at_first)
+    torch.testing.assert_close(losses[1.0], at_last)
+    torch.testing.assert_close(losses[0.5], (at_first + at_last) / 2)
+    if not end:
+        torch.testing.assert_close(at_last, F.cross_entropy(step.logits, step.labels))
+    hidden = step._replace(labels=torch.full_like(step.labels, -100), truth=step.labels, hidden=True)
+    always = [made(hidden._replace(progress=torch.tensor(p))).loss for p in (0.0, 1.0)]
+    torch.testing.assert_close(*always)  # there is nothing else to learn from
 
 
 def test_the_oracle_takes_the_teacher_that_knows() -> None:

@@ -93,6 +93,8 @@ class StudentConfig:
 class LossConfig:
     temperature: float = field(default=4.0, metadata=POSITIVE)
     alpha: float = field(default=0.7, metadata=SHARE)
+    # what alpha falls to, linearly over the training, for examples with a label; null: alpha, or what the method says
+    alpha_end: float | None = field(default=None, metadata=SHARE)
     mode: str = "mixture"
     reduction: str = "batchmean"  # batchmean | mean: the KL is also divided by the number of classes
     kl_scale: float = field(default=1.0, metadata=POSITIVE)  # on the KL term alone

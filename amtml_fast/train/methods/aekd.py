@@ -14,7 +14,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
 
 
 def min_norm_weights(gram: Tensor, bound: float = 1.0) -> Tensor:
@@ -60,11 +60,11 @@ class AgreementKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         self.settings = context.loss
-        self.kd = multi_teacher_kd(context.loss, mode="sum")
+        self.kd = KDLoss(context.loss, mode="sum")
 
     def forward(self, step: Step) -> StepLoss:
         weights = min_norm_weights(self.gram(step), self.settings.aekd_bound)
-        loss = teach(self.kd, step, weights)
+        loss = self.kd(step, weights)
         return StepLoss(loss, {"kd": loss.detach()}, weights.expand(len(step.labels), -1))
 
     def gram(self, step: Step) -> Tensor:

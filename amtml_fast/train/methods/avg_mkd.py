@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
 
 
 class AverageKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self.kd = multi_teacher_kd(context.loss)
+        self.kd = KDLoss(context.loss)
 
     def forward(self, step: Step) -> StepLoss:
-        loss = teach(self.kd, step, None)
+        loss = self.kd(step, None)
         return StepLoss(loss, {"kd": loss.detach()})
 
 

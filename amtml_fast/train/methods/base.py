@@ -15,7 +15,7 @@ from ..config.schema import Config, LossConfig
 from ..data.parts import IGNORED
 
 ALL, BEST, NONE = "all", "best", "none"
-KD = ("temperature", "alpha", "mode")  # the keys of Eq 8
+KD = ("temperature", "alpha", "alpha_end", "mode")  # the keys of Eq 8
 
 
 class Step(NamedTuple):
@@ -31,6 +31,7 @@ class Step(NamedTuple):
     features: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
     hidden: bool = False  # labels may be
     truth: Tensor | None = None  # [N] every label, for an oracle alone
+    progress: Tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # how much of the training is over
 
 
 class StepLoss(NamedTuple):
@@ -145,20 +146,24 @@ def mixture(probs: Tensor, weights: Tensor) -> Tensor:
     return (probs * weights.unsqueeze(-1)).sum(1)
 
 
-def multi_teacher_kd(loss: LossConfig, mode: str | None = None) -> MultiTeacherKDLoss:
-    """Eq 8 with the configuration's temperature and alpha."""
-    return MultiTeacherKDLoss(
-        temperature=loss.temperature, alpha=loss.alpha, mode=mode or loss.mode, label_smoothing=loss.label_smoothing
-    )
+class KDLoss(nn.Module):
+    """Eq 8 with the configuration's temperature and alpha. An example without a label learns from the teachers alone; for the
+    others alpha may fall over the training: teachers early, labels late."""
 
+    def __init__(self, loss: LossConfig, mode: str | None = None) -> None:
+        super().__init__()
+        self.alpha, self.end = loss.alpha, loss.alpha_end
+        self.fused = MultiTeacherKDLoss(
+            temperature=loss.temperature, alpha=loss.alpha, mode=mode or loss.mode, label_smoothing=loss.label_smoothing
+        )
 
-def teach(kd: MultiTeacherKDLoss, step: Step, weights: Tensor | None, alpha: Tensor | None = None) -> Tensor:
-    """Eq 8 for a batch, where examples without a label learn from the teachers alone. alpha: [N], in place of the
-    configuration's."""
-    labels = step.labels
-    if step.hidden:
-        hidden = labels == IGNORED
+    def forward(self, step: Step, weights: Tensor | None) -> Tensor:
+        if not step.hidden and self.end is None:
+            return self.fused(step.logits, step.teacher_logits, weights, step.labels)
         wide = torch.float64 if step.logits.dtype == torch.float64 else torch.float32
-        own = torch.full_like(labels, kd.options["alpha"], dtype=wide) if alpha is None else alpha
-        labels, alpha = labels.masked_fill(hidden, 0), own.masked_fill(hidden, 1.0)
-    return kd(step.logits, step.teacher_logits, weights, labels, alpha=alpha)
+        alpha = torch.full_like(step.labels, self.alpha, dtype=wide)
+        if self.end is not None:
+            alpha += (self.end - self.alpha) * step.progress
+        hidden = step.labels == IGNORED
+        labels, alpha = step.labels.masked_fill(hidden, 0), alpha.masked_fill(hidden, 1.0)
+        return self.fused(step.logits, step.teacher_logits, weights, labels, alpha=alpha)

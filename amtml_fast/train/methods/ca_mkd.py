@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ... import MultiGroupHintLoss, hint_loss
 from ..config.schema import LossConfig
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
 
 
 def confidence_weights(teacher_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class ConfidenceKD(Objective):
         super().__init__()
         loss, count = context.loss, len(context.teacher_names)
         self.hint_weight = loss.hint_weight
-        self.kd = multi_teacher_kd(loss, mode="sum")
+        self.kd = KDLoss(loss, mode="sum")
         self.transforms = None
         if has_hints(loss):
             channels, everyone = {"features": context.feature_channels}, {t: "features" for t in range(count)}
@@ -43,7 +43,7 @@ class ConfidenceKD(Objective):
 
     def forward(self, step: Step) -> StepLoss:
         weights = confidence_weights(step.teacher_logits, step.labels)
-        kd = teach(self.kd, step, weights)
+        kd = self.kd(step, weights)
         if self.transforms is None:
             return StepLoss(kd, {"kd": kd.detach()}, weights)
         # F_t and the pooling are linear: maps scaled by sqrt(w) have a mean square weighted by w.

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
 
 
 def entropy_weights(teacher_logits: Sequence[Tensor]) -> Tensor:
@@ -24,11 +24,11 @@ def entropy_weights(teacher_logits: Sequence[Tensor]) -> Tensor:
 class EntropyKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self.kd = multi_teacher_kd(context.loss)
+        self.kd = KDLoss(context.loss)
 
     def forward(self, step: Step) -> StepLoss:
         weights = entropy_weights(step.teacher_logits)
-        loss = teach(self.kd, step, weights)
+        loss = self.kd(step, weights)
         return StepLoss(loss, {"kd": loss.detach()}, weights)
 
 

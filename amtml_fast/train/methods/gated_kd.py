@@ -3,6 +3,8 @@
 Before the training `TeacherGate` learns from the labels there are which teacher to trust where, g [N, T]. Then Eq 8 with the mixture
 
     w = g where the label is not known,    w_t = g_t p_t(y) / sum_s g_s p_s(y) where it is: who said so
+
+and, where it is, with an alpha that falls to 0 over the training (loss.alpha_end): the teachers early, the labels late.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from ...gate import TeacherGate, log_probabilities
 from ..data.parts import IGNORED
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
 
 
 class GatedKD(Objective):
@@ -20,7 +22,7 @@ class GatedKD(Objective):
         super().__init__()
         self.settings = context.loss
         self.gate = TeacherGate(len(context.teacher_names), context.classes)
-        self.kd = multi_teacher_kd(context.loss)
+        self.kd = KDLoss(context.loss)
 
     def fit(self, teacher_logits: list[Tensor], labels: Tensor) -> None:
         self.gate.fit(teacher_logits, labels, ignore_index=IGNORED)
@@ -28,7 +30,7 @@ class GatedKD(Objective):
     def forward(self, step: Step) -> StepLoss:
         log_p = log_probabilities(step.teacher_logits)  # [N, T, C]
         weights = responsibilities(self.gate.log_weights(log_p), log_p, step.labels)
-        loss = teach(self.kd, step, weights)
+        loss = self.kd(step, weights)
         return StepLoss(loss, {"kd": loss.detach()}, weights)
 
 
@@ -40,4 +42,12 @@ def responsibilities(log_gate: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
     return torch.softmax(log_gate + right.where(known[:, None], 0), -1)
 
 
-METHOD = Method(name="gated_kd", label="Gated KD", build=GatedKD, reads=KD, labels=lambda loss: True, fits=True)
+METHOD = Method(
+    name="gated_kd",
+    label="Gated KD",
+    build=GatedKD,
+    reads=KD,
+    labels=lambda loss: True,
+    fits=True,
+    settings=lambda config: {} if config.loss.alpha_end is not None else {"loss": {"alpha_end": 0.0}},
+)

@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import KD, Context, Method, Objective, Step, StepLoss, multi_teacher_kd, teach
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
 
 
 class Oracle(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self.kd = multi_teacher_kd(context.loss)
+        self.kd = KDLoss(context.loss)
 
     def forward(self, step: Step) -> StepLoss:
         weights = best_teacher(step.teacher_logits, step.labels if step.truth is None else step.truth)
-        loss = teach(self.kd, step, weights)
+        loss = self.kd(step, weights)
         return StepLoss(loss, {"kd": loss.detach()}, weights)
 
 

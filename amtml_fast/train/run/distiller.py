@@ -28,6 +28,8 @@ class Distiller(nn.Module):
     def __init__(self, student: FeatureExtractor, objective: Objective, *, hidden_labels: bool = False) -> None:
         super().__init__()
         self.student, self.objective, self.hidden_labels = student, objective, hidden_labels
+        self.progress: Tensor  # in one place, where a graph reads it
+        self.register_buffer("progress", torch.zeros((), dtype=torch.float32, device="cpu"), persistent=False)
         self.timer: StepTimer | None = None
 
     def forward(
@@ -40,7 +42,7 @@ class Distiller(nn.Module):
             logits, maps = logits.view_as(logits), {name: x.view_as(x) for name, x in maps.items()}
         self._mark("student")
         features, groups = maps.get(FEATURES, Step._field_defaults["features"]), by_group(maps)
-        step = Step(logits, groups, labels, teacher_logits, teacher_maps, images, features)
+        step = Step(logits, groups, labels, teacher_logits, teacher_maps, images, features, progress=self.progress)
         if self.hidden_labels:
             step = step._replace(labels=parts.known(labels), hidden=True, truth=parts.truth(labels))
         out = self.objective(step)

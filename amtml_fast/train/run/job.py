@@ -24,6 +24,7 @@ FEATURES, GROUP = "features", "groups."
 NOT_IN_RECIPE = ("root", "download", "views", "augment_seed")
 # Of `data`, where they are given: the first two decide about all, the others about students.
 SHARES, STUDENT_SHARES = ("share", "domains"), ("student_share", "labeled_share")
+LATER = ("alpha_end",)  # keys of `loss` that are younger than runs, in a recipe only where they are set
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Job:
             "model": {"factory": self.factory, "args": self.args},
             "start": sha256(Path(self.weights)) if self.weights else None,
             "train": to_dict(self.train),
-            "loss": method.loss(config),
+            "loss": {k: v for k, v in method.loss(config).items() if k not in LATER or v is not None},
             "engine": {k: engine[k] for k in ("mixed_precision", "gradient_accumulation_steps")},
             "method": method.base or method.name,
             "seed": self.seed,

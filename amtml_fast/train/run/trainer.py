@@ -306,6 +306,7 @@ class Trainer:
             rates = [own if group.get("name") == ADAPTER else lr for group in self.optimizer.param_groups]
             # All randomness of a step follows from (seed, epoch, step, process): resuming needs no generator's state.
             torch.manual_seed(drawn_seed(job.seed, epoch, step, self.accelerator.process_index))
+            self.bare.progress.fill_(((epoch - 1) * self.steps + step) / (self.steps * job.train.epochs))
             self.learn(list(itertools.islice(draws, rounds)), rates, frozen_adapter)
             bar.add(job.train.batch_size)
             self.step = step + 1
