@@ -81,13 +81,16 @@ class TeacherGate(nn.Module):
         return self
 
     def forward(self, teacher_logits: Tensor | Sequence[Tensor]) -> Tensor:
-        """T x [N, C] -> weights [N, T] float32, each row of sum 1."""
+        """T x [N, C] -> weights [N, T] float32 (float64 for such logits), each row of sum 1."""
         return self.log_weights(log_probabilities(self._checked("TeacherGate", teacher_logits))).exp()
 
     def log_weights(self, log_p: Tensor) -> Tensor:
         """The same from `log_probabilities`, as logarithms."""
         u = (log_p.flatten(1) - self.mean) * self.scale
-        return torch.log_softmax(u @ self.weight.T + self.bias, -1)
+        with torch.autocast(
+            u.device.type, enabled=False
+        ):  # in 16 bits the product would be off by more than the weights' digits
+            return torch.log_softmax(u @ self.weight.to(u.dtype).T + self.bias, -1)
 
     def _checked(self, name: str, teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
         first = teacher_logits[0] if len(teacher_logits) else torch.empty(0, dtype=torch.float32, device="cpu")

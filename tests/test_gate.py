@@ -96,6 +96,17 @@ def test_it_is_saved_moved_and_fitted_again() -> None:
     torch.testing.assert_close(gate(half), gate([z.float() for z in half]))
 
 
+def test_autocast_and_float64_change_no_weight() -> None:
+    logits, labels, _ = specialists(sure=1.5)
+    gate = TeacherGate(T, C).fit(logits, labels)
+    want = gate(logits)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate(logits), want)
+    double = gate([z.double() for z in logits])
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(double.float(), want)
+
+
 def test_classes_that_are_out_and_teachers_of_one_kind() -> None:
     logits, labels, _ = specialists()
     masked = [z.clone() for z in logits]

@@ -60,6 +60,7 @@ def seed_of(text: str) -> int:
     return seed
 
 
+DEFAULT_METHOD = "gated_kd"
 Fresh = Annotated[bool, typer.Option("--fresh", help="Start over, whatever the folders hold.")]
 
 
@@ -88,7 +89,7 @@ def teach(
 def distill(
     config: Source,
     overrides: Overrides = None,
-    method: Annotated[str, typer.Option(help="A name that `amtml-fast methods` lists.")] = "amtml_kd",
+    method: Annotated[str, typer.Option(help="A name that `amtml-fast methods` lists.")] = DEFAULT_METHOD,
     seed: Annotated[
         int | None, typer.Option(parser=seed_of, metavar="INTEGER", help="The run's; the configuration's if not given.")
     ] = None,
@@ -127,7 +128,7 @@ def evaluate(
     config: Source,
     overrides: Overrides = None,
     method: Annotated[
-        str | None, typer.Option(help="Which method's student; the run's, or amtml_kd, if not given.")
+        str | None, typer.Option(help=f"Which method's student; the run's, or {DEFAULT_METHOD}, if not given.")
     ] = None,
     seed: Annotated[int | None, typer.Option(parser=seed_of, metavar="INTEGER", help="Which seed's student.")] = None,
     teacher: Annotated[str | None, typer.Option(help="A teacher's name, to measure it instead.")] = None,
@@ -256,7 +257,7 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
     middle = "-"
     if record.get("student"):  # what stands between is the student and the number of teachers
         middle = run.folder.name.removeprefix(record["method"]).removesuffix(f"seed{record['seed']}")
-    method = method or (record["method"] if record.get("student") else "amtml_kd")
+    method = method or (record["method"] if record.get("student") else DEFAULT_METHOD)
     seed = (record["seed"] if record.get("student") else config.seed) if seed is None else seed
     return place / f"{method}{middle}seed{seed}"
 

@@ -59,7 +59,7 @@ def test_compare_writes_tables_and_pictures(compared: tuple[Path, str]) -> None:
     folder, _ = compared
     with open(folder / "results.csv") as file:
         rows = {row["method"]: row for row in csv.DictReader(file)}
-    methods = ("student", "avg_mkd", "amtml_no_adapter", "amtml_kd")
+    methods = ("student", "avg_mkd", "amtml_kd", "gated_kd")
     assert {*methods, "cnn-wide", "cnn-narrow", "resnet8"} == set(rows)
     for method in methods:
         accuracies = [float(x) for x in rows[method]["accuracies"].split()]

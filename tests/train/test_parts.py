@@ -24,6 +24,7 @@ from amtml_fast.train.figures.tables import Bold, Row
 from amtml_fast.train.run.job import student_job, teacher_job
 from amtml_fast.train.run.prepare import data_of, load_data, load_teachers
 from amtml_fast.train.run.tasks import distill, teach
+from amtml_fast.train.run.trainer import Trainer
 from amtml_fast.train.teachers import frozen
 
 YAML = """
@@ -166,6 +167,31 @@ def test_a_gate_is_fitted_to_the_labels_that_are_known(tmp_path: Path) -> None:
     run = distill(config, data, "gated_kd", 0, QUIET, resume=False, fresh=False)
     assert run.read_metrics()[0]["weight_mean"] != [0.5, 0.5]
     assert (run.folder / "objective.safetensors").is_file()
+
+
+def test_alpha_falls_with_the_steps_also_of_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(tmp_path, "distill.epochs=2")
+    data = load_data(config)
+    teach(config, data, QUIET)
+    seen: list[float] = []
+    learn = Trainer.learn
+
+    def watched(self: Trainer, *args: object) -> None:
+        seen.append(float(self.bare.progress))
+        if len(seen) == 30:
+            seen.pop()
+            raise KeyboardInterrupt
+        learn(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "learn", watched)
+    with pytest.raises(KeyboardInterrupt):
+        distill(config, data, "gated_kd", 0, QUIET, resume=False, fresh=False)
+    steps = len(data.train) // 64
+    del seen[steps:]  # the checkpoint is of the end of the first epoch
+    seen += [-1.0] * 30
+    distill(config, data, "gated_kd", 0, QUIET, resume=True, fresh=False)
+    taken = [p for p in seen if p >= 0]
+    assert taken == pytest.approx([i / (2 * steps) for i in range(2 * steps)])
 
 
 def test_of_many_images_those_with_a_label_are_in_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

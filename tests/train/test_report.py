@@ -41,7 +41,7 @@ from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import ConfigError
 from amtml_fast.train.files import read_json
 from amtml_fast.train.progress import Display
-from amtml_fast.train.report import gather, page, svg
+from amtml_fast.train.report import gather, page, page_trust, svg
 from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import one_job
 from amtml_fast.train.run.prepare import load_data, load_teachers
@@ -66,6 +66,7 @@ SECTIONS = [
     "Curves",
     "Soft targets and weights of test images",
     "Which teacher wins where",
+    "Is the trust deserved?",
     "Weights by epoch",
     "Where the time of a step goes",
     "To get it again",
@@ -212,6 +213,23 @@ def test_by_class_are_the_networks_own_answers(whole: tuple[str, Reader], compar
     assert f"3 {three[0]:.2f} {three[1]:.2f}" in whole[1].text.split("Weights, AMTML-KD")[1]
 
 
+def test_trust_is_in_who_is_right_and_how_surely() -> None:
+    """Four images, two teachers of two classes: on the first two one of them is wrong."""
+    logits = torch.tensor([[[3.0, 0], [0, 3.0]], [[3.0, 0], [0, 3.0]], [[3.0, 0], [3.0, 0]], [[0, 3.0], [0, 3.0]]])
+    labels = torch.tensor([0, 1, 0, 0])
+    good = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.5, 0.5]])
+    found = page_trust.section({"good": [good], "bad": [1 - good]}, logits, labels)
+    assert (found["disputed"], found["total"], found["fair"]) == (2, 4, "0.50")
+    first, second = found["methods"]
+    assert (first["on_right"], first["accuracy"]) == ("0.85", "75.0") and second["on_right"] == "0.15"
+    assert 'aria-label="good: how often' in first["chart"] and 'd=""' in first["chart"]  # no bin has enough images
+    sure = torch.tensor([[0.95, 0.05]]).expand(100, 2)
+    said = torch.tensor([0] * 80 + [1] * 20)
+    assert page_trust.calibration_error(sure, said) == pytest.approx(0.15, abs=1e-6)
+    curve = page_trust.reliability(sure, said)
+    assert curve[-1] == pytest.approx(0.8) and np.isnan(curve[:-1]).all()
+
+
 def test_images_are_what_was_asked_for(compared: Path) -> None:
     reader = read(compared, images=[3, 17])
     shown = [attributes for tag, attributes in reader.tags if tag == "img"]
@@ -299,7 +317,7 @@ def test_a_comparison_where_nothing_has_finished(copied: Path) -> None:
     (copied / "results.json").unlink()
     reader = read(copied)
     assert "No run here has finished yet." in reader.text and reader.faults == []
-    assert "no learned weights to show" in reader.text and "none has finished" in reader.text
+    assert "so there are none to show" in reader.text and "none has finished" in reader.text
 
 
 def test_a_planned_run_that_is_not_there_is_named(copied: Path) -> None:
@@ -314,7 +332,7 @@ def test_a_planned_run_that_is_not_there_is_named(copied: Path) -> None:
 def test_without_teachers_the_page_says_so(copied: Path) -> None:
     shutil.rmtree(copied / "teachers")
     reader = read(copied)
-    assert reader.text.count("What teachers and students say about images cannot be shown here") == 2
+    assert reader.text.count("What teachers and students say about images cannot be shown here") == 3
     assert "run `amtml-fast teach` first" in reader.text and not [tag for tag, _ in reader.tags if tag == "img"]
     assert [text for tag, text in reader.headings if tag == "h2"] == SECTIONS
 
@@ -327,7 +345,7 @@ def test_teachers_trained_anew_are_not_taken_for_the_old_ones(copied: Path) -> N
 
 def test_without_an_adapter_the_page_says_so(compared: Path) -> None:
     reader = read(compared / "avg_mkd-seed0", compared / "student-seed0")
-    assert "No finished run here has an adapter" in reader.text
+    assert "No finished run here has learned weights" in reader.text
     assert "No method here has weights of its teachers on record." in reader.text
 
 

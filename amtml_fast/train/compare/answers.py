@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data.images import ImageData, ImageSet, Loader
 from ..methods.base import mixture
+from ..methods.registry import METHODS
 from ..models.evaluate import EVAL_BATCH
 from ..run.distiller import make_distiller, teachers_of
 from ..run.folder import Run
@@ -22,8 +23,10 @@ LITTLE, MUCH = 0.5, 1.5  # times the equal weight: what counts as little and as 
 
 
 def has_adapter(run: Run) -> bool:
-    """Whether the finished run has learned weights for its teachers."""
-    return run.read_record()["recipe"]["loss"].get("adapter") == "learned"
+    """Whether the finished run has learned weights for its teachers: by an adapter, or fitted before the training."""
+    recipe = run.read_record()["recipe"]
+    method = METHODS.get(recipe["method"])
+    return recipe["loss"].get("adapter") == "learned" or (method is not None and method.fits)
 
 
 @torch.no_grad()
@@ -39,18 +42,17 @@ def soft_targets(logits: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: ImageData) -> tuple[Tensor, Tensor]:
-    """The adapter's weights [N, T] and the student's logits [N, C], of a finished run that has an adapter."""
-    distiller = make_distiller(job, data, teachers_of(job, teachers))
+    """The weights [N, T] without a look at labels, and the student's logits [N, C], of a finished run that has learned some."""
+    own = teachers_of(job, teachers)
+    distiller = make_distiller(job, data, own)
     distiller.student.model.load_state_dict(load_file(job.folder / job.file))
     distiller.objective.load_state_dict(load_file(job.folder / "objective.safetensors"))
     distiller.to(split.images.device).eval()
-    adapter = distiller.objective.adapter
-    if adapter is None:
-        raise ValueError(f"{job.title} must have an adapter, got {job.method.name}")
     weights, logits = [], []
     for batch in Loader(split, data, EVAL_BATCH):
         out, maps = distiller.student(batch.images)
-        weights.append(adapter(maps[FEATURES]).float().cpu())
+        said = own.live(batch.images).logits if own is not None and job.method.fits else []
+        weights.append(distiller.objective.weigh(maps.get(FEATURES), said).float().cpu())
         logits.append(out.float().cpu())
     return torch.cat(weights), torch.cat(logits)
 

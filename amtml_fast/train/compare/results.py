@@ -289,7 +289,9 @@ def write_figures(
     weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
     if teachers is None or not weighted:
         return out
+    ours, _ = ours_and_others(found.main)
     adapters = [label for label in weighted if has_adapter(found.runs[label][0])]
+    adapters.sort(key=lambda label: label != ours.label)
     asked = teachers.only(teachers.names[: most(config)], hints=bool(teachers.channels))
     first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
     out.draw("entropy", lambda path: curves.entropy({label: weighted[label] for label in first}, path, asked.names))

@@ -153,7 +153,7 @@ class VariantConfig:
 
 @dataclass
 class CompareConfig:
-    methods: list[str] = field(default_factory=lambda: ["student", "avg_mkd", "amtml_kd"])
+    methods: list[str] = field(default_factory=lambda: ["student", "avg_mkd", "amtml_kd", "gated_kd"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata=SEED)
     # numbers of teachers: the first n of them; empty: all
     teachers: list[int] = field(default_factory=list, metadata=COUNT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,13 @@ class Objective(nn.Module):
     def fit(self, teacher_logits: list[Tensor], labels: Tensor) -> None:
         """Called once before the training where the method says `fits`: T x [n, C], [n] for a sample of its images, IGNORED
         where the label is hidden."""
+
+    def weigh(self, features: Tensor | None, teacher_logits: list[Tensor]) -> Tensor:
+        """The learned weights [N, T] of images whose label nobody knows: from the student's features, or where the method
+        `fits` from the teachers' logits."""
+        if self.adapter is None or features is None:
+            raise ValueError(f"{type(self).__name__} must have learned weights, got none")
+        return cast(Tensor, self.adapter(features))
 
     def forward(self, step: Step) -> StepLoss:
         raise NotImplementedError(f"{type(self).__name__}: an objective must say how a step's loss is made")

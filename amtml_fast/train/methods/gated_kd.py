@@ -9,6 +9,8 @@ and, where it is, with an alpha that falls to 0 over the training (loss.alpha_en
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,9 @@ class GatedKD(Objective):
 
     def fit(self, teacher_logits: list[Tensor], labels: Tensor) -> None:
         self.gate.fit(teacher_logits, labels, ignore_index=IGNORED)
+
+    def weigh(self, features: Tensor | None, teacher_logits: list[Tensor]) -> Tensor:
+        return cast(Tensor, self.gate(teacher_logits))
 
     def forward(self, step: Step) -> StepLoss:
         log_p = log_probabilities(step.teacher_logits)  # [N, T, C]

@@ -21,6 +21,7 @@ from ..run.folder import Run
 from ..run.job import Job, need_hints
 from ..run.prepare import load_data
 from ..teachers import frozen
+from . import page_trust
 from .gather import job_of_run
 
 CLASSES = 24  # more do not fit a table that one can read
@@ -31,7 +32,7 @@ Asked = dict[str, list[tuple[Job, Tensor, Tensor]]]  # method -> a run: its job,
 def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None, display: Display) -> dict[str, Any]:
     """`images` and `classes`; or `missing`, the sentence that says why there are none."""
     if not adapters:
-        return {"missing": "No finished run here has an adapter, so there are no learned weights to show."}
+        return {"missing": "No finished run here has learned weights for its teachers, so there are none to show."}
     try:
         jobs = {name: [job_of_run(run) for run in runs] for name, runs in adapters.items()}
         first = next(iter(jobs.values()))[0]
@@ -60,6 +61,9 @@ def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None
         "missing": "",
         "images": image_section(asked, logits, data, images),
         "classes": class_section(asked, logits, data),
+        "trust": page_trust.section(
+            {name: [w for _, w, _ in runs] for name, runs in asked.items()}, logits, data.test.labels
+        ),
         "teachers": list(first.teachers),
         "left_out": left_out,
     }

@@ -165,6 +165,43 @@ def lines(
     return wrap(Markup("").join(parts), words, size[0], max(size[1], room + 2))
 
 
+def reliability(series: Sequence[Line], words: str) -> Markup:
+    """How often right (up), by how sure (across), both from 0 to 1: a curve's values [runs, bins] stand in the middle of their
+    bins; on the dashed diagonal one is as sure as one may be."""
+    size, left, top = (WIDE, 200.0), 36.0, 10.0
+    wide, high = size[0] - left - 90, size[1] - top - 32
+
+    def point(sure: float, right: float) -> str:
+        return f"{left + wide * sure:.1f} {top + high * (1 - right):.1f}"
+
+    parts = [Markup(f'<path class="mark" d="M{point(0, 0)}L{point(1, 1)}"/>')]
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        y = top + high * (1 - value)
+        parts.append(Markup(f'<path class="grid" d="M{left:g} {y:.1f}h{wide:g}"/>'))
+        parts.append(
+            Markup(f'<text class="tick" x="{left - 5:g}" y="{y + 3.6:.1f}" text-anchor="end">{value:g}</text>')
+        )
+        x = left + wide * value
+        parts.append(
+            Markup(f'<text class="tick" x="{x:.1f}" y="{top + high + 14:g}" text-anchor="middle">{value:g}</text>')
+        )
+    for i, line in enumerate(series):
+        values = mean(line.values)
+        known = np.flatnonzero(np.isfinite(values))
+        points = [point((k + 0.5) / len(values), values[k]) for k in known]
+        parts.append(
+            Markup('<path class="line {}" d="{}"/>').format(line.color, "M" + "L".join(points) if points else "")
+        )
+        parts += [
+            Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.6"/>').format(line.color, *each.split())
+            for each in points
+        ]
+        y = top + 14 + i * LINE * 1.2
+        parts.append(Markup('<path class="line {}" d="M{:g} {:g}h12"/>').format(line.color, left + wide + 8, y - 3.6))
+        parts.append(Markup('<text x="{:g}" y="{:g}">{}</text>').format(left + wide + 24, y, line.name))
+    return wrap(Markup("").join(parts), words, *size)
+
+
 def background(
     series: Sequence[Array], name: str, size: tuple[float, float], limits: tuple[float, float], digits: int
 ) -> Markup:
