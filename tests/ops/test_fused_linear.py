@@ -8,7 +8,7 @@ from backends import CHOSEN, DEVICE, FUSED, cpu_only, run_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amtml_fast as af
-from amtml_fast.ops import fused_linear_kd
+from amtml_fast.ops import _linear_chunks, fused_linear_kd
 from amtml_fast.testing import relative_error, value_and_grads
 
 N, H, C, H_T, K = 9, 6, 13, 4, 3
@@ -236,13 +236,13 @@ def test_routing(divergence):
 
 @cpu_only
 def test_only_the_products_of_routed_and_counted_rows_are_made(monkeypatch):
-    made, product = [], fused_linear_kd._Call.logits
+    made, product = [], _linear_chunks.Call.logits
 
     def count(call, name, hidden, *others):
         made.append(hidden.shape)
         return product(call, name, hidden, *others)
 
-    monkeypatch.setattr(fused_linear_kd._Call, "logits", count)
+    monkeypatch.setattr(_linear_chunks.Call, "logits", count)
     hidden, weight, teachers, _, labels, _ = inputs("linear", "linear", "linear")
     index = torch.tensor([0, 1, 1, 2, 1, 0, 0, 1, 0])
     af.fused_linear_kd_loss(hidden, weight, teachers, None, labels, teacher_index=index, chunk_size=2)
@@ -306,7 +306,7 @@ def like_a_gpu(monkeypatch):
     def narrow(hidden, weight, wide):
         return hidden.dtype == weight.dtype != wide == torch.float32
 
-    monkeypatch.setattr(fused_linear_kd._Call, "own_products", False)
+    monkeypatch.setattr(_linear_chunks.Call, "own_products", False)
     monkeypatch.setattr(fused_linear_kd, "_reads_free", lambda hidden: False)
     monkeypatch.setattr(fused_linear_kd, "_narrow", narrow)
     monkeypatch.setattr(fused_linear_kd, "_narrow_product", product)
@@ -339,7 +339,7 @@ def test_products_of_16_bit_factors(dtype, like_a_gpu):
 
 @cpu_only
 def test_torchs_products_of_a_weight_that_is_converted_by_blocks(monkeypatch):
-    monkeypatch.setattr(fused_linear_kd._Call, "own_products", False)
+    monkeypatch.setattr(_linear_chunks.Call, "own_products", False)
     monkeypatch.setattr(fused_linear_kd, "BLOCK", 4 * 5 * H)
     for dtype in (torch.bfloat16, torch.float32):
         for accumulate in ("fp32", "bf16"):
@@ -429,8 +429,8 @@ def test_nothing_is_as_large_as_the_logits(monkeypatch):
     hidden, weight = randn(rows, width).requires_grad_(), randn(classes, width).requires_grad_()
     teachers = [af.LinearTeacher(randn(rows, 4), randn(classes, 4)), teacher("topk", rows, classes)]
     made = Made()
-    raw = fused_linear_kd._Call.run
-    monkeypatch.setattr(fused_linear_kd._Call, "run", lambda call: _inside(made, raw, call))
+    raw = _linear_chunks.Call.run
+    monkeypatch.setattr(_linear_chunks.Call, "run", lambda call: _inside(made, raw, call))
     loss = af.fused_linear_kd_loss(hidden, weight, teachers, chunk_size=5)
     loss.backward()
     assert made.largest == classes * width < rows * classes
@@ -439,7 +439,7 @@ def test_nothing_is_as_large_as_the_logits(monkeypatch):
         af.fused_linear_kd_loss(hidden, weight, teachers, chunk_size=1)
     assert made.largest <= classes * width
     outputs = []
-    monkeypatch.setattr(fused_linear_kd._Call, "run", lambda call: outputs.append(raw(call)) or outputs[-1])
+    monkeypatch.setattr(_linear_chunks.Call, "run", lambda call: outputs.append(raw(call)) or outputs[-1])
     af.fused_linear_kd_loss(hidden.detach(), weight, teachers)
     af.fused_linear_kd_loss(hidden, weight.detach(), teachers, torch.ones(2))
     with torch.no_grad():
@@ -466,7 +466,7 @@ def test_chunks_stay_within_their_budget():
             raise InterruptedError
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(InterruptedError):
-            patch.setattr(fused_linear_kd._Call, "run_chunks", fake)
+            patch.setattr(_linear_chunks.Call, "run_chunks", fake)
             weight = torch.empty(1, width).expand(classes, -1)
             af.fused_linear_kd_loss(hidden, weight, teachers)
         assert 20e6 < seen[0] < 60e6
@@ -640,6 +640,6 @@ def test_errors_come_before_any_work(changes, message, monkeypatch):
     def work(*_):
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr(fused_linear_kd._Call, "run", work)
+    monkeypatch.setattr(_linear_chunks.Call, "run", work)
     with pytest.raises((ValueError, TypeError), match="^fused_linear_kd_loss: " + message):
         af.fused_linear_kd_loss(**_changed(**changes))

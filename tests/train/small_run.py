@@ -71,8 +71,9 @@ class Place:
         return checked(reading.load(self.yaml, [f"out={self.folder}", *overrides]))
 
     def words(self, command: str, *rest: str) -> list[str]:
-        """A command line for this place's configuration and output folder."""
-        return [command, str(self.yaml), f"out={self.folder}", *rest]
+        """A command line for this place's configuration and output folder; by the method that has the most parts."""
+        method = ["--method=amtml_kd"] if command == "distill" and not any("--method" in word for word in rest) else []
+        return [command, str(self.yaml), f"out={self.folder}", *method, *rest]
 
     def start(self, command: str, *rest: str, processes: int = 1, first: Callable[[], None] | None = None) -> Running:
         return Running(self.folder, self.words(command, *rest), processes=processes, first=first)

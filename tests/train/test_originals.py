@@ -83,7 +83,7 @@ def theirs_aekd_solver(step: Step) -> Tensor:
 
 def cut(step: Step, count: int) -> Step:
     """Its first examples."""
-    logits, maps, labels, teacher_logits, teacher_maps, images, features = step
+    logits, maps, labels, teacher_logits, teacher_maps, images, features, *_ = step
     return Step(
         logits[:count],
         {name: x[:count] for name, x in maps.items()},

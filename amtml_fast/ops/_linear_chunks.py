@@ -1,0 +1,495 @@
+"""The work of ``fused_linear_kd``: one call of a raw operator, chunk by chunk.
+
+Of a chunk of rows a product makes the logits, a row kernel the loss and its gradient to them, and two products the gradients to
+the hidden states and the weight. No more than (2 + T) chunks of logits are held at a time.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from amtml_fast.ops._base import empty, kernels
+from amtml_fast.reference import wide_dtype
+
+NAME = "fused_linear_kd_loss"
+TENSORS = {"logits": 1, "topk": 2, "linear": 2, "linear_bias": 3}  # kind of a teacher -> how many tensors it has
+
+
+class Settings(NamedTuple):
+    """What is no tensor, as the raw ops take it."""
+
+    backend: str
+    row_kernel: str
+    divergence: str
+    beta: float
+    mode: str
+    teacher_temperatures: list[float]  # none: the student's
+    temperature: float
+    t2_scale: bool
+    ce_weight: float
+    kl_weight: float
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    logit_scale: float
+    softcap: float  # 0: none
+    chunk_size: int  # 0: chosen here
+    narrow_sum: bool  # accumulate="bf16"
+
+
+_MIB = 2**20
+CPU_BYTES, GPU_BYTES = 56 * _MIB, 1024 * _MIB  # of a chunk's logits
+BLOCK = 4 * _MIB  # bytes of a weight that are converted at a time
+HALF_SCALE = 256.0  # of logit gradients in float16, most of which are small
+
+
+class Call:
+    """One call of a raw op."""
+
+    def __init__(
+        self,
+        grad_loss: Tensor | None,  # [N]: given in a backward of "none"
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor | None,
+        alphas: Tensor | None,
+        labels: Tensor | None,
+        index: Tensor | None,
+        temperatures: Tensor | None,
+        teachers: Sequence[Tensor],
+        kinds: list[str],
+        *others: Any,
+    ):
+        count = len(Settings._fields)
+        self.set = Settings(*others[:count])
+        *self.needs, self.need_stats = others[count:]
+        self.grad_loss, self.hidden, self.weight, self.bias = grad_loss, hidden, weight, bias
+        self.weights, self.alphas, self.labels, self.index = weights, alphas, labels, index
+        self.temperatures = temperatures
+        self.inputs = hidden, weight, bias, weights, alphas
+        self.kinds, self.teachers = list(kinds), []
+        at = 0
+        for kind in kinds:
+            self.teachers.append(teachers[at : at + TENSORS[kind]])
+            at += TENSORS[kind]
+        self.wide = wide_dtype(hidden, weight, bias, weights, *teachers)
+        self.rows, self.classes = hidden.shape[0], weight.shape[0]
+        self.on_cpu = _reads_free(hidden)
+        self.buffers: dict[str, Tensor] = {}
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Loss, gradients and statistics, not filled in."""
+        n, t, set, wide, like = self.rows, len(self.kinds), self.set, self.wide, self.hidden
+        sum_dtype = torch.bfloat16 if set.narrow_sum else wide
+        shapes = self.hidden.shape, self.weight.shape, (self.classes,), (n, t), (n,)
+        dtypes = wide, sum_dtype, wide, wide, wide
+        return (
+            like.new_empty((n,) if set.reduction == "none" else (), dtype=wide),
+            *(empty(like, *each) for each in zip(self.needs, shapes, dtypes)),
+            empty(like, self.need_stats, (n, 4 + t), wide),
+        )
+
+    # --- rows
+
+    def segments(self) -> list[tuple[Tensor | None, int, list[int]]]:
+        """Rows that are taken together: their numbers (None: all of them), how many, and their teachers."""
+        everyone = list(range(len(self.kinds)))
+        valid = None if self.labels is None else self.labels != self.set.ignore_index
+        if self.index is None:
+            if valid is None or not self.on_cpu or bool(valid.all()):
+                return [(None, self.rows, everyone)]
+            rows = valid.nonzero().squeeze(1)
+            return [(rows, rows.shape[0], everyone)]
+        key = self.index if valid is None else torch.where(valid, self.index, len(everyone))
+        key, order = key.sort(stable=True)
+        starts = torch.searchsorted(
+            key, torch.arange(len(everyone) + 2, dtype=key.dtype, device=key.device)
+        ).tolist()  # the one sync
+        if starts[0] > 0 or starts[-1] < self.rows:
+            low, high = int(key[0]), int(key[-1])
+            raise ValueError(f"{NAME}: teacher_index must be in [0, {len(everyone)}), got values in [{low}, {high}]")
+        return [(order[a:b], b - a, [t]) for t, (a, b) in enumerate(itertools.pairwise(starts[:-1])) if b > a]
+
+    def chunk_rows(self, rows: int, only: list[int], grads: bool, gathered: bool) -> int:
+        """How many rows at a time."""
+        if self.set.chunk_size:
+            return min(self.set.chunk_size, rows)
+        size = self.wide.itemsize
+        made = 0 if self.set.row_kernel == "topk_kd" else sum(gathered or self.kinds[t] != "logits" for t in only)
+        each = self.classes * (size * (1 + made + grads) + (2 if self.narrow and grads else 0))
+        # A chunk's products read the whole weight: with a larger one larger chunks pay.
+        whole, step = self.weight.numel() * size, 1 if self.on_cpu else 128
+        budget = max(CPU_BYTES, whole // 2) if self.on_cpu else max(GPU_BYTES, whole)
+        most = max(budget // each // step * step, step)
+        even = -(-rows // -(-rows // most))  # chunks of about one size
+        return -(-even // step) * step
+
+    def take(self, x: Tensor, rows: Tensor | slice, name: str = "") -> Tensor:
+        if isinstance(rows, slice):
+            return x[rows]
+        if not name:
+            return x.index_select(0, rows)
+        return torch.index_select(x, 0, rows, out=self.buffer(name, (rows.shape[0], x.shape[1]), x.dtype))
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """Scratch memory under this name, which all chunks use."""
+        count = math.prod(shape)
+        have = self.buffers.get(name)
+        if have is None or have.numel() < count:
+            self.buffers.pop(name, None)
+            have = self.buffers[name] = self.hidden.new_empty(count, dtype=dtype or self.wide)
+        return have[:count].view(shape)
+
+    # --- products
+
+    @property
+    def narrow(self) -> bool:
+        """Whether the student's products are made of its 16-bit numbers as they are."""
+        return _narrow(self.hidden, self.weight, self.wide)
+
+    @property
+    def own_products(self) -> bool:
+        """Whether the products are those of csrc/cpu."""
+        return self.set.backend == "cpp" and self.wide == torch.float32
+
+    def blocks(self, weight: Tensor) -> Any:
+        """A weight of another dtype, some classes at a time: where they are, and they in the wide dtype."""
+        classes, width = weight.shape
+        step = max(BLOCK // (width * self.wide.itemsize), 1)
+        for start in range(0, classes, step):
+            some = weight[start : start + step]
+            yield (
+                slice(start, start + some.shape[0]),
+                self.buffer("block", (some.shape[0], width)).copy_(some),
+            )
+
+    def logits(self, name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``cap(logit_scale * (hidden @ weight.T + bias))``, in the wide dtype."""
+        out, scale, cap = self.buffer(name, (hidden.shape[0], self.classes)), self.set.logit_scale, self.set.softcap
+        if cap:
+            scale = scale / cap
+        bias = None if bias is None else bias.to(self.wide)
+        if self.own_products:
+            torch.ops.amtml.fused_linear_kd_logits_.default(out, hidden, weight, bias, scale)
+        elif _narrow(hidden, weight, self.wide):
+            _narrow_product(hidden, weight.t(), out)
+            if bias is not None:
+                out.add_(bias)
+            if scale != 1:
+                out.mul_(scale)
+        elif weight.dtype == self.wide:
+            _product(hidden.to(self.wide), weight.t(), bias, scale, out)
+        else:
+            hidden = hidden.to(self.wide)
+            for some, wide in self.blocks(weight):
+                _product(hidden, wide.t(), None if bias is None else bias[some], scale, out[:, some])
+        return out.tanh_().mul_(cap) if cap else out
+
+    def add_grads(self, grad: Tensor, hidden: Tensor, by: Tensor | None, scale: float, first: bool) -> Tensor | None:
+        """Adds a chunk's share to the gradients of weight and bias, and returns that of its hidden states, from the gradient of
+        its logits before ``logit_scale``, times ``by`` and ``scale``."""
+        need_hidden, need_weight, need_bias = self.needs[:3]
+        narrow = self.narrow and (by is None or hidden.dtype == torch.bfloat16)
+        ones = grad.new_ones(1)
+        if narrow:
+            rounded = self.buffer("rounded", tuple(grad.shape), hidden.dtype)
+            if hidden.dtype == torch.float16:
+                torch.mul(grad, HALF_SCALE, out=rounded)
+                scale /= HALF_SCALE
+            elif by is None:
+                rounded.copy_(grad)
+            else:
+                torch.mul(grad, by, out=rounded)
+                ones = by.reshape(-1)
+        elif by is not None:
+            grad.mul_(by)
+        if need_bias:
+            at_once = scale * (HALF_SCALE if narrow and hidden.dtype == torch.float16 else 1.0)
+            self.grad_bias.addmv_(grad.t(), ones.expand(grad.shape[0]), beta=0.0 if first else 1.0, alpha=at_once)
+        if need_weight:
+            self.add_weight_grad(rounded if narrow else grad, hidden, scale, 0.0 if first else 1.0)
+        if not need_hidden:
+            return None
+        out = self.buffer("grad_hidden", tuple(hidden.shape))
+        if self.own_products:
+            torch.ops.amtml.fused_linear_kd_grad_hidden_.default(out, grad, self.weight, scale)
+            return out
+        if narrow:
+            _narrow_product(rounded, self.weight, out)
+            return out.mul_(scale) if scale != 1 else out
+        if self.weight.dtype == self.wide:
+            return torch.addmm(out, grad, self.weight, beta=0, alpha=scale, out=out)
+        for i, (some, wide) in enumerate(self.blocks(self.weight)):
+            torch.addmm(out, grad[:, some], wide, beta=min(i, 1), alpha=scale, out=out)
+        return out
+
+    def add_weight_grad(self, grad: Tensor, hidden: Tensor, scale: float, beta: float) -> None:
+        out, narrow = self.grad_weight, grad.dtype != self.wide
+        if self.own_products and out.dtype == self.wide:
+            torch.ops.amtml.fused_linear_kd_grad_weight_.default(out, grad, hidden, scale, beta != 0)
+            return
+        if not narrow:
+            hidden = hidden.to(self.wide)
+        if out.dtype == grad.dtype:
+            torch.addmm(out, grad.t(), hidden, beta=beta, alpha=scale, out=out)
+        elif narrow and out.dtype == self.wide and _adds_to_float32(out.device, grad.dtype):
+            torch.addmm(out, grad.t(), hidden, out_dtype=self.wide, beta=beta, alpha=scale, out=out)
+        else:
+            step = max(BLOCK // (hidden.shape[1] * self.wide.itemsize), 1)
+            for start in range(0, self.classes, step):
+                some = grad[:, start : start + step]
+                made = self.buffer("block", (some.shape[1], hidden.shape[1]))
+                if narrow:
+                    _narrow_product(some.t(), hidden, made)
+                    made.mul_(scale)
+                else:
+                    torch.addmm(made, some.t(), hidden, beta=0, alpha=scale, out=made)
+                if beta == 0:
+                    out[start : start + step].copy_(made)
+                else:
+                    out[start : start + step].add_(made)
+
+    # --- teachers
+
+    def teacher(self, t: int, rows: Tensor | slice, keep: Tensor | None) -> Tensor:
+        """The logits of teacher t in these rows."""
+        kind, tensors = self.kinds[t], self.teachers[t]
+        if kind == "logits":
+            return self.take(tensors[0], rows, f"teacher{t}")
+        name = f"teacher{t}" if self.index is None else "teacher"
+        if kind != "topk":
+            hidden = _kept(self.take(tensors[0], rows), keep)
+            return self.logits(name, hidden, tensors[1], tensors[2] if kind == "linear_bias" else None)
+        # Where p is the softmax of x / tau, x is tau log p.
+        index, log_probs = self.take(tensors[0], rows), self.take(tensors[1], rows).to(self.wide)
+        out = self.buffer(name, (index.shape[0], self.classes)).fill_(-torch.inf)
+        tau: Any = self.set.temperature
+        if self.set.teacher_temperatures:
+            tau = self.set.teacher_temperatures[t]
+        elif self.temperatures is not None:
+            tau = self.take(self.temperatures, rows).unsqueeze(1)
+        index, log_probs = _together(_kept(index.long(), keep), log_probs)
+        return out.scatter_(1, index, log_probs * tau)
+
+    # --- the loss
+
+    def run(self) -> tuple[Tensor, ...]:
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            return self.run_chunks()
+
+    def run_chunks(self) -> tuple[Tensor, ...]:
+        set, outputs = self.set, self.outputs()
+        _, grad_hidden, self.grad_weight, self.grad_bias, grad_weights, grad_alpha, stats = outputs
+        segments = self.segments()
+        losses = self.hidden.new_zeros(self.rows, dtype=self.wide)
+        if sum(count for _, count, _ in segments) < self.rows:
+            for x in (grad_hidden, grad_weights, grad_alpha, stats):
+                x.zero_()
+        elif self.index is not None:
+            for x in (grad_weights, stats):  # a row's other teachers
+                x.zero_()
+        divisor = self.divisor(segments)
+        first = True
+        grads = any(self.needs[:3])
+        for numbers, count, only in segments:
+            step = self.chunk_rows(count, only, grads, numbers is not None) if count else 1
+            for start in range(0, count, step):
+                rows: Any = slice(start, min(start + step, count))
+                rows = rows if numbers is None else numbers[rows]
+                self.chunk(rows, only, divisor, first, losses, grad_hidden, grad_weights, grad_alpha, stats)
+                first = False
+        if first:  # no row counts
+            for x in (self.grad_weight, self.grad_bias):
+                x.zero_()
+        if divisor is not None and self.late(divisor):
+            for x in (grad_hidden, self.grad_weight, self.grad_bias):
+                x.div_(divisor)
+        if set.reduction == "none":
+            loss = losses
+        else:
+            loss = losses.sum() if divisor is None else losses.sum() / divisor
+        return loss, grad_hidden, self.grad_weight, self.grad_bias, grad_weights, grad_alpha, stats
+
+    def divisor(self, segments: list[tuple[Tensor | None, int, list[int]]]) -> float | Tensor | None:
+        """Of the sum over rows: the rows that count, a number wherever it is known without a sync."""
+        if self.set.reduction not in ("mean", "batchmean"):
+            return None
+        if self.labels is None or self.index is not None or self.on_cpu:
+            return max(sum(count for _, count, _ in segments), 1)  # rows that do not count are left out
+        return (self.labels != self.set.ignore_index).sum().clamp(min=1).to(self.wide)
+
+    def late(self, divisor: float | Tensor | None) -> bool:
+        """Whether sums are divided at the end: earlier, float16 would round small gradients to 0."""
+        half = self.narrow and self.hidden.dtype == torch.float16
+        return half and isinstance(divisor, Tensor) and self.set.reduction == "batchmean"
+
+    def chunk(
+        self,
+        rows: Tensor | slice,
+        only: list[int],
+        divisor: float | Tensor | None,
+        first: bool,
+        losses: Tensor,
+        grad_hidden: Tensor,
+        grad_weights: Tensor,
+        grad_alpha: Tensor,
+        stats: Tensor,
+    ) -> None:
+        set, take = self.set, self.take
+        need_student, (need_weights, need_alpha) = any(self.needs[:3]), self.needs[3:]
+        labels = None if self.labels is None else take(self.labels, rows)
+        keep = None  # rows that count, where others are among them: what these hold must not get into a product
+        if labels is not None and not self.on_cpu and isinstance(rows, slice):
+            keep = labels != set.ignore_index
+        hidden = _kept(take(self.hidden, rows), keep)
+        student = self.logits("student", hidden, self.weight, self.bias)
+        weights = None if self.weights is None else take(self.weights, rows)
+        # "mean" divides D by the classes, and by the rows of this chunk, which is taken back.
+        mean = set.reduction == "mean"
+        loss, grad, made_weights, made_alpha, made_stats = self.row_kernel(
+            student,
+            only,
+            rows,
+            weights,
+            labels,
+            keep,
+            "mean" if mean else "none",
+            need_student,
+            need_weights,
+            need_alpha,
+        )
+        by: Any = 1.0 if divisor is None else 1.0 / divisor
+        if mean:
+            counted: Any = student.shape[0] if keep is None else keep.sum().clamp(min=1)
+            by = by * counted
+            loss = (loss * (counted / student.shape[0])).expand(student.shape[0])
+        if self.grad_loss is not None:
+            by = take(self.grad_loss, rows).to(self.wide).unsqueeze(1)
+        _put(losses, rows, loss)
+        if self.need_stats:
+            if self.index is None:
+                _put(stats, rows, made_stats)
+            else:
+                _put(stats[:, :4], rows, made_stats[:, :4])
+                _put(stats[:, 4 + only[0]], rows, made_stats[:, 4])
+        if need_weights:
+            _put(grad_weights, rows, made_weights * by)
+        if need_alpha:
+            _put(grad_alpha, rows, made_alpha * (by.squeeze(1) if self.grad_loss is not None else by))
+        if not need_student:
+            return
+        if set.softcap:  # times 1 - tanh^2
+            student.div_(set.softcap)
+            torch.ops.aten.tanh_backward.grad_input(grad, student, grad_input=grad)
+        if self.late(divisor):
+            by = 1.0
+        on_device = isinstance(by, Tensor)
+        scale = set.logit_scale * (1.0 if on_device else by)
+        made = self.add_grads(grad, hidden, by if on_device else None, scale, first)
+        if made is not None:
+            _put(grad_hidden, rows, made)
+
+    def row_kernel(
+        self,
+        student: Tensor,
+        only: list[int],
+        rows: Tensor | slice,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        keep: Tensor | None,
+        reduction: str,
+        need_student: bool,
+        need_weights: bool,
+        need_alpha: bool,
+    ) -> tuple[Tensor, ...]:
+        """Losses of the rows (or their mean), and the gradients to logits, weights and alpha and the statistics, or empty ones."""
+        set, ops, none = self.set, kernels(self.set.backend), student.new_empty(0)
+        shared = reduction, set.ignore_index, set.label_smoothing
+        kl_scale = set.temperature**2 if set.t2_scale else 1.0
+        eq8 = set.temperature, set.ce_weight, set.kl_weight, kl_scale
+        if set.row_kernel == "topk_kd":
+            tensors = [[self.take(x, rows) for x in self.teachers[t]] for t in only]
+            index, log_probs = (torch.cat(x, 1) for x in zip(*tensors))
+            sizes = [x[0].shape[1] for x in tensors]
+            loss, _, grad, of_weights = ops.topk_kd_fwd.default(
+                student, index.long(), log_probs.to(self.wide), sizes, weights, labels, *eq8, "renormalize", *shared,
+                need_student, need_weights,
+            )  # fmt: skip
+            return loss, grad, of_weights, none, none
+        given = [self.teacher(t, rows, keep) for t in only]
+        if set.row_kernel == "multi_teacher_kd":
+            out = ops.multi_teacher_kd_fwd.default(
+                student, given, weights, labels, *eq8, set.mode, *shared, need_student, need_weights, False
+            )
+            return out[0], out[6], out[7], none, none
+        taus = [set.teacher_temperatures[t] for t in only] if set.teacher_temperatures else []
+        alphas, temperatures = (None if x is None else self.take(x, rows) for x in (self.alphas, self.temperatures))
+        return ops.divergence_fwd.default(
+            student, given, weights, labels, alphas, temperatures, set.divergence, set.beta, set.mode, taus, set.temperature,
+            set.t2_scale, set.ce_weight, set.kl_weight, *shared, need_student, need_weights, need_alpha, self.need_stats,
+        )  # fmt: skip
+
+
+def _reads_free(hidden: Tensor) -> bool:
+    """Whether looking at values costs no sync."""
+    return hidden.device.type == "cpu"
+
+
+def _narrow(hidden: Tensor, weight: Tensor, wide: torch.dtype) -> bool:
+    """Whether torch multiplies these 16-bit numbers into float32 as they are."""
+    return hidden.device.type == "cuda" and hidden.dtype == weight.dtype != wide == torch.float32
+
+
+def _narrow_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``a @ b`` of 16-bit numbers, summed and given in float32."""
+    torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch adds such a product to a float32 matrix; some versions want a matrix of the factors' dtype."""
+    one = torch.ones(16, 16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.addmm(total, one, one, out_dtype=torch.float32, out=total)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> None:
+    """``scale * (hidden @ weight + bias)`` of one dtype."""
+    if bias is None:
+        torch.addmm(out, hidden, weight, beta=0, alpha=scale, out=out)
+    else:
+        torch.addmm(bias, hidden, weight, beta=scale, alpha=scale, out=out)
+
+
+def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+    """0 in rows that do not count."""
+    return x if keep is None else x.masked_fill(~keep.unsqueeze(1), 0)
+
+
+def _put(out: Tensor, rows: Tensor | slice, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        out[rows] = values
+    else:
+        out.index_copy_(0, rows, values.to(out.dtype))
+
+
+def _together(index: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, k] classes and log-probabilities, sorted by class; a class that is named twice has the sum of both in all places."""
+    index, order = index.sort(1)
+    log_probs = log_probs.gather(1, order)
+    run = torch.zeros_like(index)
+    run[:, 1:] = (index[:, 1:] != index[:, :-1]).cumsum(1)  # which of the classes that are named
+    most = torch.full_like(log_probs, -torch.inf).scatter_reduce_(1, run, log_probs, "amax")
+    share = (log_probs - most.gather(1, run)).masked_fill_(log_probs == -torch.inf, -torch.inf).exp_()
+    total = torch.zeros_like(share).scatter_add_(1, run, share).log_().add_(most)
+    return index, total.gather(1, run)
