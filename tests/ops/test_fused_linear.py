@@ -8,7 +8,7 @@ from backends import CHOSEN, DEVICE, FUSED, cpu_only, run_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amtml_fast as af
-from amtml_fast.ops import _linear_chunks, fused_linear_kd
+from amtml_fast.ops import _linear_chunks
 from amtml_fast.testing import relative_error, value_and_grads
 
 N, H, C, H_T, K = 9, 6, 13, 4, 3
@@ -307,10 +307,10 @@ def like_a_gpu(monkeypatch):
         return hidden.dtype == weight.dtype != wide == torch.float32
 
     monkeypatch.setattr(_linear_chunks.Call, "own_products", False)
-    monkeypatch.setattr(fused_linear_kd, "_reads_free", lambda hidden: False)
-    monkeypatch.setattr(fused_linear_kd, "_narrow", narrow)
-    monkeypatch.setattr(fused_linear_kd, "_narrow_product", product)
-    monkeypatch.setattr(fused_linear_kd, "_adds_to_float32", lambda device, dtype: False)
+    monkeypatch.setattr(_linear_chunks, "_reads_free", lambda hidden: False)
+    monkeypatch.setattr(_linear_chunks, "_narrow", narrow)
+    monkeypatch.setattr(_linear_chunks, "_narrow_product", product)
+    monkeypatch.setattr(_linear_chunks, "_adds_to_float32", lambda device, dtype: False)
 
 
 @cpu_only
@@ -340,7 +340,7 @@ def test_products_of_16_bit_factors(dtype, like_a_gpu):
 @cpu_only
 def test_torchs_products_of_a_weight_that_is_converted_by_blocks(monkeypatch):
     monkeypatch.setattr(_linear_chunks.Call, "own_products", False)
-    monkeypatch.setattr(fused_linear_kd, "BLOCK", 4 * 5 * H)
+    monkeypatch.setattr(_linear_chunks, "BLOCK", 4 * 5 * H)
     for dtype in (torch.bfloat16, torch.float32):
         for accumulate in ("fp32", "bf16"):
             eps = torch.finfo(torch.bfloat16).eps

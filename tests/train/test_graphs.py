@@ -75,6 +75,7 @@ SETTINGS = {
     "two stages": ("amtml_kd", ["stages.adapter_epochs=1", "stages.adapter_lr=0.01", "stages.adapter_milestones=[1]"]),
     "channels_last": ("amtml_label_weights", ["engine.channels_last=true"]),
     "bf16": ("amtml_kd", ["engine.mixed_precision=bf16"]),
+    "alpha falls, labels are hidden": ("gated_kd", ["data.labeled_share=0.3"]),
     **{
         method: (method, []) for method in ("fitnet", "at", "rkd", "dml", "eb_kd", "ca_mkd", "aekd", "amtml_paper_code")
     },
