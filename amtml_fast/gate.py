@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from amtml_fast import checks
-from amtml_fast.ops._kd import one_a_teacher
 
 FLOOR = -10.0  # log-probabilities are cut off there: how certainly a class is out does not matter
 ITERATIONS = 60
@@ -46,7 +45,6 @@ class TeacherGate(nn.Module):
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device="cpu"))
 
-    @torch.no_grad()
     def fit(
         self, teacher_logits: Tensor | Sequence[Tensor], labels: Tensor, *, ignore_index: int = -100
     ) -> TeacherGate:
@@ -54,22 +52,31 @@ class TeacherGate(nn.Module):
         only say how the logits are distributed. In float64 on the CPU, in a second for 10,000 labels. Returns itself.
         """
         name = "TeacherGate.fit"
-        logits = [x.detach().cpu().double() for x in self._checked(name, teacher_logits)]
+        given = self._checked(name, teacher_logits)
         checks.integers(name, "labels", labels)
-        if labels.shape != logits[0].shape[:1]:
-            raise ValueError(f"{name}: labels must be {[len(logits[0])]} like the logits, got {checks.shape(labels)}")
-        labels = labels.detach().cpu().long()
-        known = labels != ignore_index
-        bad = known & ((labels < 0) | (labels >= self.classes))
-        if bad.any():
-            row = int(bad.nonzero()[0, 0])
-            wanted = f"in [0, {self.classes}) or ignore_index {ignore_index}"
-            raise ValueError(f"{name}: labels[{row}] must be {wanted}, got {int(labels[row])}")
-        if any(x.isnan().any() for x in logits):
-            raise ValueError(f"{name}: teacher_logits must be numbers, got NaN")
-        log_p = log_probabilities(logits)  # [N, T, C]
+        if labels.shape != given[0].shape[:1]:
+            raise ValueError(f"{name}: labels must be {[len(given[0])]} like the logits, got {checks.shape(labels)}")
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r}")
+        with torch.inference_mode(False), torch.no_grad():
+            logits = [z.detach().to("cpu", torch.float64, copy=True) for z in given]  # no inference tensors
+            labels = labels.detach().to("cpu", torch.int64, copy=True)
+            known = labels != ignore_index
+            bad = known & ((labels < 0) | (labels >= self.classes))
+            if bad.any():
+                row = int(bad.nonzero()[0, 0])
+                wanted = f"in [0, {self.classes}) or ignore_index {ignore_index}"
+                raise ValueError(f"{name}: labels[{row}] must be {wanted}, got {int(labels[row])}")
+            log_p = log_probabilities(logits)  # [N, T, C]
+            if not log_p.isfinite().all():
+                row, t, _ = (~log_p.isfinite()).nonzero()[0].tolist()
+                raise ValueError(f"{name}: teacher_logits[{t}] must give probabilities, got NaN for row {row}")
+            self._fit(log_p, labels, known)
+        return self
+
+    def _fit(self, log_p: Tensor, labels: Tensor, known: Tensor) -> None:
         u = log_p.flatten(1)
-        mean = u.mean(0) if len(u) else torch.zeros_like(self.mean, dtype=u.dtype)
+        mean = u.mean(0) if len(u) else torch.zeros_like(self.mean, dtype=u.dtype, device=u.device)
         spread = u.std(0, correction=0) if len(u) else torch.ones_like(mean)
         # What is nearly the same for all examples tells none apart, and is not blown up.
         scale = 1 / spread.clamp_min(1e-3)
@@ -78,26 +85,32 @@ class TeacherGate(nn.Module):
         weight, bias = most_probable(x, right)
         for old, new in ((self.mean, mean), (self.scale, scale), (self.weight, weight), (self.bias, bias)):
             old.copy_(new)
-        return self
 
     def forward(self, teacher_logits: Tensor | Sequence[Tensor]) -> Tensor:
         """T x [N, C] -> weights [N, T] float32 (float64 for such logits), each row of sum 1."""
-        return self.log_weights(log_probabilities(self._checked("TeacherGate", teacher_logits))).exp()
+        logits = self._checked("TeacherGate", teacher_logits)
+        for t, z in enumerate(logits):
+            checks.same_device("TeacherGate", f"teacher_logits[{t}]", z, "the gate", self.mean)
+        return self.log_weights(log_probabilities(logits)).exp()
 
     def log_weights(self, log_p: Tensor) -> Tensor:
         """The same from `log_probabilities`, as logarithms."""
         u = (log_p.flatten(1) - self.mean) * self.scale
-        with torch.autocast(
-            u.device.type, enabled=False
-        ):  # in 16 bits the product would be off by more than the weights' digits
+        # In 16 bits the product would be off by more than the weights' digits.
+        with torch.autocast(u.device.type, enabled=False):
             return torch.log_softmax(u @ self.weight.to(u.dtype).T + self.bias, -1)
 
     def _checked(self, name: str, teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        first = teacher_logits[0] if len(teacher_logits) else torch.empty(0, dtype=torch.float32, device="cpu")
-        logits = one_a_teacher(name, "teacher_logits", teacher_logits, first, "[T, N, C]")
         wanted = f"{self.num_teachers} of [N, {self.classes}]"
-        shapes = [list(x.shape) for x in logits]
-        if len(logits) != self.num_teachers or any(s != [shapes[0][0], self.classes] for s in shapes):
+        given = (
+            teacher_logits.unbind() if isinstance(teacher_logits, Tensor) and teacher_logits.dim() else teacher_logits
+        )
+        if not isinstance(given, (list, tuple)):
+            got = checks.shape(given) if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"{name}: teacher_logits must be a list of tensors or one [T, N, C] tensor, got {got}")
+        logits = [checks.tensor(name, f"teacher_logits[{t}]", z) for t, z in enumerate(given)]
+        shapes = [list(z.shape) for z in logits]
+        if len(logits) != self.num_teachers or any(len(s) != 2 or s != [shapes[0][0], self.classes] for s in shapes):
             raise ValueError(f"{name}: teacher_logits must be {wanted}, got {shapes}")
         return logits
 

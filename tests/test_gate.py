@@ -92,6 +92,9 @@ def test_it_is_saved_moved_and_fitted_again() -> None:
     assert not list(gate.parameters())
     torch.testing.assert_close(gate(torch.stack(logits)), gate(logits))
     assert torch.equal(gate.fit(logits, labels)(logits), again(logits))  # nothing is left of the fit before
+    fresh = TeacherGate(T, C)
+    with torch.inference_mode():  # where teachers' logits are made
+        assert torch.equal(fresh.fit([z + 0 for z in logits], labels)(logits), again(logits))
     half = [z.half() for z in logits]
     torch.testing.assert_close(gate(half), gate([z.float() for z in half]))
 
@@ -124,12 +127,23 @@ def test_classes_that_are_out_and_teachers_of_one_kind() -> None:
     [
         (lambda z, y: (z[:2], y), r"fit: teacher_logits must be 3 of \[N, 6\], got \[\[400, 6\], \[400, 6\]\]"),
         (lambda z, y: ([*z[:2], z[2][:, :5]], y), r"teacher_logits must be 3 of \[N, 6\]"),
-        (lambda z, y: ([], y), "teacher_logits must hold at least one teacher, got none"),
+        (lambda z, y: ([], y), r"teacher_logits must be 3 of \[N, 6\], got \[\]"),
         (lambda z, y: (z, y[:9]), r"labels must be \[400\] like the logits, got \[9\]"),
         (lambda z, y: (z, y.float()), "labels must be"),
         (lambda z, y: (z, y + 1), r"labels\[\d+\] must be in \[0, 6\) or ignore_index -100, got 6"),
         (lambda z, y: (z, y - 1), r"labels\[\d+\] must be in \[0, 6\) or ignore_index -100, got -1"),
-        (lambda z, y: ([z[0] * torch.nan, *z[1:]], y), "teacher_logits must be numbers, got NaN"),
+        (
+            lambda z, y: ([z[0] * torch.nan, *z[1:]], y),
+            r"teacher_logits\[0\] must give probabilities, got NaN for row 0",
+        ),
+        (
+            lambda z, y: ([z[0], z[1] + torch.inf, z[2]], y),
+            r"teacher_logits\[1\] must give probabilities, got NaN for row 0",
+        ),
+        (lambda z, y: (None, y), "teacher_logits must be a list of tensors or one .* tensor, got NoneType"),
+        (lambda z, y: ([1.0, 2.0, 3.0], y), r"teacher_logits\[0\] must be a tensor, got float"),
+        (lambda z, y: ([x.long() for x in z], y), r"teacher_logits\[0\] must be float32, .* got torch.int64"),
+        (lambda z, y: (torch.zeros(()), y), r"got \[\]"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_and_changes_nothing(change, said) -> None:

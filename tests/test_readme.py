@@ -26,7 +26,7 @@ def snippets():
 
 
 def test_the_lines_for_language_models():
-    _, code = snippets()
+    *_, code = snippets()
     names = {
         "student_hidden": torch.randn(5, 4, requires_grad=True),
         "teacher_hidden": torch.randn(5, 6),
@@ -40,8 +40,22 @@ def test_the_lines_for_language_models():
     assert names["student_head"].weight.grad.abs().sum() > 0 and names["student_hidden"].grad is not None
 
 
+def test_the_lines_with_a_gate():
+    _, code, _ = snippets()
+    names = {
+        "known_logits": [torch.randn(20, 10) for _ in range(3)],
+        "known_labels": torch.randint(0, 10, (20,)),
+        "logits": torch.randn(8, 10, requires_grad=True),
+        "teacher_logits": [torch.randn(8, 10) for _ in range(3)],
+        "labels": torch.randint(0, 10, (8,)),
+    }
+    exec(code, names)
+    names["loss"].backward()
+    assert names["logits"].grad.abs().sum() > 0
+
+
 def test_the_ten_lines_train_a_student():
-    code, _ = snippets()
+    code, *_ = snippets()
     teachers = [nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval() for _ in range(3)]
     batch = torch.randn(32, 1, 8, 8), torch.randint(0, 10, (32,))
     names = {"student": Student(), "teachers": teachers, "loader": [batch] * 10}

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..backend import backends_table
-from .compare.plan import checked
+from .compare.plan import check_shared, checked
 from .config.fields import RANGE, SEED
 from .config.reading import changed, load, load_all
 from .config.schema import Config, ConfigError
@@ -166,25 +166,28 @@ def compare(
     """
     with friendly() as display:
         more, overrides = [w for w in words or [] if "=" not in w], [w for w in words or [] if "=" in w]
-        asked = [checked(one) for source in (config, *more) for one in load_all(source, overrides)]
+        files = [[checked(one) for one in load_all(source, overrides)] for source in (config, *more)]
+        asked = [settings for file in files for settings in file]
         folders = [settings.folder for settings in asked]
         if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
             raise ConfigError(f"config: name must differ between comparisons, got {twice} twice")
+        check_shared(asked)
         say_one_process(display)
-        from .compare import session
+        from .compare import results, session
 
         for settings in asked[1:]:  # the first is checked as it begins
             session.Session(settings, display, fresh=fresh).check()
-        outcomes = [session.compare(settings, display, fresh=fresh) for settings in asked]
+        outcomes, trained = [], set[Path]()
+        for settings in asked:
+            outcomes.append(session.compare(settings, display, fresh=fresh, kept=trained))
+            trained |= {settings.teacher_folder(teacher.name) for teacher in settings.teachers}
+        by_folder = dict(zip(folders, outcomes, strict=True))
         for settings, outcome in zip(asked, outcomes, strict=True):
             show_outcome(settings, outcome, display)
-        for folder in dict.fromkeys(settings.folder.parent for settings in asked):
-            several = [i for i, settings in enumerate(asked) if settings.folder.parent == folder]
-            if len(several) > 1 and folder != Path(asked[several[0]].out):  # the regimes of one file
-                from .compare import results
-
-                files = results.write_digest([asked[i] for i in several], [outcomes[i].found for i in several])
-                display.say(f"Side by side: {', '.join(map(str, files))}")
+        for file in files:
+            if len(file) > 1:
+                founds = {settings.folder.name: by_folder[settings.folder].found for settings in file}
+                results.show_digest(file[0].folder.parent, founds, display)
     if any(outcome.failed for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -241,7 +244,8 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
     run = Run(Path(source))
     if run.exists():
         record = run.read_record()
-        place = run.folder.parent if record["student"] else run.folder.parent.parent
+        place = run.folder.parent if record["student"] or config.teachers_folder else run.folder.parent.parent
+        place = place if record["student"] or not config.teachers_folder else config.folder
     else:
         record, place = {}, config.folder
     if teacher is not None:

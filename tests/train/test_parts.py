@@ -15,12 +15,15 @@ import torch
 from small_run import QUIET
 
 from amtml_fast import cli
+from amtml_fast.train.compare.plan import check_shared
+from amtml_fast.train.compare.session import TEACH, Session
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config, ConfigError, TeacherConfig
 from amtml_fast.train.data import parts
 from amtml_fast.train.data.images import ImageData, ImageSet
 from amtml_fast.train.figures import regimes
 from amtml_fast.train.figures.tables import Bold, Row
+from amtml_fast.train.methods.registry import chosen
 from amtml_fast.train.run.job import student_job, teacher_job
 from amtml_fast.train.run.prepare import data_of, load_data, load_teachers
 from amtml_fast.train.run.tasks import distill, teach
@@ -120,13 +123,27 @@ def test_domains_go_round_and_a_teacher_sees_one() -> None:
         ("data.domains=[upright, upright]", r"data.domains must be different ones of"),
         ("data.share=0", r"data.share must be"),
         ("data.labeled_share=1", r"data.labeled_share must be"),
+        ("data.labeled_share=0.1; loss.alpha=0", r"loss.alpha must be above 0 with data.labeled_share .*, got 0.0"),
+        (
+            "teachers.0.shuffled_labels=true; teachers.0.model.weights=x.safetensors",
+            r"teachers.a must be trained here for domain and shuffled_labels, got one that brings its weights",
+        ),
         ("data.student_share=1.5", r"data.student_share must be"),
         ("teachers.0.domain=rotated", r"teachers.a.domain must be one of data.domains, \(none\), got 'rotated'"),
     ],
 )
 def test_what_makes_no_sense_is_refused(override: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
-        load_data(load(tmp_path, override))
+        load_data(load(tmp_path, *override.split("; ")))
+
+
+def test_too_few_images_for_a_label_are_refused() -> None:
+    few = made(images=3)
+    for alone in (True, False):
+        with pytest.raises(
+            ConfigError, match=r"labeled_share must be enough for a label of one class, of 3 images, got 0\.1"
+        ):
+            parts.of_student(few, 0.1, 0, alone=alone)
 
 
 def test_rotating_needs_square_images() -> None:
@@ -202,6 +219,10 @@ def test_of_many_images_those_with_a_label_are_in_the_sample(tmp_path: Path, mon
     monkeypatch.setattr(frozen, "SAMPLE", 200)
     _, labels = frozen.sample(frozen.load(config, data, hints=False), own)
     assert len(labels) == 200 and (labels >= 0).sum() == (own.train.labels >= 0).sum()
+    order = data.train.labels.argsort()  # as image folders are read
+    sorted_by_class = replace(data, train=data.train.at(order))
+    _, labels = frozen.sample(frozen.load(config, data, hints=False), sorted_by_class)
+    assert len(labels) == 200 and len(labels.unique()) == 10
 
 
 REGIMES = YAML + "regimes:\n  plain: {}\n  few: {data: {labeled_share: 0.2}, teach: {epochs: 1}}\n"
@@ -215,16 +236,65 @@ def test_a_file_of_several_configurations(tmp_path: Path) -> None:
     assert plain.data.labeled_share is None and few.data.labeled_share == 0.2
     assert plain.teacher_folder("a") == few.teacher_folder("a") == tmp_path / "parts" / "teachers" / "a"
     assert reading.load(f"{path}:few").data.labeled_share == 0.2
-    with pytest.raises(ConfigError, match=r"holds several configurations, must be one of .*parts.yaml:plain, .*:few"):
+    with pytest.raises(
+        ConfigError, match=r"must be one configuration .*parts.yaml:plain, .*:few\), got all of .*parts.yaml"
+    ):
         reading.load(path)
+    assert [c.name for c in reading.load_all(path, ["name=mine"])] == ["mine/plain", "mine/few"]
+    assert reading.load(f"{path}:few", ["name=mine"]).teachers_folder == "runs/mine/teachers"
     with pytest.raises(ConfigError, match="must be followed by one of plain, few, got 'many'"):
         reading.load(f"{path}:many")
     path.write_text(YAML)
     with pytest.raises(ConfigError, match="must have regimes to choose 'few' from, got none"):
         reading.load(f"{path}:few")
-    path.write_text(YAML + "regimes: {few: {datas: {}}}")
-    with pytest.raises(ConfigError, match="datas"):
-        reading.load_all(path)
+    for text, said in (
+        ("{few: {datas: {}}}", "datas: no such key.*parts.yaml:few"),
+        ("[a, b]", "regimes must be a mapping of names to keys, got ListConfig"),
+        ("{}", "regimes must be a mapping of names to keys, got none"),
+        ("{few: 3}", "regimes.few must be a mapping of keys, got 3"),
+        ("{few: {name: x}}", "regimes must share name, out, teachers_folder and base, got name in few"),
+        ("{teachers: {}}", "got the name 'teachers', where their teachers go"),
+        ("{a/b: {}}", "regimes must be unique names"),
+    ):
+        path.write_text(f"{YAML}regimes: {text}")
+        with pytest.raises(ConfigError, match=said):
+            reading.load_all(path)
+    odd = tmp_path / "odd:name.yaml"
+    odd.write_text(YAML)
+    assert reading.load(odd).name == "parts"
+
+
+def test_one_folder_holds_one_teacher(tmp_path: Path) -> None:
+    path = tmp_path / "parts.yaml"
+    second = "{name: b, model: {factory: small_cnn, args: {width: 3}}, hint: block3}"
+    path.write_text(f"{YAML}regimes:\n  x: {{}}\n  y: {{teachers: [{second}]}}\n")
+    check_shared(reading.load_all(path)[:1])
+    with pytest.raises(
+        ConfigError,
+        match=r"parts/x and parts/y must have the same teacher b in .*teachers/b, got seed 1 and 0, which is",
+    ):
+        check_shared(reading.load_all(path))
+
+
+def test_a_fresh_comparison_trains_shared_teachers_once(tmp_path: Path) -> None:
+    path = tmp_path / "parts.yaml"
+    path.write_text(REGIMES)
+    settings = reading.load_all(path, [f"out={tmp_path}", "compare.methods=[student]", "compare.seeds=[0]"])
+    folders = {one.teacher_folder(teacher.name) for one in settings for teacher in one.teachers}
+    for one in settings:
+        first = Session(one, QUIET, fresh=True)
+        assert len(first.waiting(TEACH)) == 2
+    teach(settings[0], load_data(settings[0]), QUIET)
+    assert Session(settings[1], QUIET, fresh=True, kept=folders).waiting(TEACH) == []
+
+
+def test_a_variant_of_a_method_that_does_not_read_alpha_end_is_refused(tmp_path: Path) -> None:
+    config = load(tmp_path, "variants={late: {method: amtml_kd, loss: {alpha_end: 0}}}")
+    with pytest.raises(ConfigError, match=r"variants.late must set keys that amtml_kd reads, got loss.alpha_end"):
+        chosen(config, ["late"])
+    assert (
+        student_job(load(tmp_path), "gated_kd", 0).config.loss.alpha_end is None
+    )  # what is run from its folder does not inherit it
 
 
 def test_regimes_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: Imag
     weights, logits = [], []
     for batch in Loader(split, data, EVAL_BATCH):
         out, maps = distiller.student(batch.images)
-        said = own.live(batch.images).logits if own is not None and job.method.fits else []
+        said = own.rounded(own.live(batch.images)).logits if own is not None and job.method.fits else []
         weights.append(distiller.objective.weigh(maps.get(FEATURES), said).float().cpu())
         logits.append(out.float().cpu())
     return torch.cat(weights), torch.cat(logits)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ..config.checks import check_names
 from ..config.reading import changed
 from ..config.schema import Config, ConfigError
+from ..files import differences
 from ..methods import registry
-from ..run.job import Job, applied, job_of
+from ..run.job import Job, applied, job_of, teacher_job
 
 
 def checked(config: Config) -> Config:
@@ -29,6 +32,24 @@ def checked(config: Config) -> Config:
             )
     check_names("compare.students.name", [config.student.name, *(student.name for student in asked.students)])
     return config
+
+
+def check_shared(configs: Sequence[Config]) -> None:
+    """ConfigError where two comparisons have different teachers in one folder."""
+    seen: dict[Path, tuple[Config, dict[str, Any]]] = {}
+    for config in configs:
+        for teacher in config.teachers:
+            if teacher.model.brings_weights:
+                continue
+            job = teacher_job(config, teacher)
+            other, recipe = seen.setdefault(job.folder, (config, job.recipe()))
+            if different := differences(recipe, job.recipe()):
+                key, there, here = different[0]
+                place = ", which is the teacher's place in the list" if key == "seed" else ""
+                raise ConfigError(
+                    f"config: {other.name} and {config.name} must have the same teacher {teacher.name} in {job.folder}, got "
+                    f"{key} {there!r} and {here!r}{place}: rename one"
+                )
 
 
 def plan(config: Config) -> list[Job]:

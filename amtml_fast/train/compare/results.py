@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +20,7 @@ from ..figures.tables import ORACLE, Blocks, Network, Row
 from ..files import RunError, read_json, write_atomic
 from ..methods.registry import OKD
 from ..models.evaluate import accuracy
+from ..progress import Display
 from ..run.folder import Run
 from ..run.job import Job
 from ..run.versions import versions
@@ -241,16 +242,19 @@ def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
     return [config.folder / name for name in contents]
 
 
-def write_digest(configs: Sequence[Config], founds: Sequence[Found]) -> list[Path]:
+def show_digest(folder: Path, founds: Mapping[str, Found], display: Display) -> None:
     """The regimes of one file side by side: results.md and regimes.png in the folder that holds theirs."""
-    folder = configs[0].folder.parent
-    rows = {config.folder.name.replace("_", " "): found.main for config, found in zip(configs, founds, strict=True)}
-    method = regimes.ours(rows)
-    blocks = [*regimes.accuracy_table(rows), *regimes.gain_table(rows, method)]
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    rows = {name.replace("_", " "): found.main for name, found in founds.items()}
+    ours, _ = ours_and_others([row for own in rows.values() for row in regimes.with_best_teacher(own)])
+    blocks = [*regimes.accuracy_table(rows), *regimes.gain_table(rows, ours.method)]
     write_atomic(folder / "results.md", f"# {escaped(folder.name)}\n\n{render(blocks)}".encode())
     pictures = Pictures(folder)
-    pictures.draw("regimes", lambda path: regimes.chart(rows, method, path))
-    return [folder / "results.md", *pictures.files]
+    pictures.draw("regimes", lambda path: regimes.chart(rows, ours.method, path))
+    display.say(f"Side by side: {', '.join(map(str, [folder / 'results.md', *pictures.files]))}")
+    for name, reason in pictures.failed.items():
+        display.warn(f"{folder}/{name}.png is not drawn: {reason}")
 
 
 class Pictures:

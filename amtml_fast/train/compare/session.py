@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,8 +29,9 @@ TEACH, DISTILL = "teach", "distill"
 class Session:
     """The jobs of a configuration, and what is loaded once for all of them: the data and the teachers."""
 
-    def __init__(self, config: Config, display: Display, *, fresh: bool = False) -> None:
-        self.config, self.display, self.fresh, self.settled = config, display, fresh, False
+    def __init__(self, config: Config, display: Display, *, fresh: bool = False, kept: Collection[Path] = ()) -> None:
+        """fresh: trains all anew, but for what is in the folders `kept`."""
+        self.config, self.display, self.fresh, self.kept, self.settled = config, display, fresh, kept, False
         self.jobs = {
             TEACH: [teacher_job(config, teacher) for teacher in config.teachers if not teacher.model.brings_weights],
             DISTILL: plan(config),
@@ -68,7 +70,11 @@ class Session:
     def waiting(self, phase: str) -> list[workers.Task]:
         """What is not finished yet. RunError, before anything is trained, for a folder that holds something else."""
         jobs = enumerate(self.jobs[phase])
-        return [workers.Task(phase, i, job.title) for i, job in jobs if self.fresh or not finished(job)]
+        return [
+            workers.Task(phase, i, job.title)
+            for i, job in jobs
+            if (self.fresh and job.folder not in self.kept) or not finished(job)
+        ]
 
     def run(self, phase: str) -> None:
         """Trains what is missing, side by side where the configuration or the machine has more than one place for it."""
@@ -103,11 +109,11 @@ class Outcome:
     failed: dict[str, str]
 
 
-def compare(config: Config, display: Display, *, fresh: bool = False) -> Outcome:
+def compare(config: Config, display: Display, *, fresh: bool = False, kept: Collection[Path] = ()) -> Outcome:
     """Trains the teachers and every student that is not finished yet, and writes tables and pictures. RunError where
     another comparison is at work in the same folder."""
     began = time.perf_counter()
-    session = Session(config, display, fresh=fresh)
+    session = Session(config, display, fresh=fresh, kept=kept)
     session.check()
     accelerator = make_accelerator(config.engine, config.folder)
     with ExitStack() as stack:

@@ -63,12 +63,21 @@ def check_values(config: Config) -> None:
     for teacher in config.teachers:
         _check_train(f"teachers.{teacher.name}.train", teacher_train(config, teacher))
         _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
+        if teacher.model.brings_weights and (teacher.domain is not None or teacher.shuffled_labels):
+            raise ConfigError(
+                f"config: teachers.{teacher.name} must be trained here for domain and shuffled_labels, got one that brings its weights"
+            )
         if teacher.domain is not None and teacher.domain not in config.data.domains:
             known = ", ".join(config.data.domains) or "(none)"
             raise ConfigError(
                 f"config: teachers.{teacher.name}.domain must be one of data.domains, {known}, got {teacher.domain!r}"
             )
     loss = config.loss
+    if config.data.labeled_share is not None and loss.alpha == 0.0:
+        raise ConfigError(
+            "config: loss.alpha must be above 0 with data.labeled_share (images without a label learn from the teachers alone), "
+            "got 0.0"
+        )
     if loss.adapter == "learned" and not loss.kl_trains_weights:
         if loss.adapter_label_weight == 0.0:
             raise ConfigError("config: loss.adapter_label_weight must be above 0 with kl_trains_weights=false, got 0.0")

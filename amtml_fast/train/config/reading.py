@@ -21,7 +21,7 @@ from . import environment, fields, yaml_text
 from .checks import check_names, check_values
 from .messages import bad_choice, errors
 from .presets import PRESETS
-from .schema import Config, ConfigError, File
+from .schema import TEACHERS, Config, ConfigError, File
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 
@@ -52,32 +52,53 @@ def load(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     found = load_all(source, overrides)
     if len(found) > 1:
         names = ", ".join(f"{source}:{Path(config.name).name}" for config in found)
-        raise ConfigError(f"config: {source} holds several configurations, must be one of {names}")
+        raise ConfigError(f"config: must be one configuration for this command ({names}), got all of {source}")
     return found[0]
 
 
 def load_all(source: str | Path, overrides: Iterable[str] = ()) -> list[Config]:
     """The same, and all configurations of a file with `regimes`."""
-    place, _, chosen = str(source).rpartition(":") if ":" in Path(source).name else (str(source), "", "")
-    path = find(place)
+    place, chosen = str(source), None
+    if ":" in Path(source).name and not Path(source).exists():
+        place, _, chosen = place.rpartition(":")
+    path, overrides = find(place), list(overrides)
     written = _read(path)
     regimes = written.pop("regimes", None)
-    if not regimes:
-        if chosen:
+    if regimes is None:
+        if chosen is not None:
             raise ConfigError(f"config: {place} must have regimes to choose {chosen!r} from, got none")
-        return [_finished(written, list(overrides), str(path))]
-    if chosen and chosen not in regimes:
+        return [_finished(written, overrides, str(path))]
+    check_regimes(regimes, str(path))
+    if chosen is not None and chosen not in regimes:
         raise ConfigError(f"config: {place} must be followed by one of {', '.join(regimes)}, got {chosen!r}")
-    check_names("regimes", list(regimes))
-    name = str(written.get("name", path.stem))
+    given = [word.partition("=")[2] for word in overrides if word.partition("=")[0].strip() == "name"]
+    name = given[-1] if given else str(written.get("name", path.stem))
+    overrides = [word for word in overrides if word.partition("=")[0].strip() != "name"]
     found = []
-    for one in [chosen] if chosen else regimes:
+    for one in regimes if chosen is None else [chosen]:
         whole = OmegaConf.merge(written, regimes[one] or {}, {"name": f"{name}/{one}"})
-        config = _finished(whole, list(overrides), str(path))
+        config = _finished(whole, overrides, f"{path}:{one}")
         if config.teachers_folder is None:
-            config.teachers_folder = str(config.folder.parent / "teachers")
+            config.teachers_folder = str(config.folder.parent / TEACHERS)
         found.append(config)
     return found
+
+
+def check_regimes(regimes: Any, source: str) -> None:
+    """ConfigError unless it is a mapping of names to mappings, none of which says where its runs go."""
+    if not OmegaConf.is_dict(regimes) or not regimes:
+        what = "none" if OmegaConf.is_dict(regimes) else type(regimes).__name__
+        raise ConfigError(f"config: regimes must be a mapping of names to keys, got {what} (in {source})")
+    check_names("regimes", [str(one) for one in regimes])
+    for one, keys in regimes.items():
+        if keys is not None and not OmegaConf.is_dict(keys):
+            raise ConfigError(f"config: regimes.{one} must be a mapping of keys, got {keys} (in {source})")
+        placed = [key for key in ("name", "out", "teachers_folder", "base", "regimes") if key in (keys or {})]
+        if placed or one == TEACHERS:
+            got = f"{placed[0]} in {one}" if placed else f"the name {one!r}, where their teachers go"
+            raise ConfigError(
+                f"config: regimes must share name, out, teachers_folder and base, got {got} (in {source})"
+            )
 
 
 def _finished(written: Any, overrides: list[str], path: str) -> Config:

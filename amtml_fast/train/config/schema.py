@@ -8,6 +8,8 @@ from typing import Any
 from ..names import pretrained
 from .fields import COUNT, FINITE, NOT_NEGATIVE, PATH, POSITIVE, SEED, SHARE, Range, keys_of, within
 
+TEACHERS = "teachers"  # the folder of a comparison's, or of what several share
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message says which key and what was wanted."""
@@ -29,7 +31,7 @@ class DataConfig:
     student_share: float | None = field(default=None, metadata=within(Range(0, 1, above=True, below=True)))
     # of the students' images those whose labels they may use, drawn by each run's seed
     labeled_share: float | None = field(default=None, metadata=within(Range(0, 1, above=True, below=True)))
-    # upright, rotated, inverted, mirrored: image i of a split is in the domain i modulo their number; empty: as they are
+    # upright, rotated, inverted, noisy: the images of a split go round them; empty: as they are
     domains: list[str] = field(default_factory=list)
 
 
@@ -218,7 +220,7 @@ class Config:
         return Path(self.out) / self.name
 
     def teacher_folder(self, teacher: str) -> Path:
-        return (self.folder / "teachers" if self.teachers_folder is None else Path(self.teachers_folder)) / teacher
+        return (self.folder / TEACHERS if self.teachers_folder is None else Path(self.teachers_folder)) / teacher
 
     @property
     def cache_folder(self) -> Path:

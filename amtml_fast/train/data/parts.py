@@ -3,7 +3,8 @@
 `data.share` of a data set's training images are the teachers' (ImageData.teaching, as they are in the files), and `data.student_share`
 of these the students' (ImageData.train). Students may use `data.labeled_share` of their labels, drawn anew for each seed of a
 student. A label y that is hidden is stored as ~y, that is -1 - y: what learns sees IGNORED in its place, and only an oracle looks
-behind it. With `data.domains` image i of students, validation and test is shown in the domain i modulo their number.
+behind it. With `data.domains` the images of validation, of test and of the training set are shown in these, one after the other;
+a teacher with a domain of its own sees all of its images in that one.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ def of_student(data: ImageData, labeled: float | None, seed: int, *, alone: bool
     train = data.train
     chosen, _ = stratified(train.labels.cpu().numpy(), labeled, (seed, LABELS))
     places = torch.from_numpy(chosen).to(train.labels.device)
+    if len(places) == 0:
+        wanted = f"enough for a label of one class, of {len(train)} images"
+        raise ConfigError(f"config: data.labeled_share must be {wanted}, got {labeled}")
     if alone:
         return replace(data, train=train.at(places.repeat(-(-len(train) // len(places)))[: len(train)]))
     labels = ~train.labels

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_distance_loss
 from ..config.presets import paper_code
-from ..config.schema import ConfigError, LossConfig
+from ..config.schema import LossConfig
 from ..data.parts import IGNORED
-from .base import KD, Context, Method, Objective, Step, StepLoss, cross_entropy, mixture
+from .base import EQ8, Context, Method, Objective, Step, StepLoss, cross_entropy, mixture
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
 
@@ -65,12 +65,9 @@ class AdaptiveKD(Objective):
         self.groups = list(context.student_channels) if needs_hints(loss) else []
         # alpha and this factor make (1 - alpha) CE + kl_scale * alpha * tau^2 KL of Eq 8's (1 - a) CE + a * tau^2 KL.
         self.factor = 1.0 if loss.kl_scale == 1.0 else 1 - loss.alpha + loss.kl_scale * loss.alpha
-        if (
-            context.hidden_labels
-        ):  # AMTMLLoss gets none: the KL over all examples, and the CE beside it over those with a label
+        # Where labels are hidden AMTMLLoss gets none: it has the KL of every image, and beside it is the CE of those with a label.
+        if context.hidden_labels:
             self.factor = loss.kl_scale * loss.alpha
-            if self.factor == 0:
-                raise ConfigError("config: loss.alpha must be above 0 with data.labeled_share, got 0")
         adapter = make_adapter(context)
         # Past nn.Module: the module belongs to `amtml`, and under a second name it would be in the state dict twice.
         object.__setattr__(self, "adapter", adapter)
@@ -199,7 +196,7 @@ METHOD = Method(
     pooled=True,
     hints=needs_hints,
     groups=needs_hints,
-    reads=(*KD, "reduction", "kl_scale", *ADAPTER, *ANGLE, *HINTS),
+    reads=(*EQ8, "reduction", "kl_scale", *ADAPTER, *ANGLE, *HINTS),
     labels=lambda loss: loss.adapter_label_weight != 0.0,
 )
 

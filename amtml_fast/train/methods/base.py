@@ -15,7 +15,8 @@ from ..config.schema import Config, LossConfig
 from ..data.parts import IGNORED
 
 ALL, BEST, NONE = "all", "best", "none"
-KD = ("temperature", "alpha", "alpha_end", "mode")  # the keys of Eq 8
+EQ8 = ("temperature", "alpha", "mode")  # the keys of Eq 8
+KD = (*EQ8, "alpha_end")  # those of KDLoss
 
 
 class Step(NamedTuple):
@@ -157,9 +158,10 @@ class KDLoss(nn.Module):
     """Eq 8 with the configuration's temperature and alpha. An example without a label learns from the teachers alone; for the
     others alpha may fall over the training: teachers early, labels late."""
 
-    def __init__(self, loss: LossConfig, mode: str | None = None) -> None:
+    def __init__(self, loss: LossConfig, mode: str | None = None, end: float | None = None) -> None:
+        """end: what alpha falls to where the configuration does not say; None: it stays."""
         super().__init__()
-        self.alpha, self.end = loss.alpha, loss.alpha_end
+        self.alpha, self.end = loss.alpha, end if loss.alpha_end is None else loss.alpha_end
         self.fused = MultiTeacherKDLoss(
             temperature=loss.temperature, alpha=loss.alpha, mode=mode or loss.mode, label_smoothing=loss.label_smoothing
         )

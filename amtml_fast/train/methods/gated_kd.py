@@ -22,9 +22,8 @@ from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
 class GatedKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self.settings = context.loss
         self.gate = TeacherGate(len(context.teacher_names), context.classes)
-        self.kd = KDLoss(context.loss)
+        self.kd = KDLoss(context.loss, end=0.0)
 
     def fit(self, teacher_logits: list[Tensor], labels: Tensor) -> None:
         self.gate.fit(teacher_logits, labels, ignore_index=IGNORED)
@@ -54,5 +53,4 @@ METHOD = Method(
     reads=KD,
     labels=lambda loss: True,
     fits=True,
-    settings=lambda config: {} if config.loss.alpha_end is not None else {"loss": {"alpha_end": 0.0}},
 )

@@ -1,4 +1,4 @@
-"""An upper bound, no method: each example is taught by the teacher that gives its true label the highest probability.
+"""A reference, no method: each example is taught by the teacher that gives its true label the highest probability.
 
 It knows every label, also those that are hidden from students (data.labeled_share), but uses the others for the weights alone.
 """

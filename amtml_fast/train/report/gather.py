@@ -16,14 +16,14 @@ from ..compare import results
 from ..compare.plan import checked, plan
 from ..compare.results import Found, Group
 from ..config.reading import load, packaged, parse
-from ..config.schema import Config, ConfigError, to_dict
+from ..config.schema import TEACHERS, Config, ConfigError, to_dict
 from ..figures.tables import Row
 from ..files import RunError, differences, read_json
 from ..methods.registry import OKD, known
 from ..run.folder import Run
 from ..run.job import Job, one_job
 
-WHERE = ("out", "name")  # keys of a configuration that say where a run is, not what
+WHERE = ("out", "name", "teachers_folder")  # keys of a configuration that say where a run is, not what
 
 
 @dataclass
@@ -89,7 +89,7 @@ def comparison(folder: Path) -> Gathered:
     runs, notes = runs_in(folder), list[str]()
     if ended:
         config = checked(parse(read_json(folder / "results.json")["config"], str(folder / "results.json")))
-        config = replace(config, out=str(folder.parent), name=folder.name)
+        config = rebased(replace(config, out=str(folder.parent), name=folder.name), folder)
     else:
         config = config_of(runs[0])
     planned = runs
@@ -119,7 +119,14 @@ def config_of(run: Run) -> Config:
     base = run.folder.parent if run.read_record()["student"] else run.folder.parent.parent
     if not run.read_record()["student"] or (base / "teachers").is_dir() or not config.folder.is_dir():
         config = replace(config, out=str(base.parent), name=base.name)
-    return config
+    return rebased(config, base)
+
+
+def rebased(config: Config, base: Path) -> Config:
+    """The same with the shared teachers where they are now: beside the comparison."""
+    shared = base.parent / TEACHERS
+    moved = config.teachers_folder is not None and not Path(config.teachers_folder).is_dir() and shared.is_dir()
+    return replace(config, teachers_folder=str(shared)) if moved else config
 
 
 def job_of_run(run: Run) -> Job:
@@ -198,7 +205,9 @@ def teacher_rows(config: Config) -> list[Row]:
 
 def shown_config(config: Config) -> str:
     """The configuration as YAML, without the place on the machine that ran it."""
-    return OmegaConf.to_yaml(OmegaConf.create({k: v for k, v in to_dict(config).items() if k != "out"}))
+    return OmegaConf.to_yaml(
+        OmegaConf.create({k: v for k, v in to_dict(config).items() if k not in ("out", "teachers_folder")})
+    )
 
 
 def command(gathered: Gathered) -> tuple[str, bool]:
@@ -220,17 +229,23 @@ def command(gathered: Gathered) -> tuple[str, bool]:
 
 def overrides_of(config: Config) -> list[str]:
     """A packaged configuration's name and the overrides that make it this one; [] where six do not."""
-    if config.name not in packaged():
+    regime = config.teachers_folder is not None  # of a file of several: folder x/few is x:few
+    name = f"{Path(config.out).name}:{config.name}" if regime else config.name
+    try:
+        plain = load(name)
+    except ConfigError:
+        return []
+    if name.partition(":")[0] not in packaged():
         return []
 
     def what(one: Config) -> dict[str, Any]:
         return {key: value for key, value in to_dict(one).items() if key not in WHERE}
 
-    changes = differences(what(load(config.name)), what(config))
+    changes = differences(what(plain), what(config))
     words = [f"{key}={here if isinstance(here, str) else json.dumps(here)}" for key, _, here in changes]
     if len(changes) > 6:
         return []
     try:
-        return [config.name, *words] if what(load(config.name, words)) == what(config) else []
+        return [name, *words] if what(load(name, words)) == what(config) else []
     except ConfigError:
         return []

@@ -23,6 +23,8 @@ from .prepare import data_of
 def places(config: Config) -> None:
     """That runs can be written below `out`, and the teachers' outputs where they are to be kept. Leaves nothing there."""
     _writable("out", config.folder)
+    if config.teachers_folder is not None and config.teachers:
+        _writable("teachers_folder", Path(config.teachers_folder))
     if config.cache.folder is not None and config.teachers and config.cache.teachers != "never":
         _writable("cache.folder", config.cache_folder)
 

@@ -147,6 +147,8 @@ class Trainer:
         if job.method.fits and self.teachers is not None:
             module.objective.fit(*frozen.sample(self.teachers, self.data))
         module.to(accelerator.device, memory_format=memory)  # type: ignore[call-overload]
+        if job.method.fits:
+            processes.same_buffers(module)  # devices of different kinds may have fitted different last digits
         self.bare = module
         self.done, self.step = 0, 0  # epochs, and steps of the next one
         self.saved = (0, 0)  # the same, as the checkpoint has them

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import Config, ConfigError, TeacherConfig
-from ..data.images import Batch, ImageData, Loader
+from ..data.images import Batch, ImageData, Loader, random_stream
 from ..data.parts import known
 from ..files import RunError, sha256
 from ..models import zoo
@@ -129,20 +129,27 @@ class Teachers:
 
     def computed(self, images: Tensor) -> Outputs:
         """The teachers run on a batch of the training, their outputs rounded as kept ones are."""
-        live, (logits, maps) = self.run(images), self.kinds
+        return self.rounded(self.run(images))
+
+    def rounded(self, live: Outputs) -> Outputs:
+        """As kept ones are."""
+        logits, maps = self.kinds
         return Outputs([logits.through(x) for x in live.logits], [maps.through(x) for x in live.maps])
 
 
 def sample(teachers: Teachers, data: ImageData) -> tuple[list[Tensor], Tensor]:
-    """The teachers' logits for training images as they are, T x [n, C], and the labels [n] that students may know: all images,
-    or so many that those with a label come first."""
+    """The teachers' logits for training images as they are, T x [n, C], and the labels [n] that students may know: of all images,
+    or of SAMPLE at random, those with a label first."""
     split, labels = data.train, known(data.train.labels)
-    order = (labels < 0).to(torch.int8).argsort(stable=True)  # those with a label first
+    mixed = torch.randperm(len(split), generator=random_stream(SAMPLE), dtype=torch.int64, device="cpu")
+    order = mixed.to(labels.device)  # a data set may be sorted by class
+    order = order[(labels[order] < 0).to(torch.int8).argsort(stable=True)]
     chosen = order[:SAMPLE].sort().values
     shown = Loader(split.at(chosen), data, EVAL_BATCH)
     logits = []
     for place, batch in zip(chosen.split(EVAL_BATCH), shown, strict=True):
-        logits.append((teachers.looked_up(0, place, place.cpu()) or teachers.computed(batch.images)).logits)
+        kept = teachers.looked_up(0, place, place.cpu())
+        logits.append(kept.logits if kept is not None else teachers.rounded(teachers.live(batch.images)).logits)
     return [torch.cat(each) for each in zip(*logits, strict=True)], labels[chosen]
 
 
