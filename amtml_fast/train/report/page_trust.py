@@ -21,7 +21,7 @@ def section(runs: dict[str, list[Tensor]], logits: Tensor, labels: Tensor) -> di
     probs, labels = logits.softmax(-1), labels.cpu()
     right = probs.argmax(-1) == labels[:, None]  # [N, T]
     disputed = right.any(1) & ~right.all(1)  # where weights can do good or harm
-    equal = mixture(probs, torch.full(right.shape, 1 / right.shape[1]))
+    equal = mixture(probs, torch.full(right.shape, 1 / right.shape[1], dtype=torch.float32, device="cpu"))
     methods = [one(name, weights, probs, equal, right, disputed, labels) for name, weights in runs.items()]
     return {
         "disputed": int(disputed.sum()),
