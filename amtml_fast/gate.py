@@ -49,7 +49,8 @@ class TeacherGate(nn.Module):
         self, teacher_logits: Tensor | Sequence[Tensor], labels: Tensor, *, ignore_index: int = -100
     ) -> TeacherGate:
         """T teachers' logits [N, C] and labels [N] of examples, ``ignore_index`` where a label is not known: such rows
-        only say how the logits are distributed. In float64 on the CPU, in a second for 10,000 labels. Returns itself.
+        only say how the logits are distributed. In float64 on the CPU, in under a second for 8,000 labels of three teachers
+        and ten classes. Returns itself.
         """
         name = "TeacherGate.fit"
         given = self._checked(name, teacher_logits)

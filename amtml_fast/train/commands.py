@@ -244,8 +244,10 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
     run = Run(Path(source))
     if run.exists():
         record = run.read_record()
-        place = run.folder.parent if record["student"] or config.teachers_folder else run.folder.parent.parent
-        place = place if record["student"] or not config.teachers_folder else config.folder
+        if record["student"]:
+            place = run.folder.parent
+        else:  # a shared teacher is beside its comparisons, not in one
+            place = config.folder if config.teachers_folder else run.folder.parent.parent
     else:
         record, place = {}, config.folder
     if teacher is not None:

@@ -218,6 +218,23 @@ def test_an_example_whose_label_is_hidden_learns_from_the_teachers_alone(name: s
         assert (mine[~known] == 0).all()
 
 
+def test_what_an_example_without_a_label_adds() -> None:
+    """Its KL at full weight, and no cross-entropy with any class."""
+    step, tau, alpha = make_step(), 3.0, 0.6
+    known = torch.arange(N) % 3 == 0
+    hidden = step._replace(labels=step.labels.where(known, -100), truth=step.labels, hidden=True)
+    mixed = torch.stack([(z / tau).softmax(-1) for z in step.teacher_logits]).mean(0)
+    ce, far = F.cross_entropy(step.logits, step.labels, reduction="none"), kl(mixed, step.logits, tau)
+    want = torch.where(known, (1 - alpha) * ce + alpha * far, far).mean()
+    made = objective("avg_mkd", hidden_labels=True, temperature=tau, alpha=alpha)
+    torch.testing.assert_close(made(hidden).loss, want)
+    ours = objective(
+        "amtml_no_adapter", hidden_labels=True, temperature=tau, alpha=alpha, angle_weight=0.0, hint_weight=0.0
+    )
+    want = torch.where(known, (1 - alpha) * ce, 0).mean() + alpha * far.mean()
+    torch.testing.assert_close(ours(hidden).loss, want)
+
+
 def test_with_hidden_labels_the_loss_is_the_same_where_none_is_hidden() -> None:
     for name in ("avg_mkd", "gated_kd", "ca_mkd", "eb_kd", "aekd", "amtml_kd", "amtml_label_weights", "fitnet"):
         method = METHODS[name]

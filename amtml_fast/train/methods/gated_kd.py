@@ -1,4 +1,4 @@
-"""Gated KD: each example is taught by the teachers that its own outputs show to be right about such examples.
+"""Gated KD: each example is taught by the teachers whose answers to it look like their right ones.
 
 Before the training `TeacherGate` learns from the labels there are which teacher to trust where, g [N, T]. Then Eq 8 with the mixture
 

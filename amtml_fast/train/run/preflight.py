@@ -61,9 +61,13 @@ def student_maps(model: FeatureExtractor, job: Job, data: ImageData) -> dict[str
 
 def networks(config: Config, data: ImageData, jobs: Sequence[Job]) -> None:
     """Makes each kind of network that these jobs train or learn from once, and shows it two images."""
-    seen = set()
+    seen, counted = set(), set()
     for job in jobs:
-        batches(job, data_of(job, data))
+        # Students of all seeds have equally many images; only teachers have their own.
+        own = (job.teacher.name if job.teacher else job.method.needs_teachers, job.train.batch_size)
+        if own not in counted:
+            counted.add(own)
+            batches(job, data_of(job, data))
         kind = (job.factory, str(job.args), job.weights, str(job.paths), job.method.name)
         if kind not in seen:
             seen.add(kind)
