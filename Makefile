@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE =
 # One thread a worker: tests that are about threads set their number themselves.
 # Neighboring tests share what their file's fixtures have trained, so each worker has a part of the list and takes from the
 # other's when it is through.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),2) --dist worksteal
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),$(1)) --dist worksteal
 OPERATORS := tests/ops
 QUICK := ops readme data models methods report imports
 
@@ -37,16 +37,17 @@ lm: $(INSTALLED)
 check: .venv/packages-test $(INSTALLED)
 	@test -x $(BIN)/ruff || $(BIN)/pip install -q ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(PYTEST) -q $(wildcard $(foreach name,$(QUICK),tests/test_$(name).py tests/*/test_$(name).py))
+	$(call pytest,2) -q $(wildcard $(foreach name,$(QUICK),tests/test_$(name).py tests/*/test_$(name).py))
 
-test: $(TESTABLE)
-	$(PYTEST) tests
+test:
+	@$(MAKE) --no-print-directory -j2 $(TESTABLE) # the compiler runs while packages are downloaded
+	$(call pytest,3) tests # a third worker for two cores: many tests of the trainer wait for processes
 	$(MAKE) triton emulated
 
 # The operators' tests on Triton's kernels, through its interpreter, and on the CUDA kernels, compiled for the CPU against an
 # emulator of CUDA: need neither a GPU nor nvcc.
 triton emulated: $(TESTABLE)
-	AMTML_TEST_BACKENDS=$@ $(PYTEST) $(or $(TESTS),$(OPERATORS))
+	AMTML_TEST_BACKENDS=$@ $(call pytest,2) $(or $(TESTS),$(OPERATORS))
 
 # Tests on another torch, in an environment of its own, .venv-NAME. Built from a copy, so that the tree's own build stays as
 # it is; a pyproject.toml beside the tests, for pytest would find the tree's and take the package from there.
