@@ -53,6 +53,7 @@ class Switches:
     losses: str = "auto"  # a backend
     graphs: bool | str = "auto"
     precision: str | None = None
+    method: str = "amtml_kd"
 
 
 PAPER = "a loop as published"
@@ -63,6 +64,8 @@ PROVIDERS: dict[str, Switches | None] = {
     "cached teachers": Switches(cached=True),
     "cached and compiled": Switches(cached=True, compile=True),
     "the trainer, plain losses": Switches(losses="reference"),
+    "Gated KD": Switches(method="gated_kd"),
+    "AvgMKD": Switches(method="avg_mkd"),
     PAPER: None,
 }
 
@@ -110,11 +113,11 @@ class Setting:
 
     def trainer(self, switches: Switches, folder: Path) -> Trainer:
         """As `amtml-fast distill` makes it."""
-        return self.trainer_of(self.config(switches, folder))
+        return self.trainer_of(self.config(switches, folder), switches.method)
 
-    def trainer_of(self, config: Config) -> Trainer:
+    def trainer_of(self, config: Config, method: str = "amtml_kd") -> Trainer:
         display = Display(quiet=True)
-        job = student_job(config, "amtml_kd", 0)
+        job = student_job(config, method, 0)
         accelerator = make_accelerator(config.engine, job.folder)
         teachers = load_teachers(config, self.data, [job], display)
         return Trainer(job, Run(job.folder), accelerator, self.data, teachers, display)
