@@ -8,6 +8,7 @@ on sum_t w_t KL_t and one on the cross-entropy, and how its cross-entropy then d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -22,6 +23,8 @@ from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss, diverg
 # As in the authors' code: how many images are kept, the copy's steps on the KL, and its learning rate.
 KEPT, LOOKAHEAD, RATE = 256, 2, 0.05
 SAMPLE = 16  # of the kept images, at each step; theirs takes 64 at every fifth step, about as many in all
+
+Parameters = dict[str, Tensor]
 
 
 class MetaWeightedKD(Objective):
@@ -60,27 +63,13 @@ class MetaWeightedKD(Objective):
         return cast(Tensor, self.network(seen).float().softmax(1))
 
     def meta_loss(self, student: nn.Module) -> Tensor:
-        """-mean_i sum_t w_it v_it, v_it how much teacher t's part in a step helps; 0 while no image is kept."""
+        """-mean_i sum_t w_it worth_it over some of the kept images; 0 while there is none."""
         draw = torch.rand(SAMPLE, dtype=torch.float32, device=self.images.device)
         index = (draw * self.count).long()
-        images, labels, said = self.images[index], self.labels[index], list(self.said[index].unbind(1))
-        start = {name: p.detach().requires_grad_() for name, p in student.named_parameters()}
-        buffers = {name: x.clone() for name, x in student.named_buffers()}  # a copy's statistics are its own
-
-        def logits(at: dict[str, Tensor]) -> Tensor:
-            return cast(Tensor, functional_call(student, (at, buffers), (images,)))
-
-        with torch.enable_grad():
-            first = logits(start)
-            weights = self.weights(said, first.detach())
-            leaf, at, out = weights.detach().requires_grad_(), start, first
-            for _ in range(LOOKAHEAD):
-                at = stepped(at, (leaf * divergences(out, said, self.temperature)).sum(1).mean())
-                out = logits(at)
-            at = stepped(at, F.cross_entropy(out, labels))
-            (gradient,) = torch.autograd.grad(F.cross_entropy(logits(at), labels), leaf)
-        value = gradient.mean(1, keepdim=True) - gradient  # what all teachers have in common decides nothing
-        value = value / value.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        labels, said = self.labels[index], list(self.said[index].unbind(1))
+        start, logits = copy_of(student, self.images[index])
+        weights = self.weights(said, logits(start).detach())
+        value = worth(start, logits, labels, said, weights.detach(), self.temperature)
         return torch.where(self.count > 0, -(weights * value).sum(1).mean(), 0)
 
     def keep(self, step: Step) -> None:
@@ -101,7 +90,34 @@ class MetaWeightedKD(Objective):
         self.count += torch.where(full, 0, chosen.sum())
 
 
-def stepped(at: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+def copy_of(student: nn.Module, images: Tensor) -> tuple[Parameters, Callable[[Parameters], Tensor]]:
+    """The student's parameters, apart from it, and its logits of the images as a function of parameters."""
+    start = {name: p.detach().requires_grad_() for name, p in student.named_parameters()}
+    buffers = {name: x.clone() for name, x in student.named_buffers()}
+    return start, lambda at: functional_call(student, (at, buffers), (images,))
+
+
+def worth(
+    start: Parameters,
+    logits: Callable[[Parameters], Tensor],
+    labels: Tensor,
+    said: list[Tensor],
+    weights: Tensor,
+    temperature: float,
+) -> Tensor:
+    """[n, T]: by how much the cross-entropy falls, after the copy's steps, with each weight [n, T]; relative to the other
+    teachers of the image, and with a mean square of 1."""
+    leaf, at, out = weights.clone().requires_grad_(), start, logits(start)
+    for _ in range(LOOKAHEAD):
+        at = stepped(at, (leaf * divergences(out, said, temperature)).sum(1).mean())
+        out = logits(at)
+    at = stepped(at, F.cross_entropy(out, labels))
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits(at), labels), leaf)
+    value = gradient.mean(1, keepdim=True) - gradient
+    return value / value.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def stepped(at: Parameters, loss: Tensor) -> Parameters:
     """The parameters after a step of gradient descent, as a function of all that the loss depends on."""
     gradients = torch.autograd.grad(
         loss, list(at.values()), create_graph=True, allow_unused=True, materialize_grads=True
