@@ -28,7 +28,7 @@ from amtml_fast.train.compare.plan import checked
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.presets import paper_code
 from amtml_fast.train.config.schema import ConfigError, TrainConfig, VariantConfig
-from amtml_fast.train.methods import mmkd
+from amtml_fast.train.methods import mmkd, mtkd_rl
 from amtml_fast.train.methods.aekd import min_norm_weights
 from amtml_fast.train.methods.amtml_kd import mixed_targets
 from amtml_fast.train.methods.base import Step, StepLoss
@@ -270,10 +270,10 @@ def of_two(right: int) -> Step:
     return step._replace(logits=(3 * F.one_hot(step.labels, C).float()).requires_grad_(), teacher_logits=said)
 
 
-def train(made: torch.nn.Module, step: Step, steps: int = 30) -> Tensor:
-    """The teachers' mean weights [T] after steps of the objective's own parameters."""
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
-    for _ in range(steps):
+def train(made: torch.nn.Module, step: Step, lr: float = 0.1) -> Tensor:
+    """The teachers' mean weights [T] after 30 steps of the objective's own parameters."""
+    optimizer = torch.optim.SGD(made.parameters(), lr=lr)
+    for _ in range(30):
         optimizer.zero_grad()
         made(step).loss.backward()
         optimizer.step()
@@ -319,6 +319,10 @@ def test_the_reward_of_mtkd_rl_is_what_the_student_loses() -> None:
     want = torch.autograd.grad(-reward, list(made.parameters()))
     for mine, theirs in zip(torch.autograd.grad(made(step).loss, list(made.parameters())), want):
         torch.testing.assert_close(mine, theirs)
+    (student,) = torch.autograd.grad(made(step).loss, step.logits)  # gets none of it
+    torch.testing.assert_close(student, torch.autograd.grad(made.kd(step, made(step).weights), step.logits)[0])
+    equal = torch.rand(100, 1, generator=torch.Generator().manual_seed(0)).expand(-1, T)
+    assert (mtkd_rl.relative(equal) == 0).all()  # and not what rounding makes of nothing
 
 
 @pytest.mark.parametrize("name", ["mtkd_rl", "mmkd"])
@@ -327,11 +331,32 @@ def test_learned_weights_find_the_teacher_that_is_right(name: str, right: int) -
     step = of_two(right)
     made = objective(name, teachers=2)
     before = made(step).weights.mean(0)
-    after = train(made, step)
+    after = train(made, step, lr=0.1 if name == "mtkd_rl" else 0.1 / mmkd.SLOWER)
     assert after[right] > before[right] + 0.05 and after[right] > 0.6, (before, after)
 
 
-@pytest.mark.parametrize("name", ["mtkd_rl", "mmkd"])
+def test_the_update_of_mtkd_rls_code_makes_weights_equal() -> None:
+    """One reward for all teachers of an example, whoever of them is right."""
+    step, tau = make_step(), 3.0
+    known = torch.arange(N) % 3 > 0
+    step = step._replace(labels=step.labels.where(known, -100), truth=step.labels, hidden=True)
+    made = objective("mtkd_rl_code", hidden_labels=True, temperature=tau)
+    gaps = torch.stack([kl((z / tau).softmax(-1), step.logits.detach(), tau) for z in step.teacher_logits], 1)
+    weights, ce = made.weights(step, gaps), F.cross_entropy(step.logits.detach(), step.truth, reduction="none")
+    lost = (ce + (weights.detach() * gaps).sum(1))[known]
+    rewards = ((lost.mean() - lost) / lost.std(correction=0)).clamp(0, 1)
+    # as the cross-entropy between each weight and 1
+    ones = torch.ones(int(known.sum()), T)
+    want = F.binary_cross_entropy(weights[known], ones, weight=rewards[:, None].expand(-1, T))
+    out = made(step)
+    torch.testing.assert_close(out.terms["reward"], -want.detach())
+    torch.testing.assert_close(out.loss, out.terms["kd"] + want)
+    torch.testing.assert_close(out.weights, weights.detach())
+    train(made, step)
+    assert made(step).weights.std(1).mean() < 0.95 * out.weights.std(1).mean()
+
+
+@pytest.mark.parametrize("name", ["mtkd_rl", "mtkd_rl_code", "mmkd"])
 def test_what_learns_the_weights_learns_from_labels_alone(name: str) -> None:
     step = of_two(0)
     known = torch.arange(N) < 4
@@ -344,7 +369,7 @@ def test_what_learns_the_weights_learns_from_labels_alone(name: str) -> None:
         return list(torch.autograd.grad(made(step).loss, list(made.parameters())))
 
     wanted = gradients(some)
-    assert any(x.abs().max() > 1e-5 for x in wanted)
+    assert any(x.abs().max() > 1e-6 for x in wanted)
     assert all(torch.equal(x, y) for x, y in zip(wanted, gradients(some._replace(teacher_logits=others))))
     assert all((x == 0).all() for x in gradients(none))
     assert objective(name, teachers=2, hidden_labels=True)(none).weights.isfinite().all()
@@ -401,6 +426,7 @@ def test_mmkd_keeps_the_first_images_with_a_label_and_then_the_hard_ones(monkeyp
     monkeypatch.setattr(mmkd, "KEPT", 6)
     made, step = objective("mmkd", hidden_labels=True), make_step()
     known = torch.arange(N) % 3 == 0  # four of them
+    assert made(step._replace(labels=torch.full_like(step.labels, -100), hidden=True)).terms["meta"] == 0
     step = step._replace(labels=step.labels.where(known, -100), hidden=True)
     made(step)
     assert made.count == 4

@@ -29,6 +29,7 @@ METHODS: dict[str, Method] = {
         aekd.METHOD,
         mmkd.METHOD,
         mtkd_rl.METHOD,
+        mtkd_rl.CODE,
         gated_kd.METHOD,
         oracle.METHOD,
         amtml_kd.METHOD,
