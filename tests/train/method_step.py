@@ -44,6 +44,7 @@ def make_step(seed: int = 0, teachers: int = T) -> Step:
         [draw(N, c, 4, 4).relu() for c in TEACHER_CHANNELS[:teachers]],
         draw(N, 1, 2, 4),
         maps["high"],
+        student=Peer(),
     )
 
 
@@ -66,6 +67,7 @@ def objective(
     context = Context(
         loss=types.SimpleNamespace(**made.loss(settings)),  # type: ignore[arg-type]
         classes=C,
+        image_shape=(1, 2, 4),
         feature_channels=D,
         student_channels=CHANNELS,
         teacher_channels=TEACHER_CHANNELS[:teachers],

@@ -311,7 +311,9 @@ def test_one_dead_process_stops_the_others_with_a_message(place: Place) -> None:
 # --- what a step may not do ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["student", "avg_mkd", "ca_mkd", "aekd", "amtml_kd", "amtml_label_weights"])
+@pytest.mark.parametrize(
+    "method", ["student", "avg_mkd", "ca_mkd", "aekd", "mmkd", "mtkd_rl", "amtml_kd", "amtml_label_weights"]
+)
 def test_no_step_waits_for_the_device(place: Place, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     learn, seen = trainer.Trainer.learn, list[list[str]]()
 

@@ -76,8 +76,10 @@ SETTINGS = {
     "channels_last": ("amtml_label_weights", ["engine.channels_last=true"]),
     "bf16": ("amtml_kd", ["engine.mixed_precision=bf16"]),
     "alpha falls, labels are hidden": ("gated_kd", ["data.labeled_share=0.3"]),
+    "some of the images are kept": ("mmkd", ["data.labeled_share=0.3"]),
     **{
-        method: (method, []) for method in ("fitnet", "at", "rkd", "dml", "eb_kd", "ca_mkd", "aekd", "amtml_paper_code")
+        method: (method, [])
+        for method in ("fitnet", "at", "rkd", "dml", "eb_kd", "ca_mkd", "aekd", "mtkd_rl", "amtml_paper_code")
     },
 }
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from amtml_fast.train.compare.plan import checked
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.presets import paper_code
 from amtml_fast.train.config.schema import ConfigError, TrainConfig, VariantConfig
+from amtml_fast.train.methods import mmkd, mtkd_rl
 from amtml_fast.train.methods.aekd import min_norm_weights
 from amtml_fast.train.methods.amtml_kd import mixed_targets
 from amtml_fast.train.methods.base import Step, StepLoss
@@ -255,6 +257,196 @@ def test_aekd_with_equal_or_single_teachers() -> None:
     gram = torch.tensor([[1.0, 5.0], [5.0, 30.0]])
     torch.testing.assert_close(min_norm_weights(gram), torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(min_norm_weights(gram, 0.6), torch.tensor([0.6, 0.4]))
+
+
+def log_p(z: Tensor) -> Tensor:
+    return z.log_softmax(-1).clamp_min(-10)
+
+
+def of_two(right: int) -> Step:
+    """Teacher `right` says every label and the other one a wrong class; the student has learned the labels."""
+    step = make_step(teachers=2)
+    said = [5 * F.one_hot(step.labels if t == right else (step.labels + 1) % C, C).float() for t in range(2)]
+    return step._replace(logits=(3 * F.one_hot(step.labels, C).float()).requires_grad_(), teacher_logits=said)
+
+
+def train(made: torch.nn.Module, step: Step, lr: float = 0.1) -> Tensor:
+    """The teachers' mean weights [T] after 30 steps of the objective's own parameters."""
+    optimizer = torch.optim.SGD(made.parameters(), lr=lr)
+    for _ in range(30):
+        optimizer.zero_grad()
+        made(step).loss.backward()
+        optimizer.step()
+    return made(step).weights.mean(0)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_mtkd_rl_weighs_by_the_agent_the_label_and_the_gap(hidden: bool) -> None:
+    step, tau, alpha = make_step(), 3.0, 0.6
+    made = objective("mtkd_rl", hidden_labels=hidden, temperature=tau, alpha=alpha)
+    with torch.no_grad():
+        made.shares.copy_(torch.tensor([0.5, -0.2, 0.3]))
+    known = torch.arange(N) % 3 == 0 if hidden else torch.ones(N, dtype=torch.bool)
+    step = step._replace(labels=step.labels.where(known, -100), truth=step.labels, hidden=hidden)
+    gaps = torch.stack([kl((z / tau).softmax(-1), step.logits, tau) for z in step.teacher_logits], 1)
+    state = [*map(log_p, step.teacher_logits), gaps.detach()]
+    ce = torch.stack([F.cross_entropy(z, step.truth, reduction="none") for z in step.teacher_logits], 1)
+    if not hidden:  # the agent sees what it will always have
+        state.append(ce.clamp_max(10))
+    first, last = made.agent[0], made.agent[2]
+    own = ((torch.cat(state, 1) @ first.weight.T).relu() @ last.weight.T + last.bias).softmax(1)
+    confident = ((1 - ce.softmax(1)) / (T - 1)).where(known[:, None], 1 / T)
+    c = made.shares.softmax(0)
+    weights = c[0] * own + c[1] * confident + c[2] * gaps.detach().softmax(1)
+    out = made(step)
+    torch.testing.assert_close(out.weights, weights.detach())
+    kd = (weights.detach() * gaps).sum(1)
+    rows = torch.where(known, (1 - alpha) * F.cross_entropy(step.logits, step.truth, reduction="none") + alpha * kd, kd)
+    torch.testing.assert_close(out.terms["kd"], rows.mean())
+    mean, span = gaps.mean(1, keepdim=True), gaps.amax(1, keepdim=True) - gaps.amin(1, keepdim=True)
+    reward = (weights * (mean - gaps) / span).detach()[known].sum(1).mean()
+    torch.testing.assert_close(out.terms["reward"], reward)
+    torch.testing.assert_close(out.loss, rows.mean() - 0.1 * reward)
+
+
+def test_the_reward_of_mtkd_rl_is_what_the_student_loses() -> None:
+    """Its gradient is that of -(CE + sum_t w_t KL_t), where it is in units of the range of -KL_t."""
+    step, made = make_step(), objective("mtkd_rl", temperature=3.0)
+    gaps = torch.stack([kl((z / 3).softmax(-1), step.logits.detach(), 3.0) for z in step.teacher_logits], 1)
+    weights = made.weights(step, gaps)
+    ce, span = F.cross_entropy(step.logits.detach(), step.labels, reduction="none"), gaps.amax(1) - gaps.amin(1)
+    reward = (-(ce + (weights * gaps).sum(1)) / span).mean()
+    want = torch.autograd.grad(-0.1 * reward, list(made.parameters()))
+    for mine, theirs in zip(torch.autograd.grad(made(step).loss, list(made.parameters())), want):
+        torch.testing.assert_close(mine, theirs)
+    (student,) = torch.autograd.grad(made(step).loss, step.logits)  # gets none of it
+    torch.testing.assert_close(student, torch.autograd.grad(made.kd(step, made(step).weights), step.logits)[0])
+    equal = torch.rand(100, 1, generator=torch.Generator().manual_seed(0)).expand(-1, T)
+    assert (mtkd_rl.relative(equal) == 0).all()  # and not what rounding makes of nothing
+
+
+@pytest.mark.parametrize("name", ["mtkd_rl", "mmkd"])
+@pytest.mark.parametrize("right", [0, 1])
+def test_learned_weights_find_the_teacher_that_is_right(name: str, right: int) -> None:
+    step = of_two(right)
+    made = objective(name, teachers=2)
+    before = made(step).weights.mean(0)
+    after = train(made, step, lr=0.1 / (mtkd_rl if name == "mtkd_rl" else mmkd).SLOWER)
+    assert after[right] > before[right] + 0.05 and after[right] > 0.6, (before, after)
+
+
+def test_the_update_of_mtkd_rls_code_makes_weights_equal() -> None:
+    """One reward for all teachers of an example, whoever of them is right."""
+    step, tau = make_step(), 3.0
+    known = torch.arange(N) % 3 > 0
+    step = step._replace(labels=step.labels.where(known, -100), truth=step.labels, hidden=True)
+    made = objective("mtkd_rl_code", hidden_labels=True, temperature=tau)
+    gaps = torch.stack([kl((z / tau).softmax(-1), step.logits.detach(), tau) for z in step.teacher_logits], 1)
+    weights, ce = made.weights(step, gaps), F.cross_entropy(step.logits.detach(), step.truth, reduction="none")
+    lost = (ce + (weights.detach() * gaps).sum(1))[known]
+    rewards = ((lost.mean() - lost) / lost.std(correction=0)).clamp(0, 1)
+    # as the cross-entropy between each weight and 1
+    ones = torch.ones(int(known.sum()), T)
+    want = F.binary_cross_entropy(weights[known], ones, weight=rewards[:, None].expand(-1, T))
+    out = made(step)
+    torch.testing.assert_close(out.terms["reward"], -want.detach())
+    torch.testing.assert_close(out.loss, out.terms["kd"] + 0.1 * want)
+    torch.testing.assert_close(out.weights, weights.detach())
+    train(made, step, lr=1.0)
+    assert made(step).weights.std(1).mean() < 0.95 * out.weights.std(1).mean()
+
+
+@pytest.mark.parametrize("name", ["mtkd_rl", "mtkd_rl_code", "mmkd"])
+def test_what_learns_the_weights_learns_from_labels_alone(name: str) -> None:
+    step = of_two(0)
+    known = torch.arange(N) < 4
+    own = [step.labels.where(known, -100), torch.full((N,), -100)]
+    some, none = (step._replace(labels=labels, truth=step.labels, hidden=True) for labels in own)
+    others = [z.where(known[:, None], z.flip(1)) for z in step.teacher_logits]  # of images without a label
+
+    def gradients(step: Step) -> list[Tensor]:
+        made = objective(name, teachers=2, hidden_labels=True)
+        return list(torch.autograd.grad(made(step).loss, list(made.parameters())))
+
+    wanted = gradients(some)
+    assert any(x.abs().max() > 1e-6 for x in wanted)
+    assert all(torch.equal(x, y) for x, y in zip(wanted, gradients(some._replace(teacher_logits=others))))
+    assert all((x == 0).all() for x in gradients(none))
+    assert objective(name, teachers=2, hidden_labels=True)(none).weights.isfinite().all()
+
+
+def test_mmkd_weighs_by_what_all_say() -> None:
+    step, tau, alpha = make_step(), 3.0, 0.6
+    made = objective("mmkd", temperature=tau, alpha=alpha)
+    first, last = made.network[0], made.network[2]
+    seen_by_it = torch.cat([log_p(z) for z in (*step.teacher_logits, step.logits)], 1)
+    weights = ((seen_by_it @ first.weight.T + first.bias).relu() @ last.weight.T + last.bias).softmax(1).detach()
+    gaps = torch.stack([kl((z / tau).softmax(-1), step.logits, tau) for z in step.teacher_logits], 1)
+    want = (1 - alpha) * F.cross_entropy(step.logits, step.labels) + alpha * (weights * gaps).sum(1).mean()
+    out = made(step)
+    torch.testing.assert_close(out.weights, weights)
+    torch.testing.assert_close(out.terms["kd"], want)
+    with pytest.raises(ValueError, match=r"step\.student must be the network that made the logits, got none"):
+        made(step._replace(student=None))
+
+
+def test_mmkd_values_a_weight_by_a_copy_of_the_student() -> None:
+    """The derivative by differences, of a copy that torch's own optimizer trains."""
+    step, tau = make_step(), 3.0
+    student, images = step.student.double(), step.images.double()
+    student.linear.weight.data *= 3
+    said = [z.double() for z in step.teacher_logits]
+    start, logits = mmkd.copy_of(student, images)
+    weights = torch.rand(N, T, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(1)
+
+    def loss(weights: Tensor) -> float:
+        copied = copy.deepcopy(student)
+        optimizer = torch.optim.SGD(copied.parameters(), lr=0.05)
+        for part in ("kl", "kl", "ce"):
+            gaps = torch.stack([kl((z / tau).softmax(-1), copied(images), tau) for z in said], 1)
+            value = (weights * gaps).sum(1).mean() if part == "kl" else F.cross_entropy(copied(images), step.labels)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+        return F.cross_entropy(copied(images), step.labels).item()
+
+    falls = torch.zeros(N, T, dtype=torch.float64)
+    for i in range(N):
+        for t in range(T):
+            nudge = torch.zeros_like(weights)
+            nudge[i, t] = 1e-4
+            falls[i, t] = (loss(weights - nudge) - loss(weights + nudge)) / 2e-4
+    falls -= falls.mean(1, keepdim=True)
+    value = mmkd.worth(start, logits, step.labels, said, weights.float(), tau)
+    torch.testing.assert_close(value.double(), falls / falls.square().mean().sqrt(), rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(p, start[name]) for name, p in student.named_parameters())  # the student stays as it is
+
+
+def test_mmkd_keeps_the_first_images_with_a_label_and_then_the_hard_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmkd, "KEPT", 6)
+    made, step = objective("mmkd", hidden_labels=True), make_step()
+    known = torch.arange(N) % 3 == 0  # four of them
+    assert made(step._replace(labels=torch.full_like(step.labels, -100), hidden=True)).terms["meta"] == 0
+    step = step._replace(labels=step.labels.where(known, -100), hidden=True)
+    made(step)
+    assert made.count == 4
+    for mine, rows in ((made.images, step.images), (made.labels, step.labels)):
+        assert torch.equal(mine[:4], rows[known])
+    assert torch.equal(made.said[:4], torch.stack(step.teacher_logits, 1)[known])
+    more = make_step(seed=1)
+    more = more._replace(labels=more.labels.where(known, -100), hidden=True)
+    made(more)
+    assert made.count == 6 and torch.equal(made.images[4:6], more.images[known][:2])  # there is no room for all
+    before = made.images.clone()
+    right = more._replace(logits=5 * F.one_hot(more.labels.clamp_min(0), C).float())
+    made(right)
+    assert torch.equal(made.images, before)  # what the student knows is not kept any more
+    hard = make_step(seed=2)
+    labels = (hard.logits.argmax(1) + 1) % C
+    made(hard._replace(labels=labels.where(known, -100), hidden=True))
+    new = (made.images[:6, None] == hard.images[known]).flatten(2).all(-1)
+    assert new.sum() == 4 and (new.sum(1) <= 1).all()  # all four, in places that were drawn
+    assert (made.images[6] == 0).all()
 
 
 def test_dml_learns_with_its_peers() -> None:

@@ -154,6 +154,19 @@ def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(value, tensors(unbroken)[key]) for key, value in tensors(resumed).items())
 
 
+def test_mmkd_resumes_with_the_images_it_keeps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = ["data.labeled_share=0.1", *own_weights(place)]
+    unbroken = place.train(*hidden, "name=unbroken", method="mmkd")
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Interrupted):
+            place.train(*hidden, method="mmkd")
+    resumed = place.train(*hidden, method="mmkd", resume=True)
+    assert metrics(resumed) == metrics(unbroken)
+    assert tensors(unbroken)["objective.images"].any()
+    assert all(torch.equal(value, tensors(unbroken)[key]) for key, value in tensors(resumed).items())
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return os.mkdir, ("owned",)

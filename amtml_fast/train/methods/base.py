@@ -33,6 +33,7 @@ class Step(NamedTuple):
     hidden: bool = False  # labels may be
     truth: Tensor | None = None  # [N] every label, for an oracle alone
     progress: Tensor = torch.zeros((), dtype=torch.float32, device="cpu")  # how much of the training is over
+    student: nn.Module | None = None  # images -> logits, for methods that ask what it would say after another step
 
 
 class StepLoss(NamedTuple):
@@ -84,6 +85,7 @@ class Context:
 
     loss: LossConfig
     classes: int
+    image_shape: Sequence[int] = ()  # [c, H, W]
     feature_channels: int = 0  # d of the student's last map
     student_channels: Mapping[str, int] = field(default_factory=dict)  # layer groups, low to high
     teacher_channels: Sequence[int] = ()
@@ -152,6 +154,17 @@ def cross_entropy(step: Step, loss: LossConfig) -> Tensor:
 def mixture(probs: Tensor, weights: Tensor) -> Tensor:
     """Eq 7: probs [N, T, C] weighted by [N, T], [N, C]."""
     return (probs * weights.unsqueeze(-1)).sum(1)
+
+
+def divergences(logits: Tensor, teacher_logits: Sequence[Tensor], temperature: float) -> Tensor:
+    """tau^2 KL(p_t || q) of each example and teacher: [N, C], T x [N, C] -> [N, T]. In plain PyTorch, differentiable twice."""
+    log_q = (logits.float() / temperature).log_softmax(-1)
+    each = []
+    for z in teacher_logits:
+        log_p = (z.float() / temperature).log_softmax(-1)
+        p = log_p.exp()
+        each.append(torch.where(p > 0, p * (log_p - log_q), 0).sum(-1))
+    return temperature**2 * torch.stack(each, 1)
 
 
 class KDLoss(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..config.schema import Config, ConfigError, LossConfig, VariantConfig
 from ..names import nearest
-from . import aekd, amtml_kd, at, avg_mkd, ca_mkd, dml, eb_kd, fitnet, gated_kd, oracle, rkd, student
+from . import aekd, amtml_kd, at, avg_mkd, ca_mkd, dml, eb_kd, fitnet, gated_kd, mmkd, mtkd_rl, oracle, rkd, student
 from .base import Method
 
 METHODS: dict[str, Method] = {
@@ -27,6 +27,9 @@ METHODS: dict[str, Method] = {
         eb_kd.METHOD,
         ca_mkd.METHOD,
         aekd.METHOD,
+        mmkd.METHOD,
+        mtkd_rl.METHOD,
+        mtkd_rl.CODE,
         gated_kd.METHOD,
         oracle.METHOD,
         amtml_kd.METHOD,

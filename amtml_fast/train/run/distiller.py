@@ -42,7 +42,8 @@ class Distiller(nn.Module):
             logits, maps = logits.view_as(logits), {name: x.view_as(x) for name, x in maps.items()}
         self._mark("student")
         features, groups = maps.get(FEATURES, Step._field_defaults["features"]), by_group(maps)
-        step = Step(logits, groups, labels, teacher_logits, teacher_maps, images, features, progress=self.progress)
+        step = Step(logits, groups, labels, teacher_logits, teacher_maps, images, features)
+        step = step._replace(progress=self.progress, student=self.student.model)
         if self.hidden_labels:
             step = step._replace(labels=parts.known(labels), hidden=True, truth=parts.truth(labels))
         out = self.objective(step)
@@ -73,6 +74,7 @@ def make_distiller(job: Job, data: ImageData, teachers: Teachers | None, process
     context = Context(
         loss=cast(LossConfig, SimpleNamespace(**job.method.loss(job.config))),
         classes=classes,
+        image_shape=data.train.images.shape[1:],
         feature_channels=int(maps[FEATURES].shape[1]) if FEATURES in maps else 0,
         student_channels={name: int(x.shape[1]) for name, x in by_group(maps).items()},
         teacher_channels=teachers.channels if teachers else (),
