@@ -149,6 +149,8 @@ class DTensors:
 
     def whole(self, name: str, x: Any) -> Any:
         """What is the same on all processes: a DTensor that says so, or anything else as it is."""
+        if isinstance(x, (list, tuple)):
+            return [self.whole(f"{name}[{i}]", y) for i, y in enumerate(x)]
         if not _is_dtensor(x):
             return x
         if x.device_mesh != self.mesh or not all(p.is_replicate() for p in x.placements):

@@ -13,6 +13,17 @@ from torch import Tensor
 from amtml_fast import backend, reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, run, save, saved
+from amtml_fast.ops._vocabulary import Vocabulary
+from amtml_fast.ops._vocabulary_topk import (
+    IGNORED,
+    absent_classes,
+    first_largest,
+    grads_here,
+    joined,
+    labels_here,
+    plain_gradient,
+    plain_sweep,
+)
 from amtml_fast.reference import Divergence, KDOptions, KDStats, kl_rows, weighted, wide_dtype
 
 operator("topk_bucket")
@@ -35,7 +46,9 @@ class _Named(NamedTuple):
 class _Rows(NamedTuple):
     """What the kernels find in rows, float64."""
 
-    sums: Tensor  # [N, 4]: logarithms of sums over the classes that nobody names, at the temperature and at 1; label's logit, mean
+    # [N, 4]: logarithms of sums over the classes that nobody names, at the temperature and at 1; label's logit, mean. In a split
+    # vocabulary [N, 5], with the sum of z over the classes that nobody names
+    sums: Tensor
     z: Tensor  # [N, K]: logits that are named
     weights: Tensor | None
     stats: Tensor  # [N, 2]: over the classes that nobody names, of r = softmax: sum r log r; and the sum of z
@@ -52,22 +65,23 @@ def bucket_loss(
     divergence: Divergence,
     support: str,
     values: tuple,
+    vocabulary: Vocabulary | None,
     *,
     need_stats: bool,
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows, and with ``need_stats`` their statistics."""
-    chosen = _chosen(student, log_probs, weights, values)
-    if chosen == "reference":
+    chosen = _chosen(student, log_probs, weights, values, vocabulary)
+    if chosen == "reference" and vocabulary is None:
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_bucket(
             student, *apart, weights, labels, options, divergence, support, need_stats=need_stats
         )
-    tau, classes, wide = options.temperature, student.shape[1], wide_dtype(student, log_probs, weights)
+    tau, classes, wide = options.temperature, _classes(student, vocabulary), wide_dtype(student, log_probs, weights)
     valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     kept = _kept(chosen, student, indices, sizes) if support == "student" else None
     given = log_p.exp()
     named = _named(indices, kept, given, sizes, valid)
-    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats)
+    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats, vocabulary)
     w = rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
 
     # What is not given, and what is given of other classes. (In float64 1 - sum keeps the digits that float32 would lose.)
@@ -107,7 +121,7 @@ def bucket_loss(
         mixed_rest = weighted(rough, rest).sum(1, keepdim=True)
         entropy = _entropy(torch.cat([target.masked_fill(~named.heads, 0), mixed_rest], 1))
         stats = _stats(
-            student, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy,
+            student, vocabulary, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy,
             _of_outcomes(kl_rows(*(y.unsqueeze(2) for y in (outcomes, log_p, log_q))), sizes),
             _by_teacher(named.p, sizes), rough, valid, tau,
         )  # fmt: skip
@@ -126,19 +140,59 @@ def topk_stats(
     values: tuple,
 ) -> KDStats:
     """The statistics of checked rows with another tail."""
-    chosen = _chosen(student, log_probs, weights, values)
+    chosen = _chosen(student, log_probs, weights, values, None)
     if chosen == "reference":
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_kd(student, *apart, weights, labels, options, need_stats=True)[1]
-    tau, classes, tail = options.temperature, student.shape[1], options.mode
+    given = student, indices, log_probs, sizes, weights, labels, options
+    return _tail_rows(chosen, *given, values, None, need_stats=True)[1]
+
+
+def split_tail_loss(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    values: tuple,
+    vocabulary: Vocabulary,
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, Any]:
+    """The loss of checked rows with another tail, whose classes are split among processes, and with ``need_stats`` their
+    statistics."""
+    chosen = _chosen(student, log_probs, weights, values, vocabulary)
+    given = student, indices, log_probs, sizes, weights, labels, options
+    return _tail_rows(chosen, *given, values, vocabulary, need_stats=need_stats)
+
+
+def _tail_rows(
+    chosen: str,
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    values: tuple,
+    vocabulary: Vocabulary | None,
+    *,
+    need_stats: bool,
+) -> tuple[Any, Any]:
+    """The loss, which is made in a split vocabulary only, and the statistics."""
+    tau, classes, tail = options.temperature, _classes(student, vocabulary), options.mode
     wide = wide_dtype(student, log_probs, weights)
-    valid, log_p, w = _given(student, log_probs, sizes, weights, labels, options)
+    valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     p = log_p.exp()
     mass = _by_teacher(p, sizes)
     if tail == "renormalize":
         p = torch.cat([x.softmax(1) for x in log_p.split(sizes, 1)], 1)
     named = _named(indices, None, p, sizes, valid)
-    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, True)
+    swept = need_stats or tail == "uniform"
+    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, swept, vocabulary)
     unnamed = classes - _by_teacher(named.own, sizes)
     share = torch.zeros_like(mass)  # of each class that the teacher does not name
     if tail == "uniform":
@@ -146,27 +200,50 @@ def topk_stats(
         share = share.masked_fill(unnamed == 0, 0)
     log_sum, log_q = _log_q(rows.z / tau, rows.sums[:, :1], named)
     others = classes - named.heads.sum(1)  # that nobody names
-    below = rows.stats[:, 1] / tau - others * log_sum.squeeze(1)  # the sum of their log q
-    kls = []
-    for t, (of_p, of_q) in enumerate(zip(named.p.split(sizes, 1), log_q.split(sizes, 1))):
-        kl = kl_rows(of_p, of_p.masked_fill(of_p == 0, 1).log(), of_q)
+    loss = None
+    if vocabulary is not None:
+        w = rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
+        target = _at_heads(named, sizes, w, share).masked_fill(~named.heads, 0)
+        kl = kl_rows(target, target.masked_fill(target == 0, 1).log(), log_q)
         if tail == "uniform":
-            u = share[:, t]
-            outside = log_q.masked_fill(~named.heads | named.named[t], 0).sum(1) + below
-            kl = kl + (u * (unnamed[:, t] * u.masked_fill(u == 0, 1).log() - outside)).masked_fill(u == 0, 0)
-        kls.append(kl)
-    target = _at_heads(named, sizes, w, share)
-    outside = weighted(w, share).sum(1, keepdim=True)
-    entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
-    stats = _stats(
-        student, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, w, valid, tau
-    )
-    return _typed(stats, wide)
+            u = weighted(w, share).sum(1)
+            outside = rows.sums[:, 4] / tau - others * log_sum.squeeze(1)
+            kl = kl + (u * (others * u.masked_fill(u == 0, 1).log() - outside)).masked_fill(u == 0, 0)
+        if options.t2_scale:
+            kl = kl * tau**2
+        ce = _cross_entropy(rows, named, valid, options) if labels is not None else None
+        loss = reference.reduced(ce, kl, valid, classes, options)[0].to(wide)
+    if not need_stats:
+        return loss, None
+    with torch.no_grad():
+        below = rows.stats[:, 1] / tau - others * log_sum.squeeze(1)  # the sum of their log q
+        kls = []
+        for t, (of_p, of_q) in enumerate(zip(named.p.split(sizes, 1), log_q.split(sizes, 1))):
+            kl = kl_rows(of_p, of_p.masked_fill(of_p == 0, 1).log(), of_q)
+            if tail == "uniform":
+                u = share[:, t]
+                outside = log_q.masked_fill(~named.heads | named.named[t], 0).sum(1) + below
+                kl = kl + (u * (unnamed[:, t] * u.masked_fill(u == 0, 1).log() - outside)).masked_fill(u == 0, 0)
+            kls.append(kl)
+        target = _at_heads(named, sizes, rough, share)
+        outside = weighted(rough, share).sum(1, keepdim=True)
+        entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
+        stats = _stats(
+            student, vocabulary, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, rough,
+            valid, tau,
+        )  # fmt: skip
+    return loss, _typed(stats, wide)
 
 
-def _chosen(student: Tensor, log_probs: Tensor, weights: Tensor | None, values: tuple) -> str:
+def _classes(student: Tensor, vocabulary: Vocabulary | None) -> int:
+    return student.shape[1] if vocabulary is None else vocabulary.classes
+
+
+def _chosen(
+    student: Tensor, log_probs: Tensor, weights: Tensor | None, values: tuple, vocabulary: Vocabulary | None
+) -> str:
     chosen = backend.choose("topk_bucket", student, weights, log_probs)
-    if chosen != "cpp":  # the C++ kernel checks values itself
+    if chosen != "cpp" or vocabulary is not None:  # the C++ kernel checks values itself
         _kd.check_values(*values)
     return chosen
 
@@ -289,7 +366,7 @@ def _log_q(x: Tensor, outside: Tensor, named: _Named) -> tuple[Tensor, Tensor]:
 
 
 def _cross_entropy(rows: _Rows, named: _Named, valid: Tensor, options: KDOptions) -> Tensor:
-    _, at_1, of_label, mean = rows.sums.unbind(1)
+    at_1, of_label, mean = rows.sums[:, 1:4].unbind(1)
     if options.temperature == 1:
         at_1 = rows.sums[:, 0]
     log_sum = torch.cat([at_1.unsqueeze(1), rows.z.masked_fill(~named.heads, _EMPTY)], 1).logsumexp(1)
@@ -309,6 +386,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _stats(
     student: Tensor,
+    vocabulary: Vocabulary | None,
     rows: _Rows,
     named: _Named,
     log_sum: Tensor,  # [N, 1]
@@ -322,7 +400,8 @@ def _stats(
     valid: Tensor,
     tau: float,
 ) -> KDStats:
-    classes, entries = student.shape[1], named.heads.shape[1]
+    classes, entries = _classes(student, vocabulary), named.heads.shape[1]
+    of_student = student.detach().argmax(1) if vocabulary is None else first_largest(vocabulary, student)
     log_q = log_q[:, :entries].masked_fill(~named.heads, _EMPTY)
     log_others = rows.sums[:, 0] - log_sum.squeeze(1)  # q of all that nobody names
     of_others = (log_others.exp() * (log_others + rows.stats[:, 0])).masked_fill(log_others == _EMPTY, 0)
@@ -341,7 +420,7 @@ def _stats(
         target_entropy,
         kls,
         weighted(w, masses).sum(1) / total.masked_fill(total == 0, 1),
-        (student.detach().argmax(1) == largest).double(),
+        (of_student == largest).double(),
     )
     return reference.of_counted_rows(stats, valid)
 
@@ -364,6 +443,7 @@ def _sweep(
     values: tuple,
     wide: torch.dtype,
     need_stats: bool,
+    vocabulary: Vocabulary | None,
 ) -> _Rows:
     needs = needs_grad(student), needs_grad(weights)
     if weights is not None:
@@ -377,12 +457,17 @@ def _sweep(
         out = run(
             TopkBucket, any(needs),
             chosen, student, weights, labels, named.classes, named.classes.masked_fill(~named.heads, NOBODY), named.home,
-            sizes, settings, needs, need_stats,
+            sizes, settings, needs, need_stats, vocabulary,
         )  # fmt: skip
     except RuntimeError:
         _kd.check_values(*values)  # as ValueError
         raise
     return _Rows(*out)
+
+
+def _places(vocabulary: Vocabulary, classes: Tensor) -> Tensor:
+    mine, places = vocabulary.here(classes)
+    return places.masked_fill(~mine, NOBODY)
 
 
 class TopkBucket(torch.autograd.Function):
@@ -402,10 +487,22 @@ class TopkBucket(torch.autograd.Function):
         settings: tuple,
         needs: tuple[bool, bool],
         need_stats: bool,
+        vocabulary: Vocabulary | None,
     ) -> tuple:
-        found, z = kernels(backend).topk_bucket_fwd.default(student, classes, weights, labels, *settings, need_stats)
+        ctx.vocabulary, ctx.mine = vocabulary, None
+        if vocabulary is not None:
+            absent = absent_classes(vocabulary, classes, labels, settings[1], NOBODY)
+            classes, heads = (_places(vocabulary, x) for x in (classes, heads))
+            labels, ctx.mine = labels_here(vocabulary, labels, settings[1])
+            settings = settings[0], IGNORED, *settings[2:]
+        sweep = kernels(backend).topk_bucket_fwd.default if backend != "reference" else plain_sweep
+        found, z = sweep(student, classes, weights, labels, *settings, need_stats)
+        if vocabulary is not None:
+            found, z = joined(vocabulary, found, z, ctx.mine, absent, settings[0])
         top, logs, logs_1, of_label, total, entropy, below = found.unbind(1)
-        sums = [top / settings[0] + logs, top + logs_1, of_label, total / student.shape[1]]
+        sums = [top / settings[0] + logs, top + logs_1, of_label, total / _classes(student, vocabulary)]
+        if vocabulary is not None:
+            sums.append(below)
         stats = torch.stack([entropy, below], 1)
         ctx.mark_non_differentiable(stats)
         ctx.backend, ctx.sizes, ctx.settings, ctx.needs = backend, sizes, settings, needs
@@ -422,9 +519,10 @@ class TopkBucket(torch.autograd.Function):
             summed = torch.zeros_like(of_z)
             for part in _to_heads(home, ctx.sizes, of_z):  # one after another: their sum has one order
                 summed = summed + part
-            grad = kernels(ctx.backend).topk_bucket_bwd.default(
-                of_sums, summed, student, heads, labels, found, *ctx.settings
-            )
+            if ctx.vocabulary is not None:
+                of_sums, summed = grads_here(ctx.vocabulary, of_sums, summed, ctx.mine)
+            sweep = kernels(ctx.backend).topk_bucket_bwd.default if ctx.backend != "reference" else plain_gradient
+            grad = sweep(of_sums, summed, student, heads, labels, found, *ctx.settings)
         return None, grad, of_weights if ctx.needs[1] else None, *fixed
 
 
