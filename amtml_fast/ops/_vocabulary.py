@@ -6,6 +6,7 @@ What they send one another is some numbers a row, never anything of size [N, C].
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,33 +70,64 @@ def vocabulary_of(function: str, process_group: Any, size: int) -> Vocabulary | 
     return None if vocabulary.parts == 1 else vocabulary
 
 
-def check_backend(function: str, *tensors: Tensor | None) -> None:
+def check_backend(function: str, student: Tensor, *others: Tensor | None) -> None:
     """The rows of a split vocabulary are plain PyTorch: a compiled backend that was chosen by name is refused."""
-    backend.choose(f"{function} with process_group", *tensors)
+    backend.choose(f"{function} with process_group", student, *others)
 
 
 def check_alike(
-    function: str, vocabulary: Vocabulary, student: Tensor, labels: Tensor | None, settings: tuple
+    function: str,
+    vocabulary: Vocabulary,
+    rows: Tensor,  # [N, ...]
+    settings: tuple,
+    *,
+    integers: Sequence[Tensor | None],
+    floats: Sequence[Tensor | None],
 ) -> Tensor | None:
-    """That all processes make the same call: a ValueError on all of them. A GPU is not asked, for that would be a sync: there
-    this is a NaN for the loss."""
-    told = {
-        "classes": vocabulary.size,
-        "rows": student.shape[0],
-        "settings": zlib.crc32(repr(settings).encode()),
-    }
-    numbers = [student.new_full((), x, dtype=torch.float64) for x in told.values()]
-    numbers.append(numbers[0] if labels is None else labels.sum().double())
-    of_all = vocabulary.gathered(torch.stack(numbers))
-    if not checks.values_are_free(student):
-        return of_all.new_zeros(()).masked_fill((of_all != of_all[0]).any(), math.nan)
-    for name, values in zip((*told, "labels"), of_all.t().tolist()):
-        if any(x != values[0] for x in values):
-            got = f"{[int(x) for x in values]} by rank" if name in ("classes", "rows") else "others"
+    """That all processes make the same call, with the same labels and hidden states: a ValueError on all of them. A GPU is not
+    asked, for that would be a sync: there this is a NaN for the loss."""
+    known = vocabulary.size, rows.shape[0], zlib.crc32(repr(settings).encode())
+    told = [rows.new_full((), x, dtype=torch.float64) for x in known]
+    told.append(_sum(told[0].new_zeros(()), *(x.sum().double() for x in integers if x is not None)))
+    marks = [_mark(x) for x in floats if x is not None and x.numel()]
+    of_all = vocabulary.gathered(torch.stack([*told, *(y for mark in marks for y in mark)]))
+    other = of_all[:, :4] != of_all[:1, :4]
+    sums, norms = of_all[:, 4::2], of_all[:1, 5::2]
+    other = torch.cat([other, ((sums - sums[:1]).abs() > 0.05 * norms).any(1, keepdim=True)], 1).any(0)
+    if not checks.values_are_free(rows):
+        return of_all.new_zeros(()).masked_fill(other.any(), math.nan)
+    names = (
+        "number of classes",
+        "number of rows",
+        "settings",
+        "labels or indices",
+        "hidden states, weights or log-probabilities",
+    )
+    for i, (name, differs) in enumerate(zip(names, other.tolist())):
+        if differs:
+            got = f"{[int(x) for x in of_all[:, i]]} by rank" if i < 2 else "others"
             if name == "settings":
                 got = f"others; process {vocabulary.rank} has {settings}"
-            raise ValueError(f"{function}: {name} must be the same on all processes of process_group, got {got}")
+            raise ValueError(f"{function}: process_group must have the same {name} on all processes, got {got}")
     return None
+
+
+def _sum(first: Tensor, *others: Tensor) -> Tensor:
+    for x in others:
+        first = first + x
+    return first
+
+
+def _mark(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A number that other rows would hardly have, and what is large for its differences. NaN differs from nothing."""
+    x = x.detach()
+    x = x.unsqueeze(1) if x.dim() == 1 else x
+    rows = x @ _waves(x, x.shape[1])
+    return (rows @ _waves(x, x.shape[0])).double(), torch.linalg.vector_norm(rows.double())
+
+
+def _waves(like: Tensor, count: int) -> Tensor:
+    return torch.arange(count, dtype=torch.float32, device=like.device).cos().to(like.dtype)
 
 
 # --- DTensors
@@ -104,6 +136,11 @@ def check_alike(
 def splits(x: Any, dim: int) -> bool:
     """Whether x is a DTensor whose classes, its dimension ``dim``, are split among processes."""
     return _is_dtensor(x) and any(p.is_shard() and p.dim % x.dim() == dim % x.dim() for p in x.placements)
+
+
+def replicated(x: Any) -> bool:
+    """Whether x may be the same on all processes: it is no DTensor, or one that says so."""
+    return not _is_dtensor(x) or all(p.is_replicate() for p in x.placements)
 
 
 def _is_dtensor(x: Any) -> bool:

@@ -90,7 +90,8 @@ def split_loss(
     needs = needs_grad(student), needs_grad(weights)
     rule = rule_of(options, divergence, labels, wide, needs, need_stats)
     settings = options, rule, len(teachers), [None if x is None else x.dtype for x in (student, *teachers, weights)]
-    doubt = check_alike(function, vocabulary, student, labels, settings)
+    floats = weights, divergence.alpha, temperatures
+    doubt = check_alike(function, vocabulary, student, settings, integers=[labels], floats=floats)
     each, ce, stats = run(
         SplitKD, any(needs), function, vocabulary, rule, student, weights, _kd.as_long(labels), temperatures, *teachers
     )
@@ -250,9 +251,7 @@ def logit_grads(
     """Step 3, written into ``out``."""
     given = vocabulary, rule, student, teachers, weights, labels, temperatures
     for rows, block in _blocks(*given):
-        out[rows] = block.gradient(
-            normal[rows], totals[rows], of_each[rows], of_ce[rows] if rule.labeled else None
-        )
+        out[rows] = block.gradient(normal[rows], totals[rows], of_each[rows], of_ce[rows] if rule.labeled else None)
     return out
 
 
@@ -403,13 +402,13 @@ class _Block:
         """To the logits, from the gradients to ``each`` and ``ce``."""
         rule, logs = self.rule, self.logs(normal)
         log_q = logs[0].requires_grad_()
-        q, out = log_q.detach().exp(), None
+        q, out = log_q.detach().exp(), torch.zeros_like(log_q)
         targets = self.targets(logs, self.w)
         for t, (_, p, log) in enumerate(targets):
             with torch.enable_grad():
                 d = reference.divergence_rows(rule.divergence, p, log, log_q.exp(), log_q)
             (made,) = torch.autograd.grad(d, log_q, of_each[:, t])
-            out = made if out is None else out.add_(made)
+            out.add_(made)
         out = out.sub_(q * (of_each * totals).sum(1, keepdim=True)).div_(self.tau)
         if rule.divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
             out.masked_fill_(reference.lost_classes([(w, p, log) for w, p, log in targets], self.z), 0)

@@ -15,7 +15,9 @@ IGNORED = -1  # in the place of the label of a row that does not count
 _BYTES = 2**26  # of a block of rows
 
 
-def labels_here(vocabulary: Vocabulary, labels: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
+def labels_here(
+    vocabulary: Vocabulary, labels: Tensor | None, ignore_index: int
+) -> tuple[Tensor | None, Tensor | None]:
     """The labels as places in this process's part, where another class is 0; and the rows whose label is here."""
     if labels is None:
         return None, None
@@ -46,7 +48,9 @@ def joined(
     told = vocabulary.gathered(torch.cat([found, z], 1))
     parts, z = told[:, :, :7].unbind(2), told[:, :, 7:].amax(0)
     tops, logs, logs_1, of_label, total, entropy, below = parts
-    top = tops.masked_fill(logs == -torch.inf, -torch.inf).amax(0)  # a part that has none of these classes has the maximum 0
+    top = tops.masked_fill(logs == -torch.inf, -torch.inf).amax(
+        0
+    )  # a part that has none of these classes has the maximum 0
     top = top.masked_fill(top == -torch.inf, 0)
     each = (tops - top) / temperature + logs
     log_sum = each.logsumexp(0)
@@ -59,9 +63,7 @@ def joined(
     return torch.stack(sums, 1), z.masked_fill(absent[:, :-1], torch.nan)
 
 
-def grads_here(
-    vocabulary: Vocabulary, of_sums: Tensor, of_z: Tensor, mine: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def grads_here(vocabulary: Vocabulary, of_sums: Tensor, of_z: Tensor, mine: Tensor | None) -> tuple[Tensor, Tensor]:
     """What ``topk_bucket_bwd`` takes, for this process's classes, from the gradients to ``sums`` [N, 5] and named logits."""
     at_1, of_label, of_mean, of_below = of_sums[:, 1], of_sums[:, 2], of_sums[:, 3], of_sums[:, 4]
     if mine is not None:

@@ -28,6 +28,8 @@ from amtml_fast.ops._base import (
     scaled,
 )
 from amtml_fast.ops._linear_chunks import NAME, TENSORS, Call, Settings
+from amtml_fast.ops._vocabulary import DTensors, Vocabulary, replicated, splits, vocabulary_of
+from amtml_fast.ops._vocabulary_linear import split_linear_loss
 from amtml_fast.ops.divergence import check_options, check_row_numbers, check_values
 from amtml_fast.reference import KDOptions, KDStats, LinearTeacher, TopKTeacher, wide_dtype
 
@@ -61,6 +63,7 @@ def fused_linear_kd_loss(
     beta: float | None = None,
     teacher_temperature: float | Sequence[float] | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """``multi_teacher_kd_loss`` (Eq 7-8) from hidden states and output layers, whose logits are never held all at once::
 
@@ -95,6 +98,10 @@ def fused_linear_kd_loss(
             saves half of its memory, and rounds once a chunk.
         temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing, num_items_in_batch, divergence, beta,
             teacher_temperature, return_stats: as in ``multi_teacher_kd_loss``.
+        process_group: as in ``multi_teacher_kd_loss``, with output layers and biases of the r-th part of the classes, [C / P, H] and
+            [C / P], and logits of teachers [N, C / P]. Hidden states and top-k teachers, with classes in [0, C), are the same on
+            all processes. The gradient to ``student_hidden`` is the whole one, summed over the processes: no more is to be summed.
+            DTensors of the layers, ``Shard(0)`` on a mesh of 1 dimension, need no group.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is). With ``return_stats`` also ``KDStats``: with
@@ -114,7 +121,28 @@ def fused_linear_kd_loss(
         ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU the values of
             weights, labels, ``temperature`` and ``alpha`` are not looked at.
     """
-    leading, classes, kinds, flat = _check_tensors(student_hidden, student_weight, student_bias, teachers)
+    if splits(student_weight, 0) and replicated(student_hidden):
+        parts = DTensors(NAME, process_group, "student_weight", student_weight)
+        student_hidden, teacher_weights, labels, teacher_index, temperature, alpha, num_items_in_batch = map(
+            parts.whole,
+            (
+                "student_hidden",
+                "teacher_weights",
+                "labels",
+                "teacher_index",
+                "temperature",
+                "alpha",
+                "num_items_in_batch",
+            ),
+            (student_hidden, teacher_weights, labels, teacher_index, temperature, alpha, num_items_in_batch),
+        )
+        student_weight = parts.part("student_weight", student_weight, 0)
+        student_bias = parts.part("student_bias", student_bias, 0)
+        teachers, process_group = _parts_of_teachers(parts, teachers), parts.group
+    part = student_weight.shape[0] if isinstance(student_weight, Tensor) and student_weight.dim() == 2 else 0
+    vocabulary = vocabulary_of(NAME, process_group, part)
+    leading, part, kinds, flat = _check_tensors(student_hidden, student_weight, student_bias, teachers, vocabulary)
+    classes = part if vocabulary is None else vocabulary.classes
     rows = leading.numel()
     like = student_hidden.detach().new_empty(()).expand(*leading, classes)  # what the logits would be like
     _kd.check_rows(NAME, like, len(kinds), teacher_weights, labels, ignore_index, "student_hidden")
@@ -139,7 +167,7 @@ def fused_linear_kd_loss(
     check_values(NAME, labels, ignore_index, more, classes, weights)
     _check_classes(kinds, flat, labels, index, classes, ignore_index)
     chosen = backend.choose("fused_linear_kd", student_hidden, student_weight, student_bias, weights, more.alpha, *flat)
-    if chosen == "reference":
+    if chosen == "reference" and vocabulary is None:
         return reference.fused_linear_kd_loss(
             student_hidden, student_weight, teachers, teacher_weights, labels,
             student_bias=student_bias, teacher_index=teacher_index, logit_scale=logit_scale, softcap=softcap,
@@ -162,16 +190,22 @@ def fused_linear_kd_loss(
         list(more.teacher_temperatures), float(numbers.temperature), t2_scale, ce_weight, kl_weight, row_reduction,
         ignore_index, float(label_smoothing), float(logit_scale), float(softcap or 0), chunk_size or 0, accumulate == "bf16",
     )  # fmt: skip
-    inputs = hidden, student_weight, student_bias, weights, alphas
-    needs = tuple(needs_grad(x) for x in inputs)
-    out = run(
-        FusedLinearKD, any(needs), *inputs, labels, index, temperatures, kinds, settings, needs, return_stats, *flat
-    )
-    loss, s = out if return_stats else (out, None)
+    if vocabulary is None:
+        inputs = hidden, student_weight, student_bias, weights, alphas
+        needs = tuple(needs_grad(x) for x in inputs)
+        out = run(
+            FusedLinearKD, any(needs), *inputs, labels, index, temperatures, kinds, settings, needs, return_stats, *flat
+        )
+        loss, s = out if return_stats else (out, None)
+        stats: Any = None if s is None else KDStats(s[:, 0], s[:, 1], s[:, 4:], s[:, 2], s[:, 3])
+    else:
+        loss, stats = split_linear_loss(
+            vocabulary, hidden, student_weight, student_bias, weights, labels, index, temperatures, flat, kinds, settings,
+            numbers._replace(reduction=row_reduction), more, wide, need_stats=return_stats,
+        )  # fmt: skip
     loss = _kd.per_item(loss, like, reduction, num_items_in_batch)
-    if s is None:
+    if stats is None:
         return loss
-    stats = KDStats(s[:, 0], s[:, 1], s[:, 4:], s[:, 2], s[:, 3])
     routed = (
         None
         if index is None
@@ -185,7 +219,7 @@ def fused_linear_kd_loss(
 
 
 def _check_tensors(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teachers: Any
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teachers: Any, vocabulary: Vocabulary | None
 ) -> tuple[torch.Size, int, list[str], list[Tensor]]:
     """The shape of rows, the number of classes, the kinds of the teachers and all their tensors, of arguments that fit."""
     checks.tensor(NAME, "student_hidden", hidden)
@@ -213,8 +247,9 @@ def _check_tensors(
         elif isinstance(teacher, TopKTeacher):
             checks.integers(NAME, f"{name}.indices", teacher.indices)
             _check_leading(f"{name}.indices", teacher.indices, leading, "k")
-            if not 1 <= teacher.indices.shape[-1] <= classes:
-                wanted = f"k classes with 1 <= k <= {classes}"
+            most = classes if vocabulary is None else vocabulary.classes
+            if not 1 <= teacher.indices.shape[-1] <= most:
+                wanted = f"k classes with 1 <= k <= {most}"
                 raise ValueError(f"{NAME}: {name}.indices must have {wanted}, got {checks.shape(teacher.indices)}")
             checks.same_device(NAME, f"{name}.indices", teacher.indices, "student_hidden", hidden)
             _check_of_rows(f"{name}.log_probs", teacher.log_probs, leading, "k", hidden)
@@ -234,6 +269,23 @@ def _check_tensors(
             _kd.check_frozen(NAME, name, x)
         flat += given
     return leading, classes, kinds, flat
+
+
+def _parts_of_teachers(parts: DTensors, teachers: Any) -> Any:
+    """The teachers, with the classes of this process."""
+    if not isinstance(teachers, (list, tuple)) or isinstance(teachers, (LinearTeacher, TopKTeacher)):
+        return teachers  # the checks will refuse it
+    out: list[Any] = []
+    for i, teacher in enumerate(teachers):
+        name = f"teachers[{i}]"
+        if isinstance(teacher, LinearTeacher):
+            layer = [parts.part(f"{name}.{x}", getattr(teacher, x), 0) for x in ("weight", "bias")]
+            out.append(LinearTeacher(parts.whole(f"{name}.hidden", teacher.hidden), *layer))
+        elif isinstance(teacher, TopKTeacher):
+            out.append(TopKTeacher(*(parts.whole(name, x) for x in teacher)))
+        else:
+            out.append(parts.part(name, teacher, -1))
+    return out
 
 
 def _described(value: Any) -> str:

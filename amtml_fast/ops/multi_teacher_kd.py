@@ -130,8 +130,8 @@ def multi_teacher_kd_loss(
         labels = None if labels is None else labels.reshape(rows)
     row_reduction = reduction if num_items_in_batch is None else "sum"
     eq8 = divergence == "forward_kl" and mode != "logits" and beta is None and teacher_temperature is None
-    by_row = isinstance(temperature, Tensor) or isinstance(alpha, Tensor)
-    if eq8 and not (return_stats or by_row or vocabulary):
+    eq8 = eq8 and vocabulary is None
+    if eq8 and not (return_stats or isinstance(temperature, Tensor) or isinstance(alpha, Tensor)):
         options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
         loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
         return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)

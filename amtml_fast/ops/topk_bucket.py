@@ -495,7 +495,7 @@ class TopkBucket(torch.autograd.Function):
             classes, heads = (_places(vocabulary, x) for x in (classes, heads))
             labels, ctx.mine = labels_here(vocabulary, labels, settings[1])
             settings = settings[0], IGNORED, *settings[2:]
-        sweep = kernels(backend).topk_bucket_fwd.default if backend != "reference" else plain_sweep
+        sweep: Any = kernels(backend).topk_bucket_fwd.default if backend != "reference" else plain_sweep
         found, z = sweep(student, classes, weights, labels, *settings, need_stats)
         if vocabulary is not None:
             found, z = joined(vocabulary, found, z, ctx.mine, absent, settings[0])
@@ -521,7 +521,7 @@ class TopkBucket(torch.autograd.Function):
                 summed = summed + part
             if ctx.vocabulary is not None:
                 of_sums, summed = grads_here(ctx.vocabulary, of_sums, summed, ctx.mine)
-            sweep = kernels(ctx.backend).topk_bucket_bwd.default if ctx.backend != "reference" else plain_gradient
+            sweep: Any = kernels(ctx.backend).topk_bucket_bwd.default if ctx.backend != "reference" else plain_gradient
             grad = sweep(of_sums, summed, student, heads, labels, found, *ctx.settings)
         return None, grad, of_weights if ctx.needs[1] else None, *fixed
 

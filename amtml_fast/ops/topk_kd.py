@@ -152,7 +152,9 @@ def topk_kd_loss(
         values = name, labels, vocabulary.classes, ignore_index, weights, (indices, sizes)
         needs = needs_grad(student), needs_grad(weights)
         settings = options, divergence, beta, sizes, student.dtype, log_probs.dtype, return_stats, needs
-        doubt = check_alike(name, vocabulary, student, labels, settings)
+        doubt = check_alike(
+            name, vocabulary, student, settings, integers=[labels, indices], floats=[log_probs, weights]
+        )
     if tail == "bucket":
         compared = reference.divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
         loss, stats = bucket_loss(*given, compared, support, values, vocabulary, need_stats=return_stats)
