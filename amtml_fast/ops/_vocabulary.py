@@ -165,6 +165,10 @@ class DTensors:
                 "give the local parts, and the group of the dimension that splits classes as process_group"
             )
         self.group = self.mesh.get_group()
+        ranks, order = dist.get_process_group_ranks(self.group), self.mesh.mesh.flatten().tolist()
+        if ranks != order:
+            wanted = f"on a mesh whose processes are in the order of its group, {ranks}"
+            raise ValueError(f"{function}: {name} must be {wanted}, got {order}")
 
     def part(self, name: str, x: Any, dim: int) -> Any:
         """The classes of this process, of a tensor that has them in dimension ``dim``."""

@@ -134,7 +134,7 @@ class SplitCall(Call):
         values = values.masked_fill(~mine, -torch.inf).masked_fill(absent, torch.nan)
         return out.scatter_reduce_(1, place, values, "amax")
 
-    def made(self, grads: bool) -> Iterator[tuple[Any, list[int], Tensor, tuple[Any, ...]]]:
+    def made(self, grads: bool) -> Iterator[tuple[Any, list[int], Tensor, Any]]:
         """Of every chunk its rows, its teachers, its hidden states and what ``rows_of`` takes."""
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             for rows, only in self.chunks(self.segments(), grads):

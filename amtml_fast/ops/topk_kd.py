@@ -94,8 +94,7 @@ def topk_kd_loss(
         return_stats: return ``(loss, KDStats)``. ``retained_mass`` is the teachers' mass in the classes that are given (and, with
             ``support="student"``, kept), and ``teacher_kl`` the KL of what ``tail`` makes of each teacher.
         process_group: as in ``multi_teacher_kd_loss``, with logits [N, C / P]. ``teacher_indices`` are numbers in [0, C), the same
-            on all processes, as is all else; ``support="student"`` does not go with it. A DTensor of logits, ``Shard(-1)`` on a
-            mesh of 1 dimension, needs no group.
+            on all processes, as is all else. A DTensor of logits, ``Shard(-1)`` on a mesh of 1 dimension, needs no group.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
@@ -131,8 +130,6 @@ def topk_kd_loss(
                 raise ValueError(
                     f'{name}: {argument} must be "{wanted}" with tail "{tail}" (not "bucket"), got "{value}"'
                 )
-    if vocabulary is not None and support == "student":
-        raise NotImplementedError(f'{name}: support must be "teacher" with process_group, got "student"')
     _kd.check_numbers(name, temperature, alpha, label_smoothing)
     if num_items_in_batch is not None:
         _kd.check_num_items(name, num_items_in_batch, reduction, labels)
@@ -151,7 +148,7 @@ def topk_kd_loss(
     if vocabulary is not None:
         values = name, labels, vocabulary.classes, ignore_index, weights, (indices, sizes)
         needs = needs_grad(student), needs_grad(weights)
-        settings = options, divergence, beta, sizes, student.dtype, log_probs.dtype, return_stats, needs
+        settings = options, divergence, beta, support, sizes, student.dtype, log_probs.dtype, return_stats, needs
         doubt = check_alike(
             name, vocabulary, student, settings, integers=[labels, indices], floats=[log_probs, weights]
         )
