@@ -16,6 +16,10 @@ from torch import Tensor
 from amtml_fast import backend, checks
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+NO_SECOND = (
+    "the fused backends and a process_group have no second derivative; "
+    'compute this part in one process under amtml_fast.use_backend("reference"), which has one'
+)
 
 
 class Vocabulary(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings, kept_rows, put_rows
-from amtml_fast.ops._vocabulary import Vocabulary, check_alike, check_backend
+from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike, check_backend
 from amtml_fast.ops._vocabulary_rows import Rows, Rule, finished, logit_grads, rows_of, rule_of, weight_grads
 from amtml_fast.reference import Divergence, KDOptions
 
@@ -92,7 +92,7 @@ class SplitLinearKD(torch.autograd.Function):
         return rows.each, rows.ce, rows.stats
 
     @staticmethod
-    @first_order(f"{NAME} with process_group")
+    @first_order(NAME, NO_SECOND)
     def backward(ctx: Any, of_each: Tensor, of_ce: Tensor, *_: Tensor | None) -> tuple:
         *given, normal, totals, of_weights = saved(ctx)
         rule, needs = ctx.fixed[1], ctx.fixed[4]

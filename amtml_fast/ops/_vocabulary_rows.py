@@ -20,7 +20,7 @@ from torch import Tensor
 from amtml_fast import reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
-from amtml_fast.ops._vocabulary import Vocabulary, check_alike, check_backend
+from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike, check_backend
 from amtml_fast.ops.divergence import check_values
 from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
 
@@ -117,6 +117,9 @@ def finished(
     if options.mode == "sum" and (columns > 1 or weights is not None):
         w = each.new_full((1, columns), 1 / columns) if weights is None else weights
         w = w.expand(rows, -1).masked_fill(~valid.unsqueeze(1), 0)
+        if divergence.alpha is not None:  # an infinite D counts nothing where alpha is 0
+            without = (divergence.alpha == 0).unsqueeze(1) & ~each.isfinite()
+            w = torch.where(without, w.detach(), w)
         distance = reference.weighted(w, each).sum(1)
     if options.t2_scale:
         tau = options.temperature if divergence.temperature is None else divergence.temperature.to(each.dtype)
@@ -156,7 +159,7 @@ class SplitKD(torch.autograd.Function):
         return rows.each, rows.ce, rows.stats
 
     @staticmethod
-    @first_order("multi_teacher_kd_loss with process_group")
+    @first_order("multi_teacher_kd_loss", NO_SECOND)
     def backward(ctx: Any, of_each: Tensor, of_ce: Tensor, *_: Tensor | None) -> tuple:
         kept = saved(ctx)  # once: a checkpoint gives each tensor but once
         student, weights, labels, temperatures, normal, totals, of_weights, *teachers = kept
@@ -216,7 +219,13 @@ def rows_of(
         agree = _first_largest(found["q_top"]) == _first_largest(found["p_top"])
         kls = total["kls"]
         stats = torch.cat([total["entropies"], used.unsqueeze(1), agree.double().unsqueeze(1), kls], 1)
-    totals = total["totals"] if rule.need_student else none
+    totals = none
+    if rule.need_student:
+        totals = total["totals"]
+        if rule.divergence.name == "forward_kl":  # minus the sum of p: so p = q has the gradient 0 and not nearly
+            totals = torch.full_like(totals, -1)
+            if rule.mode == "mixture" and weights is not None:
+                totals = -weights.double().sum(1, keepdim=True)
     return Rows(total["each"].to(wide), ce.to(wide), stats.to(wide), normal, totals.to(wide), of_weights.to(wide))
 
 
@@ -357,7 +366,7 @@ class _Block:
                 each.append(d.detach())
                 made = list(torch.autograd.grad(d.sum(), inputs, retain_graph=True)) if inputs else []
                 if rule.need_student:
-                    totals.append(made[0].sum(1))
+                    totals.append(made[0].sum(1, dtype=torch.float64))
         out["each"] = torch.stack(each, 1)
         if rule.need_student:
             out["totals"] = torch.stack(totals, 1)
@@ -365,14 +374,18 @@ class _Block:
             out["weights"] = made[-1]
         elif of_weights:  # beside the largest logit of each teacher, which changes nothing, the sums keep their digits
             a, p, first = made[-1], logs[-1].detach().exp(), 1 + rule.labeled
-            tops = normal[:, first:, :1].to(rule.wide)
-            shown = [x.masked_fill(x == -torch.inf, 0) for x in (y - tops[:, t] for t, y in enumerate(self.scaled))]
-            out["a_logits"] = torch.stack([reference.weighted(a, y).sum(1) for y in shown], 1)
-            out["p_logits"] = torch.stack([reference.weighted(p, y).sum(1) for y in shown], 1)
-            out["of_target"] = a.sum(1, keepdim=True)
+            tops = normal[:, first:, 0].to(rule.wide)
+            tops = tops.masked_fill(~tops.isfinite(), 0)
+            given = [x.masked_fill(x == -torch.inf, 0) for x in self.scaled]
+            given = [x.masked_fill((self.w[:, t, None] == 0) & ~x.isfinite(), 0) for t, x in enumerate(given)]
+            beside = [x - tops[:, t, None] for t, x in enumerate(given)]
+            out["a_logits"] = torch.stack([reference.weighted(a, x).sum(1, dtype=torch.float64) for x in beside], 1)
+            out["p_logits"] = torch.stack([reference.weighted(p, x).sum(1, dtype=torch.float64) for x in beside], 1)
+            out["of_target"] = a.sum(1, keepdim=True, dtype=torch.float64)
         if rule.labeled:
-            mine, place = self.label()
+            mine, place, absent = self.label()
             of_label = logs[1].gather(1, place.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0)
+            of_label = of_label.masked_fill(absent, math.nan)
             out["ce"] = torch.stack([of_label, logs[1].sum(1)], 1)
         if rule.need_stats:
             self.add_stats(out, [x.detach() for x in logs])
@@ -392,11 +405,13 @@ class _Block:
             top = x.max(1)
             out[name] = torch.stack([top.values.double(), top.indices.double()], 1)
 
-    def label(self) -> tuple[Tensor, Tensor]:
-        """Whether the label's class is here, and where."""
+    def label(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Whether the label's class is here, where, and whether it is none at all. (On the CPU that was an error before.)"""
         assert self.labels is not None
+        hide = self.hide.squeeze(1)
         mine, place = self.vocabulary.here(self.labels)
-        return mine & ~self.hide.squeeze(1), place
+        absent = (self.labels < 0) | (self.labels >= self.vocabulary.classes)
+        return mine & ~hide, place, absent & ~hide
 
     def gradient(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor | None) -> Tensor:
         """To the logits, from the gradients to ``each`` and ``ce``."""
@@ -413,8 +428,8 @@ class _Block:
         if rule.divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
             out.masked_fill_(reference.lost_classes([(w, p, log) for w, p, log in targets], self.z), 0)
         if of_ce is not None:
-            mine, place = self.label()
-            by, smoothing = of_ce.unsqueeze(1), rule.label_smoothing
+            mine, place, absent = self.label()
+            by, smoothing = of_ce.masked_fill(absent, math.nan).unsqueeze(1), rule.label_smoothing
             out.add_((logs[1].exp() - smoothing / self.vocabulary.classes) * by)
             out.scatter_add_(1, place.unsqueeze(1), ((smoothing - 1) * by).masked_fill(~mine.unsqueeze(1), 0))
         return out.masked_fill_(self.hide | (self.z == -torch.inf), 0)

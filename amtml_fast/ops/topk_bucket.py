@@ -24,7 +24,7 @@ from amtml_fast.ops._topk_named import (
     of_outcomes,
     to_heads,
 )
-from amtml_fast.ops._vocabulary import Vocabulary
+from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary
 from amtml_fast.ops._vocabulary_topk import (
     IGNORED,
     absent_classes,
@@ -421,7 +421,7 @@ class TopkBucket(torch.autograd.Function):
         return torch.stack(sums, 1), z, None if weights is None else weights.view_as(weights), stats
 
     @staticmethod
-    @first_order("topk_kd_loss")
+    @first_order("topk_kd_loss", NO_SECOND)
     def backward(ctx: Any, of_sums: Tensor, of_z: Tensor, of_weights: Tensor | None, *_: Tensor | None) -> tuple:
         fixed = (None,) * (len(ctx.needs_input_grad) - 3)
         student, _, labels, heads, home, found = saved(ctx)
