@@ -13,7 +13,7 @@ from torch import Tensor
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings, kept_rows, put_rows
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike, check_backend
-from amtml_fast.ops._vocabulary_rows import Rows, Rule, finished, logit_grads, rows_of, rule_of, weight_grads
+from amtml_fast.ops._vocabulary_rows import Given, Rows, Rule, finished, logit_grads, rows_of, rule_of, weight_grads
 from amtml_fast.reference import Divergence, KDOptions
 
 
@@ -134,8 +134,8 @@ class SplitCall(Call):
         values = values.masked_fill(~mine, -torch.inf).masked_fill(absent, torch.nan)
         return out.scatter_reduce_(1, place, values, "amax")
 
-    def made(self, grads: bool) -> Iterator[tuple[Any, list[int], Tensor, Any]]:
-        """Of every chunk its rows, its teachers, its hidden states and what ``rows_of`` takes."""
+    def made(self, grads: bool) -> Iterator[tuple[Any, list[int], Tensor, Given]]:
+        """Of every chunk its rows, its teachers, its hidden states and what is made of them."""
         with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
             for rows, only in self.chunks(self.segments(), grads):
                 weights, labels, temperatures = (
@@ -151,7 +151,7 @@ class SplitCall(Call):
                 if taus:
                     taus = tuple(taus[t] for t in only)
                     rule = rule._replace(divergence=rule.divergence._replace(teacher_temperatures=taus))
-                yield rows, only, hidden, (self.vocabulary, rule, student, teachers, weights, labels, temperatures)
+                yield rows, only, hidden, Given(self.vocabulary, rule, student, teachers, weights, labels, temperatures)
 
     def rows_found(self) -> Rows:
         n, count, rule, new = self.rows, len(self.kinds), self.rule, self.hidden.new_zeros
@@ -167,7 +167,7 @@ class SplitCall(Call):
             new((n, count) if rule.need_weights and rule.mode != "sum" else 0, dtype=self.wide),
         )
         for rows, only, _, given in self.made(False):
-            part = rows_of(*given)
+            part = rows_of(given)
             for name, x in part._asdict().items():
                 if name != "stats" and x.numel():
                     put_rows(getattr(out, name), rows, x)
@@ -188,10 +188,10 @@ class SplitCall(Call):
             of_each, of_ce = of_each / by, of_ce / by
         first, take = True, self.take
         for rows, _, hidden, given in self.made(True):
-            student, labeled = given[2], self.rule.labeled
-            of_rows = [take(x, rows) for x in (normal, totals, of_each)]
+            student = given.student
             grad = self.buffer("grad", tuple(student.shape))
-            logit_grads(*given, *of_rows, take(of_ce, rows) if labeled else of_ce, grad)
+            of_labels = take(of_ce, rows) if self.rule.labeled else of_ce
+            logit_grads(given, take(normal, rows), take(totals, rows), take(of_each, rows), of_labels, grad)
             if self.set.softcap:  # times 1 - tanh^2
                 student.div_(self.set.softcap)
                 torch.ops.aten.tanh_backward.grad_input(grad, student, grad_input=grad)

@@ -42,6 +42,18 @@ class Rule(NamedTuple):
     wide: torch.dtype
 
 
+class Given(NamedTuple):
+    """Rows of which this process has a part of the classes."""
+
+    vocabulary: Vocabulary
+    rule: Rule
+    student: Tensor  # [N, C / P]
+    teachers: Sequence[Tensor]
+    weights: Tensor | None  # [N, T]
+    labels: Tensor | None  # [N]
+    temperatures: Tensor | None  # [N]
+
+
 class Rows(NamedTuple):
     """What is known of rows after both exchanges."""
 
@@ -152,8 +164,8 @@ class SplitKD(torch.autograd.Function):
         temperatures: Tensor | None,
         *teachers: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = rows_of(vocabulary, rule, student, teachers, weights, labels, temperatures)
-        ctx.vocabulary, ctx.rule, ctx.shapes = vocabulary, rule, (student.shape, len(teachers))
+        rows = rows_of(Given(vocabulary, rule, student, teachers, weights, labels, temperatures))
+        ctx.vocabulary, ctx.rule = vocabulary, rule
         ctx.mark_non_differentiable(rows.stats)
         save(ctx, student, weights, labels, temperatures, rows.normal, rows.totals, rows.of_weights, *teachers)
         return rows.each, rows.ce, rows.stats
@@ -165,10 +177,9 @@ class SplitKD(torch.autograd.Function):
         student, weights, labels, temperatures, normal, totals, of_weights, *teachers = kept
         grad = grad_weights = None
         if ctx.rule.need_student:
-            grad = logit_grads(
-                ctx.vocabulary, ctx.rule, student, teachers, weights, labels, temperatures, normal, totals, of_each, of_ce,
-                torch.empty_like(student, memory_format=torch.contiguous_format),
-            )  # fmt: skip
+            given = Given(ctx.vocabulary, ctx.rule, student, teachers, weights, labels, temperatures)
+            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
+            logit_grads(given, normal, totals, of_each, of_ce, grad)
         if ctx.rule.need_weights and ctx.rule.mode != "sum":
             grad_weights = weight_grads(of_weights, of_each)
         return None, None, None, grad, grad_weights, *(None,) * (2 + len(teachers))
@@ -182,19 +193,11 @@ def weight_grads(of_weights: Tensor, of_each: Tensor) -> Tensor:
 # --- the three steps
 
 
-def rows_of(
-    vocabulary: Vocabulary,
-    rule: Rule,
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-) -> Rows:
+def rows_of(given: Given) -> Rows:
     """Steps 1 and 2."""
-    given = vocabulary, rule, student, teachers, weights, labels, temperatures
-    normal = _normal(vocabulary, torch.cat([block.sums() for _, block in _blocks(*given)]))
-    parts = [block.shares(normal[rows]) for rows, block in _blocks(*given)]
+    vocabulary, rule, student, teachers, weights, labels, _ = given
+    normal = _normal(vocabulary, torch.cat([block.sums() for _, block in _blocks(given)]))
+    parts = [block.shares(normal[rows]) for rows, block in _blocks(given)]
     sizes = {name: x.shape[1] for name, x in parts[0].items()}
     of_all = vocabulary.gathered(torch.cat([torch.cat([x.double() for x in part.values()], 1) for part in parts]))
     found = dict(zip(sizes, of_all.split(list(sizes.values()), 2)))  # [P, N, ...]
@@ -243,58 +246,31 @@ def _first_largest(x: Tensor) -> Tensor:
     return (rank * 2**40 + place.long()).squeeze(0)
 
 
-def logit_grads(
-    vocabulary: Vocabulary,
-    rule: Rule,
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-    normal: Tensor,
-    totals: Tensor,
-    of_each: Tensor,
-    of_ce: Tensor,
-    out: Tensor,
-) -> Tensor:
+def logit_grads(given: Given, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor, out: Tensor) -> Tensor:
     """Step 3, written into ``out``."""
-    given = vocabulary, rule, student, teachers, weights, labels, temperatures
-    for rows, block in _blocks(*given):
-        out[rows] = block.gradient(normal[rows], totals[rows], of_each[rows], of_ce[rows] if rule.labeled else None)
+    for rows, block in _blocks(given):
+        out[rows] = block.gradient(
+            normal[rows], totals[rows], of_each[rows], of_ce[rows] if given.rule.labeled else None
+        )
     return out
 
 
-def _blocks(
-    vocabulary: Vocabulary,
-    rule: Rule,
-    student: Tensor,
-    teachers: Sequence[Tensor],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    temperatures: Tensor | None,
-) -> Iterator[tuple[slice, "_Block"]]:
+def _blocks(given: Given) -> Iterator[tuple[slice, "_Block"]]:
+    vocabulary, rule, student, teachers, *small = given
     rows, size = student.shape
     budget = _CPU_BYTES if student.device.type == "cpu" else _GPU_BYTES
     step = max(budget // (size * rule.wide.itemsize * (len(teachers) + 4)), 1)
     for start in range(0, max(rows, 1), step):
         some = slice(start, start + step)
-        small = [None if x is None else x[some] for x in (weights, labels, temperatures)]
-        yield some, _Block(vocabulary, rule, student[some], [t[some] for t in teachers], *small)
+        of_rows = (None if x is None else x[some] for x in small)
+        yield some, _Block(Given(vocabulary, rule, student[some], [t[some] for t in teachers], *of_rows))
 
 
 class _Block:
     """Some rows, as far as this process has their classes."""
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        rule: Rule,
-        student: Tensor,
-        teachers: list[Tensor],
-        weights: Tensor | None,
-        labels: Tensor | None,
-        temperatures: Tensor | None,
-    ):
+    def __init__(self, given: Given):
+        vocabulary, rule, student, teachers, weights, labels, temperatures = given
         self.vocabulary, self.rule, self.labels = vocabulary, rule, labels
         rows, count, wide = student.shape[0], len(teachers), rule.wide
         valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != rule.ignore_index
