@@ -5,6 +5,8 @@ Four processes are started once. Each runs all CASES and CALLS, compares with on
 
 import functools
 import itertools
+import multiprocessing
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import amtml_fast as af
+from amtml_fast import checks
 
 N, C, T, H = 7, 24, 3, 5
 DIVERGENCES = "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
@@ -246,6 +249,7 @@ case("dense bfloat16", dense, dtype=torch.bfloat16, **_PLAIN)
 case("dense float16", dense, dtype=torch.float16, divergence="jsd", **_PLAIN)
 for _m in MODES:
     case(f"dense far off {_m}", dense, dtype=torch.float32, change=shifted, mode=_m, temperature=1.0)
+case("dense apart logits", dense, change=finite_apart, mode="logits", temperature=2.0)
 case("dense cold", dense, dtype=torch.float32, temperature=0.05, divergence="jsd")
 for _d in DIVERGENCES:
     case(f"topk bucket {_d}", topk, tail="bucket", divergence=_d, return_stats=True, label_smoothing=0.1)
@@ -462,6 +466,14 @@ def without_gradients(rank: int, group: Any) -> float:
 
 
 @call
+def far_off(rank: int, group: Any) -> float:
+    """Where plain PyTorch loses digits of the gradient to the weights: logits around 1000."""
+    build = functools.partial(dense, dtype=torch.float32, change=shifted, mode="logits", temperature=1.0)
+    got = found(build, part_of(rank), process_group=group)
+    return error(got["gradient to weights"].double(), found(widened(build), whole)["gradient to weights"])
+
+
+@call
 def same_bits(rank: int, group: Any) -> list[Tensor]:
     out = found(functools.partial(dense, dtype=torch.float32), part_of(rank), process_group=group)
     return [out["loss"], out["gradient to weights"]]
@@ -514,6 +526,62 @@ def what_is_sent(rank: int, group: Any) -> dict[str, list[int]]:
         out[name] = [forward, *sent]
     dist.all_gather, dist.all_reduce = gather, reduce
     return out
+
+
+@call
+def not_read(rank: int, group: Any) -> list[bool]:
+    """As on a GPU, whose values nobody reads: what does not fit makes the loss NaN."""
+    read, checks.values_are_free = checks.values_are_free, lambda _: False
+    uneven, labels = torch.randn(N, 6 + rank // 3), torch.tensor([0, 1, 2, C])
+    z, hidden = torch.zeros(4, 6), torch.randn(N, H)
+    top = torch.tensor([[0, C]] * 4)
+    losses = (
+        af.multi_teacher_kd_loss(torch.zeros(N, 6), [torch.zeros(N, 6)], None, process_group=group),
+        af.multi_teacher_kd_loss(uneven, [uneven], None, process_group=group),
+        af.fused_linear_kd_loss(hidden, torch.ones(6, H), [torch.zeros(N, 6)], process_group=group),
+        af.multi_teacher_kd_loss(z, [z], None, labels, process_group=group),
+        af.fused_linear_kd_loss(
+            torch.ones(4, H), torch.ones(6, H), [af.TopKTeacher(top, torch.zeros(4, 2))], process_group=group
+        ),
+    )
+    with af.use_backend("reference"):  # the C++ kernel looks at its places itself
+        losses += (
+            af.topk_kd_loss(z, [top], [torch.zeros(4, 2)], None, tail="bucket", process_group=group),
+            af.topk_kd_loss(z, [top % C], [torch.zeros(4, 2)], None, labels, process_group=group),
+        )
+    checks.values_are_free = read
+    return [bool(x.isnan()) for x in losses]
+
+
+@call
+def as_in_the_docs(rank: int, group: Any) -> list[float]:
+    """The code of docs/language_models.md: how far its gradients are from those of one process."""
+    torch.manual_seed(0)
+    page = (Path(__file__).parents[2] / "docs" / "language_models.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page.split("## Tensor parallelism")[1].split("\n## ")[0], re.S)
+    models = [torch.nn.ModuleDict({"lm_head": torch.nn.Linear(size, C, bias=False)}) for size in (H, H + 1)]
+    models[1].requires_grad_(False)
+    student, teacher = models
+    hidden, teacher_hidden, next_tokens = torch.randn(2, N, H), torch.randn(2, N, H + 1), torch.randint(0, C, (2, N))
+    hidden.requires_grad_()
+    weight, taught = (x.lm_head.weight.detach() for x in models)
+    leaves = [hidden, weight.clone().requires_grad_()]
+    teachers = [af.LinearTeacher(teacher_hidden, taught)]
+    want = torch.autograd.grad(af.fused_linear_kd_loss(*leaves, teachers, None, next_tokens), leaves)
+    names = dict(
+        student=student, teacher=teacher, mesh=init_device_mesh("cpu", (4,)), hidden=hidden, teacher_hidden=teacher_hidden,
+        next_tokens=next_tokens, tensor_parallel_group=group, fused_linear_kd_loss=af.fused_linear_kd_loss,
+        LinearTeacher=af.LinearTeacher, output_weight=part_of(rank)(weight, 0).requires_grad_(),
+        teacher_output_weight=part_of(rank)(taught, 0),
+    )  # fmt: skip
+    out = []
+    for block in blocks:
+        hidden.grad = None
+        exec(block, names)
+        out.append(error(hidden.grad, want[0]))
+    assert isinstance(student.lm_head.weight.grad, DTensor)
+    out.append(error(student.lm_head.weight.grad.full_tensor(), want[1]))
+    return [*out, error(names["output_weight"].grad, part_of(rank)(want[1], 0))]
 
 
 def dtensors(build: Callable, mesh: DeviceMesh) -> dict[str, float]:
@@ -603,7 +671,9 @@ pytestmark = cpu_only
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("four")
-    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=4)
+    # Forked from a process that has imported the slow modules once.
+    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "amtml_fast"])
+    torch.multiprocessing.start_processes(_process, (str(folder),), nprocs=4, start_method="forkserver")
     return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(4)]
 
 
@@ -662,6 +732,10 @@ def test_without_gradients_it_is_the_same(four: list[dict]) -> None:
     assert max(one["without_gradients"] for one in four) < 1e-12
 
 
+def test_large_logits_leave_the_weights_their_digits(four: list[dict]) -> None:
+    assert of_all(four, "far_off") < 4e-5
+
+
 def test_all_processes_have_the_same_bits(four: list[dict]) -> None:
     for one in four:
         assert all(map(torch.equal, one["same_bits"], four[0]["same_bits"]))
@@ -669,6 +743,15 @@ def test_all_processes_have_the_same_bits(four: list[dict]) -> None:
 
 def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(four: list[dict]) -> None:
     assert all(one["equal_models"] == [0, 0] for one in four)
+
+
+def test_where_nobody_reads_values_the_loss_is_nan(four: list[dict]) -> None:
+    assert of_all(four, "not_read") == [False] + 6 * [True]
+
+
+def test_the_code_of_the_docs(four: list[dict]) -> None:
+    for one in four:
+        assert len(one["as_in_the_docs"]) == 4 and max(one["as_in_the_docs"]) < 1e-5
 
 
 def test_only_numbers_of_rows_are_sent(four: list[dict]) -> None:
