@@ -105,7 +105,7 @@ def split_loss(
     floats = weights, divergence.alpha, temperatures
     doubt = check_alike(function, vocabulary, student, settings, integers=[labels], floats=floats)
     each, ce, stats = run(
-        SplitKD, any(needs), function, vocabulary, rule, student, weights, _kd.as_long(labels), temperatures, *teachers
+        SplitKD, any(needs), vocabulary, rule, student, weights, _kd.as_long(labels), temperatures, *teachers
     )
     return finished(vocabulary, each, ce, stats, weights, labels, options, divergence, need_stats, doubt)
 
@@ -134,7 +134,9 @@ def finished(
             w = torch.where(without, w.detach(), w)
         distance = reference.weighted(w, each).sum(1)
     if options.t2_scale:
-        tau = options.temperature if divergence.temperature is None else divergence.temperature.to(each.dtype)
+        tau: Any = options.temperature
+        if divergence.temperature is not None:
+            tau = divergence.temperature.to(each.dtype).masked_fill(~valid, 1)
         distance = distance * (tau * tau)
     if labels is not None and ce.numel() == 0:
         ce = torch.zeros_like(distance)
@@ -155,7 +157,6 @@ class SplitKD(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        function: str,
         vocabulary: Vocabulary,
         rule: Rule,
         student: Tensor,
@@ -182,7 +183,7 @@ class SplitKD(torch.autograd.Function):
             logit_grads(given, normal, totals, of_each, of_ce, grad)
         if ctx.rule.need_weights and ctx.rule.mode != "sum":
             grad_weights = weight_grads(of_weights, of_each)
-        return None, None, None, grad, grad_weights, *(None,) * (2 + len(teachers))
+        return None, None, grad, grad_weights, *(None,) * (2 + len(teachers))
 
 
 def weight_grads(of_weights: Tensor, of_each: Tensor) -> Tensor:
@@ -206,9 +207,8 @@ def rows_of(given: Given) -> Rows:
     of_weights, stats, ce = none, none, none
     if "weights" in total:
         of_weights = total["weights"]
-    elif "p_logits" in total:  # mode "logits": as for the student's logits; an infinite D has no gradient to them
+    elif "p_logits" in total:  # mode "logits": as for the student's logits
         of_weights = total["a_logits"] - total["p_logits"] * total["of_target"]
-        of_weights = of_weights.masked_fill(total["of_target"].isinf(), math.nan)
     if rule.labeled:
         of_label, of_classes = total["ce"].unbind(1)
         smoothing = rule.label_smoothing
@@ -278,7 +278,7 @@ class _Block:
         self.z = student.to(wide).masked_fill(hide, 0)
         self.tau: Any = rule.temperature
         if temperatures is not None:
-            self.tau = temperatures.unsqueeze(1).masked_fill(hide, 1)
+            self.tau = temperatures.unsqueeze(1)
         self.x = self.z / self.tau
         of_teachers = rule.divergence.teacher_temperatures or (self.tau,) * count
         self.scaled = [t.to(wide).masked_fill(hide, 0) / by for t, by in zip(teachers, of_teachers)]
@@ -384,10 +384,9 @@ class _Block:
     def label(self) -> tuple[Tensor, Tensor, Tensor]:
         """Whether the label's class is here, where, and whether it is none at all. (On the CPU that was an error before.)"""
         assert self.labels is not None
-        hide = self.hide.squeeze(1)
         mine, place = self.vocabulary.here(self.labels)
         absent = (self.labels < 0) | (self.labels >= self.vocabulary.classes)
-        return mine & ~hide, place, absent & ~hide
+        return mine, place, absent & ~self.hide.squeeze(1)
 
     def gradient(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor | None) -> Tensor:
         """To the logits, from the gradients to ``each`` and ``ce``."""

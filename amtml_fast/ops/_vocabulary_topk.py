@@ -145,7 +145,6 @@ def plain_gradient(
         grad = torch.nn.functional.pad(grad, (0, 1)).scatter(1, nowhere, grad_z[rows].to(y.dtype) + mean)[:, :-1]
         if label is not None:
             grad = grad.scatter_add(1, label.clamp(min=0).unsqueeze(1), of_label)
-            grad = grad.masked_fill((label == ignore_index).unsqueeze(1), 0)
         out[rows] = grad.masked_fill(y == -torch.inf, 0)
     return out
 
