@@ -92,9 +92,12 @@ def check_alike(
     asked, for that would be a sync: there this is a NaN for the loss."""
     known = vocabulary.size, rows.shape[0], zlib.crc32(repr(settings).encode())
     told = [rows.new_full((), x, dtype=torch.float64) for x in known]
-    told.append(_sum(told[0].new_zeros(()), *(x.sum().double() for x in integers if x is not None)))
-    marks = [_mark(x) for x in floats if x is not None and x.numel()]
-    of_all = vocabulary.gathered(torch.stack([*told, *(y for mark in marks for y in mark)]))
+    zero = rows.new_zeros((), dtype=torch.float64)
+    sums_here = [x.sum().double() for x in integers if x is not None]
+    told.append(torch.stack([zero, *sums_here]).sum())
+    for x in floats:  # so many numbers whatever is given, or processes that differ in it would wait for one another
+        told += (zero, zero) if x is None or x.numel() == 0 else _mark(x)
+    of_all = vocabulary.gathered(torch.stack(told))
     other = of_all[:, :4] != of_all[:1, :4]
     sums, norms = of_all[:, 4::2], of_all[:1, 5::2]
     other = torch.cat([other, ((sums - sums[:1]).abs() > 0.05 * norms).any(1, keepdim=True)], 1).any(0)
@@ -114,12 +117,6 @@ def check_alike(
                 got = f"others; process {vocabulary.rank} has {settings}"
             raise ValueError(f"{function}: process_group must have the same {name} on all processes, got {got}")
     return None
-
-
-def _sum(first: Tensor, *others: Tensor) -> Tensor:
-    for x in others:
-        first = first + x
-    return first
 
 
 def _mark(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,9 +48,8 @@ def joined(
     told = vocabulary.gathered(torch.cat([found, z], 1))
     parts, z = told[:, :, :7].unbind(2), told[:, :, 7:].amax(0)
     tops, logs, logs_1, of_label, total, entropy, below = parts
-    top = tops.masked_fill(logs == -torch.inf, -torch.inf).amax(
-        0
-    )  # a part that has none of these classes has the maximum 0
+    # A part that has none of these classes gives the maximum 0.
+    top = tops.masked_fill(logs == -torch.inf, -torch.inf).amax(0)
     top = top.masked_fill(top == -torch.inf, 0)
     each = (tops - top) / temperature + logs
     log_sum = each.logsumexp(0)

@@ -200,8 +200,11 @@ def twice(student: Tensor, indices: list, log_probs: list, labels: Tensor, weigh
     labels[5] = indices[0][5, 0]
 
 
-def ties(student: Tensor, *_: Any) -> None:
+def ties(student: Tensor, indices: list, *_: Any) -> None:
+    """In row 1 all logits, so that the first classes of all are the largest; teachers name the first of each part."""
     student.copy_(student.round())
+    student[1] = 0
+    indices[0][1] = torch.arange(0, C, C // 4)
 
 
 def padded_topk(student: Tensor, indices: list, log_probs: list, labels: Tensor, weights: Tensor) -> None:
@@ -388,6 +391,13 @@ def other_rows(rank: int, group: Any) -> str:
 def other_settings(rank: int, group: Any) -> str:
     tau = 2.0 if rank == 1 else 1.0
     return message(lambda: called(functools.partial(topk, temperature=tau), part_of(rank), process_group=group))
+
+
+@call
+def other_arguments(rank: int, group: Any) -> str:
+    """One process has weights, the others have none."""
+    z, weights = torch.zeros(3, 6), torch.ones(3, 1) if rank == 1 else None
+    return message(lambda: af.multi_teacher_kd_loss(z, [z], weights, process_group=group))
 
 
 @call
@@ -725,6 +735,7 @@ def test_other_refusals_say_why(four: list[dict]) -> None:
             f"ValueError: topk_kd_loss: {SAME} settings on all processes, got others; "
         )
         assert f"process {rank} has (KDOptions(temperature={2.0 if rank == 1 else 1.0}," in one["other_settings"]
+        assert f"multi_teacher_kd_loss: {SAME} settings on all processes" in one["other_arguments"]
     assert 'backend "cpp" cannot run here' in of_all(four, "named_backend")
     for said in of_all(four, "second_derivatives"):
         assert "process_group have no second derivative" in said
