@@ -41,6 +41,11 @@ class Rule(NamedTuple):
     need_stats: bool
     wide: torch.dtype
 
+    @property
+    def known_totals(self) -> bool:
+        """Whether G is minus the sum of p: then p = q has the gradient 0 and not nearly."""
+        return self.divergence.name == "forward_kl"
+
 
 class Given(NamedTuple):
     """Rows of which this process has a part of the classes."""
@@ -222,13 +227,11 @@ def rows_of(given: Given) -> Rows:
         agree = _first_largest(found["q_top"]) == _first_largest(found["p_top"])
         kls = total["kls"]
         stats = torch.cat([total["entropies"], used.unsqueeze(1), agree.double().unsqueeze(1), kls], 1)
-    totals = none
-    if rule.need_student:
-        totals = total["totals"]
-        if rule.divergence.name == "forward_kl":  # minus the sum of p: so p = q has the gradient 0 and not nearly
-            totals = torch.full_like(totals, -1)
-            if rule.mode == "mixture" and weights is not None:
-                totals = -weights.double().sum(1, keepdim=True)
+    totals = total.get("totals", none)
+    if rule.need_student and rule.known_totals:
+        totals = torch.full_like(total["each"], -1)
+        if rule.mode == "mixture" and weights is not None:
+            totals = -weights.double().sum(1, keepdim=True)
     return Rows(total["each"].to(wide), ce.to(wide), stats.to(wide), normal, totals.to(wide), of_weights.to(wide))
 
 
@@ -327,8 +330,9 @@ class _Block:
         rule, logs, w, out = self.rule, self.logs(normal), self.w, {}
         divergence, log_q = rule.divergence, logs[0]
         of_weights = rule.need_weights and rule.mode != "sum"
-        with torch.set_grad_enabled(rule.need_student or of_weights):
-            if rule.need_student:
+        of_totals = rule.need_student and not rule.known_totals
+        with torch.set_grad_enabled(of_totals or of_weights):
+            if of_totals:
                 log_q = logs[0] = log_q.requires_grad_()
             if of_weights and rule.mode == "mixture":
                 w = w.clone().requires_grad_()
@@ -336,15 +340,15 @@ class _Block:
                 logs[-1].requires_grad_()
             q = log_q.exp()
             each, totals = [], []
-            inputs = ([log_q] if rule.need_student else []) + ([w if rule.mode == "mixture" else logs[-1]] * of_weights)
+            inputs = [log_q] * of_totals + ([w if rule.mode == "mixture" else logs[-1]] * of_weights)
             for _, p, log in self.targets(logs, w):
                 d = reference.divergence_rows(divergence, p, log, q, log_q)
                 each.append(d.detach())
                 made = list(torch.autograd.grad(d.sum(), inputs, retain_graph=True)) if inputs else []
-                if rule.need_student:
+                if of_totals:
                     totals.append(made[0].sum(1, dtype=torch.float64))
         out["each"] = torch.stack(each, 1)
-        if rule.need_student:
+        if of_totals:
             out["totals"] = torch.stack(totals, 1)
         if of_weights and rule.mode == "mixture":
             out["weights"] = made[-1]
