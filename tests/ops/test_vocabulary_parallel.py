@@ -200,6 +200,11 @@ def twice(student: Tensor, indices: list, log_probs: list, labels: Tensor, weigh
     labels[5] = indices[0][5, 0]
 
 
+def ignored_topk(student: Tensor, indices: list, log_probs: list, labels: Tensor, weights: Tensor) -> None:
+    student[2], log_probs[0][2] = torch.nan, torch.nan  # labels_of ignores row 2
+    indices[1][2] = -5
+
+
 def ties(student: Tensor, indices: list, *_: Any) -> None:
     """In row 1 all logits, so that the first classes of all are the largest; teachers name the first of each part."""
     student.copy_(student.round())
@@ -266,6 +271,7 @@ for _tail in ("renormalize", "ignore", "uniform", "bucket"):
     case(f"topk {_tail} padded", topk, **_shared, change=padded_topk, temperature=1.0)
     case(f"topk {_tail} of all classes", topk, **_shared, k=C, num_items_in_batch=5)
     case(f"topk {_tail} float32", topk, **_shared, dtype=torch.float32, label_smoothing=0.1)
+    case(f"topk {_tail} ignored NaN", topk, **_shared, change=ignored_topk, reduction="none", label_smoothing=0.1)
     case(f"topk {_tail} bfloat16", topk, tail=_tail, dtype=torch.bfloat16)
 case("linear float32", linear, dtype=torch.float32, kinds="mixed", return_stats=True, **_PLAIN)
 case("linear bfloat16", linear, dtype=torch.bfloat16, kinds="mixed", **_PLAIN)
@@ -598,21 +604,26 @@ def as_in_the_docs(rank: int, group: Any) -> list[float]:
 
 
 def dtensors(build: Callable, mesh: DeviceMesh) -> dict[str, float]:
-    """The same numbers, classes as DTensors and no group; gradients are DTensors of the same placement."""
+    """The same numbers, as DTensors and with no group; gradients are DTensors of the same placement."""
 
     def spread(x: Tensor, dim: int) -> Tensor:
         return distribute_tensor(x, mesh, [Shard(dim % x.dim())])
 
-    want, got = found(build, whole), found(build, spread)
+    def replicated(cut: Cut) -> Built:
+        leaves, loss = build(cut)
+        return {
+            name: x if isinstance(x, DTensor) else distribute_tensor(x, mesh, [Replicate()])
+            for name, x in leaves.items()
+        }, loss
+
+    want, got = found(build, whole), found(replicated, spread)
     out = {}
     for name, value in got.items():
-        split = name in ("gradient to student", "gradient to weight", "gradient to bias")
-        if isinstance(value, DTensor) != split or (
-            split and value.placements != (Shard(want[name].dim() == 2 and name == "gradient to student"),)
-        ):
-            out[name] = float("inf")
-        else:
-            out[name] = error(value.full_tensor() if split else value, want[name])
+        placement: Any = {"student": Shard(1), "weight": Shard(0), "bias": Shard(0)}.get(name.split()[-1], Replicate())
+        if name.startswith("gradient"):
+            assert isinstance(value, DTensor) and value.placements == (placement,), name
+            value = value.full_tensor()
+        out[name] = error(value, want[name])
     return out
 
 
