@@ -83,6 +83,7 @@ class MultiTeacherKDLoss(nn.Module):
         beta: float | None = None,
         teacher_temperature: float | Sequence[float] | None = None,
         return_stats: bool = False,
+        process_group: Any = None,
     ):
         super().__init__()
         self.options: dict[str, Any] = dict(
@@ -97,6 +98,7 @@ class MultiTeacherKDLoss(nn.Module):
             beta=beta,
             teacher_temperature=teacher_temperature,
             return_stats=return_stats,
+            process_group=process_group,
         )
 
     def forward(
@@ -138,6 +140,7 @@ class TopKKDLoss(nn.Module):
         beta: float | None = None,
         support: str = "teacher",
         return_stats: bool = False,
+        process_group: Any = None,
     ):
         super().__init__()
         self.options: dict[str, Any] = dict(
@@ -152,6 +155,7 @@ class TopKKDLoss(nn.Module):
             beta=beta,
             support=support,
             return_stats=return_stats,
+            process_group=process_group,
         )
 
     def forward(
@@ -198,6 +202,7 @@ class FusedLinearKDLoss(nn.Module):
         softcap: float | None = None,
         chunk_size: int | None = None,
         accumulate: str = "fp32",
+        process_group: Any = None,
     ):
         super().__init__()
         self.options: dict[str, Any] = dict(
@@ -216,6 +221,7 @@ class FusedLinearKDLoss(nn.Module):
             softcap=softcap,
             chunk_size=chunk_size,
             accumulate=accumulate,
+            process_group=process_group,
         )
 
     def forward(

@@ -116,6 +116,13 @@ def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "
     return gamma.softmax(-1)
 
 
+def _one_process(function: str, process_group: Any) -> None:
+    if process_group is not None:
+        raise NotImplementedError(
+            f"reference.{function}: process_group must be None (the reference computes in one process), got one"
+        )
+
+
 def multi_teacher_kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor | list[Tensor] | tuple[Tensor, ...],
@@ -134,8 +141,10 @@ def multi_teacher_kd_loss(
     beta: float | None = None,
     teacher_temperature: float | Sequence[float] | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """Eq 7-8: ``(1 - alpha) * CE + alpha * temperature**2 * D(p, q)``, where D is ``KL(sum_t w_t p_t || q)``."""
+    _one_process("multi_teacher_kd_loss", process_group)
     leading = student_logits.shape[:-1]
     divergent = divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teacher_logits))
     row_reduction = "sum" if num_items_in_batch is not None else reduction
@@ -249,18 +258,18 @@ def divergence_loss(
     log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
 
     # What the student is compared with: weight, probabilities and their logarithms.
-    mixture = w.new_ones(len(w)), *_mixture(log_p, w)
+    mixture = w.new_ones(len(w)), *mixed_probs(log_p, w)
     if options.mode == "mixture":
         targets = [mixture]
     elif options.mode == "logits":
-        log_target = _mixed_logits(scaled, w).log_softmax(-1)
+        log_target = mixed_logits(scaled, w).log_softmax(-1)
         targets = [(mixture[0], log_target.exp(), log_target)]
     else:
         targets = [(w[:, t], p.exp(), p) for t, p in enumerate(log_p)]
 
     z = compared / tau
     if divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
-        z = torch.where(_lost(targets, z), z.detach(), z)
+        z = torch.where(lost_classes(targets, z), z.detach(), z)
     log_q = z.log_softmax(-1)
     q = log_q.exp()
     each = [divergence_rows(divergence, p, log, q, log_q) for _, p, log in targets]
@@ -311,13 +320,13 @@ def divergence_rows(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor,
     return beta * kl_rows(p, log_p, log_m) + (1 - beta) * kl_rows(q, log_q, log_m)
 
 
-def _lost(targets: list[tuple[Tensor, Tensor, Tensor]], z: Tensor) -> Tensor:
+def lost_classes(targets: list[tuple[Tensor, Tensor, Tensor]], z: Tensor) -> Tensor:
     """Classes [N, C] that the student has, and one of its targets has not."""
     lost = torch.stack([(weight != 0).unsqueeze(1) & (log == -torch.inf) for weight, _, log in targets])
     return lost.any(0) & (z != -torch.inf)
 
 
-def _mixture(log_p: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
+def mixed_probs(log_p: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     """``sum_t w_t p_t``, and its logarithm: a number even where the probabilities are too small for one."""
     used = torch.stack([p.masked_fill(w[:, t, None] == 0, -torch.inf) for t, p in enumerate(log_p)])
     most = used.detach().amax(0)
@@ -328,7 +337,7 @@ def _mixture(log_p: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     return mixture, (most + share.masked_fill(none, 1).log()).masked_fill(none, -torch.inf)
 
 
-def _mixed_logits(scaled: list[Tensor], w: Tensor) -> Tensor:
+def mixed_logits(scaled: list[Tensor], w: Tensor) -> Tensor:
     """``sum_t w_t z_t / tau_t``; -inf where a teacher with weight has it."""
     masked, mixed = torch.zeros_like(scaled[0], dtype=torch.bool), torch.zeros_like(scaled[0])
     for t, x in enumerate(scaled):
@@ -445,8 +454,10 @@ def topk_kd_loss(
     beta: float | None = None,
     support: str = "teacher",
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """Eq 7-8 where of ``softmax(teacher_t / temperature)`` only some classes are given. Dense: O(T N C) memory."""
+    _one_process("topk_kd_loss", process_group)
     row_reduction = "sum" if num_items_in_batch is not None else reduction
     arguments = (
         student_logits.reshape(-1, student_logits.shape[-1]),
@@ -607,8 +618,10 @@ def fused_linear_kd_loss(
     beta: float | None = None,
     teacher_temperature: float | Sequence[float] | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """Eq 7-8 from hidden states and output layers: makes all logits, and then ``multi_teacher_kd_loss`` of them."""
+    _one_process("fused_linear_kd_loss", process_group)
     rows, leading = student_hidden.shape[:-1].numel(), student_hidden.shape[:-1]
     dtype = wide_dtype(student_hidden, student_weight, student_bias, *flat_teachers(teachers), teacher_weights)
     labels = None if labels is None else labels.reshape(rows)

@@ -147,7 +147,7 @@ def run(function: type[torch.autograd.Function], with_grad: bool, *args: Any) ->
 
 
 _NO_SECOND = (
-    "{}: the fused backends have no second derivative; "
+    "the fused backends have no second derivative; "
     'compute this part under amtml_fast.use_backend("reference"), which has one'
 )
 
@@ -159,16 +159,16 @@ class _NoSecondDerivative(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, op: str, grad: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.op = op
+    def forward(ctx: Any, error: str, grad: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.error = error
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(_NO_SECOND.format(ctx.op))
+        raise RuntimeError(ctx.error)
 
 
-def first_order(op: str) -> Callable:
+def first_order(op: str, why: str = _NO_SECOND) -> Callable:
     """Decorates ``backward``: no graph inside it, and a clear error if someone differentiates it again. Incoming gradients
     that vmap has stacked (``is_grads_batched``) come one at a time.
 
@@ -182,13 +182,15 @@ def first_order(op: str) -> Callable:
             if not torch.is_grad_enabled():  # always, unless a graph of this backward is asked for
                 return backward(ctx, *grads) if stacked is None else _one_by_one(wrapped, ctx, grads, stacked)
             if stacked is not None:
-                raise RuntimeError(_NO_SECOND.format(op))
+                raise RuntimeError(f"{op}: {why}")
             with torch.no_grad():
                 out = backward(ctx, *grads)
             if torch.compiler.is_compiling():
                 return out
             inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
-            return tuple(_NoSecondDerivative.apply(op, g, *inputs) if isinstance(g, Tensor) else g for g in out)
+            return tuple(
+                _NoSecondDerivative.apply(f"{op}: {why}", g, *inputs) if isinstance(g, Tensor) else g for g in out
+            )
 
         return wrapped
 

@@ -7,7 +7,7 @@ the hidden states and the weight. No more than (2 + T) chunks of logits are held
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,6 +115,16 @@ class Call:
             low, high = int(key[0]), int(key[-1])
             raise ValueError(f"{NAME}: teacher_index must be in [0, {len(everyone)}), got values in [{low}, {high}]")
         return [(order[a:b], b - a, [t]) for t, (a, b) in enumerate(itertools.pairwise(starts[:-1])) if b > a]
+
+    def chunks(
+        self, segments: list[tuple[Tensor | None, int, list[int]]], grads: bool
+    ) -> Iterator[tuple[Any, list[int]]]:
+        """Rows that are taken at a time, and their teachers."""
+        for numbers, count, only in segments:
+            step = self.chunk_rows(count, only, grads, numbers is not None) if count else 1
+            for start in range(0, count, step):
+                rows = slice(start, min(start + step, count))
+                yield rows if numbers is None else numbers[rows], only
 
     def chunk_rows(self, rows: int, only: list[int], grads: bool, gathered: bool) -> int:
         """How many rows at a time."""
@@ -264,7 +274,7 @@ class Call:
             return self.take(tensors[0], rows, f"teacher{t}")
         name = f"teacher{t}" if self.index is None else "teacher"
         if kind != "topk":
-            hidden = _kept(self.take(tensors[0], rows), keep)
+            hidden = kept_rows(self.take(tensors[0], rows), keep)
             return self.logits(name, hidden, tensors[1], tensors[2] if kind == "linear_bias" else None)
         # Where p is the softmax of x / tau, x is tau log p.
         index, log_probs = self.take(tensors[0], rows), self.take(tensors[1], rows).to(self.wide)
@@ -274,8 +284,12 @@ class Call:
             tau = self.set.teacher_temperatures[t]
         elif self.temperatures is not None:
             tau = self.take(self.temperatures, rows).unsqueeze(1)
-        index, log_probs = _together(_kept(index.long(), keep), log_probs)
-        return out.scatter_(1, index, log_probs * tau)
+        index, log_probs = _together(kept_rows(index.long(), keep), log_probs)
+        return self.scatter(out, index, log_probs * tau)
+
+    def scatter(self, out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        """A top-k teacher's logits at its classes; those that are named twice have the same in both places."""
+        return out.scatter_(1, index, values)
 
     # --- the loss
 
@@ -296,14 +310,9 @@ class Call:
                 x.zero_()
         divisor = self.divisor(segments)
         first = True
-        grads = any(self.needs[:3])
-        for numbers, count, only in segments:
-            step = self.chunk_rows(count, only, grads, numbers is not None) if count else 1
-            for start in range(0, count, step):
-                rows: Any = slice(start, min(start + step, count))
-                rows = rows if numbers is None else numbers[rows]
-                self.chunk(rows, only, divisor, first, losses, grad_hidden, grad_weights, grad_alpha, stats)
-                first = False
+        for rows, only in self.chunks(segments, any(self.needs[:3])):
+            self.chunk(rows, only, divisor, first, losses, grad_hidden, grad_weights, grad_alpha, stats)
+            first = False
         if first:  # no row counts
             for x in (self.grad_weight, self.grad_bias):
                 x.zero_()
@@ -347,7 +356,7 @@ class Call:
         keep = None  # rows that count, where others are among them: what these hold must not get into a product
         if labels is not None and not self.on_cpu and isinstance(rows, slice):
             keep = labels != set.ignore_index
-        hidden = _kept(take(self.hidden, rows), keep)
+        hidden = kept_rows(take(self.hidden, rows), keep)
         student = self.logits("student", hidden, self.weight, self.bias)
         weights = None if self.weights is None else take(self.weights, rows)
         # "mean" divides D by the classes, and by the rows of this chunk, which is taken back.
@@ -371,17 +380,17 @@ class Call:
             loss = (loss * (counted / student.shape[0])).expand(student.shape[0])
         if self.grad_loss is not None:
             by = take(self.grad_loss, rows).to(self.wide).unsqueeze(1)
-        _put(losses, rows, loss)
+        put_rows(losses, rows, loss)
         if self.need_stats:
             if self.index is None:
-                _put(stats, rows, made_stats)
+                put_rows(stats, rows, made_stats)
             else:
-                _put(stats[:, :4], rows, made_stats[:, :4])
-                _put(stats[:, 4 + only[0]], rows, made_stats[:, 4])
+                put_rows(stats[:, :4], rows, made_stats[:, :4])
+                put_rows(stats[:, 4 + only[0]], rows, made_stats[:, 4])
         if need_weights:
-            _put(grad_weights, rows, made_weights * by)
+            put_rows(grad_weights, rows, made_weights * by)
         if need_alpha:
-            _put(grad_alpha, rows, made_alpha * (by.squeeze(1) if self.grad_loss is not None else by))
+            put_rows(grad_alpha, rows, made_alpha * (by.squeeze(1) if self.grad_loss is not None else by))
         if not need_student:
             return
         if set.softcap:  # times 1 - tanh^2
@@ -393,7 +402,7 @@ class Call:
         scale = set.logit_scale * (1.0 if on_device else by)
         made = self.add_grads(grad, hidden, by if on_device else None, scale, first)
         if made is not None:
-            _put(grad_hidden, rows, made)
+            put_rows(grad_hidden, rows, made)
 
     def row_kernel(
         self,
@@ -471,12 +480,12 @@ def _product(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, 
         torch.addmm(bias, hidden, weight, beta=scale, alpha=scale, out=out)
 
 
-def _kept(x: Tensor, keep: Tensor | None) -> Tensor:
+def kept_rows(x: Tensor, keep: Tensor | None) -> Tensor:
     """0 in rows that do not count."""
     return x if keep is None else x.masked_fill(~keep.unsqueeze(1), 0)
 
 
-def _put(out: Tensor, rows: Tensor | slice, values: Tensor) -> None:
+def put_rows(out: Tensor, rows: Tensor | slice, values: Tensor) -> None:
     if isinstance(rows, slice):
         out[rows] = values
     else:

@@ -27,7 +27,10 @@ from amtml_fast.ops._base import (
     saved,
     scaled,
 )
-from amtml_fast.ops._linear_chunks import NAME, TENSORS, Call, Settings
+from amtml_fast.ops._linear_checks import check_classes, check_index, check_tensors, parts_of_teachers
+from amtml_fast.ops._linear_chunks import NAME, Call, Settings
+from amtml_fast.ops._vocabulary import DTensors, replicated, splits, vocabulary_of
+from amtml_fast.ops._vocabulary_linear import split_linear_loss
 from amtml_fast.ops.divergence import check_options, check_row_numbers, check_values
 from amtml_fast.reference import KDOptions, KDStats, LinearTeacher, TopKTeacher, wide_dtype
 
@@ -61,6 +64,7 @@ def fused_linear_kd_loss(
     beta: float | None = None,
     teacher_temperature: float | Sequence[float] | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """``multi_teacher_kd_loss`` (Eq 7-8) from hidden states and output layers, whose logits are never held all at once::
 
@@ -95,6 +99,10 @@ def fused_linear_kd_loss(
             saves half of its memory, and rounds once a chunk.
         temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing, num_items_in_batch, divergence, beta,
             teacher_temperature, return_stats: as in ``multi_teacher_kd_loss``.
+        process_group: as in ``multi_teacher_kd_loss``, with output layers and biases of the r-th part of the classes, [C / P, H] and
+            [C / P], and logits of teachers [N, C / P]. Hidden states and top-k teachers, with classes in [0, C), are the same on
+            all processes. The gradient to ``student_hidden`` is the whole one, summed over the processes: no more is to be summed.
+            DTensors of the layers, ``Shard(0)`` on a mesh of 1 dimension, need no group.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is). With ``return_stats`` also ``KDStats``: with
@@ -114,11 +122,32 @@ def fused_linear_kd_loss(
         ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU the values of
             weights, labels, ``temperature`` and ``alpha`` are not looked at.
     """
-    leading, classes, kinds, flat = _check_tensors(student_hidden, student_weight, student_bias, teachers)
+    if splits(student_weight, 0) and replicated(student_hidden):
+        parts = DTensors(NAME, process_group, "student_weight", student_weight)
+        student_hidden, teacher_weights, labels, teacher_index, temperature, alpha, num_items_in_batch = map(
+            parts.whole,
+            (
+                "student_hidden",
+                "teacher_weights",
+                "labels",
+                "teacher_index",
+                "temperature",
+                "alpha",
+                "num_items_in_batch",
+            ),
+            (student_hidden, teacher_weights, labels, teacher_index, temperature, alpha, num_items_in_batch),
+        )
+        student_weight = parts.part("student_weight", student_weight, 0)
+        student_bias = parts.part("student_bias", student_bias, 0)
+        teachers, process_group = parts_of_teachers(parts, teachers), parts.group
+    part = student_weight.shape[0] if isinstance(student_weight, Tensor) and student_weight.dim() == 2 else 0
+    vocabulary = vocabulary_of(NAME, process_group, part)
+    leading, part, kinds, flat = check_tensors(student_hidden, student_weight, student_bias, teachers, vocabulary)
+    classes = part if vocabulary is None else vocabulary.classes
     rows = leading.numel()
     like = student_hidden.detach().new_empty(()).expand(*leading, classes)  # what the logits would be like
     _kd.check_rows(NAME, like, len(kinds), teacher_weights, labels, ignore_index, "student_hidden")
-    _check_index(teacher_index, teacher_weights, like)
+    check_index(teacher_index, teacher_weights, like)
     checks.one_of(NAME, "reduction", reduction, _kd.REDUCTIONS)
     checks.one_of(NAME, "accumulate", accumulate, ACCUMULATE)
     checks.number(NAME, "logit_scale", logit_scale, 0, math.inf, above=True)
@@ -137,9 +166,9 @@ def fused_linear_kd_loss(
     weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(kinds))
     labels, index = (None if x is None else _kd.as_long(x.reshape(rows)) for x in (labels, teacher_index))
     check_values(NAME, labels, ignore_index, more, classes, weights)
-    _check_classes(kinds, flat, labels, index, classes, ignore_index)
+    check_classes(kinds, flat, labels, index, classes, ignore_index)
     chosen = backend.choose("fused_linear_kd", student_hidden, student_weight, student_bias, weights, more.alpha, *flat)
-    if chosen == "reference":
+    if chosen == "reference" and vocabulary is None:
         return reference.fused_linear_kd_loss(
             student_hidden, student_weight, teachers, teacher_weights, labels,
             student_bias=student_bias, teacher_index=teacher_index, logit_scale=logit_scale, softcap=softcap,
@@ -162,16 +191,22 @@ def fused_linear_kd_loss(
         list(more.teacher_temperatures), float(numbers.temperature), t2_scale, ce_weight, kl_weight, row_reduction,
         ignore_index, float(label_smoothing), float(logit_scale), float(softcap or 0), chunk_size or 0, accumulate == "bf16",
     )  # fmt: skip
-    inputs = hidden, student_weight, student_bias, weights, alphas
-    needs = tuple(needs_grad(x) for x in inputs)
-    out = run(
-        FusedLinearKD, any(needs), *inputs, labels, index, temperatures, kinds, settings, needs, return_stats, *flat
-    )
-    loss, s = out if return_stats else (out, None)
+    if vocabulary is None:
+        inputs = hidden, student_weight, student_bias, weights, alphas
+        needs = tuple(needs_grad(x) for x in inputs)
+        out = run(
+            FusedLinearKD, any(needs), *inputs, labels, index, temperatures, kinds, settings, needs, return_stats, *flat
+        )
+        loss, s = out if return_stats else (out, None)
+        stats: Any = None if s is None else KDStats(s[:, 0], s[:, 1], s[:, 4:], s[:, 2], s[:, 3])
+    else:
+        loss, stats = split_linear_loss(
+            vocabulary, hidden, student_weight, student_bias, weights, labels, index, temperatures, flat, kinds, settings,
+            numbers._replace(reduction=row_reduction), more, wide, need_stats=return_stats,
+        )  # fmt: skip
     loss = _kd.per_item(loss, like, reduction, num_items_in_batch)
-    if s is None:
+    if stats is None:
         return loss
-    stats = KDStats(s[:, 0], s[:, 1], s[:, 4:], s[:, 2], s[:, 3])
     routed = (
         None
         if index is None
@@ -179,151 +214,6 @@ def fused_linear_kd_loss(
     )
     weights = weights if routed is None else routed.to(wide)
     return loss, reference.shaped_stats(reference.linear_stats(stats, teachers, weights, routed), leading)
-
-
-# --- checks
-
-
-def _check_tensors(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, teachers: Any
-) -> tuple[torch.Size, int, list[str], list[Tensor]]:
-    """The shape of rows, the number of classes, the kinds of the teachers and all their tensors, of arguments that fit."""
-    checks.tensor(NAME, "student_hidden", hidden)
-    if hidden.dim() not in (2, 3) or hidden.shape[-1] < 1:
-        raise ValueError(f"{NAME}: student_hidden must be [N, H] or [B, S, H] with H >= 1, got {checks.shape(hidden)}")
-    leading = hidden.shape[:-1]
-    _check_layer("student_weight", weight, "student_bias", bias, hidden, hidden, None)
-    classes = weight.shape[0]
-    if isinstance(teachers, (Tensor, LinearTeacher, TopKTeacher)) or not isinstance(teachers, (list, tuple)):
-        wanted = "a list of teachers (LinearTeacher, TopKTeacher or a tensor of logits)"
-        raise TypeError(f"{NAME}: teachers must be {wanted}, got {_described(teachers)}")
-    if len(teachers) == 0:
-        raise ValueError(f"{NAME}: teachers must hold at least one teacher, got none")
-    kinds: list[str] = []
-    flat: list[Tensor] = []
-    for i, teacher in enumerate(teachers):
-        name = f"teachers[{i}]"
-        if isinstance(teacher, LinearTeacher):
-            _check_of_rows(f"{name}.hidden", teacher.hidden, leading, "H_t", hidden)
-            _check_layer(
-                f"{name}.weight", teacher.weight, f"{name}.bias", teacher.bias, teacher.hidden, hidden, classes
-            )
-            given = [x for x in teacher if x is not None]
-            kinds.append("linear" if teacher.bias is None else "linear_bias")
-        elif isinstance(teacher, TopKTeacher):
-            checks.integers(NAME, f"{name}.indices", teacher.indices)
-            _check_leading(f"{name}.indices", teacher.indices, leading, "k")
-            if not 1 <= teacher.indices.shape[-1] <= classes:
-                wanted = f"k classes with 1 <= k <= {classes}"
-                raise ValueError(f"{NAME}: {name}.indices must have {wanted}, got {checks.shape(teacher.indices)}")
-            checks.same_device(NAME, f"{name}.indices", teacher.indices, "student_hidden", hidden)
-            _check_of_rows(f"{name}.log_probs", teacher.log_probs, leading, "k", hidden)
-            checks.same_shape(NAME, f"{name}.log_probs", teacher.log_probs, f"{name}.indices", teacher.indices)
-            given = list(teacher)
-            kinds.append("topk")
-        elif isinstance(teacher, Tensor):
-            _check_of_rows(name, teacher, leading, "C", hidden)
-            if teacher.shape[-1] != classes:
-                _other_vocabulary(name, teacher, f"[..., {classes}]")
-            given = [teacher]
-            kinds.append("logits")
-        else:
-            wanted = "a LinearTeacher, a TopKTeacher or a tensor of logits"
-            raise TypeError(f"{NAME}: {name} must be {wanted}, got {type(teacher).__name__}")
-        for x in given:
-            _kd.check_frozen(NAME, name, x)
-        flat += given
-    return leading, classes, kinds, flat
-
-
-def _described(value: Any) -> str:
-    return f"a tensor {checks.shape(value)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
-
-
-def _check_layer(
-    name: str,
-    weight: Tensor,
-    bias_name: str,
-    bias: Tensor | None,
-    hidden: Tensor,
-    student_hidden: Tensor,
-    classes: int | None,
-) -> None:
-    """An output layer [C, H] that fits its hidden states, with the student's classes if given."""
-    checks.tensor(NAME, name, weight)
-    width = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < 1:
-        wanted = f"[C, {width}] for hidden states {checks.shape(hidden)}"
-        raise ValueError(f"{NAME}: {name} must be {wanted}, got {checks.shape(weight)}")
-    if classes is not None and weight.shape[0] != classes:
-        _other_vocabulary(name, weight, f"[{classes}, {width}]")
-    checks.same_device(NAME, name, weight, "student_hidden", student_hidden)
-    if bias is None:
-        return
-    checks.tensor(NAME, bias_name, bias)
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"{NAME}: {bias_name} must be [{weight.shape[0]}] like {name}, got {checks.shape(bias)}")
-    checks.same_device(NAME, bias_name, bias, "student_hidden", student_hidden)
-
-
-def _other_vocabulary(name: str, value: Tensor, wanted: str) -> None:
-    raise ValueError(
-        f"{NAME}: {name} must be {wanted} with the classes of student_weight, got {checks.shape(value)}; fill up the shorter "
-        "vocabulary (weight with zeros and bias with -inf, or logits with -inf)"
-    )
-
-
-def _check_of_rows(name: str, value: Tensor, leading: torch.Size, last: str, hidden: Tensor) -> None:
-    checks.tensor(NAME, name, value)
-    _check_leading(name, value, leading, last)
-    checks.same_device(NAME, name, value, "student_hidden", hidden)
-
-
-def _check_leading(name: str, value: Tensor, leading: torch.Size, last: str) -> None:
-    if value.dim() < 2 or value.shape[:-1] not in (leading, (leading.numel(),)) or value.shape[-1] < 1:
-        wanted = ", ".join(map(str, leading))
-        raise ValueError(f"{NAME}: {name} must be [{wanted}, {last}] like student_hidden, got {checks.shape(value)}")
-
-
-def _check_index(index: Tensor | None, weights: Tensor | None, like: Tensor) -> None:
-    if index is None:
-        return
-    if weights is not None:
-        raise ValueError(f"{NAME}: teacher_weights must be None with teacher_index, got {checks.shape(weights)}")
-    checks.integers(NAME, "teacher_index", index)
-    leading = like.shape[:-1]
-    if index.shape not in (leading, (leading.numel(),)):
-        wanted = f"{list(leading)} like student_hidden"
-        raise ValueError(f"{NAME}: teacher_index must be {wanted}, got {checks.shape(index)}")
-    checks.same_device(NAME, "teacher_index", index, "student_hidden", like)
-
-
-def _check_classes(
-    kinds: list[str],
-    flat: list[Tensor],
-    labels: Tensor | None,
-    index: Tensor | None,
-    classes: int,
-    ignore_index: int,
-) -> None:
-    """The values of integers, where looking costs no sync; in rows that count."""
-    given = {}
-    if index is not None:
-        given["teacher_index"] = (index.unsqueeze(1), len(kinds))
-    at = 0
-    for t, kind in enumerate(kinds):
-        if kind == "topk":
-            given[f"teachers[{t}].indices"] = (flat[at].reshape(-1, flat[at].shape[-1]), classes)
-        at += TENSORS[kind]
-    for name, (values, most) in given.items():
-        if not checks.values_are_free(values):
-            continue
-        bad = (values < 0) | (values >= most)
-        if labels is not None:
-            bad &= (labels != ignore_index).unsqueeze(1)
-        if bad.any():
-            row, column = bad.nonzero()[0].tolist()
-            raise ValueError(f"{NAME}: {name} must be in [0, {most}), got {int(values[row, column])} in row {row}")
 
 
 # --- the call

@@ -22,6 +22,8 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
+from amtml_fast.ops._vocabulary import DTensors, splits, vocabulary_of
+from amtml_fast.ops._vocabulary_rows import split_loss
 from amtml_fast.ops.divergence import ALL_MODES, check_options, check_row_numbers, divergence_loss
 from amtml_fast.reference import KDOptions, KDTerms, wide_dtype
 
@@ -48,6 +50,7 @@ def multi_teacher_kd_loss(
     beta: float | None = None,
     teacher_temperature: float | Sequence[float] | None = None,
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """Weighted multi-teacher distillation loss (Eq 7-8), with any of six divergences D(p, q)::
 
@@ -86,6 +89,11 @@ def multi_teacher_kd_loss(
         beta: between 0 and 1, both excluded. None: 0.5 for ``"jsd"``, 0.1 for the skewed ones; the others have none.
         teacher_temperature: of all teachers, or T numbers; None: ``temperature``. Its square scales nothing.
         return_stats: return ``(loss, KDStats)``: entropies, each teacher's KL and more for every row, detached.
+        process_group: a ``torch.distributed.ProcessGroup`` of P processes that share the classes: the r-th gives logits
+            [N, C / P] of student and teachers, of the r-th part of the classes. All else is the same on all processes, labels are
+            numbers in [0, C), and each process gets the whole loss and calls backward with the same gradient. Its logits get
+            their gradient, weights and alpha the whole one. DTensors of logits, ``Shard(-1)`` on a mesh of 1 dimension, need
+            no group. Plain PyTorch, see docs/method.md.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
@@ -98,9 +106,18 @@ def multi_teacher_kd_loss(
             weights, labels, ``temperature`` and ``alpha`` are not looked at.
     """
     name = "multi_teacher_kd_loss"
+    if splits(student_logits, -1):
+        parts = DTensors(name, process_group, "student_logits", student_logits)
+        of_rows = teacher_weights, labels, temperature, alpha, num_items_in_batch
+        names = "teacher_weights", "labels", "temperature", "alpha", "num_items_in_batch"
+        teacher_weights, labels, temperature, alpha, num_items_in_batch = map(parts.whole, names, of_rows)
+        student_logits = parts.part("student_logits", student_logits, -1)
+        teacher_logits = parts.stacked("teacher_logits", teacher_logits)
+        process_group = parts.group
     rows, classes, teachers = check_arguments(
         name, student_logits, teacher_logits, teacher_weights, labels, ignore_index
     )
+    vocabulary = vocabulary_of(name, process_group, classes)
     checks.one_of(name, "mode", mode, ALL_MODES)
     checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
     if num_items_in_batch is not None:
@@ -113,6 +130,7 @@ def multi_teacher_kd_loss(
         labels = None if labels is None else labels.reshape(rows)
     row_reduction = reduction if num_items_in_batch is None else "sum"
     eq8 = divergence == "forward_kl" and mode != "logits" and beta is None and teacher_temperature is None
+    eq8 = eq8 and vocabulary is None
     if eq8 and not (return_stats or isinstance(temperature, Tensor) or isinstance(alpha, Tensor)):
         options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
         loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
@@ -123,7 +141,11 @@ def multi_teacher_kd_loss(
         temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing
     )
     more = reference.divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
-    loss, stats = divergence_loss(student, teachers, weights, labels, options, more, need_stats=return_stats)
+    given = student, teachers, weights, labels, options, more
+    if vocabulary is None:
+        loss, stats = divergence_loss(*given, need_stats=return_stats)
+    else:
+        loss, stats = split_loss(name, vocabulary, *given, need_stats=return_stats)
     loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
     return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 

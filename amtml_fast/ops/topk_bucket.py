@@ -13,29 +13,41 @@ from torch import Tensor
 from amtml_fast import backend, reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, run, save, saved
+from amtml_fast.ops._topk_named import (
+    NOBODY,
+    Named,
+    at_heads,
+    by_teacher,
+    kept_entries,
+    lost_entries,
+    named_entries,
+    of_outcomes,
+    to_heads,
+)
+from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary
+from amtml_fast.ops._vocabulary_topk import (
+    IGNORED,
+    absent_classes,
+    first_largest,
+    grads_here,
+    joined,
+    labels_here,
+    plain_gradient,
+    plain_sweep,
+)
 from amtml_fast.reference import Divergence, KDOptions, KDStats, kl_rows, weighted, wide_dtype
 
 operator("topk_bucket")
 
-NOBODY = -(2**62)  # in the place of a class that the support leaves out
 _EMPTY = -torch.inf
-
-
-class _Named(NamedTuple):
-    """The entries of rows [N, K]."""
-
-    classes: Tensor  # NOBODY where the support leaves one out
-    own: Tensor  # whether an entry is the first of its class in its teacher; the others count nothing
-    home: Tensor  # for these the column of the first entry of that class in the row, else K
-    heads: Tensor  # whether it is that one: each class that is named, once
-    p: Tensor  # float64: what its teacher gives the class, in all of its entries; 0 where it is not ``own``
-    named: list[Tensor]  # of each teacher [N, K]: at a head, whether it names that class
 
 
 class _Rows(NamedTuple):
     """What the kernels find in rows, float64."""
 
-    sums: Tensor  # [N, 4]: logarithms of sums over the classes that nobody names, at the temperature and at 1; label's logit, mean
+    # [N, 4]: logarithms of sums over the classes that nobody names, at the temperature and at 1; label's logit, mean. In a split
+    # vocabulary [N, 5], with the sum of z over the classes that nobody names
+    sums: Tensor
     z: Tensor  # [N, K]: logits that are named
     weights: Tensor | None
     stats: Tensor  # [N, 2]: over the classes that nobody names, of r = softmax: sum r log r; and the sum of z
@@ -52,34 +64,35 @@ def bucket_loss(
     divergence: Divergence,
     support: str,
     values: tuple,
+    vocabulary: Vocabulary | None,
     *,
     need_stats: bool,
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows, and with ``need_stats`` their statistics."""
-    chosen = _chosen(student, log_probs, weights, values)
-    if chosen == "reference":
+    chosen = _chosen(student, log_probs, weights, values, vocabulary)
+    if chosen == "reference" and vocabulary is None:
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_bucket(
             student, *apart, weights, labels, options, divergence, support, need_stats=need_stats
         )
-    tau, classes, wide = options.temperature, student.shape[1], wide_dtype(student, log_probs, weights)
+    tau, classes, wide = options.temperature, _classes(student, vocabulary), wide_dtype(student, log_probs, weights)
     valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
-    kept = _kept(chosen, student, indices, sizes) if support == "student" else None
+    kept = kept_entries(chosen, student, indices, sizes, vocabulary) if support == "student" else None
     given = log_p.exp()
-    named = _named(indices, kept, given, sizes, valid)
-    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats)
+    named = named_entries(indices, kept, given, sizes, valid)
+    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats, vocabulary)
     w = rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
 
     # What is not given, and what is given of other classes. (In float64 1 - sum keeps the digits that float32 would lose.)
-    rest = (1 - _by_teacher(given, sizes)).clamp(min=0)
+    rest = (1 - by_teacher(given, sizes)).clamp(min=0)
     if kept is not None:
-        rest = rest + _by_teacher(given.masked_fill(kept, 0), sizes)
-    rest = rest.masked_fill(_by_teacher(named.own, sizes) == classes, 0)
+        rest = rest + by_teacher(given.masked_fill(kept, 0), sizes)
+    rest = rest.masked_fill(by_teacher(named.own, sizes) == classes, 0)
 
     x, outside = rows.z / tau, rows.sums[:, :1]
     if divergence.name == "reverse_kl":  # an outcome that a teacher has not makes it infinite, and gets no gradient
         gone = (rest == 0) & (rough != 0)
-        lost = _lost(named, gone, (rough != 0), sizes)
+        lost = lost_entries(named, gone, (rough != 0), sizes)
         x = torch.where(lost, x.detach(), x)
         outside = torch.where(gone.any(1, keepdim=True), outside.detach(), outside)
     log_sum, log_q = _log_q(x, outside, named)
@@ -95,7 +108,7 @@ def bucket_loss(
     log_q = torch.cat([log_q, *log_rests], 1)
     # Every outcome as a row of its own, then added up by teacher.
     each = reference.divergence_rows(divergence, *(y.unsqueeze(2) for y in (outcomes, log_p, log_q.exp(), log_q)))
-    distance = weighted(w, _of_outcomes(each, sizes)).sum(1)
+    distance = weighted(w, of_outcomes(each, sizes)).sum(1)
     if options.t2_scale:
         distance = distance * tau**2
     ce = _cross_entropy(rows, named, valid, options) if labels is not None else None
@@ -103,13 +116,13 @@ def bucket_loss(
     if not need_stats:
         return loss, None
     with torch.no_grad():
-        target = _at_heads(named, sizes, rough, torch.zeros_like(rough))
+        target = at_heads(named, sizes, rough, torch.zeros_like(rough))
         mixed_rest = weighted(rough, rest).sum(1, keepdim=True)
         entropy = _entropy(torch.cat([target.masked_fill(~named.heads, 0), mixed_rest], 1))
         stats = _stats(
-            student, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy,
-            _of_outcomes(kl_rows(*(y.unsqueeze(2) for y in (outcomes, log_p, log_q))), sizes),
-            _by_teacher(named.p, sizes), rough, valid, tau,
+            student, vocabulary, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy,
+            of_outcomes(kl_rows(*(y.unsqueeze(2) for y in (outcomes, log_p, log_q))), sizes),
+            by_teacher(named.p, sizes), rough, valid, tau,
         )  # fmt: skip
     return loss, _typed(stats, wide)
 
@@ -126,52 +139,112 @@ def topk_stats(
     values: tuple,
 ) -> KDStats:
     """The statistics of checked rows with another tail."""
-    chosen = _chosen(student, log_probs, weights, values)
+    chosen = _chosen(student, log_probs, weights, values, None)
     if chosen == "reference":
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_kd(student, *apart, weights, labels, options, need_stats=True)[1]
-    tau, classes, tail = options.temperature, student.shape[1], options.mode
+    given = student, indices, log_probs, sizes, weights, labels, options
+    return _tail_rows(chosen, *given, values, None, need_stats=True)[1]
+
+
+def split_tail_loss(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    values: tuple,
+    vocabulary: Vocabulary,
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, Any]:
+    """The loss of checked rows with another tail, whose classes are split among processes, and with ``need_stats`` their
+    statistics."""
+    chosen = _chosen(student, log_probs, weights, values, vocabulary)
+    given = student, indices, log_probs, sizes, weights, labels, options
+    return _tail_rows(chosen, *given, values, vocabulary, need_stats=need_stats)
+
+
+def _tail_rows(
+    chosen: str,
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    values: tuple,
+    vocabulary: Vocabulary | None,
+    *,
+    need_stats: bool,
+) -> tuple[Any, Any]:
+    """The loss, which is made in a split vocabulary only, and the statistics."""
+    tau, classes, tail = options.temperature, _classes(student, vocabulary), options.mode
     wide = wide_dtype(student, log_probs, weights)
-    valid, log_p, w = _given(student, log_probs, sizes, weights, labels, options)
+    valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     p = log_p.exp()
-    mass = _by_teacher(p, sizes)
+    mass = by_teacher(p, sizes)
     if tail == "renormalize":
         p = torch.cat([x.softmax(1) for x in log_p.split(sizes, 1)], 1)
-    named = _named(indices, None, p, sizes, valid)
-    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, True)
-    unnamed = classes - _by_teacher(named.own, sizes)
+    named = named_entries(indices, None, p, sizes, valid)
+    swept = need_stats or tail == "uniform"
+    rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, swept, vocabulary)
+    unnamed = classes - by_teacher(named.own, sizes)
     share = torch.zeros_like(mass)  # of each class that the teacher does not name
     if tail == "uniform":
         share = (1 - mass).clamp(min=0) / unnamed.clamp(min=1)
         share = share.masked_fill(unnamed == 0, 0)
     log_sum, log_q = _log_q(rows.z / tau, rows.sums[:, :1], named)
     others = classes - named.heads.sum(1)  # that nobody names
-    below = rows.stats[:, 1] / tau - others * log_sum.squeeze(1)  # the sum of their log q
-    kls = []
-    for t, (of_p, of_q) in enumerate(zip(named.p.split(sizes, 1), log_q.split(sizes, 1))):
-        kl = kl_rows(of_p, of_p.masked_fill(of_p == 0, 1).log(), of_q)
+    loss = None
+    if vocabulary is not None:
+        w = rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
+        target = at_heads(named, sizes, w, share).masked_fill(~named.heads, 0)
+        kl = kl_rows(target, target.masked_fill(target == 0, 1).log(), log_q)
         if tail == "uniform":
-            u = share[:, t]
-            outside = log_q.masked_fill(~named.heads | named.named[t], 0).sum(1) + below
-            kl = kl + (u * (unnamed[:, t] * u.masked_fill(u == 0, 1).log() - outside)).masked_fill(u == 0, 0)
-        kls.append(kl)
-    target = _at_heads(named, sizes, w, share)
-    outside = weighted(w, share).sum(1, keepdim=True)
-    entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
-    stats = _stats(
-        student, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, w, valid, tau
-    )
-    return _typed(stats, wide)
+            u = weighted(w, share).sum(1)
+            outside = rows.sums[:, 4] / tau - others * log_sum.squeeze(1)
+            kl = kl + (u * (others * u.masked_fill(u == 0, 1).log() - outside)).masked_fill(u == 0, 0)
+        if options.t2_scale:
+            kl = kl * tau**2
+        ce = _cross_entropy(rows, named, valid, options) if labels is not None else None
+        loss = reference.reduced(ce, kl, valid, classes, options)[0].to(wide)
+    if not need_stats:
+        return loss, None
+    with torch.no_grad():
+        below = rows.stats[:, 1] / tau - others * log_sum.squeeze(1)  # the sum of their log q
+        kls = []
+        for t, (of_p, of_q) in enumerate(zip(named.p.split(sizes, 1), log_q.split(sizes, 1))):
+            kl = kl_rows(of_p, of_p.masked_fill(of_p == 0, 1).log(), of_q)
+            if tail == "uniform":
+                u = share[:, t]
+                outside = log_q.masked_fill(~named.heads | named.named[t], 0).sum(1) + below
+                kl = kl + (u * (unnamed[:, t] * u.masked_fill(u == 0, 1).log() - outside)).masked_fill(u == 0, 0)
+            kls.append(kl)
+        target = at_heads(named, sizes, rough, share)
+        outside = weighted(rough, share).sum(1, keepdim=True)
+        entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
+        stats = _stats(
+            student, vocabulary, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, rough,
+            valid, tau,
+        )  # fmt: skip
+    return loss, _typed(stats, wide)
 
 
-def _chosen(student: Tensor, log_probs: Tensor, weights: Tensor | None, values: tuple) -> str:
+def _classes(student: Tensor, vocabulary: Vocabulary | None) -> int:
+    return student.shape[1] if vocabulary is None else vocabulary.classes
+
+
+def _chosen(
+    student: Tensor, log_probs: Tensor, weights: Tensor | None, values: tuple, vocabulary: Vocabulary | None
+) -> str:
     chosen = backend.choose("topk_bucket", student, weights, log_probs)
-    if chosen != "cpp":  # the C++ kernel checks values itself
+    if chosen != "cpp" or vocabulary is not None:  # the C++ kernel checks values itself
         _kd.check_values(*values)
     return chosen
-
-
-# --- what the teachers name
 
 
 def _given(
@@ -189,107 +262,22 @@ def _given(
     w = log_probs.new_full((1, teachers), 1 / teachers) if weights is None else weights.detach()
     w = w.double().expand(rows, -1).masked_fill(hide, 0)
     log_p = log_probs.detach().double()
-    dead = (w == 0) & ~(_by_teacher(log_p.exp(), sizes) < torch.inf)
+    dead = (w == 0) & ~(by_teacher(log_p.exp(), sizes) < torch.inf)
     of_entries = torch.cat([x.expand(-1, k) for x, k in zip(dead.split(1, 1), sizes)], 1)
     return valid, log_p.masked_fill(of_entries, _EMPTY), w
-
-
-def _kept(chosen: str, student: Tensor, indices: Tensor, sizes: list[int]) -> Tensor:
-    """Which entries are among the student's k largest; of equal logits the first classes are."""
-    z = student.detach()
-    largest = z.topk(max(sizes), dim=1).values
-    bounds = torch.stack([largest[:, k - 1] for k in sizes], 1)
-    # So many of those that are equal to the bound are among the k.
-    equal = torch.stack([k - (largest[:, :k] > largest[:, k - 1 : k]).sum(1) for k in sizes], 1)
-    last = kernels(chosen).topk_bucket_last.default(z, bounds, equal)
-    out = []
-    for t, index in enumerate(indices.split(sizes, 1)):
-        named, bound = z.gather(1, index.clamp(0, z.shape[1] - 1)), bounds[:, t : t + 1]
-        out.append((named > bound) | ((named == bound) & (index <= last[:, t : t + 1])))
-    return torch.cat(out, 1)
-
-
-@torch.no_grad()
-def _named(indices: Tensor, kept: Tensor | None, p: Tensor, sizes: list[int], valid: Tensor) -> _Named:
-    indices = indices.masked_fill(~valid.unsqueeze(1), 0)
-    if kept is not None:
-        indices = indices.masked_fill(~kept, NOBODY)
-    entries = indices.shape[1]
-    at = torch.ones_like(indices).cumsum(1) - 1  # each column's number
-    in_order, order = indices.sort(dim=1, stable=True)  # so by teacher within a class
-    teacher, start = torch.zeros_like(order), 0
-    for k in sizes[:-1]:
-        start += k
-        teacher = teacher + (order >= start)
-    of_class, of_teacher = (x[:, 1:] != x[:, :-1] for x in (in_order, teacher))
-    first = torch.ones_like(indices[:, :1], dtype=torch.bool)
-
-    def beginning(begins: Tensor) -> Tensor:
-        """The column of the entry that stands first among its equals; back in the teachers' order."""
-        place = at.masked_fill(~torch.cat([first, begins], 1), 0).cummax(1).values
-        return torch.empty_like(order).scatter(1, order, order.gather(1, place))
-
-    mine, home = beginning(of_class | of_teacher), beginning(of_class)
-    own = (mine == at) & (indices != NOBODY)
-    counted, sums = p if kept is None else p.masked_fill(~kept, 0), torch.zeros_like(p)
-    if p.device.type == "cpu":
-        p = sums.scatter_add(1, mine, counted)
-    else:  # whose sums have one order there, as those of scatter_add have here
-        row = torch.ones_like(indices[:, :1]).cumsum(0) - 1
-        p = sums.index_put((row, mine), counted, accumulate=True)
-    home = home.masked_fill(~own, entries)
-    heads = own & (home == at)
-    return _Named(indices, own, home, heads, p, _to_heads(home, sizes, own))
-
-
-def _to_heads(home: Tensor, sizes: list[int], x: Tensor) -> list[Tensor]:
-    """Of each teacher what its entries have, at the head of their class; 0 elsewhere."""
-    entries = x.shape[1]
-    if len(sizes) == 1:
-        return [x.masked_fill(home == entries, 0)]
-    parts = zip(x.split(sizes, 1), home.split(sizes, 1))
-    return [x.new_zeros(len(x), entries + 1).scatter(1, to, part)[:, :entries] for part, to in parts]
-
-
-def _lost(named: _Named, gone: Tensor, used: Tensor, sizes: list[int]) -> Tensor:
-    """Entries whose class some teacher with weight gives nothing, by name or in its bucket."""
-    missing = _to_heads(named.home, sizes, named.p == 0)
-    at_heads = torch.zeros_like(named.own)
-    for t, names in enumerate(named.named):
-        at_heads = at_heads | torch.where(names, missing[t] & used[:, t : t + 1], gone[:, t : t + 1])
-    return at_heads.gather(1, named.home.clamp(max=at_heads.shape[1] - 1))
-
-
-def _at_heads(named: _Named, sizes: list[int], w: Tensor, share: Tensor) -> Tensor:
-    """The mixture of the teachers at the heads; ``share``: what each gives a class that it does not name."""
-    out = torch.zeros_like(named.p)
-    for t, p in enumerate(_to_heads(named.home, sizes, named.p)):
-        out = out + weighted(w[:, t : t + 1], torch.where(named.named[t], p, share[:, t : t + 1]))
-    return out
-
-
-def _by_teacher(x: Tensor, sizes: list[int]) -> Tensor:
-    """[N, K] -> [N, T]: sums."""
-    return torch.stack([part.sum(1) for part in x.split(sizes, 1)], 1)
-
-
-def _of_outcomes(x: Tensor, sizes: list[int]) -> Tensor:
-    """The same of [N, K + T], of which the last T belong to the teachers' buckets."""
-    entries = sum(sizes)
-    return _by_teacher(x[:, :entries], sizes) + x[:, entries:]
 
 
 # --- the student
 
 
-def _log_q(x: Tensor, outside: Tensor, named: _Named) -> tuple[Tensor, Tensor]:
+def _log_q(x: Tensor, outside: Tensor, named: Named) -> tuple[Tensor, Tensor]:
     """The student's log-sum [N, 1], and log q of the entries, -inf of those that count nothing."""
     log_sum = torch.cat([outside, x.masked_fill(~named.heads, _EMPTY)], 1).logsumexp(1, keepdim=True)
     return log_sum, (x - log_sum).masked_fill(~named.own, _EMPTY)
 
 
-def _cross_entropy(rows: _Rows, named: _Named, valid: Tensor, options: KDOptions) -> Tensor:
-    _, at_1, of_label, mean = rows.sums.unbind(1)
+def _cross_entropy(rows: _Rows, named: Named, valid: Tensor, options: KDOptions) -> Tensor:
+    at_1, of_label, mean = rows.sums[:, 1:4].unbind(1)
     if options.temperature == 1:
         at_1 = rows.sums[:, 0]
     log_sum = torch.cat([at_1.unsqueeze(1), rows.z.masked_fill(~named.heads, _EMPTY)], 1).logsumexp(1)
@@ -309,8 +297,9 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _stats(
     student: Tensor,
+    vocabulary: Vocabulary | None,
     rows: _Rows,
-    named: _Named,
+    named: Named,
     log_sum: Tensor,  # [N, 1]
     log_q: Tensor,  # [N, K], or more
     target: Tensor,  # [N, K], at the heads
@@ -322,7 +311,8 @@ def _stats(
     valid: Tensor,
     tau: float,
 ) -> KDStats:
-    classes, entries = student.shape[1], named.heads.shape[1]
+    classes, entries = _classes(student, vocabulary), named.heads.shape[1]
+    of_student = student.detach().argmax(1) if vocabulary is None else first_largest(vocabulary, student)
     log_q = log_q[:, :entries].masked_fill(~named.heads, _EMPTY)
     log_others = rows.sums[:, 0] - log_sum.squeeze(1)  # q of all that nobody names
     of_others = (log_others.exp() * (log_others + rows.stats[:, 0])).masked_fill(log_others == _EMPTY, 0)
@@ -341,7 +331,7 @@ def _stats(
         target_entropy,
         kls,
         weighted(w, masses).sum(1) / total.masked_fill(total == 0, 1),
-        (student.detach().argmax(1) == largest).double(),
+        (of_student == largest).double(),
     )
     return reference.of_counted_rows(stats, valid)
 
@@ -356,7 +346,7 @@ def _typed(stats: KDStats, dtype: torch.dtype) -> KDStats:
 def _sweep(
     chosen: str,
     student: Tensor,
-    named: _Named,
+    named: Named,
     sizes: list[int],
     weights: Tensor | None,
     labels: Tensor | None,
@@ -364,6 +354,7 @@ def _sweep(
     values: tuple,
     wide: torch.dtype,
     need_stats: bool,
+    vocabulary: Vocabulary | None,
 ) -> _Rows:
     needs = needs_grad(student), needs_grad(weights)
     if weights is not None:
@@ -377,12 +368,17 @@ def _sweep(
         out = run(
             TopkBucket, any(needs),
             chosen, student, weights, labels, named.classes, named.classes.masked_fill(~named.heads, NOBODY), named.home,
-            sizes, settings, needs, need_stats,
+            sizes, settings, needs, need_stats, vocabulary,
         )  # fmt: skip
     except RuntimeError:
         _kd.check_values(*values)  # as ValueError
         raise
     return _Rows(*out)
+
+
+def _places(vocabulary: Vocabulary, classes: Tensor) -> Tensor:
+    mine, places = vocabulary.here(classes)
+    return places.masked_fill(~mine, NOBODY)
 
 
 class TopkBucket(torch.autograd.Function):
@@ -402,10 +398,22 @@ class TopkBucket(torch.autograd.Function):
         settings: tuple,
         needs: tuple[bool, bool],
         need_stats: bool,
+        vocabulary: Vocabulary | None,
     ) -> tuple:
-        found, z = kernels(backend).topk_bucket_fwd.default(student, classes, weights, labels, *settings, need_stats)
+        ctx.vocabulary, ctx.mine = vocabulary, None
+        if vocabulary is not None:
+            absent = absent_classes(vocabulary, classes, labels, settings[1], NOBODY)
+            classes, heads = (_places(vocabulary, x) for x in (classes, heads))
+            labels, ctx.mine = labels_here(vocabulary, labels, settings[1])
+            settings = settings[0], IGNORED, *settings[2:]
+        sweep: Any = kernels(backend).topk_bucket_fwd.default if backend != "reference" else plain_sweep
+        found, z = sweep(student, classes, weights, labels, *settings, need_stats)
+        if vocabulary is not None:
+            found, z = joined(vocabulary, found, z, ctx.mine, absent, settings[0])
         top, logs, logs_1, of_label, total, entropy, below = found.unbind(1)
-        sums = [top / settings[0] + logs, top + logs_1, of_label, total / student.shape[1]]
+        sums = [top / settings[0] + logs, top + logs_1, of_label, total / _classes(student, vocabulary)]
+        if vocabulary is not None:
+            sums.append(below)
         stats = torch.stack([entropy, below], 1)
         ctx.mark_non_differentiable(stats)
         ctx.backend, ctx.sizes, ctx.settings, ctx.needs = backend, sizes, settings, needs
@@ -413,18 +421,19 @@ class TopkBucket(torch.autograd.Function):
         return torch.stack(sums, 1), z, None if weights is None else weights.view_as(weights), stats
 
     @staticmethod
-    @first_order("topk_kd_loss")
+    @first_order("topk_kd_loss", NO_SECOND)
     def backward(ctx: Any, of_sums: Tensor, of_z: Tensor, of_weights: Tensor | None, *_: Tensor | None) -> tuple:
         fixed = (None,) * (len(ctx.needs_input_grad) - 3)
         student, _, labels, heads, home, found = saved(ctx)
         grad = None
         if ctx.needs[0]:
             summed = torch.zeros_like(of_z)
-            for part in _to_heads(home, ctx.sizes, of_z):  # one after another: their sum has one order
+            for part in to_heads(home, ctx.sizes, of_z):  # one after another: their sum has one order
                 summed = summed + part
-            grad = kernels(ctx.backend).topk_bucket_bwd.default(
-                of_sums, summed, student, heads, labels, found, *ctx.settings
-            )
+            if ctx.vocabulary is not None:
+                of_sums, summed = grads_here(ctx.vocabulary, of_sums, summed, ctx.mine)
+            sweep: Any = kernels(ctx.backend).topk_bucket_bwd.default if ctx.backend != "reference" else plain_gradient
+            grad = sweep(of_sums, summed, student, heads, labels, found, *ctx.settings)
         return None, grad, of_weights if ctx.needs[1] else None, *fixed
 
 

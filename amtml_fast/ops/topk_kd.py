@@ -21,8 +21,9 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
+from amtml_fast.ops._vocabulary import DTensors, Vocabulary, check_alike, splits, vocabulary_of
 from amtml_fast.ops.divergence import check_divergence
-from amtml_fast.ops.topk_bucket import bucket_loss, topk_stats
+from amtml_fast.ops.topk_bucket import bucket_loss, split_tail_loss, topk_stats
 from amtml_fast.reference import KDOptions, wide_dtype
 
 TAILS = ("renormalize", "ignore", "uniform", "bucket")
@@ -49,6 +50,7 @@ def topk_kd_loss(
     beta: float | None = None,
     support: str = "teacher",
     return_stats: bool = False,
+    process_group: Any = None,
 ) -> Any:
     """``multi_teacher_kd_loss`` where each teacher gives only its k largest classes (Eq 7-8)::
 
@@ -91,6 +93,8 @@ def topk_kd_loss(
             a class of their own, the others go to the bucket, as recipes for the reverse KL do it. ``"teacher"``: all k.
         return_stats: return ``(loss, KDStats)``. ``retained_mass`` is the teachers' mass in the classes that are given (and, with
             ``support="student"``, kept), and ``teacher_kl`` the KL of what ``tail`` makes of each teacher.
+        process_group: as in ``multi_teacher_kd_loss``, with logits [N, C / P]. ``teacher_indices`` are numbers in [0, C), the same
+            on all processes, as is all else. A DTensor of logits, ``Shard(-1)`` on a mesh of 1 dimension, needs no group.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
@@ -104,8 +108,17 @@ def topk_kd_loss(
             without.
     """
     name = "topk_kd_loss"
+    if splits(student_logits, -1):
+        parts = DTensors(name, process_group, "student_logits", student_logits)
+        student_logits, process_group = parts.part("student_logits", student_logits, -1), parts.group
+        teacher_indices = parts.whole("teacher_indices", teacher_indices)
+        teacher_log_probs = parts.whole("teacher_log_probs", teacher_log_probs)
+        teacher_weights, labels = parts.whole("teacher_weights", teacher_weights), parts.whole("labels", labels)
+        num_items_in_batch = parts.whole("num_items_in_batch", num_items_in_batch)
+    _kd.check_logits(name, student_logits)
+    vocabulary = vocabulary_of(name, process_group, student_logits.shape[-1])
     rows, classes, given_indices, given_log_probs = _check_arguments(
-        name, student_logits, teacher_indices, teacher_log_probs, teacher_weights, labels, ignore_index
+        name, student_logits, teacher_indices, teacher_log_probs, teacher_weights, labels, ignore_index, vocabulary
     )
     checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
     checks.one_of(name, "tail", tail, TAILS)
@@ -131,13 +144,24 @@ def topk_kd_loss(
     options = KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing)
     values = (name, labels, classes, ignore_index, weights, (indices, sizes))
     given = student, indices, log_probs, sizes, weights, labels, options
+    doubt = None
+    if vocabulary is not None:
+        values = name, labels, vocabulary.classes, ignore_index, weights, (indices, sizes)
+        needs = needs_grad(student), needs_grad(weights)
+        settings = options, divergence, beta, support, sizes, student.dtype, log_probs.dtype, return_stats, needs
+        doubt = check_alike(
+            name, vocabulary, student, settings, integers=[labels, indices], floats=[log_probs, weights]
+        )
     if tail == "bucket":
         compared = reference.divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
-        loss, stats = bucket_loss(*given, compared, support, values, need_stats=return_stats)
+        loss, stats = bucket_loss(*given, compared, support, values, vocabulary, need_stats=return_stats)
+    elif vocabulary is not None:
+        loss, stats = split_tail_loss(*given, values, vocabulary, need_stats=return_stats)
     elif return_stats:
         loss, stats = topk_loss(*given, values), topk_stats(*given, values)
     else:
         loss, stats = topk_loss(*given, values), None
+    loss = loss if doubt is None else loss + doubt.to(loss.dtype)
     loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
     return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
@@ -182,9 +206,9 @@ def _check_arguments(
     teacher_weights: Tensor | None,
     labels: Tensor | None,
     ignore_index: int,
+    vocabulary: Vocabulary | None,
 ) -> tuple[int, int, list[Tensor], list[Tensor]]:
     """Rows, classes, and of every teacher its classes and their log-probabilities."""
-    _kd.check_logits(function, student_logits)
     indices = _kd.one_a_teacher(function, "teacher_indices", teacher_indices, student_logits, "[T, N, k]")
     log_probs = _kd.one_a_teacher(function, "teacher_log_probs", teacher_log_probs, student_logits, "[T, N, k]")
     if len(indices) != len(log_probs):
@@ -192,6 +216,7 @@ def _check_arguments(
             f"{function}: teacher_log_probs must hold {len(indices)} teachers like teacher_indices, got {len(log_probs)}"
         )
     *leading, classes = student_logits.shape
+    classes = classes if vocabulary is None else vocabulary.classes
     for t, (index, log_prob) in enumerate(zip(indices, log_probs)):
         name, of_probs = f"teacher_indices[{t}]", f"teacher_log_probs[{t}]"
         checks.integers(function, name, index)

@@ -1,0 +1,172 @@
+"""The checks of ``fused_linear_kd_loss``: its hidden states, output layers and teachers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtml_fast import checks
+from amtml_fast.ops import _kd
+from amtml_fast.ops._linear_chunks import NAME, TENSORS
+from amtml_fast.ops._vocabulary import DTensors, Vocabulary
+from amtml_fast.reference import LinearTeacher, TopKTeacher
+
+
+def check_tensors(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, teachers: Any, vocabulary: Vocabulary | None
+) -> tuple[torch.Size, int, list[str], list[Tensor]]:
+    """The shape of rows, the number of classes, the kinds of the teachers and all their tensors, of arguments that fit."""
+    checks.tensor(NAME, "student_hidden", hidden)
+    if hidden.dim() not in (2, 3) or hidden.shape[-1] < 1:
+        raise ValueError(f"{NAME}: student_hidden must be [N, H] or [B, S, H] with H >= 1, got {checks.shape(hidden)}")
+    leading = hidden.shape[:-1]
+    _check_layer("student_weight", weight, "student_bias", bias, hidden, hidden, None)
+    classes = weight.shape[0]
+    if isinstance(teachers, (Tensor, LinearTeacher, TopKTeacher)) or not isinstance(teachers, (list, tuple)):
+        wanted = "a list of teachers (LinearTeacher, TopKTeacher or a tensor of logits)"
+        raise TypeError(f"{NAME}: teachers must be {wanted}, got {_described(teachers)}")
+    if len(teachers) == 0:
+        raise ValueError(f"{NAME}: teachers must hold at least one teacher, got none")
+    kinds: list[str] = []
+    flat: list[Tensor] = []
+    for i, teacher in enumerate(teachers):
+        name = f"teachers[{i}]"
+        if isinstance(teacher, LinearTeacher):
+            _check_of_rows(f"{name}.hidden", teacher.hidden, leading, "H_t", hidden)
+            _check_layer(
+                f"{name}.weight", teacher.weight, f"{name}.bias", teacher.bias, teacher.hidden, hidden, classes
+            )
+            given = [x for x in teacher if x is not None]
+            kinds.append("linear" if teacher.bias is None else "linear_bias")
+        elif isinstance(teacher, TopKTeacher):
+            checks.integers(NAME, f"{name}.indices", teacher.indices)
+            _check_leading(f"{name}.indices", teacher.indices, leading, "k")
+            most = classes if vocabulary is None else vocabulary.classes
+            if not 1 <= teacher.indices.shape[-1] <= most:
+                wanted = f"k classes with 1 <= k <= {most}"
+                raise ValueError(f"{NAME}: {name}.indices must have {wanted}, got {checks.shape(teacher.indices)}")
+            checks.same_device(NAME, f"{name}.indices", teacher.indices, "student_hidden", hidden)
+            _check_of_rows(f"{name}.log_probs", teacher.log_probs, leading, "k", hidden)
+            checks.same_shape(NAME, f"{name}.log_probs", teacher.log_probs, f"{name}.indices", teacher.indices)
+            given = list(teacher)
+            kinds.append("topk")
+        elif isinstance(teacher, Tensor):
+            _check_of_rows(name, teacher, leading, "C", hidden)
+            if teacher.shape[-1] != classes:
+                _other_vocabulary(name, teacher, f"[..., {classes}]")
+            given = [teacher]
+            kinds.append("logits")
+        else:
+            wanted = "a LinearTeacher, a TopKTeacher or a tensor of logits"
+            raise TypeError(f"{NAME}: {name} must be {wanted}, got {type(teacher).__name__}")
+        for x in given:
+            _kd.check_frozen(NAME, name, x)
+        flat += given
+    return leading, classes, kinds, flat
+
+
+def parts_of_teachers(parts: DTensors, teachers: Any) -> Any:
+    """The teachers, with the classes of this process."""
+    if not isinstance(teachers, (list, tuple)) or isinstance(teachers, (LinearTeacher, TopKTeacher)):
+        return teachers  # the checks will refuse it
+    out: list[Any] = []
+    for i, teacher in enumerate(teachers):
+        name = f"teachers[{i}]"
+        if isinstance(teacher, LinearTeacher):
+            layer = [parts.part(f"{name}.{x}", getattr(teacher, x), 0) for x in ("weight", "bias")]
+            out.append(LinearTeacher(parts.whole(f"{name}.hidden", teacher.hidden), *layer))
+        elif isinstance(teacher, TopKTeacher):
+            out.append(TopKTeacher(*(parts.whole(name, x) for x in teacher)))
+        else:
+            out.append(parts.part(name, teacher, -1))
+    return out
+
+
+def _described(value: Any) -> str:
+    return f"a tensor {checks.shape(value)}" if isinstance(value, Tensor) else f"{type(value).__name__}"
+
+
+def _check_layer(
+    name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    hidden: Tensor,
+    student_hidden: Tensor,
+    classes: int | None,
+) -> None:
+    """An output layer [C, H] that fits its hidden states, with the student's classes if given."""
+    checks.tensor(NAME, name, weight)
+    width = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width or weight.shape[0] < 1:
+        wanted = f"[C, {width}] for hidden states {checks.shape(hidden)}"
+        raise ValueError(f"{NAME}: {name} must be {wanted}, got {checks.shape(weight)}")
+    if classes is not None and weight.shape[0] != classes:
+        _other_vocabulary(name, weight, f"[{classes}, {width}]")
+    checks.same_device(NAME, name, weight, "student_hidden", student_hidden)
+    if bias is None:
+        return
+    checks.tensor(NAME, bias_name, bias)
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"{NAME}: {bias_name} must be [{weight.shape[0]}] like {name}, got {checks.shape(bias)}")
+    checks.same_device(NAME, bias_name, bias, "student_hidden", student_hidden)
+
+
+def _other_vocabulary(name: str, value: Tensor, wanted: str) -> None:
+    raise ValueError(
+        f"{NAME}: {name} must be {wanted} with the classes of student_weight, got {checks.shape(value)}; fill up the shorter "
+        "vocabulary (weight with zeros and bias with -inf, or logits with -inf)"
+    )
+
+
+def _check_of_rows(name: str, value: Tensor, leading: torch.Size, last: str, hidden: Tensor) -> None:
+    checks.tensor(NAME, name, value)
+    _check_leading(name, value, leading, last)
+    checks.same_device(NAME, name, value, "student_hidden", hidden)
+
+
+def _check_leading(name: str, value: Tensor, leading: torch.Size, last: str) -> None:
+    if value.dim() < 2 or value.shape[:-1] not in (leading, (leading.numel(),)) or value.shape[-1] < 1:
+        wanted = ", ".join(map(str, leading))
+        raise ValueError(f"{NAME}: {name} must be [{wanted}, {last}] like student_hidden, got {checks.shape(value)}")
+
+
+def check_index(index: Tensor | None, weights: Tensor | None, like: Tensor) -> None:
+    if index is None:
+        return
+    if weights is not None:
+        raise ValueError(f"{NAME}: teacher_weights must be None with teacher_index, got {checks.shape(weights)}")
+    checks.integers(NAME, "teacher_index", index)
+    leading = like.shape[:-1]
+    if index.shape not in (leading, (leading.numel(),)):
+        wanted = f"{list(leading)} like student_hidden"
+        raise ValueError(f"{NAME}: teacher_index must be {wanted}, got {checks.shape(index)}")
+    checks.same_device(NAME, "teacher_index", index, "student_hidden", like)
+
+
+def check_classes(
+    kinds: list[str],
+    flat: list[Tensor],
+    labels: Tensor | None,
+    index: Tensor | None,
+    classes: int,
+    ignore_index: int,
+) -> None:
+    """The values of integers, where looking costs no sync; in rows that count."""
+    given = {}
+    if index is not None:
+        given["teacher_index"] = (index.unsqueeze(1), len(kinds))
+    at = 0
+    for t, kind in enumerate(kinds):
+        if kind == "topk":
+            given[f"teachers[{t}].indices"] = (flat[at].reshape(-1, flat[at].shape[-1]), classes)
+        at += TENSORS[kind]
+    for name, (values, most) in given.items():
+        if not checks.values_are_free(values):
+            continue
+        bad = (values < 0) | (values >= most)
+        if labels is not None:
+            bad &= (labels != ignore_index).unsqueeze(1)
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            raise ValueError(f"{NAME}: {name} must be in [0, {most}), got {int(values[row, column])} in row {row}")

@@ -1,0 +1,207 @@
+"""``fused_linear_kd_loss`` of output layers whose classes are split among processes.
+
+Chunks of rows as in ``_linear_chunks``, whose rows are those of ``_vocabulary_rows``. Forward keeps some numbers a row; backward
+makes the logits again, and from them the gradients. That to the hidden states is a sum over the processes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
+from amtml_fast.ops._linear_chunks import NAME, Call, Settings, kept_rows, put_rows
+from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike, check_backend
+from amtml_fast.ops._vocabulary_rows import Given, Rows, Rule, finished, logit_grads, rows_of, rule_of, weight_grads
+from amtml_fast.reference import Divergence, KDOptions
+
+
+def split_linear_loss(
+    vocabulary: Vocabulary,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [C / P, H]
+    bias: Tensor | None,
+    weights: Tensor | None,  # [N, T]
+    labels: Tensor | None,
+    index: Tensor | None,
+    temperatures: Tensor | None,
+    teachers: Sequence[Tensor],
+    kinds: list[str],
+    settings: Settings,
+    options: KDOptions,
+    divergence: Divergence,
+    wide: torch.dtype,
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, Any]:
+    """The loss of checked rows, and with ``need_stats`` their statistics."""
+    check_backend(NAME, hidden, weight, bias, weights, divergence.alpha, *teachers)
+    inputs = hidden, weight, bias, weights
+    needs = tuple(needs_grad(x) for x in inputs)
+    rule = rule_of(options, divergence, labels, wide, (any(needs[:3]), needs[3]), need_stats)
+    settings = settings._replace(row_kernel="divergence", reduction="none")
+    dtypes = [None if x is None else x.dtype for x in (*inputs, *teachers)]
+    doubt = check_alike(
+        NAME, vocabulary, hidden, (options, rule, settings, kinds, needs, dtypes),
+        integers=[labels, index], floats=[hidden, weights, divergence.alpha, temperatures],
+    )  # fmt: skip
+    each, ce, stats = run(
+        SplitLinearKD,
+        any(needs),
+        vocabulary,
+        rule,
+        settings,
+        kinds,
+        needs,
+        *inputs,
+        labels,
+        index,
+        temperatures,
+        *teachers,
+    )
+    return finished(vocabulary, each, ce, stats, weights, labels, options, divergence, need_stats, doubt)
+
+
+class SplitLinearKD(torch.autograd.Function):
+    """``each``, ``ce`` and ``stats`` of ``Rows``. ``needs``: a gradient to the hidden states, the weight, the bias and the
+    teachers' weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        vocabulary: Vocabulary,
+        rule: Rule,
+        settings: Settings,
+        kinds: list[str],
+        needs: tuple[bool, ...],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        index: Tensor | None,
+        temperatures: Tensor | None,
+        *teachers: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given: Any = hidden, weight, bias, weights, labels, index, temperatures, *teachers
+        ctx.fixed = vocabulary, rule, settings, kinds, needs
+        rows = SplitCall(*ctx.fixed, *given).rows_found()
+        ctx.mark_non_differentiable(rows.stats)
+        save(ctx, *given, rows.normal, rows.totals, rows.of_weights)
+        return rows.each, rows.ce, rows.stats
+
+    @staticmethod
+    @first_order(NAME, NO_SECOND)
+    def backward(ctx: Any, of_each: Tensor, of_ce: Tensor, *_: Tensor | None) -> tuple:
+        *given, normal, totals, of_weights = saved(ctx)
+        rule, needs = ctx.fixed[1], ctx.fixed[4]
+        made: list[Any] = [None] * 3
+        if any(needs[:3]):
+            grads = SplitCall(*ctx.fixed, *given).gradients(normal, totals, of_each, of_ce)
+            made = [g.to(x.dtype) if needed else None for g, x, needed in zip(grads, given, needs)]
+        needed = needs[3] and rule.mode != "sum"
+        grad_weights = weight_grads(of_weights, of_each) if needed else None
+        return *(None,) * 5, *made, grad_weights, *(None,) * (len(given) - 4)
+
+
+class SplitCall(Call):
+    """One call, forward or backward."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        rule: Rule,
+        settings: Settings,
+        kinds: list[str],
+        needs: tuple[bool, ...],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weights: Tensor | None,
+        labels: Tensor | None,
+        index: Tensor | None,
+        temperatures: Tensor | None,
+        *teachers: Tensor,
+    ):
+        given = hidden, weight, bias, weights, None, labels, index, temperatures, teachers, kinds
+        super().__init__(None, *given, *settings, *needs, False, rule.need_stats)
+        self.vocabulary, self.rule, self.wide = vocabulary, rule, rule.wide
+
+    def scatter(self, out: Tensor, index: Tensor, values: Tensor) -> Tensor:
+        mine, place = self.vocabulary.here(index)
+        absent = (index < 0) | (index >= self.vocabulary.classes)  # on the CPU that was an error before
+        values = values.masked_fill(~mine, -torch.inf).masked_fill(absent, torch.nan)
+        return out.scatter_reduce_(1, place, values, "amax")
+
+    def made(self, grads: bool) -> Iterator[tuple[Any, list[int], Tensor, Given]]:
+        """Of every chunk its rows, its teachers, its hidden states and what is made of them."""
+        with torch.no_grad(), torch.autocast(self.hidden.device.type, enabled=False):
+            for rows, only in self.chunks(self.segments(), grads):
+                weights, labels, temperatures = (
+                    None if x is None else self.take(x, rows) for x in (self.weights, self.labels, self.temperatures)
+                )
+                keep = None  # rows that count, where others are among them: what these hold must not get into a product
+                if labels is not None and not self.on_cpu and isinstance(rows, slice):
+                    keep = labels != self.set.ignore_index
+                hidden = kept_rows(self.take(self.hidden, rows), keep)
+                student = self.logits("student", hidden, self.weight, self.bias)
+                teachers = [self.teacher(t, rows, keep) for t in only]
+                rule, taus = self.rule, self.rule.divergence.teacher_temperatures
+                if taus:
+                    taus = tuple(taus[t] for t in only)
+                    rule = rule._replace(divergence=rule.divergence._replace(teacher_temperatures=taus))
+                yield rows, only, hidden, Given(self.vocabulary, rule, student, teachers, weights, labels, temperatures)
+
+    def rows_found(self) -> Rows:
+        n, count, rule, new = self.rows, len(self.kinds), self.rule, self.hidden.new_zeros
+        together = 1 if self.index is not None else count
+        columns = together if rule.mode == "sum" else 1
+        softmaxes = 1 + rule.labeled + together + (rule.mode == "logits")
+        out = Rows(
+            new(n, columns, dtype=self.wide),
+            new(n if rule.labeled else 0, dtype=self.wide),
+            new((n, 4 + count) if rule.need_stats else 0, dtype=self.wide),
+            new(n, softmaxes, 2, dtype=torch.float64),
+            new((n, columns) if rule.need_student else 0, dtype=self.wide),
+            new((n, count) if rule.need_weights and rule.mode != "sum" else 0, dtype=self.wide),
+        )
+        for rows, only, _, given in self.made(False):
+            part = rows_of(given)
+            for name, x in part._asdict().items():
+                if name != "stats" and x.numel():
+                    put_rows(getattr(out, name), rows, x)
+            if rule.need_stats:
+                places = [0, 1, 2, 3, *(4 + t for t in only)]
+                for i, place in enumerate(places):
+                    put_rows(out.stats[:, place], rows, part.stats[:, i])
+        return out
+
+    def gradients(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor) -> list[Tensor]:
+        """To the hidden states, the weight and the bias; what nobody asks for is empty."""
+        _, grad_hidden, self.grad_weight, self.grad_bias, *_ = self.outputs()
+        for x in (grad_hidden, self.grad_weight, self.grad_bias):
+            x.zero_()
+        by = None
+        if self.narrow and self.hidden.dtype == torch.float16:  # which would round small gradients to 0
+            by = torch.cat([of_each.abs().reshape(-1), of_ce.abs()]).amax().clamp(min=1e-30)
+            of_each, of_ce = of_each / by, of_ce / by
+        first, take = True, self.take
+        for rows, _, hidden, given in self.made(True):
+            student = given.student
+            grad = self.buffer("grad", tuple(student.shape))
+            of_labels = take(of_ce, rows) if self.rule.labeled else of_ce
+            logit_grads(given, take(normal, rows), take(totals, rows), take(of_each, rows), of_labels, grad)
+            if self.set.softcap:  # times 1 - tanh^2
+                student.div_(self.set.softcap)
+                torch.ops.aten.tanh_backward.grad_input(grad, student, grad_input=grad)
+            made = self.add_grads(grad, hidden, None, self.set.logit_scale, first)
+            first = False
+            if made is not None:
+                put_rows(grad_hidden, rows, made)
+        grads = [grad_hidden, self.grad_weight, self.grad_bias]
+        if by is not None:
+            for x in grads:
+                x.mul_(by)
+        self.vocabulary.summed_(grad_hidden)
+        return grads
