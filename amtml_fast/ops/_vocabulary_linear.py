@@ -12,8 +12,9 @@ from torch import Tensor
 
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings, kept_rows, put_rows
-from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike, check_backend
-from amtml_fast.ops._vocabulary_rows import Given, Rows, Rule, finished, logit_grads, rows_of, rule_of, weight_grads
+from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
+from amtml_fast.ops._vocabulary_plain import Given, Rule
+from amtml_fast.ops._vocabulary_rows import Rows, finished, logit_grads, rows_of, rule_of, weight_grads, with_backend
 from amtml_fast.reference import Divergence, KDOptions
 
 
@@ -36,10 +37,10 @@ def split_linear_loss(
     need_stats: bool,
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows, and with ``need_stats`` their statistics."""
-    check_backend(NAME, hidden, weight, bias, weights, divergence.alpha, *teachers)
     inputs = hidden, weight, bias, weights
     needs = tuple(needs_grad(x) for x in inputs)
     rule = rule_of(options, divergence, labels, wide, (any(needs[:3]), needs[3]), need_stats)
+    rule = with_backend(NAME, rule, temperatures, hidden, weight, bias, weights, divergence.alpha, *teachers)
     settings = settings._replace(row_kernel="divergence", reduction="none")
     dtypes = [None if x is None else x.dtype for x in (*inputs, *teachers)]
     doubt = check_alike(

@@ -1,4 +1,4 @@
-"""``multi_teacher_kd_loss`` of logits whose classes are split among processes, in plain PyTorch.
+"""``multi_teacher_kd_loss`` of logits whose classes are split among processes.
 
 D(p, q) and the cross-entropy are sums over classes, once all softmaxes are known. So every process makes of its own classes:
 
@@ -7,10 +7,10 @@ D(p, q) and the cross-entropy are sums over classes, once all softmaxes are know
    are gathered;
 3. in backward the gradient to its logits, (dD/dlog q_k - q_k G) / tau, with nothing more to ask for.
 
-All of it in blocks of rows, whose derivatives are those of the reference's own functions.
+The shares of rows are made by kernels where there are any (``_vocabulary_kernels``), else by plain PyTorch in blocks of rows
+(``_vocabulary_plain``).
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,42 +21,18 @@ from amtml_fast import reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike, check_backend
+from amtml_fast.ops._vocabulary_kernels import KernelBlock, backend_of
+from amtml_fast.ops._vocabulary_plain import Given, PlainBlock, Rule
 from amtml_fast.ops.divergence import check_values
 from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
 
-_CPU_BYTES, _GPU_BYTES = 2**23, 2**28  # of a block's logits, of all teachers and a few more
-
-
-class Rule(NamedTuple):
-    """What is computed of rows."""
-
-    divergence: Divergence
-    mode: str
-    temperature: float  # where it is one for all rows
-    ignore_index: int
-    label_smoothing: float
-    labeled: bool  # whether there is a cross-entropy
-    need_student: bool  # gradients
-    need_weights: bool
-    need_stats: bool
-    wide: torch.dtype
-
-    @property
-    def known_totals(self) -> bool:
-        """Whether G is minus the sum of p: then p = q has the gradient 0 and not nearly."""
-        return self.divergence.name == "forward_kl"
-
-
-class Given(NamedTuple):
-    """Rows of which this process has a part of the classes."""
-
-    vocabulary: Vocabulary
-    rule: Rule
-    student: Tensor  # [N, C / P]
-    teachers: Sequence[Tensor]
-    weights: Tensor | None  # [N, T]
-    labels: Tensor | None  # [N]
-    temperatures: Tensor | None  # [N]
+# Of a block. Plain PyTorch on a CPU is fastest where its logits, those of all teachers and a few more stay in the cache.
+_BYTES = {
+    (PlainBlock, True): 2**23,
+    (PlainBlock, False): 2**28,
+    (KernelBlock, True): 2**26,
+    (KernelBlock, False): 2**28,
+}
 
 
 class Rows(NamedTuple):
@@ -81,8 +57,16 @@ def rule_of(
     labeled = labels is not None and (divergence.alpha is not None or options.alpha != 1)
     return Rule(
         divergence._replace(alpha=None, temperature=None), options.mode, options.temperature, options.ignore_index,
-        options.label_smoothing, labeled, *needs, need_stats, wide,
+        options.label_smoothing, labeled, *needs, need_stats, wide, "reference",
     )  # fmt: skip
+
+
+def with_backend(function: str, rule: Rule, temperatures: Tensor | None, *tensors: Tensor | None) -> Rule:
+    """The rule with the backend that makes its rows. One that was chosen by name and has no kernel for them is refused."""
+    chosen = backend_of(rule, temperatures, *tensors)
+    if chosen == "reference":
+        check_backend(function, *tensors)
+    return rule._replace(backend=chosen)
 
 
 def split_loss(
@@ -98,7 +82,6 @@ def split_loss(
     need_stats: bool,
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows, and with ``need_stats`` their statistics."""
-    check_backend(function, student, weights, divergence.alpha, *teachers)
     check_values(function, labels, options.ignore_index, divergence, vocabulary.classes, weights)
     wide = wide_dtype(student, *teachers, weights)
     if weights is not None:
@@ -106,6 +89,7 @@ def split_loss(
     temperatures = None if divergence.temperature is None else divergence.temperature.to(wide)
     needs = needs_grad(student), needs_grad(weights)
     rule = rule_of(options, divergence, labels, wide, needs, need_stats)
+    rule = with_backend(function, rule, temperatures, student, weights, divergence.alpha, *teachers)
     settings = options, rule, len(teachers), [None if x is None else x.dtype for x in (student, *teachers, weights)]
     floats = weights, divergence.alpha, temperatures
     doubt = check_alike(function, vocabulary, student, settings, integers=[labels], floats=floats)
@@ -202,8 +186,9 @@ def weight_grads(of_weights: Tensor, of_each: Tensor) -> Tensor:
 def rows_of(given: Given) -> Rows:
     """Steps 1 and 2."""
     vocabulary, rule, student, teachers, weights, labels, _ = given
-    normal = _normal(vocabulary, torch.cat([block.sums() for _, block in _blocks(given)]))
-    parts = [block.shares(normal[rows]) for rows, block in _blocks(given)]
+    own = torch.cat([block.sums() for _, block in _blocks(given)])
+    normal = _normal(vocabulary, own)
+    parts = [block.shares(normal[rows], own[rows]) for rows, block in _blocks(given)]
     sizes = {name: x.shape[1] for name, x in parts[0].items()}
     of_all = vocabulary.gathered(torch.cat([torch.cat([x.double() for x in part.values()], 1) for part in parts]))
     found = dict(zip(sizes, of_all.split(list(sizes.values()), 2)))  # [P, N, ...]
@@ -258,157 +243,14 @@ def logit_grads(given: Given, normal: Tensor, totals: Tensor, of_each: Tensor, o
     return out
 
 
-def _blocks(given: Given) -> Iterator[tuple[slice, "_Block"]]:
+def _blocks(given: Given) -> Iterator[tuple[slice, "PlainBlock | KernelBlock"]]:
+    """Rows whose numbers in ``wide`` stay small beside what is given."""
     vocabulary, rule, student, teachers, *small = given
     rows, size = student.shape
-    budget = _CPU_BYTES if student.device.type == "cpu" else _GPU_BYTES
-    step = max(budget // (size * rule.wide.itemsize * (len(teachers) + 4)), 1)
+    make: Any = PlainBlock if rule.backend == "reference" else KernelBlock
+    copies = 1 if make is KernelBlock else len(teachers) + 4
+    step = max(_BYTES[make, student.device.type == "cpu"] // (size * rule.wide.itemsize * copies), 1)
     for start in range(0, max(rows, 1), step):
         some = slice(start, start + step)
         of_rows = (None if x is None else x[some] for x in small)
-        yield some, _Block(Given(vocabulary, rule, student[some], [t[some] for t in teachers], *of_rows))
-
-
-class _Block:
-    """Some rows, as far as this process has their classes."""
-
-    def __init__(self, given: Given):
-        vocabulary, rule, student, teachers, weights, labels, temperatures = given
-        self.vocabulary, self.rule, self.labels = vocabulary, rule, labels
-        rows, count, wide = student.shape[0], len(teachers), rule.wide
-        valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != rule.ignore_index
-        self.hide = hide = ~valid.unsqueeze(1)
-        self.z = student.to(wide).masked_fill(hide, 0)
-        self.tau: Any = rule.temperature
-        if temperatures is not None:
-            self.tau = temperatures.unsqueeze(1)
-        self.x = self.z / self.tau
-        of_teachers = rule.divergence.teacher_temperatures or (self.tau,) * count
-        self.scaled = [t.to(wide).masked_fill(hide, 0) / by for t, by in zip(teachers, of_teachers)]
-        if weights is None:
-            weights = self.z.new_full((1, count), 1 / count)
-        self.w = weights.expand(rows, -1).masked_fill(hide, 0)
-
-    def softmaxes(self) -> list[Tensor]:
-        """Their logits: of the student at its temperature and, for the cross-entropy, at 1, of the teachers and of what mode
-        "logits" makes of them."""
-        out = [self.x, self.z] if self.rule.labeled else [self.x]
-        out += self.scaled
-        return [*out, reference.mixed_logits(self.scaled, self.w)] if self.rule.mode == "logits" else out
-
-    def sums(self) -> Tensor:
-        """[rows, S, 2]: maximum, and sum of exponentials beside it. A part of -inf alone adds 0."""
-        out = []
-        for x in self.softmaxes():
-            top = x.amax(1)
-            shifted = x - top.masked_fill(top == -torch.inf, 0).unsqueeze(1)
-            out.append(torch.stack([top, shifted.exp().sum(1)], 1))
-        return torch.stack(out, 1).double()
-
-    def logs(self, normal: Tensor) -> list[Tensor]:
-        """The logarithms of the softmaxes over all classes."""
-        normal = normal.to(self.rule.wide)
-        found = [(x - normal[:, i, :1]) - normal[:, i, 1:] for i, x in enumerate(self.softmaxes())]
-        first = 1 + self.rule.labeled
-        for t in range(len(self.scaled)):  # without weight a teacher counts nothing, even one that has no softmax
-            p = found[first + t]
-            found[first + t] = p.masked_fill((self.w[:, t, None] == 0) & p.isnan(), -torch.inf)
-        return found
-
-    def targets(self, logs: list[Tensor], w: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """What the student is compared with: weight, probabilities and their logarithms."""
-        first, ones = 1 + self.rule.labeled, w.new_ones(len(w))
-        log_p = logs[first : first + len(self.scaled)]
-        if self.rule.mode == "mixture":
-            return [(ones, *reference.mixed_probs(log_p, w))]
-        if self.rule.mode == "logits":
-            return [(ones, logs[-1].exp(), logs[-1])]
-        return [(w[:, t], p.exp(), p) for t, p in enumerate(log_p)]
-
-    def shares(self, normal: Tensor) -> dict[str, Tensor]:
-        """Of this process's classes, each [rows, ...]."""
-        rule, logs, w, out = self.rule, self.logs(normal), self.w, {}
-        divergence, log_q = rule.divergence, logs[0]
-        of_weights = rule.need_weights and rule.mode != "sum"
-        of_totals = rule.need_student and not rule.known_totals
-        with torch.set_grad_enabled(of_totals or of_weights):
-            if of_totals:
-                log_q = logs[0] = log_q.requires_grad_()
-            if of_weights and rule.mode == "mixture":
-                w = w.clone().requires_grad_()
-            elif of_weights:
-                logs[-1].requires_grad_()
-            q = log_q.exp()
-            each, totals = [], []
-            inputs = [log_q] * of_totals + ([w if rule.mode == "mixture" else logs[-1]] * of_weights)
-            for _, p, log in self.targets(logs, w):
-                d = reference.divergence_rows(divergence, p, log, q, log_q)
-                each.append(d.detach())
-                made = list(torch.autograd.grad(d.sum(), inputs, retain_graph=True)) if inputs else []
-                if of_totals:
-                    totals.append(made[0].sum(1, dtype=torch.float64))
-        out["each"] = torch.stack(each, 1)
-        if of_totals:
-            out["totals"] = torch.stack(totals, 1)
-        if of_weights and rule.mode == "mixture":
-            out["weights"] = made[-1]
-        elif of_weights:  # beside the largest logit of each teacher, which changes nothing, the sums keep their digits
-            a, p, first = made[-1], logs[-1].detach().exp(), 1 + rule.labeled
-            tops = normal[:, first:, 0].to(rule.wide)
-            tops = tops.masked_fill(~tops.isfinite(), 0)
-            given = [x.masked_fill(x == -torch.inf, 0) for x in self.scaled]
-            given = [x.masked_fill((self.w[:, t, None] == 0) & ~x.isfinite(), 0) for t, x in enumerate(given)]
-            beside = [x - tops[:, t, None] for t, x in enumerate(given)]
-            out["a_logits"] = torch.stack([reference.weighted(a, x).sum(1, dtype=torch.float64) for x in beside], 1)
-            out["p_logits"] = torch.stack([reference.weighted(p, x).sum(1, dtype=torch.float64) for x in beside], 1)
-            out["of_target"] = a.sum(1, keepdim=True, dtype=torch.float64)
-        if rule.labeled:
-            mine, place, absent = self.label()
-            of_label = logs[1].gather(1, place.unsqueeze(1)).squeeze(1).masked_fill(~mine, 0)
-            of_label = of_label.masked_fill(absent, math.nan)
-            out["ce"] = torch.stack([of_label, logs[1].sum(1)], 1)
-        if rule.need_stats:
-            self.add_stats(out, [x.detach() for x in logs])
-        return out
-
-    def add_stats(self, out: dict[str, Tensor], logs: list[Tensor]) -> None:
-        first, log_q = 1 + self.rule.labeled, logs[0]
-        q, log_p = log_q.exp(), logs[first : first + len(self.scaled)]
-        if self.rule.mode == "logits":
-            p, log = logs[-1].exp(), logs[-1]
-        else:
-            p, log = reference.mixed_probs(log_p, self.w)
-        none = torch.zeros_like(q)
-        out["entropies"] = torch.stack([-reference.kl_rows(x, y, none) for x, y in ((q, log_q), (p, log))], 1)
-        out["kls"] = torch.stack([reference.kl_rows(x.exp(), x, log_q) for x in log_p], 1)
-        for name, x in (("q_top", q), ("p_top", p)):
-            top = x.max(1)
-            out[name] = torch.stack([top.values.double(), top.indices.double()], 1)
-
-    def label(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether the label's class is here, where, and whether it is none at all. (On the CPU that was an error before.)"""
-        assert self.labels is not None
-        mine, place = self.vocabulary.here(self.labels)
-        absent = (self.labels < 0) | (self.labels >= self.vocabulary.classes)
-        return mine, place, absent & ~self.hide.squeeze(1)
-
-    def gradient(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor | None) -> Tensor:
-        """To the logits, from the gradients to ``each`` and ``ce``."""
-        rule, logs = self.rule, self.logs(normal)
-        log_q = logs[0].requires_grad_()
-        q, out = log_q.detach().exp(), torch.zeros_like(log_q)
-        targets = self.targets(logs, self.w)
-        for t, (_, p, log) in enumerate(targets):
-            with torch.enable_grad():
-                d = reference.divergence_rows(rule.divergence, p, log, log_q.exp(), log_q)
-            (made,) = torch.autograd.grad(d, log_q, of_each[:, t])
-            out.add_(made)
-        out = out.sub_(q * (of_each * totals).sum(1, keepdim=True)).div_(self.tau)
-        if rule.divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
-            out.masked_fill_(reference.lost_classes([(w, p, log) for w, p, log in targets], self.z), 0)
-        if of_ce is not None:
-            mine, place, absent = self.label()
-            by, smoothing = of_ce.masked_fill(absent, math.nan).unsqueeze(1), rule.label_smoothing
-            out.add_((logs[1].exp() - smoothing / self.vocabulary.classes) * by)
-            out.scatter_add_(1, place.unsqueeze(1), ((smoothing - 1) * by).masked_fill(~mine.unsqueeze(1), 0))
-        return out.masked_fill_(self.hide | (self.z == -torch.inf), 0)
+        yield some, make(Given(vocabulary, rule, student[some], [t[some] for t in teachers], *of_rows))

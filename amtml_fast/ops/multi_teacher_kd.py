@@ -93,7 +93,7 @@ def multi_teacher_kd_loss(
             [N, C / P] of student and teachers, of the r-th part of the classes. All else is the same on all processes, labels are
             numbers in [0, C), and each process gets the whole loss and calls backward with the same gradient. Its logits get
             their gradient, weights and alpha the whole one. DTensors of logits, ``Shard(-1)`` on a mesh of 1 dimension, need
-            no group. Plain PyTorch, see docs/method.md.
+            no group. See docs/method.md for what runs on kernels.
 
     Returns:
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
