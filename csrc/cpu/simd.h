@@ -243,18 +243,13 @@ AMTML_INLINE double block_sum(int64_t n, const F& term) {
 #pragma omp simd
       for (int l = 0; l < kLanes; ++l) totals[l] += static_cast<double>(sums[l]);
     }
-    int64_t i = whole;
-    if (i + 8 <= n) {
-#pragma omp simd
-      for (int l = 0; l < 8; ++l) totals[l] += static_cast<double>(term(i + l));
-      i += 8;
-    }
     alignas(32) double rest[4] = {};
-    if (i + 4 <= n) {
+    int64_t i = whole;
+    for (; i + 4 <= n; i += 4) {
 #pragma omp simd
-      for (int l = 0; l < 4; ++l) rest[l] = static_cast<double>(term(i + l));
-      i += 4;
+      for (int l = 0; l < 4; ++l) rest[l] += static_cast<double>(term(i + l));
     }
+#pragma GCC unroll 1  // each copy of a term takes time to compile
     for (int l = 0; l < 3 && i < n; ++l, ++i) rest[l] += static_cast<double>(term(i));
     const auto plus = [](double a, double b) __attribute__((always_inline)) { return a + b; };
     return folded<kLanes / 2>(totals, plus) + folded<2>(rest, plus);
