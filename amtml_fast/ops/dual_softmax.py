@@ -33,10 +33,10 @@ def dual_softmax(scores: Tensor, dim1: int = -2, dim2: int = -1, *, mode: str = 
     chosen = backend.choose("dual_softmax", scores)
     if chosen == "reference":
         return reference.dual_softmax(scores, dim1, dim2, mode=mode)
-    moved = scores.movedim((dim1, dim2), (-2, -1))
-    matrices = moved.reshape(moved.shape[:-2].numel(), *moved.shape[-2:])
-    out = run(DualSoftmax, needs_grad(matrices), chosen, matrices, mode)
-    return out.reshape(moved.shape).movedim((-2, -1), (dim1, dim2))
+    last = dim1 % scores.dim() == scores.dim() - 2 and dim2 % scores.dim() == scores.dim() - 1
+    moved = scores if last else scores.movedim((dim1, dim2), (-2, -1))
+    out = run(DualSoftmax, needs_grad(moved), chosen, moved, mode)
+    return out if last else out.movedim((-2, -1), (dim1, dim2))
 
 
 def _check_arguments(function: str, scores: Tensor, dim1: int, dim2: int, mode: str) -> None:
@@ -53,17 +53,28 @@ def _check_arguments(function: str, scores: Tensor, dim1: int, dim2: int, mode: 
 
 
 class DualSoftmax(torch.autograd.Function):
+    """Over the last two dimensions. Kernels take [B, R, K]; views made here, and not before, are no nodes of the graph.
+    (The result is no view: a Function's may not be written to.)"""
+
     @staticmethod
     def forward(ctx: Any, backend: str, scores: Tensor, mode: str) -> Tensor:
-        out, first, row_stats = kernels(backend).dual_softmax_fwd.default(scores, mode)
+        out, first, row_stats = kernels(backend).dual_softmax_fwd.default(_matrices(scores), mode)
         save(ctx, scores, first, row_stats)
         ctx.mode, ctx.backend = mode, backend
-        return out
+        return out if scores.dim() == 3 else torch.ops.aten._unsafe_view.default(out, scores.shape)
 
     @staticmethod
     @first_order("dual_softmax")
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return None, kernels(ctx.backend).dual_softmax_bwd.default(grad, *saved(ctx), ctx.mode), None
+        scores, first, row_stats = saved(ctx)
+        grad_scores = kernels(ctx.backend).dual_softmax_bwd.default(
+            _matrices(grad), _matrices(scores), first, row_stats, ctx.mode
+        )
+        return None, grad_scores.view(scores.shape), None
+
+
+def _matrices(t: Tensor) -> Tensor:
+    return t if t.dim() == 3 else t.reshape(t.shape[:-2].numel(), *t.shape[-2:])
 
 
 # scores [B, R, K]. result; the softmax over R, in the wide dtype; maxima and sums of the softmax over K [B, R, 2]

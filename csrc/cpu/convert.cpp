@@ -13,6 +13,8 @@ void widen(const void* from, ScalarType dtype, int64_t stride, int64_t n, A* to)
       if (stride == 1) {
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(x[i]);
+      } else if (stride == 0) {  // the gradient of a sum
+        std::fill_n(to, n, n > 0 ? static_cast<A>(*x) : A(0));
       } else {
         for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(x[i * stride]);
       }

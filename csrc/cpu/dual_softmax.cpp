@@ -3,178 +3,225 @@
 //   sequential: a = softmax_R(x), y = softmax_K(a)     dx = a (da - sum_R da a),  da = y (g - sum_K g y)
 //   product:    y = softmax_R(x) softmax_K(x)          dx = 2 g y - a sum_R g y - b sum_K g y
 //
-// Columns are reduced in blocks of neighbors, so that vectors run along memory in both phases.
+// Every pass goes along rows, and a thread has the same rows in all of them, so that it finds them in its cache. What a
+// column needs of all rows (its maximum, its sums) is made of parts, one for each group of rows: groups follow from the
+// sizes alone, and with them every number.
+#include "../arithmetic.h"
 #include "shares.h"
 
 namespace amtml {
 namespace {
 
 constexpr char kOp[] = "dual_softmax";
-// Most columns that one task reduces together: their sums stay in the first-level cache.
-constexpr int64_t kColumns = 1024;
+constexpr int64_t kGroups = 32;     // of rows, about, in all matrices together
+constexpr int64_t kColumns = 2048;  // of a part at a time: they stay in the first-level cache
 
 struct Sizes {
   int64_t batch, rows, columns;
-  // Of a task the columns, so many that each thread has a task, for memory is read best along whole rows; and the
-  // tasks.
-  int64_t width, blocks;
+  int64_t height, groups;  // rows of a group, groups of a matrix
 
   explicit Sizes(const Tensor& t) : batch(t.size(0)), rows(t.size(1)), columns(t.size(2)) {
-    const int64_t count = std::max<int64_t>(batch, 1), threads = (torch::stable::get_num_threads() + count - 1) / count;
-    width = std::min(std::max<int64_t>(padded(columns / threads, 16), 128), kColumns);
-    blocks = (columns + width - 1) / width;
+    const int64_t wanted = std::max<int64_t>(kGroups / std::max<int64_t>(batch, 1), 1);
+    height = std::max<int64_t>((rows + wanted - 1) / wanted, 1);
+    groups = (rows + height - 1) / height;
   }
 };
 
-// Calls body(batch, first column, end column) for blocks of columns.
-template <class F>
-void for_columns(const Sizes& s, const F& body) {
-  in_shares(s.batch * s.blocks, s.rows * s.width, [&](Shares& next) {
+// Calls body(matrix, group of all matrices, first row, end row, scratch for a row), the rows of all matrices.
+template <class A, class F>
+void for_groups(const Sizes& s, const F& body) {
+  in_shares(s.batch * s.groups, s.height * s.columns, [&](Shares& next) {
+    Buffer<A> scratch(s.columns);
     vectorized([&] AMTML_BODY() {
       for (Share share; next(share);) {
         for (int64_t i = share.begin; i < share.end; ++i) {
-          const int64_t first = i % s.blocks * s.width;
-          body(i / s.blocks, first, std::min(first + s.width, s.columns));
+          const int64_t b = i / s.groups, first = i % s.groups * s.height;
+          body(b, i, b * s.rows + first, b * s.rows + std::min(first + s.height, s.rows), scratch.data());
         }
       }
     });
   });
 }
 
-// Calls body(first row, end row, scratch for a row), the rows of all batches.
+// Calls body(first column, columns) for neighbors of a row.
+template <class F>
+AMTML_INLINE void for_columns(const Sizes& s, const F& body) {
+  for (int64_t first = 0; first < s.columns; first += kColumns) body(first, std::min(kColumns, s.columns - first));
+}
+
+// Calls body(into, part, columns) for the parts [B, groups, K], one after the other, of each column: into [B, K], which
+// starts as the first part.
 template <class A, class F>
-void for_rows(const Sizes& s, const F& body) {
-  in_shares(s.batch * s.rows, s.columns, [&](Shares& next) {
-    Buffer<A> scratch(s.columns);
+void combine(const Sizes& s, const Buffer<A>& parts, Buffer<A>& into, const F& body) {
+  in_shares(s.batch * s.columns, s.groups, [&](Shares& next) {
     vectorized([&] AMTML_BODY() {
-      for (Share share; next(share);) body(share.begin, share.end, scratch.data());
+      for (Share share; next(share);) {
+        for (int64_t i = share.begin; i < share.end;) {
+          const int64_t b = i / s.columns, k = i % s.columns, count = std::min(share.end - i, s.columns - k);
+          const A* part = parts.data() + b * s.groups * s.columns + k;
+          std::copy_n(part, count, &into[i]);
+          for (int64_t g = 1; g < s.groups; ++g) body(&into[i], part + g * s.columns, count);
+          i += count;
+        }
+      }
     });
   });
 }
 
 template <class A>
-AMTML_INLINE A row_max(const A* x, int64_t n) {
-  A m = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(max : m)
-  for (int64_t k = 0; k < n; ++k) m = x[k] > m ? x[k] : m;
+AMTML_INLINE void take_sums(A* into, const A* part, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) into[k] += part[k];
+}
+
+template <class A>
+AMTML_INLINE void take_maxima(A* into, const A* part, int64_t n) {
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) into[k] = part[k] > into[k] ? part[k] : into[k];
+}
+
+// exp(x) for 0 <= x <= 1, to 1 ulp; NaN stays NaN.
+AMTML_INLINE float exp_of_share(float x) {
+  float p = 3.1678448431e-4f;
+  p = p * x + 1.2015976245e-3f;
+  p = p * x + 8.4765283391e-3f;
+  p = p * x + 4.1610289365e-2f;
+  p = p * x + 1.6667737067e-1f;
+  p = p * x + 4.9999925494e-1f;
+  return p * (x * x) + x + 1.0f;
+}
+AMTML_INLINE double exp_of_share(double x) { return std::exp(x); }
+
+// One of the matrices [B, R, K].
+Matrix matrix_of(const Tensor& t, int64_t b) {
+  Matrix m;
+  m.dtype = t.scalar_type();
+  m.data = static_cast<const char*>(t.const_data_ptr()) + b * t.stride(0) * bytes_of(m.dtype);
+  m.row_stride = t.stride(1), m.column_stride = t.stride(2);
   return m;
 }
 
+// softmax: [B, R, K], for the softmax over R. row: of each row the maximum and the sum of its softmax over K; that of
+// shares, in sequential mode, needs no maximum.
 template <class A>
 void forward(const Sizes& size, bool sequential, const Source& x, const Target& y, A* softmax, A* row) {
-  Buffer<A> column_max(size.batch * size.columns), column_sum(size.batch * size.columns);
-  for_columns(size, [&] AMTML_BODY(int64_t b, int64_t begin, int64_t end) {
-    const int64_t count = end - begin;
-    A *m = &column_max[b * size.columns + begin], *sum = &column_sum[b * size.columns + begin];
-    std::fill_n(m, count, -std::numeric_limits<A>::infinity());
-    std::fill_n(sum, count, A(0));
-    const int64_t start = b * size.rows * size.columns + begin, stop = start + size.rows * size.columns;
-    for (int64_t at = start; at < stop; at += size.columns) {
-      const A* v = x.read(at, count, softmax + at);  // where the exponentials will be
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k) m[k] = v[k] > m[k] ? v[k] : m[k];
-    }
-    const bool in_place = x.dtype == dtype_of<A>;
-    for (int64_t at = start; at < stop; at += size.columns) {
-      const A* v = in_place ? reinterpret_cast<const A*>(x.data) + at : softmax + at;
-      A* e = softmax + at;
-#pragma omp simd
-      for (int64_t k = 0; k < count; ++k) {
-        e[k] = exp_nonpositive(v[k] - m[k]);
-        sum[k] += e[k];
+  const int64_t columns = size.columns;
+  const bool in_place = x.dtype == dtype_of<A>;
+  Buffer<A> parts(size.batch * size.groups * columns), highest(size.batch * columns), inverse(size.batch * columns);
+  for_groups<A>(size, [&] AMTML_BODY(int64_t, int64_t group, int64_t begin, int64_t end, A*) {
+    for_columns(size, [&] AMTML_BODY(int64_t first, int64_t count) {
+      A* m = &parts[group * columns + first];
+      std::fill_n(m, count, -std::numeric_limits<A>::infinity());
+      for (int64_t at = begin * columns + first; at < end * columns; at += columns) {
+        take_maxima(m, x.read(at, count, softmax + at), count);  // converted to where the exponentials will be
       }
-    }
-    for (int64_t k = 0; k < count; ++k) sum[k] = 1 / sum[k];  // a division takes as long as half an exponential
+    });
   });
-  for_rows<A>(size, [&] AMTML_BODY(int64_t begin, int64_t end, A* scratch) {
-    for (int64_t i = begin; i < end; ++i) {
-      const A* inverse = &column_sum[i / size.rows * size.columns];
-      A *a = softmax + i * size.columns, *e = scratch;
+  combine(size, parts, highest, [&] AMTML_BODY(A* m, const A* part, int64_t n) { take_maxima(m, part, n); });
+  for_groups<A>(size, [&] AMTML_BODY(int64_t b, int64_t group, int64_t begin, int64_t end, A*) {
+    for_columns(size, [&] AMTML_BODY(int64_t first, int64_t count) {
+      const A* m = &highest[b * columns + first];
+      A* sum = &parts[group * columns + first];
+      std::fill_n(sum, count, A(0));
+      for (int64_t at = begin * columns + first; at < end * columns; at += columns) {
+        const A* v = in_place ? reinterpret_cast<const A*>(x.data) + at : softmax + at;
+        A* e = softmax + at;
 #pragma omp simd
-      for (int64_t k = 0; k < size.columns; ++k) a[k] *= inverse[k];
-      const A* v = sequential ? a : x.read(i * size.columns, size.columns, e);
-      const A highest = row_max(v, size.columns);
-      const A total = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-        return e[k] = exp_nonpositive(v[k] - highest);
-      }));
-      const A by = 1 / total;
-      row[2 * i] = highest;
-      row[2 * i + 1] = total;
-      A* made = y.place(i * size.columns, e);
-      if (sequential) {
-#pragma omp simd
-        for (int64_t k = 0; k < size.columns; ++k) made[k] = e[k] * by;
-      } else {
-#pragma omp simd
-        for (int64_t k = 0; k < size.columns; ++k) made[k] = e[k] * by * a[k];
+        for (int64_t k = 0; k < count; ++k) {
+          e[k] = exp_nonpositive(v[k] - m[k]);
+          sum[k] += e[k];
+        }
       }
-      y.write(i * size.columns, size.columns, made);
+    });
+  });
+  combine(size, parts, inverse, [&] AMTML_BODY(A* sum, const A* part, int64_t n) { take_sums(sum, part, n); });
+  for (int64_t k = 0; k < size.batch * columns; ++k) inverse[k] = 1 / inverse[k];
+  for_groups<A>(size, [&] AMTML_BODY(int64_t b, int64_t, int64_t begin, int64_t end, A* e) {
+    const A* by_column = &inverse[b * columns];
+    for (int64_t i = begin; i < end; ++i) {
+      A *a = softmax + i * columns, *made = y.place(i * columns, e);
+      if (sequential) {
+        row[2 * i] = 0;
+        row[2 * i + 1] = static_cast<A>(block_sum<A>(columns, [&](int64_t k) __attribute__((always_inline)) {
+          a[k] *= by_column[k];
+          return e[k] = exp_of_share(a[k]);
+        }));
+        const A by = 1 / row[2 * i + 1];
+#pragma omp simd
+        for (int64_t k = 0; k < columns; ++k) made[k] = e[k] * by;
+      } else {
+        const A* v = x.read(i * columns, columns, e);
+        const A m = row[2 * i] = maximum(v, columns);
+        row[2 * i + 1] = static_cast<A>(block_sum<A>(columns, [&](int64_t k) __attribute__((always_inline)) {
+          a[k] *= by_column[k];
+          return e[k] = exp_nonpositive(v[k] - m);
+        }));
+        const A by = 1 / row[2 * i + 1];
+#pragma omp simd
+        for (int64_t k = 0; k < columns; ++k) made[k] = e[k] * by * a[k];
+      }
+      y.write(i * columns, columns, made);
     }
   });
 }
 
-// softmax and row are what forward made.
+// softmax and row are what forward made. Where dx will be lies first da (sequential), or what is whole already of dx.
 template <class A>
-void backward(const Sizes& size, bool sequential, const A* g, const Source& x, const A* softmax, const A* row,
+void backward(const Sizes& size, bool sequential, const Tensor& grad, const Source& x, const A* softmax, const A* row,
               const Target& dx) {
-  const int64_t numel = size.batch * size.rows * size.columns;
-  // Where the column sums start from: da (sequential), or g y and the part of dx that is already whole (product). da
-  // lies where dx will.
-  Buffer<A> apart(dx.in_place<A>() ? 0 : numel), rest(sequential ? 0 : numel);
-  A* const weighted = dx.place(0, apart.data());
-  for_rows<A>(size, [&] AMTML_BODY(int64_t begin, int64_t end, A* scratch) {
+  const int64_t columns = size.columns, numel = size.batch * size.rows * columns;
+  Buffer<A> parts(size.batch * size.groups * columns), totals(size.batch * columns),
+      apart(dx.in_place<A>() ? 0 : numel);
+  A* const place = dx.place(0, apart.data());
+  for_groups<A>(size, [&] AMTML_BODY(int64_t b, int64_t group, int64_t begin, int64_t end, A* e) {
+    const Matrix g = matrix_of(grad, b);
+    Buffer<A> converted(g.in_place<A>() ? 0 : columns);
+    A* total = &parts[group * columns];
+    std::fill_n(total, columns, A(0));
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i * size.columns;
-      const A highest = row[2 * i], by = 1 / row[2 * i + 1], *a = softmax + at, *up = g + at;
-      A *e = scratch, *d = weighted + at;
+      const int64_t at = i * columns;
+      const A *up = load_row(g, i - b * size.rows, columns, converted.data()), *a = softmax + at;
+      const A m = row[2 * i], by = 1 / row[2 * i + 1];
+      A* d = place + at;
       if (sequential) {
-        const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-          e[k] = exp_nonpositive(a[k] - highest) * by;
+        const A inner = static_cast<A>(block_sum<A>(columns, [&](int64_t k) __attribute__((always_inline)) {
+          e[k] = exp_of_share(a[k]) * by;
           return up[k] * e[k];
         }));
 #pragma omp simd
-        for (int64_t k = 0; k < size.columns; ++k) d[k] = e[k] * (up[k] - inner);
+        for (int64_t k = 0; k < columns; ++k) {
+          d[k] = softmax_gradient(e[k], up[k], inner);
+          total[k] += d[k] * a[k];
+        }
       } else {
-        const A* v = x.read(at, size.columns, e);
-        const A inner = static_cast<A>(block_sum<A>(size.columns, [&](int64_t k) __attribute__((always_inline)) {
-          e[k] = exp_nonpositive(v[k] - highest) * by;
+        const A* v = x.read(at, columns, e);
+        const A inner = static_cast<A>(block_sum<A>(columns, [&](int64_t k) __attribute__((always_inline)) {
+          e[k] = exp_nonpositive(v[k] - m) * by;
           return up[k] * e[k] * a[k];
         }));
-        A* whole = rest.data() + at;
 #pragma omp simd
-        for (int64_t k = 0; k < size.columns; ++k) {
-          d[k] = up[k] * e[k] * a[k];
-          whole[k] = 2 * d[k] - e[k] * inner;
+        for (int64_t k = 0; k < columns; ++k) {
+          const A weighted = up[k] * e[k] * a[k];
+          total[k] += weighted;
+          d[k] = 2 * weighted - e[k] * inner;
         }
       }
     }
   });
-  for_columns(size, [&] AMTML_BODY(int64_t b, int64_t begin, int64_t end) {
-    const int64_t count = end - begin, start = b * size.rows * size.columns + begin;
-    const int64_t stop = start + size.rows * size.columns;
-    A totals[kColumns] = {};
-    for (int64_t at = start; at < stop; at += size.columns) {
-      const A *d = weighted + at, *a = softmax + at;
+  combine(size, parts, totals, [&] AMTML_BODY(A* sum, const A* part, int64_t n) { take_sums(sum, part, n); });
+  for_groups<A>(size, [&] AMTML_BODY(int64_t b, int64_t, int64_t begin, int64_t end, A*) {
+    const A* total = &totals[b * columns];
+    for (int64_t at = begin * columns; at < end * columns; at += columns) {
+      const A* a = softmax + at;
+      A* made = place + at;
       if (sequential) {
 #pragma omp simd
-        for (int64_t k = 0; k < count; ++k) totals[k] += d[k] * a[k];
+        for (int64_t k = 0; k < columns; ++k) made[k] = softmax_gradient(a[k], made[k], total[k]);
       } else {
 #pragma omp simd
-        for (int64_t k = 0; k < count; ++k) totals[k] += d[k];
+        for (int64_t k = 0; k < columns; ++k) made[k] = made[k] - a[k] * total[k];
       }
-    }
-    for (int64_t at = start; at < stop; at += size.columns) {
-      const A *d = weighted + at, *a = softmax + at;
-      A* made = weighted + at;
-      if (sequential) {
-#pragma omp simd
-        for (int64_t k = 0; k < count; ++k) made[k] = a[k] * (d[k] - totals[k]);
-      } else {
-        const A* whole = rest.data() + at;
-#pragma omp simd
-        for (int64_t k = 0; k < count; ++k) made[k] = whole[k] - a[k] * totals[k];
-      }
-      dx.write(at, count, made);
+      dx.write(at, columns, made);
     }
   });
 }
@@ -204,13 +251,11 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
   check_shape(kOp, "first", first, {size.batch, size.rows, size.columns});
   check_shape(kOp, "row_stats", row_stats, {size.batch, size.rows, 2});
   const ScalarType wide = wide_dtype(input.scalar_type());
-  const Tensor incoming = dense(grad, wide);
   const Tensor grad_scores = empty(input, {size.batch, size.rows, size.columns}, input.scalar_type());
   dispatch_wide(wide, [&](auto zero) {
     using A = decltype(zero);
-    backward(size, mode == "sequential", static_cast<const A*>(incoming.const_data_ptr()), Source(input),
-             static_cast<const A*>(first.const_data_ptr()), static_cast<const A*>(row_stats.const_data_ptr()),
-             Target(grad_scores));
+    backward(size, mode == "sequential", grad, Source(input), static_cast<const A*>(first.const_data_ptr()),
+             static_cast<const A*>(row_stats.const_data_ptr()), Target(grad_scores));
   });
   return grad_scores;
 }

@@ -12,14 +12,6 @@ namespace amtml {
 constexpr int kScale = 24;
 constexpr double kLogScale = kScale * 0.693147180559945309417;
 
-template <class A>
-AMTML_INLINE A maximum(const A* z, int64_t n) {
-  A m = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(max : m)
-  for (int64_t c = 0; c < n; ++c) m = z[c] > m ? z[c] : m;
-  return m;
-}
-
 // e = 2^kScale exp((z - m) / tau); returns its sum.
 template <class A>
 AMTML_INLINE double exponentials(const A* z, int64_t n, A m, A per_tau, A* e) {

@@ -156,23 +156,34 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
   for (int64_t start = 0; start < classes; start += kChunk) {
     const int64_t count = std::min(kChunk, classes - start);
     const A *z = row.z + start, *e = row.e.data() + start;
-    std::fill_n(p, count, A(0));
-    for (int64_t t = 0; t < teachers; ++t) {
-      const A* e_t = row.of_teacher(t) + start;
-      const A factor = row.weight[t] * row.inverse[t];
-#pragma omp simd
-      for (int64_t c = 0; c < count; ++c) p[c] += factor * e_t[c];
-    }
     if (need_log && alone) {  // log p - log q, and 0 where p is 0
-      const A *x = row.x[0] + start, m_t = stats[3];
+      const A *x = row.x[0] + start, *e_t = row.of_teacher(0) + start, m_t = stats[3];
+      const A factor = row.weight[0] * row.inverse[0];
       kl += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
-        ratio[c] = if_mass(p[c], ((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum));
-        return if_mass(p[c], p[c] * ratio[c]);
+        const A mass = factor * e_t[c];
+        const A log_ratio = ((x[c] - m_t) * per_tau - log_sum_t) - ((z[c] - m) * per_tau - log_sum);
+        p[c] = mass;
+        ratio[c] = if_mass(mass, log_ratio);
+        return if_mass(mass, mass * log_ratio);
       });
-    } else if (need_log) {
+    } else {
+      for (int64_t t = 0; t < teachers; ++t) {
+        const A* e_t = row.of_teacher(t) + start;
+        const A factor = row.weight[t] * row.inverse[t];
+        if (t == 0) {
+#pragma omp simd
+          for (int64_t c = 0; c < count; ++c) p[c] = factor * e_t[c];
+        } else {
+#pragma omp simd
+          for (int64_t c = 0; c < count; ++c) p[c] += factor * e_t[c];
+        }
+      }
+    }
+    if (need_log && !alone) {
       kl += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) {
-        ratio[c] = if_mass(p[c], log_positive(p[c] == 0 ? A(1) : p[c]) - ((z[c] - m) * per_tau - log_sum));
-        return if_mass(p[c], p[c] * ratio[c]);
+        const A mass = p[c], log_ratio = log_positive(mass == 0 ? A(1) : mass) - ((z[c] - m) * per_tau - log_sum);
+        ratio[c] = if_mass(mass, log_ratio);
+        return if_mass(mass, mass * log_ratio);
       });
     }
     for (int64_t t = 0; want.grad_weights && t < teachers; ++t) {
@@ -198,22 +209,26 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const A* stats, const Wan
     if (!want.grad_student) continue;
     A* grad = want.grad_student.place(want.first + start, out);
     if (kl_grad == 0) std::fill_n(p, count, A(0));  // a teacher without weight in the loss may hold NaN
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c) grad[c] = kl_gradient(kl_grad, total, e[c] * inverse, p[c]);
+    const auto unless_masked = [&](int64_t c, A g)
+                                   __attribute__((always_inline)) { grad[c] = z[c] == masked ? A(0) : g; };
     if (pr.labels) {
       const A* e1 = row.e1.data() + start;
       const A ce_q = ce_grad * inverse1, flat = ce_grad * even;
 #pragma omp simd
-      for (int64_t c = 0; c < count; ++c) grad[c] += ce_q * e1[c] - flat;
-      if (label >= start && label < start + count) grad[label - start] -= ce_grad * (1 - smoothing);
+      for (int64_t c = 0; c < count; ++c) {
+        unless_masked(c, kl_gradient(kl_grad, total, e[c] * inverse, p[c]) + (ce_q * e1[c] - flat));
+      }
+      const bool here = label >= start && label < start + count;
+      if (here) unless_masked(label - start, grad[label - start] - ce_grad * (1 - smoothing));
+    } else {
+#pragma omp simd
+      for (int64_t c = 0; c < count; ++c) unless_masked(c, kl_gradient(kl_grad, total, e[c] * inverse, p[c]));
     }
     if (want.grad_q) {
       const A *back = want.grad_q + start, mean = static_cast<A>(inner), by = inverse * per_tau;
 #pragma omp simd
-      for (int64_t c = 0; c < count; ++c) grad[c] += softmax_gradient(by * e[c], back[c], mean);
+      for (int64_t c = 0; c < count; ++c) unless_masked(c, grad[c] + softmax_gradient(by * e[c], back[c], mean));
     }
-#pragma omp simd
-    for (int64_t c = 0; c < count; ++c) grad[c] = z[c] == masked ? A(0) : grad[c];
     want.grad_student.write(want.first + start, count, grad);
   }
   for (int64_t t = 0; t < teachers; ++t) {
