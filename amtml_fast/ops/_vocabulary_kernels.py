@@ -21,13 +21,11 @@ from amtml_fast.ops._vocabulary_plain import Given, Rule, add_ce_gradient, ce_sh
 from amtml_fast.ops._vocabulary_topk import IGNORED, labels_here
 
 
-def backend_of(rule: Rule, temperatures: Tensor | None, *tensors: Tensor | None) -> str:
+def backend_of(rule: Rule, temperatures: Tensor | None, first: Tensor, *others: Tensor | None) -> str:
     """Whose kernels make such rows, "reference" for none."""
     plain = rule.divergence.name != "forward_kl" or rule.mode == "logits" or rule.divergence.teacher_temperatures
     if plain or temperatures is not None or rule.need_stats:
         return "reference"
-    first, *others = tensors
-    assert first is not None
     return backend.choose("multi_teacher_kd", first, *others)
 
 

@@ -61,11 +61,11 @@ def rule_of(
     )  # fmt: skip
 
 
-def with_backend(function: str, rule: Rule, temperatures: Tensor | None, *tensors: Tensor | None) -> Rule:
+def with_backend(function: str, rule: Rule, temperatures: Tensor | None, first: Tensor, *others: Tensor | None) -> Rule:
     """The rule with the backend that makes its rows. One that was chosen by name and has no kernel for them is refused."""
-    chosen = backend_of(rule, temperatures, *tensors)
+    chosen = backend_of(rule, temperatures, first, *others)
     if chosen == "reference":
-        check_backend(function, *tensors)
+        check_backend(function, first, *others)
     return rule._replace(backend=chosen)
 
 
