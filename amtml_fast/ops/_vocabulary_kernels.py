@@ -3,9 +3,9 @@
 A kernel sees the classes of this process and makes softmaxes of these alone, p'_t = p_t / P_t and q' = q / Q, with P_t and Q the shares of
 all that lies here. Its numbers are those of all classes:
 
-    sum_c p_c log(p_c / q_c) = KL(sum_t w_t P_t p'_t || q') - log Q sum_t w_t P_t                 p = sum_t w_t p_t
+    sum_c p_c log(p_c / q_c) = P (KL(sum_t w_t P_t / P p'_t || q') + log P - log Q)               p = sum_t w_t p_t, P = sum_t w_t P_t
     sum_c p_tc log(p_tc / q_c) = P_t (KL(p'_t || q') + log P_t - log Q)
-    sum_c p_tc (log(p_c / q_c) + 1) = P_t (the kernel's gradient to the weight - log Q)
+    sum_c p_tc (log(p_c / q_c) + 1) = P_t (the kernel's gradient to the weight + log P - log Q)
 
 Backward reads the normalizers of the softmaxes, and gets those of all classes.
 """
@@ -87,15 +87,19 @@ class KernelBlock:
         mass, log_p = mass.masked_fill(unused, 0), log_p.masked_fill(unused, -torch.inf)
         broken = mass.isnan().any(1, keepdim=True)
         mixture = self.rule.mode == "mixture"
-        given = (w * mass if mixture else mass).nan_to_num(0).to(self.rule.wide)
+        log_total = torch.logsumexp(
+            (w.log() + log_p).nan_to_num(-torch.inf), 1, keepdim=True
+        )  # of one teacher exactly its own
+        total = log_total.exp()
+        given = (w * mass / total if mixture else mass).nan_to_num(0).to(self.rule.wide)
         made = self.forward(given, self.rule.need_weights or not mixture)
         if mixture:
-            each = part_of(given.double().sum(1, keepdim=True), made[2].double().unsqueeze(1), log_q)
+            each = part_of(total, made[2].double().unsqueeze(1), log_total, log_q)
         else:
-            each = part_of(mass, mass * (made[7].double() + log_p.masked_fill(mass == 0, 0)), log_q)
+            each = part_of(mass, made[7].double(), log_p, log_q)
         out = {"each": each.masked_fill(broken, torch.nan)}
         if self.rule.need_weights and mixture:
-            out["weights"] = part_of(mass, mass * made[7].double(), log_q).masked_fill(broken, torch.nan)
+            out["weights"] = part_of(mass, made[7].double(), log_total, log_q).masked_fill(broken, torch.nan)
         if self.rule.labeled:
             out["ce"] = ce_shares(self.given, self.log_softmax(normal))
         return {name: x.masked_fill(self.hide, 0) for name, x in out.items()}
@@ -103,14 +107,17 @@ class KernelBlock:
     def gradient(self, normal: Tensor, _: Tensor, of_each: Tensor, of_ce: Tensor | None) -> Tensor:
         """To the logits, from the gradients to ``each`` and ``ce``."""
         tau, wide, given = self.rule.temperature, self.rule.wide, self.given
-        weights = of_each if self.rule.mode == "sum" else self.w * of_each
+        weights, by = self.w, of_each[:, 0]
+        if self.rule.mode == "sum":
+            alone = len(given.teachers) == 1  # a student like its only teacher has the gradient 0 and not nearly
+            weights, by = (torch.ones_like(of_each), by) if alone else (of_each, torch.ones_like(by))
         top, kept = normal[..., 0] * tau, self.kept(normal[..., 1].exp())
         first = 1 + self.rule.labeled
         of_student = torch.stack([top[:, 0], kept[:, 0], torch.ones_like(top[:, 0])], 1)
         of_teachers = torch.stack([top[:, first:], kept[:, first:]], 2).flatten(1)
         stats = torch.cat([of_student, of_teachers], 1).to(wide)
         grad, _ = self.ops.multi_teacher_kd_bwd.default(
-            torch.ones_like(stats[:, 0]), None, None, given.student.to(wide), given.teachers, weights, self.labels, stats,
+            by, None, None, given.student.to(wide), given.teachers, weights, self.labels, stats,
             tau, 0.0, 1.0, 1.0, "mixture", "none", IGNORED, 0.0, True, False,
         )  # fmt: skip
         if of_ce is not None:
@@ -119,7 +126,7 @@ class KernelBlock:
         return grad
 
 
-def part_of(mass: Tensor, value: Tensor, log_q: Tensor) -> Tensor:
-    """``value - mass log Q``: 0 where the teachers have nothing here, and infinite where the student alone has nothing."""
-    out = value - mass * log_q.masked_fill(log_q == -torch.inf, 0)
+def part_of(mass: Tensor, value: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``mass (value + log P - log Q)``: 0 where the teachers have nothing here, and infinite where the student alone has nothing."""
+    out = mass * (value + (log_p - log_q))
     return out.masked_fill(log_q == -torch.inf, torch.inf).masked_fill(mass == 0, 0)
