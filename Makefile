@@ -6,7 +6,7 @@ export AMTML_BUILD_EXT = 1
 # Written whatever the shell says: the tests start dozens of processes, and without bytecode each of them compiles torch's
 # sources again, 5 of the 9 seconds that it takes to import torch and its compiler.
 export PYTHONDONTWRITEBYTECODE =
-# One thread a worker: tests that are about threads set their number themselves.
+# pytest with so many workers, each of one thread: tests that are about threads set their number themselves.
 # Neighboring tests share what their file's fixtures have trained, so each worker has a part of the list and takes from the
 # other's when it is through.
 pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),$(1)) --dist worksteal
@@ -39,9 +39,10 @@ check: .venv/packages-test $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(call pytest,2) -q $(wildcard $(foreach name,$(QUICK),tests/test_$(name).py tests/*/test_$(name).py))
 
+# The compiler runs while packages are downloaded. A third worker for two cores: many tests of the trainer wait for processes.
 test:
-	@$(MAKE) --no-print-directory -j2 $(TESTABLE) # the compiler runs while packages are downloaded
-	$(call pytest,3) tests # a third worker for two cores: many tests of the trainer wait for processes
+	@$(MAKE) --no-print-directory -j2 $(TESTABLE)
+	$(call pytest,3) tests
 	$(MAKE) triton emulated
 
 # The operators' tests on Triton's kernels, through its interpreter, and on the CUDA kernels, compiled for the CPU against an

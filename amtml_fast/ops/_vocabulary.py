@@ -15,6 +15,7 @@ from torch import Tensor
 
 from amtml_fast import backend, checks
 
+IGNORED = -1  # in the place of the label of a row that does not count
 _PLAIN = (Tensor, torch.nn.Parameter)
 NO_SECOND = (
     "the fused backends and a process_group have no second derivative; "
@@ -54,6 +55,23 @@ class Vocabulary(NamedTuple):
         places = classes - self.rank * self.size
         mine = (places >= 0) & (places < self.size)
         return mine, places.masked_fill(~mine, 0)
+
+    def labels_here(self, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        """Labels for a kernel that sees this process's part: their places, 0 for those of other processes, and ``IGNORED``;
+        and which rows have theirs here."""
+        mine, places = self.here(labels)
+        ignored = labels == ignore_index
+        return places.masked_fill(ignored, IGNORED), mine & ~ignored
+
+    def absent(self, classes: Tensor) -> Tensor:
+        """Which of these class numbers no process holds. (On the CPU that was an error before.)"""
+        return (classes < 0) | (classes >= self.classes)
+
+    def first_largest(self, told: Tensor) -> Tensor:
+        """From the largest value of each process and its place, [P, N, 2], the class [N]: of several largest the first."""
+        values, places = told.unbind(2)
+        rank = values.argmax(0, keepdim=True)
+        return (rank * self.size + places.gather(0, rank).long()).squeeze(0)
 
 
 def vocabulary_of(function: str, process_group: Any, size: int) -> Vocabulary | None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from amtml_fast import backend
 from amtml_fast.ops._base import kernels
+from amtml_fast.ops._vocabulary import IGNORED
 from amtml_fast.ops._vocabulary_plain import Given, Rule, add_ce_gradient, ce_shares
-from amtml_fast.ops._vocabulary_topk import IGNORED, labels_here
 
 
 def backend_of(rule: Rule, temperatures: Tensor | None, first: Tensor, *others: Tensor | None) -> str:
@@ -35,9 +35,9 @@ class KernelBlock:
     def __init__(self, given: Given):
         self.given, self.rule, self.ops = given, given.rule, kernels(given.rule.backend)
         rows, count, wide = given.student.shape[0], len(given.teachers), given.rule.wide
-        self.labels, _ = labels_here(given.vocabulary, given.labels, given.rule.ignore_index)
-        self.hide = torch.zeros(rows, 1, dtype=torch.bool, device=given.student.device)
+        self.labels, self.hide = None, torch.zeros(rows, 1, dtype=torch.bool, device=given.student.device)
         if given.labels is not None:
+            self.labels, _ = given.vocabulary.labels_here(given.labels, given.rule.ignore_index)
             self.hide = (given.labels == given.rule.ignore_index).unsqueeze(1)
         weights = given.weights
         if weights is None:
@@ -55,6 +55,7 @@ class KernelBlock:
         """[rows, S, 2]: maximum, and sum of exponentials beside it. A part of -inf alone adds 0."""
         tau, wide, given = self.rule.temperature, self.rule.wide, self.given
         stats = self.forward(None, False)[5].double()
+        # Not the kernel's maxima, which leave NaN out: a part of -inf alone could not be told from one with NaN.
         tops = [x.amax(1).double().masked_fill(self.hide[:, 0], 0) for x in (given.student, *given.teachers)]
         totals = [self.kept(stats[:, 1]), *(self.kept(stats[:, 4 + 2 * t]) for t in range(len(given.teachers)))]
         out = [torch.stack([top / tau, total.masked_fill(top == -torch.inf, 0)], 1) for top, total in zip(tops, totals)]

@@ -197,8 +197,7 @@ def add_ce_gradient(given: Given, log: Tensor, of_ce: Tensor, out: Tensor) -> No
 
 
 def _label(given: Given) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether the label's class is here, where, and whether it is none at all. (On the CPU that was an error before.)"""
+    """Whether the label's class is here, where, and whether it is none at all."""
     assert given.labels is not None
     mine, place = given.vocabulary.here(given.labels)
-    absent = (given.labels < 0) | (given.labels >= given.vocabulary.classes)
-    return mine, place, absent & (given.labels != given.rule.ignore_index)
+    return mine, place, given.vocabulary.absent(given.labels) & (given.labels != given.rule.ignore_index)

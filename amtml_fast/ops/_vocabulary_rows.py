@@ -209,7 +209,7 @@ def rows_of(given: Given) -> Rows:
     if rule.need_stats:
         w = student.new_ones(1, count, dtype=torch.float64) if weights is None else weights.double()
         used = (w.sum(1) > 0).double().expand(len(student))
-        agree = _first_largest(found["q_top"]) == _first_largest(found["p_top"])
+        agree = vocabulary.first_largest(found["q_top"]) == vocabulary.first_largest(found["p_top"])
         kls = total["kls"]
         stats = torch.cat([total["entropies"], used.unsqueeze(1), agree.double().unsqueeze(1), kls], 1)
     totals = total.get("totals", none)
@@ -225,13 +225,6 @@ def _normal(vocabulary: Vocabulary, sums: Tensor) -> Tensor:
     largest, total = vocabulary.gathered(sums).unbind(-1)  # [P, N, S]
     top = largest.amax(0)
     return torch.stack([top, (total * (largest - top).exp()).sum(0).log()], -1)
-
-
-def _first_largest(x: Tensor) -> Tensor:
-    """Of [P, N, 2] (largest of a process, and where) [N] the class: of several largest the first."""
-    rank = x[:, :, 0].argmax(0, keepdim=True)
-    place = x[:, :, 1].gather(0, rank)
-    return (rank * 2**40 + place.long()).squeeze(0)
 
 
 def logit_grads(given: Given, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor, out: Tensor) -> Tensor:

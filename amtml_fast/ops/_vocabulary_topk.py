@@ -11,30 +11,18 @@ from torch import Tensor
 
 from amtml_fast.ops._vocabulary import Vocabulary
 
-IGNORED = -1  # in the place of the label of a row that does not count
 _BYTES = 2**26  # of a block of rows
-
-
-def labels_here(
-    vocabulary: Vocabulary, labels: Tensor | None, ignore_index: int
-) -> tuple[Tensor | None, Tensor | None]:
-    """The labels as places in this process's part, where another class is 0; and the rows whose label is here."""
-    if labels is None:
-        return None, None
-    mine, place = vocabulary.here(labels)
-    ignored = labels == ignore_index
-    return place.masked_fill(ignored, IGNORED), mine & ~ignored
 
 
 def absent_classes(
     vocabulary: Vocabulary, classes: Tensor, labels: Tensor | None, ignore_index: int, nobody: int
 ) -> Tensor:
-    """[N, K + 1], which of these classes, and of the labels, no process has. (On the CPU that was an error before.)"""
-    absent = ((classes < 0) | (classes >= vocabulary.classes)) & (classes != nobody)
+    """[N, K + 1], which of these classes, and of the labels, no process has."""
+    absent = vocabulary.absent(classes) & (classes != nobody)
     if labels is None:
         return torch.nn.functional.pad(absent, (0, 1))
     ignored = labels == ignore_index
-    of_label = ((labels < 0) | (labels >= vocabulary.classes)) & ~ignored
+    of_label = vocabulary.absent(labels) & ~ignored
     return torch.cat([absent & ~ignored.unsqueeze(1), of_label.unsqueeze(1)], 1)
 
 
@@ -70,14 +58,6 @@ def grads_here(vocabulary: Vocabulary, of_sums: Tensor, of_z: Tensor, mine: Tens
     # A constant for every class: what comes to the sum over those that nobody names is taken off the others.
     of_mean = of_mean / vocabulary.parts + of_below * vocabulary.size
     return torch.stack([of_sums[:, 0], at_1, of_label, of_mean], 1), of_z - of_below.unsqueeze(1)
-
-
-def first_largest(vocabulary: Vocabulary, z: Tensor) -> Tensor:
-    """The class [N] of the student's largest logit; of several the first."""
-    top = z.detach().max(1)
-    values, places = vocabulary.gathered(torch.stack([top.values.double(), top.indices.double()], 1)).unbind(2)
-    rank = values.argmax(0, keepdim=True)
-    return (rank * vocabulary.size + places.gather(0, rank).long()).squeeze(0)
 
 
 # --- the kernels in plain PyTorch, where there are none: their comments are in topk_bucket.py

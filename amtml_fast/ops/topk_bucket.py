@@ -24,17 +24,8 @@ from amtml_fast.ops._topk_named import (
     of_outcomes,
     to_heads,
 )
-from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary
-from amtml_fast.ops._vocabulary_topk import (
-    IGNORED,
-    absent_classes,
-    first_largest,
-    grads_here,
-    joined,
-    labels_here,
-    plain_gradient,
-    plain_sweep,
-)
+from amtml_fast.ops._vocabulary import IGNORED, NO_SECOND, Vocabulary
+from amtml_fast.ops._vocabulary_topk import absent_classes, grads_here, joined, plain_gradient, plain_sweep
 from amtml_fast.reference import Divergence, KDOptions, KDStats, kl_rows, weighted, wide_dtype
 
 operator("topk_bucket")
@@ -312,7 +303,12 @@ def _stats(
     tau: float,
 ) -> KDStats:
     classes, entries = _classes(student, vocabulary), named.heads.shape[1]
-    of_student = student.detach().argmax(1) if vocabulary is None else first_largest(vocabulary, student)
+    if vocabulary is None:
+        of_student = student.detach().argmax(1)
+    else:
+        top = student.detach().max(1)
+        told = vocabulary.gathered(torch.stack([top.values.double(), top.indices.double()], 1))
+        of_student = vocabulary.first_largest(told)
     log_q = log_q[:, :entries].masked_fill(~named.heads, _EMPTY)
     log_others = rows.sums[:, 0] - log_sum.squeeze(1)  # q of all that nobody names
     of_others = (log_others.exp() * (log_others + rows.stats[:, 0])).masked_fill(log_others == _EMPTY, 0)
@@ -404,7 +400,8 @@ class TopkBucket(torch.autograd.Function):
         if vocabulary is not None:
             absent = absent_classes(vocabulary, classes, labels, settings[1], NOBODY)
             classes, heads = (_places(vocabulary, x) for x in (classes, heads))
-            labels, ctx.mine = labels_here(vocabulary, labels, settings[1])
+            if labels is not None:
+                labels, ctx.mine = vocabulary.labels_here(labels, settings[1])
             settings = settings[0], IGNORED, *settings[2:]
         sweep: Any = kernels(backend).topk_bucket_fwd.default if backend != "reference" else plain_sweep
         found, z = sweep(student, classes, weights, labels, *settings, need_stats)
