@@ -2,7 +2,7 @@
 
 A driver that only knows the target stands in for CUDA's, launches stop after compilation, and the launchers are called with
 tensors of the CPU: of sizes as people use them, and of every size, variant and dtype of the operators' tests (PART 0, 1 or 2:
-some of them, see below, and EACH of a kernel at most; in 1 all of the large sizes and one of the tests'). Triton compiles once what differs in nothing that the code depends on. One cubin each, named after its kernel,
+some of them, see below, and EACH of a kernel at most; in 1 nearly all of the large sizes and one of the tests'). Triton compiles once what differs in nothing that the code depends on. One cubin each, named after its kernel,
 and a JSON file with its warps, its shared memory and whether it is one of the large sizes'.
 """
 
@@ -35,13 +35,16 @@ EACH = 3  # compilers differ in kernels more than in a kernel's sizes, and each 
 
 
 def large_calls(part: int | None) -> Iterator[tuple[Any, tuple, dict]]:
-    """All; in the first and the last of the three parts, those of multi_teacher_kd and a quarter of the others."""
+    """All; in the first and the last of the three parts, those of multi_teacher_kd and a quarter of the others. In the second one
+    each size of multi_teacher_kd, which takes longest, in one of the dtypes, in turn."""
     at = 0
     for case in CASES.values():
-        for size in case.large:
-            for options, dtype in zip(case.variants, (torch.bfloat16, torch.float32)):
+        kd = case.op == "multi_teacher_kd"
+        for i, size in enumerate(case.large):
+            for j, (options, dtype) in enumerate(zip(case.variants, (torch.bfloat16, torch.float32))):
                 at += 1
-                if part in (None, 1) or case.op == "multi_teacher_kd" or at % 4 == part:
+                in_part = {None: True, 1: not kd or (i + j) % 2 == 1}.get(part, kd or at % 4 == part)
+                if in_part:
                     yield case.function, case.inputs(*size, dtype=dtype), options
     student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
     yield af.multi_teacher_kd_loss, (student, teachers, weights, None), {}  # no case lacks its labels
