@@ -133,7 +133,6 @@ def why_not(op: str, name: str, device_type: str, index: int | None = None) -> s
     return why_not_gpu(name, index) if device_type == "cuda" and torch.version.hip is None else None
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
 def why_not_gpu(name: str, index: int | None) -> str | None:
     """Why backend ``name`` does not run on this NVIDIA GPU; None if it does, or if there is none to ask."""
@@ -150,6 +149,11 @@ def why_not_gpu(name: str, index: int | None) -> str | None:
             f"where TORCH_CUDA_ARCH_LIST asks for it"
         )
     return None
+
+
+# torch.compile takes its result as a constant. This is all that torch.compiler.assume_constant_result does, but that imports the
+# compiler: as long again as torch itself takes.
+why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _no_device(device_type: str) -> str | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import amtml_fast
 
@@ -152,6 +155,19 @@ def test_no_module_is_imported_under_another_name() -> None:
                 own = [one for one in node.names if one.asname and one.name.startswith("amtml_fast")]
                 named += [f"{name}:{node.lineno}: {one.name} as {one.asname}" for one in own]
     assert named == []
+
+
+@pytest.mark.parametrize("module", ["amtml_fast", "amtml_fast.dropin", "amtml_fast.train.commands"])
+def test_importing_it_does_not_import_the_compiler(module: str) -> None:
+    """Nor Triton. Both take longer than torch and all else together."""
+    code = f"import sys, {module}; print(*sorted({{'torch._dynamo', 'triton'}} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == []
+
+
+def test_a_function_is_marked_as_torch_marks_a_constant_one() -> None:
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(marked).items() <= vars(amtml_fast.backend.why_not_gpu).items()
 
 
 @pytest.mark.parametrize(
