@@ -153,9 +153,8 @@ AMTML_INLINE void gradient(const Problem& pr, int64_t i, const double* of_sums, 
   const A m = static_cast<A>(found[0]), per_tau = static_cast<A>(1 / pr.temperature);
   // Without a class there is nothing to multiply, whatever comes back.
   auto factor = [](double g, double log_sum) {
-    return g == 0 || log_sum == -std::numeric_limits<double>::infinity()
-               ? A(0)
-               : static_cast<A>(g * std::exp(-log_sum - kLogScale));
+    const bool empty = log_sum == -std::numeric_limits<double>::infinity();
+    return empty ? A(0) : static_cast<A>(g * std::exp(-log_sum - kLogScale));
   };
   const A a = factor(of_sums[0] / pr.temperature, found[1]), b = pr.second ? factor(of_sums[1], found[2]) : A(0);
   const A d = static_cast<A>(of_sums[3] / static_cast<double>(n));

@@ -96,6 +96,22 @@ def test_a_share_of_the_student_that_1_minus_the_sum_would_lose(far):
         assert relative_error(grad, right) <= 1e-5 and torch.equal(grad != 0, right.float() != 0)
 
 
+@pytest.mark.parametrize(("offset", "masked"), [(0.0, True), (3e4, False)])
+def test_label_smoothing_of_masked_and_of_large_logits(offset, masked):
+    """The mean of a row keeps the digits that its sum, of 9e7, has lost; with a masked class it is -inf and not NaN."""
+    torch.manual_seed(4)
+    student, teacher, labels = 2 * torch.randn(4, 3000) + offset, torch.randn(4, 3000), torch.randint(1, 3000, (4,))
+    if masked:
+        student[:, 0] = -math.inf
+    top, student = teacher.log_softmax(1).topk(8), student.requires_grad_()
+    options = dict(alpha=0.0, label_smoothing=0.1, tail="bucket", reduction="none")
+    got = af.topk_kd_loss(student, [top.indices], [top.values], None, labels, **options)
+    want = torch.nn.functional.cross_entropy(student.double(), labels, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=0)
+    (grad,) = torch.autograd.grad(got.sum(), student)
+    assert grad.isfinite().all() and torch.equal(grad == 0, student == -math.inf)
+
+
 def test_classes_named_twice_and_masked_ones():
     student = torch.randn(1, 6)
     student[0, 5] = -math.inf
