@@ -103,7 +103,9 @@ soak: $(TESTABLE)  # trainings killed at random moments, AMTML_SOAK of them, and
 fuzz: $(TESTABLE)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/ops/test_properties.py
 
-# The operators' tests on an extension built with the address and undefined-behavior sanitizers, in a copy of the tree.
+# The operators' tests on an extension built with the address and undefined-behavior sanitizers, in a copy of the tree; -s, for
+# these tell where they stop.
+SANITIZED := ops divergence topk topk_bucket fused_linear losses whole_loss vocabulary_kernels properties
 sanitize: $(TESTABLE)
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/sanitize/ && rm -f build/sanitize/amtml_fast/*.so
@@ -111,7 +113,7 @@ sanitize: $(TESTABLE)
 	  ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/ops/test_ops.py tests/ops/test_divergence.py tests/ops/test_fused_linear.py tests/ops/test_losses.py tests/ops/test_whole_loss.py tests/ops/test_properties.py
+	  ../../$(BIN)/python -m pytest -q -s -p no:cacheprovider $(foreach name,$(SANITIZED),tests/ops/test_$(name).py)
 
 # The suite, its tables and its pictures, into RESULTS. bench-quick: in three minutes on two cores, with smaller cases.
 RESULTS ?= benchmarks/results/latest

@@ -63,7 +63,7 @@ struct Target {
   void scatter(int64_t first, const int64_t* at, int64_t n, const A* made) const {
     amtml::scatter(made, at, n, data + first * bytes_of(dtype), dtype);
   }
-  void clear(int64_t i, int64_t n) const { std::memset(data + i * bytes_of(dtype), 0, n * bytes_of(dtype)); }
+  void clear(int64_t i, int64_t n) const { std::fill_n(data + i * bytes_of(dtype), n * bytes_of(dtype), char(0)); }
 };
 
 // A strided matrix of any dtype, read a row at a time.

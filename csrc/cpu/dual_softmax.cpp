@@ -23,7 +23,7 @@ struct Sizes {
   explicit Sizes(const Tensor& t) : batch(t.size(0)), rows(t.size(1)), columns(t.size(2)) {
     const int64_t wanted = std::max<int64_t>(kGroups / std::max<int64_t>(batch, 1), 1);
     height = std::max<int64_t>((rows + wanted - 1) / wanted, 1);
-    groups = (rows + height - 1) / height;
+    groups = std::max<int64_t>((rows + height - 1) / height, 1);  // one without rows where there are none
   }
 };
 

@@ -357,8 +357,9 @@ def test_products_of_few_rows(dtype):
     own = torch.ops.amtml
     for rows, width, classes in ((1, 1, 1), (5, 7, 13), (12, 32, 24), (33, 40, 300), (70, 96, 8300)):
         hidden, weight = randn(rows, width).to(dtype), randn(classes, 2 * width).to(dtype)[:, ::2]
-        bias, grad = randn(classes), randn(rows, classes)
-        for layer in (weight, weight.contiguous()):
+        bias, grad = randn(2 * classes).to(dtype)[::2], randn(rows, classes)
+        rows_apart = torch.full((classes, width + 3), torch.nan, dtype=dtype)[:, :width].copy_(weight)
+        for layer in (weight, weight.contiguous(), rows_apart):
             logits, to_hidden, to_weight = (
                 torch.full(size, torch.nan) for size in ((rows, classes), (rows, width), (classes, width))
             )

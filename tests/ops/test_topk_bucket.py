@@ -96,9 +96,9 @@ def test_a_share_of_the_student_that_1_minus_the_sum_would_lose(far):
         assert relative_error(grad, right) <= 1e-5 and torch.equal(grad != 0, right.float() != 0)
 
 
-@pytest.mark.parametrize(("offset", "masked"), [(0.0, True), (3e4, False)])
+@pytest.mark.parametrize(("offset", "masked"), [(0.0, True), (1e6, False)])
 def test_label_smoothing_of_masked_and_of_large_logits(offset, masked):
-    """The mean of a row keeps the digits that its sum, of 9e7, has lost; with a masked class it is -inf and not NaN."""
+    """The mean of a row keeps the digits that its sum, of 3e9, has lost; with a masked class it is -inf and not NaN."""
     torch.manual_seed(4)
     student, teacher, labels = 2 * torch.randn(4, 3000) + offset, torch.randn(4, 3000), torch.randint(1, 3000, (4,))
     if masked:
@@ -110,6 +110,25 @@ def test_label_smoothing_of_masked_and_of_large_logits(offset, masked):
     torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=0)
     (grad,) = torch.autograd.grad(got.sum(), student)
     assert grad.isfinite().all() and torch.equal(grad == 0, student == -math.inf)
+
+
+def test_a_label_that_nobody_names_may_be_anywhere():
+    torch.manual_seed(5)
+    labels = torch.tensor([0, 1023, 1024, 2047, 2499])  # where kernels begin and end a piece of a row
+    student, log_probs = torch.randn(5, 2500, requires_grad=True), torch.randn(5, 4).log_softmax(1)
+    args = student, [torch.tensor([[7, 8, 100, 2048]]).expand(5, -1)], [log_probs], None, labels
+    got, (grad,) = value_and_grads(af.topk_kd_loss, args, tail="bucket")
+    want, (right,) = value_and_grads(af.reference.topk_kd_loss, convert(args, dtype=torch.float64), tail="bucket")
+    assert relative_error(got, want) <= 1e-6 and relative_error(grad, right) <= 1e-5
+
+
+@cpu_only
+@pytest.mark.parametrize("bad", [-1, C, 2**32 + 1])
+def test_a_class_that_is_none_is_named(bad):
+    student, indices, log_probs, weights, labels, _ = _problem()
+    indices[1][2, 0] = bad
+    with pytest.raises(ValueError, match=rf"teacher_indices\[1\] must be in \[0, {C}\), got {bad} in row 2"):
+        af.topk_kd_loss(student, indices, log_probs, weights, labels, tail="bucket")
 
 
 def test_classes_named_twice_and_masked_ones():
