@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from amtml_fast.reference import LinearTeacher
@@ -36,11 +37,20 @@ class OutputLayer:
 
     @property
     def weight(self) -> Tensor:
-        return _gathered(self.layer.weight)
+        with align_module_device(self.layer):  # an offloaded one is loaded, and outlives the block
+            return _gathered(self.layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.layer.bias is None else _gathered(self.layer.bias)
+        if self.layer.bias is None:
+            return None
+        with align_module_device(self.layer):
+            return _gathered(self.layer.bias)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some of the model is elsewhere until accelerate's hooks load it."""
+        return any(p.is_meta for p in self.model.parameters())
 
     def return_loss(self) -> None:
         """From now on the model returns what ``catch`` is given as its loss. It is made inside the model's forward, and this is
@@ -83,6 +93,12 @@ class OutputLayer:
         return LinearTeacher(caught[0].to(device), self.weight.detach().to(device), bias)
 
 
+def device_of_inputs(model: Any) -> torch.device:
+    """Of an offloaded embedding any: accelerate's hooks send the inputs to where it will be."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _gathered(parameter: Tensor) -> Tensor:
     """A sharded parameter as a whole; its gradient is shared out again."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -97,10 +113,8 @@ def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, fl
     handle = layer.register_forward_hook(lambda _, args, out: probe.to(out.device).expand(*out.shape[:-1], -1))
     training = model.training
     try:
-        device = model.get_input_embeddings().weight.device
-        logits = (
-            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device)).logits.flatten().float().cpu()
-        )
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device_of_inputs(model))
+        logits = model.eval()(input_ids=token).logits.flatten().float().cpu()
     finally:
         handle.remove()
         model.train(training)

@@ -25,7 +25,8 @@ class DistillationTrainer(Trainer):
         model: the student, a causal language model of transformers.
         args: ``TrainingArguments``. ``label_smoothing_factor`` is to be 0: it is the loss's own ``label_smoothing``.
         teachers: a list of T teachers of the student's vocabulary, each a causal language model (of any hidden size; frozen,
-            in eval mode), or a ``StoredTopK`` of the training set, made by ``store_topk`` at the loss's temperature.
+            in eval mode; one that accelerate has dispatched or offloaded stays where it is), or a ``StoredTopK`` of the
+            training set, made by ``store_topk`` at the loss's temperature.
         loss: a ``FusedLinearKDLoss``; None: temperature 1, alpha 0.5. Its ``logit_scale`` and ``softcap`` are the models'.
         weighting: how much a teacher counts for a token.
 
@@ -93,11 +94,11 @@ class DistillationTrainer(Trainer):
             self.data_collator = _KeepRows(self.data_collator)
         for source in self.sources:
             if isinstance(source, OutputLayer):
-                self._prepare_teacher(source.model)
+                self._prepare_teacher(source)
 
-    def _prepare_teacher(self, teacher: Any) -> None:
-        teacher.eval().requires_grad_(False)
-        if getattr(teacher, "hf_device_map", None) is None:
+    def _prepare_teacher(self, source: OutputLayer) -> None:
+        teacher = source.model.eval().requires_grad_(False)
+        if getattr(teacher, "hf_device_map", None) is None and not source.is_offloaded:
             if self.is_fsdp_enabled:
                 self.accelerator.prepare_model(teacher, evaluation_mode=True)
             else:
@@ -320,6 +321,8 @@ def _check_arguments(
 
 
 def _check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredTopK], loss: FusedLinearKDLoss) -> None:
+    if student.is_offloaded:  # its gradients would be those of copies
+        raise ValueError(f"{_NAME}: model must have all its parameters on a device, got a model with offloaded ones")
     for i, source in enumerate(sources):
         name = f"teachers[{i}]"
         if source.classes != student.classes:
@@ -335,8 +338,4 @@ def _check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | Stored
             raise ValueError(
                 f"{_NAME}: {name} must have the student's softcap of logits {student.softcap}, got {source.softcap}; "
                 "store_topk makes it a teacher that any student can take"
-            )
-        elif source.layer.weight.is_meta:
-            raise ValueError(
-                f"{_NAME}: {name} must have its output layer on a device (see device_map), got an offloaded one"
             )
