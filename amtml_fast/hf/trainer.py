@@ -47,7 +47,8 @@ class DistillationTrainer(Trainer):
     the mean weight and KL, and the entropies of weights, student and target (nats).
 
     The adapter is a part of the model, ``model.teacher_adapter``: it is trained, saved and resumed with it, and ``from_pretrained``
-    leaves it out.
+    leaves it out. A later adaptive trainer of the same model goes on with what it has learned, and is to be given as many
+    teachers, in the same order. After ``model.teacher_adapter = None`` it starts a new one.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before anything is trained.
@@ -82,9 +83,13 @@ class DistillationTrainer(Trainer):
         if stores:
             kwargs["train_dataset"] = WithRows(kwargs.get("train_dataset"), stores)
         self.weighting, self.adapter_learning_rate = weighting, adapter_learning_rate
+        adapter = getattr(model, "teacher_adapter", None)
         if weighting == "adaptive":
-            adapter = HiddenAdapter(self.output_layer.layer.in_features, len(self.sources))
-            model.teacher_adapter = adapter.to(self.output_layer.layer.weight.device)
+            adapter = model.teacher_adapter = _adapter_of(adapter, self.output_layer, len(self.sources))
+        if isinstance(
+            adapter, HiddenAdapter
+        ):  # DDP waits for each gradient that is required; what wraps models may freeze
+            adapter.requires_grad_(weighting == "adaptive")
         self.output_layer.return_loss()
         self._sums: Tensor | None = None
         super().__init__(model, args, **kwargs)
@@ -255,6 +260,21 @@ class HiddenAdapter(TeacherAdapter):
         with torch.autocast(hidden.device.type, enabled=False):
             rows = F.layer_norm(hidden.float(), hidden.shape[-1:])
             return super().forward(F.silu(self.project(rows)))
+
+
+def _adapter_of(found: Any, student: OutputLayer, teachers: int) -> HiddenAdapter:
+    """The one found, which an earlier trainer has taught, or a new one."""
+    name, hidden = f"{_NAME}: model.teacher_adapter", student.layer.in_features
+    if found is None:
+        found = HiddenAdapter(hidden, teachers)
+    elif not isinstance(found, HiddenAdapter):
+        raise TypeError(f"{name} must be the HiddenAdapter of an earlier trainer or None, got {type(found).__name__}")
+    elif (found.project.in_features, len(found.theta)) != (hidden, teachers):
+        raise ValueError(
+            f"{name} must be of {teachers} teachers and a hidden size of {hidden}, got one of {len(found.theta)} and "
+            f"{found.project.in_features}, from an earlier trainer; model.teacher_adapter = None starts a new one"
+        )
+    return found.to(student.layer.weight.device)
 
 
 class _KeepRows:
