@@ -20,11 +20,20 @@ class OutputLayer:
     """
 
     def __init__(self, model: Any, name: str):
-        layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        layer: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        copies = getattr(layer, "modules_to_save", None)  # peft's: the active one is trained in the layer's place
+        if isinstance(copies, nn.ModuleDict):
+            layer = copies[layer.active_adapters[0]]
         if not isinstance(layer, nn.Linear):
+            kind, hint = type(layer).__name__, ""
+            if type(layer).__module__.startswith("peft."):  # W + B A: its own weight is not what makes the logits
+                kind, hint = (
+                    "peft's " + kind,
+                    "; peft may have the output layer in modules_to_save, not in target_modules",
+                )
             raise TypeError(
                 f"DistillationTrainer: {name} must be a causal language model whose get_output_embeddings() is an nn.Linear, "
-                f"got {type(model).__name__} with {type(layer).__name__}"
+                f"got {type(model).__name__} with {kind}{hint}"
             )
         self.model, self.layer, self.name = model, layer, name
         self._caught: list[Tensor] = []
@@ -121,7 +130,8 @@ def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, fl
     scale, cap = logits[0].item() / small, logits[-1].item()
     softcap = None if math.isclose(cap, scale * large, rel_tol=1e-3) else cap
     made = probe * scale if softcap is None else softcap * torch.tanh(probe * scale / softcap)
-    if not scale > 0 or not torch.allclose(made, logits, rtol=1e-3, atol=1e-3):
+    same = made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-3, atol=1e-3)
+    if not scale > 0 or not same:
         raise ValueError(
             f"DistillationTrainer: {name} must give its output layer's results as they are, scaled or soft-capped, got "
             f"{type(model).__name__}, which does something else to them"

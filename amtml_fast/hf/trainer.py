@@ -1,10 +1,12 @@
 """A ``transformers.Trainer`` whose student learns from several teachers, by hidden states: no model's logits are held."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -15,6 +17,7 @@ from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher
 
 _NAME = "DistillationTrainer"
 WEIGHTING = ("uniform", "adaptive", "routed")
+_ADAPTER = "teacher_adapter"
 _CHUNK = 1 << 24  # logits at a time where teachers are asked for the labels' probabilities
 
 
@@ -47,8 +50,11 @@ class DistillationTrainer(Trainer):
     the mean weight and KL, and the entropies of weights, student and target (nats).
 
     The adapter is a part of the model, ``model.teacher_adapter``: it is trained, saved and resumed with it, and ``from_pretrained``
-    leaves it out. A later adaptive trainer of the same model goes on with what it has learned, and is to be given as many
-    teachers, in the same order. After ``model.teacher_adapter = None`` it starts a new one.
+    leaves it out. Of a peft model it is a file of the checkpoint, ``teacher_adapter.safetensors``. A later adaptive trainer of
+    the same model goes on with what it has learned, and is to be given as many teachers, in the same order. After
+    ``model.teacher_adapter = None`` it starts a new one.
+
+    peft's LoRA may be on any layer but the output layer, which may be in its ``modules_to_save``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before anything is trained.
@@ -120,6 +126,36 @@ class DistillationTrainer(Trainer):
             group["params"] = [p for p in group["params"] if not any(p is q for q in own)]
         optimizer.add_param_group({"params": own, "lr": self.adapter_learning_rate, "weight_decay": 0.0})
         return optimizer
+
+    # --- what peft leaves out of a checkpoint: all but its own parameters
+
+    def _is_left_out(self) -> bool:
+        return self.weighting == "adaptive" and hasattr(self.output_layer.model, "peft_config")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._is_left_out() and self.args.should_save:
+            whole = self.output_layer.model.state_dict() if state_dict is None else state_dict
+            own = {n.split(_ADAPTER + ".")[1]: p.contiguous() for n, p in whole.items() if _ADAPTER + "." in n}
+            save_file(own, Path(output_dir or self.args.output_dir or ".") / f"{_ADAPTER}.safetensors")
+
+    def _load_adapter(self, checkpoint: str | None) -> None:
+        if self._is_left_out():
+            path = Path(checkpoint or "") / f"{_ADAPTER}.safetensors"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{_NAME}: resume_from_checkpoint must have {path.name}, which adaptive trainers of peft models write, "
+                    f"got {checkpoint}"
+                )
+            self.output_layer.model.teacher_adapter.load_state_dict(load_file(path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_adapter(self.state.best_model_checkpoint)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
