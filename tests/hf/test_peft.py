@@ -1,4 +1,4 @@
-"""Students that peft has wrapped: their gradients, the adapter of teachers in their checkpoints, and what cannot be learned."""
+"""Students that peft has wrapped: gradients, the adapter of teachers in their checkpoints, what cannot be learned."""
 
 import math
 
