@@ -150,7 +150,7 @@ lint: .venv/packages-test
 
 .venv/packages-test: .venv/packages
 	@echo "make: Python packages of the tests: half a minute, and the download"
-	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[test,hf]"
+	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[test,hf]" "peft>=0.21"
 	@touch $@
 
 .venv/kernels .venv/kernels-cuda-9.0 .venv/kernels-cuda: setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu) | .venv/packages

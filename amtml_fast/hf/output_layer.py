@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from amtml_fast.reference import LinearTeacher
@@ -19,11 +20,20 @@ class OutputLayer:
     """
 
     def __init__(self, model: Any, name: str):
-        layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        layer: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        copies = getattr(layer, "modules_to_save", None)  # peft's: the active one is trained in the layer's place
+        if isinstance(copies, nn.ModuleDict):
+            layer = copies[layer.active_adapters[0]]
         if not isinstance(layer, nn.Linear):
+            kind, hint = type(layer).__name__, ""
+            if type(layer).__module__.startswith("peft."):  # W + B A: its own weight is not what makes the logits
+                kind, hint = (
+                    "peft's " + kind,
+                    "; peft may have the output layer in modules_to_save, not in target_modules",
+                )
             raise TypeError(
                 f"DistillationTrainer: {name} must be a causal language model whose get_output_embeddings() is an nn.Linear, "
-                f"got {type(model).__name__} with {type(layer).__name__}"
+                f"got {type(model).__name__} with {kind}{hint}"
             )
         self.model, self.layer, self.name = model, layer, name
         self._caught: list[Tensor] = []
@@ -36,11 +46,20 @@ class OutputLayer:
 
     @property
     def weight(self) -> Tensor:
-        return _gathered(self.layer.weight)
+        with align_module_device(self.layer):  # an offloaded one is loaded, and outlives the block
+            return _gathered(self.layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.layer.bias is None else _gathered(self.layer.bias)
+        if self.layer.bias is None:
+            return None
+        with align_module_device(self.layer):
+            return _gathered(self.layer.bias)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some of the model is elsewhere until accelerate's hooks load it."""
+        return any(p.is_meta for p in self.model.parameters())
 
     def return_loss(self) -> None:
         """From now on the model returns what ``catch`` is given as its loss. It is made inside the model's forward, and this is
@@ -83,6 +102,12 @@ class OutputLayer:
         return LinearTeacher(caught[0].to(device), self.weight.detach().to(device), bias)
 
 
+def device_of_inputs(model: Any) -> torch.device:
+    """Of an offloaded embedding any: accelerate's hooks send the inputs to where it will be."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def _gathered(parameter: Tensor) -> Tensor:
     """A sharded parameter as a whole; its gradient is shared out again."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -97,17 +122,16 @@ def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, fl
     handle = layer.register_forward_hook(lambda _, args, out: probe.to(out.device).expand(*out.shape[:-1], -1))
     training = model.training
     try:
-        device = model.get_input_embeddings().weight.device
-        logits = (
-            model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device)).logits.flatten().float().cpu()
-        )
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device_of_inputs(model))
+        logits = model.eval()(input_ids=token).logits.flatten().float().cpu()
     finally:
         handle.remove()
         model.train(training)
     scale, cap = logits[0].item() / small, logits[-1].item()
     softcap = None if math.isclose(cap, scale * large, rel_tol=1e-3) else cap
     made = probe * scale if softcap is None else softcap * torch.tanh(probe * scale / softcap)
-    if not scale > 0 or not torch.allclose(made, logits, rtol=1e-3, atol=1e-3):
+    same = made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-3, atol=1e-3)
+    if not scale > 0 or not same:
         raise ValueError(
             f"DistillationTrainer: {name} must give its output layer's results as they are, scaled or soft-capped, got "
             f"{type(model).__name__}, which does something else to them"

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amtml_fast.hf.output_layer import OutputLayer
+from amtml_fast.hf.output_layer import OutputLayer, device_of_inputs
 from amtml_fast.reference import TopKTeacher
 
 ROW = "distillation_row"  # of an example, and in a batch: which row of the training set it is
@@ -93,7 +94,12 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _fingerprint(teacher: Any) -> str:
     """Of some of its numbers: another teacher, or one that was trained on, has another."""
-    total = sum(p.detach().float().abs().sum().item() for p in teacher.parameters() if not p.is_meta)
+    total = 0.0
+    for name, _ in teacher.named_parameters():
+        path, _, own = name.rpartition(".")
+        module = teacher.get_submodule(path)
+        with align_module_device(module):  # which loads what is offloaded
+            total += getattr(module, own).detach().float().abs().sum().item()
     return f"{type(teacher).__name__} {total:.6e}"
 
 
@@ -101,7 +107,7 @@ def _fingerprint(teacher: Any) -> str:
 def _file(
     layer: OutputLayer, dataset: Any, rows: range, k: int, temperature: float, batch_size: int, collate: Callable
 ) -> Iterator[tuple[str, Tensor]]:
-    device = layer.model.get_input_embeddings().weight.device
+    device = device_of_inputs(layer.model)
     for start in range(rows.start, rows.stop, batch_size):
         some = range(start, min(start + batch_size, rows.stop))
         batch = dict(collate([dict(dataset[i]) for i in some]))

@@ -1,10 +1,12 @@
 """A ``transformers.Trainer`` whose student learns from several teachers, by hidden states: no model's logits are held."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
@@ -15,6 +17,7 @@ from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher
 
 _NAME = "DistillationTrainer"
 WEIGHTING = ("uniform", "adaptive", "routed")
+_ADAPTER = "teacher_adapter"
 _CHUNK = 1 << 24  # logits at a time where teachers are asked for the labels' probabilities
 
 
@@ -25,7 +28,8 @@ class DistillationTrainer(Trainer):
         model: the student, a causal language model of transformers.
         args: ``TrainingArguments``. ``label_smoothing_factor`` is to be 0: it is the loss's own ``label_smoothing``.
         teachers: a list of T teachers of the student's vocabulary, each a causal language model (of any hidden size; frozen,
-            in eval mode), or a ``StoredTopK`` of the training set, made by ``store_topk`` at the loss's temperature.
+            in eval mode; one that accelerate has dispatched or offloaded stays where it is), or a ``StoredTopK`` of the
+            training set, made by ``store_topk`` at the loss's temperature.
         loss: a ``FusedLinearKDLoss``; None: temperature 1, alpha 0.5. Its ``logit_scale`` and ``softcap`` are the models'.
         weighting: how much a teacher counts for a token.
 
@@ -46,7 +50,11 @@ class DistillationTrainer(Trainer):
     the mean weight and KL, and the entropies of weights, student and target (nats).
 
     The adapter is a part of the model, ``model.teacher_adapter``: it is trained, saved and resumed with it, and ``from_pretrained``
-    leaves it out.
+    leaves it out. Of a peft model it is a file of the checkpoint, ``teacher_adapter.safetensors``. A later adaptive trainer of
+    the same model goes on with what it has learned, and is to be given as many teachers, in the same order. After
+    ``model.teacher_adapter = None`` it starts a new one.
+
+    peft's LoRA may be on any layer but the output layer, which may be in its ``modules_to_save``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, before anything is trained.
@@ -81,9 +89,13 @@ class DistillationTrainer(Trainer):
         if stores:
             kwargs["train_dataset"] = WithRows(kwargs.get("train_dataset"), stores)
         self.weighting, self.adapter_learning_rate = weighting, adapter_learning_rate
+        adapter = getattr(model, "teacher_adapter", None)
         if weighting == "adaptive":
-            adapter = HiddenAdapter(self.output_layer.layer.in_features, len(self.sources))
-            model.teacher_adapter = adapter.to(self.output_layer.layer.weight.device)
+            adapter = model.teacher_adapter = _adapter_of(adapter, self.output_layer, len(self.sources))
+        if isinstance(
+            adapter, HiddenAdapter
+        ):  # DDP waits for each gradient that is required; what wraps models may freeze
+            adapter.requires_grad_(weighting == "adaptive")
         self.output_layer.return_loss()
         self._sums: Tensor | None = None
         super().__init__(model, args, **kwargs)
@@ -93,11 +105,11 @@ class DistillationTrainer(Trainer):
             self.data_collator = _KeepRows(self.data_collator)
         for source in self.sources:
             if isinstance(source, OutputLayer):
-                self._prepare_teacher(source.model)
+                self._prepare_teacher(source)
 
-    def _prepare_teacher(self, teacher: Any) -> None:
-        teacher.eval().requires_grad_(False)
-        if getattr(teacher, "hf_device_map", None) is None:
+    def _prepare_teacher(self, source: OutputLayer) -> None:
+        teacher = source.model.eval().requires_grad_(False)
+        if getattr(teacher, "hf_device_map", None) is None and not source.is_offloaded:
             if self.is_fsdp_enabled:
                 self.accelerator.prepare_model(teacher, evaluation_mode=True)
             else:
@@ -114,6 +126,36 @@ class DistillationTrainer(Trainer):
             group["params"] = [p for p in group["params"] if not any(p is q for q in own)]
         optimizer.add_param_group({"params": own, "lr": self.adapter_learning_rate, "weight_decay": 0.0})
         return optimizer
+
+    # --- what peft leaves out of a checkpoint: all but its own parameters
+
+    def _is_left_out(self) -> bool:
+        return self.weighting == "adaptive" and hasattr(self.output_layer.model, "peft_config")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._is_left_out() and self.args.should_save:
+            whole = self.output_layer.model.state_dict() if state_dict is None else state_dict
+            own = {n.split(_ADAPTER + ".")[1]: p.contiguous() for n, p in whole.items() if _ADAPTER + "." in n}
+            save_file(own, Path(output_dir or self.args.output_dir or ".") / f"{_ADAPTER}.safetensors")
+
+    def _load_adapter(self, checkpoint: str | None) -> None:
+        if self._is_left_out():
+            path = Path(checkpoint or "") / f"{_ADAPTER}.safetensors"
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{_NAME}: resume_from_checkpoint must have {path.name}, which adaptive trainers of peft models write, "
+                    f"got {checkpoint}"
+                )
+            self.output_layer.model.teacher_adapter.load_state_dict(load_file(path))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_adapter(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_adapter(self.state.best_model_checkpoint)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -256,6 +298,21 @@ class HiddenAdapter(TeacherAdapter):
             return super().forward(F.silu(self.project(rows)))
 
 
+def _adapter_of(found: Any, student: OutputLayer, teachers: int) -> HiddenAdapter:
+    """The one found, which an earlier trainer has taught, or a new one."""
+    name, hidden = f"{_NAME}: model.teacher_adapter", student.layer.in_features
+    if found is None:
+        found = HiddenAdapter(hidden, teachers)
+    elif not isinstance(found, HiddenAdapter):
+        raise TypeError(f"{name} must be the HiddenAdapter of an earlier trainer or None, got {type(found).__name__}")
+    elif (found.project.in_features, len(found.theta)) != (hidden, teachers):
+        raise ValueError(
+            f"{name} must be of {teachers} teachers and a hidden size of {hidden}, got one of {len(found.theta)} and "
+            f"{found.project.in_features}, from an earlier trainer; model.teacher_adapter = None starts a new one"
+        )
+    return found.to(student.layer.weight.device)
+
+
 class _KeepRows:
     """A collator that leaves out the number of the row, and puts it into the batch again."""
 
@@ -320,6 +377,8 @@ def _check_arguments(
 
 
 def _check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredTopK], loss: FusedLinearKDLoss) -> None:
+    if student.is_offloaded:  # its gradients would be those of copies
+        raise ValueError(f"{_NAME}: model must have all its parameters on a device, got a model with offloaded ones")
     for i, source in enumerate(sources):
         name = f"teachers[{i}]"
         if source.classes != student.classes:
@@ -335,8 +394,4 @@ def _check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | Stored
             raise ValueError(
                 f"{_NAME}: {name} must have the student's softcap of logits {student.softcap}, got {source.softcap}; "
                 "store_topk makes it a teacher that any student can take"
-            )
-        elif source.layer.weight.is_meta:
-            raise ValueError(
-                f"{_NAME}: {name} must have its output layer on a device (see device_map), got an offloaded one"
             )

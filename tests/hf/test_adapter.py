@@ -7,6 +7,7 @@ from backends import cpu_only
 pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
+from amtml_fast import TeacherAdapter
 from amtml_fast.hf import DistillationTrainer
 from amtml_fast.hf.trainer import HiddenAdapter
 
@@ -23,7 +24,7 @@ def llama(seed):
     )  # fmt: skip
 
 
-def trainer(folder, student, **options):
+def trainer(folder, student, weighting="adaptive", **options):
     torch.manual_seed(0)
     ids = torch.randint(0, 40, (16, 12)).tolist()
     data = [{"input_ids": row, "labels": row} for row in ids]
@@ -32,7 +33,7 @@ def trainer(folder, student, **options):
         save_strategy="no", lr_scheduler_type="linear",
     )  # fmt: skip
     return DistillationTrainer(
-        student, args, teachers=[llama(1), llama(2)], weighting="adaptive", train_dataset=data, **options
+        student, args, teachers=[llama(1), llama(2)], weighting=weighting, train_dataset=data, **options
     )
 
 
@@ -81,3 +82,41 @@ def test_a_teacher_without_any_weight_leaves_the_gradient_finite(tmp_path):
     made.train()
     weights = student.teacher_adapter(torch.randn(50, 16))
     assert (weights == 0).any() and all(p.isfinite().all() for p in student.parameters())
+
+
+def test_a_second_trainer_of_the_model_goes_on_with_what_it_has_learned(tmp_path):
+    student = llama(0)
+    first = trainer(tmp_path, student)
+    start = student.teacher_adapter.theta.detach().clone()
+    first.train()
+    learned = {name: p.detach().clone() for name, p in student.teacher_adapter.named_parameters()}
+    trainer(tmp_path, student, "uniform").train()
+    assert not any(p.requires_grad for p in student.teacher_adapter.parameters())  # DDP would wait for their gradients
+    second = trainer(tmp_path, student)
+    now = dict(student.teacher_adapter.named_parameters())
+    assert set(now) == set(learned) and all(torch.equal(now[name], learned[name]) for name in learned)
+    second.train()
+    assert all(not torch.equal(now[name], learned[name]) for name in ("theta", "v", "project.weight"))
+    student.teacher_adapter = None
+    trainer(tmp_path, student)
+    assert torch.equal(student.teacher_adapter.theta, start)  # a new one, of the same seed
+
+
+@pytest.mark.parametrize(
+    ("adapter", "error", "message"),
+    [
+        (
+            HiddenAdapter(16, 3),
+            ValueError,
+            "of 2 teachers and a hidden size of 16, got one of 3 and 16, .* = None starts a",
+        ),
+        (HiddenAdapter(8, 2), ValueError, "of 2 teachers and a hidden size of 16, got one of 2 and 8, from an earlier"),
+        (TeacherAdapter(16, 2), TypeError, "the HiddenAdapter of an earlier trainer or None, got TeacherAdapter"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_named(tmp_path, adapter, error, message):
+    student = llama(0)
+    student.teacher_adapter = adapter
+    with pytest.raises(error, match="DistillationTrainer: model.teacher_adapter must be " + message):
+        trainer(tmp_path, student)
+    assert student.teacher_adapter is adapter

@@ -1,0 +1,137 @@
+"""Students that peft has wrapped: gradients, the adapter of teachers in their checkpoints, what cannot be learned."""
+
+import math
+
+import pytest
+import torch
+from backends import cpu_only
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+import peft
+from safetensors.torch import load_file
+from test_trainer import assert_same, by_whole_logits, collate, examples, grads_of, llama, one_step, trainer
+from transformers import Trainer
+
+pytestmark = [cpu_only, pytest.mark.filterwarnings("ignore:.*tie_word_embeddings|.*is_gradient_checkpointing")]
+
+
+def wrapped(targets=("q_proj", "v_proj"), saved=None, tied=False, model=None):
+    """A model whose LoRA matrices are not zero, and whose copied layers are not those of the base."""
+    model = llama(seed=5, tie_word_embeddings=tied) if model is None else model
+    torch.manual_seed(6)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=list(targets), modules_to_save=saved, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "lora_A" not in name:
+                p.add_(torch.randn_like(p) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(targets=["q_proj", "embed_tokens"]), dict(saved=["lm_head"]), dict(saved=["lm_head", "embed_tokens"])],
+    ids=["attention", "embedding", "output layer", "both"],
+)
+def test_loss_and_gradients_are_those_of_whole_logits(tmp_path, options, tied):
+    student, teachers, batch = wrapped(**options, tied=tied), [llama(24, 1), llama(8, 2)], collate(examples(4))
+    want = by_whole_logits(student, teachers, batch)
+    want.backward()
+    right = grads_of(student)
+    student.zero_grad()
+    got, grads = one_step(trainer(tmp_path, student, teachers), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    assert any("lora_A" in name for name in grads)
+    assert any("lm_head" in name for name in grads) == ("lm_head" in (options.get("saved") or ()))
+    assert_same(grads, right)
+
+
+def test_a_teacher_may_be_one(tmp_path):
+    student, teacher, batch = llama(), wrapped(saved=["lm_head"]), collate(examples(4))
+    want = by_whole_logits(student, [teacher], batch)
+    got, _ = one_step(trainer(tmp_path, student, [teacher]), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
+def test_evaluation_is_plain_cross_entropy(tmp_path):
+    made = trainer(tmp_path, wrapped(), [llama(24, 1)], evaluated=examples(4, seed=9))
+    plain = Trainer(wrapped(), made.args, eval_dataset=examples(4, seed=9), data_collator=collate)
+    assert math.isclose(made.evaluate()["eval_loss"], plain.evaluate()["eval_loss"], rel_tol=1e-5)
+
+
+TEACHERS = ((24, 1), (8, 2))
+SAVING = dict(weighting="adaptive", max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+
+
+@pytest.mark.parametrize("saved", [None, ["lm_head"]])
+def test_a_resumed_training_has_the_same_bits(tmp_path, saved):
+    def run(folder, resume=None):
+        student = wrapped(saved=saved)
+        made = trainer(folder, student, [llama(*t) for t in TEACHERS], **SAVING)
+        starts = {n: p.detach().clone() for n, p in student.named_parameters()}
+        made.train(resume_from_checkpoint=resume)
+        return starts, {n: p.detach().clone() for n, p in student.named_parameters()}
+
+    starts, whole = run(tmp_path / "a")
+    _, resumed = run(tmp_path / "b", str(tmp_path / "a" / "checkpoint-2"))
+    assert "teacher_adapter.v" in whole and all(torch.equal(whole[n], resumed[n]) for n in whole)
+    trained = {n for n in whole if not torch.equal(whole[n], starts[n])}
+    own = ("lora_A", "lora_B", "teacher_adapter", "modules_to_save")
+    assert trained == {n for n in whole if any(name in n for name in own)}
+    again = peft.PeftModel.from_pretrained(llama(seed=5, tie_word_embeddings=False), tmp_path / "a" / "checkpoint-4")
+    assert all(torch.equal(p, whole[n]) for n, p in again.named_parameters())
+    (tmp_path / "a" / "checkpoint-2" / "teacher_adapter.safetensors").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"resume_from_checkpoint must have teacher_adapter.safetensors, .* got"
+    ):
+        run(tmp_path / "c", str(tmp_path / "a" / "checkpoint-2"))
+
+
+def test_the_best_checkpoint_is_loaded_with_its_adapter(tmp_path):
+    student = wrapped()
+    made = trainer(
+        tmp_path, student, [llama(*t) for t in TEACHERS], evaluated=examples(4, seed=9), eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True, **SAVING,
+    )  # fmt: skip
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    best, last = (load_file(tmp_path / f"checkpoint-{step}" / "teacher_adapter.safetensors") for step in (2, 4))
+    now = student.teacher_adapter.state_dict()
+    assert all(torch.equal(now[name], best[name]) for name in now) and not torch.equal(now["v"], last["v"])
+
+
+def test_an_adapter_learned_before_peft_goes_on(tmp_path):
+    student, teachers = llama(tie_word_embeddings=False), [llama(*t) for t in TEACHERS]
+    trainer(tmp_path, student, teachers, weighting="adaptive").train()
+    learned = student.teacher_adapter
+    before = learned.theta.detach().clone()
+    student = wrapped(model=student)
+    assert not learned.theta.requires_grad  # peft froze it with the rest
+    made = trainer(tmp_path, student, teachers, **SAVING)
+    assert student.teacher_adapter is learned and torch.equal(learned.theta, before)
+    made.train()
+    assert not torch.equal(learned.theta, before)
+
+
+@pytest.mark.parametrize("role", ["model", r"teachers\[0\]"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_changed_output_layer_is_named(tmp_path, role, tied):
+    changed = wrapped(["q_proj", "lm_head"], tied=tied)
+    student, teacher = (changed, llama(24, 1)) if role == "model" else (llama(), changed)
+    message = (
+        f"{role} must be .* an nn.Linear, got PeftModelForCausalLM with peft's Linear; peft may have .* modules_to_save"
+    )
+    with pytest.raises(TypeError, match="DistillationTrainer: " + message):
+        trainer(tmp_path, student, [teacher])
+
+
+def test_tokens_that_are_not_of_the_text_are_named(tmp_path):
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    with pytest.raises(
+        ValueError, match=r"model must give its output layer's results as they are, .* got PeftModelForCausalLM"
+    ):
+        trainer(tmp_path, peft.get_peft_model(llama(), config), [llama(24, 1)])
