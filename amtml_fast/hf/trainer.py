@@ -92,9 +92,8 @@ class DistillationTrainer(Trainer):
         adapter = getattr(model, "teacher_adapter", None)
         if weighting == "adaptive":
             adapter = model.teacher_adapter = _adapter_of(adapter, self.output_layer, len(self.sources))
-        if isinstance(
-            adapter, HiddenAdapter
-        ):  # DDP waits for each gradient that is required; what wraps models may freeze
+        # Also one that does not learn now: DDP waits for each gradient that is required. And peft freezes what it finds.
+        if isinstance(adapter, HiddenAdapter):
             adapter.requires_grad_(weighting == "adaptive")
         self.output_layer.return_loss()
         self._sums: Tensor | None = None
