@@ -306,7 +306,7 @@ def readme(results: Results, folder: str) -> str:
         head(results),
         markdown_table(["forward + backward", "ours", "vs eager", "vs torch.compile"], rows),
         f"![Speed-up of every operator over eager PyTorch and torch.compile]({folder}/speedup.png)",
-        f"[The whole report]({folder}/report.md): all sizes, memory, growth with N, C and T, training steps, rooflines.",
+        f"[The whole report]({folder}/report.md): all sizes, memory, growth with N, C and T, rooflines.",
     ])  # fmt: skip
 
 
