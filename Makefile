@@ -148,6 +148,7 @@ lint: .venv/packages-test
 	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[train]"
 	@touch $@
 
+# peft is in no extra: the trainer of transformers takes its models without importing it.
 .venv/packages-test: .venv/packages
 	@echo "make: Python packages of the tests: half a minute, and the download"
 	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[test,hf]" "peft>=0.21"
