@@ -6,9 +6,9 @@ asked for is an empty tensor of shape [0].
 
 The losses' forward kernels write float32 and float64 gradients next to the value, and backward only multiplies them: in place
 where the graph is not kept, so that a second backward still finds what it needs. A 16-bit gradient must be rounded once, after the
-incoming gradient (and a loss scale with it) has been applied: backward makes it from saved row statistics. On GPUs
-multi_teacher_kd writes bfloat16 gradients too, and backward makes them again unless the incoming gradient is a power of two;
-float16 has too small a range for that.
+incoming gradient (and a loss scale with it) has been applied: backward makes it from saved row statistics. Of bfloat16,
+multi_teacher_kd writes gradients too, and backward makes them again unless the incoming gradient is a power of two; float16 has
+too small a range for that.
 """
 
 import functools

@@ -239,7 +239,7 @@ class MultiTeacherKD(torch.autograd.Function):
         *teachers: Tensor,
     ) -> Any:
         # With probabilities given out, backward has to add what comes back through them: it recomputes the rest too.
-        rounded = student.dtype == torch.bfloat16 and wide == torch.float32 and backend != "cpp"
+        rounded = student.dtype == torch.bfloat16 and wide == torch.float32
         in_forward = (student.dtype == wide or rounded) and not need_terms
         now = needs if in_forward else (False, False)
         out = kernels(backend).multi_teacher_kd_fwd.default(
@@ -329,6 +329,5 @@ def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, s
     "multi_teacher_kd_rescale_",
     "(Tensor(a!) grad_student, Tensor(b!) grad_weights, Tensor grad_loss, Tensor student, Tensor[] teachers, "
     f"Tensor? weights, Tensor? labels, Tensor stats, {_kd.SETTINGS.replace('mode', 'kl_of')}) -> ()",
-    cpu=False,
 )
 def _(*_): ...

@@ -66,6 +66,16 @@ struct Target {
   void clear(int64_t i, int64_t n) const { std::fill_n(data + i * bytes_of(dtype), n * bytes_of(dtype), char(0)); }
 };
 
+// Memory that will be read soon, asked for while something else is computed.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t step = 0;  // 0: there is nothing to ask for
+  inline __attribute__((always_inline)) void operator()(int64_t i) const {
+    if (step != 0) __builtin_prefetch(at + i * step, 0, 2);
+  }
+  Ahead from(int64_t i) const { return {at + i * step, step}; }
+};
+
 // A strided matrix of any dtype, read a row at a time.
 struct Matrix {
   const void* data = nullptr;
@@ -78,6 +88,10 @@ struct Matrix {
   explicit Matrix(const std::optional<Tensor>& t) : Matrix(t ? Matrix(*t) : Matrix()) {}
   explicit operator bool() const { return data != nullptr; }
 
+  Ahead ahead(int64_t i, int64_t rows) const {
+    if (i >= rows || column_stride != 1) return {};
+    return {static_cast<const char*>(data) + i * row_stride * bytes_of(dtype), bytes_of(dtype)};
+  }
   // Whether a row is A's in memory already, so that load_row needs no scratch.
   template <class A>
   bool in_place() const {
@@ -85,13 +99,19 @@ struct Matrix {
   }
 };
 
-// Row i as n contiguous values of type A: in place where it is that already, else converted into scratch.
+// n values of row i, from column `first` on, contiguous and of type A: in place where they are that already, else
+// converted into scratch.
 template <class A>
-const A* load_row(const Matrix& m, int64_t i, int64_t n, A* scratch) {
-  const char* from = static_cast<const char*>(m.data) + i * m.row_stride * bytes_of(m.dtype);
+const A* load_part(const Matrix& m, int64_t i, int64_t first, int64_t n, A* scratch) {
+  const int64_t at = i * m.row_stride + first * m.column_stride;
+  const char* from = static_cast<const char*>(m.data) + at * bytes_of(m.dtype);
   if (m.in_place<A>()) return reinterpret_cast<const A*>(from);
   widen(from, m.dtype, m.column_stride, n, scratch);
   return scratch;
+}
+template <class A>
+const A* load_row(const Matrix& m, int64_t i, int64_t n, A* scratch) {
+  return load_part(m, i, 0, n, scratch);
 }
 
 }  // namespace amtml

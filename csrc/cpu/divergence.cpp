@@ -16,7 +16,6 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
-constexpr int64_t kChunk = 1024;  // classes at a time after the exponentials: a chunk stays in the first-level cache
 
 using Mode = DivergenceMode;
 using Settings = DivergenceSettings;
@@ -55,32 +54,13 @@ void check_row_numbers(const Problem<A>& pr) {
   }
 }
 
-// The softmax of a row of logits x: e exp((x - m) per_tau), times 2^kScale, the inverse of their sum, and its
-// logarithm.
-template <class A>
-struct Softmax {
-  const A* x;
-  A* e;
-  A m, per_tau, inverse, log_sum;
-  double rest;  // what rounding log_sum to A cut off
-
-  AMTML_INLINE void make(const A* logits, int64_t n, A by, A* scratch) {
-    x = logits, e = scratch, per_tau = by;
-    m = maximum(x, n);
-    const double sum = exponentials(x, n, m, per_tau, e);
-    inverse = static_cast<A>(1 / sum);
-    log_sum = rounded<A>(std::log(sum) - kLogScale, &rest);
-  }
-  AMTML_INLINE A log(int64_t c) const { return (x[c] - m) * per_tau - log_sum; }
-};
-
 // Scratch of one thread.
 template <class A>
 struct Row : StudentRow<A> {
   const Problem<A>& problem;
-  Softmax<A> q, mixed;         // of the student, and of the mixed logits
   std::vector<Softmax<A>> of;  // of the teachers
-  Buffer<A> converted_teachers, e_t, mixed_logits, e_mixed;
+  Softmax<A> mixed;            // of the mixed logits
+  Buffer<A> converted_teachers, mixed_logits;
   std::vector<A> weight;
   std::vector<double> dot;                  // d D / d weight
   std::vector<int64_t> lost;                // classes that the student has and its target has not: they make D infinite
@@ -93,11 +73,9 @@ struct Row : StudentRow<A> {
   explicit Row(const Problem<A>& pr)
       : StudentRow<A>(pr.student, pr.classes, pr.labels != nullptr),
         problem(pr),
-        of(pr.teachers),
+        mixed(pr.set.mode == Mode::logits ? pr.classes : 0),
         converted_teachers(pr.in_place() ? 0 : pr.teachers * pr.classes),
-        e_t(pr.teachers * pr.classes),
         mixed_logits(pr.set.mode == Mode::logits ? pr.classes : 0),
-        e_mixed(pr.set.mode == Mode::logits ? pr.classes : 0),
         weight(pr.teachers),
         dot(pr.teachers),
         qb(pr.classes),
@@ -107,7 +85,9 @@ struct Row : StudentRow<A> {
         log_p(kChunk),
         log_q(kChunk),
         a(kChunk),
-        out(kChunk) {}
+        out(kChunk) {
+    for (int64_t t = 0; t < pr.teachers; ++t) of.emplace_back(pr.classes);
+  }
 };
 
 // What the mode "logits" takes the softmax of: -inf where a teacher with weight has it.
@@ -132,23 +112,23 @@ AMTML_INLINE void load(Row<A>& row, int64_t i) {
   const int64_t n = pr.classes;
   const double tau = pr.temperature(i);
   const A per_tau = static_cast<A>(1 / tau);
-  row.load(pr.student, i, n, per_tau, row.stats, false);
-  row.q = {row.z, row.e.data(), row.stats[0], per_tau, row.stats[1], row.log_sum, row.rest};
+  row.load(pr.student, i, n, per_tau, row.stats, false, pr.teacher[0].ahead(i, pr.rows));
   row.total = 0;
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const double own = pr.set.teacher_temperatures.empty() ? tau : pr.set.teacher_temperatures[t];
-    const bool in_place = pr.teacher[t].template in_place<A>();
+    const bool in_place = pr.teacher[t].template in_place<A>(), last = t + 1 == pr.teachers;
+    const Ahead next = last ? pr.student.ahead(i + 1, pr.rows) : pr.teacher[t + 1].ahead(i, pr.rows);
     Softmax<A>& p = row.of[t];
-    const A* x = load_row(pr.teacher[t], i, n, in_place ? nullptr : row.converted_teachers.data() + t * n);
-    p.make(x, n, static_cast<A>(1 / own), row.e_t.data() + t * n);
+    p.begin(static_cast<A>(1 / own));
+    p.make(pr.teacher[t], i, n, row.converted_teachers.data() + (in_place ? 0 : t * n), true, next);
     const A w = row.weight[t] = pr.weight(i, t);
-    const bool broken = !(std::abs(p.inverse) < std::numeric_limits<A>::infinity());
-    if (w == 0 && broken) std::fill_n(p.e, n, A(0)), p.inverse = 0, p.rest = 0;  // 0 * NaN is 0
+    if (w == 0 && !p.finite()) p.clear(n);  // 0 * NaN is 0
     row.total += w;
   }
   if (pr.set.mode != Mode::logits) return;
   mix_logits(row);
-  row.mixed.make(row.mixed_logits.data(), n, A(1), row.e_mixed.data());
+  row.mixed.begin(1);
+  row.mixed.make(row.mixed_logits.data(), n);
 }
 
 // Adds up the terms of a chunk and makes q b, times `weight` and added to what is there, and a.
@@ -234,21 +214,22 @@ double take_tiny_classes(Row<A>& row, int64_t start, int64_t n, const Softmax<A>
 
 // p, q and their logarithms of a chunk; the target is a softmax, or the teachers' mixture where that is null.
 template <class A>
-AMTML_INLINE void make_chunk(Row<A>& row, const Softmax<A>* target, int64_t start, int64_t n, bool logs) {
+AMTML_INLINE void make_chunk(Row<A>& row, const Softmax<A>* target, int64_t k, int64_t n, bool logs) {
+  const int64_t start = k * kChunk;
   A *p = row.p.data(), *q = row.prob.data(), *log_p = row.log_p.data(), *log_q = row.log_q.data();
   if (target) {
-    const A *e = target->e + start, by = target->inverse;
+    const A *e = target->e.data() + start, by = target->by(k);
 #pragma omp simd
     for (int64_t c = 0; c < n; ++c) p[c] = e[c] * by;
   } else {
     std::fill_n(p, n, A(0));
     for (int64_t t = 0; t < row.problem.teachers; ++t) {
-      const A *e = row.of[t].e + start, by = row.weight[t] * row.of[t].inverse;
+      const A *e = row.of[t].e.data() + start, by = row.weight[t] * row.of[t].by(k);
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) p[c] += by * e[c];
     }
   }
-  const A *e = row.q.e + start, by = row.q.inverse;
+  const A *e = row.q.e.data() + start, by = row.q.by(k);
 #pragma omp simd
   for (int64_t c = 0; c < n; ++c) q[c] = e[c] * by;
   if (!logs) return;
@@ -271,17 +252,17 @@ AMTML_INLINE double compare(Row<A>& row, const Softmax<A>* target, A weight) {
   const Divergence kind = pr.set.kind;
   const A *p = row.p.data(), *q = row.prob.data(), *a = row.a.data();
   double sum = 0;
-  for (int64_t start = 0; start < pr.classes; start += kChunk) {
+  for (int64_t k = 0, start = 0; start < pr.classes; ++k, start += kChunk) {
     const int64_t n = std::min(kChunk, pr.classes - start);
-    make_chunk(row, target, start, n, kind == Divergence::forward_kl || kind == Divergence::reverse_kl);
+    make_chunk(row, target, k, n, kind == Divergence::forward_kl || kind == Divergence::reverse_kl);
     if (kind == Divergence::reverse_kl) sum += take_tiny_classes(row, start, n, target, weight);
     // 0 * NaN is 0: what a teacher without weight would add goes nowhere.
     sum += add_terms(row, n, weight, weight == 0 ? row.out.data() : row.qb.data() + start);
     if (!target) {
       for (int64_t t = 0; t < pr.teachers; ++t) {
-        const A* e_t = row.of[t].e + start;
+        const A* e_t = row.of[t].e.data() + start;
         row.dot[t] +=
-            row.of[t].inverse * block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(e_t[c], e_t[c] * a[c]); });
+            row.of[t].by(k) * block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(e_t[c], e_t[c] * a[c]); });
       }
     } else if (pr.set.mode == Mode::logits) {
       A* pa = row.pa.data() + start;
@@ -318,16 +299,20 @@ AMTML_INLINE void compare_all(Row<A>& row) {
     for (int64_t t = 0; t < pr.teachers; ++t) row.dot[t] += row.of[t].inverse != 0;  // the 1 of df/dp
   }
   if (pr.set.mode != Mode::logits) return;
-  const A *e = row.mixed.e, *pa = row.pa.data(), by = row.mixed.inverse;
-  const A mean = static_cast<A>(block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return pa[c]; }));
+  const A mean = static_cast<A>(block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return row.pa[c]; }));
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const Softmax<A>& p = row.of[t];
     const A shift = p.m - p.m == 0 ? p.m : A(0);  // by which nothing changes but the rounding
-    row.dot[t] = block_sum<A>(n, [&] AMTML_BODY(int64_t c) {
-      const A x = p.x[c], slope = pa[c] - e[c] * by * mean;
-      const A y = ((x - x == 0 ? x : A(0)) - shift) * p.per_tau;  // what is not finite has no weight, or no probability
-      return if_mass(y, slope * y);
-    });
+    row.dot[t] = 0;
+    for (int64_t k = 0, start = 0; start < n; ++k, start += kChunk) {
+      const A *e = row.mixed.e.data() + start, *pa = row.pa.data() + start, *logits = p.x + start, by = row.mixed.by(k);
+      row.dot[t] += block_sum<A>(std::min(kChunk, n - start), [&] AMTML_BODY(int64_t c) {
+        const A x = logits[c], slope = pa[c] - e[c] * by * mean;
+        // What is not finite has no weight, or no probability.
+        const A y = ((x - x == 0 ? x : A(0)) - shift) * p.per_tau;
+        return if_mass(y, slope * y);
+      });
+    }
   }
 }
 
@@ -342,26 +327,28 @@ AMTML_INLINE void statistics(Row<A>& row, A* out) {
   double of_q = row.q.rest, of_p = target ? target->rest : 0;
   A most = -1, most_q = -1;
   int64_t class_p = 0, class_q = 0;
-  for (int64_t start = 0; start < pr.classes; start += kChunk) {
+  std::vector<double> kl(pr.teachers);
+  for (int64_t k = 0, start = 0; start < pr.classes; ++k, start += kChunk) {
     const int64_t n = std::min(kChunk, pr.classes - start);
-    make_chunk(row, target, start, n, true);
+    make_chunk(row, target, k, n, true);
     of_q -= block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(q[c], q[c] * log_q[c]); });
     of_p -= block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(p[c], p[c] * log_p[c]); });
     for (int64_t c = 0; c < n; ++c) {
       if (p[c] > most) most = p[c], class_p = start + c;
       if (q[c] > most_q) most_q = q[c], class_q = start + c;
     }
+    for (int64_t t = 0; t < pr.teachers; ++t) {
+      const Softmax<A>& own = row.of[t];
+      const A *e = own.e.data() + start, by = own.by(k);
+      kl[t] += block_sum<A>(n, [&] AMTML_BODY(int64_t c) {
+        const A each = e[c] * by;
+        return if_mass(each, each * (own.log(start + c) - log_q[c]));
+      });
+    }
   }
   out[0] = static_cast<A>(of_q), out[1] = static_cast<A>(of_p);
   out[2] = A(row.total > 0), out[3] = A(class_p == class_q);
-  for (int64_t t = 0; t < pr.teachers; ++t) {
-    const Softmax<A>& own = row.of[t];
-    const double kl = block_sum<A>(pr.classes, [&] AMTML_BODY(int64_t c) {
-      const A each = own.e[c] * own.inverse;
-      return if_mass(each, each * (own.log(c) - row.q.log(c)));
-    });
-    out[4 + t] = static_cast<A>(kl + row.q.rest - own.rest);
-  }
+  for (int64_t t = 0; t < pr.teachers; ++t) out[4 + t] = static_cast<A>(kl[t] + row.q.rest - row.of[t].rest);
 }
 
 // What a pass over all rows reads and writes besides.
@@ -375,17 +362,16 @@ template <class A>
 AMTML_INLINE void write_grad(Row<A>& row, int64_t i, A kl_grad, A ce_grad, const Target& grad_student) {
   const Problem<A>& pr = row.problem;
   const int64_t classes = pr.classes, label = pr.labels ? pr.labels[i] : 0;
-  const A by = row.q.inverse, ce_q = ce_grad * row.stats[2];
   const A smoothing = static_cast<A>(pr.set.kd.label_smoothing), flat = ce_grad * smoothing / classes;
   constexpr A masked = -std::numeric_limits<A>::infinity();
   A* qb = row.qb.data();
   // The 1 that reverse KL's b leaves out cancels but for the classes that are lost.
   const double all = block_sum<A>(classes, [&] AMTML_BODY(int64_t c) { return qb[c]; });
   const A mean = static_cast<A>(all - row.lost_mass);
-  for (const int64_t c : row.lost) qb[c] = row.q.e[c] * by * mean;  // no gradient through them
-  for (int64_t start = 0; start < classes; start += kChunk) {
+  for (const int64_t c : row.lost) qb[c] = row.q.e[c] * row.q.by(c / kChunk) * mean;  // no gradient through them
+  for (int64_t k = 0, start = 0; start < classes; ++k, start += kChunk) {
     const int64_t n = std::min(kChunk, classes - start);
-    const A *z = row.z + start, *e = row.q.e + start, *own = qb + start;
+    const A *z = row.q.x + start, *e = row.q.e.data() + start, *own = qb + start, by = row.q.by(k);
     A* grad = grad_student.place(i * classes + start, row.out.data());
     if (kl_grad == 0) {  // a divergence without weight may be infinite
       std::fill_n(grad, n, A(0));
@@ -394,7 +380,7 @@ AMTML_INLINE void write_grad(Row<A>& row, int64_t i, A kl_grad, A ce_grad, const
       for (int64_t c = 0; c < n; ++c) grad[c] = kl_grad * (own[c] - e[c] * by * mean);
     }
     if (pr.labels) {
-      const A* e1 = row.e1.data() + start;
+      const A *e1 = row.q1.e.data() + start, ce_q = ce_grad * row.q1.by(k);
 #pragma omp simd
       for (int64_t c = 0; c < n; ++c) grad[c] += ce_q * e1[c] - flat;
       if (label >= start && label < start + n) grad[label - start] -= ce_grad * (1 - smoothing);
@@ -424,7 +410,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass) {
   const double kl_weight = pr.alphas ? pr.alphas[i] : set.kd.kl_weight, squared = set.t2_scale ? tau * tau : 1;
   const double kl_grad = g * kl_weight * squared * pass.scale.kl;
   const double kl = squared * row.distance;
-  const double ce = pr.labels ? cross_entropy(row, c, pr.labels[i], row.stats[0], set.kd.label_smoothing) : 0;
+  const double ce = pr.labels ? cross_entropy(row, c, pr.labels[i], set.kd.label_smoothing) : 0;
   if (pass.forward()) {  // not 0 * infinity
     pass.kl[i] = kl_weight == 0 ? 0 : kl_weight * kl;
     pass.ce[i] = ce_weight == 0 ? 0 : ce_weight * ce;

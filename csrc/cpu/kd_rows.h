@@ -12,20 +12,7 @@ namespace amtml {
 constexpr int kScale = 24;
 constexpr double kLogScale = kScale * 0.693147180559945309417;
 
-// e = 2^kScale exp((z - m) / tau); returns its sum.
-template <class A>
-AMTML_INLINE double exponentials(const A* z, int64_t n, A m, A per_tau, A* e) {
-  return block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
-    return e[c] = exp_nonpositive<kScale>((z[c] - m) * per_tau);
-  });
-}
-
-// The same where the sum is known already.
-template <class A>
-AMTML_INLINE void exponentials_again(const A* z, int64_t n, A m, A per_tau, A* e) {
-#pragma omp simd
-  for (int64_t c = 0; c < n; ++c) e[c] = exp_nonpositive<kScale>((z[c] - m) * per_tau);
-}
+constexpr int64_t kChunk = 1024;  // classes at a time: what a row has of a chunk stays in the first-level cache
 
 template <class A>
 AMTML_INLINE A rounded(double value, double* rest) {
@@ -34,46 +21,167 @@ AMTML_INLINE A rounded(double value, double* rest) {
   return near;
 }
 
-// A student's row in the scratch of one thread. Statistics, kept for backward: its maximum, inverse sums at tau and
-// at 1. Not log-sums: at 60,000 classes their last bit is already 5e-7 of a probability.
+// The softmax of a row of logits x at one temperature. Chunk by chunk, so that logits are converted, searched for their
+// maximum and raised while they are in the first-level cache: e = 2^kScale exp((x - m_k) / tau) with the maximum m_k of
+// chunk k, and e by(k) is the probability.
+template <class A>
+struct Softmax {
+  const A* x = nullptr;
+  A per_tau = 1;
+  A m = 0, inverse = 0;  // maximum of all; inverse of sum 2^kScale exp((x - m) / tau)
+  A log_sum = 0;         // of exp((x - m) / tau)
+  double rest = 0;       // what rounding log_sum to A cut off: it would bias every KL near 0
+  Buffer<A> e;
+
+  explicit Softmax(int64_t classes) : e(classes), chunks_((classes + kChunk - 1) / kChunk) {}
+
+  A by(int64_t k) const { return chunks_[k].by; }
+  AMTML_INLINE A log(int64_t c) const { return (x[c] - m) * per_tau - log_sum; }
+  double exact_log_sum() const { return static_cast<double>(log_sum) + rest; }
+  bool finite() const { return std::abs(inverse) < std::numeric_limits<A>::infinity(); }
+
+  // Makes every probability 0.
+  AMTML_INLINE void clear(int64_t n) {
+    std::fill_n(e.data(), n, A(0));
+    for (Chunk& chunk : chunks_) chunk.by = 0;
+    inverse = 0, rest = 0;
+  }
+
+  // Begins a row, with its maximum and inverse sum if they are known. Chunks are added then, and it is ended.
+  AMTML_INLINE void begin(A by_tau) { per_tau = by_tau, known_ = false; }
+  AMTML_INLINE void begin(A by_tau, A maximum, A inverse_sum) {
+    per_tau = by_tau, m = maximum, inverse = inverse_sum, known_ = true;
+  }
+  AMTML_INLINE void add(int64_t k, const A* logits, int64_t n, const Ahead& ahead) {
+    chunks_[k].most = known_ ? m : maximum(logits, n);
+    raise(k, logits, n, ahead);
+  }
+  // The same of what another softmax has at tau, where this one is at 1: its power tau, if that is 1, 2 or 4.
+  AMTML_INLINE void add(int64_t k, const A* logits, int64_t n, const Softmax& at_tau) {
+    static_assert(kScale == 24);  // 2^kScale is not to be raised
+    Chunk& chunk = chunks_[k];
+    chunk.most = at_tau.chunks_[k].most;
+    const A *from = at_tau.e.data() + k * kChunk, tau = per_tau / at_tau.per_tau;
+    A* to = e.data() + k * kChunk;
+    if (tau == 4) {
+      chunk.sum = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
+        const A y = from[c] * (A(1) / (1 << 18)), square = y * y;
+        return to[c] = square * square;
+      });
+    } else if (tau == 2) {
+      chunk.sum = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
+        const A y = from[c] * (A(1) / (1 << 12));
+        return to[c] = y * y;
+      });
+    } else if (tau == 1) {
+      std::copy_n(from, n, to);
+      chunk.sum = at_tau.chunks_[k].sum;
+    } else {
+      raise(k, logits, n, {});
+    }
+  }
+  AMTML_INLINE void end(bool need_log) {
+    double sum = chunks_[0].sum;
+    if (known_) {
+      for (Chunk& chunk : chunks_) chunk.by = inverse;
+      sum = 1 / static_cast<double>(inverse);
+    } else {
+      m = chunks_[0].most;
+      if (chunks_.size() > 1) sum = joined();
+      if (m == kNone) sum = std::numeric_limits<double>::quiet_NaN();
+      inverse = static_cast<A>(1 / sum);
+      for (Chunk& chunk : chunks_) chunk.by = chunk.factor == 1 ? inverse : static_cast<A>(chunk.factor / sum);
+    }
+    if (need_log) log_sum = rounded<A>(std::log(sum) - kLogScale, &rest);
+  }
+
+  // All this of a row of logits.
+  AMTML_INLINE void make(const A* logits, int64_t n) {
+    x = logits;
+    for (int64_t k = 0, first = 0; first < n; ++k, first += kChunk) add(k, x + first, std::min(kChunk, n - first), {});
+    end(true);
+  }
+  // The same of row i of a matrix. What has to be converted goes to scratch, all of it (keep), or, where nobody asks
+  // for a logarithm, chunk after chunk: x is null then.
+  AMTML_INLINE void make(const Matrix& from, int64_t i, int64_t n, A* scratch, bool keep, const Ahead& ahead) {
+    for (int64_t k = 0, first = 0; first < n; ++k, first += kChunk) {
+      const int64_t count = std::min(kChunk, n - first);
+      const A* part = load_part(from, i, first, count, scratch + (keep ? first : 0));
+      if (k == 0) x = keep || part != scratch ? part : nullptr;
+      add(k, part, count, ahead.from(first));
+    }
+    end(keep);
+  }
+
+ private:
+  static constexpr A kNone = -std::numeric_limits<A>::infinity();
+  struct Chunk {
+    A most, by;
+    double sum, factor = 1;  // sum of its e; exp((most - m) / tau)
+  };
+  std::vector<Chunk> chunks_;
+  bool known_ = false;
+
+  AMTML_INLINE void raise(int64_t k, const A* logits, int64_t n, const Ahead& ahead) {
+    Chunk& chunk = chunks_[k];
+    const A top = chunk.most == kNone ? A(0) : chunk.most, by_tau = per_tau;
+    A* to = e.data() + k * kChunk;
+    const auto exponential = [&](int64_t c) __attribute__((always_inline)) {
+      return to[c] = exp_nonpositive<kScale>((logits[c] - top) * by_tau);
+    };
+    chunk.sum = block_sum<A>(n, exponential, ahead);
+  }
+  // The sum of several chunks, and m.
+  double joined() {
+    for (const Chunk& chunk : chunks_) m = chunk.most > m ? chunk.most : m;
+    double sum = 0;
+    for (Chunk& chunk : chunks_) {
+      chunk.factor = chunk.most == m ? 1 : std::exp((static_cast<double>(chunk.most) - m) * per_tau);
+      sum += chunk.factor * chunk.sum;
+    }
+    return sum;
+  }
+};
+
+// A student's row in the scratch of one thread. Statistics, kept for backward: its maximum, and the inverse sums at tau
+// and at 1. (No log-sums: at 60,000 classes their last bit is already 5e-7 of a probability.)
 template <class A>
 struct StudentRow {
-  Buffer<A> converted, e, e1;  // exp((z - max z) / tau), exp(z - max z)
+  Softmax<A> q, q1;  // at tau, and, where it is labeled, at 1
   bool labeled;
-  const A* z = nullptr;
-  A log_sum = 0;        // at tau
-  double rest = 0;      // what rounding log_sum to A cut off: it would bias every KL near 0
-  double log_sum1 = 0;  // at temperature 1
+  Buffer<A> converted;
 
   StudentRow(const Matrix& student, int64_t classes, bool labeled)
-      : converted(student.in_place<A>() ? 0 : classes), e(classes), e1(labeled ? classes : 0), labeled(labeled) {}
+      : q(classes), q1(labeled ? classes : 0), labeled(labeled), converted(student.in_place<A>() ? 0 : classes) {}
 
   // With `again` the statistics are read, else made.
-  AMTML_INLINE void load(const Matrix& student, int64_t i, int64_t n, A per_tau, A* stats, bool again) {
-    z = load_row(student, i, n, converted.data());
-    double log_sum_at_tau = 0;
+  AMTML_INLINE void load(const Matrix& student, int64_t i, int64_t n, A per_tau, A* stats, bool again,
+                         const Ahead& ahead) {
     if (again) {
-      exponentials_again(z, n, stats[0], per_tau, e.data());
-      if (labeled) exponentials_again(z, n, stats[0], A(1), e1.data());
-      log_sum_at_tau = -std::log(static_cast<double>(stats[1])) - kLogScale;
+      q.begin(per_tau, stats[0], stats[1]);
+      q1.begin(1, stats[0], stats[2]);
     } else {
-      stats[0] = maximum(z, n);
-      const double sum = exponentials(z, n, stats[0], per_tau, e.data());
-      const double sum1 = labeled ? exponentials(z, n, stats[0], A(1), e1.data()) : 1;
-      stats[1] = static_cast<A>(1 / sum);
-      stats[2] = static_cast<A>(1 / sum1);
-      log_sum_at_tau = std::log(sum) - kLogScale;
-      log_sum1 = std::log(sum1) - kLogScale;
+      q.begin(per_tau);
+      q1.begin(1);
     }
-    log_sum = rounded<A>(log_sum_at_tau, &rest);
+    for (int64_t k = 0, first = 0; first < n; ++k, first += kChunk) {
+      const int64_t count = std::min(kChunk, n - first);
+      const A* part = load_part(student, i, first, count, converted.data() + first);
+      if (k == 0) q.x = part;
+      q.add(k, part, count, ahead.from(first));
+      if (labeled) q1.add(k, part, count, q);
+    }
+    q.end(true);
+    if (labeled) q1.end(true);
+    if (!again) stats[0] = q.m, stats[1] = q.inverse, stats[2] = labeled ? q1.inverse : A(1);
   }
 };
 
 // -(1 - s) log q1_y - s / C sum_c log q1_c
 template <class A>
-AMTML_INLINE double cross_entropy(const StudentRow<A>& row, int64_t n, int64_t label, A m, double smoothing) {
-  const double log_sum = row.log_sum1;
-  const A* z = row.z;
+AMTML_INLINE double cross_entropy(const StudentRow<A>& row, int64_t n, int64_t label, double smoothing) {
+  const A *z = row.q.x, m = row.q.m;
+  const double log_sum = row.q1.exact_log_sum();
   const double label_term = log_sum - (z[label] - m);
   if (smoothing == 0) return label_term;  // not 0 * infinity
   const double below = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return m - z[c]; });

@@ -218,8 +218,12 @@ AMTML_INLINE T folded(T* x, const F& op) {
 // sum of term(i) for i < n: blocks in A, their sum in double, so that the error does not grow with n. (A plain loop
 // over floats with the clause `reduction` would add the lanes of its sum one after the other, in as much time as 100
 // terms.)
-template <class A, class F>
-AMTML_INLINE double block_sum(int64_t n, const F& term) {
+struct Nothing {
+  AMTML_INLINE void operator()(int64_t) const {}
+};
+
+template <class A, class F, class Between = Nothing>
+AMTML_INLINE double block_sum(int64_t n, const F& term, const Between& between = {}) {
   if constexpr (sizeof(A) == 8) {
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -227,23 +231,25 @@ AMTML_INLINE double block_sum(int64_t n, const F& term) {
     return sum;
   } else {
     constexpr int kLanes = 16, kBlock = 256;
+    using Sum = Lanes<A, kLanes, 2>;
+    using Total = Lanes<double, kLanes, 2>;
     const int64_t whole = n / kLanes * kLanes;
-    alignas(64) double totals[kLanes] = {};
+    Total total = Total::all(0);
     for (int64_t start = 0; start < whole; start += kBlock) {
       const int64_t stop = start + kBlock < whole ? start + kBlock : whole;
-      Lanes<A, kLanes, 2> sum = Lanes<A, kLanes, 2>::all(0);
+      Sum sum = Sum::all(0);
       for (int64_t i = start; i < stop; i += kLanes) {
+        between(i);
         alignas(64) A terms[kLanes];
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) terms[l] = term(i + l);
-        sum = sum + Lanes<A, kLanes, 2>::load(terms);
+        sum = sum + Sum::load(terms);
       }
-      alignas(64) A sums[kLanes] = {};
-      sum.add_to(sums);
-#pragma omp simd
-      for (int l = 0; l < kLanes; ++l) totals[l] += static_cast<double>(sums[l]);
+      for (int p = 0; p < 2; ++p) total.part[p] += __builtin_convertvector(sum.part[p], typename Total::V::type);
     }
+    alignas(64) double t[kLanes / 2];
     alignas(32) double rest[4] = {};
+    Total::V::at(t) = total.part[0] + total.part[1];
     int64_t i = whole;
     for (; i + 4 <= n; i += 4) {
 #pragma omp simd
@@ -252,7 +258,7 @@ AMTML_INLINE double block_sum(int64_t n, const F& term) {
 #pragma GCC unroll 1  // each copy of a term takes time to compile
     for (int l = 0; l < 3 && i < n; ++l, ++i) rest[l] += static_cast<double>(term(i));
     const auto plus = [](double a, double b) __attribute__((always_inline)) { return a + b; };
-    return folded<kLanes / 2>(totals, plus) + folded<2>(rest, plus);
+    return folded<kLanes / 4>(t, plus) + folded<2>(rest, plus);
   }
 }
 

@@ -16,7 +16,6 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int64_t kChunk = 1024;  // classes at a time where a gradient is rounded to 16 bits
 
 enum class Tail { renormalize, ignore, uniform };
 
@@ -144,24 +143,23 @@ AMTML_INLINE void forget_union(Row<A>& row) {
   row.named = 0;
 }
 
-// The KL, and if grad_weights is not null its gradient there times kl_grad. m: the student's maximum.
+// The KL, and if grad_weights is not null its gradient there times kl_grad.
 template <class A>
-AMTML_INLINE double divergence(Row<A>& row, A m, A per_tau, A kl_grad, A* grad_weights) {
+AMTML_INLINE double divergence(Row<A>& row, A kl_grad, A* grad_weights) {
   const Problem<A>& pr = row.problem;
-  const A *z = row.z, *p = row.p.data();
-  const A log_sum = row.log_sum;
+  const A *z = row.q.x, *p = row.p.data();
   A* ratio = row.ratio.data();
   double kl = block_sum<A>(row.named, [&](int64_t u) __attribute__((always_inline)) {
-    const A log_q = (z[row.classes[u]] - m) * per_tau - log_sum;
-    ratio[u] = if_mass(p[u], log_positive(p[u] == 0 ? A(1) : p[u]) - log_q);
+    ratio[u] = if_mass(p[u], log_positive(p[u] == 0 ? A(1) : p[u]) - row.q.log(row.classes[u]));
     return if_mass(p[u], p[u] * ratio[u]);
   });
   double outside = 0;  // sum over the others of log b - log q
   if (row.outside != 0 && row.others() > 0) {
     const int* place = row.place.data();
+    const A m = row.q.m;
     const double below = block_sum<A>(
         pr.classes, [&](int64_t c) __attribute__((always_inline)) { return place[c] == kNowhere ? m - z[c] : A(0); });
-    outside = row.others() * (std::log(static_cast<double>(row.outside)) + log_sum) + below * per_tau;
+    outside = row.others() * (std::log(static_cast<double>(row.outside)) + row.q.log_sum) + below * row.q.per_tau;
     kl += row.outside * outside;
   }
   for (int64_t t = 0; grad_weights && t < pr.teachers(); ++t) {
@@ -172,45 +170,45 @@ AMTML_INLINE double divergence(Row<A>& row, A m, A per_tau, A kl_grad, A* grad_w
     if (spread != 0) sum += spread * (row.outside == 0 ? -static_cast<double>(row.others()) : outside);
     grad_weights[t] = kl_grad == 0 ? A(0) : static_cast<A>(kl_grad * sum);
   }
-  return row.total == 0 ? kl : kl + row.total * row.rest;
+  return row.total == 0 ? kl : kl + row.total * row.q.rest;
 }
 
 // d loss / d z of row i: of all classes as if p were `outside` everywhere, then of the label and of the union.
 template <class A>
-AMTML_INLINE void student_gradient(Row<A>& row, int64_t i, int64_t label, const A* stats, A ce_grad, A kl_grad,
-                                   const Target& grad) {
+AMTML_INLINE void student_gradient(Row<A>& row, int64_t i, int64_t label, A ce_grad, A kl_grad, const Target& grad) {
   const Problem<A>& pr = row.problem;
   constexpr A masked = -std::numeric_limits<A>::infinity();
   const bool has_ce = pr.has_ce();
-  const A per_tau = static_cast<A>(1 / pr.set.temperature), scale = kl_grad * per_tau, inverse = stats[1];
+  const A scale = kl_grad * row.q.per_tau;
   const A smoothing = static_cast<A>(pr.set.label_smoothing), flat = ce_grad * (smoothing / pr.classes);
-  const A ce_q = ce_grad * stats[2], total = row.total, outside = row.outside;
-  const A *z = row.z, *e = row.e.data(), *e1 = row.e1.data();
+  const A *z = row.q.x, *e = row.q.e.data(), *e1 = row.q1.e.data();
   const int64_t first = i * pr.classes;
   // A teacher without weight in the loss may hold NaN.
-  const A a = scale == 0 ? A(0) : total, b = scale == 0 ? A(0) : outside;
-  for (int64_t start = 0; start < pr.classes; start += kChunk) {
+  const A a = scale == 0 ? A(0) : row.total, b = scale == 0 ? A(0) : row.outside;
+  for (int64_t k = 0, start = 0; start < pr.classes; ++k, start += kChunk) {
     const int64_t end = std::min(start + kChunk, pr.classes);
+    const A by = row.q.by(k), ce_q = has_ce ? ce_grad * row.q1.by(k) : A(0);
     A* made = grad.place(first + start, row.out.data());
     A* out = made - start;
     if (has_ce) {
 #pragma omp simd
       for (int64_t c = start; c < end; ++c) {
-        const A g = kl_gradient(scale, a, e[c] * inverse, b) + (ce_q * e1[c] - flat);
+        const A g = kl_gradient(scale, a, e[c] * by, b) + (ce_q * e1[c] - flat);
         out[c] = z[c] == masked ? A(0) : g;
       }
     } else {
 #pragma omp simd
       for (int64_t c = start; c < end; ++c) {
-        const A g = kl_gradient(scale, a, e[c] * inverse, b);
+        const A g = kl_gradient(scale, a, e[c] * by, b);
         out[c] = z[c] == masked ? A(0) : g;
       }
     }
     grad.write(first + start, end - start, made);
   }
   auto at = [&](int64_t c, A p) __attribute__((always_inline)) {
-    A g = kl_gradient(scale, a, e[c] * inverse, p);
-    if (has_ce) g += ce_q * e1[c] - flat - (c == label ? ce_grad * (1 - smoothing) : A(0));
+    const int64_t k = c / kChunk;
+    A g = kl_gradient(scale, a, e[c] * row.q.by(k), p);
+    if (has_ce) g += ce_grad * row.q1.by(k) * e1[c] - flat - (c == label ? ce_grad * (1 - smoothing) : A(0));
     return z[c] == masked ? A(0) : g;
   };
   if (has_ce) {
@@ -294,17 +292,17 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
   const A per_tau = static_cast<A>(1 / set.temperature);
   A s[3];
   if (!pass.forward()) std::copy_n(pass.saved + i * 3, 3, s);
-  row.load(pr.student, i, c, per_tau, s, !pass.forward());
+  row.load(pr.student, i, c, per_tau, s, !pass.forward(), pr.student.ahead(i + 1, pr.rows));
   load_teachers(row, i);
   if (pass.forward() || grad_weights) {
-    const double kl = divergence(row, s[0], per_tau, kl_grad, grad_weights);
+    const double kl = divergence(row, kl_grad, grad_weights);
     if (pass.forward()) pass.kl[i] = set.kl_scale * kl;
   }
   if (pass.forward()) {
     std::copy_n(s, 3, pass.stats + i * 3);
-    if (pr.has_ce()) pass.ce[i] = cross_entropy(row, c, label, s[0], set.label_smoothing);
+    if (pr.has_ce()) pass.ce[i] = cross_entropy(row, c, label, set.label_smoothing);
   }
-  if (pass.grad_student) student_gradient(row, i, label, s, ce_grad, kl_grad, pass.grad_student);
+  if (pass.grad_student) student_gradient(row, i, label, ce_grad, kl_grad, pass.grad_student);
   forget_union(row);
 }
 
