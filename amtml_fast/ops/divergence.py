@@ -130,8 +130,8 @@ def divergence_loss(
     needs = needs_grad(student), needs_grad(weights), needs_grad(alpha)
     try:
         out = run(
-            DivergenceKD, any(needs),
-            chosen, student, weights, alpha, _kd.as_long(labels), temperatures, settings, needs, wide, need_stats, *teachers,
+            DivergenceKD, any(needs), student, weights, alpha,
+            (chosen, _kd.as_long(labels), temperatures, settings, needs, wide, need_stats, teachers),
         )  # fmt: skip
     except RuntimeError:
         check_values(*values)  # as ValueError
@@ -178,20 +178,8 @@ class DivergenceKD(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        student: Tensor,
-        weights: Tensor | None,
-        alpha: Tensor | None,
-        labels: Tensor | None,
-        temperatures: Tensor | None,
-        settings: tuple,
-        needs: tuple[bool, bool, bool],
-        wide: torch.dtype,
-        need_stats: bool,
-        *teachers: Tensor,
-    ) -> Any:
+    def forward(ctx: Any, student: Tensor, weights: Tensor | None, alpha: Tensor | None, rest: tuple) -> Any:
+        backend, labels, temperatures, settings, needs, wide, need_stats, teachers = rest
         ctx.in_forward, ctx.backend, ctx.settings, ctx.needs = student.dtype == wide, backend, settings, needs
         now = needs if ctx.in_forward else (False, False, False)
         loss, *grads, stats = kernels(backend).divergence_fwd.default(
@@ -210,16 +198,15 @@ class DivergenceKD(torch.autograd.Function):
     @staticmethod
     @first_order("multi_teacher_kd_loss")
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple:
-        fixed = (None,) * (len(ctx.needs_input_grad) - 4)
         if grad_loss is None:
-            return None, None, None, None, *fixed
+            return None, None, None, None
         if ctx.in_forward:
-            return None, *scaled_rows(ctx, grad_loss, len(ctx.needs)), *fixed
+            return *scaled_rows(ctx, grad_loss, len(ctx.needs)), None
         student, weights, labels, alpha, temperatures, *teachers = saved(ctx)
         grads = kernels(ctx.backend).divergence_bwd.default(
             grad_loss, student, teachers, weights, labels, alpha, temperatures, *ctx.settings, *ctx.needs
         )
-        return None, *map(asked, grads, ctx.needs), *fixed
+        return *map(asked, grads, ctx.needs), None
 
 
 _INPUTS = (

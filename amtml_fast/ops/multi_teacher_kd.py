@@ -214,8 +214,7 @@ def _of_rows(
     labels = _kd.as_long(labels)
     return _kd.run(
         (name, labels, student.shape[1], options.ignore_index, None if need_terms else weights),
-        MultiTeacherKD, any(needs),
-        chosen, student, weights, labels, settings, needs, wide, need_terms, *teachers,
+        MultiTeacherKD, any(needs), student, weights, (chosen, labels, settings, needs, wide, need_terms, teachers),
     )  # fmt: skip
 
 
@@ -226,18 +225,9 @@ class MultiTeacherKD(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        student: Tensor,
-        weights: Tensor | None,
-        labels: Tensor | None,
-        settings: tuple,
-        needs: tuple[bool, bool],
-        wide: torch.dtype,
-        need_terms: bool,
-        *teachers: Tensor,
-    ) -> Any:
+    def forward(ctx: Any, student: Tensor, weights: Tensor | None, rest: tuple) -> Any:
+        # What gets no gradient comes as one argument: autograd takes its time for each.
+        backend, labels, settings, needs, wide, need_terms, teachers = rest
         # With probabilities given out, backward has to add what comes back through them: it recomputes the rest too.
         rounded = student.dtype == torch.bfloat16 and wide == torch.float32
         in_forward = (student.dtype == wide or rounded) and not need_terms
@@ -263,12 +253,11 @@ class MultiTeacherKD(torch.autograd.Function):
     @staticmethod
     @first_order("multi_teacher_kd_loss")
     def backward(ctx: Any, grad_loss: Tensor | None, *grads: Tensor | None) -> tuple:
-        fixed = (None,) * (len(ctx.needs_input_grad) - 3)
         if ctx.in_forward:
             if grad_loss is None:
-                return None, None, None, *fixed
+                return None, None, None
             made = _rescaled(ctx, grad_loss) if ctx.rounded else scaled_rows(ctx, grad_loss)
-            return None, *map(asked, made, ctx.needs), *fixed
+            return *map(asked, made, ctx.needs), None
         need_student, need_weights = ctx.needs
         student, weights, labels, stats, *teachers = saved(ctx)
         if grad_loss is None:
@@ -277,7 +266,7 @@ class MultiTeacherKD(torch.autograd.Function):
         grad_student, grad_weights = kernels(ctx.backend).multi_teacher_kd_bwd.default(
             grad_loss, *through_probs, student, teachers, weights, labels, stats, *ctx.settings, *ctx.needs
         )
-        return None, asked(grad_student, need_student), asked(grad_weights, need_weights), *fixed
+        return asked(grad_student, need_student), asked(grad_weights, need_weights), None
 
 
 def _rescaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:

@@ -187,9 +187,8 @@ def topk_loss(
     weights = None if weights is None else weights.to(wide).expand(len(student), -1)
     settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
     return _kd.run(
-        values, TopkKD, any(needs),
-        chosen, student, weights, labels, indices, log_probs, sizes, settings, needs, wide,
-    )  # fmt: skip
+        values, TopkKD, any(needs), student, weights, (chosen, labels, indices, log_probs, sizes, settings, needs, wide)
+    )
 
 
 def _side_by_side(tensors: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
@@ -238,19 +237,8 @@ class TopkKD(torch.autograd.Function):
     """The loss. ``needs``: a gradient to the student, and to the weights; ``wide``: the dtype of sums."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        student: Tensor,
-        weights: Tensor | None,
-        labels: Tensor | None,
-        indices: Tensor,
-        log_probs: Tensor,
-        sizes: list[int],
-        settings: tuple,
-        needs: tuple[bool, bool],
-        wide: torch.dtype,
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, weights: Tensor | None, rest: tuple) -> Tensor:
+        backend, labels, indices, log_probs, sizes, settings, needs, wide = rest
         ctx.in_forward, ctx.sizes, ctx.settings, ctx.needs = student.dtype == wide, sizes, settings, needs
         now = needs if ctx.in_forward else (False, False)
         loss, stats, *grads = kernels(backend).topk_kd_fwd.default(
@@ -266,14 +254,13 @@ class TopkKD(torch.autograd.Function):
     @staticmethod
     @first_order("topk_kd_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        fixed = (None,) * (len(ctx.needs_input_grad) - 3)
         if ctx.in_forward:
-            return None, *scaled_rows(ctx, grad_loss), *fixed
+            return *scaled_rows(ctx, grad_loss), None
         student, indices, log_probs, weights, labels, stats = saved(ctx)
         grads = kernels(ctx.backend).topk_kd_bwd.default(
             grad_loss, student, indices, log_probs, ctx.sizes, weights, labels, stats, *ctx.settings, *ctx.needs
         )
-        return None, *map(asked, grads, ctx.needs), *fixed
+        return *map(asked, grads, ctx.needs), None
 
 
 _SETTINGS = _kd.SETTINGS.replace("mode", "tail")
