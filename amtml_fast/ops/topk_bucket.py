@@ -1,6 +1,6 @@
 """``topk_kd_loss`` with the tail "bucket", and the statistics of all tails.
 
-Kernels sweep the student's row of C classes; what the teachers name, [N, K] entries of all teachers side by side, is plain
+On the CPU one kernel makes the loss and its gradients. Elsewhere, with statistics, and in a split vocabulary kernels sweep the student's row of C classes; what the teachers name, [N, K] entries of all teachers side by side, is plain
 PyTorch in float64, with its autograd. What passes between the two: of every row the logarithm of the sum over the classes that
 nobody names, and the logits that are named. From these come all probabilities, by sums and never by differences.
 """
@@ -12,7 +12,19 @@ from torch import Tensor
 
 from amtml_fast import backend, reference
 from amtml_fast.ops import _kd
-from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, run, save, saved
+from amtml_fast.ops._base import (
+    asked,
+    define,
+    first_order,
+    kernels,
+    needs_grad,
+    operator,
+    run,
+    save,
+    save_grads,
+    saved,
+    scaled_rows,
+)
 from amtml_fast.ops._topk_named import (
     NOBODY,
     Named,
@@ -67,8 +79,11 @@ def bucket_loss(
             student, *apart, weights, labels, options, divergence, support, need_stats=need_stats
         )
     tau, classes, wide = options.temperature, _classes(student, vocabulary), wide_dtype(student, log_probs, weights)
-    valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     kept = kept_entries(chosen, student, indices, sizes, vocabulary) if support == "student" else None
+    if chosen == "cpp" and vocabulary is None and not need_stats:
+        indices = indices if kept is None else indices.masked_fill(~kept, NOBODY)
+        return _one_pass(student, indices, log_probs, sizes, weights, labels, options, divergence, values), None
+    valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     given = log_p.exp()
     named = named_entries(indices, kept, given, sizes, valid)
     rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats, vocabulary)
@@ -256,6 +271,78 @@ def _given(
     dead = (w == 0) & ~(by_teacher(log_p.exp(), sizes) < torch.inf)
     of_entries = torch.cat([x.expand(-1, k) for x, k in zip(dead.split(1, 1), sizes)], 1)
     return valid, log_p.masked_fill(of_entries, _EMPTY), w
+
+
+# --- the CPU's
+
+
+def _one_pass(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+    divergence: Divergence,
+    values: tuple,
+) -> Tensor:
+    wide = wide_dtype(student, log_probs, weights)
+    weights = None if weights is None else weights.to(wide).expand(len(student), -1)
+    needs = needs_grad(student), needs_grad(weights)
+    settings = *_kd.settings(options, labels is not None), divergence.name, divergence.beta
+    return _kd.run(
+        values, TopkBucketLoss, any(needs), student, weights, (labels, indices, log_probs, sizes, settings, needs, wide)
+    )
+
+
+class TopkBucketLoss(torch.autograd.Function):
+    """The loss. ``needs``: a gradient to the student, and to the weights; ``wide``: the dtype of sums."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, weights: Tensor | None, rest: tuple) -> Tensor:
+        labels, indices, log_probs, sizes, settings, needs, wide = rest
+        ctx.backend, ctx.in_forward, ctx.needs = "cpp", student.dtype == wide, needs
+        ctx.sizes, ctx.settings = sizes, settings
+        now = needs if ctx.in_forward else (False, False)
+        loss, *grads = kernels("cpp").topk_bucket_loss.default(
+            None, student, indices, log_probs, sizes, weights, labels, *settings, *now
+        )
+        if ctx.in_forward:
+            save_grads(ctx, grads, (student, weights), needs)
+        else:
+            save(ctx, student, indices, log_probs, weights, labels)
+        return loss
+
+    @staticmethod
+    @first_order("topk_kd_loss")
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        if ctx.in_forward:
+            return *scaled_rows(ctx, grad_loss), None
+        student, indices, log_probs, weights, labels = saved(ctx)
+        _, *grads = kernels("cpp").topk_bucket_loss.default(
+            grad_loss, student, indices, log_probs, ctx.sizes, weights, labels, *ctx.settings, *ctx.needs
+        )
+        return *map(asked, grads, ctx.needs), None
+
+
+# All teachers' entries of a row side by side, [N, K]; an index of NOBODY is of the bucket. grad_loss: what comes back to the loss; None: 1
+# loss (scalar, or [N] for "none"), grad_student, grad_weights
+@define(
+    "topk_bucket_loss",
+    "(Tensor? grad_loss, Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
+    f"{_kd.SETTINGS.replace('mode', 'tail')}, str divergence, float beta, bool need_student_grad, bool need_weights_grad) "
+    "-> (Tensor, Tensor, Tensor)",
+    triton=None,
+    gpu=False,
+)
+def _(grad_loss, student, indices, log_probs, sizes, weights, labels, *settings):
+    reduction, n = settings[5], student.shape[0]
+    wide = wide_dtype(student, log_probs, weights)
+    return (
+        student.new_empty((n,) if reduction == "none" else (), dtype=wide),
+        *_kd.fake_grads(student, len(sizes), wide, *settings[-2:]),
+    )
 
 
 # --- the student

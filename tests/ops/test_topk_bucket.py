@@ -51,7 +51,8 @@ def _by_hand(student, indices, weights, labels, teachers, divergence, support, t
 @pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_is_its_formula(divergence, support, dtype):
+@pytest.mark.parametrize("stats", [False] if CHOSEN else [False, True])  # on the CPU other kernels than without
+def test_is_its_formula(stats, divergence, support, dtype):
     if CHOSEN and divergence not in ("jsd", "reverse_kl"):
         pytest.skip("the same kernels with another formula behind them")
     student, indices, log_probs, weights, labels, teachers = _problem(dtype)
@@ -59,14 +60,36 @@ def test_is_its_formula(divergence, support, dtype):
     want = _by_hand(z, indices, w, labels, exact, divergence, support, 2.0)
     got = af.topk_kd_loss(
         student, indices, log_probs, weights, labels, temperature=2.0, tail="bucket", divergence=divergence,
-        beta=BETA.get(divergence), support=support, reduction="none",
+        beta=BETA.get(divergence), support=support, reduction="none", return_stats=stats,
     )  # fmt: skip
+    got = got[0] if stats else got
     assert relative_error(got, want) <= 1e-6
     upstream = torch.linspace(-1, 1, N)
     right = torch.autograd.grad(want, (z, w), upstream.double())
     for g, r, leaf in zip(torch.autograd.grad(got, (student, weights), upstream), right, (student, weights)):
         assert g.dtype == leaf.dtype
         assert relative_error(g, r.to(g.dtype)) <= 1e-5 + (2**-8 if g.dtype == torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+@pytest.mark.parametrize("height", [200.0, 3000.0])  # beside the second, nothing else has a probability in float64
+def test_what_is_far_below_a_named_class_keeps_its_shares(height, divergence, on):
+    """The first teacher's bucket holds a class that the second names and all that nobody names."""
+    if on == "reference":
+        pytest.skip("it computes in float32")
+    student = torch.tensor([[height, 3.0, 2.0, -1.0, 0.5, 2.5]], requires_grad=True)
+    indices = [torch.tensor([[0]]), torch.tensor([[0, 1]])]
+    log_probs = [torch.tensor([[0.6]]).log(), torch.tensor([[0.5, 0.2]]).log()]
+    weights = torch.tensor([[0.25, 0.75]], requires_grad=True)
+    args = student, indices, log_probs, weights
+    options = dict(tail="bucket", divergence=divergence, temperature=1.0)
+    loss, grads = value_and_grads(lambda *a: af.topk_kd_loss(*a, **options), args)
+    want, want_grads = value_and_grads(
+        lambda *a: af.reference.topk_kd_loss(*a, **options), convert(args, dtype=torch.float64)
+    )
+    assert relative_error(loss, want) <= 1e-6
+    for got, right in zip(grads, want_grads):
+        torch.testing.assert_close(got.cpu().double(), right.cpu(), rtol=2e-6, atol=1e-30)
 
 
 def test_all_classes_given_leave_an_empty_bucket():
