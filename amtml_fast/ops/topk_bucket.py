@@ -72,7 +72,8 @@ def bucket_loss(
     need_stats: bool,
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows, and with ``need_stats`` their statistics."""
-    chosen = _chosen(student, log_probs, weights, values, vocabulary)
+    one_pass = vocabulary is None and not need_stats
+    chosen = _chosen(student, log_probs, weights, values, kernel_checks=one_pass)
     if chosen == "reference" and vocabulary is None:
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_bucket(
@@ -80,9 +81,9 @@ def bucket_loss(
         )
     tau, classes, wide = options.temperature, _classes(student, vocabulary), wide_dtype(student, log_probs, weights)
     kept = kept_entries(chosen, student, indices, sizes, vocabulary) if support == "student" else None
-    if chosen == "cpp" and vocabulary is None and not need_stats:
-        indices = indices if kept is None else indices.masked_fill(~kept, NOBODY)
-        return _one_pass(student, indices, log_probs, sizes, weights, labels, options, divergence, values), None
+    if chosen == "cpp" and one_pass:
+        given = student, indices, kept, log_probs, sizes, weights, labels, options
+        return _one_pass(*given, divergence, values), None
     valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     given = log_p.exp()
     named = named_entries(indices, kept, given, sizes, valid)
@@ -145,7 +146,7 @@ def topk_stats(
     values: tuple,
 ) -> KDStats:
     """The statistics of checked rows with another tail."""
-    chosen = _chosen(student, log_probs, weights, values, None)
+    chosen = _chosen(student, log_probs, weights, values)
     if chosen == "reference":
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_kd(student, *apart, weights, labels, options, need_stats=True)[1]
@@ -168,7 +169,7 @@ def split_tail_loss(
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows with another tail, whose classes are split among processes, and with ``need_stats`` their
     statistics."""
-    chosen = _chosen(student, log_probs, weights, values, vocabulary)
+    chosen = _chosen(student, log_probs, weights, values)
     given = student, indices, log_probs, sizes, weights, labels, options
     return _tail_rows(chosen, *given, values, vocabulary, need_stats=need_stats)
 
@@ -245,10 +246,11 @@ def _classes(student: Tensor, vocabulary: Vocabulary | None) -> int:
 
 
 def _chosen(
-    student: Tensor, log_probs: Tensor, weights: Tensor | None, values: tuple, vocabulary: Vocabulary | None
+    student: Tensor, log_probs: Tensor, weights: Tensor | None, values: tuple, *, kernel_checks: bool = False
 ) -> str:
+    """The backend. ``kernel_checks``: the C++ kernel gets what the caller gave, and checks values itself."""
     chosen = backend.choose("topk_bucket", student, weights, log_probs)
-    if chosen != "cpp" or vocabulary is not None:  # the C++ kernel checks values itself
+    if chosen != "cpp" or not kernel_checks:
         _kd.check_values(*values)
     return chosen
 
@@ -279,6 +281,7 @@ def _given(
 def _one_pass(
     student: Tensor,
     indices: Tensor,
+    kept: Tensor | None,
     log_probs: Tensor,
     sizes: list[int],
     weights: Tensor | None,
@@ -292,8 +295,9 @@ def _one_pass(
     needs = needs_grad(student), needs_grad(weights)
     settings = *_kd.settings(options, labels is not None), divergence.name, divergence.beta
     return _kd.run(
-        values, TopkBucketLoss, any(needs), student, weights, (labels, indices, log_probs, sizes, settings, needs, wide)
-    )
+        values, TopkBucketLoss, any(needs), student, weights,
+        (labels, indices, kept, log_probs, sizes, settings, needs, wide),
+    )  # fmt: skip
 
 
 class TopkBucketLoss(torch.autograd.Function):
@@ -301,17 +305,17 @@ class TopkBucketLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, weights: Tensor | None, rest: tuple) -> Tensor:
-        labels, indices, log_probs, sizes, settings, needs, wide = rest
+        labels, indices, kept, log_probs, sizes, settings, needs, wide = rest
         ctx.backend, ctx.in_forward, ctx.needs = "cpp", student.dtype == wide, needs
         ctx.sizes, ctx.settings = sizes, settings
         now = needs if ctx.in_forward else (False, False)
         loss, *grads = kernels("cpp").topk_bucket_loss.default(
-            None, student, indices, log_probs, sizes, weights, labels, *settings, *now
+            None, student, indices, kept, log_probs, sizes, weights, labels, *settings, *now
         )
         if ctx.in_forward:
             save_grads(ctx, grads, (student, weights), needs)
         else:
-            save(ctx, student, indices, log_probs, weights, labels)
+            save(ctx, student, indices, kept, log_probs, weights, labels)
         return loss
 
     @staticmethod
@@ -319,24 +323,25 @@ class TopkBucketLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         if ctx.in_forward:
             return *scaled_rows(ctx, grad_loss), None
-        student, indices, log_probs, weights, labels = saved(ctx)
+        student, indices, kept, log_probs, weights, labels = saved(ctx)
         _, *grads = kernels("cpp").topk_bucket_loss.default(
-            grad_loss, student, indices, log_probs, ctx.sizes, weights, labels, *ctx.settings, *ctx.needs
+            grad_loss, student, indices, kept, log_probs, ctx.sizes, weights, labels, *ctx.settings, *ctx.needs
         )
         return *map(asked, grads, ctx.needs), None
 
 
-# All teachers' entries of a row side by side, [N, K]; an index of NOBODY is of the bucket. grad_loss: what comes back to the loss; None: 1
+# All teachers' entries of a row side by side, [N, K]; those that are not kept are of the bucket. grad_loss: what comes back to the
+# loss; None: 1
 # loss (scalar, or [N] for "none"), grad_student, grad_weights
 @define(
     "topk_bucket_loss",
-    "(Tensor? grad_loss, Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
+    "(Tensor? grad_loss, Tensor student, Tensor indices, Tensor? kept, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
     f"{_kd.SETTINGS.replace('mode', 'tail')}, str divergence, float beta, bool need_student_grad, bool need_weights_grad) "
     "-> (Tensor, Tensor, Tensor)",
     triton=None,
     gpu=False,
 )
-def _(grad_loss, student, indices, log_probs, sizes, weights, labels, *settings):
+def _(grad_loss, student, indices, kept, log_probs, sizes, weights, labels, *settings):
     reduction, n = settings[5], student.shape[0]
     wide = wide_dtype(student, log_probs, weights)
     return (

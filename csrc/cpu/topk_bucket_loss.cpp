@@ -20,7 +20,6 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int64_t kNobody = -(int64_t{1} << 62);  // in the place of a class that the support leaves out
 constexpr int kNowhere = -1;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
@@ -30,6 +29,7 @@ struct Problem {
   std::vector<int64_t> sizes;  // of the teachers' supports
   Matrix student, log_probs, weights;
   const int64_t *indices, *labels;
+  const bool* kept;  // whether the support has an entry a class of its own; null: all
   KDSettings set;
   Divergence kind;
   double beta;
@@ -37,6 +37,7 @@ struct Problem {
   int64_t teachers() const { return static_cast<int64_t>(sizes.size()); }
   bool ignored(int64_t i) const { return labels && labels[i] == set.ignore_index; }
   bool has_ce() const { return labels && set.ce_weight != 0; }
+  bool keeps(int64_t i, int64_t j) const { return !kept || kept[i * entries + j]; }
   double weight(int64_t i, int64_t t) const {
     if (!weights) return 1.0 / static_cast<double>(teachers());
     return static_cast<const A*>(weights.data)[i * weights.row_stride + t * weights.column_stride];
@@ -90,11 +91,12 @@ struct Row {
 
 // The classes of a row that somebody names, and the row without them.
 template <class A>
-void take_named(Row<A>& row, const A* z, const int64_t* index) {
+void take_named(Row<A>& row, const A* z, int64_t i) {
   const Problem<A>& pr = row.problem;
+  const int64_t* index = pr.indices + i * pr.entries;
   row.heads.clear();
   for (int64_t j = 0; j < pr.entries; ++j) {
-    if (index[j] == kNobody) continue;
+    if (!pr.keeps(i, j)) continue;
     int& at = row.place[index[j]];
     if (at != kNowhere) continue;
     at = static_cast<int>(row.heads.size());
@@ -131,8 +133,9 @@ void take_shares(Row<A>& row) {
 
 // The outcomes of a teacher: fills `entries`; returns what is left for the class of all others, or NaN.
 template <class A>
-double take_entries(Row<A>& row, int64_t t, int64_t first, const int64_t* index, double weight) {
+double take_entries(Row<A>& row, int64_t i, int64_t t, int64_t first, double weight) {
   const Problem<A>& pr = row.problem;
+  const int64_t* index = pr.indices + i * pr.entries + first;
   const double* log_prob = row.log_probs.data() + first;
   double sum = 0, left_out = 0;
   for (int64_t j = 0; j < pr.sizes[t]; ++j) sum += std::exp(log_prob[j]);
@@ -140,11 +143,11 @@ double take_entries(Row<A>& row, int64_t t, int64_t first, const int64_t* index,
   row.entries.clear();
   for (int64_t j = 0; j < pr.sizes[t]; ++j) {
     const double p = dead ? 0 : std::exp(log_prob[j]);
-    if (index[first + j] == kNobody) {
+    if (!pr.keeps(i, first + j)) {
       left_out += p;
       continue;
     }
-    const int64_t at = row.place[index[first + j]];
+    const int64_t at = row.place[index[j]];
     Head& head = row.heads[at];
     if (head.last == t) {  // named twice: the sum of both
       row.entries[head.at].p += p;
@@ -233,14 +236,13 @@ double compare(Row<A>& row, int64_t t, double rest, double weight) {
 template <class A>
 double compare_all(Row<A>& row, int64_t i, double kl_grad, A* grad_weights) {
   const Problem<A>& pr = row.problem;
-  const int64_t* index = pr.indices + i * pr.entries;
   const double* given = load_row(pr.log_probs, i, pr.entries, row.log_probs.data());
   if (given != row.log_probs.data()) std::copy_n(given, pr.entries, row.log_probs.data());
   row.grad_outside = row.total_b = 0;
   row.outside_lost = false;
   double distance = 0;
   for (int64_t t = 0, first = 0; t < pr.teachers(); first += pr.sizes[t++]) {
-    const double weight = pr.weight(i, t), rest = take_entries(row, t, first, index, weight);
+    const double weight = pr.weight(i, t), rest = take_entries(row, i, t, first, weight);
     const double own = compare(row, t, rest, weight);
     const bool broken = weight == 0 && !std::isfinite(own);
     if (weight != 0) distance += weight * own;
@@ -326,7 +328,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
   }
   const A* z = load_row(pr.student, i, n, row.converted.data());
   std::copy_n(z, n, row.y.data());
-  take_named(row, z, pr.indices + i * pr.entries);
+  take_named(row, z, i);
   row.r.begin(static_cast<A>(1 / set.temperature));
   row.r1.begin(1);
   const Ahead next = pr.student.ahead(i + 1, pr.rows);
@@ -358,16 +360,22 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
 
 struct Inputs {  // owns what Problem points to
   Tensor indices;
-  std::optional<Tensor> labels;
+  std::optional<Tensor> kept, labels;
   ScalarType wide;
 
-  Inputs(const Tensor& student, const Tensor& given_indices, const Tensor& log_probs, const std::vector<int64_t>& sizes,
-         const std::optional<Tensor>& weights, const std::optional<Tensor>& given_labels, int64_t ignore_index)
+  Inputs(const Tensor& student, const Tensor& given_indices, const std::optional<Tensor>& given_kept,
+         const Tensor& log_probs, const std::vector<int64_t>& sizes, const std::optional<Tensor>& weights,
+         const std::optional<Tensor>& given_labels, int64_t ignore_index)
       : indices(dense(given_indices)), wide(wide_dtype(student.scalar_type())) {
     STD_TORCH_CHECK(student.dim() == 2 && student.size(1) > 0, kOp, ": student must be [N, C] with C >= 1");
     const int64_t n = student.size(0), c = student.size(1);
     const int64_t entries = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
     check_shape(kOp, "indices", indices, {n, entries});
+    if (given_kept) {
+      check_shape(kOp, "kept", *given_kept, {n, entries});
+      STD_TORCH_CHECK(given_kept->scalar_type() == ScalarType::Bool, kOp, ": kept must be bool");
+      kept = dense(*given_kept);
+    }
     check_shape(kOp, "log_probs", log_probs, {n, entries});
     STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, kOp, ": indices must be int64");
     if (log_probs.scalar_type() == ScalarType::Double) wide = ScalarType::Double;
@@ -383,22 +391,23 @@ struct Inputs {  // owns what Problem points to
     for (int64_t i = 0; i < n; ++i) {
       if (y && y[i] == ignore_index) continue;
       for (int64_t j = i * entries; j < (i + 1) * entries; ++j) {
-        STD_TORCH_CHECK((index[j] >= 0 && index[j] < c) || index[j] == kNobody, kOp,
-                        ": teacher_indices must be in [0, ", c, "), got ", index[j], " in row ", i);
+        STD_TORCH_CHECK(index[j] >= 0 && index[j] < c, kOp, ": teacher_indices must be in [0, ", c, "), got ", index[j],
+                        " in row ", i);
       }
     }
   }
 };
 
 std::tuple<Tensor, Tensor, Tensor> topk_bucket_loss(
-    std::optional<Tensor> grad_loss, const Tensor& student, const Tensor& indices, const Tensor& log_probs,
-    std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels, double temperature,
-    double ce_weight, double kl_weight, double kl_scale, std::string tail, std::string reduction, int64_t ignore_index,
-    double label_smoothing, std::string divergence, double beta, bool need_student_grad, bool need_weights_grad) {
+    std::optional<Tensor> grad_loss, const Tensor& student, const Tensor& indices, std::optional<Tensor> kept,
+    const Tensor& log_probs, std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels,
+    double temperature, double ce_weight, double kl_weight, double kl_scale, std::string tail, std::string reduction,
+    int64_t ignore_index, double label_smoothing, std::string divergence, double beta, bool need_student_grad,
+    bool need_weights_grad) {
   const DivergenceSettings settings(divergence, beta, tail, {}, temperature, false, ce_weight, kl_weight, reduction,
                                     ignore_index, label_smoothing);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
-  const Inputs inputs(student, indices, log_probs, sizes, weights, labels, ignore_index);
+  const Inputs inputs(student, indices, kept, log_probs, sizes, weights, labels, ignore_index);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(!need_student_grad || grad_loss || student.scalar_type() == inputs.wide, kOp,
                   ": the gradient of a 16-bit student, or beside float64, is made in backward");
@@ -419,6 +428,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_bucket_loss(
                         Matrix(weights),
                         static_cast<const int64_t*>(inputs.indices.const_data_ptr()),
                         inputs.labels ? static_cast<const int64_t*>(inputs.labels->const_data_ptr()) : nullptr,
+                        inputs.kept ? static_cast<const bool*>(inputs.kept->const_data_ptr()) : nullptr,
                         set,
                         settings.kind,
                         beta};

@@ -146,12 +146,13 @@ def test_a_label_that_nobody_names_may_be_anywhere():
 
 
 @cpu_only
-@pytest.mark.parametrize("bad", [-1, C, 2**32 + 1])
-def test_a_class_that_is_none_is_named(bad):
+@pytest.mark.parametrize("options", [{}, {"support": "student"}, {"return_stats": True}])
+@pytest.mark.parametrize("bad", [-1, C, 2**32 + 1, -(2**62)])  # the last is what kernels take for no class
+def test_a_class_that_is_none_is_named(bad, options):
     student, indices, log_probs, weights, labels, _ = _problem()
     indices[1][2, 0] = bad
     with pytest.raises(ValueError, match=rf"teacher_indices\[1\] must be in \[0, {C}\), got {bad} in row 2"):
-        af.topk_kd_loss(student, indices, log_probs, weights, labels, tail="bucket")
+        af.topk_kd_loss(student, indices, log_probs, weights, labels, tail="bucket", **options)
 
 
 def test_classes_named_twice_and_masked_ones():
@@ -307,6 +308,23 @@ def test_a_teacher_without_weight_counts_nothing_and_nan_stays_in_its_row():
         loss, (grad,) = value_and_grads(af.topk_kd_loss, (z.requires_grad_(), indices, log_probs, None), **options)
         assert loss.isnan().tolist() == [False, True, False, False, False] and grad[1].isnan().all()
         torch.testing.assert_close((loss[others], grad[others]), (clean[others], clean_grad[others]))
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
+def test_the_weight_of_a_broken_teacher_has_the_gradient_of_a_teacher_that_names_nothing(bad, divergence):
+    """Where it is 0; and none where that teacher would make the reverse KL infinite."""
+    student, indices, log_probs, weights, labels, _ = _problem()
+    log_probs[1][3:] = bad
+    weights = weights.detach().clone()
+    weights[2:, 1] = 0
+    args = student, indices, log_probs, weights.requires_grad_(), labels
+    options = dict(tail="bucket", divergence=divergence, reduction="none")
+    want, want_grads = value_and_grads(af.reference.topk_kd_loss, convert(args, dtype=torch.float64), **options)
+    loss, grads = value_and_grads(af.topk_kd_loss, args, **options)
+    torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=1e-6)
+    for got, right in zip(grads, want_grads):
+        torch.testing.assert_close(got, right.float(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("support", ["teacher", "student"])
