@@ -105,7 +105,7 @@ fuzz: $(TESTABLE)  # the property tests on newly drawn cases, AMTML_FUZZ times a
 
 # The operators' tests on an extension built with the address and undefined-behavior sanitizers, in a copy of the tree; -s, for
 # these tell where they stop.
-SANITIZED := ops divergence topk topk_bucket fused_linear losses whole_loss vocabulary_kernels properties
+SANITIZED := ops chunks divergence topk topk_bucket fused_linear losses whole_loss vocabulary_kernels properties
 sanitize: $(TESTABLE)
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/sanitize/ && rm -f build/sanitize/amtml_fast/*.so

@@ -47,11 +47,18 @@ struct Problem {
 // A class that is named, whoever does.
 struct Head {
   int64_t index;
-  double z, x, e, grad;  // logit; z / tau; exp(x - M) with the largest x, M; d D / d x
+  double z, x, e, grad;  // logit; z / tau; exp(x - top) with the top of all; d D / d x
   double share;          // q
   int64_t last;          // the last teacher that names it
   int64_t at;            // its entry there
   bool lost;             // makes reverse KL infinite, and gets no gradient
+};
+
+// top + log: a difference to it keeps the digits that large logits would take.
+struct LogSum {
+  double top = 0, log = 0;
+  double above(double other) const { return (top - other) + log; }
+  double of(double x) const { return (x - top) - log; }  // x less this
 };
 
 struct Entry {  // a named class of one teacher
@@ -69,8 +76,8 @@ struct Row {
   std::vector<Head> heads;
   std::vector<Entry> entries;
   std::vector<double> log_probs;
-  double M, L, e_outside, outside,
-      grad_outside;  // of all classes that nobody names together, like Head's x, e and grad
+  LogSum all, outside;             // of x, over all classes, and over those that nobody names
+  double e_outside, grad_outside;  // of these together, like Head's e and grad
   bool outside_lost;
   double total_b;  // sum_t w_t sum_o B_t,o
 
@@ -111,24 +118,31 @@ void forget_named(Row<A>& row) {
   for (const Head& head : row.heads) row.place[head.index] = kNowhere;
 }
 
-// Logarithm of the sum of all the classes that nobody names. m: their maximum.
+// Over the classes that nobody names.
 template <class A>
-double log_sum(const Softmax<A>& of, const A* y, int64_t n, double per_tau) {
-  if (of.m != -std::numeric_limits<A>::infinity()) return of.m * per_tau + of.exact_log_sum();
+LogSum log_sum(const Softmax<A>& of, const A* y, int64_t n, double tau) {
+  if (of.m != -std::numeric_limits<A>::infinity()) return {of.m / tau, of.exact_log_sum()};
   const bool broken = std::any_of(y, y + n, [](A x) { return x != x; });
-  return broken ? std::numeric_limits<double>::quiet_NaN() : -kInfinity;
+  return {-kInfinity, broken ? std::numeric_limits<double>::quiet_NaN() : 0};
 }
 
 // The student's probabilities.
 template <class A>
 void take_shares(Row<A>& row) {
-  row.M = row.outside;
-  for (const Head& head : row.heads) row.M = head.x > row.M ? head.x : row.M;
-  row.e_outside = std::exp(row.outside - row.M);
-  double sum = row.e_outside;
-  for (Head& head : row.heads) sum += head.e = std::exp(head.x - row.M);
-  row.L = row.M + std::log(sum);
+  double top = row.outside.top, sum = 0;
+  for (const Head& head : row.heads) top = head.x > top ? head.x : top;
+  row.e_outside = sum = std::exp(row.outside.above(top));
+  for (Head& head : row.heads) sum += head.e = std::exp(head.x - top);
+  row.all = {top, std::log(sum)};
   for (Head& head : row.heads) head.share = head.e / sum;
+}
+
+inline double log_sum(const double* x, int64_t n) {
+  double top = -kInfinity, sum = 0;
+  for (int64_t j = 0; j < n; ++j) top = x[j] > top ? x[j] : top;
+  if (std::isinf(top)) return std::any_of(x, x + n, [](double v) { return v != v; }) ? top - top : top;
+  for (int64_t j = 0; j < n; ++j) sum += std::exp(x[j] - top);
+  return top + std::log(sum);
 }
 
 // The outcomes of a teacher: fills `entries`; returns what is left for the class of all others, or NaN.
@@ -137,9 +151,9 @@ double take_entries(Row<A>& row, int64_t i, int64_t t, int64_t first, double wei
   const Problem<A>& pr = row.problem;
   const int64_t* index = pr.indices + i * pr.entries + first;
   const double* log_prob = row.log_probs.data() + first;
-  double sum = 0, left_out = 0;
-  for (int64_t j = 0; j < pr.sizes[t]; ++j) sum += std::exp(log_prob[j]);
-  const bool dead = weight == 0 && !(sum < kInfinity);  // 0 * NaN is 0
+  const double log_mass = log_sum(log_prob, pr.sizes[t]);
+  const bool dead = weight == 0 && !(log_mass < kInfinity);  // 0 * NaN is 0
+  double left_out = 0;
   row.entries.clear();
   for (int64_t j = 0; j < pr.sizes[t]; ++j) {
     const double p = dead ? 0 : std::exp(log_prob[j]);
@@ -157,7 +171,7 @@ double take_entries(Row<A>& row, int64_t i, int64_t t, int64_t first, double wei
     row.entries.push_back({at, p, 0});
   }
   if (static_cast<int64_t>(row.entries.size()) == pr.classes) return 0;
-  const double rest = dead ? 1 : 1 - sum;
+  const double rest = dead ? 1 : -std::expm1(log_mass);
   return (rest < 0 ? 0 : rest) + left_out;
 }
 
@@ -171,7 +185,7 @@ __attribute__((noinline)) double compare(Row<A>& row, int64_t t, double rest, do
   const auto add = [&](double p, double q, double log_q) {
     mass += p;
     if (kind == Divergence::reverse_kl && p == 0 && q != 0) {
-      value = kInfinity, lost_mass += q;
+      value += kInfinity, lost_mass += q;  // NaN stays NaN
       return 0.0;
     }
     const auto term = divergence_term<kind>(p, q, log_of(p), log_q, beta, log);
@@ -179,38 +193,43 @@ __attribute__((noinline)) double compare(Row<A>& row, int64_t t, double rest, do
     return term.qb;
   };
   for (Entry& entry : row.entries) {
-    const double log_q = row.heads[entry.head].x - row.L;
+    const double log_q = row.all.of(row.heads[entry.head].x);
     entry.b = add(entry.p, std::exp(log_q), log_q);
   }
   // What the teacher does not name. Where all of it is far below the rest of the row it has a maximum of its own.
-  double top = row.M, sum = row.e_outside;
+  double top = row.all.top, sum = row.e_outside;
   for (const Head& head : row.heads) sum += head.last == t ? 0 : head.e;
-  if (sum < 1e-280) {
-    top = row.outside;
+  const bool far = sum < 1e-280;
+  if (far) {
+    top = row.outside.top;
     for (const Head& head : row.heads) top = head.last != t && head.x > top ? head.x : top;
-    sum = top == -kInfinity ? 0 : std::exp(row.outside - top);
+    sum = top == -kInfinity ? 0 : std::exp(row.outside.above(top));
     for (const Head& head : row.heads) sum += head.last == t || top == -kInfinity ? 0 : std::exp(head.x - top);
   }
-  const double log_rest = sum == 0 && row.L != -kInfinity ? -kInfinity : top + std::log(sum) - row.L;
+  const bool none = sum == 0 && row.all.top != -kInfinity;  // the student has none of these classes: a constant
+  const double log_rest = none ? -kInfinity : row.all.of(top) + std::log(sum), of_named = total;
   const double b_rest = add(rest, std::exp(log_rest), log_rest);
-  if (weight == 0) return value + divergence_constant(kind, mass, beta);
+  if (none) total = of_named;
+  value += divergence_constant(kind, mass, beta);
+  if (kind == Divergence::skew_kl && mass == 0) value = total = 0;  // whatever q is
+  if (weight == 0) return value;
 
   const bool gone = kind == Divergence::reverse_kl && rest == 0;
   row.outside_lost |= gone;
   row.total_b += weight * (total - lost_mass);
-  const double by = sum == 0 ? 0 : weight * b_rest / sum;
-  row.grad_outside += by * (sum == 0 ? 0 : top == row.M ? row.e_outside : std::exp(row.outside - top));
+  const double by = none ? 0 : weight * b_rest / sum;
+  row.grad_outside += by * (none ? 0 : far ? std::exp(row.outside.above(top)) : row.e_outside);
   for (Head& head : row.heads) {
     if (head.last == t) continue;
     head.lost |= gone;
-    if (sum != 0) head.grad += by * (top == row.M ? head.e : std::exp(head.x - top));
+    if (!none) head.grad += by * (far ? std::exp(head.x - top) : head.e);
   }
   for (const Entry& entry : row.entries) {
     Head& head = row.heads[entry.head];
     head.lost |= kind == Divergence::reverse_kl && entry.p == 0;
     head.grad += weight * entry.b;
   }
-  return value + divergence_constant(kind, mass, beta);
+  return value;
 }
 
 template <class A>
@@ -249,26 +268,28 @@ double compare_all(Row<A>& row, int64_t i, double kl_grad, A* grad_weights) {
     if (grad_weights) grad_weights[t] = broken || kl_grad == 0 ? A(0) : static_cast<A>(kl_grad * own);
   }
   for (Head& head : row.heads) head.grad = head.lost ? 0 : head.grad - row.total_b * head.share;
-  row.grad_outside = row.outside_lost ? 0 : row.grad_outside - row.total_b * std::exp(row.outside - row.L);
+  row.grad_outside =
+      row.outside_lost ? 0 : row.grad_outside - row.total_b * std::exp(row.all.of(row.outside.top) + row.outside.log);
   return distance;
 }
 
 struct CrossEntropy {
-  double value, log_sum, outside;  // log-sums at temperature 1, of all classes, and of those that nobody names
+  double value;
+  LogSum all, outside;  // at temperature 1, as those of Row
 };
 
 // -(1 - s) log q1_y - s / C sum_c log q1_c. mean: of the row's logits, if there is an s.
 template <class A>
 CrossEntropy cross_entropy(const Row<A>& row, const A* z, int64_t label, double mean) {
-  const double outside = log_sum(row.r1, row.y.data(), row.problem.classes, 1);
+  const LogSum outside = log_sum(row.r1, row.y.data(), row.problem.classes, 1);
   const double smoothing = row.problem.set.label_smoothing;
-  double top = outside;
+  double top = outside.top;
   for (const Head& head : row.heads) top = head.z > top ? head.z : top;
-  double sum = std::exp(outside - top);
+  double sum = std::exp(outside.above(top));
   for (const Head& head : row.heads) sum += std::exp(head.z - top);
-  CrossEntropy ce{0, top + std::log(sum), outside};
-  ce.value = ce.log_sum - z[label];
-  if (smoothing != 0) ce.value = (1 - smoothing) * ce.value + smoothing * (ce.log_sum - mean);  // not 0 * infinity
+  CrossEntropy ce{0, {top, std::log(sum)}, outside};
+  ce.value = ce.all.above(z[label]);
+  if (smoothing != 0) ce.value = (1 - smoothing) * ce.value + smoothing * ce.all.above(mean);  // not 0 * infinity
   return ce;
 }
 
@@ -283,7 +304,7 @@ AMTML_INLINE void student_gradient(Row<A>& row, const A* z, int64_t i, const Cro
   const double smoothing = pr.set.label_smoothing, flat = ce_grad * smoothing / static_cast<double>(n);
   const double x_grad = kl_grad / pr.set.temperature, of_label = ce_grad * (1 - smoothing);
   const double of_outside = x_grad == 0 ? 0 : x_grad * row.grad_outside;  // teachers without weight may hold NaN
-  const double of_outside1 = has_ce ? ce_grad * std::exp(ce.outside - ce.log_sum) : 0;
+  const double of_outside1 = has_ce ? ce_grad * std::exp(ce.all.of(ce.outside.top) + ce.outside.log) : 0;
   for (int64_t k = 0, start = 0; start < n; ++k, start += kChunk) {
     const int64_t count = std::min(kChunk, n - start);
     const A *e = row.r.e.data() + start, *e1 = row.r1.e.data() + start, *y = row.y.data() + start;
@@ -309,7 +330,7 @@ AMTML_INLINE void student_gradient(Row<A>& row, const A* z, int64_t i, const Cro
   }
   for (const Head& head : row.heads) {
     double g = x_grad == 0 ? 0 : x_grad * head.grad;
-    if (has_ce) g += ce_grad * std::exp(head.z - ce.log_sum) - flat - (head.index == label ? of_label : 0);
+    if (has_ce) g += ce_grad * std::exp(ce.all.of(head.z)) - flat - (head.index == label ? of_label : 0);
     const A made = z[head.index] == masked ? A(0) : static_cast<A>(g);
     grad.scatter(first, &head.index, 1, &made);
   }
@@ -339,7 +360,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
   }
   row.r.end(true);
   if (pr.has_ce()) row.r1.end(true);
-  row.outside = log_sum(row.r, row.y.data(), n, 1 / set.temperature);
+  row.outside = log_sum(row.r, row.y.data(), n, set.temperature);
   take_shares(row);
   const double g = pass.grad_loss ? pass.grad_loss[pass.each_row ? i : 0] : 1;
   const double ce_grad = g * set.ce_weight * pass.scale.ce, kl_grad = g * set.kl_weight * set.kl_scale * pass.scale.kl;

@@ -349,6 +349,24 @@ def test_masked_classes_of_the_student(divergence, support):
     assert loss[3:].isnan().all() and (divergence != "forward_kl" or support == "student" or loss[0].isposinf())
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_where_a_side_has_nothing(divergence):
+    """A student without any class, or without one for the bucket; teachers that give their class, or nothing, or it nothing."""
+    z = torch.zeros(4, 3)
+    z[0, 1:] = z[1] = z[2, 1] = -math.inf
+    for log_p in ([0.0, 0.0], [0.0, -math.inf], [-math.inf, -math.inf], [-0.5, -0.7]):
+        for index, logits in ((torch.zeros(4, 1, dtype=torch.int64), z[:, :1]), (torch.tensor([[0]] * 3 + [[2]]), z)):
+            weights = torch.tensor([0.4, 0.5]).expand(4, 2).clone().requires_grad_()
+            given = [torch.full((4, 1), x) for x in log_p]
+            args = logits.clone().requires_grad_(), [index] * 2, given, weights
+            options = dict(tail="bucket", divergence=divergence, reduction="none")
+            want, want_grads = value_and_grads(af.reference.topk_kd_loss, convert(args, dtype=torch.float64), **options)
+            loss, grads = value_and_grads(af.topk_kd_loss, args, **options)
+            torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+            for got, right in zip(grads, want_grads):
+                torch.testing.assert_close(got, right.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_reverse_kl_of_classes_that_a_teacher_gives_nothing():
     """By name or in its bucket, while another teacher gives them something: infinite, and no gradient goes through them."""
     student, indices, log_probs, weights, _, _ = _problem()
