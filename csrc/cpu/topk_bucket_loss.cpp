@@ -4,11 +4,10 @@
 //   outcomes of teacher t: its named classes U_t, with p_c, and the rest, with 1 - sum_c p_c
 //   q_c = exp(x_c - L), x = z / tau, L = log sum_c exp x_c;   q_rest = exp(R_t - L), R_t = log sum over c not in U_t
 //   D_t = sum_o f(p_o, q_o),   D = sum_t w_t D_t,   dD/dw_t = D_t
-//   dD/dx_c = sum_t w_t (B_t,o exp(x_c - log-sum of o) - q_c sum_o B_t,o),   B_o = q_o df/dq_o, o the outcome of class
-//   c
+//   dD_t/dx_c = B_o exp(x_c - log-sum of o) - q_c sum_o B_o,   B_o = q_o df/dq_o, where o is the outcome of class c
 //
-// Classes that nobody names are swept in the student's precision: they have one gradient, but for their share of their
-// own sum. What is named, |U| <= K, is computed in double, by sums and never by differences: the others may be far
+// Classes that nobody names are swept in the student's precision: but for their share of their own sum they have one
+// gradient. What is named, |U| <= K, is computed in double, by sums and never by differences: the others may be far
 // below.
 #include <algorithm>
 #include <numeric>
