@@ -82,8 +82,8 @@ def bucket_loss(
     tau, classes, wide = options.temperature, _classes(student, vocabulary), wide_dtype(student, log_probs, weights)
     kept = kept_entries(chosen, student, indices, sizes, vocabulary) if support == "student" else None
     if chosen == "cpp" and one_pass:
-        given = student, indices, kept, log_probs, sizes, weights, labels, options
-        return _one_pass(*given, divergence, values), None
+        loss = _one_pass(student, indices, kept, log_probs, sizes, weights, labels, options, divergence, values)
+        return loss, None
     valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     given = log_p.exp()
     named = named_entries(indices, kept, given, sizes, valid)
