@@ -103,8 +103,8 @@ soak: $(TESTABLE)  # trainings killed at random moments, AMTML_SOAK of them, and
 fuzz: $(TESTABLE)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/ops/test_properties.py
 
-# The operators' tests on an extension built with the address and undefined-behavior sanitizers, in a copy of the tree; -s, for
-# these tell where they stop.
+# The operators' tests on an extension built with the address and undefined-behavior sanitizers, in a copy of the tree. With -s,
+# so that a sanitizer's report is seen.
 SANITIZED := ops chunks divergence topk topk_bucket fused_linear losses whole_loss vocabulary_kernels properties
 sanitize: $(TESTABLE)
 	rm -rf build/sanitize && mkdir -p build/sanitize

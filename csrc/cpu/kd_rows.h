@@ -257,6 +257,20 @@ inline std::optional<Tensor> checked_labels(const char* op, const std::optional<
   return labels;
 }
 
+// The classes [N, K] that teachers name, in rows that count; `none` stands for no class.
+inline void check_indices(const char* op, const Tensor& indices, const std::optional<Tensor>& labels, int64_t classes,
+                          int64_t ignore_index, std::optional<int64_t> none = std::nullopt) {
+  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  const int64_t* y = labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr;
+  for (int64_t i = 0; i < indices.size(0); ++i) {
+    if (y && y[i] == ignore_index) continue;
+    for (int64_t j = i * indices.size(1); j < (i + 1) * indices.size(1); ++j) {
+      STD_TORCH_CHECK((index[j] >= 0 && index[j] < classes) || index[j] == none, op,
+                      ": teacher_indices must be in [0, ", classes, "), got ", index[j], " in row ", i);
+    }
+  }
+}
+
 // The caller's weights [N, T].
 inline void check_weights(const char* op, const Tensor& weights) {
   if (weights.dim() != 2) return;

@@ -48,13 +48,7 @@ struct Inputs {
     const int64_t* y = labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr;
     const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
     pr = {n, c, k, Matrix(student), index, y, ignore_index, temperature, second, total, statistics};
-    for (int64_t i = 0; i < n; ++i) {
-      if (pr.ignored(i)) continue;
-      for (int64_t j = i * k; j < (i + 1) * k; ++j) {
-        STD_TORCH_CHECK((index[j] >= 0 && index[j] < c) || index[j] == kNobody, kOp,
-                        ": teacher_indices must be in [0, ", c, "), got ", index[j], " in row ", i);
-      }
-    }
+    check_indices(kOp, indices, labels, c, ignore_index, kNobody);
   }
 };
 

@@ -246,15 +246,7 @@ struct Inputs {  // owns what Problem points to
       STD_TORCH_CHECK(weights->scalar_type() == wide, kOp, ": weights must be float32, or float64 if an input is");
     }
     labels = checked_labels(kOp, given_labels, n, c, ignore_index);
-    const int64_t* y = labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr;
-    const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
-    for (int64_t i = 0; i < n; ++i) {
-      if (y && y[i] == ignore_index) continue;
-      for (int64_t j = i * entries; j < (i + 1) * entries; ++j) {
-        STD_TORCH_CHECK(index[j] >= 0 && index[j] < c, kOp, ": teacher_indices must be in [0, ", c, "), got ", index[j],
-                        " in row ", i);
-      }
-    }
+    check_indices(kOp, indices, labels, c, ignore_index);
   }
 
   template <class A>
