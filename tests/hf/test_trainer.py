@@ -285,6 +285,7 @@ for step in range(2):  # the second after the layers were gathered and given bac
 grads = {{name: p.grad.full_tensor() for name, p in student.named_parameters()}}
 if rank == 0:
     torch.save((ends, grads), {folder!r} + "/two.pt")
+dist.barrier()  # nobody leaves while the other one works
 dist.destroy_process_group()
 """
 
