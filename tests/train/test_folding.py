@@ -71,6 +71,7 @@ def test_maps_are_caught_as_before() -> None:
         before = extractor(x)
         count = norms(net)
         assert fold(net) == count - 2  # not those on both sides of a map that is caught
+        assert not extractor._caught  # of the tracer: compiled code would be made again when it is gone
         logits, maps = extractor(x)
     torch.testing.assert_close(logits, before[0], rtol=1e-4, atol=1e-4)
     for name, value in before[1].items():

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ..names import near_names
 from .networks import WRAPPER_PREFIXES
@@ -114,6 +114,8 @@ def _catch(
     args: Any,
     output: Any,
 ) -> None:
+    if isinstance(output, fx.Proxy):  # a tracer's: kept, it would make torch.compile compile twice
+        return
     if not isinstance(output, Tensor):
         caught[name] = output
     elif torch.compiler.is_compiling() or name in copied:
