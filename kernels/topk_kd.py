@@ -246,6 +246,11 @@ class Layout(NamedTuple):
     label_stride: int | None
 
 
+def starts_of(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Where each teacher's entries begin in a row, and how many there are."""
+    return tuple(sum(sizes[:t]) for t in range(len(sizes) + 1))
+
+
 @kept
 def _launch(at: Layout, of: Settings, count_rows: bool, loss_stride: int) -> Launch:
     c, sizes = at.c, at.sizes
@@ -260,7 +265,7 @@ def _launch(at: Layout, of: Settings, count_rows: bool, loss_stride: int) -> Lau
         _topk_kernel,
         (at.n,),
         **row_numbers(at, of, count_rows),
-        starts=tuple(sum(sizes[:t]) for t in range(len(sizes) + 1)),
+        starts=starts_of(sizes),
         loss_stride=loss_stride,
         ce_weight=float(of.ce_weight),
         kl_weight=float(of.kl_weight),

@@ -1,8 +1,10 @@
 """``topk_kd_loss`` with the tail "bucket", and the statistics of all tails.
 
-On the CPU one kernel makes the loss and its gradients. Elsewhere, with statistics, and in a split vocabulary kernels sweep the student's row of C classes; what the teachers name, [N, K] entries of all teachers side by side, is plain
-PyTorch in float64, with its autograd. What passes between the two: of every row the logarithm of the sum over the classes that
-nobody names, and the logits that are named. From these come all probabilities, by sums and never by differences.
+On the CPU one kernel makes the loss and its gradients. Elsewhere kernels sweep the student's row of C classes, and what the
+teachers name, [N, K] entries of all teachers side by side, is a kernel between the sweep of forward and that of backward. With
+statistics, and in a split vocabulary, it is plain PyTorch in float64, with its autograd. What passes between the two: of every row
+the logarithm of the sum over the classes that nobody names, and the logits that are named. From these come all probabilities, by
+sums and never by differences.
 """
 
 from typing import Any, NamedTuple
@@ -13,7 +15,6 @@ from torch import Tensor
 from amtml_fast import backend, reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import (
-    asked,
     define,
     first_order,
     kernels,
@@ -21,10 +22,9 @@ from amtml_fast.ops._base import (
     operator,
     run,
     save,
-    save_grads,
     saved,
-    scaled_rows,
 )
+from amtml_fast.ops._topk_bucket_kernels import MOST_ENTRIES, MOST_TEACHERS, one_pass_loss, sweep_settings, swept_loss
 from amtml_fast.ops._topk_named import (
     NOBODY,
     Named,
@@ -82,7 +82,11 @@ def bucket_loss(
     tau, classes, wide = options.temperature, _classes(student, vocabulary), wide_dtype(student, log_probs, weights)
     kept = kept_entries(chosen, student, indices, sizes, vocabulary) if support == "student" else None
     if chosen == "cpp" and one_pass:
-        loss = _one_pass(student, indices, kept, log_probs, sizes, weights, labels, options, divergence, values)
+        loss = one_pass_loss(student, indices, kept, log_probs, sizes, weights, labels, options, divergence, values)
+        return loss, None
+    if chosen in ("cuda", "triton") and one_pass and len(sizes) <= MOST_TEACHERS and sum(sizes) <= MOST_ENTRIES:
+        supported = indices if kept is None else indices.masked_fill(~kept, NOBODY)
+        loss = swept_loss(chosen, student, supported, log_probs, sizes, weights, labels, options, divergence)
         return loss, None
     valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     given = log_p.exp()
@@ -275,81 +279,6 @@ def _given(
     return valid, log_p.masked_fill(of_entries, _EMPTY), w
 
 
-# --- the CPU's
-
-
-def _one_pass(
-    student: Tensor,
-    indices: Tensor,
-    kept: Tensor | None,
-    log_probs: Tensor,
-    sizes: list[int],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    options: KDOptions,
-    divergence: Divergence,
-    values: tuple,
-) -> Tensor:
-    wide = wide_dtype(student, log_probs, weights)
-    weights = None if weights is None else weights.to(wide).expand(len(student), -1)
-    needs = needs_grad(student), needs_grad(weights)
-    settings = *_kd.settings(options, labels is not None), divergence.name, divergence.beta
-    return _kd.run(
-        values, TopkBucketLoss, any(needs), student, weights,
-        (labels, indices, kept, log_probs, sizes, settings, needs, wide),
-    )  # fmt: skip
-
-
-class TopkBucketLoss(torch.autograd.Function):
-    """The loss. ``needs``: a gradient to the student, and to the weights; ``wide``: the dtype of sums."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, weights: Tensor | None, rest: tuple) -> Tensor:
-        labels, indices, kept, log_probs, sizes, settings, needs, wide = rest
-        ctx.backend, ctx.in_forward, ctx.needs = "cpp", student.dtype == wide, needs
-        ctx.sizes, ctx.settings = sizes, settings
-        now = needs if ctx.in_forward else (False, False)
-        loss, *grads = kernels("cpp").topk_bucket_loss.default(
-            None, student, indices, kept, log_probs, sizes, weights, labels, *settings, *now
-        )
-        if ctx.in_forward:
-            save_grads(ctx, grads, (student, weights), needs)
-        else:
-            save(ctx, student, indices, kept, log_probs, weights, labels)
-        return loss
-
-    @staticmethod
-    @first_order("topk_kd_loss")
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        if ctx.in_forward:
-            return *scaled_rows(ctx, grad_loss), None
-        student, indices, kept, log_probs, weights, labels = saved(ctx)
-        _, *grads = kernels("cpp").topk_bucket_loss.default(
-            grad_loss, student, indices, kept, log_probs, ctx.sizes, weights, labels, *ctx.settings, *ctx.needs
-        )
-        return *map(asked, grads, ctx.needs), None
-
-
-# All teachers' entries of a row side by side, [N, K]; those that are not kept are of the bucket. grad_loss: what comes back to the
-# loss; None: 1
-# loss (scalar, or [N] for "none"), grad_student, grad_weights
-@define(
-    "topk_bucket_loss",
-    "(Tensor? grad_loss, Tensor student, Tensor indices, Tensor? kept, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
-    f"{_kd.SETTINGS.replace('mode', 'tail')}, str divergence, float beta, bool need_student_grad, bool need_weights_grad) "
-    "-> (Tensor, Tensor, Tensor)",
-    triton=None,
-    gpu=False,
-)
-def _(grad_loss, student, indices, kept, log_probs, sizes, weights, labels, *settings):
-    reduction, n = settings[5], student.shape[0]
-    wide = wide_dtype(student, log_probs, weights)
-    return (
-        student.new_empty((n,) if reduction == "none" else (), dtype=wide),
-        *_kd.fake_grads(student, len(sizes), wide, *settings[-2:]),
-    )
-
-
 # --- the student
 
 
@@ -447,11 +376,7 @@ def _sweep(
     needs = needs_grad(student), needs_grad(weights)
     if weights is not None:
         weights = weights.expand(len(student), -1)
-    labeled = labels is not None and options.alpha != 1
-    settings = (
-        float(options.temperature), options.ignore_index, labeled and options.temperature != 1,
-        labeled and options.label_smoothing != 0, wide == torch.float64,
-    )  # fmt: skip
+    settings = *sweep_settings(options, labels is not None), wide == torch.float64
     try:
         out = run(
             TopkBucket, any(needs),

@@ -12,22 +12,22 @@
 // Traffic: a row in (twice, the second time from cache), one out where the gradient is made, 12 K bytes of entries.
 #include "../arithmetic.h"
 #include "kd_rows.cuh"
+#include "topk_entries.cuh"
 
 namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp, kMaxTeachers = 32;
-constexpr int64_t kMaxEntries = 8192;  // 12 bytes each in shared memory
+constexpr int kMaxThreads = 256, kMaxWarps = kMaxThreads / kWarp;
 
 struct Problem : KDProblem {
-  int start[kMaxTeachers + 1];  // of each teacher's entries in a row; the last is K
-  int sorted;                   // K, or the power of 2 above it
-  const int64_t* indices;       // [N, K]
-  const float* log_probs;       // [N, K]
+  EntryStarts start;
+  int sorted;              // K, or the power of 2 above it
+  const int64_t* indices;  // [N, K]
+  const float* log_probs;  // [N, K]
   bool renormalize, uniform;
 
-  __device__ int entries() const { return start[teachers]; }
+  __device__ int entries() const { return start.of[teachers]; }
   __device__ bool has_ce() const { return labels && ce_weight != 0; }
 };
 
@@ -41,7 +41,7 @@ struct Scratch {
   float outside, total;                              // the mixture where nobody names a class, and its mass
   int64_t others;                                    // how many such classes
   double sums[kWarp];
-  unsigned long long keys[1];  // [sorted], to the end: class << 32 | entry; then prob [K] and partial [T, threads]
+  EntryKey keys[1];  // [sorted], to the end; then prob [K] and partial [T, threads]
 
   __device__ float* prob(const Problem& pr) { return reinterpret_cast<float*>(keys + pr.sorted); }
   __device__ float* partial(const Problem& pr) { return prob(pr) + pr.entries(); }
@@ -51,9 +51,6 @@ template <class Packs, class S>
 __device__ __forceinline__ const Packs* row_of(const Rows& rows, int64_t i) {
   return reinterpret_cast<const Packs*>(static_cast<const S*>(rows.data) + i * rows.stride);
 }
-
-__device__ __forceinline__ int64_t class_of(unsigned long long key) { return static_cast<int64_t>(key >> 32); }
-__device__ __forceinline__ int entry_of(unsigned long long key) { return static_cast<int>(key & 0xffffffffu); }
 
 // The first sweep.
 template <class S, class Packs>
@@ -91,15 +88,15 @@ __device__ inline void read_stats(int64_t i, Scratch& s, const float* stats) {
 __device__ inline void load_entries(const Problem& pr, int64_t i, Scratch& s) {
   const unsigned lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   float* prob = s.prob(pr);
-  for (int m = pr.entries() + threadIdx.x; m < pr.sorted; m += blockDim.x) s.keys[m] = ~0ull;
+  for (int m = pr.entries() + threadIdx.x; m < pr.sorted; m += blockDim.x) s.keys[m] = kNoEntry;
   for (int t = threadIdx.x / kWarp; t < pr.teachers; t += warps) {
-    const int begin = pr.start[t], end = pr.start[t + 1];
+    const int begin = pr.start.of[t], end = pr.start.of[t + 1];
     float top = -INFINITY;
     for (int m = begin + lane; m < end; m += kWarp) {
       const int64_t c = pr.indices[i * pr.entries() + m];
       const bool known = c >= 0 && c < pr.classes;
       AMTML_DEVICE_CHECK(known, "topk_kd_loss: teacher_indices must be in [0, C)");
-      s.keys[m] = static_cast<unsigned long long>(known ? c : 0) << 32 | static_cast<unsigned>(m);
+      s.keys[m] = entry_key(known ? c : 0, m);
       prob[m] = known ? pr.log_probs[i * pr.entries() + m] : NAN;
       top = fmaxf(top, prob[m]);
     }
@@ -116,26 +113,6 @@ __device__ inline void load_entries(const Problem& pr, int64_t i, Scratch& s) {
   }
 }
 
-// Bitonic.
-__device__ inline void sort_entries(const Problem& pr, Scratch& s) {
-  for (int size = 2; size <= pr.sorted; size *= 2) {
-    for (int by = size / 2; by > 0; by /= 2) {
-      __syncthreads();
-      for (int m = threadIdx.x; m < pr.sorted; m += blockDim.x) {
-        const int other = m ^ by;
-        const unsigned long long a = s.keys[m], b = s.keys[other];
-        if (other > m && (a > b) == ((m & size) == 0)) s.keys[m] = b, s.keys[other] = a;
-      }
-    }
-  }
-  __syncthreads();
-}
-
-// Whether a class begins at place m of the sorted entries.
-__device__ __forceinline__ bool begins(const Scratch& s, int m) {
-  return m == 0 || class_of(s.keys[m]) != class_of(s.keys[m - 1]);
-}
-
 // Calls take(t, p_t) for all teachers, of the class whose entries begin at place m.
 template <class F>
 __device__ __forceinline__ void each_teacher(const Problem& pr, Scratch& s, int m, const F& take) {
@@ -144,7 +121,7 @@ __device__ __forceinline__ void each_teacher(const Problem& pr, Scratch& s, int 
   for (int t = 0; t < pr.teachers; ++t) {
     bool named = false;
     float p = 0;
-    for (; m < pr.entries() && class_of(s.keys[m]) == c && entry_of(s.keys[m]) < pr.start[t + 1]; ++m) {
+    for (; m < pr.entries() && class_of(s.keys[m]) == c && entry_of(s.keys[m]) < pr.start.of[t + 1]; ++m) {
       p += prob[entry_of(s.keys[m])];  // named twice: the sum of both
       named = true;
     }
@@ -158,10 +135,10 @@ __device__ inline void spread_tails(const Problem& pr, Scratch& s) {
   int classes = 0;
   for (int t = 0; t < pr.teachers; ++t) partial[t * blockDim.x] = 0;
   for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
-    classes += begins(s, m);
+    classes += begins(s.keys, m);
     int t = 0;
-    while (entry_of(s.keys[m]) >= pr.start[t + 1]) ++t;
-    partial[t * blockDim.x] += begins(s, m) || entry_of(s.keys[m - 1]) < pr.start[t];
+    while (entry_of(s.keys[m]) >= pr.start.of[t + 1]) ++t;
+    partial[t * blockDim.x] += begins(s.keys, m) || entry_of(s.keys[m - 1]) < pr.start.of[t];
   }
   int* const counts = reinterpret_cast<int*>(s.sums);
   classes = block_sum(classes, counts);
@@ -179,7 +156,7 @@ __device__ inline void spread_tails(const Problem& pr, Scratch& s) {
 
 __device__ inline void load_teachers(const Problem& pr, int64_t i, Scratch& s) {
   load_entries(pr, i, s);
-  sort_entries(pr, s);
+  sort_entries(s.keys, pr.sorted);
   for (int t = threadIdx.x; t < pr.teachers; t += blockDim.x) s.spread[t] = 0;
   if (threadIdx.x == 0) s.others = 0;
   __syncthreads();
@@ -326,7 +303,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   Below named;
   double kl = 0;
   for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
-    if (!begins(s, m)) continue;
+    if (!begins(s.keys, m)) continue;
     const int64_t c = class_of(s.keys[m]);
     const float z = static_cast<float>(row[c]);
     float p = 0;
@@ -383,25 +360,16 @@ struct Inputs {
          const OnDevice& on)
       : student(dense_rows(student_)), indices(dense(indices_)), log_probs(dense(log_probs_)) {
     const int64_t teachers = static_cast<int64_t>(sizes.size());
+    pr.start = EntryStarts(kOp, sizes);
     own.fill(pr, kOp, student, teachers, weights, labels, set, on);
-    STD_TORCH_CHECK(teachers >= 1 && teachers <= kMaxTeachers, kOp, ": the CUDA kernels take 1 to ", kMaxTeachers,
-                    " teachers, got ", teachers);
-    int64_t entries = 0;
-    for (int64_t t = 0; t < teachers; ++t) {
-      pr.start[t] = static_cast<int>(entries);
-      entries += sizes[t];
-      STD_TORCH_CHECK(sizes[t] >= 1 && entries <= kMaxEntries, kOp, ": the CUDA kernels take 1 to ", kMaxEntries,
-                      " classes a row from all teachers together, got sizes that add up to ", entries);
-    }
-    pr.start[teachers] = static_cast<int>(entries);
+    const int64_t entries = pr.start.of[teachers];
     check_shape(kOp, "indices", indices, {pr.rows, entries});
     check_shape(kOp, "log_probs", log_probs, {pr.rows, entries});
     STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, kOp, ": indices must be int64");
     STD_TORCH_CHECK(log_probs.scalar_type() == ScalarType::Float, kOp, ": log_probs must be float32");
     pr.indices = static_cast<const int64_t*>(indices.const_data_ptr());
     pr.log_probs = static_cast<const float*>(log_probs.const_data_ptr());
-    pr.sorted = 1;
-    while (pr.sorted < entries) pr.sorted *= 2;
+    pr.sorted = sorted_count(static_cast<int>(entries));
     pr.renormalize = set.mode == "renormalize", pr.uniform = set.mode == "uniform";
   }
 };
@@ -413,8 +381,8 @@ void run_rows(const Inputs& inputs, const Wanted& want, const float* stats, cons
   const bool packs = fits_packs(inputs.student, wide);
   unsigned threads = kWarp;
   while (threads * (packs ? wide : 1) < pr.classes && threads < kMaxThreads) threads *= 2;
-  const size_t bytes = sizeof(Scratch) + pr.sorted * sizeof(unsigned long long) +
-                       (pr.start[pr.teachers] + pr.teachers * threads) * sizeof(float);
+  const size_t bytes = sizeof(Scratch) + pr.sorted * sizeof(EntryKey) +
+                       (pr.start.of[pr.teachers] + pr.teachers * threads) * sizeof(float);
   dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
     using S = decltype(element);
     launch(packs ? topk_kernel<S, Packed<S>> : topk_kernel<S, Single<S>>,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from backends import CHOSEN, cpu_only
 from test_divergence import BETA, _distance, _kl
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import amtml_fast as af
 from amtml_fast.ops.divergence import DIVERGENCES
@@ -53,8 +54,6 @@ def _by_hand(student, indices, weights, labels, teachers, divergence, support, t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stats", [False] if CHOSEN else [False, True])  # on the CPU other kernels than without
 def test_is_its_formula(stats, divergence, support, dtype):
-    if CHOSEN and divergence not in ("jsd", "reverse_kl"):
-        pytest.skip("the same kernels with another formula behind them")
     student, indices, log_probs, weights, labels, teachers = _problem(dtype)
     z, w, exact = convert((student, weights, teachers), dtype=torch.float64)
     want = _by_hand(z, indices, w, labels, exact, divergence, support, 2.0)
@@ -253,6 +252,72 @@ def _as_reference(args, gradient=1e-5, **options):
         assert relative_error(x, y) <= 2e-6, name
 
 
+class _Operators(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"divergence": "jsd", "temperature": 1.0}])
+def test_takes_few_operators(options, on):
+    """Each of them is a launch on a GPU, or several; in plain PyTorch it takes 240."""
+    if on == "reference":
+        pytest.skip("about the kernels")
+    student, indices, log_probs, weights, labels, _ = _problem()
+    with _Operators() as operators:
+        value_and_grads(
+            lambda *args: af.topk_kd_loss(*args, tail="bucket", **options),
+            (student, indices, log_probs, weights, labels),
+        )
+    assert operators.count <= 60
+
+
+@pytest.mark.parametrize(("teachers", "k"), [(33, 2), (2, 4097)])
+def test_more_than_the_gpus_kernel_of_entries_takes(teachers, k):
+    """They go on in plain PyTorch behind the sweep."""
+    torch.manual_seed(6)
+    classes = 9 if k < 9 else k + 3
+    student = torch.randn(2, classes, requires_grad=True)
+    tops = [torch.randn(2, classes).log_softmax(1).topk(k) for _ in range(teachers)]
+    weights = torch.rand(2, teachers, requires_grad=True)
+    args = student, [top.indices for top in tops], [top.values for top in tops], weights
+    got, grads = value_and_grads(af.topk_kd_loss, args, tail="bucket", divergence="jsd")
+    want, right = value_and_grads(
+        af.reference.topk_kd_loss, convert(args, dtype=torch.float64), tail="bucket", divergence="jsd"
+    )
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, r) <= 1e-5 for g, r in zip(grads, right))
+
+
+@pytest.mark.parametrize("k", [1, 33, 300, 4096])
+def test_any_number_of_entries(k, on):
+    """One thread has several of them, one teacher or two name a class, some in any order."""
+    if on == "reference":
+        pytest.skip("it computes in float32")
+    torch.manual_seed(7)
+    student = torch.randn(3, 5000, requires_grad=True)
+    tops = [torch.randn(3, 5000).log_softmax(1).topk(k) for _ in range(2)]
+    shuffled = torch.randperm(k)
+    indices = [tops[0].indices, tops[1].indices[:, shuffled]]
+    log_probs = [tops[0].values, tops[1].values[:, shuffled]]
+    log_probs[0][2, k // 2 :: 7] = -math.inf  # makes the reverse KL infinite, and gets no gradient
+    weights = torch.rand(3, 2, requires_grad=True)
+    args = student, indices, log_probs, weights, torch.tensor([4, -100, 4999])
+    for options in ({"divergence": "reverse_kl"}, {"support": "student"}):
+        options |= {"tail": "bucket", "temperature": 3.3, "reduction": "none"}
+        got, grads = value_and_grads(af.topk_kd_loss, args, **options)
+        want, right = value_and_grads(af.reference.topk_kd_loss, convert(args, dtype=torch.float64), **options)
+        torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=0)
+        assert relative_error(grads[0], right[0]) <= 1e-5
+        torch.testing.assert_close(grads[1], right[1].float(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_long_rows_with_odd_numbers_of_classes(tail, on):
     """Longer than what a GPU keeps the bits or the logits of at a time; with ties, a class that is named again and again, and
@@ -308,6 +373,21 @@ def test_a_teacher_without_weight_counts_nothing_and_nan_stays_in_its_row():
         loss, (grad,) = value_and_grads(af.topk_kd_loss, (z.requires_grad_(), indices, log_probs, None), **options)
         assert loss.isnan().tolist() == [False, True, False, False, False] and grad[1].isnan().all()
         torch.testing.assert_close((loss[others], grad[others]), (clean[others], clean_grad[others]))
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_where_the_loss_is_the_cross_entropy_alone_teachers_may_hold_nan(divergence):
+    student, indices, log_probs, weights, labels, _ = _problem()
+    log_probs[0][0] = math.nan
+    log_probs[1][2, 1] = math.nan
+    args = student, indices, log_probs, weights, labels
+    got = af.topk_kd_loss(*args, tail="bucket", alpha=0.0, divergence=divergence)
+    grads = torch.autograd.grad(got, (student, weights), allow_unused=True)
+    want = torch.nn.functional.cross_entropy(student, labels)
+    (right,) = torch.autograd.grad(want, student)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grads[0], right, rtol=1e-5, atol=1e-7)
+    assert grads[1] is None or not grads[1].any()
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])

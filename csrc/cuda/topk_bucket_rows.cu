@@ -1,0 +1,397 @@
+// The loss of teachers that give their largest classes only, with one class for all that a teacher does not name, from
+// what topk_bucket.cu finds in the student's rows; and its gradients to that. csrc/cpu/topk_bucket_loss.cpp has the
+// formulas.
+//
+// A row a block, of which each thread takes some of the K entries. Sorted by class, the first of a class speaks for
+// it. All numbers are double: what an entry costs is small beside the row, and sums may be far below one another.
+//
+// Traffic: 28 bytes an entry in, a few times, and 16 out.
+#include "../arithmetic.h"
+#include "kd_rows.cuh"
+#include "topk_entries.cuh"
+
+namespace amtml::gpu {
+namespace {
+
+constexpr char kOp[] = "topk_kd_loss";
+constexpr int kMaxThreads = 256;  // so that the places of a thread have a bit each: kMaxEntries / 256 <= 32
+constexpr int64_t kNobody = -(int64_t{1} << 62);
+constexpr int kFound = 7;        // numbers a row; amtml_fast/ops/topk_bucket.py has their order
+constexpr double kFar = 1e-280;  // of the largest exponential: below it a sum has a maximum of its own
+
+struct Problem : KDProblem {
+  EntryStarts start;
+  int sorted;              // K, or the power of 2 above it
+  const int64_t* indices;  // [N, K]; kNobody: of the bucket
+  const float* log_probs;  // [N, K]
+  const double *found, *named;
+  double tau, beta;
+  Divergence kind;
+
+  __device__ int entries() const { return start.of[teachers]; }
+  __device__ bool has_ce() const { return labels && ce_weight != 0; }
+};
+
+struct Made {
+  double *ce_rows, *kl_rows;  // [N], or null
+  float* loss;                // [N], instead
+  double *of_sums, *of_named;
+  int64_t* heads;
+  float* of_weights;
+};
+
+struct Scratch {
+  double sums[kWarp];
+  EntryKey keys[1];  // [sorted], to the end
+};
+
+// top + log: a difference to it keeps the digits that large logits would take.
+struct LogSum {
+  double top, log;
+  __device__ double above(double other) const { return (top - other) + log; }
+  __device__ double of(double x) const { return (x - top) - log; }  // x less this
+  __device__ double share_in(const LogSum& all) const { return exp(all.of(top) + log); }
+};
+
+// Of row i, in every thread.
+struct Row {
+  const Problem& pr;
+  Scratch& s;
+  int64_t i;
+
+  __device__ const double* found() const { return pr.found + i * kFound; }
+  __device__ int64_t first() const { return i * pr.entries(); }
+  __device__ double logit(int m) const { return pr.named[first() + entry_of(s.keys[m])]; }
+  __device__ double given(int entry) const { return exp(static_cast<double>(pr.log_probs[first() + entry])); }
+
+  // Calls use(m) for this thread's places that speak for a class.
+  template <class Use>
+  __device__ __forceinline__ void each_head(const Use& use) const {
+#pragma unroll 1
+    for (int m = threadIdx.x; m < pr.entries() && s.keys[m] != kNoEntry; m += blockDim.x) {
+      if (begins(s.keys, m)) use(m);
+    }
+  }
+
+  // What teacher t gives the class at m, in all of its entries; whether it names it.
+  __device__ bool names(int t, int m, double* p) const {
+    const int64_t c = class_of(s.keys[m]);
+    bool named = false;
+    *p = 0;
+#pragma unroll 1
+    for (; m < pr.entries() && class_of(s.keys[m]) == c && entry_of(s.keys[m]) < pr.start.of[t + 1]; ++m) {
+      if (entry_of(s.keys[m]) < pr.start.of[t]) continue;
+      *p += given(entry_of(s.keys[m]));
+      named = true;
+    }
+    return named;
+  }
+  __device__ bool names(int t, int m) const {
+    const int64_t c = class_of(s.keys[m]);
+#pragma unroll 1
+    for (; m < pr.entries() && class_of(s.keys[m]) == c && entry_of(s.keys[m]) < pr.start.of[t + 1]; ++m) {
+      if (entry_of(s.keys[m]) >= pr.start.of[t]) return true;
+    }
+    return false;
+  }
+
+  // Of the block.
+  __device__ double sum(double x) const {
+    x = block_sum(x, s.sums);
+    __syncthreads();
+    return x;
+  }
+  __device__ double max(double x) const {  // NaN is left out
+#pragma unroll
+    for (int by = kWarp / 2; by > 0; by /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, by));
+    if (threadIdx.x % kWarp == 0) s.sums[threadIdx.x / kWarp] = x;
+    __syncthreads();
+#pragma unroll 1
+    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) x = fmax(x, s.sums[w]);
+    __syncthreads();
+    return x;
+  }
+
+  // Over the classes that nobody names, and over all, whose x are logits over tau.
+  __device__ LogSum outside(double log, double tau) const {
+    return log == -INFINITY ? LogSum{-INFINITY, 0} : LogSum{found()[0] / tau, log};
+  }
+  __device__ LogSum all(const LogSum& outside, double tau) const {
+    double top = outside.top, sum_of = 0;
+    each_head([&](int m) { top = fmax(top, logit(m) / tau); });
+    top = max(top);
+    each_head([&](int m) { sum_of += exp(logit(m) / tau - top); });
+    return {top, log(exp(outside.above(top)) + sum(sum_of))};
+  }
+};
+
+__device__ inline void load_keys(const Row& row) {
+  const Problem& pr = row.pr;
+  const int64_t* const indices = pr.indices + row.first();
+#pragma unroll 1
+  for (int m = threadIdx.x; m < pr.sorted; m += blockDim.x) {
+    const bool there = m < pr.entries() && indices[m] != kNobody;
+    row.s.keys[m] = there ? entry_key(indices[m], m) : kNoEntry;
+  }
+  sort_entries(row.s.keys, pr.sorted);
+}
+
+// Value and q df/dq of an outcome.
+__device__ __noinline__ DivergenceTerm<double> outcome(Divergence kind, double p, double q, double log_q, double beta) {
+  const auto log_of = [](double x) { return log(x); };
+  const double log_p = p == 0 ? -INFINITY : log(p);
+  switch (kind) {
+    case Divergence::forward_kl:
+      return divergence_term<Divergence::forward_kl>(p, q, log_p, log_q, beta, log_of);
+    case Divergence::reverse_kl:
+      return divergence_term<Divergence::reverse_kl>(p, q, log_p, log_q, beta, log_of);
+    case Divergence::jsd:
+      return divergence_term<Divergence::jsd>(p, q, log_p, log_q, beta, log_of);
+    case Divergence::skew_kl:
+      return divergence_term<Divergence::skew_kl>(p, q, log_p, log_q, beta, log_of);
+    case Divergence::skew_reverse_kl:
+      return divergence_term<Divergence::skew_reverse_kl>(p, q, log_p, log_q, beta, log_of);
+    default:
+      return divergence_term<Divergence::tvd>(p, q, log_p, log_q, beta, log_of);
+  }
+}
+
+// Sums over the outcomes of a teacher.
+struct Outcomes {
+  double value = 0, qb = 0, mass = 0, lost_mass = 0;
+
+  __device__ double add(const Problem& pr, double p, double q, double log_q) {
+    mass += p;
+    if (pr.kind == Divergence::reverse_kl && p == 0 && q != 0) {  // infinite, and without a gradient
+      value += INFINITY, lost_mass += q;                          // NaN stays NaN
+      return 0;
+    }
+    const DivergenceTerm<double> term = outcome(pr.kind, p, q, log_q, pr.beta);
+    value += term.value, qb += term.qb;
+    return term.qb;
+  }
+};
+
+// D of all teachers, and what is gathered of its gradients; those to the classes that are named stand in `of_named`.
+struct Compared {
+  double distance = 0, of_outside = 0, total_b = 0;
+  bool outside_lost = false;
+  unsigned lost = 0;  // a bit for each of this thread's places
+};
+
+__device__ inline void compare(const Row& row, int t, const LogSum& outside, const LogSum& all, double kl_grad,
+                               const Made& out, Compared& to) {
+  const Problem& pr = row.pr;
+  const double weight = pr.weight(row.i, t);
+  double* const of_named = out.of_named + row.first();
+  double mass = 0, left_out = 0;
+#pragma unroll 1
+  for (int m = pr.start.of[t] + threadIdx.x; m < pr.start.of[t + 1]; m += blockDim.x) {
+    const double p = row.given(m);
+    mass += p;
+    if (pr.indices[row.first() + m] == kNobody) left_out += p;
+  }
+  mass = row.sum(mass), left_out = row.sum(left_out);
+  const bool dead = weight == 0 && !(mass < INFINITY);  // 0 * NaN is 0
+
+  // The student's share of what the teacher does not name.
+  double others = 0, own = 0;
+  row.each_head([&](int m) {
+    if (row.names(t, m)) {
+      ++own;
+    } else {
+      others += exp(row.logit(m) / pr.tau - all.top);
+    }
+  });
+  double top = all.top, of_outside = exp(outside.above(top));
+  others = row.sum(others) + of_outside, own = row.sum(own);
+  const bool far = others < kFar;
+  if (far) {
+    top = outside.top;
+    row.each_head([&](int m) {
+      if (!row.names(t, m)) top = fmax(top, row.logit(m) / pr.tau);
+    });
+    top = row.max(top);
+    const bool some = top != -INFINITY;
+    of_outside = some ? exp(outside.above(top)) : 0;
+    others = 0;
+    row.each_head([&](int m) {
+      if (some && !row.names(t, m)) others += exp(row.logit(m) / pr.tau - top);
+    });
+    others = row.sum(others) + of_outside;
+  }
+  const bool none = others == 0 && all.top != -INFINITY;  // the student has none of these classes: a constant
+
+  Outcomes sums;
+  row.each_head([&](int m) {
+    double p;
+    if (!row.names(t, m, &p)) return;
+    if (dead) p = 0;
+    const double log_q = all.of(row.logit(m) / pr.tau), b = sums.add(pr, p, exp(log_q), log_q);
+    if (weight == 0) return;
+    of_named[entry_of(row.s.keys[m])] += weight * b;
+    if (pr.kind == Divergence::reverse_kl && p == 0) to.lost |= 1u << (m / blockDim.x);
+  });
+  sums.value = row.sum(sums.value), sums.qb = row.sum(sums.qb);
+  sums.mass = row.sum(sums.mass), sums.lost_mass = row.sum(sums.lost_mass);
+  double rest = 0;
+  if (own != static_cast<double>(pr.classes)) rest = dead ? 1 : (mass > 1 ? 0 : 1 - mass) + left_out;
+  const double log_rest = none ? -INFINITY : all.of(top) + log(others), of_those = sums.qb;
+  const double b = sums.add(pr, rest, exp(log_rest), log_rest);
+  if (none) sums.qb = of_those;
+  sums.value += divergence_constant(pr.kind, sums.mass, pr.beta);
+  if (pr.kind == Divergence::skew_kl && sums.mass == 0) sums.value = sums.qb = 0;  // whatever q is
+  const bool broken = weight == 0 && !(fabs(sums.value) < INFINITY);
+  if (out.of_weights && threadIdx.x == 0) {
+    out.of_weights[row.i * pr.teachers + t] = broken || kl_grad == 0 ? 0 : static_cast<float>(kl_grad * sums.value);
+  }
+  if (weight == 0) return;
+
+  to.distance += weight * sums.value;
+  to.total_b += weight * (sums.qb - sums.lost_mass);
+  const bool gone = pr.kind == Divergence::reverse_kl && rest == 0;
+  to.outside_lost |= gone;
+  const double by = none ? 0 : weight * b / others;
+  to.of_outside += none ? 0 : by * of_outside;
+  row.each_head([&](int m) {
+    if (row.names(t, m)) return;
+    if (gone) to.lost |= 1u << (m / blockDim.x);
+    if (!none) of_named[entry_of(row.s.keys[m])] += by * exp(row.logit(m) / pr.tau - top);
+  });
+}
+
+__device__ inline void write_ignored(const Row& row, const Made& out) {
+  const Problem& pr = row.pr;
+  for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
+    out.of_named[row.first() + m] = 0, out.heads[row.first() + m] = kNobody;
+  }
+  for (int t = threadIdx.x; out.of_weights && t < pr.teachers; t += blockDim.x) {
+    out.of_weights[row.i * pr.teachers + t] = 0;
+  }
+  if (threadIdx.x != 0) return;
+  for (int k = 0; k < 4; ++k) out.of_sums[row.i * 4 + k] = 0;
+  if (out.kl_rows) out.kl_rows[row.i] = out.ce_rows[row.i] = 0;
+  if (out.loss) out.loss[row.i] = 0;
+}
+
+__global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant__ Problem pr, const Made out) {
+  Scratch& s = shared<Scratch>();
+  const Row row{pr, s, blockIdx.x};
+  const int64_t i = row.i;
+  if (pr.ignored(i)) return write_ignored(row, out);
+  float ce_grad, kl_grad;
+  gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
+  load_keys(row);
+#pragma unroll 1
+  for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {  // of the places of this thread
+    const int64_t c = class_of(s.keys[m]);
+    if (s.keys[m] == kNoEntry) break;
+    out.of_named[row.first() + entry_of(s.keys[m])] = 0;
+    out.heads[row.first() + entry_of(s.keys[m])] = begins(s.keys, m) ? c : kNobody;
+  }
+#pragma unroll 1
+  for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
+    if (pr.indices[row.first() + m] != kNobody) continue;
+    out.of_named[row.first() + m] = 0, out.heads[row.first() + m] = kNobody;
+  }
+
+  const LogSum outside = row.outside(row.found()[1], pr.tau), all = row.all(outside, pr.tau);
+  Compared made;
+#pragma unroll 1
+  for (int t = 0; t < pr.teachers; ++t) compare(row, t, outside, all, kl_grad, out, made);
+  double of_outside = made.outside_lost ? 0 : made.of_outside - made.total_b * outside.share_in(all);
+
+  double ce = 0, of_outside1 = 0;
+  LogSum all1{};
+  if (pr.has_ce()) {
+    const LogSum outside1 = row.outside(row.found()[pr.tau == 1 ? 1 : 2], 1);
+    all1 = row.all(outside1, 1);
+    of_outside1 = ce_grad * outside1.share_in(all1);
+    ce = all1.above(row.found()[3]);
+    const double smoothing = pr.label_smoothing;
+    if (smoothing != 0) {  // not 0 * infinity
+      ce = (1 - smoothing) * ce + smoothing * all1.above(row.found()[4] / static_cast<double>(pr.classes));
+    }
+  }
+  row.each_head([&](int m) {
+    double& g = out.of_named[row.first() + entry_of(s.keys[m])];
+    const double z = row.logit(m);
+    const bool lost = made.lost >> (m / blockDim.x) & 1;
+    g = lost || kl_grad == 0 ? 0 : kl_grad / pr.tau * (g - made.total_b * exp(all.of(z / pr.tau)));
+    if (pr.has_ce()) g += ce_grad * exp(all1.of(z));
+  });
+  if (threadIdx.x != 0) return;
+  of_outside = kl_grad == 0 ? 0 : kl_grad * of_outside;  // teachers without weight in the loss may hold NaN
+  double* const of_sums = out.of_sums + i * 4;
+  of_sums[0] = of_outside + (pr.tau == 1 ? of_outside1 : 0);
+  of_sums[1] = pr.tau == 1 ? 0 : of_outside1;
+  of_sums[2] = pr.has_ce() ? -ce_grad * (1.0 - pr.label_smoothing) : 0.0;
+  of_sums[3] = pr.has_ce() ? -ce_grad * static_cast<double>(pr.label_smoothing) : 0.0;
+  const double kl = pr.kl_scale * made.distance;
+  if (out.kl_rows) out.kl_rows[i] = kl, out.ce_rows[i] = ce;
+  if (out.loss) out.loss[i] = static_cast<float>(weighted(pr, ce, kl));
+}
+
+// --- the host's side
+
+double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_bucket_rows(
+    const Tensor& found_, const Tensor& named_, const Tensor& student, const Tensor& indices_, const Tensor& log_probs_,
+    std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels, double temperature,
+    double ce_weight, double kl_weight, double kl_scale, std::string tail, std::string reduction, int64_t ignore_index,
+    double label_smoothing, std::string divergence, double beta) {
+  const OnDevice on(student);
+  const DivergenceSettings settings(divergence, beta, tail, {}, temperature, false, ce_weight, kl_weight, reduction,
+                                    ignore_index, label_smoothing);
+  const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
+  const Tensor found = dense(found_), named = dense(named_), indices = dense(indices_), log_probs = dense(log_probs_);
+  const int64_t n = student.size(0), teachers = static_cast<int64_t>(sizes.size());
+  KDTensors own;
+  Problem pr{};
+  pr.start = EntryStarts(kOp, sizes);
+  own.fill(pr, kOp, student, teachers, weights, labels, set, on);
+  const int64_t entries = pr.start.of[teachers];
+  check_shape(kOp, "found", found, {n, kFound});
+  check_shape(kOp, "named", named, {n, entries});
+  check_shape(kOp, "indices", indices, {n, entries});
+  check_shape(kOp, "log_probs", log_probs, {n, entries});
+  STD_TORCH_CHECK(found.scalar_type() == ScalarType::Double && named.scalar_type() == ScalarType::Double, kOp,
+                  ": found and named must be float64");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, kOp, ": indices must be int64");
+  STD_TORCH_CHECK(log_probs.scalar_type() == ScalarType::Float, kOp, ": log_probs must be float32");
+  pr.sorted = sorted_count(static_cast<int>(entries));
+  pr.indices = static_cast<const int64_t*>(indices.const_data_ptr());
+  pr.log_probs = static_cast<const float*>(log_probs.const_data_ptr());
+  pr.found = static_cast<const double*>(found.const_data_ptr());
+  pr.named = static_cast<const double*>(named.const_data_ptr());
+  pr.tau = temperature, pr.beta = beta, pr.kind = settings.kind;
+
+  const bool none = set.each_row();
+  const Tensor loss = empty(student, none ? Shape{n} : Shape{}, ScalarType::Float);
+  const Tensor of_sums = empty(student, {n, 4}, ScalarType::Double);
+  const Tensor of_named = empty(student, {n, entries}, ScalarType::Double);
+  const Tensor heads = empty(student, {n, entries}, ScalarType::Long);
+  const Tensor of_weights = empty(student, {n, teachers}, ScalarType::Float);
+  const Tensor rows = empty(student, {2, none ? 0 : n}, ScalarType::Double);
+  Made out{};
+  if (none) {
+    out.loss = data(loss);
+  } else {
+    out.ce_rows = doubles(rows), out.kl_rows = out.ce_rows + n;
+  }
+  out.of_sums = doubles(of_sums), out.of_named = doubles(of_named), out.of_weights = data(of_weights);
+  out.heads = static_cast<int64_t*>(heads.mutable_data_ptr());
+  unsigned threads = kWarp;
+  while (threads < entries && threads < kMaxThreads) threads *= 2;
+  launch(rows_kernel, {static_cast<unsigned>(n), threads, 1, sizeof(Scratch) + pr.sorted * sizeof(EntryKey)}, on, pr,
+         out);
+  if (!none) reduce_rows(pr, out.ce_rows, out.kl_rows, data(loss), nullptr, nullptr, on);
+  return {loss, of_sums, of_named, heads, of_weights};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(amtml, AMTML_CUDA_KEY, m) { m.impl("topk_bucket_rows", TORCH_BOX(&topk_bucket_rows)); }
+
+}  // namespace amtml::gpu
