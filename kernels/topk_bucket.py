@@ -5,7 +5,7 @@
     where a, b and d are what comes back to the log-sums and, over C, to the mean of the row
 
 Shapes   student z [N, C] in float32|bfloat16|float16, read in place where C is dense; indices [N, K] int64, those of NOBODY
-         left out; labels [N] int64 -> found [N, 7] and logits [N, K] float64, the gradient in the student's dtype
+         left out; labels [N] int64 -> found [N, 8] and logits [N, K] float64, the gradient in the student's dtype
 Grid     one program a row. Triton has no shared memory to scatter to, so that a first kernel writes a bit for each class that is
          named, N C / 8 bytes; the sweep reads them beside the row
 Traffic  N C elements in, each way, and one out in backward; N C / 8 bytes of bits written twice and read
@@ -94,17 +94,29 @@ def _bucket_forward_kernel(
 
     entropy = tl.zeros([1, BLOCK], tl.float64)
     below = tl.zeros([1, BLOCK], tl.float64)
+    largest = tl.zeros([1, 1], tl.int64)
     if STATISTICS:
+        most = tl.full(
+            [1, BLOCK], -float("inf"), tl.float32
+        )  # of a column's classes, and the first of them; NaN is the largest
+        first = tl.full([1, BLOCK], 1 << 62, tl.int64)
         for step in range(STEPS):
             cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
             keep = used & (cols < c)
             x = load(student, rows, stride, cols, keep, ALIGN, 0.0)
+            more = keep & ((x > most) | ((x != x) & (most == most)) | (first == 1 << 62))
+            most = tl.where(more, x, most)
+            first = tl.where(more, cols.to(tl.int64), first)
             word = tl.load(bits + rows * words + (cols >> 5), mask=keep, other=0)
             keep = keep & (((word >> (cols & 31)) & 1) == 0)
             below += tl.where(keep, x, 0.0).to(tl.float64)
             log_r = (x - top) * per_tau - log_s.to(tl.float32)
             entropy += tl.where(keep & (x != -float("inf")), tl.exp(log_r) * log_r, 0.0).to(tl.float64)
-    at = found + rows * 7
+        broken = tl.max((most != most).to(tl.int32), axis=1, keep_dims=True) != 0
+        of_all = tl.max(tl.where(most == most, most, -float("inf")), axis=1, keep_dims=True)
+        is_largest = tl.where(broken, most != most, most == of_all)
+        largest = tl.min(tl.where(is_largest, first, 1 << 62), axis=1, keep_dims=True)
+    at = found + rows * 8
     tl.store(at, tl.where(used, top, 0.0).to(tl.float64))
     tl.store(at + 1, tl.where(used, log_s, 0.0))
     tl.store(at + 2, tl.where(used, log_s1, 0.0))
@@ -112,6 +124,7 @@ def _bucket_forward_kernel(
     tl.store(at + 4, tl.sum(total, axis=1, keep_dims=True))
     tl.store(at + 5, tl.sum(entropy, axis=1, keep_dims=True))
     tl.store(at + 6, tl.sum(below, axis=1, keep_dims=True))
+    tl.store(at + 7, tl.where(used, largest, 0).to(tl.float64))
 
 
 @triton.jit
@@ -138,11 +151,11 @@ def _bucket_backward_kernel(
 ):  # fmt: skip
     c = aligned(c, ALIGN)
     rows, _, used, label = find_rows(n, labels, label_stride, ignore_index, c, 1)
-    m = tl.load(found + rows * 7, mask=used, other=0.0).to(tl.float32)
-    a = _factor(tl.load(of_sums + rows * 4, mask=used, other=0.0) * per_tau, tl.load(found + rows * 7 + 1))
+    m = tl.load(found + rows * 8, mask=used, other=0.0).to(tl.float32)
+    a = _factor(tl.load(of_sums + rows * 4, mask=used, other=0.0) * per_tau, tl.load(found + rows * 8 + 1))
     b = tl.zeros([1, 1], tl.float32)
     if SECOND:
-        b = _factor(tl.load(of_sums + rows * 4 + 1, mask=used, other=0.0), tl.load(found + rows * 7 + 2))
+        b = _factor(tl.load(of_sums + rows * 4 + 1, mask=used, other=0.0), tl.load(found + rows * 8 + 2))
     d = (tl.load(of_sums + rows * 4 + 3, mask=used, other=0.0) / c).to(tl.float32)
     for step in range(STEPS):
         cols = step * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -266,7 +279,7 @@ def topk_bucket_fwd(
     """Numbers of every row, and the logits that are named."""
     student, indices = dense(student), indices.contiguous()
     (n, c), entries = student.shape, indices.shape[1]
-    found = student.new_empty(n, 7, dtype=torch.float64)
+    found = student.new_empty(n, 8, dtype=torch.float64)
     named = student.new_empty(n, entries, dtype=torch.float64)
     if n == 0:
         return found, named

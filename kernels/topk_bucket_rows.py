@@ -5,7 +5,7 @@
     q_c = exp(x_c - L), x = z / tau, L = log sum_c exp x_c;   q_rest = exp(R_t - L), R_t = log sum over those it does not name
     D = sum_t w_t sum_o f(p_o, q_o),   dD_t/dx_c = B_o exp(x_c - log-sum of o) - q_c sum_o B_o,   B_o = q_o df/dq_o
 
-Shapes   found [N, 7] and the logits of entries z [N, K] float64; indices [N, K] int64, of NOBODY for the bucket; log_probs
+Shapes   found [N, 8] and the logits of entries z [N, K] float64; indices [N, K] int64, of NOBODY for the bucket; log_probs
          [N, K] float32; weights [N, T] float32; labels [N] int64 -> loss [] or [N], its gradients [N, 4] and [N, K] float64, the
          classes that are named [N, K] int64, each once and NOBODY elsewhere, the gradient to the weights [N, T] float32
 Grid     one program a row. Every entry is compared with every other, K^2 in tiles of PAIRS, as in topk_kd: of the entries of a
@@ -30,24 +30,24 @@ FAR: tl.constexpr = tl.constexpr(1e-280)  # of the largest exponential: below it
 
 
 @triton.jit
-def _sum(x):
+def row_sum(x):
     return tl.sum(x, axis=1, keep_dims=True)
 
 
 @triton.jit
-def _top(x):
+def row_max(x):
     """The largest; NaN is left out."""
     return tl.max(tl.where(x == x, x, -float("inf")), axis=1, keep_dims=True)
 
 
 @triton.jit
-def _exp(x):
+def exp_or_0(x):
     """Of what may be -inf less -inf, where it does not count."""
     return tl.where(x == -float("inf"), 0.0, tl.exp(x))
 
 
 @triton.jit
-def _log_or(x, empty):
+def log_or(x, empty):
     return tl.where(x == 0, empty, tl.log(tl.where(x == 0, 1.0, x)))
 
 
@@ -71,12 +71,12 @@ def _outcome(p, q, log_q, beta, KIND: tl.constexpr):
     """Value and q df/dq, and the probability that makes reverse KL infinite. csrc/arithmetic.h has these in C++."""
     lost = tl.zeros(q.shape, tl.float64)
     if KIND == "forward_kl":
-        value = _if_mass(p, p * (_log_or(p, 0.0) - log_q))
+        value = _if_mass(p, p * (log_or(p, 0.0) - log_q))
         qb = -p
     elif KIND == "reverse_kl":
         gone = (p == 0) & (q != 0)
         lost = tl.where(gone, q, 0.0)
-        qb = tl.where(gone, 0.0, _if_mass(q, q * (log_q - _log_or(p, 0.0))))
+        qb = tl.where(gone, 0.0, _if_mass(q, q * (log_q - log_or(p, 0.0))))
         value = tl.where(gone, float("inf"), qb)
     elif KIND == "tvd":
         difference = p - q
@@ -105,11 +105,55 @@ def _outcome(p, q, log_q, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _log_sum(top, log, x, first):
+def log_sum(top, log, x, first):
     """Of classes that nobody names, top + log, and of x at ``first``: in the same form."""
-    most = tl.maximum(top, _top(tl.where(first, x, -float("inf"))))
+    most = tl.maximum(top, row_max(tl.where(first, x, -float("inf"))))
     terms = tl.where(first, tl.exp(x - most), 0.0)
-    return most, tl.log(tl.exp(top - most + log) + _sum(terms))
+    return most, tl.log(tl.exp(top - most + log) + row_sum(terms))
+
+
+@triton.jit
+def of_teacher(indices, log_probs, row, used, index, entry, begin, end, shift, CHUNK: tl.constexpr):
+    """What a teacher, whose entries of a row are from ``begin`` to ``end``, gives the class of each entry in all of its own, where a
+    log-probability less ``shift`` counts; whether it names that class; and whether it does so before that entry."""
+    p = tl.zeros(index.shape, tl.float64)
+    names = tl.zeros(index.shape, tl.int32)
+    repeated = tl.zeros(index.shape, tl.int32)
+    for start in range(begin, end, CHUNK):
+        other = start + tl.arange(0, CHUNK)[:, None]
+        there = used & (other < end)
+        same = tl.load(indices + row + other, mask=there, other=-1) == index  # [CHUNK, ENTRIES]
+        same = same & there & (index != NOBODY)
+        log_prob = tl.load(log_probs + row + other, mask=there, other=-float("inf")).to(tl.float64)
+        p += tl.sum(tl.where(same, tl.exp(log_prob - shift), 0.0), axis=0, keep_dims=True)
+        names |= tl.max(same.to(tl.int32), axis=0, keep_dims=True)
+        repeated |= tl.max((same & (other < entry)).to(tl.int32), axis=0, keep_dims=True)
+    return p, names != 0, repeated != 0
+
+
+@triton.jit
+def find_outside(found, rows, used, tau):
+    """Of the classes that nobody names the log-sum, as top + log."""
+    m = tl.load(found + rows * 8, mask=used, other=0.0)
+    log = tl.load(found + rows * 8 + 1, mask=used, other=0.0)
+    none = log == -float("inf")
+    return tl.where(none, -float("inf"), m / tau), tl.where(none, 0.0, log)
+
+
+@triton.jit
+def find_rest(x, e, rest, e_outside, outside_top, outside_log, top, log_all):
+    """What a teacher does not name: of these classes the sum of exponentials below a maximum, the exponentials of those that others
+    name, that of those that nobody does, and the student's log-probability of all. Where all of them are far below the rest of the
+    row, they have a maximum of their own."""
+    below = row_sum(tl.where(rest, e, 0.0)) + e_outside
+    far = below < FAR
+    far_top = tl.maximum(outside_top, row_max(tl.where(rest, x, -float("inf"))))
+    shift = tl.where(far_top == -float("inf"), 0.0, far_top)
+    each = tl.where(rest, tl.where(far, exp_or_0(x - shift), e), 0.0)
+    outside = tl.where(far, exp_or_0((outside_top - shift) + outside_log), e_outside)
+    total = tl.where(far, row_sum(each) + outside, below)
+    log = (tl.where(far, far_top, top) - top) - log_all + log_or(total, -float("inf"))
+    return total, each, outside, tl.where((total == 0) & (top != -float("inf")), -float("inf"), log)
 
 
 @triton.jit(do_not_specialize=["n", "num_counts"])
@@ -141,36 +185,23 @@ def _bucket_rows_kernel(
     rests = ()
     for t in tl.static_range(T):
         own = real & (entry >= starts[t]) & (entry < starts[t + 1])
-        mass = _sum(tl.where(own, mine_p, 0.0))
-        left_out = _sum(tl.where(own & (index == NOBODY), mine_p, 0.0))
+        mass = row_sum(tl.where(own, mine_p, 0.0))
+        left_out = row_sum(tl.where(own & (index == NOBODY), mine_p, 0.0))
         dead = (w[t] == 0) & ~(mass < float("inf"))  # 0 * NaN is 0
-        p_t = tl.zeros([1, ENTRIES], tl.float64)
-        name = tl.zeros([1, ENTRIES], tl.int32)
-        repeated = tl.zeros([1, ENTRIES], tl.int32)
-        for start in range(starts[t], starts[t + 1], CHUNK):
-            other = start + tl.arange(0, CHUNK)[:, None]
-            there = used & (other < starts[t + 1])
-            at_other = rows * starts[T] + other
-            same = tl.load(indices + at_other, mask=there, other=-1) == index  # [CHUNK, ENTRIES]
-            same = same & there & (index != NOBODY)
-            p_other = tl.exp(tl.load(log_probs + at_other, mask=there, other=-float("inf")).to(tl.float64))
-            p_t += tl.sum(tl.where(same, p_other, 0.0), axis=0, keep_dims=True)
-            name |= tl.max(same.to(tl.int32), axis=0, keep_dims=True)
-            repeated |= tl.max((same & (other < entry)).to(tl.int32), axis=0, keep_dims=True)
-        first = first & (repeated == 0)
-        classes = _sum((own & (index != NOBODY) & (repeated == 0)).to(tl.int32))
+        p_t, name, repeated = of_teacher(
+            indices, log_probs, rows * starts[T], used, index, entry, starts[t], starts[t + 1], 0.0, CHUNK
+        )
+        first = first & ~repeated
+        classes = row_sum((own & (index != NOBODY) & ~repeated).to(tl.int32))
         rest = tl.where(dead, 1.0, tl.where(mass > 1, 0.0, 1.0 - mass) + left_out)
         given = given + (tl.where(dead, 0.0, p_t),)
-        names = names + (name != 0,)
+        names = names + (name,)
         rests = rests + (tl.where(classes == c, 0.0, rest),)
 
     # The student's probabilities, as top + log of sums: a difference to that keeps the digits that large logits would take.
-    at_found = found + rows * 7
-    m = tl.load(at_found, mask=used, other=0.0)
-    log = tl.load(at_found + 1, mask=used, other=0.0)
-    outside_top = tl.where(log == -float("inf"), -float("inf"), m / tau)
-    outside_log = tl.where(log == -float("inf"), 0.0, log)
-    top, log_all = _log_sum(outside_top, outside_log, x, first)
+    at_found = found + rows * 8
+    outside_top, outside_log = find_outside(found, rows, used, tau)
+    top, log_all = log_sum(outside_top, outside_log, x, first)
     log_q = (x - top) - log_all
     q = tl.exp(log_q)
     e = tl.where(first, tl.exp(x - top), 0.0)
@@ -187,31 +218,21 @@ def _bucket_rows_kernel(
         mine = first & names[t]
         rest_of = first & ~names[t]
         counts_here = weight != 0
-        # What the teacher does not name. Where all of it is far below the rest of the row it has a maximum of its own.
-        others = _sum(tl.where(rest_of, e, 0.0)) + e_outside
-        far = others < FAR
-        far_top = tl.maximum(outside_top, _top(tl.where(rest_of, x, -float("inf"))))
-        some = far_top != -float("inf")
-        shift = tl.where(some, far_top, 0.0)
-        each = tl.where(rest_of, tl.where(far, _exp(x - shift), e), 0.0)
-        outside = tl.where(far, _exp((outside_top - shift) + outside_log), e_outside)
-        others = tl.where(far, _sum(each) + outside, others)
-        none = (others == 0) & (top != -float("inf"))  # the student has none of these classes: a constant
-        log_rest = (tl.where(far, far_top, top) - top) - log_all + _log_or(others, -float("inf"))
-        log_rest = tl.where(none, -float("inf"), log_rest)
-        q_rest = _exp(log_rest)
+        others, each, outside, log_rest = find_rest(x, e, rest_of, e_outside, outside_top, outside_log, top, log_all)
+        none = log_rest == -float("inf")  # the student has none of these classes: a constant
+        q_rest = tl.exp(log_rest)
 
         value, qb, gone = _outcome(given[t], q, log_q, beta, KIND)
         value_rest, qb_rest, gone_rest = _outcome(rests[t], q_rest, log_rest, beta, KIND)
-        total = _sum(tl.where(mine, qb, 0.0)) + tl.where(none, 0.0, qb_rest)
-        own = _sum(tl.where(mine, value, 0.0)) + value_rest
-        mass = _sum(tl.where(mine, given[t], 0.0)) + rests[t]
+        total = row_sum(tl.where(mine, qb, 0.0)) + tl.where(none, 0.0, qb_rest)
+        own = row_sum(tl.where(mine, value, 0.0)) + value_rest
+        mass = row_sum(tl.where(mine, given[t], 0.0)) + rests[t]
         if KIND == "skew_kl":
             own = tl.where(mass == 0, 0.0, own + (1.0 - beta) * (mass - 1.0))  # of no mass 0, whatever q is
             total = tl.where(mass == 0, 0.0, total)
         if KIND == "skew_reverse_kl":
             own += (1.0 - beta) * (1.0 - mass)
-        lost_mass = _sum(tl.where(mine, gone, 0.0)) + gone_rest
+        lost_mass = row_sum(tl.where(mine, gone, 0.0)) + gone_rest
         broken = ~counts_here & ~(tl.abs(own) < float("inf"))
         slope = tl.where(used & ~broken & (kl_grad != 0), kl_grad * own, 0.0)
         tl.store(of_weights + rows * T + t, slope.to(tl.float32), mask=inside)
@@ -236,12 +257,14 @@ def _bucket_rows_kernel(
     label_grad = tl.zeros([1, 1], tl.float64)
     mean_grad = tl.zeros([1, 1], tl.float64)
     if HAS_CE:
-        log1 = log
+        top1 = outside_top * tau
+        log1 = outside_log
         if not UNIT:
+            top1 = tl.load(at_found, mask=used, other=0.0)
             log1 = tl.load(at_found + 2, mask=used, other=0.0)
-        top1 = tl.where(log == -float("inf"), -float("inf"), m)
-        log1 = tl.where(log == -float("inf"), 0.0, log1)
-        all_top1, log_all1 = _log_sum(top1, log1, z, first)
+            top1 = tl.where(log1 == -float("inf"), -float("inf"), top1)
+            log1 = tl.where(log1 == -float("inf"), 0.0, log1)
+        all_top1, log_all1 = log_sum(top1, log1, z, first)
         of_label = tl.load(at_found + 3, mask=used, other=0.0)
         mean = tl.load(at_found + 4, mask=used, other=0.0) / c
         ce = (all_top1 - of_label) + log_all1

@@ -1,5 +1,5 @@
 """The loss of ``topk_kd_loss`` with the tail "bucket" by kernels alone: on the CPU in one pass over the row, on GPUs with a kernel
-between the two sweeps of the row."""
+between the two sweeps of the row. And the statistics of all tails, from a sweep."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
-from amtml_fast.reference import Divergence, KDOptions, wide_dtype
+from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
 
 MOST_TEACHERS, MOST_ENTRIES = 32, 8192  # of a row, that the GPUs' kernel between the sweeps takes
 
@@ -121,35 +121,46 @@ def swept_loss(
     labels: Tensor | None,
     options: KDOptions,
     divergence: Divergence,
-) -> Tensor:
+    *,
+    need_stats: bool,
+) -> tuple[Tensor, KDStats | None]:
+    """The loss on a GPU, and with ``need_stats`` the statistics. Indices of NOBODY are of the bucket."""
     weights = None if weights is None else weights.float().expand(len(student), -1)
     needs = needs_grad(student), needs_grad(weights)
     settings = *_kd.settings(options, labels is not None), divergence.name, divergence.beta
     of_sweep = *sweep_settings(options, labels is not None), False
-    return run(
+    loss, stats = run(
         TopkBucketRows, any(needs), student, weights,
-        (chosen, labels, indices, log_probs.float(), sizes, settings, of_sweep, needs),
+        (chosen, labels, indices, log_probs.float(), sizes, settings, of_sweep, needs, need_stats),
     )  # fmt: skip
+    return loss, named_stats(stats) if need_stats else None
 
 
 class TopkBucketRows(torch.autograd.Function):
-    """The loss. ``needs``: a gradient to the student, and to the weights."""
+    """The loss, and with ``need_stats`` what ``topk_bucket_stats`` gives. ``needs``: a gradient to the student, and to the
+    weights."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, weights: Tensor | None, rest: tuple) -> Tensor:
-        backend, labels, indices, log_probs, sizes, settings, of_sweep, needs = rest
+    def forward(ctx: Any, student: Tensor, weights: Tensor | None, rest: tuple) -> tuple[Tensor, Tensor]:
+        backend, labels, indices, log_probs, sizes, settings, of_sweep, needs, need_stats = rest
         ctx.backend, ctx.of_sweep, ctx.needs = backend, of_sweep, needs
         raw: Any = kernels(backend)
-        found, z = raw.topk_bucket_fwd.default(student, indices, None, labels, *of_sweep, False)
-        loss, *made = raw.topk_bucket_rows.default(
-            found, z, student, indices, log_probs, sizes, weights, labels, *settings
-        )
+        found, z = raw.topk_bucket_fwd.default(student, indices, None, labels, *of_sweep, need_stats)
+        given = log_probs, sizes, weights, labels
+        loss, *made = raw.topk_bucket_rows.default(found, z, student, indices, *given, *settings)
+        stats = found.new_empty(0)
+        if need_stats:
+            temperature, ignore_index = of_sweep[:2]
+            stats = raw.topk_bucket_stats.default(
+                found, z, indices, *given, student.shape[1], temperature, ignore_index, "bucket", False
+            )
+        ctx.mark_non_differentiable(stats)
         save(ctx, student, weights, labels, found, *made)
-        return loss
+        return loss, stats
 
     @staticmethod
     @first_order("topk_kd_loss")
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple:
         student, _, labels, found, of_sums, of_z, heads, of_weights = saved(ctx)
         by, grad = grad_loss.unsqueeze(-1), None
         if ctx.needs[0]:
@@ -178,3 +189,51 @@ def _(found, z, student, indices, log_probs, sizes, weights, labels, *settings):
         torch.empty_like(indices, memory_format=torch.contiguous_format),
         log_probs.new_empty(n, len(sizes)),
     )
+
+
+# --- statistics
+
+
+@torch.no_grad()
+def kernel_stats(
+    chosen: str,
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    sizes: list[int],
+    weights: Tensor | None,
+    labels: Tensor | None,
+    options: KDOptions,
+) -> KDStats:
+    """Those of all tails. Indices of NOBODY are of the bucket."""
+    wide = wide_dtype(student, log_probs, weights)
+    weights = None if weights is None else weights.to(wide).expand(len(student), -1)
+    temperature, ignore_index, in_float64 = float(options.temperature), options.ignore_index, wide == torch.float64
+    raw: Any = kernels(chosen)
+    found, z = raw.topk_bucket_fwd.default(
+        student, indices, None, labels, temperature, ignore_index, False, False, in_float64, True
+    )
+    return named_stats(
+        raw.topk_bucket_stats.default(
+            found, z, indices, log_probs.to(wide), sizes, weights, labels, student.shape[1], temperature, ignore_index,
+            options.mode, in_float64,
+        )
+    )  # fmt: skip
+
+
+def named_stats(stats: Tensor) -> KDStats:
+    """What ``topk_bucket_stats`` gives, by name."""
+    return KDStats(stats[:, 0], stats[:, 1], stats[:, 4:], stats[:, 2], stats[:, 3])
+
+
+# From what `topk_bucket_fwd` finds, of every row: the entropies of student and target, what the teachers retain, whether both are
+# largest at the same class, and each teacher's KL
+# [N, 4 + T], in float32 or float64
+@define(
+    "topk_bucket_stats",
+    "(Tensor found, Tensor z, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, int classes, "
+    "float temperature, int ignore_index, str tail, bool in_float64) -> Tensor",
+    triton="topk_bucket_stats",
+)
+def _(found, z, indices, log_probs, sizes, weights, labels, classes, temperature, ignore_index, tail, in_float64):
+    return found.new_empty(len(found), 4 + len(sizes), dtype=torch.float64 if in_float64 else torch.float32)

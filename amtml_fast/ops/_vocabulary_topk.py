@@ -29,11 +29,11 @@ def absent_classes(
 def joined(
     vocabulary: Vocabulary, found: Tensor, z: Tensor, mine: Tensor | None, absent: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """What ``topk_bucket_fwd`` gives, [N, 7] and [N, K], of all classes, from that of this process's. ``mine``: the rows whose
-    label is here; ``absent``: what becomes NaN."""
+    """What ``topk_bucket_fwd`` gives, [N, 8] and [N, K], of all classes, from that of this process's, but for the largest class.
+    ``mine``: the rows whose label is here; ``absent``: what becomes NaN."""
     if mine is not None:
         found = torch.cat([found[:, :3], found[:, 3:4].masked_fill(~mine.unsqueeze(1), 0), found[:, 4:]], 1)
-    told = vocabulary.gathered(torch.cat([found, z], 1))
+    told = vocabulary.gathered(torch.cat([found[:, :7], z], 1))
     parts, z = told[:, :, :7].unbind(2), told[:, :, 7:].amax(0)
     tops, logs, logs_1, of_label, total, entropy, below = parts
     # A part that has none of these classes gives the maximum 0.
@@ -45,7 +45,7 @@ def joined(
     entropy = (log_share.exp() * (entropy + log_share)).masked_fill(each == -torch.inf, 0).sum(0)
     sums = [
         top, log_sum, (tops - top + logs_1).logsumexp(0), of_label.sum(0).masked_fill(absent[:, -1], torch.nan), total.sum(0),
-        entropy, below.sum(0),
+        entropy, below.sum(0), torch.zeros_like(top),
     ]  # fmt: skip
     return torch.stack(sums, 1), z.masked_fill(absent[:, :-1], torch.nan)
 
@@ -88,12 +88,13 @@ def plain_sweep(
         second = (others - top).exp().sum(1, keepdim=True).log() if need_second else zero
         of_label = zero if label is None else y.gather(1, label.clamp(min=0).unsqueeze(1))
         total = y.sum(1, keepdim=True) if need_total else zero
-        entropy = below = zero
+        entropy = below = largest = zero
         if need_statistics:
             r = (x - log_sum).exp()
             entropy = (r * (x - log_sum)).masked_fill(r == 0, 0).sum(1, keepdim=True)
-            below = y.masked_fill(apart, 0).sum(1, keepdim=True)
-        found.append(torch.cat([top, log_sum, second, of_label, total, entropy, below], 1).double())
+            below, largest = y.masked_fill(apart, 0).sum(1, keepdim=True), y.argmax(1, keepdim=True)
+        numbers = top, log_sum, second, of_label, total, entropy, below, largest
+        found.append(torch.cat([x.double() for x in numbers], 1))
     return torch.cat(found), torch.cat(named)
 
 

@@ -1,10 +1,10 @@
 """``topk_kd_loss`` with the tail "bucket", and the statistics of all tails.
 
 On the CPU one kernel makes the loss and its gradients. Elsewhere kernels sweep the student's row of C classes, and what the
-teachers name, [N, K] entries of all teachers side by side, is a kernel between the sweep of forward and that of backward. With
-statistics, and in a split vocabulary, it is plain PyTorch in float64, with its autograd. What passes between the two: of every row
-the logarithm of the sum over the classes that nobody names, and the logits that are named. From these come all probabilities, by
-sums and never by differences.
+teachers name, [N, K] entries of all teachers side by side, is a kernel between the sweep of forward and that of backward. The
+statistics, too, are a sweep and a kernel behind it. In a split vocabulary, and for more entries than the GPUs' kernels take, what is
+named is plain PyTorch in float64, with its autograd. What passes between the two: of every row the logarithm of the sum over the
+classes that nobody names, and the logits that are named. From these come all probabilities, by sums and never by differences.
 """
 
 from typing import Any, NamedTuple
@@ -24,7 +24,14 @@ from amtml_fast.ops._base import (
     save,
     saved,
 )
-from amtml_fast.ops._topk_bucket_kernels import MOST_ENTRIES, MOST_TEACHERS, one_pass_loss, sweep_settings, swept_loss
+from amtml_fast.ops._topk_bucket_kernels import (
+    MOST_ENTRIES,
+    MOST_TEACHERS,
+    kernel_stats,
+    one_pass_loss,
+    sweep_settings,
+    swept_loss,
+)
 from amtml_fast.ops._topk_named import (
     NOBODY,
     Named,
@@ -72,8 +79,7 @@ def bucket_loss(
     need_stats: bool,
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows, and with ``need_stats`` their statistics."""
-    one_pass = vocabulary is None and not need_stats
-    chosen = _chosen(student, log_probs, weights, values, kernel_checks=one_pass)
+    chosen = _chosen(student, log_probs, weights, values, kernel_checks=vocabulary is None)
     if chosen == "reference" and vocabulary is None:
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_bucket(
@@ -81,13 +87,13 @@ def bucket_loss(
         )
     tau, classes, wide = options.temperature, _classes(student, vocabulary), wide_dtype(student, log_probs, weights)
     kept = kept_entries(chosen, student, indices, sizes, vocabulary) if support == "student" else None
-    if chosen == "cpp" and one_pass:
-        loss = one_pass_loss(student, indices, kept, log_probs, sizes, weights, labels, options, divergence, values)
-        return loss, None
-    if chosen in ("cuda", "triton") and one_pass and len(sizes) <= MOST_TEACHERS and sum(sizes) <= MOST_ENTRIES:
+    if vocabulary is None and (chosen == "cpp" or _kernels_take(sizes)):
         supported = indices if kept is None else indices.masked_fill(~kept, NOBODY)
-        loss = swept_loss(chosen, student, supported, log_probs, sizes, weights, labels, options, divergence)
-        return loss, None
+        entries = supported, log_probs, sizes, weights, labels, options
+        if chosen != "cpp":
+            return swept_loss(chosen, student, *entries, divergence, need_stats=need_stats)
+        loss = one_pass_loss(student, indices, kept, log_probs, sizes, weights, labels, options, divergence, values)
+        return loss, kernel_stats(chosen, student, *entries) if need_stats else None
     valid, log_p, rough = _given(student, log_probs, sizes, weights, labels, options)
     given = log_p.exp()
     named = named_entries(indices, kept, given, sizes, valid)
@@ -155,6 +161,8 @@ def topk_stats(
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_kd(student, *apart, weights, labels, options, need_stats=True)[1]
     given = student, indices, log_probs, sizes, weights, labels, options
+    if chosen == "cpp" or _kernels_take(sizes):
+        return kernel_stats(chosen, *given)
     return _tail_rows(chosen, *given, values, None, need_stats=True)[1]
 
 
@@ -247,6 +255,11 @@ def _tail_rows(
 
 def _classes(student: Tensor, vocabulary: Vocabulary | None) -> int:
     return student.shape[1] if vocabulary is None else vocabulary.classes
+
+
+def _kernels_take(sizes: list[int]) -> bool:
+    """Whether the GPUs' kernels of what is named take so many teachers and entries."""
+    return len(sizes) <= MOST_TEACHERS and sum(sizes) <= MOST_ENTRIES
 
 
 def _chosen(
@@ -424,7 +437,7 @@ class TopkBucket(torch.autograd.Function):
         found, z = sweep(student, classes, weights, labels, *settings, need_stats)
         if vocabulary is not None:
             found, z = joined(vocabulary, found, z, ctx.mine, absent, settings[0])
-        top, logs, logs_1, of_label, total, entropy, below = found.unbind(1)
+        top, logs, logs_1, of_label, total, entropy, below, _ = found.unbind(1)
         sums = [top / settings[0] + logs, top + logs_1, of_label, total / _classes(student, vocabulary)]
         if vocabulary is not None:
             sums.append(below)
@@ -456,15 +469,16 @@ _SETTINGS = "float temperature, int ignore_index, bool need_second, bool need_to
 
 # Of every row, over the classes that are not among its indices: maximum m, log sum exp((z - m) / temperature), with
 # need_second the same at temperature 1; the label's logit; with need_total the sum of all logits; and, with need_statistics,
-# sum r log r of r = softmax(z / temperature), and the sum of z. What is not asked for is 0, and so is an ignored row.
-# -> [N, 7], logits at the indices [N, K]: float64
+# sum r log r of r = softmax(z / temperature), and the sum of z; of all classes the first with the largest logit. What is not asked
+# for is 0, and so is an ignored row.
+# -> [N, 8], logits at the indices [N, K]: float64
 @define(
     "topk_bucket_fwd",
     f"(Tensor student, Tensor indices, Tensor? weights, Tensor? labels, {_SETTINGS}, bool need_statistics) -> (Tensor, Tensor)",
 )
 def _(student, indices, weights, labels, *settings):
     n, entries = indices.shape
-    return student.new_empty(n, 7, dtype=torch.float64), student.new_empty(n, entries, dtype=torch.float64)
+    return student.new_empty(n, 8, dtype=torch.float64), student.new_empty(n, entries, dtype=torch.float64)
 
 
 # From the gradients to these sums (not m and the logarithm, but that of the sum; the mean, not the sum) and to the logits at

@@ -38,6 +38,11 @@ struct Softmax {
   A by(int64_t k) const { return chunks_[k].by; }
   AMTML_INLINE A log(int64_t c) const { return (x[c] - m) * per_tau - log_sum; }
   double exact_log_sum() const { return static_cast<double>(log_sum) + rest; }
+  int64_t chunk_of_maximum() const {  // the first that has it
+    int64_t k = 0;
+    while (chunks_[k].most != m) ++k;
+    return k;
+  }
   bool finite() const { return std::abs(inverse) < std::numeric_limits<A>::infinity(); }
 
   // Makes every probability 0.
@@ -187,6 +192,27 @@ AMTML_INLINE double cross_entropy(const StudentRow<A>& row, int64_t n, int64_t l
   const double below = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return m - z[c]; });
   return (1 - smoothing) * label_term + smoothing * (log_sum + below / static_cast<double>(n));
 }
+
+// --- sums of exponentials in double
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// top + log: a difference to it keeps the digits that large logits would take.
+struct LogSum {
+  double top = 0, log = 0;
+  double above(double other) const { return (top - other) + log; }
+  double of(double x) const { return (x - top) - log; }  // x less this
+};
+
+inline double log_of_sum(const double* x, int64_t n) {  // of exp(x)
+  double top = -kInfinity, sum = 0;
+  for (int64_t j = 0; j < n; ++j) top = x[j] > top ? x[j] : top;
+  if (std::isinf(top)) return std::any_of(x, x + n, [](double v) { return v != v; }) ? top - top : top;
+  for (int64_t j = 0; j < n; ++j) sum += std::exp(x[j] - top);
+  return top + std::log(sum);
+}
+
+// --- reductions over rows
 
 // Denominators of the two terms, from the reduction and the rows that count.
 struct Scale {

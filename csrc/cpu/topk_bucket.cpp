@@ -16,9 +16,8 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int64_t kChunk = 1024;  // classes at a time where a gradient is rounded to 16 bits
 constexpr int64_t kNobody = -(int64_t{1} << 62);
-constexpr int64_t kFound = 7;  // numbers a row; amtml_fast/ops/topk_bucket.py has their order
+constexpr int64_t kFound = 8;  // numbers a row; amtml_fast/ops/topk_bucket.py has their order
 
 struct Problem {
   int64_t rows, classes, entries;
@@ -62,17 +61,51 @@ void in_vectors(const Body& body) {
   }
 }
 
+// Scratch of one thread.
 template <class A>
-AMTML_INLINE double log_sum(const A* y, int64_t n, A m, A per_tau) {
-  return std::log(block_sum<A>(n, [&](int64_t c) __attribute__((
-                                      always_inline)) { return exp_nonpositive<kScale>((y[c] - m) * per_tau); })) -
-         kLogScale;
+struct Row {
+  Buffer<A> y;       // without what is named
+  Softmax<A> r, r1;  // of y at tau, and where it is asked for at 1
+
+  explicit Row(const Problem& pr) : y(pr.classes), r(pr.classes), r1(pr.second ? pr.classes : 0) {}
+};
+
+template <class A>
+AMTML_INLINE double log_sum(const Softmax<A>& of, const A* y, int64_t n) {
+  if (of.m != -std::numeric_limits<A>::infinity()) return of.exact_log_sum();
+  const bool broken = std::any_of(y, y + n, [](A x) { return x != x; });
+  return broken ? std::numeric_limits<double>::quiet_NaN() : -std::numeric_limits<double>::infinity();
+}
+
+// The first class with the largest logit; NaN is larger than all others.
+template <class A>
+int64_t largest_class(const Row<A>& row, int64_t n, const int64_t* index, const double* named, int64_t entries) {
+  const A* y = row.y.data();
+  const bool broken = !(std::abs(row.r.inverse) < std::numeric_limits<A>::infinity());
+  int64_t at = 0;
+  double most = y[0];
+  if (broken) {
+    for (int64_t c = 1; c < n && most == most; ++c) {
+      if (y[c] > most || y[c] != y[c]) most = y[c], at = c;
+    }
+  } else {
+    const int64_t first = row.r.chunk_of_maximum() * kChunk;
+    at = std::find(y + first, y + std::min(first + kChunk, n), row.r.m) - y, most = row.r.m;
+  }
+  for (int64_t j = 0; j < entries; ++j) {
+    if (index[j] == kNobody) continue;
+    const bool same = named[j] == most || (named[j] != named[j] && most != most);
+    const bool more = named[j] > most || (named[j] != named[j] && most == most);
+    if (more || (same && index[j] < at)) most = named[j], at = index[j];
+  }
+  return at;
 }
 
 template <class A>
-AMTML_INLINE void sweep(const Problem& pr, int64_t i, A* y, double* found, double* named) {
+AMTML_INLINE void sweep(const Problem& pr, int64_t i, Row<A>& row, double* found, double* named) {
   constexpr A none = -std::numeric_limits<A>::infinity();
   const int64_t n = pr.classes, *index = pr.indices + i * pr.entries;
+  A* y = row.y.data();
   std::fill_n(found, kFound, 0.0);
   if (pr.ignored(i)) {
     std::fill_n(named, pr.entries, 0.0);
@@ -90,17 +123,30 @@ AMTML_INLINE void sweep(const Problem& pr, int64_t i, A* y, double* found, doubl
   for (int64_t j = 0; j < pr.entries; ++j) {
     if (index[j] != kNobody) y[index[j]] = none;
   }
-  const A largest = maximum(y, n), m = largest == none ? A(0) : largest;
-  const A per_tau = static_cast<A>(1 / pr.temperature);
-  found[0] = m;
-  for (int k = 1; k <= (pr.second ? 2 : 1); ++k) found[k] = log_sum(y, n, m, k == 1 ? per_tau : A(1));
+  row.r.begin(static_cast<A>(1 / pr.temperature));
+  row.r1.begin(1);
+  const Ahead next = pr.student.ahead(i + 1, pr.rows);
+  for (int64_t k = 0, first = 0; first < n; ++k, first += kChunk) {
+    const int64_t count = std::min(kChunk, n - first);
+    row.r.add(k, y + first, count, next.from(first));
+    if (pr.second) row.r1.add(k, y + first, count, row.r);
+  }
+  row.r.end(true);
+  if (pr.second) row.r1.end(true);
+  const A m = row.r.m == none ? A(0) : row.r.m;
+  found[0] = m, found[1] = log_sum(row.r, y, n);
+  if (pr.second) found[2] = log_sum(row.r1, y, n);
   if (!pr.statistics) return;
-  const A log_all = static_cast<A>(found[1]);
-  found[5] = block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) {
-    const A x = (y[c] - m) * per_tau, term = exp_nonpositive<kScale>(x) * (x - log_all);
-    return y[c] == none ? A(0) : term;
-  });
-  found[5] *= std::exp(-found[1] - kLogScale);
+  found[7] = static_cast<double>(largest_class(row, n, index, named, pr.entries));
+  const A per_tau = row.r.per_tau, log_all = static_cast<A>(found[1]);
+  for (int64_t k = 0, first = 0; first < n; ++k, first += kChunk) {
+    const A *e = row.r.e.data() + first, *x = y + first, by = row.r.by(k);
+    const auto term = [&](int64_t c) __attribute__((always_inline)) {
+      const A log_r = (x[c] - m) * per_tau - log_all;
+      return x[c] == none ? A(0) : by * e[c] * log_r;
+    };
+    found[5] += block_sum<A>(std::min(kChunk, n - first), term);
+  }
   int64_t others = n;
   for (int64_t j = 0; j < pr.entries; ++j) {
     if (index[j] == kNobody) continue;
@@ -123,11 +169,11 @@ std::tuple<Tensor, Tensor> topk_bucket_fwd(const Tensor& student, const Tensor& 
   dispatch_wide(in_float64 ? ScalarType::Double : ScalarType::Float, [&](auto zero) {
     using A = decltype(zero);
     in_shares(pr.rows, pr.classes, [&](Shares& next) {
-      Buffer<A> row(pr.classes);
+      Row<A> row(pr);
       in_vectors<A>([&] AMTML_BODY() {
         for (Share share; next(share);) {
           for (int64_t i = share.begin; i < share.end; ++i) {
-            sweep(pr, i, row.data(), to_found + i * kFound, to_named + i * pr.entries);
+            sweep(pr, i, row, to_found + i * kFound, to_named + i * pr.entries);
           }
         }
       });

@@ -20,7 +20,6 @@ namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
 constexpr int kNowhere = -1;
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 template <class A>
 struct Problem {
@@ -51,13 +50,6 @@ struct Head {
   int64_t last;          // the last teacher that names it
   int64_t at;            // its entry there
   bool lost;             // makes reverse KL infinite, and gets no gradient
-};
-
-// top + log: a difference to it keeps the digits that large logits would take.
-struct LogSum {
-  double top = 0, log = 0;
-  double above(double other) const { return (top - other) + log; }
-  double of(double x) const { return (x - top) - log; }  // x less this
 };
 
 struct Entry {  // a named class of one teacher
@@ -136,21 +128,13 @@ void take_shares(Row<A>& row) {
   for (Head& head : row.heads) head.share = head.e / sum;
 }
 
-inline double log_sum(const double* x, int64_t n) {
-  double top = -kInfinity, sum = 0;
-  for (int64_t j = 0; j < n; ++j) top = x[j] > top ? x[j] : top;
-  if (std::isinf(top)) return std::any_of(x, x + n, [](double v) { return v != v; }) ? top - top : top;
-  for (int64_t j = 0; j < n; ++j) sum += std::exp(x[j] - top);
-  return top + std::log(sum);
-}
-
 // The outcomes of a teacher: fills `entries`; returns what is left for the class of all others, or NaN.
 template <class A>
 double take_entries(Row<A>& row, int64_t i, int64_t t, int64_t first, double weight) {
   const Problem<A>& pr = row.problem;
   const int64_t* index = pr.indices + i * pr.entries + first;
   const double* log_prob = row.log_probs.data() + first;
-  const double log_mass = log_sum(log_prob, pr.sizes[t]);
+  const double log_mass = log_of_sum(log_prob, pr.sizes[t]);
   const bool dead = weight == 0 && !(log_mass < kInfinity);  // 0 * NaN is 0
   double left_out = 0;
   row.entries.clear();

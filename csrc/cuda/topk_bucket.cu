@@ -9,6 +9,7 @@
 // Traffic: a row in, once each way, one out in backward, 16 bytes an entry.
 #include "../arithmetic.h"
 #include "kd_rows.cuh"
+#include "topk_named.cuh"
 
 namespace amtml::gpu {
 namespace {
@@ -16,8 +17,6 @@ namespace {
 constexpr char kOp[] = "topk_kd_loss";
 constexpr int kMaxThreads = 256;
 constexpr int64_t kSpan = int64_t{1} << 17;  // classes whose bits are in shared memory at a time
-constexpr int64_t kNobody = -(int64_t{1} << 62);
-constexpr int kFound = 7;  // numbers a row; amtml_fast/ops/topk_bucket.py has their order
 
 struct Problem : KDProblem {
   const int64_t* indices;  // [N, entries]
@@ -40,6 +39,7 @@ struct Problem : KDProblem {
 struct Scratch {
   double sums[3][kMaxThreads / kWarp];
   float most[kMaxThreads / kWarp];
+  int64_t at[kMaxThreads / kWarp];
   float max, log_sum;
   uint32_t bits[1];  // [words], to the end
 };
@@ -110,8 +110,8 @@ __device__ __forceinline__ void unpack(const Problem& pr, Words words, const Use
   }
 }
 
-// Calls use(x, bits, there) for four logits at a time of row i, as they are, a bit for each that is named, and how many
-// there are.
+// Calls use(x, bits, there, c) for four logits at a time of row i, as they are, a bit for each that is named, how many
+// there are, and the first one's class.
 template <class Use>
 __device__ __forceinline__ void sweep(const Problem& pr, int64_t i, Scratch& s, const Use& use) {
   constexpr int kLoads = 2;  // under way at a time; what follows stands in the kernel once
@@ -139,14 +139,48 @@ __device__ __forceinline__ void sweep(const Problem& pr, int64_t i, Scratch& s, 
       for (int64_t c = first; c < least(first + kLoads * step, count); c += step) {
         uint32_t bits = s.bits[static_cast<uint32_t>(c) / 32] >> (static_cast<uint32_t>(c) % 32);
         int there = static_cast<int>(least(count - c, pr.per_pack));
+        int64_t at = start + c;
         unpack(pr, words[0], [&](float (&x)[4]) {
-          use(x, bits, there);
-          bits >>= 4, there -= 4;
+          use(x, bits, there, at);
+          bits >>= 4, there -= 4, at += 4;
         });
         words[0] = words[1];
       }
     }
   }
+}
+
+// The largest logit, and its class: of several the first. NaN is larger than all others; at < 0: none yet.
+struct Largest {
+  float most = 0;
+  int64_t at = -1;
+
+  __device__ __forceinline__ void take(float x, int64_t c) {
+    const bool more = x > most || (x != x && most == most), same = x == most || (x != x && most != most);
+    if (at < 0 || more || (same && c < at)) most = x, at = c;
+  }
+  __device__ void take(const Largest& other) {
+    if (other.at >= 0) take(other.most, other.at);
+  }
+};
+
+// Of the block, in thread 0.
+__device__ inline int64_t largest_of_block(Largest mine, Scratch& s) {
+#pragma unroll
+  for (int by = kWarp / 2; by > 0; by /= 2) {
+    Largest other;
+    other.most = __shfl_xor_sync(~0u, mine.most, by), other.at = __shfl_xor_sync(~0u, mine.at, by);
+    mine.take(other);
+  }
+  if (threadIdx.x % kWarp == 0) s.most[threadIdx.x / kWarp] = mine.most, s.at[threadIdx.x / kWarp] = mine.at;
+  __syncthreads();
+#pragma unroll 1
+  for (unsigned w = 0; w < blockDim.x / kWarp; ++w) {
+    Largest other;
+    other.most = s.most[w], other.at = s.at[w];
+    mine.take(other);
+  }
+  return mine.at;
 }
 
 __global__ void __launch_bounds__(kMaxThreads)
@@ -172,8 +206,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int pass = 0; pass < (pr.statistics ? 2 : 1); ++pass) {  // the second one for the statistics
     Online o{-INFINITY, 0, 0};
     double total = 0, entropy = 0;
+    Largest largest;
     const float max = pass == 0 ? 0.0f : s.max, log_sum = pass == 0 ? 0.0f : s.log_sum;
-    sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there) {
+    sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there, int64_t c) {
       if (pass == 0) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -186,6 +221,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       float terms = 0;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
+        if (k < there) largest.take(x[k], c + k);
         if (k >= there || bits >> k & 1) continue;
         total += x[k];
         const float log_r = (x[k] - max) * pr.per_tau - log_sum;
@@ -222,9 +258,13 @@ __global__ void __launch_bounds__(kMaxThreads)
       s.max = top == -INFINITY ? 0.0f : top;
       found[0] = s.max;
       found[3] = !pr.labels ? 0.0f : pr.has_label(i) ? pr.logit(i, pr.labels[i]) : NAN;
-      if (!pr.statistics) found[5] = found[6] = 0;
+      if (!pr.statistics) found[5] = found[6] = found[7] = 0;
     }
     __syncthreads();
+    if (pass == 1) {
+      const int64_t at = largest_of_block(largest, s);
+      if (threadIdx.x == 0) found[7] = static_cast<double>(at);
+    }
   }
 }
 
@@ -379,8 +419,6 @@ struct Inputs {
     while (threads * pr.per_pack < pr.classes && threads < kMaxThreads) threads *= 2;
   }
 };
-
-double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
 
 std::tuple<Tensor, Tensor> topk_bucket_fwd(const Tensor& student, const Tensor& indices, std::optional<Tensor>,
                                            std::optional<Tensor> labels, double temperature, int64_t ignore_index,

@@ -8,27 +8,19 @@
 // Traffic: 28 bytes an entry in, a few times, and 16 out.
 #include "../arithmetic.h"
 #include "kd_rows.cuh"
-#include "topk_entries.cuh"
+#include "topk_named.cuh"
 
 namespace amtml::gpu {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int kMaxThreads = 256;  // so that the places of a thread have a bit each: kMaxEntries / 256 <= 32
-constexpr int64_t kNobody = -(int64_t{1} << 62);
-constexpr int kFound = 7;        // numbers a row; amtml_fast/ops/topk_bucket.py has their order
 constexpr double kFar = 1e-280;  // of the largest exponential: below it a sum has a maximum of its own
 
 struct Problem : KDProblem {
-  EntryStarts start;
-  int sorted;              // K, or the power of 2 above it
-  const int64_t* indices;  // [N, K]; kNobody: of the bucket
-  const float* log_probs;  // [N, K]
-  const double *found, *named;
+  Named of;
   double tau, beta;
   Divergence kind;
 
-  __device__ int entries() const { return start.of[teachers]; }
   __device__ bool has_ce() const { return labels && ce_weight != 0; }
 };
 
@@ -39,102 +31,6 @@ struct Made {
   int64_t* heads;
   float* of_weights;
 };
-
-struct Scratch {
-  double sums[kWarp];
-  EntryKey keys[1];  // [sorted], to the end
-};
-
-// top + log: a difference to it keeps the digits that large logits would take.
-struct LogSum {
-  double top, log;
-  __device__ double above(double other) const { return (top - other) + log; }
-  __device__ double of(double x) const { return (x - top) - log; }  // x less this
-  __device__ double share_in(const LogSum& all) const { return exp(all.of(top) + log); }
-};
-
-// Of row i, in every thread.
-struct Row {
-  const Problem& pr;
-  Scratch& s;
-  int64_t i;
-
-  __device__ const double* found() const { return pr.found + i * kFound; }
-  __device__ int64_t first() const { return i * pr.entries(); }
-  __device__ double logit(int m) const { return pr.named[first() + entry_of(s.keys[m])]; }
-  __device__ double given(int entry) const { return exp(static_cast<double>(pr.log_probs[first() + entry])); }
-
-  // Calls use(m) for this thread's places that speak for a class.
-  template <class Use>
-  __device__ __forceinline__ void each_head(const Use& use) const {
-#pragma unroll 1
-    for (int m = threadIdx.x; m < pr.entries() && s.keys[m] != kNoEntry; m += blockDim.x) {
-      if (begins(s.keys, m)) use(m);
-    }
-  }
-
-  // What teacher t gives the class at m, in all of its entries; whether it names it.
-  __device__ bool names(int t, int m, double* p) const {
-    const int64_t c = class_of(s.keys[m]);
-    bool named = false;
-    *p = 0;
-#pragma unroll 1
-    for (; m < pr.entries() && class_of(s.keys[m]) == c && entry_of(s.keys[m]) < pr.start.of[t + 1]; ++m) {
-      if (entry_of(s.keys[m]) < pr.start.of[t]) continue;
-      *p += given(entry_of(s.keys[m]));
-      named = true;
-    }
-    return named;
-  }
-  __device__ bool names(int t, int m) const {
-    const int64_t c = class_of(s.keys[m]);
-#pragma unroll 1
-    for (; m < pr.entries() && class_of(s.keys[m]) == c && entry_of(s.keys[m]) < pr.start.of[t + 1]; ++m) {
-      if (entry_of(s.keys[m]) >= pr.start.of[t]) return true;
-    }
-    return false;
-  }
-
-  // Of the block.
-  __device__ double sum(double x) const {
-    x = block_sum(x, s.sums);
-    __syncthreads();
-    return x;
-  }
-  __device__ double max(double x) const {  // NaN is left out
-#pragma unroll
-    for (int by = kWarp / 2; by > 0; by /= 2) x = fmax(x, __shfl_xor_sync(~0u, x, by));
-    if (threadIdx.x % kWarp == 0) s.sums[threadIdx.x / kWarp] = x;
-    __syncthreads();
-#pragma unroll 1
-    for (unsigned w = 0; w < blockDim.x / kWarp; ++w) x = fmax(x, s.sums[w]);
-    __syncthreads();
-    return x;
-  }
-
-  // Over the classes that nobody names, and over all, whose x are logits over tau.
-  __device__ LogSum outside(double log, double tau) const {
-    return log == -INFINITY ? LogSum{-INFINITY, 0} : LogSum{found()[0] / tau, log};
-  }
-  __device__ LogSum all(const LogSum& outside, double tau) const {
-    double top = outside.top, sum_of = 0;
-    each_head([&](int m) { top = fmax(top, logit(m) / tau); });
-    top = max(top);
-    each_head([&](int m) { sum_of += exp(logit(m) / tau - top); });
-    return {top, log(exp(outside.above(top)) + sum(sum_of))};
-  }
-};
-
-__device__ inline void load_keys(const Row& row) {
-  const Problem& pr = row.pr;
-  const int64_t* const indices = pr.indices + row.first();
-#pragma unroll 1
-  for (int m = threadIdx.x; m < pr.sorted; m += blockDim.x) {
-    const bool there = m < pr.entries() && indices[m] != kNobody;
-    row.s.keys[m] = there ? entry_key(indices[m], m) : kNoEntry;
-  }
-  sort_entries(row.s.keys, pr.sorted);
-}
 
 // Value and q df/dq of an outcome.
 __device__ __noinline__ DivergenceTerm<double> outcome(Divergence kind, double p, double q, double log_q, double beta) {
@@ -179,17 +75,16 @@ struct Compared {
   unsigned lost = 0;  // a bit for each of this thread's places
 };
 
-__device__ inline void compare(const Row& row, int t, const LogSum& outside, const LogSum& all, double kl_grad,
-                               const Made& out, Compared& to) {
-  const Problem& pr = row.pr;
+__device__ inline void compare(const Problem& pr, const Row& row, int t, const LogSum& outside, const LogSum& all,
+                               double kl_grad, const Made& out, Compared& to) {
   const double weight = pr.weight(row.i, t);
   double* const of_named = out.of_named + row.first();
   double mass = 0, left_out = 0;
 #pragma unroll 1
-  for (int m = pr.start.of[t] + threadIdx.x; m < pr.start.of[t + 1]; m += blockDim.x) {
+  for (int m = pr.of.start.of[t] + threadIdx.x; m < pr.of.start.of[t + 1]; m += blockDim.x) {
     const double p = row.given(m);
     mass += p;
-    if (pr.indices[row.first() + m] == kNobody) left_out += p;
+    if (pr.of.indices[row.first() + m] == kNobody) left_out += p;
   }
   mass = row.sum(mass), left_out = row.sum(left_out);
   const bool dead = weight == 0 && !(mass < INFINITY);  // 0 * NaN is 0
@@ -260,9 +155,8 @@ __device__ inline void compare(const Row& row, int t, const LogSum& outside, con
   });
 }
 
-__device__ inline void write_ignored(const Row& row, const Made& out) {
-  const Problem& pr = row.pr;
-  for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
+__device__ inline void write_ignored(const Problem& pr, const Row& row, const Made& out) {
+  for (int m = threadIdx.x; m < pr.of.entries(); m += blockDim.x) {
     out.of_named[row.first() + m] = 0, out.heads[row.first() + m] = kNobody;
   }
   for (int t = threadIdx.x; out.of_weights && t < pr.teachers; t += blockDim.x) {
@@ -274,39 +168,39 @@ __device__ inline void write_ignored(const Row& row, const Made& out) {
   if (out.loss) out.loss[row.i] = 0;
 }
 
-__global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant__ Problem pr, const Made out) {
-  Scratch& s = shared<Scratch>();
-  const Row row{pr, s, blockIdx.x};
+__global__ void __launch_bounds__(kNamedThreads) rows_kernel(const __grid_constant__ Problem pr, const Made out) {
+  NamedScratch& s = shared<NamedScratch>();
+  const Row row{pr.of, s, blockIdx.x};
   const int64_t i = row.i;
-  if (pr.ignored(i)) return write_ignored(row, out);
+  if (pr.ignored(i)) return write_ignored(pr, row, out);
   float ce_grad, kl_grad;
   gradient_scales(pr, s.sums, &ce_grad, &kl_grad);
-  load_keys(row);
+  row.load_keys();
 #pragma unroll 1
-  for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {  // of the places of this thread
+  for (int m = threadIdx.x; m < pr.of.entries(); m += blockDim.x) {  // of the places of this thread
     const int64_t c = class_of(s.keys[m]);
     if (s.keys[m] == kNoEntry) break;
     out.of_named[row.first() + entry_of(s.keys[m])] = 0;
     out.heads[row.first() + entry_of(s.keys[m])] = begins(s.keys, m) ? c : kNobody;
   }
 #pragma unroll 1
-  for (int m = threadIdx.x; m < pr.entries(); m += blockDim.x) {
-    if (pr.indices[row.first() + m] != kNobody) continue;
+  for (int m = threadIdx.x; m < pr.of.entries(); m += blockDim.x) {
+    if (pr.of.indices[row.first() + m] != kNobody) continue;
     out.of_named[row.first() + m] = 0, out.heads[row.first() + m] = kNobody;
   }
 
   const LogSum outside = row.outside(row.found()[1], pr.tau), all = row.all(outside, pr.tau);
   Compared made;
 #pragma unroll 1
-  for (int t = 0; t < pr.teachers; ++t) compare(row, t, outside, all, kl_grad, out, made);
-  double of_outside = made.outside_lost ? 0 : made.of_outside - made.total_b * outside.share_in(all);
+  for (int t = 0; t < pr.teachers; ++t) compare(pr, row, t, outside, all, kl_grad, out, made);
+  double of_outside = made.outside_lost ? 0 : made.of_outside - made.total_b * exp(outside.log_share_in(all));
 
   double ce = 0, of_outside1 = 0;
   LogSum all1{};
   if (pr.has_ce()) {
     const LogSum outside1 = row.outside(row.found()[pr.tau == 1 ? 1 : 2], 1);
     all1 = row.all(outside1, 1);
-    of_outside1 = ce_grad * outside1.share_in(all1);
+    of_outside1 = ce_grad * exp(outside1.log_share_in(all1));
     ce = all1.above(row.found()[3]);
     const double smoothing = pr.label_smoothing;
     if (smoothing != 0) {  // not 0 * infinity
@@ -334,10 +228,8 @@ __global__ void __launch_bounds__(kMaxThreads) rows_kernel(const __grid_constant
 
 // --- the host's side
 
-double* doubles(const Tensor& t) { return static_cast<double*>(t.mutable_data_ptr()); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_bucket_rows(
-    const Tensor& found_, const Tensor& named_, const Tensor& student, const Tensor& indices_, const Tensor& log_probs_,
+    const Tensor& found, const Tensor& named, const Tensor& student, const Tensor& indices, const Tensor& log_probs,
     std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels, double temperature,
     double ce_weight, double kl_weight, double kl_scale, std::string tail, std::string reduction, int64_t ignore_index,
     double label_smoothing, std::string divergence, double beta) {
@@ -345,27 +237,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_bucket_rows(
   const DivergenceSettings settings(divergence, beta, tail, {}, temperature, false, ce_weight, kl_weight, reduction,
                                     ignore_index, label_smoothing);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
-  const Tensor found = dense(found_), named = dense(named_), indices = dense(indices_), log_probs = dense(log_probs_);
   const int64_t n = student.size(0), teachers = static_cast<int64_t>(sizes.size());
+  const NamedTensors entries_of(kOp, found, named, indices, log_probs, sizes, student.size(1));
   KDTensors own;
   Problem pr{};
-  pr.start = EntryStarts(kOp, sizes);
+  pr.of = entries_of.of;
   own.fill(pr, kOp, student, teachers, weights, labels, set, on);
-  const int64_t entries = pr.start.of[teachers];
-  check_shape(kOp, "found", found, {n, kFound});
-  check_shape(kOp, "named", named, {n, entries});
-  check_shape(kOp, "indices", indices, {n, entries});
-  check_shape(kOp, "log_probs", log_probs, {n, entries});
-  STD_TORCH_CHECK(found.scalar_type() == ScalarType::Double && named.scalar_type() == ScalarType::Double, kOp,
-                  ": found and named must be float64");
-  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, kOp, ": indices must be int64");
-  STD_TORCH_CHECK(log_probs.scalar_type() == ScalarType::Float, kOp, ": log_probs must be float32");
-  pr.sorted = sorted_count(static_cast<int>(entries));
-  pr.indices = static_cast<const int64_t*>(indices.const_data_ptr());
-  pr.log_probs = static_cast<const float*>(log_probs.const_data_ptr());
-  pr.found = static_cast<const double*>(found.const_data_ptr());
-  pr.named = static_cast<const double*>(named.const_data_ptr());
   pr.tau = temperature, pr.beta = beta, pr.kind = settings.kind;
+  const int64_t entries = pr.of.start.of[teachers];
 
   const bool none = set.each_row();
   const Tensor loss = empty(student, none ? Shape{n} : Shape{}, ScalarType::Float);
@@ -382,10 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_bucket_rows(
   }
   out.of_sums = doubles(of_sums), out.of_named = doubles(of_named), out.of_weights = data(of_weights);
   out.heads = static_cast<int64_t*>(heads.mutable_data_ptr());
-  unsigned threads = kWarp;
-  while (threads < entries && threads < kMaxThreads) threads *= 2;
-  launch(rows_kernel, {static_cast<unsigned>(n), threads, 1, sizeof(Scratch) + pr.sorted * sizeof(EntryKey)}, on, pr,
-         out);
+  launch(rows_kernel, entries_of.spread(), on, pr, out);
   if (!none) reduce_rows(pr, out.ce_rows, out.kl_rows, data(loss), nullptr, nullptr, on);
   return {loss, of_sums, of_named, heads, of_weights};
 }

@@ -93,8 +93,13 @@ def test_opcheck(case, fused):
         utils = TRACED
         if case.op == "hint":  # the error alone, which on the CPU is not part of it
             value_and_grads(hint_mse, case.inputs(*case.small)[:1] * 2)
-        if case.op == "topk_bucket":  # the CPU sweeps for statistics alone
+        if case.op == "topk_bucket":  # the CPU sweeps for statistics alone, and back in a split vocabulary
             value_and_grads(lambda *args: case.function(*args, return_stats=True)[0], case.inputs(*case.small))
+            if fused == "cpp":
+                student, index = torch.randn(6, 5), torch.tensor([[3, 1]]).repeat(6, 1)
+                sums, of_z, found = (torch.randn(6, k, dtype=torch.float64) for k in (4, 2, 8))
+                settings = 2.0, -100, False, False, False
+                torch.ops.amtml.topk_bucket_bwd.default(sums, of_z, student, index, None, found, *settings)
     elsewhere = ops.GPU_ONLY if fused == "cpp" else ops.CPU_ONLY - (set(ops.TRITON) if fused == "triton" else set())
     assert {f.overloadpacket.__name__ for f, *_ in seen} - {"scale_rows_"} == {
         n for n in ops.SCHEMAS if n.startswith(case.op) and n not in elsewhere

@@ -463,7 +463,36 @@ def test_reverse_kl_of_classes_that_a_teacher_gives_nothing():
     torch.testing.assert_close(grads[0], want_grads[0].float(), rtol=1e-5, atol=1e-6)
 
 
-@cpu_only
+@pytest.mark.parametrize("support", ["teacher", "student"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_statistics_at_the_edges(tail, support):
+    """Of teachers: equal probabilities, a class named twice, mass above 1, none, no weight and NaN. Of students: masked classes, equal
+    logits, one class far above all."""
+    if support == "student" and tail != "bucket":
+        pytest.skip("the other tails take no support")
+    torch.manual_seed(8)
+    student = torch.randn(10, C)
+    tops = [torch.randn(10, C).log_softmax(1).topk(k) for k in KS]
+    indices, log_probs = [top.indices for top in tops], [top.values for top in tops]
+    weights = torch.rand(10, T)
+    log_probs[0][0] = log_probs[0][0, :1]
+    indices[0][1, 1] = indices[0][1, 0]
+    log_probs[1][2] = torch.tensor([0.5, 0.4, 0.3]).log()
+    log_probs[1][3] = -math.inf
+    log_probs[1][4], weights[4, 1] = math.nan, 0
+    weights[5] = 0
+    student[6, [1, 4, 5]] = -math.inf
+    student[7] = student[7].round()
+    student[8, 3] = 500.0
+    indices[0][9], indices[1][9] = torch.arange(4), torch.arange(4, 7)
+    options = dict(tail=tail, temperature=1.5, return_stats=True, reduction="none", support=support)
+    args = student, indices, log_probs, weights
+    _, stats = af.topk_kd_loss(*args, **options)
+    _, want = af.reference.topk_kd_loss(*convert(args, dtype=torch.float64), **options)
+    for got, right in zip(stats, want):
+        torch.testing.assert_close(got, right.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("tail", TAILS)
 def test_of_equal_probabilities_the_first_class_is_the_largest(tail):
     indices = [torch.tensor([[3, 1, 4], [0, 2, 1], [1, 0, 3], [1, 0, 2], [4, 3, 1]])]
