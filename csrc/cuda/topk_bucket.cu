@@ -25,7 +25,7 @@ struct Problem : KDProblem {
   float per_tau;
   double per_class;
   bool packs;  // whether rows can be read 16 bytes at a time
-  bool second, total, statistics;
+  bool second, total;
 
   __device__ int64_t index(int64_t i, int64_t j) const { return indices[i * entries + j]; }
   __device__ bool known(int64_t c) const { return c >= 0 && c < classes; }
@@ -183,6 +183,7 @@ __device__ inline int64_t largest_of_block(Largest mine, Scratch& s) {
   return mine.at;
 }
 
+template <bool kStatistics>
 __global__ void __launch_bounds__(kMaxThreads)
     forward_kernel(const __grid_constant__ Problem pr, double* all_found, double* all_named) {
   Scratch& s = shared<Scratch>();
@@ -203,13 +204,13 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   const unsigned warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 #pragma unroll 1
-  for (int pass = 0; pass < (pr.statistics ? 2 : 1); ++pass) {  // the second one for the statistics
+  for (int pass = 0; pass < (kStatistics ? 2 : 1); ++pass) {  // the second one for the statistics
     Online o{-INFINITY, 0, 0};
     double total = 0, entropy = 0;
     Largest largest;
     const float max = pass == 0 ? 0.0f : s.max, log_sum = pass == 0 ? 0.0f : s.log_sum;
     sweep(pr, i, s, [&](float (&x)[4], uint32_t bits, int there, int64_t c) {
-      if (pass == 0) {
+      if (!kStatistics || pass == 0) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
           if (pr.total && k < there) total += x[k];
@@ -258,10 +259,10 @@ __global__ void __launch_bounds__(kMaxThreads)
       s.max = top == -INFINITY ? 0.0f : top;
       found[0] = s.max;
       found[3] = !pr.labels ? 0.0f : pr.has_label(i) ? pr.logit(i, pr.labels[i]) : NAN;
-      if (!pr.statistics) found[5] = found[6] = found[7] = 0;
+      if (!kStatistics) found[5] = found[6] = found[7] = 0;
     }
     __syncthreads();
-    if (pass == 1) {
+    if (kStatistics && pass == 1) {
       const int64_t at = largest_of_block(largest, s);
       if (threadIdx.x == 0) found[7] = static_cast<double>(at);
     }
@@ -403,14 +404,14 @@ struct Inputs {
   unsigned threads = kWarp;
 
   Inputs(const Tensor& student_, const Tensor& indices_, const std::optional<Tensor>& labels, double temperature,
-         int64_t ignore_index, bool second, bool total, bool statistics, const OnDevice& on)
+         int64_t ignore_index, bool second, bool total, const OnDevice& on)
       : student(dense_rows(student_)), indices(dense(indices_)) {
     own.fill(pr, kOp, student, 1, std::nullopt, labels, {temperature, 1, 1, 1, "", "sum", ignore_index, 0}, on);
     STD_TORCH_CHECK(indices.dim() == 2 && indices.size(0) == pr.rows, kOp, ": indices must be [N, K]");
     STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, kOp, ": indices must be int64");
     pr.indices = static_cast<const int64_t*>(indices.const_data_ptr());
     pr.entries = indices.size(1);
-    pr.second = second, pr.total = total, pr.statistics = statistics;
+    pr.second = second, pr.total = total;
     dispatch_gpu(student.scalar_type(), kOp, [](auto) {});  // takes no others
     pr.bytes = static_cast<int>(student.element_size());
     pr.per_pack = 16 / pr.bytes;
@@ -424,13 +425,13 @@ std::tuple<Tensor, Tensor> topk_bucket_fwd(const Tensor& student, const Tensor& 
                                            std::optional<Tensor> labels, double temperature, int64_t ignore_index,
                                            bool need_second, bool need_total, bool, bool need_statistics) {
   const OnDevice on(student);
-  const Inputs in(student, indices, labels, temperature, ignore_index, need_second, need_total, need_statistics, on);
+  const Inputs in(student, indices, labels, temperature, ignore_index, need_second, need_total, on);
   const Problem& pr = in.pr;
   const Tensor found = empty(student, {pr.rows, kFound}, ScalarType::Double);
   const Tensor named = empty(student, {pr.rows, pr.entries}, ScalarType::Double);
   const size_t bytes = sizeof(Scratch) + (std::min(kSpan, pr.classes) + 31) / 32 * sizeof(uint32_t);
-  launch(forward_kernel, {static_cast<unsigned>(pr.rows), in.threads, 1, bytes}, on, pr, doubles(found),
-         doubles(named));
+  launch(need_statistics ? forward_kernel<true> : forward_kernel<false>,
+         {static_cast<unsigned>(pr.rows), in.threads, 1, bytes}, on, pr, doubles(found), doubles(named));
   return {found, named};
 }
 
@@ -438,7 +439,7 @@ Tensor topk_bucket_bwd(const Tensor& grad_sums, const Tensor& grad_z, const Tens
                        std::optional<Tensor> labels, const Tensor& found, double temperature, int64_t ignore_index,
                        bool need_second, bool need_total, bool) {
   const OnDevice on(student);
-  const Inputs in(student, indices, labels, temperature, ignore_index, need_second, need_total, false, on);
+  const Inputs in(student, indices, labels, temperature, ignore_index, need_second, need_total, on);
   const Problem& pr = in.pr;
   check_shape(kOp, "grad_sums", grad_sums, {pr.rows, 4});
   check_shape(kOp, "grad_z", grad_z, {pr.rows, pr.entries});
