@@ -55,7 +55,7 @@ __device__ inline Teacher teacher_of(const Problem& pr, const Row& row, int t) {
   out.weight = pr.weight(row.i, t);
   out.dead = out.weight == 0 && !(all < INFINITY);
   out.named = static_cast<int64_t>(named), out.factor = 1;
-  out.mass = out.dead ? 0 : kept;
+  out.mass = kept;
   if (pr.renormalize) {
     out.shift = row.max(top);
     double sum = 0;

@@ -463,18 +463,19 @@ def test_reverse_kl_of_classes_that_a_teacher_gives_nothing():
     torch.testing.assert_close(grads[0], want_grads[0].float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [KS, (*KS, C)])
 @pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("tail", TAILS)
-def test_statistics_at_the_edges(tail, support):
-    """Of teachers: equal probabilities, a class named twice, mass above 1, none, no weight and NaN. Of students: masked classes, equal
-    logits, one class far above all."""
+def test_statistics_at_the_edges(tail, support, sizes):
+    """Of teachers: equal probabilities, a class named twice, mass above 1, none, NaN with and without weight, all classes. Of students: masked
+    classes, also all that nobody names, equal logits, one class far above all."""
     if support == "student" and tail != "bucket":
         pytest.skip("the other tails take no support")
     torch.manual_seed(8)
-    student = torch.randn(10, C)
-    tops = [torch.randn(10, C).log_softmax(1).topk(k) for k in KS]
+    student = torch.randn(12, C)
+    tops = [torch.randn(12, C).log_softmax(1).topk(k) for k in sizes]
     indices, log_probs = [top.indices for top in tops], [top.values for top in tops]
-    weights = torch.rand(10, T)
+    weights = torch.rand(12, len(sizes))
     log_probs[0][0] = log_probs[0][0, :1]
     indices[0][1, 1] = indices[0][1, 0]
     log_probs[1][2] = torch.tensor([0.5, 0.4, 0.3]).log()
@@ -483,8 +484,12 @@ def test_statistics_at_the_edges(tail, support):
     weights[5] = 0
     student[6, [1, 4, 5]] = -math.inf
     student[7] = student[7].round()
-    student[8, 3] = 500.0
+    student[8, 3] = 3000.0
+    indices[0][8], indices[1][8] = torch.arange(4), torch.arange(3, 6)
     indices[0][9], indices[1][9] = torch.arange(4), torch.arange(4, 7)
+    indices[0][10], indices[1][10] = torch.arange(4), torch.arange(3)
+    student[10, 4:] = -math.inf
+    log_probs[1][11, 1] = math.nan
     options = dict(tail=tail, temperature=1.5, return_stats=True, reduction="none", support=support)
     args = student, indices, log_probs, weights
     _, stats = af.topk_kd_loss(*args, **options)
@@ -495,10 +500,11 @@ def test_statistics_at_the_edges(tail, support):
 
 @pytest.mark.parametrize("tail", TAILS)
 def test_of_equal_probabilities_the_first_class_is_the_largest(tail):
-    indices = [torch.tensor([[3, 1, 4], [0, 2, 1], [1, 0, 3], [1, 0, 2], [4, 3, 1]])]
-    p = torch.tensor([[0.3, 0.3, 0.2], [0.01, 0.02, 0.02], [0.3, 0.3, 0.2], [0.01, 0.02, 0.02], [0.3, 0.3, 0.2]])
+    indices = [torch.tensor([[3, 1, 4], [0, 2, 1], [1, 0, 3], [1, 0, 2], [4, 3, 1], [0, 0, 0]])]
+    few, more = [0.01, 0.02, 0.02], [0.3, 0.3, 0.2]
+    p = torch.tensor([more, few, more, few, more, few])
     for best in range(6):
-        student = torch.zeros(5, 6)
+        student = torch.zeros(6, 6)
         student[:, best] = 2
         args = student, indices, [p.log()], None
         _, stats = af.topk_kd_loss(*args, tail=tail, return_stats=True)
