@@ -468,7 +468,7 @@ def test_reverse_kl_of_classes_that_a_teacher_gives_nothing():
 @pytest.mark.parametrize("tail", TAILS)
 def test_statistics_at_the_edges(tail, support, sizes):
     """Of teachers: equal probabilities, a class named twice, mass above 1, none, NaN with and without weight, all classes. Of students: masked
-    classes, also all that nobody names, equal logits, one class far above all."""
+    classes, also all that nobody names, equal logits, one class far above all, NaN, negative logits alone."""
     if support == "student" and tail != "bucket":
         pytest.skip("the other tails take no support")
     torch.manual_seed(8)
@@ -490,6 +490,7 @@ def test_statistics_at_the_edges(tail, support, sizes):
     indices[0][10], indices[1][10] = torch.arange(4), torch.arange(3)
     student[10, 4:] = -math.inf
     log_probs[1][11, 1] = math.nan
+    student[5, 0], student[9] = math.nan, student[9] - 10
     options = dict(tail=tail, temperature=1.5, return_stats=True, reduction="none", support=support)
     args = student, indices, log_probs, weights
     _, stats = af.topk_kd_loss(*args, **options)
