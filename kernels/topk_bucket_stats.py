@@ -90,7 +90,7 @@ def _bucket_stats_kernel(
             spread = tl.where(others == 0, 0.0, rest / tl.maximum(others, 1).to(tl.float64))
         rest = tl.where(others == 0, 0.0, rest + tl.where(dead, 0.0, left_out))
         weight = w[t].to(tl.float64)
-        retained += _weighted(weight, tl.where(dead, 0.0, kept))
+        retained += _weighted(weight, kept)
         total += weight
         given = given + (p_t,)
         names = names + (name,)
