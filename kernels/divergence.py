@@ -506,8 +506,11 @@ def _divergence_kernel(
                 slope = terms[0] - p[0] * mean_a
                 products = ()
                 for t in tl.static_range(T):
-                    x = tl.where(x_tiles[t] - x_tiles[t] == 0, x_tiles[t], 0.0)  # a class that the teacher has not
-                    products = products + (slope * ((x - shifts[t]) * per_taus[t]),)
+                    y = (x_tiles[t] - shifts[t]) * per_taus[t]
+                    y = tl.where(
+                        y - y == 0, y, -shifts[t] * per_taus[t]
+                    )  # a class that the teacher has not: a logit of 0
+                    products = products + (slope * y,)
                 mixed_dots = add(mixed_dots, products, FOLD, ALIGN)
             if not KNOWN and grad_out is not None:
                 _write_grad(

@@ -111,7 +111,8 @@ def _bucket_forward_kernel(
             keep = keep & (((word >> (cols & 31)) & 1) == 0)
             below += tl.where(keep, x, 0.0).to(tl.float64)
             log_r = (x - top) * per_tau - log_s.to(tl.float32)
-            entropy += tl.where(keep & (x != -float("inf")), tl.exp(log_r) * log_r, 0.0).to(tl.float64)
+            r = tl.exp(log_r)
+            entropy += tl.where(keep & (r != 0), r * log_r, 0.0).to(tl.float64)  # log_r is -inf for a finite mask, too
         broken = tl.max((most != most).to(tl.int32), axis=1, keep_dims=True) != 0
         of_all = tl.max(tl.where(most == most, most, -float("inf")), axis=1, keep_dims=True)
         is_largest = tl.where(broken, most != most, most == of_all)

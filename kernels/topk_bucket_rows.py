@@ -132,6 +132,24 @@ def of_teacher(indices, log_probs, row, used, index, entry, begin, end, shift, C
 
 
 @triton.jit
+def log_mass_of(log_prob, own):
+    """The logarithm of all that a teacher gives, whose entries are ``own``."""
+    top = row_max(tl.where(own, log_prob, -float("inf")))
+    shift = tl.where(tl.abs(top) == float("inf"), 0.0, top)
+    return shift + tl.log(row_sum(tl.where(own, tl.exp(log_prob - shift), 0.0)))
+
+
+@triton.jit
+def unnamed_mass(log_mass):
+    """1 less the mass that is named, to the last digits of what is left; no more than all may be named."""
+    mass = tl.exp(log_mass)
+    inside = (mass != 0) & (mass != 1)
+    rest = (1.0 - mass) * (log_mass / tl.where(inside, tl.log(tl.where(inside, mass, 0.5)), 1.0))
+    rest = tl.where(mass == 0, 1.0, tl.where(mass == 1, -log_mass, rest))
+    return tl.where(log_mass > 0, 0.0, rest)
+
+
+@triton.jit
 def find_outside(found, rows, used, tau):
     """Of the classes that nobody names the log-sum, as top + log."""
     m = tl.load(found + rows * 8, mask=used, other=0.0)
@@ -178,22 +196,22 @@ def _bucket_rows_kernel(
     index = tl.load(indices + at, mask=real, other=NOBODY)
     z = tl.load(named + at, mask=real, other=0.0)
     x = z / tau
-    mine_p = tl.exp(tl.load(log_probs + at, mask=real, other=-float("inf")).to(tl.float64))
+    log_prob = tl.load(log_probs + at, mask=real, other=-float("inf")).to(tl.float64)
     first = real & (index != NOBODY)
     given = ()
     names = ()
     rests = ()
     for t in tl.static_range(T):
         own = real & (entry >= starts[t]) & (entry < starts[t + 1])
-        mass = row_sum(tl.where(own, mine_p, 0.0))
-        left_out = row_sum(tl.where(own & (index == NOBODY), mine_p, 0.0))
-        dead = (w[t] == 0) & ~(mass < float("inf"))  # 0 * NaN is 0
+        left_out = row_sum(tl.where(own & (index == NOBODY), tl.exp(log_prob), 0.0))
+        log_mass = log_mass_of(log_prob, own)
+        dead = (w[t] == 0) & ~(tl.exp(log_mass) < float("inf"))  # 0 * NaN is 0
         p_t, name, repeated = of_teacher(
             indices, log_probs, rows * starts[T], used, index, entry, starts[t], starts[t + 1], 0.0, CHUNK
         )
         first = first & ~repeated
         classes = row_sum((own & (index != NOBODY) & ~repeated).to(tl.int32))
-        rest = tl.where(dead, 1.0, tl.where(mass > 1, 0.0, 1.0 - mass) + left_out)
+        rest = tl.where(dead, 1.0, unnamed_mass(log_mass) + left_out)
         given = given + (tl.where(dead, 0.0, p_t),)
         names = names + (name,)
         rests = rests + (tl.where(classes == c, 0.0, rest),)

@@ -19,7 +19,18 @@ from torch import Tensor
 from ._common import OPTIONS
 from ._kd_rows import find_rows, load_weights
 from ._launch import Launch, kept
-from .topk_bucket_rows import NOBODY, find_outside, find_rest, log_or, log_sum, of_teacher, row_max, row_sum
+from .topk_bucket_rows import (
+    NOBODY,
+    find_outside,
+    find_rest,
+    log_mass_of,
+    log_or,
+    log_sum,
+    of_teacher,
+    row_max,
+    row_sum,
+    unnamed_mass,
+)
 from .topk_kd import PAIRS, starts_of
 
 NONE: tl.constexpr = tl.constexpr(1 << 62)  # no class
@@ -69,22 +80,20 @@ def _bucket_stats_kernel(
         p = tl.exp(log_prob)
         kept = row_sum(tl.where(own & here, p, 0.0))
         left_out = row_sum(tl.where(own & ~here, p, 0.0))
-        mass = kept + left_out
-        dead = (w[t] == 0) & ~(mass < float("inf"))  # 0 * NaN is 0
+        log_mass = log_mass_of(log_prob, own)
         shift = tl.zeros([1, 1], tl.float64)
-        factor = tl.full([1, 1], 1.0, tl.float64)
         if TAIL == "renormalize":
-            shift = row_max(tl.where(own, log_prob, -float("inf")))
-            factor = 1.0 / row_sum(tl.where(own, tl.exp(log_prob - shift), 0.0))
-        if TAIL != "bucket":
-            factor = tl.where(dead, float("nan"), factor)  # so that its KL is
+            shift = log_mass
+        dead = tl.zeros([1, 1], tl.int32) != 0
+        if TAIL == "bucket":
+            dead = (w[t] == 0) & ~(tl.exp(log_mass) < float("inf"))  # 0 * NaN is 0
         p_t, name, repeated = of_teacher(
             indices, log_probs, rows * starts[T], used, index, entry, starts[t], starts[t + 1], shift, CHUNK
         )
-        p_t = tl.where(dead, 0.0, p_t) * factor
+        p_t = tl.where(dead, 0.0, p_t)
         first = first & ~repeated
         others = c - row_sum((own & here & ~repeated).to(tl.int32))
-        rest = tl.where(dead, 1.0, tl.where(mass > 1, 0.0, 1.0 - mass))
+        rest = tl.where(dead, 1.0, unnamed_mass(log_mass))
         spread = tl.zeros([1, 1], tl.float64)
         if TAIL == "uniform":
             spread = tl.where(others == 0, 0.0, rest / tl.maximum(others, 1).to(tl.float64))

@@ -48,6 +48,7 @@ from ._kd_rows import (
 from ._launch import Launch, kept
 
 HELD = 4096  # classes that a program keeps in registers; a longer row is read twice
+LARGEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)
 PAIRS = 256  # of entries that a warp compares at a time: more of them spill registers
 
 
@@ -61,7 +62,7 @@ def _teacher_probs(log_prob, mine, weight, RENORMALIZE: tl.constexpr):
     exps = tl.exp((log_prob - top).to(tl.float64))
     mass = tl.sum(tl.where(mine, exps, 0.0), axis=1, keep_dims=True)
     factor = tl.full([1, 1], 1.0, tl.float64)
-    dead = (weight == 0) & ~(mass < float("inf"))
+    dead = (weight == 0) & ~(mass < LARGEST)  # what is above it is infinite in float32
     if RENORMALIZE:
         factor = 1.0 / mass
         mass = mass / mass  # 1, or NaN

@@ -100,8 +100,8 @@ def bucket_loss(
     rows = _sweep(chosen, student, named, sizes, weights, labels, options, values, wide, need_stats, vocabulary)
     w = rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
 
-    # What is not given, and what is given of other classes. (In float64 1 - sum keeps the digits that float32 would lose.)
-    rest = (1 - by_teacher(given, sizes)).clamp(min=0)
+    # What is not given, to its last digits, and what is given of other classes.
+    rest = (-torch.stack([x.logsumexp(1) for x in log_p.split(sizes, 1)], 1).expm1()).clamp(min=0)
     if kept is not None:
         rest = rest + by_teacher(given.masked_fill(kept, 0), sizes)
     rest = rest.masked_fill(by_teacher(named.own, sizes) == classes, 0)

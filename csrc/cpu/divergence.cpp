@@ -195,7 +195,7 @@ double take_tiny_classes(Row<A>& row, int64_t start, int64_t n, const Softmax<A>
     const A q = row.prob[c];
     if (!(row.p[c] < tiny) || q == 0) continue;
     double log_p = 0;
-    const bool has = target ? target->x[start + c] != -std::numeric_limits<A>::infinity()
+    const bool has = target ? target->log(start + c) != -std::numeric_limits<A>::infinity()
                             : tiny_mixture(row, start + c, log_p, share);
     if (!has) {
       if (weight != 0) row.lost.push_back(start + c), row.lost_mass += weight * q;
@@ -308,8 +308,8 @@ AMTML_INLINE void compare_all(Row<A>& row) {
       const A *e = row.mixed.e.data() + start, *pa = row.pa.data() + start, *logits = p.x + start, by = row.mixed.by(k);
       row.dot[t] += block_sum<A>(std::min(kChunk, n - start), [&] AMTML_BODY(int64_t c) {
         const A x = logits[c], slope = pa[c] - e[c] * by * mean;
-        // What is not finite has no weight, or no probability.
-        const A y = ((x - x == 0 ? x : A(0)) - shift) * p.per_tau;
+        // What is not finite, as it is or over tau, has no weight, or no probability.
+        const A scaled = (x - shift) * p.per_tau, y = scaled - scaled == 0 ? scaled : -shift * p.per_tau;
         return if_mass(y, slope * y);
       });
     }

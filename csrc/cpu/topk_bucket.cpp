@@ -115,7 +115,7 @@ AMTML_INLINE void sweep(const Problem& pr, int64_t i, Row<A>& row, double* found
   if (z != y) std::copy_n(z, n, y);
   if (pr.labels) found[3] = static_cast<double>(y[pr.labels[i]]);
   if (pr.total) {
-    const A near = y[0] - y[0] == 0 ? y[0] : A(0);  // beside a large offset the differences keep their digits
+    const A top = maximum(y, n), near = top - top == 0 ? top : A(0);  // beside it the differences keep their digits
     found[4] = static_cast<double>(n) * near +
                block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return y[c] - near; });
   }
@@ -142,8 +142,8 @@ AMTML_INLINE void sweep(const Problem& pr, int64_t i, Row<A>& row, double* found
   for (int64_t k = 0, first = 0; first < n; ++k, first += kChunk) {
     const A *e = row.r.e.data() + first, *x = y + first, by = row.r.by(k);
     const auto term = [&](int64_t c) __attribute__((always_inline)) {
-      const A log_r = (x[c] - m) * per_tau - log_all;
-      return x[c] == none ? A(0) : by * e[c] * log_r;
+      const A log_r = (x[c] - m) * per_tau - log_all;  // -inf for a finite mask, too
+      return if_mass(e[c], by * e[c] * log_r);
     };
     found[5] += block_sum<A>(std::min(kChunk, n - first), term);
   }

@@ -135,7 +135,7 @@ double take_entries(Row<A>& row, int64_t i, int64_t t, int64_t first, double wei
   const int64_t* index = pr.indices + i * pr.entries + first;
   const double* log_prob = row.log_probs.data() + first;
   const double log_mass = log_of_sum(log_prob, pr.sizes[t]);
-  const bool dead = weight == 0 && !(log_mass < kInfinity);  // 0 * NaN is 0
+  const bool dead = weight == 0 && !(std::exp(log_mass) < kInfinity);  // 0 * NaN is 0
   double left_out = 0;
   row.entries.clear();
   for (int64_t j = 0; j < pr.sizes[t]; ++j) {
@@ -352,7 +352,7 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const KDPass<A>& pass) {
   if (pr.has_ce()) {
     double mean = 0;
     if (set.label_smoothing != 0) {
-      const A near = z[0] - z[0] == 0 ? z[0] : A(0);  // beside a large offset the differences keep their digits
+      const A top = maximum(z, n), near = top - top == 0 ? top : A(0);  // beside it the differences keep their digits
       mean = near + block_sum<A>(n, [&](int64_t c) __attribute__((always_inline)) { return z[c] - near; }) / n;
     }
     ce = cross_entropy(row, z, pr.labels[i], mean);

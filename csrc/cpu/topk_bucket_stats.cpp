@@ -91,7 +91,7 @@ Teacher take_teacher(Row& row, int64_t t, int64_t first) {
   const Problem& pr = row.problem;
   const double* log_prob = row.log_probs.data() + first;
   const double log_mass = log_of_sum(log_prob, pr.sizes[t]), all = std::exp(log_mass);
-  const bool dead = row.weights[t] == 0 && !(all < kInfinity);  // 0 * NaN is 0
+  const bool dead = pr.bucket && row.weights[t] == 0 && !(all < kInfinity);  // 0 * NaN is 0
   Teacher out;
   double left_out = 0;
   for (int64_t j = 0; j < pr.sizes[t]; ++j) {
@@ -100,8 +100,7 @@ Teacher take_teacher(Row& row, int64_t t, int64_t first) {
       left_out += given;
       continue;
     }
-    double p = pr.renormalize ? std::exp(log_prob[j] - log_mass) : given;
-    if (dead && !pr.bucket) p = std::nan("");  // so that its KL is
+    const double p = pr.renormalize ? std::exp(log_prob[j] - log_mass) : given;
     Head& head = row.heads[row.head_of[first + j]];
     head.p = head.last == t ? head.p + p : p;  // named twice: the sum of both
     out.named += head.last != t;

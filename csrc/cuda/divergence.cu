@@ -358,11 +358,12 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
       for (int k = 0; k < kPack; ++k) rest[k] = out >> k & 1 ? 0.0f : q[k];
       return terms(pr, weight, p, rest, log_p, [&](int k) { return student.log(z[k]); }, qb, a);
     };
-    auto without = [&](const float (&x)[kPack], float weight) {  // classes that the target of logits x has not
+    // Classes that a target of logits x has not.
+    auto without = [&](const Softmax& target, const float (&x)[kPack], float weight) {
       unsigned out = 0;
 #pragma unroll
       for (int k = 0; k < kPack; ++k) {
-        if (!reverse || x[k] != -INFINITY || q[k] == 0) continue;
+        if (!reverse || target.log(x[k]) != -INFINITY || q[k] == 0) continue;
         out |= 1u << k;
         lost_mass += weight * q[k];
       }
@@ -376,7 +377,7 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
         float p[kPack], a[kPack];
 #pragma unroll
         for (int k = 0; k < kPack; ++k) p[k] = own.probability(x[k]);
-        const unsigned out = without(x, w);
+        const unsigned out = without(own, x, w);
         const float of_rest = compare(w, p, [&](int k) { return own.log(x[k]); }, out, a);
         const float sum = out ? INFINITY : of_rest;
         if (w != 0) part += w * sum;
@@ -390,7 +391,7 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
         each_teacher<kPack>(pr, i, c, [&](int t, const float (&each)[kPack]) { mix(s, t, each, x); });
 #pragma unroll
         for (int k = 0; k < kPack; ++k) p[k] = mixed.probability(x[k]);
-        out = without(x, 1);
+        out = without(mixed, x, 1);
         if (out) part = INFINITY;
       } else {
         each_teacher<kPack>(pr, i, c, [&](int t, const float (&x)[kPack]) {
@@ -436,8 +437,9 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Results& want, co
 #pragma unroll
           for (int k = 0; k < kPack; ++k) {
             if (pr.logits()) {
-              const bool finite = x[k] - x[k] == 0;  // else no weight or no probability is there: 0 it counts
-              const float y = ((finite ? x[k] : 0.0f) - shift) * own.per_tau;
+              const float scaled = (x[k] - shift) * own.per_tau;
+              const bool finite = scaled - scaled == 0;  // else no weight or no probability is there: as a logit of 0
+              const float y = finite ? scaled : -shift * own.per_tau;
               sum += if_mass(y, a[k] * y), other += if_mass(y, p[k] * y);  // a may be infinite
             } else {
               const float each = own.probability(x[k]);

@@ -226,7 +226,8 @@ __global__ void __launch_bounds__(kMaxThreads)
         if (k >= there || bits >> k & 1) continue;
         total += x[k];
         const float log_r = (x[k] - max) * pr.per_tau - log_sum;
-        terms += x[k] == -INFINITY ? 0.0f : power_of_2(log_r * kLog2e) * log_r;
+        const float r = power_of_2(log_r * kLog2e);
+        terms += r == 0 ? 0.0f : r * log_r;  // log_r is -inf for a finite mask, too
       }
       entropy += terms;
     });

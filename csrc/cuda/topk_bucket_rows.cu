@@ -79,15 +79,14 @@ __device__ inline void compare(const Problem& pr, const Row& row, int t, const L
                                double kl_grad, const Made& out, Compared& to) {
   const double weight = pr.weight(row.i, t);
   double* const of_named = out.of_named + row.first();
-  double mass = 0, left_out = 0;
+  double left_out = 0;
 #pragma unroll 1
   for (int m = pr.of.start.of[t] + threadIdx.x; m < pr.of.start.of[t + 1]; m += blockDim.x) {
-    const double p = row.given(m);
-    mass += p;
-    if (pr.of.indices[row.first() + m] == kNobody) left_out += p;
+    if (pr.of.indices[row.first() + m] == kNobody) left_out += row.given(m);
   }
-  mass = row.sum(mass), left_out = row.sum(left_out);
-  const bool dead = weight == 0 && !(mass < INFINITY);  // 0 * NaN is 0
+  left_out = row.sum(left_out);
+  const double log_mass = row.log_mass(t);
+  const bool dead = weight == 0 && !(exp(log_mass) < INFINITY);  // 0 * NaN is 0
 
   // The student's share of what the teacher does not name.
   double others = 0, own = 0;
@@ -130,7 +129,7 @@ __device__ inline void compare(const Problem& pr, const Row& row, int t, const L
   sums.value = row.sum(sums.value), sums.qb = row.sum(sums.qb);
   sums.mass = row.sum(sums.mass), sums.lost_mass = row.sum(sums.lost_mass);
   double rest = 0;
-  if (own != static_cast<double>(pr.classes)) rest = dead ? 1 : (mass > 1 ? 0 : 1 - mass) + left_out;
+  if (own != static_cast<double>(pr.classes)) rest = dead ? 1 : unnamed_mass(log_mass) + left_out;
   const double log_rest = none ? -INFINITY : all.of(top) + log(others), of_those = sums.qb;
   const double b = sums.add(pr, rest, exp(log_rest), log_rest);
   if (none) sums.qb = of_those;

@@ -26,63 +26,53 @@ struct Problem {
   }
 };
 
-// What a teacher makes of its entries: p = exp(log_prob - shift) * factor.
+// What a teacher makes of its entries: p = exp(log_prob - shift).
 struct Teacher {
-  double weight, shift, factor;
+  double weight, shift;
   double mass;          // of what it gives, in the classes that count
   double rest, spread;  // of all that it does not name: together, and of each
   int64_t named;
-  bool dead;  // without weight, and NaN: 0 * NaN is 0
+  bool dead;  // with tail "bucket" without weight, and NaN: 0 * NaN is 0
 };
 
 __device__ __forceinline__ double entropy_of(double p) { return p == 0 ? 0 : -p * log(p); }
 __device__ __forceinline__ double kl_of(double p, double log_q) { return p == 0 ? 0 : p * (log(p) - log_q); }
 __device__ __forceinline__ double weighted(double w, double x) { return w == 0 && !(fabs(x) < INFINITY) ? 0 : w * x; }
 
-// In every thread.
-__device__ inline Teacher teacher_of(const Problem& pr, const Row& row, int t) {
-  const int begin = pr.of.start.of[t], end = pr.of.start.of[t + 1];
-  Teacher out{};
-  double kept = 0, left_out = 0, top = -INFINITY, named = 0;
+// `to` is in shared memory.
+__device__ __forceinline__ void find_teacher(const Problem& pr, const Row& row, int t, Teacher& to) {
+  double kept = 0, left_out = 0, named = 0;
 #pragma unroll 1
-  for (int m = begin + threadIdx.x; m < end; m += blockDim.x) {
+  for (int m = pr.of.start.of[t] + threadIdx.x; m < pr.of.start.of[t + 1]; m += blockDim.x) {
     (pr.of.indices[row.first() + m] == kNobody ? left_out : kept) += row.given(m);
-    top = fmax(top, row.log_prob(m));
   }
   row.each_head([&](int m) { named += row.names(t, m); });
   kept = row.sum(kept), left_out = row.sum(left_out), named = row.sum(named);
-  const double all = kept + left_out;
-  out.weight = pr.weight(row.i, t);
-  out.dead = out.weight == 0 && !(all < INFINITY);
-  out.named = static_cast<int64_t>(named), out.factor = 1;
-  out.mass = kept;
-  if (pr.renormalize) {
-    out.shift = row.max(top);
-    double sum = 0;
-#pragma unroll 1
-    for (int m = begin + threadIdx.x; m < end; m += blockDim.x) sum += exp(row.log_prob(m) - out.shift);
-    out.factor = 1 / row.sum(sum);
+  const double log_mass = row.log_mass(t);
+  if (threadIdx.x == 0) {
+    to.weight = pr.weight(row.i, t), to.mass = kept, to.named = static_cast<int64_t>(named);
+    to.dead = pr.bucket && to.weight == 0 && !(exp(log_mass) < INFINITY);
+    to.shift = pr.renormalize ? log_mass : 0;
+    const int64_t unnamed = pr.of.classes - to.named;
+    const double rest = unnamed == 0 ? 0 : to.dead ? 1 : unnamed_mass(log_mass);
+    to.rest = pr.bucket ? rest + (to.dead || unnamed == 0 ? 0 : left_out) : 0;
+    to.spread = pr.uniform && unnamed != 0 ? rest / static_cast<double>(unnamed) : 0;
   }
-  if (out.dead && !pr.bucket) out.factor = NAN;  // so that its KL is
-  const int64_t unnamed = pr.of.classes - out.named;
-  if (unnamed == 0) return out;
-  const double rest = out.dead ? 1 : all > 1 ? 0 : 1 - all;
-  if (pr.bucket) out.rest = rest + (out.dead ? 0 : left_out);
-  if (pr.uniform) out.spread = rest / static_cast<double>(unnamed);
-  return out;
+  __syncthreads();
 }
 
 // What teacher t gives the class at m, which it names or not.
-__device__ inline bool gives(const Row& row, const Teacher& teacher, int t, int m, double* p) {
+__device__ __forceinline__ bool gives(const Row& row, const Teacher& teacher, int t, int m, double* p) {
   bool named = false;
   double sum = 0;
   row.each_of(t, m, [&](int entry) { named = true, sum += exp(row.log_prob(entry) - teacher.shift); });
-  *p = teacher.dead ? 0 * teacher.factor : sum * teacher.factor;
+  *p = teacher.dead ? 0 : sum;
   return named;
 }
 
 // The student's log-probability of all that teacher t does not name.
-__device__ inline double log_rest(const Problem& pr, const Row& row, int t, const LogSum& all, const LogSum& outside) {
+__device__ __forceinline__ double log_rest(const Problem& pr, const Row& row, int t, const LogSum& all,
+                                           const LogSum& outside) {
   double top = all.top, sum = 0;
   row.each_head([&](int m) {
     if (!row.names(t, m)) sum += exp(row.logit(m) / pr.tau - top);
@@ -105,7 +95,7 @@ __device__ inline double log_rest(const Problem& pr, const Row& row, int t, cons
 }
 
 // The first class that nobody names; C or more if there is none.
-__device__ inline int64_t first_unnamed(const Row& row) {
+__device__ __forceinline__ int64_t first_unnamed(const Row& row) {
   double first = row.s.keys[0] == kNoEntry || class_of(row.s.keys[0]) != 0 ? 0 : INFINITY;
   row.each_head([&](int m) {
     const int64_t next = class_of(row.s.keys[m]) + 1;
@@ -117,7 +107,7 @@ __device__ inline int64_t first_unnamed(const Row& row) {
   return static_cast<int64_t>(-row.max(-first));
 }
 
-__global__ void __launch_bounds__(kNamedThreads) stats_kernel(const __grid_constant__ Problem pr, float* all_stats) {
+__global__ void __launch_bounds__(kNamedThreads, 2) stats_kernel(const __grid_constant__ Problem pr, float* all_stats) {
   const Row row{pr.of, shared<NamedScratch>(), blockIdx.x};
   const int teachers = pr.of.teachers;
   float* const stats = all_stats + row.i * (kStats + teachers);
@@ -143,8 +133,8 @@ __global__ void __launch_bounds__(kNamedThreads) stats_kernel(const __grid_const
   double target_outside = 0, target_rest = 0, retained = 0, total = 0;
 #pragma unroll 1
   for (int t = 0; t < teachers; ++t) {
-    const Teacher teacher = teacher_of(pr, row, t);
-    if (threadIdx.x == 0) known[t] = teacher;
+    const Teacher& teacher = known[t];
+    find_teacher(pr, row, t, known[t]);
     double kl = 0, log_q = 0;
     row.each_head([&](int m) {
       const double mine = all.of(row.logit(m) / pr.tau);

@@ -37,6 +37,12 @@ struct LogSum {
   __device__ double log_share_in(const LogSum& all) const { return all.of(top) + log; }
 };
 
+// 1 less the mass that is named, to the last digits of what is left; no more than all may be named.
+__device__ __forceinline__ double unnamed_mass(double log_mass) {
+  const double rest = -expm1(log_mass);
+  return rest < 0 ? 0 : rest;
+}
+
 // Of row i, in every thread.
 struct Row {
   const Named& of;
@@ -104,6 +110,19 @@ struct Row {
     for (unsigned w = 0; w < blockDim.x / kWarp; ++w) x = fmax(x, s.sums[w]);
     __syncthreads();
     return x;
+  }
+
+  // The logarithm of all that teacher t gives.
+  __device__ double log_mass(int t) const {
+    double top = -INFINITY, terms = 0;
+#pragma unroll 1
+    for (int m = of.start.of[t] + threadIdx.x; m < of.start.of[t + 1]; m += blockDim.x) top = fmax(top, log_prob(m));
+    top = max(top);
+    const double shift = fabs(top) == INFINITY ? 0 : top;
+#pragma unroll 1
+    for (int m = of.start.of[t] + threadIdx.x; m < of.start.of[t + 1]; m += blockDim.x)
+      terms += exp(log_prob(m) - shift);
+    return shift + log(sum(terms));
   }
 
   // Over the classes that nobody names, and over all, whose x are logits over tau.

@@ -184,6 +184,24 @@ def test_the_defaults_are_equation_8():
         torch.testing.assert_close(torch.autograd.grad(loss, (student, weights)), want)
 
 
+@SOME[1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_finite_mask_that_temperature_makes_infinite_masks(dtype, divergence, mode):
+    """torch.finfo(dtype).min over a temperature below 1 is -inf in float32."""
+    student, teachers, weights, labels, _, _ = _problem(dtype)
+    options = dict(divergence=divergence, mode=mode, temperature=0.5, alpha=0.7, return_stats=True)
+    found = []
+    for mask in (torch.finfo(dtype).min, -math.inf):
+        with torch.no_grad():
+            for x in (student, *teachers):
+                x[:, [0, 5]] = mask
+            labels = labels.masked_fill((labels == 0) | (labels == 5), 1)
+        loss, stats = af.multi_teacher_kd_loss(student, teachers, weights, labels, **options)
+        found.append((loss, *torch.autograd.grad(loss, (student, weights)), *stats))
+    assert found[1][0].isfinite()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
 @SOME[0]
 def test_masked_classes_count_nothing(divergence, mode):
     """A vocabulary padded with -inf on both sides is the smaller vocabulary."""

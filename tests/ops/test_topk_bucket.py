@@ -463,6 +463,60 @@ def test_reverse_kl_of_classes_that_a_teacher_gives_nothing():
     torch.testing.assert_close(grads[0], want_grads[0].float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_entropy_beside_a_mask_that_temperature_makes_infinite(dtype, tail):
+    student = torch.tensor([[1.0, 2.0, 3.0, torch.finfo(dtype).min, 0.5]], dtype=dtype)
+    args = student, [torch.tensor([[0, 1]])], [torch.tensor([[0.5, 0.3]]).log()], None
+    _, stats = af.topk_kd_loss(*args, temperature=0.5, tail=tail, return_stats=True)
+    q = (student.double() / 0.5).softmax(1)
+    torch.testing.assert_close(stats.student_entropy.double(), -torch.xlogy(q, q).sum(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("lost", [1e-12, 1e-14, 1e-17])
+def test_what_a_sure_teacher_leaves_keeps_its_digits(lost, on):
+    """1 - exp(-1e-17) is 0 in float64."""
+    if on == "reference":
+        pytest.skip("it computes in float32")
+    student = torch.tensor([[1.0, 2.0, 3.0, 0.0]], requires_grad=True)
+    args = student, [torch.tensor([[1]])], [torch.tensor([[-lost]])], None
+    options = dict(tail="bucket", temperature=1.0, divergence="reverse_kl")
+    got, grads = value_and_grads(af.topk_kd_loss, args, **options)
+    want, right = value_and_grads(af.reference.topk_kd_loss, convert(args, dtype=torch.float64), **options)
+    assert relative_error(got, want) <= 1e-6 and relative_error(grads[0], right[0]) <= 1e-5
+    _, stats = af.topk_kd_loss(*args, **options, return_stats=True)
+    _, wanted = af.reference.topk_kd_loss(*convert(args, dtype=torch.float64), **options, return_stats=True)
+    torch.testing.assert_close(stats.teacher_kl, wanted.teacher_kl.float(), rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("score", [100.0, 800.0, math.inf])
+def test_scores_that_are_no_log_probabilities_of_a_teacher_without_weight(score, tail, on):
+    if on == "reference":
+        pytest.skip("it computes in float32")
+    student, indices, log_probs, weights, labels, _ = _problem()
+    log_probs[1][3:] += score
+    weights = weights.detach().clone()
+    weights[3:, 1] = 0
+    args = student, indices, log_probs, weights.requires_grad_(), labels
+    options = dict(tail=tail, reduction="none", return_stats=True)
+    loss, stats = af.topk_kd_loss(*args, **options)
+    want, want_stats = af.reference.topk_kd_loss(*convert(args, dtype=torch.float64), **options)
+    torch.testing.assert_close(loss, want.float(), rtol=1e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    assert grad.isfinite().all()
+    torch.testing.assert_close(stats.teacher_kl, want_stats.teacher_kl.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_label_smoothing_beside_a_finite_mask():
+    student = torch.zeros(1, 2000)
+    student[0, 0] = torch.finfo(torch.float32).min
+    args = student, [torch.tensor([[1, 2]])], [torch.tensor([[0.5, 0.3]]).log()], None, torch.tensor([1])
+    got = af.topk_kd_loss(*args, temperature=1.0, alpha=0.5, label_smoothing=0.1, tail="bucket")
+    want = 0.5 * 0.1 / 2000 * -student[0, 0].double()
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("sizes", [KS, (*KS, C)])
 @pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("tail", TAILS)
