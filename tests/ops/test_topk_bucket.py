@@ -543,6 +543,7 @@ def test_statistics_at_the_edges(tail, support, sizes):
     indices[0][9], indices[1][9] = torch.arange(4), torch.arange(4, 7)
     indices[0][10], indices[1][10] = torch.arange(4), torch.arange(3)
     student[10, 4:] = -math.inf
+    log_probs[1][10] = torch.tensor([0.5, 0.4, 0.3]).log()
     log_probs[1][11, 1] = math.nan
     student[5, 0], student[9] = math.nan, student[9] - 10
     options = dict(tail=tail, temperature=1.5, return_stats=True, reduction="none", support=support)
@@ -551,6 +552,24 @@ def test_statistics_at_the_edges(tail, support, sizes):
     _, want = af.reference.topk_kd_loss(*convert(args, dtype=torch.float64), **options)
     for got, right in zip(stats, want):
         torch.testing.assert_close(got, right.float(), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_agreement_with_a_target_of_nan_and_with_equal_logits(tail):
+    """NaN is the largest probability, and of equal logits the first class is the largest, wherever in a long row."""
+    student = torch.zeros(4, 5001)
+    student[0, 4] = student[1, 2] = 9
+    student[2, [2, 2 + 2048, 2 + 4096]] = 9
+    student[3] = -math.inf
+    p = torch.tensor([0.5, 0.3, 0.1]).repeat(4, 1)
+    p[:2, 1] = math.nan
+    index = torch.tensor([[2, 4, 1]]).repeat(4, 1)
+    index[3] = torch.tensor([0, 4, 1])
+    args = student, [index], [p.log()], None
+    _, stats = af.topk_kd_loss(*args, tail=tail, return_stats=True)
+    _, want = af.reference.topk_kd_loss(*args, tail=tail, return_stats=True)
+    assert want.agreement[2:].tolist() == [1, 1]
+    torch.testing.assert_close(stats.agreement, want.agreement)
 
 
 @pytest.mark.parametrize("tail", TAILS)
