@@ -17,8 +17,7 @@ namespace {
 constexpr char kOp[] = "topk_kd_loss";
 constexpr int64_t kNobody = -(int64_t{1} << 62);
 constexpr int64_t kFound = 8;  // numbers a row; amtml_fast/ops/topk_bucket.py has their order
-constexpr int64_t kStats =
-    4;  // numbers a row, but for the teachers' KLs: amtml_fast/ops/_topk_bucket_kernels.py has their order
+constexpr int64_t kStats = 4;  // numbers a row, but for the teachers' KLs; _topk_bucket_kernels.py has their order
 
 struct Problem {
   int64_t rows, classes, entries;
@@ -149,7 +148,10 @@ template <class A>
 void run_row(Row& row, int64_t i, A* stats) {
   const Problem& pr = row.problem;
   const double* found = pr.found + i * kFound;
-  if (pr.ignored(i)) return std::fill_n(stats, kStats + pr.teachers(), A(0)), void();
+  if (pr.ignored(i)) {
+    std::fill_n(stats, kStats + pr.teachers(), A(0));
+    return;
+  }
   if (pr.weights) {
     const double* w = load_row(pr.weights, i, pr.teachers(), row.weights.data());
     if (w != row.weights.data()) std::copy_n(w, pr.teachers(), row.weights.data());
@@ -160,8 +162,8 @@ void run_row(Row& row, int64_t i, A* stats) {
   if (given != row.log_probs.data()) std::copy_n(given, pr.entries, row.log_probs.data());
   take_heads(row, i);
 
-  const bool empty = found[1] == -kInfinity;  // nobody leaves a class out
-  const LogSum outside = empty ? LogSum{-kInfinity, 0} : LogSum{found[0] / pr.temperature, found[1]};
+  const bool none = found[1] == -kInfinity;  // each class with a probability is named
+  const LogSum outside = none ? LogSum{-kInfinity, 0} : LogSum{found[0] / pr.temperature, found[1]};
   LogSum all{outside.top, 0};
   for (const Head& head : row.heads) all.top = head.x > all.top ? head.x : all.top;
   double sum = std::exp(outside.above(all.top));
@@ -185,8 +187,11 @@ void run_row(Row& row, int64_t i, A* stats) {
     double kl = 0, log_q = below;  // log_q: summed over what t does not name
     for (Head& head : row.heads) {
       const bool names = head.last == t;
-      if (names) kl += kl_of(head.p, head.log_q);
-      if (!names) log_q += head.log_q;
+      if (names) {
+        kl += kl_of(head.p, head.log_q);
+      } else {
+        log_q += head.log_q;
+      }
       head.target += weighted(w, names ? head.p : teacher.spread);
     }
     if (pr.bucket) kl += kl_of(teacher.rest, log_rest(row, t, all, outside));
@@ -212,10 +217,14 @@ Tensor topk_bucket_stats(const Tensor& found_, const Tensor& named_, const Tenso
   const int64_t n = found.size(0), teachers = static_cast<int64_t>(sizes.size());
   const int64_t entries = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
   check_shape(kOp, "found", found, {n, kFound});
-  for (const auto& [name, t] : {std::pair("named", &named), std::pair("indices", &indices)}) {
+  for (const auto& [name, t] : {std::pair("z", &named), std::pair("indices", &indices)}) {
     check_shape(kOp, name, *t, {n, entries});
   }
   check_shape(kOp, "log_probs", log_probs, {n, entries});
+  STD_TORCH_CHECK(found.scalar_type() == ScalarType::Double && named.scalar_type() == ScalarType::Double, kOp,
+                  ": found and z must be float64");
+  STD_TORCH_CHECK(indices.scalar_type() == ScalarType::Long, kOp, ": indices must be int64");
+  STD_TORCH_CHECK(!labels_ || labels_->scalar_type() == ScalarType::Long, kOp, ": labels must be int64");
   if (weights) check_shape(kOp, "weights", *weights, {n, teachers});
   if (labels_) check_shape(kOp, "labels", *labels_, {n});
   std::optional<Tensor> labels;
