@@ -52,8 +52,20 @@ AMTML_SHARED A log_of_ratio(A u, A ratio, const Log& log) {
   return near ? (less == 0 ? u : l * (u / less)) : l;
 }
 
-// Of the mixture m = beta p + (1 - beta) q and a probability x of the two: log(x / m), where far = (1 - beta) (p - q)
-// for x = p, and beta (q - p) for x = q, is x - m without cancellation.
+// What p and q have in the mixture m = share.p p + share.q q. Both are made in float64: 1 - beta would lose a small
+// beta in float32, and a beta near 1.
+template <class A>
+struct MixtureShares {
+  A p, q;
+};
+template <class A>
+MixtureShares<A> shares_of(Divergence kind, double beta) {
+  if (kind == Divergence::skew_reverse_kl) return {static_cast<A>(1 - beta), static_cast<A>(beta)};
+  return {static_cast<A>(beta), static_cast<A>(1 - beta)};
+}
+
+// Of that mixture and a probability x of the two: log(x / m), where far = share.q (p - q) for x = p, and share.p (q -
+// p) for x = q, is x - m without cancellation.
 template <class A, class Log>
 AMTML_SHARED A log_over_mixture(A x, A m, A far, const Log& log) {
   return log_of_ratio(far / m, x / m, log);
@@ -65,7 +77,7 @@ AMTML_SHARED A log_over_mixture(A x, A m, A far, const Log& log) {
 // so it is to be added to a sum over the classes. Where a class has no probability on one side, the logarithm of that
 // side does not count.
 template <Divergence kind, class A, class Log>
-AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, A beta, const Log& log) {
+AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, MixtureShares<A> share, const Log& log) {
   if constexpr (kind == Divergence::forward_kl) {
     const A ratio = log_p - log_q;
     return {if_mass(p, p * ratio), -p, p == 0 ? A(-1) : ratio};
@@ -76,32 +88,30 @@ AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, A bet
     const A difference = p - q, sign = difference > 0 ? A(0.5) : (difference < 0 ? A(-0.5) : difference);
     return {sign * difference, -q * sign, sign};
   } else {
-    const A share = kind == Divergence::skew_reverse_kl ? A(1) - beta : beta;  // of p in the mixture
-    const A m = share * p + (A(1) - share) * q;
+    const A m = share.p * p + share.q * q;
     const A over = m == 0 ? A(1) : m;  // both are 0 then
-    const A from_p = (A(1) - share) * (p - q), from_q = share * (q - p);
+    const A from_p = share.q * (p - q), from_q = share.p * (q - p);
     if constexpr (kind == Divergence::skew_kl) {
       const A log_p_m = log_over_mixture(p, over, from_p, log);
       const A ratio = p / over;
-      return {if_mass(p, p * log_p_m) - from_p, -(A(1) - share) * q * ratio,
-              if_mass(p, log_p_m + A(1) - share * ratio)};
+      return {if_mass(p, p * log_p_m) - from_p, -share.q * q * ratio, if_mass(p, log_p_m + A(1) - share.p * ratio)};
     } else if constexpr (kind == Divergence::skew_reverse_kl) {
       const A log_q_m = log_over_mixture(q, over, from_q, log);
       const A ratio = q / over;
-      return {if_mass(q, q * log_q_m) - from_q, if_mass(q, q * (log_q_m - (A(1) - share) * ratio)), -share * ratio};
+      return {if_mass(q, q * log_q_m) - from_q, if_mass(q, q * (log_q_m - share.q * ratio)), -share.p * ratio};
     } else {
       const A log_p_m = log_over_mixture(p, over, from_p, log), log_q_m = log_over_mixture(q, over, from_q, log);
-      const A of_p = if_mass(p, share * log_p_m), of_q = if_mass(q, (A(1) - share) * log_q_m);
-      return {p * of_p + q * of_q, q * of_q, p == 0 ? (q == 0 ? A(0) : -share) : of_p};
+      const A of_p = if_mass(p, share.p * log_p_m), of_q = if_mass(q, share.q * log_q_m);
+      return {p * of_p + q * of_q, q * of_q, p == 0 ? (q == 0 ? A(0) : -share.p) : of_p};
     }
   }
 }
 
 // What the terms leave out, of p with this mass and q with mass 1.
 template <class A>
-AMTML_SHARED A divergence_constant(Divergence kind, A mass, A beta) {
-  if (kind == Divergence::skew_kl) return (A(1) - beta) * (mass - A(1));
-  if (kind == Divergence::skew_reverse_kl) return (A(1) - beta) * (A(1) - mass);
+AMTML_SHARED A divergence_constant(Divergence kind, A mass, MixtureShares<A> share) {
+  if (kind == Divergence::skew_kl) return share.q * (mass - A(1));
+  if (kind == Divergence::skew_reverse_kl) return share.p * (A(1) - mass);
   return A(0);
 }
 

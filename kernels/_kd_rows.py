@@ -139,7 +139,8 @@ def streamed_sums(
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The same of rows that are read in chunks, a tuple of them side by side, so that many loads are under way: every thread
-    has its own maximum, which moves once a chunk. Less than 2^-126 of a maximum adds nothing to a sum from 1 on."""
+    has its own maximum, which moves once a chunk. Less than 2^-126 of a maximum adds nothing to a sum from 1 on. A row of -inf
+    has the sum 0 beside LOWEST."""
     T: tl.constexpr = len(rates)
     LANES: tl.constexpr = BLOCK // VECTOR
     maxima = (tl.full([1, LANES, 1], LOWEST, tl.float32),) * T  # finite: -inf - m is no NaN
@@ -177,7 +178,6 @@ def streamed_sums(
         top = tl.max(m, axis=1, keep_dims=True)
         unit = rates[t] + rates[t]
         total = tl.sum(tl.reshape(sums[t], [1, LANES]) * tl.exp2((m - top) * unit), axis=1, keep_dims=True)
-        total = tl.where(total == 0, float("nan"), total)  # a row of -inf
         if t == 0:
             total1 = total
             if rate1 is not None:
@@ -207,6 +207,12 @@ def softmax_sums(
         maxima, sums, s1 = streamed_sums(
             x, others, rows, stride, strides, c, used, rates, rate1, mixing, OWN, ALIGN, BLOCK, STEPS, VECTOR
         )
+        found = ()
+        for t in tl.static_range(len(rates)):
+            found = found + (tl.where(sums[t] == 0, float("nan"), sums[t]),)  # a row of -inf
+        sums = found
+        if rate1 is None:
+            s1 = sums[0]
     return maxima, sums, s1
 
 

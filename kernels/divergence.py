@@ -65,9 +65,10 @@ LEAST_MIXTURE: tl.constexpr = tl.constexpr(2.0**-120)  # of p and q, whose inver
 
 
 @triton.jit
-def _class_terms(p, q, log, difference, total, log_total, by_total, beta, KIND: tl.constexpr):
-    """What a class adds to D, r and a (but for a constant: see ``_constants``). The two KLs need log(p / (total q)), which does
-    not count where one side has no probability, p - total q, and log total and 1 / total, where total is the mass of p."""
+def _class_terms(p, q, log, difference, total, log_total, by_total, share, KIND: tl.constexpr):
+    """What a class adds to D, r and a (but for a constant: see ``constants``). The two KLs need log(p / (total q)), which does
+    not count where one side has no probability, p - total q, and log total and 1 / total, where total is the mass of p. share: of p
+    and of q in the mixture m."""
     if KIND == "forward_kl":
         value = tl.where(p == 0, 0.0, p * log) - difference
         r = p
@@ -82,29 +83,26 @@ def _class_terms(p, q, log, difference, total, log_total, by_total, beta, KIND: 
         value = a * apart
         r = q * a
     else:
-        share = beta  # of p in the mixture m
-        if KIND == "skew_reverse_kl":
-            share = 1.0 - beta
-        m = share * p + (1.0 - share) * q
+        m = share[0] * p + share[1] * q
         inverse = 1.0 / tl.maximum(m, LEAST_MIXTURE)  # below it nothing counts, and infinity would meet a 0
-        from_p = (1.0 - share) * (p - q)
-        from_q = share * (q - p)
+        from_p = share[1] * (p - q)
+        from_q = share[0] * (q - p)
         if KIND == "skew_kl":
             log_p = tl.where(p == 0, 0.0, log_over(p, from_p, inverse))
             value = p * log_p - from_p
-            r = (1.0 - share) * q * (p * inverse)
-            a = tl.where(p == 0, 0.0, log_p + 1.0 - share * (p * inverse))
+            r = share[1] * q * (p * inverse)
+            a = tl.where(p == 0, 0.0, log_p + 1.0 - share[0] * (p * inverse))
         elif KIND == "skew_reverse_kl":
             log_q = tl.where(q == 0, 0.0, log_over(q, from_q, inverse))
             value = q * log_q - from_q
-            r = q * ((1.0 - share) * (q * inverse) - log_q)
-            a = -share * (q * inverse)
+            r = q * (share[1] * (q * inverse) - log_q)
+            a = -share[0] * (q * inverse)
         else:
-            of_p = tl.where(p == 0, 0.0, share * log_over(p, from_p, inverse))
-            of_q = tl.where(q == 0, 0.0, (1.0 - share) * log_over(q, from_q, inverse))
+            of_p = tl.where(p == 0, 0.0, share[0] * log_over(p, from_p, inverse))
+            of_q = tl.where(q == 0, 0.0, share[1] * log_over(q, from_q, inverse))
             value = p * of_p + q * of_q
             r = -(q * of_q)
-            a = tl.where(p == 0, tl.where(q == 0, 0.0, -share), of_p)
+            a = tl.where(p == 0, tl.where(q == 0, 0.0, -share[0]), of_p)
     return value, r, a
 
 
@@ -131,7 +129,7 @@ def _log_of_tiny(halves, half, log_ratios, inverses, weights):
 
 
 @triton.jit
-def _probabilities(xs, maxima, inverses, rates):
+def probabilities(xs, maxima, inverses, rates):
     """Of every softmax half the exponent, and the probability, 0 where a teacher without weight has none."""
     halves = ()
     probs = ()
@@ -153,7 +151,19 @@ def _mixture_of(probs, weights):
 
 @triton.jit
 def _to_mixture(
-    e, half, inverse, halves, probs, weights, inverses, log_ratios, total, log_total, by_total, beta, KIND: tl.constexpr
+    e,
+    half,
+    inverse,
+    halves,
+    probs,
+    weights,
+    inverses,
+    log_ratios,
+    total,
+    log_total,
+    by_total,
+    share,
+    KIND: tl.constexpr,
 ):
     """D, r, p_t a of every teacher, and the classes that are lost: the student has them and the mixture has not."""
     q = e * inverse
@@ -169,7 +179,7 @@ def _to_mixture(
         log_tiny, shares = _log_of_tiny(halves, half, log_ratios, inverses, weights)
         log = tl.where(tiny, log_tiny - log_total, log)
         lost = tiny & (q != 0) & (log == -float("inf"))
-    value, r, a = _class_terms(p, q, log, difference, total, log_total, by_total, beta, KIND)
+    value, r, a = _class_terms(p, q, log, difference, total, log_total, by_total, share, KIND)
     if KIND == "reverse_kl":
         r = tl.where(lost, q, r)
     if KIND == "forward_kl":
@@ -186,7 +196,7 @@ def _to_mixture(
 
 
 @triton.jit
-def _to_each(e, half, inverse, halves, probs, weights, log_ratios, beta, KIND: tl.constexpr, LOGITS: tl.constexpr):
+def to_each(e, half, inverse, halves, probs, weights, log_ratios, share, KIND: tl.constexpr, LOGITS: tl.constexpr):
     """D of every target, r of all of them, p a if the target is that of mixed logits, and the classes that a target has lost."""
     q = e * inverse
     all_r = tl.zeros(q.shape, tl.float32)
@@ -198,7 +208,7 @@ def _to_each(e, half, inverse, halves, probs, weights, log_ratios, beta, KIND: t
         log = p
         if (KIND == "forward_kl") | (KIND == "reverse_kl"):
             log = (halves[t] - half) * (2 * LN2) - log_ratios[t]
-        value, r, a = _class_terms(p, q, log, p - q, 1.0, 0.0, 1.0, beta, KIND)
+        value, r, a = _class_terms(p, q, log, p - q, 1.0, 0.0, 1.0, share, KIND)
         values = values + (value,)
         gone = (q != 0) & (log == -float("inf")) & (weights[t] != 0)
         if KIND == "reverse_kl":
@@ -214,27 +224,27 @@ def _to_each(e, half, inverse, halves, probs, weights, log_ratios, beta, KIND: t
 
 
 @triton.jit
-def _compare(
-    z, xs, m, inverse, rate, maxima, inverses, rates, weights, log_ratios, total, log_total, by_total, beta,
+def compare(
+    z, xs, m, inverse, rate, maxima, inverses, rates, weights, log_ratios, total, log_total, by_total, share,
     KIND: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """The student of a tile beside its targets: its exponentials, and what the classes add."""
     half = (z - m) * rate
     e = square(tl.exp2(half))
-    halves, probs = _probabilities(xs, maxima, inverses, rates)
+    halves, probs = probabilities(xs, maxima, inverses, rates)
     if MODE == "mixture":
         values, r, terms, lost = _to_mixture(
-            e, half, inverse, halves, probs, weights, inverses, log_ratios, total, log_total, by_total, beta, KIND
+            e, half, inverse, halves, probs, weights, inverses, log_ratios, total, log_total, by_total, share, KIND
         )
     else:
-        values, r, terms, lost = _to_each(
-            e, half, inverse, halves, probs, weights, log_ratios, beta, KIND, MODE == "logits"
+        values, r, terms, lost = to_each(
+            e, half, inverse, halves, probs, weights, log_ratios, share, KIND, MODE == "logits"
         )
     return e, values, r, terms, lost
 
 
 @triton.jit
-def _constants(total, beta, KIND: tl.constexpr, MASS: tl.constexpr):
+def constants(total, share, KIND: tl.constexpr, MASS: tl.constexpr):
     """What the classes leave out of D, of a target with this mass, and of a."""
     value = 0.0 * total
     slope = value
@@ -242,16 +252,16 @@ def _constants(total, beta, KIND: tl.constexpr, MASS: tl.constexpr):
         slope = one_and_log(total)
         value = tl.where(total == 0, 0.0, total * tl.log(total))
     elif KIND == "skew_kl":
-        value = (1.0 - beta) * (total - 1.0)
+        value = share[1] * (total - 1.0)
     elif KIND == "skew_reverse_kl":
-        value = (1.0 - beta) * (1.0 - total)
+        value = share[0] * (1.0 - total)
     if not MASS:
         value = 0.0 * total
     return value, slope
 
 
 @triton.jit
-def _write_grad(
+def write_grad(
     grad_out, z, e, r, lost, rows, inside, used, cols, c, labels, label, m, s, s1, all_r, rate1, per_tau, ce_grad, kl_grad,
     smoothing, even, KIND: tl.constexpr,
 ):  # fmt: skip
@@ -266,13 +276,13 @@ def _write_grad(
 
 
 @triton.jit
-def _add_statistics(sums, best, z, xs, cols, m, inverse, rate, maxima, inverses, rates, weights, log_ratios, mixed,
+def add_statistics(sums, best, z, xs, cols, m, inverse, rate, maxima, inverses, rates, weights, log_ratios, mixed,
                     FOLD: tl.constexpr, ALIGN: tl.constexpr):  # fmt: skip
     """Adds the entropies of q and p and the KL(p_t || q) of a tile, and keeps where q and p are largest. ``mixed``: p of mixed
     logits, or None."""
     half = (z - m) * rate
     q = square(tl.exp2(half)) * inverse
-    halves, probs = _probabilities(xs, maxima, inverses, rates)
+    halves, probs = probabilities(xs, maxima, inverses, rates)
     p = mixed
     if mixed is None:
         p = _mixture_of(probs, weights)
@@ -292,7 +302,7 @@ def _add_statistics(sums, best, z, xs, cols, m, inverse, rate, maxima, inverses,
 
 
 @triton.jit
-def _first_largest(best, at):
+def first_largest(best, at):
     top = tl.max(best, axis=1, keep_dims=True)
     return tl.min(tl.where(best == top, at, 2147483647), axis=1, keep_dims=True)
 
@@ -301,7 +311,7 @@ def _first_largest(best, at):
 def _divergence_kernel(
     grad_loss, student, teachers, weights, labels, alphas, temperatures, counts, ce_out, kl_out, last_out, grad_out,
     slopes_out, alpha_out, stats_out, n, c, loss_stride, stride, teacher_strides, weight_stride, weight_along, label_stride,
-    alpha_stride, temperature_stride, num_counts, ignore_index, rate, rate1, per_tau, teacher_rates, teacher_per_taus, beta,
+    alpha_stride, temperature_stride, num_counts, ignore_index, rate, rate1, per_tau, teacher_rates, teacher_per_taus, share,
     kl_scale, ce_weight, kl_weight, ce_grad, kl_grad, smoothing, even,
     KIND: tl.constexpr, MODE: tl.constexpr, T2: tl.constexpr, NONE: tl.constexpr, COUNT: tl.constexpr,
     COUNT_BLOCK: tl.constexpr, SMOOTH: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -424,9 +434,9 @@ def _divergence_kernel(
             target_tiles = x_tiles
             if LOGITS:
                 target_tiles = (mix_logits(x_tiles, used & real, w, per_taus),)
-        e, value, r, terms, lost = _compare(
+        e, value, r, terms, lost = compare(
             z_tile, target_tiles, m, inverse, rate, maxima, inverses, target_rates, target_w, log_ratios, mass, log_total,
-            by_total, beta, KIND, MODE,
+            by_total, share, KIND, MODE,
         )  # fmt: skip
         values = add(values, value, FOLD, ALIGN)
         r_sums += folded(r, FOLD, ALIGN)
@@ -436,14 +446,14 @@ def _divergence_kernel(
         if stats_out is not None:
             mixed = None
             if LOGITS:
-                _, mixed_probs = _probabilities(target_tiles, maxima, inverses, target_rates)
+                _, mixed_probs = probabilities(target_tiles, maxima, inverses, target_rates)
                 mixed = mixed_probs[0]
-            stat_sums, best = _add_statistics(
+            stat_sums, best = add_statistics(
                 stat_sums, best, z_tile, x_tiles, cols, m, inverse, rate, own_maxima, own_inverses, rates, w, own_log_ratios,
                 mixed, FOLD, ALIGN,
             )  # fmt: skip
         if KNOWN and grad_out is not None:
-            _write_grad(
+            write_grad(
                 grad_out, z_tile, e, r, lost, rows, inside, used, cols, c, labels, label, m, s, s1, all_r, rate1, per_tau,
                 ce_grad, kl_grad, smoothing, even, KIND,
             )  # fmt: skip
@@ -451,7 +461,7 @@ def _divergence_kernel(
     poison = 0.0 * inverse  # a NaN that a logarithm has lost
     for t in tl.static_range(len(inverses)):
         poison += 0.0 * inverses[t]
-    constant, slope_constant = _constants(mass, beta, KIND, MODE != "sum")
+    constant, slope_constant = constants(mass, share, KIND, MODE != "sum")
     slopes = ()
     if MODE == "sum":
         distance = tl.zeros([ROWS, 1], tl.float32)
@@ -462,9 +472,9 @@ def _divergence_kernel(
             ):  # a teacher that counts nothing has p = 0, where the classes have added up q - p to 1
                 own -= tl.where(inverses[t] == 0, 1.0, 0.0)
             elif KIND == "skew_kl":
-                own -= tl.where(inverses[t] == 0, 1.0 - beta, 0.0)
+                own -= tl.where(inverses[t] == 0, share[1], 0.0)
             elif KIND == "skew_reverse_kl":
-                own += tl.where(inverses[t] == 0, 1.0 - beta, 0.0)
+                own += tl.where(inverses[t] == 0, share[0], 0.0)
             distance += tl.where(w[t] == 0, 0.0, w[t] * own)
             own = tl.where((w[t] == 0) & ~(tl.abs(own) < float("inf")), 0.0, own)
             slopes = slopes + (own,)
@@ -497,12 +507,12 @@ def _divergence_kernel(
                 target_tiles = x_tiles
                 if LOGITS:
                     target_tiles = (mix_logits(x_tiles, keep_tile, w, per_taus),)
-            e, value, r, terms, lost = _compare(
+            e, value, r, terms, lost = compare(
                 z_tile, target_tiles, m, inverse, rate, maxima, inverses, target_rates, target_w, log_ratios, mass,
-                log_total, by_total, beta, KIND, MODE,
+                log_total, by_total, share, KIND, MODE,
             )  # fmt: skip
             if LOGITS and slopes_out is not None:
-                _, p = _probabilities(target_tiles, maxima, inverses, target_rates)
+                _, p = probabilities(target_tiles, maxima, inverses, target_rates)
                 slope = terms[0] - p[0] * mean_a
                 products = ()
                 for t in tl.static_range(T):
@@ -513,7 +523,7 @@ def _divergence_kernel(
                     products = products + (slope * y,)
                 mixed_dots = add(mixed_dots, products, FOLD, ALIGN)
             if not KNOWN and grad_out is not None:
-                _write_grad(
+                write_grad(
                     grad_out, z_tile, e, r, lost, rows, inside, used, cols, c, labels, label, m, s, s1, all_r, rate1,
                     per_tau, ce_grad, kl_grad, smoothing, even, KIND,
                 )  # fmt: skip
@@ -547,12 +557,17 @@ def _divergence_kernel(
         for i in tl.static_range(2):
             tl.store(at + i, tl.where(used, tl.sum(stat_sums[i], axis=1, keep_dims=True), 0.0), mask=inside)
         tl.store(at + 2, tl.where(used & (total > 0), 1.0, 0.0), mask=inside)
-        agree = _first_largest(best[0], best[1]) == _first_largest(best[2], best[3])
+        agree = first_largest(best[0], best[1]) == first_largest(best[2], best[3])
         tl.store(at + 3, tl.where(used & agree, 1.0, 0.0), mask=inside)
         for t in tl.static_range(T):
             kl_t = tl.sum(stat_sums[2 + t], axis=1, keep_dims=True)
             kl_t = tl.where(used & (own_inverses[t] != 0), kl_t, 0.0)
             tl.store(at + 4 + t, kl_t, mask=inside)
+
+
+def shares_of(divergence: str, beta: float) -> tuple[float, float]:
+    """What p and q have in the mixture m. Not 1 - beta in a kernel: float32 would lose a small beta, and one near 1."""
+    return (1 - beta, float(beta)) if divergence == "skew_reverse_kl" else (float(beta), 1 - beta)
 
 
 class Options(NamedTuple):
@@ -589,7 +604,7 @@ def _launch(at: Layout, of: Settings, more: Options, count_rows: bool, loss_stri
         temperature_stride=more.temperature_stride or 0,
         teacher_rates=tuple(0.5 * math.log2(math.e) / tau for tau in taus) or None,
         teacher_per_taus=tuple(1 / tau for tau in taus) or None,
-        beta=float(more.beta),
+        share=shares_of(more.divergence, more.beta),
         kl_scale=float(of.kl_scale),
         ce_weight=float(of.ce_weight),
         kl_weight=float(of.kl_weight),

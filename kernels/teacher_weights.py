@@ -135,7 +135,10 @@ def _slopes(
         scores += tl.sum(factors * pooled.to(tl.float64)[None, :], axis=1)
     weights = _softmax(scores, t < teachers)
     grad = tl.load(grad_ptr + n * grad_down + t * grad_along, mask=t < teachers, other=0.0).to(tl.float64)
-    return weights * (grad - tl.sum(grad * weights, axis=0))
+    nothing = (
+        tl.sum((grad != 0).to(tl.int32), axis=0) == 0
+    )  # comes back: the example counts nothing, whatever its features are
+    return tl.where(nothing, 0.0, weights * (grad - tl.sum(grad * weights, axis=0)))
 
 
 @triton.jit
@@ -199,7 +202,7 @@ def _parameters_kernel(
             slope = tl.load(slopes_ptr + n * teachers + t, mask=n < examples, other=0.0)
             at = pooled_ptr + n[:, None] * channels + c[None, :]
             pooled = tl.load(at, mask=(n < examples)[:, None] & inside[None, :], other=0.0)
-            total += slope[:, None] * pooled
+            total += tl.where(slope[:, None] == 0, 0.0, slope[:, None] * pooled)
         grad = tl.sum(total.to(tl.float64), axis=0)
         theta = tl.load(theta_ptr + t * theta_down + c * theta_along, mask=inside, other=0.0)
         to_theta = grad * v

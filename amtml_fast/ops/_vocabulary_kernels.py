@@ -1,14 +1,5 @@
-"""Rows of a split vocabulary by the kernels of ``multi_teacher_kd``: the forward KL with modes "mixture" and "sum", at one temperature.
-
-A kernel sees the classes of this process and makes softmaxes of these alone, p'_t = p_t / P_t and q' = q / Q, with P_t and Q the shares of
-all that lies here. Its numbers are those of all classes:
-
-    sum_c p_c log(p_c / q_c) = P (KL(sum_t w_t P_t / P p'_t || q') + log P - log Q)               p = sum_t w_t p_t, P = sum_t w_t P_t
-    sum_c p_tc log(p_tc / q_c) = P_t (KL(p'_t || q') + log P_t - log Q)
-    sum_c p_tc (log(p_c / q_c) + 1) = P_t (the kernel's gradient to the weight + log P - log Q)
-
-Backward reads the normalizers of the softmaxes, and gets those of all classes.
-"""
+"""Rows of a split vocabulary by the kernels of ``divergence``, which take the softmaxes over all classes as given and see the
+classes of this process."""
 
 from typing import Any
 
@@ -16,118 +7,142 @@ import torch
 from torch import Tensor
 
 from amtml_fast import backend
-from amtml_fast.ops._base import kernels
+from amtml_fast.ops._base import define, kernels
 from amtml_fast.ops._vocabulary import IGNORED
-from amtml_fast.ops._vocabulary_plain import Given, Rule, add_ce_gradient, ce_shares
+from amtml_fast.ops._vocabulary_plain import Given
+
+_ELSEWHERE = -2  # the label of another process
 
 
-def backend_of(rule: Rule, temperatures: Tensor | None, first: Tensor, *others: Tensor | None) -> str:
+def backend_of(first: Tensor, *others: Tensor | None) -> str:
     """Whose kernels make such rows, "reference" for none."""
-    plain = rule.divergence.name != "forward_kl" or rule.mode == "logits" or rule.divergence.teacher_temperatures
-    if plain or temperatures is not None or rule.need_stats:
-        return "reference"
-    return backend.choose("multi_teacher_kd", first, *others)
+    return backend.choose("divergence", first, *others)
 
 
 class KernelBlock:
     """Some rows, as far as this process has their classes. See ``PlainBlock``."""
 
     def __init__(self, given: Given):
-        self.given, self.rule, self.ops = given, given.rule, kernels(given.rule.backend)
-        rows, count, wide = given.student.shape[0], len(given.teachers), given.rule.wide
-        self.labels, self.hide = None, torch.zeros(rows, 1, dtype=torch.bool, device=given.student.device)
-        if given.labels is not None:
-            self.labels, _ = given.vocabulary.labels_here(given.labels, given.rule.ignore_index)
-            self.hide = (given.labels == given.rule.ignore_index).unsqueeze(1)
-        weights = given.weights
-        if weights is None:
-            weights = torch.full((1, count), 1 / count, dtype=wide, device=given.student.device)
-        self.w = weights.expand(rows, -1).masked_fill(self.hide, 0)
+        vocabulary, rule, student, teachers, weights, labels, temperatures = given
+        self.given, self.rule, self.ops = given, rule, kernels(rule.backend)
+        self.of_teachers, self.absent = list(rule.divergence.teacher_temperatures), None
+        if weights is not None:
+            weights = weights.to(rule.wide)
+        if labels is not None:
+            mine, place = vocabulary.here(labels)
+            ignored = labels == rule.ignore_index
+            if rule.labeled:
+                self.absent = vocabulary.absent(labels) & ~ignored
+            labels = place.masked_fill(~mine, _ELSEWHERE).masked_fill(ignored, IGNORED)
+        self.rows: Any = student, teachers, weights, labels, temperatures
 
-    def forward(self, weights: Tensor | None, need_weights: bool) -> Any:
-        tau, given = self.rule.temperature, self.given
-        return self.ops.multi_teacher_kd_fwd.default(
-            given.student, given.teachers, weights, self.labels, tau, 0.0, 1.0, 1.0, self.rule.mode, "none", IGNORED, 0.0,
-            False, need_weights, False,
-        )  # fmt: skip
+    def rates(self) -> Tensor:
+        """[rows or 1, S]: what the kernels multiply logits by, of each softmax."""
+        rule, count = self.rule, len(self.given.teachers)
+
+        def rate(tau: float | Tensor) -> Tensor:
+            if isinstance(tau, Tensor):
+                return (1 / tau.double()).to(rule.wide).double()
+            return torch.full((1,), 1 / tau, dtype=rule.wide, device=self.given.student.device).double()
+
+        own = rate(rule.temperature if self.given.temperatures is None else self.given.temperatures)
+        one = torch.ones_like(own)
+        of_teachers = [rate(tau).expand_as(own) for tau in self.of_teachers] or [own] * count
+        return torch.stack([own, *[one] * rule.labeled, *of_teachers, *[one] * (rule.mode == "logits")], 1)
 
     def sums(self) -> Tensor:
-        """[rows, S, 2]: maximum, and sum of exponentials beside it. A part of -inf alone adds 0."""
-        tau, wide, given = self.rule.temperature, self.rule.wide, self.given
-        stats = self.forward(None, False)[5].double()
-        # Not the kernel's maxima, which leave NaN out: a part of -inf alone could not be told from one with NaN.
-        tops = [x.amax(1).double().masked_fill(self.hide[:, 0], 0) for x in (given.student, *given.teachers)]
-        totals = [self.kept(stats[:, 1]), *(self.kept(stats[:, 4 + 2 * t]) for t in range(len(given.teachers)))]
-        out = [torch.stack([top / tau, total.masked_fill(top == -torch.inf, 0)], 1) for top, total in zip(tops, totals)]
-        if self.rule.labeled:
-            z, top = self.logits(), tops[0].to(wide)
-            shifted = z - top.masked_fill(top == -torch.inf, 0).unsqueeze(1)
-            out.insert(1, torch.stack([tops[0], shifted.exp().sum(1).double()], 1))
-        return torch.stack(out, 1)
+        """[rows, S, 2]: maximum of the logits as they are, and sum of exponentials beside it. A part of -inf alone adds 0."""
+        rule = self.rule
+        return self.ops.divergence_part_sums.default(
+            *self.rows, rule.mode, self.of_teachers, rule.temperature, rule.labeled
+        )
 
-    def kept(self, sums: Tensor) -> Tensor:
-        """What the kernels keep of sums of exponentials, and sums of what they keep: Triton's the sums, the others 1 / sum. (The
-        CPU's are times 2^24, all of them.)"""
-        return sums if self.rule.backend == "triton" else 1 / sums
-
-    def logits(self) -> Tensor:
-        return self.given.student.to(self.rule.wide).masked_fill(self.hide, 0)
-
-    def log_softmax(self, normal: Tensor) -> Tensor:
-        """Of the student, at temperature 1."""
-        normal = normal[:, 1].to(self.rule.wide)
-        return (self.logits() - normal[:, :1]) - normal[:, 1:]
-
-    def shares(self, normal: Tensor, own: Tensor) -> dict[str, Tensor]:
-        """Of this process's classes, each [rows, ...]; ``own``: what ``sums`` gave."""
-        of_all = normal[..., 0] + normal[..., 1]
-        log_mass = (own[..., 0] + own[..., 1].log() - of_all).masked_fill(own[..., 1] == 0, -torch.inf)
-        log_q, log_p = log_mass[:, :1], log_mass[:, 1 + self.rule.labeled :]
-        w, mass = self.w.double(), log_p.exp()
-        unused = (w == 0) & mass.isnan()  # without weight a teacher counts nothing, even one that has no softmax
-        mass, log_p = mass.masked_fill(unused, 0), log_p.masked_fill(unused, -torch.inf)
-        broken = mass.isnan().any(1, keepdim=True)
-        mixture = self.rule.mode == "mixture"
-        log_total = torch.logsumexp(
-            (w.log() + log_p).nan_to_num(-torch.inf), 1, keepdim=True
-        )  # of one teacher exactly its own
-        total = log_total.exp()
-        given = (w * mass / total if mixture else mass).nan_to_num(0).to(self.rule.wide)
-        made = self.forward(given, self.rule.need_weights or not mixture)
-        if mixture:
-            each = part_of(total, made[2].double().unsqueeze(1), log_total, log_q)
-        else:
-            each = part_of(mass, made[7].double(), log_p, log_q)
-        out = {"each": each.masked_fill(broken, torch.nan)}
-        if self.rule.need_weights and mixture:
-            out["weights"] = part_of(mass, made[7].double(), log_total, log_q).masked_fill(broken, torch.nan)
-        if self.rule.labeled:
-            out["ce"] = ce_shares(self.given, self.log_softmax(normal))
-        return {name: x.masked_fill(self.hide, 0) for name, x in out.items()}
-
-    def gradient(self, normal: Tensor, _: Tensor, of_each: Tensor, of_ce: Tensor | None) -> Tensor:
-        """To the logits, from the gradients to ``each`` and ``ce``."""
-        tau, wide, given = self.rule.temperature, self.rule.wide, self.given
-        weights, by = self.w, of_each[:, 0]
-        if self.rule.mode == "sum":
-            alone = len(given.teachers) == 1  # a student like its only teacher has the gradient 0 and not nearly
-            weights, by = (torch.ones_like(of_each), by) if alone else (of_each, torch.ones_like(by))
-        top, kept = normal[..., 0] * tau, self.kept(normal[..., 1].exp())
-        first = 1 + self.rule.labeled
-        of_student = torch.stack([top[:, 0], kept[:, 0], torch.ones_like(top[:, 0])], 1)
-        of_teachers = torch.stack([top[:, first:], kept[:, first:]], 2).flatten(1)
-        stats = torch.cat([of_student, of_teachers], 1).to(wide)
-        grad, _ = self.ops.multi_teacher_kd_bwd.default(
-            by, None, None, given.student.to(wide), given.teachers, weights, self.labels, stats,
-            tau, 0.0, 1.0, 1.0, "mixture", "none", IGNORED, 0.0, True, False,
+    def shares(self, normal: Tensor) -> dict[str, Tensor]:
+        """Of this process's classes, each [rows, ...]."""
+        rule, count = self.rule, len(self.given.teachers)
+        of_totals = rule.need_student and not rule.known_totals
+        of_weights = rule.need_weights and rule.mode != "sum"
+        found = self.ops.divergence_part_fwd.default(
+            *self.rows, normal, rule.divergence.name, rule.divergence.beta, rule.mode, self.of_teachers, rule.temperature,
+            rule.labeled, self.given.vocabulary.rank == 0, of_totals, of_weights, rule.need_stats,
         )  # fmt: skip
-        if of_ce is not None:
-            add_ce_gradient(given, self.log_softmax(normal), of_ce, grad)
-            grad.masked_fill_(self.hide | (given.student == -torch.inf), 0)
-        return grad
+        each = count if rule.mode == "sum" else 1
+        sizes = {"each": each}
+        if of_totals:
+            sizes["totals"] = each
+        if of_weights:
+            sizes |= (
+                {"a_logits": count, "p_logits": count, "of_target": 1} if rule.mode == "logits" else {"weights": count}
+            )
+        if rule.labeled:
+            sizes["ce"] = 2
+        if rule.need_stats:
+            sizes |= {"entropies": 2, "kls": count, "q_top": 2, "p_top": 2}
+        out = dict(zip(sizes, found.split(list(sizes.values()), 1)))
+        if self.absent is not None:
+            out["ce"] = out["ce"].masked_fill(self.absent.unsqueeze(1), torch.nan)
+        return out
+
+    def gradient(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor) -> Tensor:
+        """To the logits, from the gradients to ``each`` and ``ce``."""
+        rule, (student, teachers, weights, *rest) = self.rule, self.rows
+        of_kl, total = of_each[:, 0], totals[:, 0]
+        if rule.mode == "sum" and len(teachers) == 1:  # a student like its teacher has the gradient 0 and not nearly
+            weights = torch.ones_like(of_each)
+        elif rule.mode == "sum":
+            total = (of_each * totals).masked_fill(of_each == 0, 0).sum(1)  # 0 * NaN is 0
+            of_kl, weights = torch.ones_like(total), of_each
+        if self.absent is not None:
+            of_ce = of_ce.masked_fill(self.absent, torch.nan)
+        return self.ops.divergence_part_bwd.default(
+            of_kl, of_ce if rule.labeled else None, total, student, teachers, weights, *rest, normal, rule.divergence.name, rule.divergence.beta,
+            rule.mode, self.of_teachers, rule.temperature, rule.label_smoothing,
+            rule.label_smoothing / self.given.vocabulary.classes,
+        )  # fmt: skip
 
 
-def part_of(mass: Tensor, value: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``mass (value + log P - log Q)``: 0 where the teachers have nothing here, and infinite where the student alone has nothing."""
-    out = mass * (value + (log_p - log_q))
-    return out.masked_fill(log_q == -torch.inf, torch.inf).masked_fill(mass == 0, 0)
+# labels: places in this part, IGNORED for a row that is left out, another negative number for a label elsewhere;
+# normal [N, S, 2] float64: of all classes the maximum and the logarithm of the sum of exponentials beside it, of the student,
+# of the student at temperature 1 where there is a cross-entropy, of the teachers, and in mode "logits" of what is mixed
+_ROWS = "Tensor student, Tensor[] teachers, Tensor? weights, Tensor? labels, Tensor? temperatures"
+_DIVERGENCE = "Tensor normal, str divergence, float beta, str mode, float[] teacher_temperatures, float temperature"
+
+
+def _softmaxes(teachers: list[Tensor], mode: str, labeled: bool) -> int:
+    return 1 + labeled + len(teachers) + (mode == "logits")
+
+
+# [N, S, 2] float64: maximum, and sum of exponentials beside it, of these classes
+@define(
+    "divergence_part_sums",
+    f"({_ROWS}, str mode, float[] teacher_temperatures, float temperature, bool labeled) -> Tensor",
+    triton="divergence_part",
+)
+def _(student, teachers, weights, labels, temperatures, mode, teacher_temperatures, temperature, labeled):
+    return student.new_empty(student.shape[0], _softmaxes(teachers, mode, labeled), 2, dtype=torch.float64)
+
+
+# [N, K] float64, the shares of these classes; constants: with what is added to the sums of all classes once
+@define(
+    "divergence_part_fwd",
+    f"({_ROWS}, {_DIVERGENCE}, bool labeled, bool constants, bool need_totals, bool need_weights, bool need_statistics) "
+    "-> Tensor",
+    triton="divergence_part",
+)
+def _(student, teachers, weights, labels, temperatures, normal, divergence, beta, mode, *settings):
+    labeled, _, need_totals, need_weights, need_statistics = settings[2:]
+    count = len(teachers)
+    columns = (count if mode == "sum" else 1) * (1 + need_totals) + 2 * labeled + (6 + count) * need_statistics
+    columns += {"mixture": count, "sum": 0, "logits": 2 * count + 1}[mode] * need_weights
+    return student.new_empty(student.shape[0], columns, dtype=torch.float64)
+
+
+# the student's gradient from those to each row's D and cross-entropy; totals [N]: sum_c q_c dD/dq_c over all classes; even:
+# label_smoothing / classes. Mode "sum" has the gradient to each teacher's D for weights, and 1 in of_kl
+@define(
+    "divergence_part_bwd",
+    f"(Tensor of_kl, Tensor? of_ce, Tensor totals, {_ROWS}, {_DIVERGENCE}, float label_smoothing, float even) -> Tensor",
+    triton="divergence_part",
+)
+def _(of_kl, of_ce, totals, student, *_):
+    return student.new_empty(student.shape)

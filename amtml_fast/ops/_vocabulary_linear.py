@@ -14,7 +14,7 @@ from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings, kept_rows, put_rows
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_plain import Given, Rule
-from amtml_fast.ops._vocabulary_rows import Rows, finished, logit_grads, rows_of, rule_of, weight_grads, with_backend
+from amtml_fast.ops._vocabulary_rows import Rows, finished, logit_grads, rows_of, rule_of, weight_grads
 from amtml_fast.reference import Divergence, KDOptions
 
 
@@ -39,13 +39,16 @@ def split_linear_loss(
     """The loss of checked rows, and with ``need_stats`` their statistics."""
     inputs = hidden, weight, bias, weights
     needs = tuple(needs_grad(x) for x in inputs)
-    rule = rule_of(options, divergence, labels, wide, (any(needs[:3]), needs[3]), need_stats)
-    rule = with_backend(NAME, rule, temperatures, hidden, weight, bias, weights, divergence.alpha, *teachers)
+    rule = rule_of(
+        options, divergence, labels, wide, (any(needs[:3]), needs[3]), need_stats, hidden, *inputs[1:], *teachers
+    )
     settings = settings._replace(row_kernel="divergence", reduction="none")
+    shared = [x for x, same in zip(teachers, _on_all(kinds)) if same]
     dtypes = [None if x is None else x.dtype for x in (*inputs, *teachers)]
     doubt = check_alike(
         NAME, vocabulary, hidden, (options, rule, settings, kinds, needs, dtypes),
-        integers=[labels, index], floats=[hidden, weights, divergence.alpha, temperatures],
+        integers=[labels, index, *(x for x in shared if not x.is_floating_point())],
+        floats=[hidden, weights, divergence.alpha, temperatures, [x for x in shared if x.is_floating_point()]],
     )  # fmt: skip
     each, ce, stats = run(
         SplitLinearKD,
@@ -62,6 +65,12 @@ def split_linear_loss(
         *teachers,
     )
     return finished(vocabulary, each, ce, stats, weights, labels, options, divergence, need_stats, doubt)
+
+
+def _on_all(kinds: list[str]) -> list[bool]:
+    """Of the tensors of all teachers, which all processes have alike: hidden states and top-k entries."""
+    alike = {"logits": [False], "topk": [True, True], "linear": [True, False], "linear_bias": [True, False, False]}
+    return [x for kind in kinds for x in alike[kind]]
 
 
 class SplitLinearKD(torch.autograd.Function):
@@ -190,12 +199,10 @@ class SplitCall(Call):
         first, take = True, self.take
         for rows, _, hidden, given in self.made(True):
             student = given.student
-            grad = self.buffer("grad", tuple(student.shape))
             of_labels = take(of_ce, rows) if self.rule.labeled else of_ce
-            logit_grads(given, take(normal, rows), take(totals, rows), take(of_each, rows), of_labels, grad)
-            if self.set.softcap:  # times 1 - tanh^2
-                student.div_(self.set.softcap)
-                torch.ops.aten.tanh_backward.grad_input(grad, student, grad_input=grad)
+            grad = logit_grads(given, take(normal, rows), take(totals, rows), take(of_each, rows), of_labels)
+            if self.set.softcap:
+                self.uncap(grad, student)
             made = self.add_grads(grad, hidden, None, self.set.logit_scale, first)
             first = False
             if made is not None:

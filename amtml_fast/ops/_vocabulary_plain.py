@@ -73,6 +73,10 @@ class PlainBlock:
         out += self.scaled
         return [*out, reference.mixed_logits(self.scaled, self.w)] if self.rule.mode == "logits" else out
 
+    def rates(self) -> Tensor:
+        """What ``softmaxes`` are still to be multiplied by."""
+        return self.z.new_ones(1, dtype=torch.float64)
+
     def sums(self) -> Tensor:
         """[rows, S, 2]: maximum, and sum of exponentials beside it. A part of -inf alone adds 0."""
         out = []
@@ -102,7 +106,7 @@ class PlainBlock:
             return [(ones, logs[-1].exp(), logs[-1])]
         return [(w[:, t], p.exp(), p) for t, p in enumerate(log_p)]
 
-    def shares(self, normal: Tensor, _: Tensor) -> dict[str, Tensor]:
+    def shares(self, normal: Tensor) -> dict[str, Tensor]:
         """Of this process's classes, each [rows, ...]."""
         rule, logs, w, out = self.rule, self.logs(normal), self.w, {}
         divergence, log_q = rule.divergence, logs[0]
@@ -159,7 +163,7 @@ class PlainBlock:
             top = x.max(1)
             out[name] = torch.stack([top.values.double(), top.indices.double()], 1)
 
-    def gradient(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor | None) -> Tensor:
+    def gradient(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor) -> Tensor:
         """To the logits, from the gradients to ``each`` and ``ce``."""
         rule, logs = self.rule, self.logs(normal)
         log_q = logs[0].requires_grad_()
@@ -173,7 +177,7 @@ class PlainBlock:
         out = out.sub_(q * (of_each * totals).sum(1, keepdim=True)).div_(self.tau)
         if rule.divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
             out.masked_fill_(reference.lost_classes([(w, p, log) for w, p, log in targets], self.z), 0)
-        if of_ce is not None:
+        if rule.labeled:
             add_ce_gradient(self.given, logs[1], of_ce, out)
         return out.masked_fill_(self.hide | (self.z == -torch.inf), 0)
 

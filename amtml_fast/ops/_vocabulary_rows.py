@@ -7,7 +7,7 @@ D(p, q) and the cross-entropy are sums over classes, once all softmaxes are know
    are gathered;
 3. in backward the gradient to its logits, (dD/dlog q_k - q_k G) / tau, with nothing more to ask for.
 
-The shares of rows are made by kernels where there are any (``_vocabulary_kernels``), else by plain PyTorch in blocks of rows
+The shares are made by kernels where there are any (``_vocabulary_kernels``), else by plain PyTorch in blocks of rows
 (``_vocabulary_plain``).
 """
 
@@ -20,19 +20,14 @@ from torch import Tensor
 from amtml_fast import reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
-from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike, check_backend
+from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_kernels import KernelBlock, backend_of
 from amtml_fast.ops._vocabulary_plain import Given, PlainBlock, Rule
 from amtml_fast.ops.divergence import check_values
 from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
 
-# Of a block. Plain PyTorch on a CPU is fastest where its logits, those of all teachers and a few more stay in the cache.
-_BYTES = {
-    (PlainBlock, True): 2**23,
-    (PlainBlock, False): 2**28,
-    (KernelBlock, True): 2**26,
-    (KernelBlock, False): 2**28,
-}
+# Of a block of plain PyTorch: on a CPU it is fastest where its logits, those of all teachers and a few more stay in the cache.
+_CPU_BYTES, _GPU_BYTES = 2**23, 2**28
 
 
 class Rows(NamedTuple):
@@ -41,7 +36,7 @@ class Rows(NamedTuple):
     each: Tensor  # [N, 1], D; with mode "sum" [N, T], of each teacher
     ce: Tensor  # [N]
     stats: Tensor  # [N, 4 + T]
-    normal: Tensor  # [N, S, 2]: maximum, and logarithm of the sum beside it, of each softmax; float64
+    normal: Tensor  # [N, S, 2]: of each softmax the maximum and the logarithm of the sum beside it; float64
     totals: Tensor  # of each column of ``each``, G
     of_weights: Tensor  # [N, T]: dD / dw, but for mode "sum"
 
@@ -53,20 +48,15 @@ def rule_of(
     wide: torch.dtype,
     needs: tuple[bool, bool],
     need_stats: bool,
+    student: Tensor,
+    *others: Tensor | None,
 ) -> Rule:
+    """``others``: all other tensors with numbers, but for alpha."""
     labeled = labels is not None and (divergence.alpha is not None or options.alpha != 1)
     return Rule(
-        divergence._replace(alpha=None, temperature=None), options.mode, options.temperature, options.ignore_index,
-        options.label_smoothing, labeled, *needs, need_stats, wide, "reference",
+        divergence._replace(alpha=None, temperature=None), options.mode, float(options.temperature), options.ignore_index,
+        float(options.label_smoothing), labeled, *needs, need_stats, wide, backend_of(student, *others, divergence.alpha),
     )  # fmt: skip
-
-
-def with_backend(function: str, rule: Rule, temperatures: Tensor | None, first: Tensor, *others: Tensor | None) -> Rule:
-    """The rule with the backend that makes its rows. One that was chosen by name and has no kernel for them is refused."""
-    chosen = backend_of(rule, temperatures, first, *others)
-    if chosen == "reference":
-        check_backend(function, first, *others)
-    return rule._replace(backend=chosen)
 
 
 def split_loss(
@@ -86,10 +76,10 @@ def split_loss(
     wide = wide_dtype(student, *teachers, weights)
     if weights is not None:
         weights = weights.to(wide).expand(student.shape[0], -1)
-    temperatures = None if divergence.temperature is None else divergence.temperature.to(wide)
+    divergence = divergence.in_dtype(wide)
+    temperatures = divergence.temperature
     needs = needs_grad(student), needs_grad(weights)
-    rule = rule_of(options, divergence, labels, wide, needs, need_stats)
-    rule = with_backend(function, rule, temperatures, student, weights, divergence.alpha, *teachers)
+    rule = rule_of(options, divergence, labels, wide, needs, need_stats, student, weights, *teachers)
     settings = options, rule, len(teachers), [None if x is None else x.dtype for x in (student, *teachers, weights)]
     floats = weights, divergence.alpha, temperatures
     doubt = check_alike(function, vocabulary, student, settings, integers=[labels], floats=floats)
@@ -132,6 +122,8 @@ def finished(
     loss = reference.reduced(
         ce if labels is not None else None, distance, valid, vocabulary.classes, options, divergence.alpha
     )[0]
+    if rows == 0 or (labels is not None and options.alpha == 0):
+        loss = reference.connected(loss, each, ce, weights)
     if doubt is not None:
         loss = loss + doubt.to(loss.dtype)
     if not need_stats:
@@ -168,8 +160,7 @@ class SplitKD(torch.autograd.Function):
         grad = grad_weights = None
         if ctx.rule.need_student:
             given = Given(ctx.vocabulary, ctx.rule, student, teachers, weights, labels, temperatures)
-            grad = torch.empty_like(student, memory_format=torch.contiguous_format)
-            logit_grads(given, normal, totals, of_each, of_ce, grad)
+            grad = logit_grads(given, normal, totals, of_each, of_ce)
         if ctx.rule.need_weights and ctx.rule.mode != "sum":
             grad_weights = weight_grads(of_weights, of_each)
         return None, None, grad, grad_weights, *(None,) * (2 + len(teachers))
@@ -185,15 +176,27 @@ def weight_grads(of_weights: Tensor, of_each: Tensor) -> Tensor:
 
 def rows_of(given: Given) -> Rows:
     """Steps 1 and 2."""
-    vocabulary, rule, student, teachers, weights, labels, _ = given
-    own = torch.cat([block.sums() for _, block in _blocks(given)])
-    normal = _normal(vocabulary, own)
-    parts = [block.shares(normal[rows], own[rows]) for rows, block in _blocks(given)]
+    sums = [block.sums() for _, block in blocks(given)]
+    normal = normal_of(given, given.vocabulary.gathered(torch.cat(sums)))
+    parts = [block.shares(normal[rows]) for rows, block in blocks(given)]
     sizes = {name: x.shape[1] for name, x in parts[0].items()}
-    of_all = vocabulary.gathered(torch.cat([torch.cat([x.double() for x in part.values()], 1) for part in parts]))
-    found = dict(zip(sizes, of_all.split(list(sizes.values()), 2)))  # [P, N, ...]
+    of_all = given.vocabulary.gathered(torch.cat([torch.cat([x.double() for x in part.values()], 1) for part in parts]))
+    return joined(given, normal, dict(zip(sizes, of_all.split(list(sizes.values()), 2))))
+
+
+def normal_of(given: Given, sums: Tensor) -> Tensor:
+    """[N, S, 2], from the sums [P, N, S, 2] of all processes."""
+    rates = next(block.rates() for _, block in blocks(given))
+    largest, total = sums.unbind(-1)
+    top = largest.amax(0)
+    return torch.stack([top, (total * ((largest - top) * rates).exp()).sum(0).log()], -1)
+
+
+def joined(given: Given, normal: Tensor, found: dict[str, Tensor]) -> Rows:
+    """``found``: the shares [P, N, ...] of all processes."""
+    vocabulary, rule, student, teachers, weights, labels, _ = given
     total = {name: x.sum(0) for name, x in found.items()}
-    wide, count, none = rule.wide, len(teachers), of_all.new_empty(0)
+    wide, count, none = rule.wide, len(teachers), normal.new_empty(0)
     of_weights, stats, ce = none, none, none
     if "weights" in total:
         of_weights = total["weights"]
@@ -220,30 +223,26 @@ def rows_of(given: Given) -> Rows:
     return Rows(total["each"].to(wide), ce.to(wide), stats.to(wide), normal, totals.to(wide), of_weights.to(wide))
 
 
-def _normal(vocabulary: Vocabulary, sums: Tensor) -> Tensor:
-    """[N, S, 2], of this process, -> of all."""
-    largest, total = vocabulary.gathered(sums).unbind(-1)  # [P, N, S]
-    top = largest.amax(0)
-    return torch.stack([top, (total * (largest - top).exp()).sum(0).log()], -1)
-
-
-def logit_grads(given: Given, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor, out: Tensor) -> Tensor:
-    """Step 3, written into ``out``."""
-    for rows, block in _blocks(given):
-        out[rows] = block.gradient(
-            normal[rows], totals[rows], of_each[rows], of_ce[rows] if given.rule.labeled else None
-        )
+def logit_grads(given: Given, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor) -> Tensor:
+    """Step 3: to the logits, in their dtype. of_ce: anything where there is no cross-entropy."""
+    if given.rule.backend != "reference":
+        return KernelBlock(given).gradient(normal, totals, of_each, of_ce)
+    out = torch.empty_like(given.student, memory_format=torch.contiguous_format)
+    for rows, block in blocks(given):
+        out[rows] = block.gradient(normal[rows], totals[rows], of_each[rows], of_ce[rows])
     return out
 
 
-def _blocks(given: Given) -> Iterator[tuple[slice, "PlainBlock | KernelBlock"]]:
-    """Rows whose numbers in ``wide`` stay small beside what is given."""
+def blocks(given: Given) -> Iterator[tuple[slice, "PlainBlock | KernelBlock"]]:
+    """Kernels take all rows. Of plain PyTorch so many that its numbers in ``wide`` stay small beside what is given."""
+    if given.rule.backend != "reference":
+        yield slice(None), KernelBlock(given)
+        return
     vocabulary, rule, student, teachers, *small = given
     rows, size = student.shape
-    make: Any = PlainBlock if rule.backend == "reference" else KernelBlock
-    copies = 1 if make is KernelBlock else len(teachers) + 4
-    step = max(_BYTES[make, student.device.type == "cpu"] // (size * rule.wide.itemsize * copies), 1)
+    most = _CPU_BYTES if student.device.type == "cpu" else _GPU_BYTES
+    step = max(most // (size * rule.wide.itemsize * (len(teachers) + 4)), 1)
     for start in range(0, max(rows, 1), step):
         some = slice(start, start + step)
         of_rows = (None if x is None else x[some] for x in small)
-        yield some, make(Given(vocabulary, rule, student[some], [t[some] for t in teachers], *of_rows))
+        yield some, PlainBlock(Given(vocabulary, rule, student[some], [t[some] for t in teachers], *of_rows))

@@ -21,6 +21,11 @@ AMTML_INLINE A rounded(double value, double* rest) {
   return near;
 }
 
+// What a softmax of more classes than these is known to have: its maximum, and the logarithm of sum exp((x - m) / tau).
+struct Normal {
+  double maximum, log_sum;
+};
+
 // The softmax of a row of logits x at one temperature. Chunk by chunk, so that logits are converted, searched for their
 // maximum and raised while they are in the first-level cache: e = 2^kScale exp((x - m_k) / tau) with the maximum m_k of
 // chunk k, and e by(k) is the probability.
@@ -31,6 +36,7 @@ struct Softmax {
   A m = 0, inverse = 0;  // maximum of all; inverse of sum 2^kScale exp((x - m) / tau)
   A log_sum = 0;         // of exp((x - m) / tau)
   double rest = 0;       // what rounding log_sum to A cut off: it would bias every KL near 0
+  double sum = 0;        // 2^kScale exp((x - m) / tau), also where no class has a probability
   Buffer<A> e;
 
   explicit Softmax(int64_t classes) : e(classes), chunks_((classes + kChunk - 1) / kChunk) {}
@@ -43,6 +49,7 @@ struct Softmax {
     while (chunks_[k].most != m) ++k;
     return k;
   }
+  A shift() const { return m - m == 0 ? m : A(0); }  // by which logits change nothing but the rounding
   bool finite() const { return std::abs(inverse) < std::numeric_limits<A>::infinity(); }
 
   // Makes every probability 0.
@@ -52,10 +59,17 @@ struct Softmax {
     inverse = 0, rest = 0;
   }
 
-  // Begins a row, with its maximum and inverse sum if they are known. Chunks are added then, and it is ended.
+  // Begins a row, with its maximum and its inverse sum, or that sum's logarithm, if they are known. Chunks are added
+  // then, and it is ended.
   AMTML_INLINE void begin(A by_tau) { per_tau = by_tau, known_ = false; }
   AMTML_INLINE void begin(A by_tau, A maximum, A inverse_sum) {
-    per_tau = by_tau, m = maximum, inverse = inverse_sum, known_ = true;
+    per_tau = by_tau, m = maximum, inverse = inverse_sum, sum = 1 / static_cast<double>(inverse_sum), known_ = true;
+  }
+  // These logits are less by `taken_off`.
+  AMTML_INLINE void begin(A by_tau, const Normal& of_all, double taken_off) {
+    const double maximum = of_all.maximum - taken_off;
+    per_tau = by_tau, m = static_cast<A>(maximum), known_ = true;
+    sum = std::exp(of_all.log_sum + (maximum - m) * by_tau + kLogScale), inverse = static_cast<A>(1 / sum);
   }
   AMTML_INLINE void add(int64_t k, const A* logits, int64_t n, const Ahead& ahead) {
     chunks_[k].most = known_ ? m : maximum(logits, n);
@@ -86,18 +100,17 @@ struct Softmax {
     }
   }
   AMTML_INLINE void end(bool need_log) {
-    double sum = chunks_[0].sum;
+    double all = sum;
     if (known_) {
       for (Chunk& chunk : chunks_) chunk.by = inverse;
-      sum = 1 / static_cast<double>(inverse);
     } else {
       m = chunks_[0].most;
-      if (chunks_.size() > 1) sum = joined();
-      if (m == kNone) sum = std::numeric_limits<double>::quiet_NaN();
-      inverse = static_cast<A>(1 / sum);
-      for (Chunk& chunk : chunks_) chunk.by = chunk.factor == 1 ? inverse : static_cast<A>(chunk.factor / sum);
+      sum = chunks_.size() > 1 ? joined() : chunks_[0].sum;
+      all = m == kNone ? std::numeric_limits<double>::quiet_NaN() : sum;
+      inverse = static_cast<A>(1 / all);
+      for (Chunk& chunk : chunks_) chunk.by = chunk.factor == 1 ? inverse : static_cast<A>(chunk.factor / all);
     }
-    if (need_log) log_sum = rounded<A>(std::log(sum) - kLogScale, &rest);
+    if (need_log) log_sum = rounded<A>(std::log(all) - kLogScale, &rest);
   }
 
   // All this of a row of logits.
@@ -139,12 +152,12 @@ struct Softmax {
   // The sum of several chunks, and m.
   double joined() {
     for (const Chunk& chunk : chunks_) m = chunk.most > m ? chunk.most : m;
-    double sum = 0;
+    double all = 0;
     for (Chunk& chunk : chunks_) {
       chunk.factor = chunk.most == m ? 1 : std::exp((static_cast<double>(chunk.most) - m) * per_tau);
-      sum += chunk.factor * chunk.sum;
+      all += chunk.factor * chunk.sum;
     }
-    return sum;
+    return all;
   }
 };
 
@@ -169,6 +182,11 @@ struct StudentRow {
       q.begin(per_tau);
       q1.begin(1);
     }
+    load(student, i, n, ahead);
+    if (!again) stats[0] = q.m, stats[1] = q.inverse, stats[2] = labeled ? q1.inverse : A(1);
+  }
+  // The same where both have begun.
+  AMTML_INLINE void load(const Matrix& student, int64_t i, int64_t n, const Ahead& ahead) {
     for (int64_t k = 0, first = 0; first < n; ++k, first += kChunk) {
       const int64_t count = std::min(kChunk, n - first);
       const A* part = load_part(student, i, first, count, converted.data() + first);
@@ -178,7 +196,6 @@ struct StudentRow {
     }
     q.end(true);
     if (labeled) q1.end(true);
-    if (!again) stats[0] = q.m, stats[1] = q.inverse, stats[2] = labeled ? q1.inverse : A(1);
   }
 };
 
@@ -297,13 +314,17 @@ inline void check_indices(const char* op, const Tensor& indices, const std::opti
   }
 }
 
-// The caller's weights [N, T].
-inline void check_weights(const char* op, const Tensor& weights) {
+// The caller's weights [N, T], in rows that count.
+inline void check_weights(const char* op, const Tensor& weights, const std::optional<Tensor>& labels,
+                          int64_t ignore_index) {
   if (weights.dim() != 2) return;
   const Matrix m(weights);
   std::vector<double> scratch(weights.size(1));
-  const int64_t rows = std::min<int64_t>(weights.size(0), m.row_stride == 0 ? 1 : weights.size(0));  // expanded
+  const bool expanded = m.row_stride == 0;
+  const int64_t rows = std::min<int64_t>(weights.size(0), expanded ? 1 : weights.size(0));
+  const int64_t* y = labels && !expanded ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
+    if (y && y[i] == ignore_index) continue;
     const double* w = load_row<double>(m, i, weights.size(1), scratch.data());
     for (int64_t t = 0; t < weights.size(1); ++t) {
       STD_TORCH_CHECK(w[t] >= 0 && w[t] < std::numeric_limits<double>::infinity(), op,

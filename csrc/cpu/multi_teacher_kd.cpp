@@ -445,7 +445,10 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
                              double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
                              double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
-  if (weights && !need_probs) check_weights(kOp, *weights);
+  if (weights && !need_probs) {
+    const auto y = checked_labels(kOp, labels, student.size(0), student.size(1), ignore_index);
+    check_weights(kOp, *weights, y, ignore_index);
+  }
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   return multi_teacher_kd_forward(student, teachers, weights, labels, set, need_student_grad, need_weights_grad,
                                   need_probs);

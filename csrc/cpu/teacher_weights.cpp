@@ -299,10 +299,14 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
       std::vector<double> w(teachers), db(d);
       for (int64_t i = begin; i < end; ++i) {
         vectorized([&] AMTML_BODY() {
-          weigh(factors.data(), b + i * d, teachers, d, w.data());
-          double inner = 0;
-          for (int64_t t = 0; t < teachers; ++t) inner += g[i * teachers + t] * w[t];
-          for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[t] * (g[i * teachers + t] - inner);
+          const A* of_weights = g + i * teachers;
+          // An example to whose weights nothing comes back counts nothing, whatever its features are.
+          if (std::any_of(of_weights, of_weights + teachers, [](A x) { return x != 0; })) {
+            weigh(factors.data(), b + i * d, teachers, d, w.data());
+            double inner = 0;
+            for (int64_t t = 0; t < teachers; ++t) inner += of_weights[t] * w[t];
+            for (int64_t t = 0; t < teachers; ++t) score[i * teachers + t] = w[t] * (of_weights[t] - inner);
+          }
           if (!need_features) return;
           std::fill(db.begin(), db.end(), 0.0);
           for (int64_t t = 0; t < teachers; ++t) {
@@ -331,6 +335,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
           const A* row = b + i * d + begin;
           for (int64_t t = 0; t < teachers; ++t) {
             const double by = score[i * teachers + t];
+            if (by == 0) continue;  // 0 * NaN is 0
             double* s = sum.data() + t * width;
 #pragma omp simd
             for (int64_t c = 0; c < width; ++c) s[c] += by * row[c];

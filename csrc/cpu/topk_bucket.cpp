@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> topk_bucket_fwd(const Tensor& student, const Tensor& 
                                            std::optional<Tensor> labels, double temperature, int64_t ignore_index,
                                            bool need_second, bool need_total, bool in_float64, bool need_statistics) {
   const Inputs inputs(student, indices, labels, temperature, ignore_index, need_second, need_total, need_statistics);
-  if (weights) check_weights(kOp, *weights);
+  if (weights) check_weights(kOp, *weights, inputs.labels, ignore_index);
   const Problem& pr = inputs.pr;
   const Tensor found = empty(student, {pr.rows, kFound}, ScalarType::Double);
   const Tensor named = empty(student, {pr.rows, pr.entries}, ScalarType::Double);

@@ -30,7 +30,7 @@ struct Problem {
   const bool* kept;  // whether the support has an entry a class of its own; null: all
   KDSettings set;
   Divergence kind;
-  double beta;
+  MixtureShares<double> share;
 
   int64_t teachers() const { return static_cast<int64_t>(sizes.size()); }
   bool ignored(int64_t i) const { return labels && labels[i] == set.ignore_index; }
@@ -161,7 +161,7 @@ double take_entries(Row<A>& row, int64_t i, int64_t t, int64_t first, double wei
 // D_t, and w_t times its gradients, added to those of the row.
 template <Divergence kind, class A>
 __attribute__((noinline)) double compare(Row<A>& row, int64_t t, double rest, double weight) {
-  const double beta = row.problem.beta;
+  const MixtureShares<double> share = row.problem.share;
   const auto log = [](double x) { return std::log(x); };
   const auto log_of = [](double p) { return p == 0 ? -kInfinity : std::log(p); };
   double value = 0, total = 0, mass = 0, lost_mass = 0;
@@ -171,7 +171,7 @@ __attribute__((noinline)) double compare(Row<A>& row, int64_t t, double rest, do
       value += kInfinity, lost_mass += q;  // NaN stays NaN
       return 0.0;
     }
-    const auto term = divergence_term<kind>(p, q, log_of(p), log_q, beta, log);
+    const auto term = divergence_term<kind>(p, q, log_of(p), log_q, share, log);
     value += term.value, total += term.qb;
     return term.qb;
   };
@@ -193,7 +193,7 @@ __attribute__((noinline)) double compare(Row<A>& row, int64_t t, double rest, do
   const double log_rest = none ? -kInfinity : row.all.of(top) + std::log(sum), of_named = total;
   const double b_rest = add(rest, std::exp(log_rest), log_rest);
   if (none) total = of_named;
-  value += divergence_constant(kind, mass, beta);
+  value += divergence_constant(kind, mass, share);
   if (kind == Divergence::skew_kl && mass == 0) value = total = 0;  // whatever q is
   if (weight == 0) return value;
 
@@ -387,9 +387,9 @@ struct Inputs {  // owns what Problem points to
       check_shape(kOp, "weights", *weights, {n, static_cast<int64_t>(sizes.size())});
       if (weights->scalar_type() == ScalarType::Double) wide = ScalarType::Double;
       STD_TORCH_CHECK(weights->scalar_type() == wide, kOp, ": weights must be float32, or float64 if an input is");
-      check_weights(kOp, *weights);
     }
     labels = checked_labels(kOp, given_labels, n, c, ignore_index);
+    if (weights) check_weights(kOp, *weights, labels, ignore_index);
     check_indices(kOp, indices, labels, c, ignore_index);
   }
 };
@@ -427,7 +427,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_bucket_loss(
                         inputs.kept ? static_cast<const bool*>(inputs.kept->const_data_ptr()) : nullptr,
                         set,
                         settings.kind,
-                        beta};
+                        shares_of<double>(settings.kind, beta)};
     std::vector<double> ce_rows(n), kl_rows(n);
     KDPass<A> pass{};
     pass.ce = ce_rows.data(), pass.kl = kl_rows.data();

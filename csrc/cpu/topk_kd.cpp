@@ -319,7 +319,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, co
                                                        bool need_student_grad, bool need_weights_grad) {
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, ignore_index);
-  if (weights) check_weights(kOp, *weights);
+  if (weights) check_weights(kOp, *weights, inputs.labels, ignore_index);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(sizes.size());
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == inputs.wide, kOp,
                   ": the forward gradient of a 16-bit student is made in backward");

@@ -253,12 +253,16 @@ __global__ void forward_kernel(const T* features, Map map, Factors factors, int 
   for (int t = threadIdx.x; t < factors.teachers; t += kWarp) weights[example * factors.teachers + t] = kept.weight[t];
 }
 
-// dL/dgamma of teacher t, from weights and what comes back to them: either maps a teacher to its number.
+// dL/dgamma of teacher t, from weights and what comes back to them: either maps a teacher to its number. 0 where
+// nothing comes back, whatever the weights are.
 template <class Weight, class Back>
 __device__ __forceinline__ float slope_of(int teachers, int t, const Weight& weight, const Back& back) {
   float sum = 0;
-  for (int s = 0; s < teachers; ++s) sum += weight(s) * (back(t) - back(s));
-  return weight(t) * sum;
+  for (int s = 0; s < teachers; ++s) {
+    const float apart = back(t) - back(s);
+    sum += if_mass(apart, weight(s) * apart);
+  }
+  return if_mass(sum, weight(t) * sum);
 }
 
 // Of the block's example.
@@ -340,7 +344,9 @@ __device__ __forceinline__ void parameters_of_slice(const Parameters& of, int sl
       const float b = inside ? of.pooled[i * channels + c] : 0;
 #pragma unroll
       for (int u = 0; u < kTeachersAtOnce; ++u) {
-        if (first + u < teachers) sum[u] += of.slope(i, first + u) * b;
+        if (first + u >= teachers) continue;
+        const float slope = of.slope(i, first + u);
+        sum[u] += if_mass(slope, slope * b);
       }
     }
 #pragma unroll

@@ -18,7 +18,8 @@ constexpr double kFar = 1e-280;  // of the largest exponential: below it a sum h
 
 struct Problem : KDProblem {
   Named of;
-  double tau, beta;
+  double tau;
+  MixtureShares<double> share;
   Divergence kind;
 
   __device__ bool has_ce() const { return labels && ce_weight != 0; }
@@ -33,22 +34,23 @@ struct Made {
 };
 
 // Value and q df/dq of an outcome.
-__device__ __noinline__ DivergenceTerm<double> outcome(Divergence kind, double p, double q, double log_q, double beta) {
+__device__ __noinline__ DivergenceTerm<double> outcome(Divergence kind, double p, double q, double log_q,
+                                                       MixtureShares<double> share) {
   const auto log_of = [](double x) { return log(x); };
   const double log_p = p == 0 ? -INFINITY : log(p);
   switch (kind) {
     case Divergence::forward_kl:
-      return divergence_term<Divergence::forward_kl>(p, q, log_p, log_q, beta, log_of);
+      return divergence_term<Divergence::forward_kl>(p, q, log_p, log_q, share, log_of);
     case Divergence::reverse_kl:
-      return divergence_term<Divergence::reverse_kl>(p, q, log_p, log_q, beta, log_of);
+      return divergence_term<Divergence::reverse_kl>(p, q, log_p, log_q, share, log_of);
     case Divergence::jsd:
-      return divergence_term<Divergence::jsd>(p, q, log_p, log_q, beta, log_of);
+      return divergence_term<Divergence::jsd>(p, q, log_p, log_q, share, log_of);
     case Divergence::skew_kl:
-      return divergence_term<Divergence::skew_kl>(p, q, log_p, log_q, beta, log_of);
+      return divergence_term<Divergence::skew_kl>(p, q, log_p, log_q, share, log_of);
     case Divergence::skew_reverse_kl:
-      return divergence_term<Divergence::skew_reverse_kl>(p, q, log_p, log_q, beta, log_of);
+      return divergence_term<Divergence::skew_reverse_kl>(p, q, log_p, log_q, share, log_of);
     default:
-      return divergence_term<Divergence::tvd>(p, q, log_p, log_q, beta, log_of);
+      return divergence_term<Divergence::tvd>(p, q, log_p, log_q, share, log_of);
   }
 }
 
@@ -62,7 +64,7 @@ struct Outcomes {
       value += INFINITY, lost_mass += q;                          // NaN stays NaN
       return 0;
     }
-    const DivergenceTerm<double> term = outcome(pr.kind, p, q, log_q, pr.beta);
+    const DivergenceTerm<double> term = outcome(pr.kind, p, q, log_q, pr.share);
     value += term.value, qb += term.qb;
     return term.qb;
   }
@@ -133,7 +135,7 @@ __device__ inline void compare(const Problem& pr, const Row& row, int t, const L
   const double log_rest = none ? -INFINITY : all.of(top) + log(others), of_those = sums.qb;
   const double b = sums.add(pr, rest, exp(log_rest), log_rest);
   if (none) sums.qb = of_those;
-  sums.value += divergence_constant(pr.kind, sums.mass, pr.beta);
+  sums.value += divergence_constant(pr.kind, sums.mass, pr.share);
   if (pr.kind == Divergence::skew_kl && sums.mass == 0) sums.value = sums.qb = 0;  // whatever q is
   const bool broken = weight == 0 && !(fabs(sums.value) < INFINITY);
   if (out.of_weights && threadIdx.x == 0) {
@@ -242,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_bucket_rows(
   Problem pr{};
   pr.of = entries_of.of;
   own.fill(pr, kOp, student, teachers, weights, labels, set, on);
-  pr.tau = temperature, pr.beta = beta, pr.kind = settings.kind;
+  pr.tau = temperature, pr.share = shares_of<double>(settings.kind, beta), pr.kind = settings.kind;
   const int64_t entries = pr.of.start.of[teachers];
 
   const bool none = set.each_row();

@@ -24,11 +24,13 @@ import triton
 from amtml_fast.kernels import _launch
 from test_ops import GRID, STEP
 from test_topk import dense_calls
+from test_vocabulary_kernels import Rows, run_one_part
 from triton.runtime.jit import JITFunction
 from triton_host import Driver
 
 import amtml_fast as af
 from amtml_fast import backend
+from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
 from amtml_fast.testing import CASES, value_and_grads
 
 EACH = 3  # compilers differ in kernels more than in a kernel's sizes, and each takes half a second
@@ -49,6 +51,7 @@ def large_calls(part: int | None) -> Iterator[tuple[Any, tuple, dict]]:
     student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(64, 1000, 1)
     yield af.multi_teacher_kd_loss, (student, teachers, weights, None), {}  # no case lacks its labels
     yield from numbers_by_row()
+    yield from parts(4, 32000, torch.bfloat16, [("jsd", "mixture"), ("reverse_kl", "logits"), ("forward_kl", "sum")])
     yield from whole_losses(128, 64, 8)
 
 
@@ -62,6 +65,20 @@ def numbers_by_row() -> Iterator[tuple[Any, tuple, dict]]:
         yield lambda *a, **o: af.multi_teacher_kd_loss(*a[:4], alpha=a[4], **o)[0], args, options
     top = CASES["topk_bucket"].inputs(4, 32000, 64, 3)
     yield lambda *a, **o: af.topk_kd_loss(*a, **o)[0], top, {"tail": "uniform", "return_stats": True}
+
+
+def parts(n: int, classes: int, dtype: torch.dtype, kinds: list[tuple[str, str]]) -> Iterator[tuple[Any, tuple, dict]]:
+    """The part that a process has of a split vocabulary."""
+    student, teachers, weights, labels = CASES["divergence"].inputs(n, classes, 3, dtype=dtype)
+    rows = Rows(student.detach(), teachers, weights.detach(), labels)
+    for divergence, mode in kinds:
+        taus = [1.0, 2.0, 3.0] if mode == "logits" else None
+
+        def part(x: Any, kind: tuple = (divergence, mode, taus)) -> Any:
+            run_one_part(rows, "triton", *kind)
+            return x.sum()
+
+        yield part, (student,), {}
 
 
 def whole_losses(rows: int, channels: int, side: int) -> Iterator[tuple[Any, tuple, dict]]:
@@ -85,6 +102,8 @@ def test_calls(part: int | None) -> Iterator[tuple[Any, tuple, dict]]:
     for at, (args, options) in enumerate(dense_calls()):
         if part is None or at % 18 == 6 * part:
             yield af.topk_kd_loss, args, {"reduction": "none", **options}
+    kinds = [(divergence, mode) for divergence in DIVERGENCES for mode in ALL_MODES]
+    yield from parts(9, 30, torch.float32, kinds if part is None else kinds[part::7])
     yield from whole_losses(9, 6, 3)
 
 

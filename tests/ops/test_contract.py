@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, takes
+from test_vocabulary_kernels import Rows, run_one_part
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import amtml_fast as af
 from amtml_fast import backend, reference
 from amtml_fast.ops import _base as ops
 from amtml_fast.ops.angle import angle
+from amtml_fast.ops.divergence import ALL_MODES
 from amtml_fast.ops.hint import hint_mse, hint_pool
 from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
 from amtml_fast.reference import KDOptions
@@ -93,6 +95,11 @@ def test_opcheck(case, fused):
         utils = TRACED
         if case.op == "hint":  # the error alone, which on the CPU is not part of it
             value_and_grads(hint_mse, case.inputs(*case.small)[:1] * 2)
+        if case.op == "divergence":  # and in a split vocabulary
+            student, teachers, weights, labels = case.inputs(*case.small)
+            rows = Rows(student.detach(), teachers, weights.detach(), labels)
+            for mode in ALL_MODES[:1] if fused == "triton" else ALL_MODES:
+                run_one_part(rows, fused, "jsd", mode)
         if case.op == "topk_bucket":  # the CPU sweeps for statistics alone, and back in a split vocabulary
             value_and_grads(lambda *args: case.function(*args, return_stats=True)[0], case.inputs(*case.small))
             if fused == "cpp":

@@ -250,6 +250,10 @@ case("dense items", dense, num_items_in_batch=11, **_PLAIN)
 case("dense items in a tensor", dense, num_items_in_batch=torch.tensor(11), return_stats=True, **_PLAIN)
 case("dense alpha 0", dense, alpha=0.0, **_PLAIN)
 case("dense alpha 1", dense, alpha=1.0, **_PLAIN)
+case("dense alpha 0 sum", dense, alpha=0.0, mode="sum", **_PLAIN)
+case("dense alpha 0 no rows", dense, alpha=0.0, shape=(0,), **_PLAIN)
+case("topk alpha 0", topk, alpha=0.0)
+case("topk alpha 0 bucket", topk, alpha=0.0, tail="bucket")
 case("dense temperature 1", dense, temperature=1.0, alpha=0.3, t2_scale=False)
 case("dense [B, S, C]", dense, shape=(3, 2), reduction="none", return_stats=True, **_PLAIN)
 case("dense no rows", dense, shape=(0,), return_stats=True, **_PLAIN)
@@ -423,6 +427,44 @@ def other_hidden_states(rank: int, group: Any) -> str:
 
 
 @call
+def other_order_of_labels(rank: int, group: Any) -> str:
+    labels, z = torch.tensor([1, 2, 5] if rank else [2, 1, 5]), torch.zeros(3, 6)
+    return message(lambda: af.multi_teacher_kd_loss(z, [z], None, labels, process_group=group))
+
+
+@call
+def other_teachers(rank: int, group: Any) -> list[str]:
+    """Other hidden states of a teacher, and other top-k entries whose sums are the same."""
+    hidden, weight = torch.ones(N, H), torch.ones(6, H)
+    states = torch.randn(N, H, generator=torch.Generator().manual_seed(rank))
+    top = torch.tensor([[3, 7] if rank else [4, 6]] * N)
+    teachers = af.LinearTeacher(states, weight), af.TopKTeacher(top, torch.full((N, 2), -1.0))
+    return [message(lambda t=t: af.fused_linear_kd_loss(hidden, weight, [t], process_group=group)) for t in teachers]
+
+
+@call
+def digits_of_float64(rank: int, group: Any) -> float:
+    """Where one input alone is float64, all is."""
+    numbers = Numbers(torch.float64)
+    z, t, w = numbers.normal(N, C), numbers.normal(N, C), numbers.weights(N, 1)
+    top = t.float().log_softmax(-1).topk(4)
+    cut, out = part_of(rank), 0.0
+
+    def far(loss: Callable, part: tuple, whole: tuple) -> float:
+        return error(loss(*part, process_group=group), loss(*whole))
+
+    for tail in ("renormalize", "uniform", "bucket"):
+        loss = functools.partial(af.topk_kd_loss, tail=tail)
+        given = [top.indices] * 3, [top.values] * 3, None
+        out = max(out, far(loss, (cut(z, 1), *given), (z, *given)))
+    z, t = z.float(), t.float()
+    for mode in MODES:
+        loss = functools.partial(af.multi_teacher_kd_loss, mode=mode)
+        out = max(out, far(loss, (cut(z, 1), [cut(t, 1)], w), (z, [t], w)))
+    return out
+
+
+@call
 def no_group(rank: int, group: Any) -> str:
     return message(lambda: called(dense, part_of(rank), process_group="world"))
 
@@ -445,12 +487,12 @@ def indices_beyond_all_classes(rank: int, group: Any) -> str:
 
 @call
 def named_backend(rank: int, group: Any) -> list[str]:
-    """The forward KL has kernels, other divergences have none."""
-    with af.use_backend("cpp"):
-        return [
-            message(lambda: called(dense, part_of(rank), process_group=group)),
-            message(lambda: called(dense, part_of(rank), process_group=group, divergence="jsd")),
-        ]
+    """The backend that is asked for runs, or says why not."""
+    found = []
+    for name in ("cpp", "cuda"):
+        with af.use_backend(name):
+            found.append(message(lambda: called(dense, part_of(rank), process_group=group, divergence="jsd")))
+    return found
 
 
 @call
@@ -688,9 +730,8 @@ def _process(rank: int, folder: str) -> None:
         out[name, 4] = wanted.far(build, rank, 4, dist.group.WORLD)
         if rank // 2 == i % 2:  # two cases at the same time
             out[name, 2] = wanted.far(build, rank % 2, 2, pairs[rank // 2])
-        if name.startswith("topk"):
-            with af.use_backend("reference"):
-                out[name, "reference"] = Wanted(build).far(build, rank, 4, dist.group.WORLD)
+        with af.use_backend("reference"):
+            out[name, "reference"] = Wanted(build).far(build, rank, 4, dist.group.WORLD)
     for name, function in CALLS.items():
         torch.manual_seed(rank)
         out[name] = function(rank, dist.group.WORLD)
@@ -712,8 +753,8 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_part_of_the_classes_gives_what_all_give(four: list[dict], name: str) -> None:
-    """In 2 and in 4 processes and, where kernels take part, without them."""
-    for how in (2, 4, "reference") if name.startswith("topk") else (2, 4):
+    """In 2 and in 4 processes, and in 4 without kernels."""
+    for how in (2, 4, "reference"):
         tried = [one[name, how] for one in four if (name, how) in one]
         assert len(tried) == (2 if how == 2 else 4)
         for rank, errors in enumerate(tried):
@@ -733,6 +774,7 @@ REFUSED = {
     "uneven_shards": f"ValueError: multi_teacher_kd_loss: {SAME} number of classes on all processes, got [6, 6, 6, 7] by rank",
     "other_rows": f"ValueError: multi_teacher_kd_loss: {SAME} number of rows on all processes, got [7, 7, 7, 8] by rank",
     "other_labels": f"ValueError: multi_teacher_kd_loss: {SAME} labels or indices on all processes, got others",
+    "other_order_of_labels": f"ValueError: multi_teacher_kd_loss: {SAME} labels or indices on all processes, got others",
     "other_hidden_states": f"ValueError: fused_linear_kd_loss: {SAME} hidden states, weights or log-probabilities on all "
     "processes, got others",
     "no_group": "TypeError: multi_teacher_kd_loss: process_group must be a torch.distributed.ProcessGroup that this process "
@@ -757,10 +799,20 @@ def test_other_refusals_say_why(four: list[dict]) -> None:
         )
         assert f"process {rank} has (KDOptions(temperature={2.0 if rank == 1 else 1.0}," in one["other_settings"]
         assert f"multi_teacher_kd_loss: {SAME} settings on all processes" in one["other_arguments"]
-    with_kernels, without = of_all(four, "named_backend")
-    assert with_kernels == "no error" and 'backend "cpp" cannot run here' in without
+    runs, cannot = of_all(four, "named_backend")
+    assert runs == "no error" and 'backend "cuda" cannot run here' in cannot
     for said in of_all(four, "second_derivatives"):
         assert "process_group have no second derivative" in said
+
+
+def test_teachers_that_differ_are_refused(four: list[dict]) -> None:
+    states, entries = of_all(four, "other_teachers")
+    assert f"{SAME} hidden states, weights or log-probabilities on all processes" in states
+    assert f"{SAME} labels or indices on all processes" in entries
+
+
+def test_one_float64_input_makes_all_of_it(four: list[dict]) -> None:
+    assert max(one["digits_of_float64"] for one in four) < 1e-12
 
 
 def test_without_gradients_it_is_the_same(four: list[dict]) -> None:
