@@ -144,9 +144,11 @@ class AMTMLLoss(nn.Module):
             return out
         hint = self.hints(student_maps, teacher_maps)
         loss, kd, ce, kl, angle, _, regularizer, weights = out  # no _replace: torch.compile 2.11 cannot trace it
-        return AMTMLOutput(
-            torch.add(loss, hint, alpha=self.hint_weight), kd, ce, kl, angle, hint.detach(), regularizer, weights
-        )
+        if self.hint_weight != 0:
+            loss = loss + reference.times(hint, self.hint_weight)
+        else:  # not 0 * infinity
+            loss = reference.connected(loss, *self.hints.parameters())
+        return AMTMLOutput(loss, kd, ce, kl, angle, hint.detach(), regularizer, weights)
 
     def _fused(
         self,
@@ -166,7 +168,7 @@ class AMTMLLoss(nn.Module):
             _check_weights((features.shape[0], theta.shape[0]), student.shape[0], len(teachers))
             sources: tuple[Any, ...] = (features, theta, v, None)
         else:
-            sources = (None, None, None, self._weights(features, student, len(teachers)))
+            sources = (None, None, None, self._weights(features, student, labels, len(teachers)))
         loss, terms, weights = whole_loss.whole_loss(
             chosen,
             student,
@@ -186,7 +188,7 @@ class AMTMLLoss(nn.Module):
             weights = sources[3].detach()
             if self.regularizer_weight != 0:
                 term = self._regularizer()
-                loss, regularizer = torch.add(loss, term, alpha=self.regularizer_weight), term.detach()
+                loss, regularizer = loss + reference.times(term, self.regularizer_weight), term.detach()
         return AMTMLOutput(loss, kd, ce, kl, angle, hint, regularizer, weights)
 
     def _composed(
@@ -199,7 +201,7 @@ class AMTMLLoss(nn.Module):
         gather: bool,
     ) -> AMTMLOutput:
         """From the single operators: what the reference backend does, and what a gathered angle loss needs."""
-        weights = self._weights(features, student, len(teachers))
+        weights = self._weights(features, student, labels, len(teachers))
         terms = multi_teacher_kd(student, teachers, weights, labels, self._kd_options(divisor))
         kd, ce, kl = terms.loss, terms.ce, terms.kl
         if divisor is not None:
@@ -209,14 +211,16 @@ class AMTMLLoss(nn.Module):
         if self.angle_weight != 0:
             row_mask = None if labels is None else labels != self.ignore_index
             angle = self._angle(terms.student_probs, terms.soft_targets, row_mask, gather)
-            loss = torch.add(loss, angle, alpha=self.angle_weight)
+            loss = loss + reference.times(angle, self.angle_weight)
         if self.regularizer_weight != 0:
             regularizer = self._regularizer()
-            loss = torch.add(loss, regularizer, alpha=self.regularizer_weight)
+            loss = loss + reference.times(regularizer, self.regularizer_weight)
         return AMTMLOutput(loss, *(t.detach() for t in (kd, ce, kl, angle, hint, regularizer, weights)))
 
-    def _weights(self, features: Tensor, student: Tensor, teachers: int) -> Tensor:
+    def _weights(self, features: Any, student: Tensor, labels: Tensor | None, teachers: int) -> Tensor:
         """[rows, T] from an adapter that is called; it may give [B, S, T]."""
+        if labels is not None:
+            features = _without_nan(features, labels == self.ignore_index)
         weights = checks.tensor("AMTMLLoss", "the adapter's weights", self.adapter(features))
         weights = weights.flatten(0, 1) if weights.dim() == 3 else weights
         _check_weights(tuple(weights.shape), student.shape[0], teachers)
@@ -249,6 +253,17 @@ class AMTMLLoss(nn.Module):
             f"temperature={self.temperature}, alpha={self.alpha}, mode={self.mode!r}, angle_weight={self.angle_weight}, "
             f"hint_weight={self.hint_weight}, regularizer_weight={self.regularizer_weight}, reduction={self.reduction!r}"
         )
+
+
+def _without_nan(features: Any, ignored: Tensor) -> Any:
+    """Features [N, ...] or [B, S, ...], finite in the rows that count nothing: 0 * NaN is NaN in an adapter's gradients."""
+    if not isinstance(features, Tensor):
+        return features
+    for leading in (1, 2):
+        if features.dim() > leading and features.shape[:leading].numel() == len(ignored):
+            hide = ignored.reshape(*features.shape[:leading], *(1,) * (features.dim() - leading))
+            return features.masked_fill(hide & ~features.isfinite(), 0)
+    return features
 
 
 def _check_weights(got: tuple[int, ...], rows: int, teachers: int) -> None:

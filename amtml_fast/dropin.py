@@ -31,7 +31,7 @@ from amtml_fast.functional import (
 )
 from amtml_fast.losses import parameter
 from amtml_fast.ops.hint import hint_mse
-from amtml_fast.reference import wide_dtype
+from amtml_fast.reference import times, wide_dtype
 
 __all__ = [
     "Adapter",
@@ -127,7 +127,7 @@ class DistillKL(nn.Module):
         reduction = "none" if is_ca or unreduce else "batchmean"
         loss = multi_teacher_kd_loss(student, [teacher], None, temperature=self.T, reduction=reduction)
         positions = math.prod(y_s.shape[2:])
-        return loss if positions == 1 else loss * positions  # from the mean over rows to the mean over examples
+        return loss if positions == 1 else times(loss, positions)  # from the mean over rows to the mean over examples
 
 
 class RKDLoss(nn.Module):
@@ -204,7 +204,7 @@ def rkd_loss(
         distance = F.smooth_l1_loss(d_s, d_t, reduction="sum") / max(d_s.numel(), 1)
     else:
         distance = rkd_distance_loss(student, teacher, eps=eps**0.5)
-    return distance_weight * distance + angle_weight * angle
+    return times(distance, distance_weight) + times(angle, angle_weight)
 
 
 def _squared_over_mean(x: Tensor, eps: float) -> Tensor:
@@ -224,7 +224,8 @@ class DistanceWiseRKD(nn.Module):
         self.loss_weight, self.with_l2_norm = loss_weight, with_l2_norm
 
     def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        return self.loss_weight * rkd_distance_loss(*_normalized(preds_S, preds_T, self.with_l2_norm), eps=1e-6)
+        loss = rkd_distance_loss(*_normalized(preds_S, preds_T, self.with_l2_norm), eps=1e-6)
+        return times(loss, self.loss_weight)
 
 
 class AngleWiseRKD(nn.Module):
@@ -235,7 +236,7 @@ class AngleWiseRKD(nn.Module):
         self.loss_weight, self.with_l2_norm = loss_weight, with_l2_norm
 
     def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        return self.loss_weight * angle_loss(*_normalized(preds_S, preds_T, self.with_l2_norm))
+        return times(angle_loss(*_normalized(preds_S, preds_T, self.with_l2_norm)), self.loss_weight)
 
 
 def _normalized(student: Tensor, teacher: Tensor, with_l2_norm: bool) -> tuple[Tensor, Tensor]:

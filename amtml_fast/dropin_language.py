@@ -6,12 +6,12 @@ multiplies by T^2. Tokens whose label is -100 count nothing; the others' mean is
 logit of -inf) adds what the formula says, where DistiLLM and torchtune leave it out.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from amtml_fast import checks
+from amtml_fast import checks, reference
 from amtml_fast.functional import multi_teacher_kd_loss
 
 __all__ = [
@@ -86,6 +86,13 @@ def generalized_jsd_loss(
     )  # fmt: skip
 
 
+def _mixed(share: float, first: Callable[[], Tensor], second: Callable[[], Tensor]) -> Tensor:
+    """``share`` of the first and the rest of the second. One without weight counts nothing, even if it is infinite."""
+    if share in (0, 1):
+        return first() if share == 1 else second()
+    return reference.times(first(), share) + reference.times(second(), 1 - share)
+
+
 # --- DistiLLM: the labels are no_model_batch["label"]
 
 
@@ -103,8 +110,8 @@ def symmetric_kl(
     logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.9
 ) -> Tensor:
     """DistiLLM's: (1 - lam) of ``forward_kl``, lam of ``reverse_kl``."""
-    forward = forward_kl(logits, teacher_logits, no_model_batch)
-    return (1 - lam) * forward + lam * reverse_kl(logits, teacher_logits, no_model_batch)
+    given = logits, teacher_logits, no_model_batch
+    return _mixed(1 - lam, lambda: forward_kl(*given), lambda: reverse_kl(*given))
 
 
 def js_distance(
@@ -170,5 +177,5 @@ class SymmetricKLLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """``normalize``: divide by the tokens that count."""
-        both = [loss(student_logits, teacher_logits, labels, normalize) for loss in (self.fkl, self.rkl)]
-        return self.sym_kd_ratio * both[0] + (1 - self.sym_kd_ratio) * both[1]
+        given = student_logits, teacher_logits, labels, normalize
+        return _mixed(self.sym_kd_ratio, lambda: self.fkl(*given), lambda: self.rkl(*given))

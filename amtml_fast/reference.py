@@ -39,6 +39,11 @@ class Divergence(NamedTuple):
         own = self.teacher_temperatures or self.alpha is not None or self.temperature is not None
         return self.name == "forward_kl" and mode != "logits" and not own
 
+    def in_dtype(self, dtype: torch.dtype) -> "Divergence":
+        """With the numbers of rows in this dtype, that of the loss."""
+        alpha, temperature = (None if x is None else x.to(dtype) for x in (self.alpha, self.temperature))
+        return self._replace(alpha=alpha, temperature=temperature)
+
 
 class KDStats(NamedTuple):
     """Numbers of each row beside a distillation loss, detached: [N] (or [B, S], as the student has it), 0 in an ignored row.
@@ -190,7 +195,7 @@ def multi_teacher_kd(
     else:
         kl = torch.stack([weighted(w[:, t], kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
     kl = kl * (temperature**2 if options.t2_scale else 1)
-    loss, ce, kl = _kd_reduced(z, kl, valid, labels, options)
+    loss, ce, kl = _kd_reduced(z, w, kl, valid, labels, options)
     return KDTerms(loss, ce, kl, log_q.exp(), mixture)
 
 
@@ -278,7 +283,7 @@ def divergence_loss(
         distance = torch.stack([weighted(weight, d) for (weight, _, _), d in zip(targets, each)]).sum(0)
     if options.t2_scale:
         distance = distance * tau.square().squeeze(1)
-    loss = _kd_reduced(logits, distance, valid, labels, options, divergence.alpha)[0]
+    loss = _kd_reduced(logits, w, distance, valid, labels, options, divergence.alpha)[0]
 
     if not need_stats:
         return loss, None
@@ -375,8 +380,17 @@ def _mixture_kl(mixture: Tensor, log_q: Tensor) -> Tensor:
     return kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
 
 
+def connected(loss: Tensor, *inputs: Tensor | None) -> Tensor:
+    """The loss, with a gradient of exactly 0 to inputs that count nothing in it."""
+    for x in inputs:
+        if x is not None and x.requires_grad:
+            loss = loss + x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0).sum().to(loss.dtype)
+    return loss
+
+
 def _kd_reduced(
     z: Tensor,
+    w: Tensor,
     kl: Tensor,
     valid: Tensor,
     labels: Tensor | None,
@@ -394,7 +408,10 @@ def _kd_reduced(
             label_smoothing=options.label_smoothing,
             reduction="none",
         )
-    return reduced(ce, kl, valid, z.shape[1], options, alphas)
+    loss, ce, kl = reduced(ce, kl, valid, z.shape[1], options, alphas)
+    if labels is not None and options.alpha == 0:
+        loss = connected(loss, w)
+    return loss, ce, kl
 
 
 def reduced(
@@ -502,7 +519,7 @@ def topk_kd(
         mixture = mixture + weighted(w[:, t, None], given[t])
     log_q = (z / temperature).log_softmax(-1)
     kl = _mixture_kl(mixture, log_q) * (temperature**2 if options.t2_scale else 1)
-    loss = _kd_reduced(z, kl, valid, labels, options)[0]
+    loss = _kd_reduced(z, w, kl, valid, labels, options)[0]
     if not need_stats:
         return loss, None
     kls = [_mixture_kl(p, log_q) for p in given]
@@ -559,7 +576,7 @@ def topk_bucket(
     distance = torch.stack([weighted(w[:, t], d) for t, d in enumerate(each)]).sum(0)
     if options.t2_scale:
         distance = distance * options.temperature**2
-    loss = _kd_reduced(logits, distance, valid, labels, options)[0]
+    loss = _kd_reduced(logits, w, distance, valid, labels, options)[0]
     if not need_stats:
         return loss, None
     target = torch.stack([weighted(w[:, t, None], p) for t, (p, _, _) in enumerate(outcomes)]).sum(0)
@@ -628,12 +645,12 @@ def fused_linear_kd_loss(
     valid = student_hidden.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        hidden = hidden.reshape(rows, -1).to(dtype).masked_fill(~valid.unsqueeze(1), 0)
+        hidden = hidden.reshape(rows, hidden.shape[-1]).to(dtype).masked_fill(~valid.unsqueeze(1), 0)
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden @ weight.to(dtype).t()
         x = x if bias is None else x + bias.to(dtype)
         x = x if logit_scale == 1 else x * logit_scale
-        return x if softcap is None else softcap * (x / softcap).tanh()
+        return x if softcap is None else torch.where(x == -torch.inf, x, softcap * (x / softcap).tanh())
 
     of_teachers = (temperature,) * len(teachers) if teacher_temperature is None else teacher_temperature
     taus = of_teachers if isinstance(of_teachers, Sequence) else (of_teachers,) * len(teachers)
@@ -642,11 +659,11 @@ def fused_linear_kd_loss(
         if isinstance(teacher, LinearTeacher):
             dense.append(logits(*teacher))
         elif isinstance(teacher, TopKTeacher):
-            index, log_probs = (x.reshape(rows, -1).masked_fill(~valid.unsqueeze(1), 0) for x in teacher)
+            index, log_probs = (x.reshape(rows, x.shape[-1]).masked_fill(~valid.unsqueeze(1), 0) for x in teacher)
             made = dense_log_probs(index.long(), log_probs.to(dtype), student_weight.shape[0])
             dense.append(made * (tau.reshape(rows, 1).to(dtype) if isinstance(tau, Tensor) else tau))
         else:
-            dense.append(teacher.reshape(rows, -1))
+            dense.append(teacher.reshape(rows, teacher.shape[-1]))
     weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(teachers))
     chosen = None
     if teacher_index is not None:
@@ -700,7 +717,7 @@ def linear_stats(
         return stats
     kept = stats.retained_mass
     mass = [
-        t.log_probs.detach().reshape(len(kept), -1).to(kept.dtype).exp().sum(1)
+        t.log_probs.detach().reshape(len(kept), t.log_probs.shape[-1]).to(kept.dtype).exp().sum(1)
         if isinstance(t, TopKTeacher)
         else torch.ones_like(kept)
         for t in teachers
@@ -785,7 +802,8 @@ def _normalized_distances(x: Tensor, eps: float) -> Tensor:
 def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, normalize: bool = False) -> Tensor:
     """Eq 11 for one teacher: ``mean (u - F(v))^2`` with ``F`` the 1x1 convolution ``weight`` [c_t, c_s]."""
     size = [min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:])]
-    v, u = (hint_pool(m, size[0], size[1], normalize) for m in (student_map, teacher_map))
+    wide = wide_dtype(student_map, teacher_map, weight)
+    v, u = (hint_pool(m.to(wide), size[0], size[1], normalize) for m in (student_map, teacher_map))
     return hint_mse(hint_conv(v, weight), u)
 
 

@@ -183,11 +183,16 @@ def first_order(op: str, why: str = _NO_SECOND) -> Callable:
                 return backward(ctx, *grads) if stacked is None else _one_by_one(wrapped, ctx, grads, stacked)
             if stacked is not None:
                 raise RuntimeError(f"{op}: {why}")
-            with torch.no_grad():
-                out = backward(ctx, *grads)
             if torch.compiler.is_compiling():
-                return out
-            inputs = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+                with torch.no_grad():
+                    return backward(ctx, *grads)
+            ctx.held = kept = ctx.saved_tensors
+            try:
+                with torch.no_grad():
+                    out = backward(ctx, *grads)
+            finally:
+                ctx.held = None
+            inputs = [t for t in (*kept, *grads) if t is not None and t.requires_grad]
             return tuple(
                 _NoSecondDerivative.apply(f"{op}: {why}", g, *inputs) if isinstance(g, Tensor) else g for g in out
             )
@@ -240,11 +245,16 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
 
 
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """``ctx.saved_tensors``, which a checkpoint gives but once."""
+    return getattr(ctx, "held", None) or ctx.saved_tensors
+
+
 def saved(ctx: Any) -> tuple[Any, ...]:
     """What ``save`` was given."""
     if not ctx.inference:
-        return ctx.saved_tensors
-    return tuple(ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors))
+        return saved_tensors(ctx)
+    return tuple(ctx.inference.get(i, t) for i, t in enumerate(saved_tensors(ctx)))
 
 
 def asked(grad: Tensor | None, needed: bool) -> Tensor | None:
@@ -277,7 +287,7 @@ def save_grads(ctx: Any, grads: Iterable[Tensor], inputs: Iterable[Tensor | None
 
 def scaled_rows(ctx: Any, grad_loss: Tensor, count: int = 2) -> list[Any]:
     """The gradients of ``save_grads``, so many, from that of the loss, which may have one value a row."""
-    grads = ctx.saved_tensors[:count]
+    grads = saved_tensors(ctx)[:count]
     if ctx.backend != "cpp" and may_overwrite_saved(ctx):
         for g in grads:
             if g is not None:

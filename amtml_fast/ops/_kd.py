@@ -134,7 +134,7 @@ def check_values(
     if labels is not None and checks.values_are_free(labels):
         _check_labels(function, labels, classes, ignore_index)
     if weights is not None and checks.values_are_free(weights):
-        _check_weights(function, weights)
+        _check_weights(function, weights, labels, ignore_index)
     if support is not None and checks.values_are_free(support[0]):
         _check_support(function, *support, labels, classes, ignore_index)
 
@@ -152,12 +152,19 @@ def _check_labels(function: str, labels: Tensor, classes: int, ignore_index: int
         raise ValueError(f"{function}: labels[{row}] must be {wanted}, got {int(labels[row])}")
 
 
-def _check_weights(function: str, weights: Tensor) -> None:
+def _check_weights(function: str, weights: Tensor, labels: Tensor | None, ignore_index: int) -> None:
+    """A row that is ignored may hold anything."""
     if weights.numel() == 0:
         return
     low, high = (float(x) for x in weights.detach().aminmax())
-    if not (low >= 0 and high < math.inf):  # written so that NaN fails
-        raise ValueError(f"{function}: teacher_weights must be finite and not negative, got values in [{low}, {high}]")
+    if low >= 0 and high < math.inf:  # false of NaN
+        return
+    bad = ~((weights >= 0) & (weights < math.inf))
+    if labels is not None and bad.dim() == 2 and len(bad) == len(labels):
+        bad &= (labels != ignore_index).unsqueeze(1)
+    if bad.any():
+        got = float(weights[bad][0])
+        raise ValueError(f"{function}: teacher_weights must be finite and not negative, got {got}")
 
 
 def _check_support(

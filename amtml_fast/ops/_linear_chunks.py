@@ -180,7 +180,7 @@ class Call:
             )
 
     def logits(self, name: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``cap(logit_scale * (hidden @ weight.T + bias))``, in the wide dtype."""
+        """``cap(logit_scale * (hidden @ weight.T + bias))``, in the wide dtype. A bias of -inf stays -inf."""
         out, scale, cap = self.buffer(name, (hidden.shape[0], self.classes)), self.set.logit_scale, self.set.softcap
         if cap:
             scale = scale / cap
@@ -199,7 +199,17 @@ class Call:
             hidden = hidden.to(self.wide)
             for some, wide in self.blocks(weight):
                 _product(hidden, wide.t(), None if bias is None else bias[some], scale, out[:, some])
-        return out.tanh_().mul_(cap) if cap else out
+        if not cap:
+            return out
+        out.tanh_().mul_(cap)
+        return out if bias is None else out.masked_fill_(bias == -torch.inf, -torch.inf)
+
+    def uncap(self, grad: Tensor, student: Tensor) -> None:
+        """Takes the gradient of capped logits to that of the logits before it, times 1 - tanh^2. Overwrites both."""
+        y = student.div_(self.set.softcap)
+        if self.bias is not None:
+            y.masked_fill_(self.bias == -torch.inf, 1)
+        torch.ops.aten.tanh_backward.grad_input(grad, y, grad_input=grad)
 
     def add_grads(self, grad: Tensor, hidden: Tensor, by: Tensor | None, scale: float, first: bool) -> Tensor | None:
         """Adds a chunk's share to the gradients of weight and bias, and returns that of its hidden states, from the gradient of
@@ -393,9 +403,8 @@ class Call:
             put_rows(grad_alpha, rows, made_alpha * (by.squeeze(1) if self.grad_loss is not None else by))
         if not need_student:
             return
-        if set.softcap:  # times 1 - tanh^2
-            student.div_(set.softcap)
-            torch.ops.aten.tanh_backward.grad_input(grad, student, grad_input=grad)
+        if set.softcap:
+            self.uncap(grad, student)
         if self.late(divisor):
             by = 1.0
         on_device = isinstance(by, Tensor)

@@ -110,6 +110,8 @@ def divergence_loss(
     need_stats: bool,
 ) -> tuple[Tensor, Any]:
     """The loss of checked rows [N, C], and with ``need_stats`` their statistics."""
+    wide = wide_dtype(student, *teachers, weights)
+    divergence = divergence.in_dtype(wide)
     chosen = backend.choose("divergence", student, weights, divergence.alpha, *teachers)
     values = _NAME, labels, options.ignore_index, divergence, student.shape[1], weights
     if chosen != "cpp":  # the C++ kernel checks values itself
@@ -118,10 +120,9 @@ def divergence_loss(
         return reference.divergence_loss(
             student, list(teachers), weights, labels, options, divergence, need_stats=need_stats
         )
-    wide = wide_dtype(student, *teachers, weights)
     if weights is not None:
         weights = weights.to(wide).expand(student.shape[0], -1)
-    alpha, temperatures = (None if x is None else x.to(wide) for x in (divergence.alpha, divergence.temperature))
+    alpha, temperatures = divergence.alpha, divergence.temperature
     ce_weight, kl_weight = (1.0 - options.alpha, float(options.alpha)) if labels is not None else (0.0, 1.0)
     settings = (
         divergence.name, divergence.beta, options.mode, list(divergence.teacher_temperatures), float(options.temperature),

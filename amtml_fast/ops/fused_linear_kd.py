@@ -25,6 +25,7 @@ from amtml_fast.ops._base import (
     save,
     save_grads,
     saved,
+    saved_tensors,
     scaled,
 )
 from amtml_fast.ops._linear_checks import check_classes, check_index, check_tensors, parts_of_teachers
@@ -70,7 +71,7 @@ def fused_linear_kd_loss(
 
         student = cap(logit_scale * (student_hidden @ student_weight.T + student_bias))
         teacher_t = cap(logit_scale * (hidden_t @ weight_t.T + bias_t))    # a LinearTeacher
-        cap(x) = softcap * tanh(x / softcap)                               # x itself without softcap
+        cap(x) = softcap * tanh(x / softcap), -inf where x is              # x itself without softcap
         loss = multi_teacher_kd_loss(student, teachers, teacher_weights, labels, ...)
 
     The work is done in chunks of rows. Beside the gradients it takes memory for (2 + T) chunks of logits.
@@ -167,6 +168,9 @@ def fused_linear_kd_loss(
     labels, index = (None if x is None else _kd.as_long(x.reshape(rows)) for x in (labels, teacher_index))
     check_values(NAME, labels, ignore_index, more, classes, weights)
     check_classes(kinds, flat, labels, index, classes, ignore_index)
+    floating = [x for x in flat if x.is_floating_point()]
+    wide = wide_dtype(student_hidden, student_weight, student_bias, weights, *floating)
+    more = more.in_dtype(wide)
     chosen = backend.choose("fused_linear_kd", student_hidden, student_weight, student_bias, weights, more.alpha, *flat)
     if chosen == "reference" and vocabulary is None:
         return reference.fused_linear_kd_loss(
@@ -178,10 +182,8 @@ def fused_linear_kd_loss(
         )  # fmt: skip
 
     hidden = student_hidden.reshape(rows, student_hidden.shape[-1])
-    floating = [x for x in flat if x.is_floating_point()]
-    wide = wide_dtype(hidden, student_weight, student_bias, weights, *floating)
     weights = None if weights is None else weights.to(wide).expand(rows, -1)
-    alphas, temperatures = (None if x is None else x.to(wide) for x in (more.alpha, more.temperature))
+    alphas, temperatures = more.alpha, more.temperature
     flat = [x.reshape(rows, x.shape[-1]) if of_rows else x for x, of_rows in zip(flat, _of_rows(kinds))]
     numbers = reference.divergence_numbers(temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing)
     row_reduction = reduction if num_items_in_batch is None else "sum"
@@ -286,7 +288,7 @@ class FusedLinearKD(torch.autograd.Function):
         if grad_loss is None:
             return (None,) * 5 + fixed
         if ctx.in_forward:
-            grads = _times(ctx, ctx.saved_tensors[:5], grad_loss)
+            grads = _times(ctx, saved_tensors(ctx)[:5], grad_loss)
         else:
             kept = saved(ctx)  # once: a checkpoint gives each tensor but once
             *inputs, labels, index, temperatures = kept[:8]

@@ -47,6 +47,8 @@ def hint_loss(student_map: Tensor, teacher_map: Tensor, weight: Tensor, *, norma
     chosen = backend.choose("hint", student_map, teacher_map, weight)
     if chosen == "reference":
         return reference.hint_loss(student_map, teacher_map, weight, normalize=normalize)
+    if wide_dtype(student_map, teacher_map, weight) == torch.float64:  # of one of them: all are
+        student_map, teacher_map, weight = (x.double() for x in (student_map, teacher_map, weight))
     height, width = (min(s, t) for s, t in zip(student_map.shape[2:], teacher_map.shape[2:]))
     v, u = (hint_pool(chosen, m, height, width, normalize) for m in (student_map, teacher_map))
     if chosen == "cpp" and weight.numel() <= LARGEST_FUSED_WEIGHT:

@@ -129,7 +129,7 @@ def bucket_loss(
     if options.t2_scale:
         distance = distance * tau**2
     ce = _cross_entropy(rows, named, valid, options) if labels is not None else None
-    loss = reference.reduced(ce, distance, valid, classes, options)[0].to(wide)
+    loss = _reduced(ce, distance, rows, valid, classes, options).to(wide)
     if not need_stats:
         return loss, None
     with torch.no_grad():
@@ -230,7 +230,7 @@ def _tail_rows(
         if options.t2_scale:
             kl = kl * tau**2
         ce = _cross_entropy(rows, named, valid, options) if labels is not None else None
-        loss = reference.reduced(ce, kl, valid, classes, options)[0].to(wide)
+        loss = _reduced(ce, kl, rows, valid, classes, options).to(wide)
     if not need_stats:
         return loss, None
     with torch.no_grad():
@@ -272,6 +272,13 @@ def _chosen(
     return chosen
 
 
+def _reduced(
+    ce: Tensor | None, distance: Tensor, rows: "_Rows", valid: Tensor, classes: int, options: KDOptions
+) -> Tensor:
+    loss = reference.reduced(ce, distance, valid, classes, options)[0]
+    return reference.connected(loss, rows.weights) if ce is not None and options.alpha == 0 else loss
+
+
 def _given(
     student: Tensor,
     log_probs: Tensor,
@@ -284,7 +291,7 @@ def _given(
     rows, teachers = len(student), len(sizes)
     valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != options.ignore_index
     hide = ~valid.unsqueeze(1)
-    w = log_probs.new_full((1, teachers), 1 / teachers) if weights is None else weights.detach()
+    w = valid.new_full((1, teachers), 1 / teachers, dtype=torch.float64) if weights is None else weights.detach()
     w = w.double().expand(rows, -1).masked_fill(hide, 0)
     log_p = log_probs.detach().double()
     dead = (w == 0) & ~(by_teacher(log_p.exp(), sizes) < torch.inf)

@@ -445,3 +445,40 @@ def test_a_teacher_without_weight_counts_nothing(divergence, mode):
         want = run(convert(args, dtype=torch.float64))
     for g, w in zip(got, want):
         torch.testing.assert_close(g.double(), w, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "beta"),
+    [
+        ("jsd", 0.999),
+        ("jsd", 1 - 1e-6),
+        ("jsd", 1e-6),
+        ("skew_kl", 1 - 1e-6),
+        ("skew_reverse_kl", 1e-4),
+        ("skew_reverse_kl", 1e-8),
+    ],
+)
+def test_a_beta_near_its_ends_keeps_its_digits(on, divergence, beta):
+    """1 - beta is not made in float32."""
+    if on == "reference":
+        pytest.skip("plain PyTorch loses digits of a small JSD")
+    student, teachers, *_ = _problem()
+    teachers[0][:, 2:5] = -math.inf  # there q stands alone, and m is what beta leaves of it
+    options = {"divergence": divergence, "beta": beta, "temperature": 1.0}
+    with af.use_backend("reference"):
+        leaf = student.detach().double().requires_grad_()
+        want = af.multi_teacher_kd_loss(leaf, [teachers[0].double()], None, **options)
+        (want_grad,) = torch.autograd.grad(want, leaf)
+    got = af.multi_teacher_kd_loss(student, teachers[:1], None, **options)
+    (grad,) = torch.autograd.grad(got, student)
+    assert relative_error(got, want) < 2e-6 and relative_error(grad, want_grad) < 1e-5
+
+
+def test_alpha_of_another_dtype_is_that_of_the_loss():
+    """On a GPU, too, whose kernels compute in float32."""
+    student, teachers, weights, labels, alpha, tau = _problem()
+    wide = alpha.detach().double().requires_grad_()
+    want = af.multi_teacher_kd_loss(student, teachers, weights, labels, alpha=alpha, temperature=tau)
+    got = af.multi_teacher_kd_loss(student, teachers, weights, labels, alpha=wide, temperature=tau.double())
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    assert torch.autograd.grad(got, wide)[0].dtype == torch.float64

@@ -4,10 +4,11 @@ import itertools
 
 import pytest
 import torch
-from backends import takes
+from backends import CHOSEN, takes
 
 import amtml_fast as af
-from amtml_fast import reference
+from amtml_fast import backend, reference
+from amtml_fast.testing import relative_error
 
 N, C, T, D = 12, 7, 3, 6
 GROUPS = {"low": 4, "mid": 5, "high": D}
@@ -360,3 +361,49 @@ def test_settings_changed_later_are_checked_too(attribute, value):
     setattr(loss, attribute, value)
     with pytest.raises(ValueError, match=f"{attribute} must be"):
         loss(**_plain_batch())
+
+
+def test_hint_loss_of_one_float64_map_is_float64():
+    student, teacher, weight = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 8, 8), torch.randn(5, 3)
+    want = reference.hint_loss(student.double(), teacher.double(), weight.double(), normalize=True)
+    for given in ((student.double(), teacher, weight), (student, teacher.double(), weight)):
+        try:
+            got = af.hint_loss(*given, normalize=True)
+        except RuntimeError as error:
+            assert "its kernels compute in float32" in str(error)
+            continue
+        assert got.dtype == torch.float64 and relative_error(got, want) < 1e-14
+
+
+@pytest.mark.skipif(CHOSEN == "emulated", reason="a checkpoint tells the stand-in for a GPU from the CPU")
+def test_a_first_derivative_with_a_graph_under_a_checkpoint():
+    """Whose tensors are there but once."""
+    batch = _batch()
+    z, teachers, labels = (batch[name] for name in ("student_logits", "teacher_logits", "labels"))
+    losses = {
+        "multi_teacher_kd": lambda x: af.multi_teacher_kd_loss(x, teachers, None, labels),
+        "divergence": lambda x: af.multi_teacher_kd_loss(x, teachers, None, labels, divergence="jsd"),
+        "angle": lambda x: af.angle_loss(x, teachers[0]),
+        "linear": lambda x: af.fused_linear_kd_loss(x, torch.eye(C), teachers, None, labels),
+    }
+    for name, loss in losses.items():
+        (want,) = torch.autograd.grad(loss(z), z)
+        value = torch.utils.checkpoint.checkpoint(loss, z, use_reentrant=False)
+        (got,) = torch.autograd.grad(value, z, create_graph=True)
+        assert torch.equal(got, want), name
+
+
+def test_forward_derivatives_have_the_dtype_of_the_loss():
+    batch = _batch()
+    module = af.AMTMLLoss(af.TeacherAdapter(D, T))
+
+    def loss(student):
+        return module(student, batch["teacher_logits"], batch["labels"], batch["features"].detach()).loss
+
+    z = batch["student_logits"].detach()
+    value, tangent = torch.func.jvp(loss, (z,), (torch.ones_like(z),)) if _takes_transforms() else (z, z)
+    assert tangent.dtype == value.dtype
+
+
+def _takes_transforms():
+    return backend._active in ("auto", "reference")
