@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from amtml_fast.reference import LinearTeacher
 
+NAME = "DistillationTrainer"
+
 
 class OutputLayer:
     """The layer that makes a model's logits, and what the model does to them: ``softcap * tanh(scale * logits / softcap)``.
@@ -32,7 +34,7 @@ class OutputLayer:
                     "; peft may have the output layer in modules_to_save, not in target_modules",
                 )
             raise TypeError(
-                f"DistillationTrainer: {name} must be a causal language model whose get_output_embeddings() is an nn.Linear, "
+                f"{NAME}: {name} must be a causal language model whose get_output_embeddings() is an nn.Linear, "
                 f"got {type(model).__name__} with {kind}{hint}"
             )
         self.model, self.layer, self.name = model, layer, name
@@ -133,7 +135,7 @@ def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, fl
     same = made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-3, atol=1e-3)
     if not scale > 0 or not same:
         raise ValueError(
-            f"DistillationTrainer: {name} must give its output layer's results as they are, scaled or soft-capped, got "
+            f"{NAME}: {name} must give its output layer's results as they are, scaled or soft-capped, got "
             f"{type(model).__name__}, which does something else to them"
         )
     return scale, softcap

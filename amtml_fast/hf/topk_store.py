@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amtml_fast.hf.output_layer import OutputLayer, device_of_inputs
+from amtml_fast.hf.output_layer import NAME, OutputLayer, device_of_inputs
 from amtml_fast.reference import TopKTeacher
 
 ROW = "distillation_row"  # of an example, and in a batch: which row of the training set it is
@@ -178,12 +178,12 @@ class WithRows(torch.utils.data.Dataset):
     def __init__(self, dataset: Any, stores: Sequence[StoredTopK]):
         if not hasattr(dataset, "__len__"):
             raise TypeError(
-                f"DistillationTrainer: train_dataset must have a length and rows with a StoredTopK, got {type(dataset).__name__}"
+                f"{NAME}: train_dataset must have a length and rows with a StoredTopK, got {type(dataset).__name__}"
             )
         for store in stores:
             if len(store) != len(dataset):
                 raise ValueError(
-                    f"DistillationTrainer: train_dataset must have the {len(store)} rows that {store.folder} was made of, "
+                    f"{NAME}: train_dataset must have the {len(store)} rows that {store.folder} was made of, "
                     f"got {len(dataset)}"
                 )
         self.dataset = dataset

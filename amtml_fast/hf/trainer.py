@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from amtml_fast.hf.output_layer import OutputLayer
+from amtml_fast.hf.adapter import HiddenAdapter, adapter_of
+from amtml_fast.hf.checks import check_arguments, check_teachers
+from amtml_fast.hf.output_layer import NAME, OutputLayer
 from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows
-from amtml_fast.losses import FusedLinearKDLoss, TeacherAdapter
+from amtml_fast.losses import FusedLinearKDLoss
 from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher
 
-_NAME = "DistillationTrainer"
-WEIGHTING = ("uniform", "adaptive", "routed")
 _ADAPTER = "teacher_adapter"
 _CHUNK = 1 << 24  # logits at a time where teachers are asked for the labels' probabilities
 
@@ -74,14 +74,14 @@ class DistillationTrainer(Trainer):
     ):
         loss = FusedLinearKDLoss(temperature=1.0, alpha=0.5) if loss is None else loss
         args = TrainingArguments() if args is None else args
-        _check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
+        check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
         if not adapter_learning_rate > 0:
-            raise ValueError(f"{_NAME}: adapter_learning_rate must be > 0, got {adapter_learning_rate}")
+            raise ValueError(f"{NAME}: adapter_learning_rate must be > 0, got {adapter_learning_rate}")
         self.output_layer = OutputLayer(model, "model")
         self.sources = [
             t if isinstance(t, StoredTopK) else OutputLayer(t, f"teachers[{i}]") for i, t in enumerate(teachers)
         ]
-        _check_teachers(self.output_layer, self.sources, loss)
+        check_teachers(self.output_layer, self.sources, loss)
         self.loss = FusedLinearKDLoss(
             **{**loss.options, "logit_scale": self.output_layer.logit_scale, "softcap": self.output_layer.softcap}
         )
@@ -91,7 +91,7 @@ class DistillationTrainer(Trainer):
         self.weighting, self.adapter_learning_rate = weighting, adapter_learning_rate
         adapter = getattr(model, "teacher_adapter", None)
         if weighting == "adaptive":
-            adapter = model.teacher_adapter = _adapter_of(adapter, self.output_layer, len(self.sources))
+            adapter = model.teacher_adapter = adapter_of(adapter, self.output_layer, len(self.sources))
         # Also one that does not learn now: DDP waits for each gradient that is required. And peft freezes what it finds.
         if isinstance(adapter, HiddenAdapter):
             adapter.requires_grad_(weighting == "adaptive")
@@ -143,7 +143,7 @@ class DistillationTrainer(Trainer):
             path = Path(checkpoint or "") / f"{_ADAPTER}.safetensors"
             if not path.exists():
                 raise FileNotFoundError(
-                    f"{_NAME}: resume_from_checkpoint must have {path.name}, which adaptive trainers of peft models write, "
+                    f"{NAME}: resume_from_checkpoint must have {path.name}, which adaptive trainers of peft models write, "
                     f"got {checkpoint}"
                 )
             self.output_layer.model.teacher_adapter.load_state_dict(load_file(path))
@@ -169,10 +169,10 @@ class DistillationTrainer(Trainer):
             count = num_items_in_batch if self.student_takes_count else None
             return super().compute_loss(model, inputs, return_outputs, count)
         if "labels" not in inputs:
-            raise ValueError(f"{_NAME}: batches must have labels (-100 where none counts), got {', '.join(inputs)}")
+            raise ValueError(f"{NAME}: batches must have labels (-100 where none counts), got {', '.join(inputs)}")
         if (index is None) == (self.weighting == "routed"):
             wanted = "must have teacher_index" if index is None else "must not have teacher_index"
-            raise ValueError(f'{_NAME}: batches {wanted} with weighting "{self.weighting}", got {", ".join(inputs)}')
+            raise ValueError(f'{NAME}: batches {wanted} with weighting "{self.weighting}", got {", ".join(inputs)}')
         labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
         labels = inputs.pop("shift_labels", labels)
         batch = dict(inputs=inputs, rows=rows, index=index, labels=labels, count=num_items_in_batch)
@@ -280,38 +280,6 @@ class DistillationTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class HiddenAdapter(TeacherAdapter):
-    """Weights [N, T] from last hidden states [N, H]: a ``TeacherAdapter`` (Eq 5-6) of ``silu(project(layer_norm(h)))``.
-
-    Hidden states serve the next token. Which kind of text it is can be read from them, but not by one linear map: with the
-    projection the mixture of teachers explains held-out text better, and students learn more (docs/language_models.md).
-    """
-
-    def __init__(self, hidden: int, teachers: int, width: int = 64):
-        super().__init__(width, teachers)
-        self.project = nn.Linear(hidden, width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = F.layer_norm(hidden.float(), hidden.shape[-1:])
-            return super().forward(F.silu(self.project(rows)))
-
-
-def _adapter_of(found: Any, student: OutputLayer, teachers: int) -> HiddenAdapter:
-    """The one found, which an earlier trainer has taught, or a new one."""
-    name, hidden = f"{_NAME}: model.teacher_adapter", student.layer.in_features
-    if found is None:
-        found = HiddenAdapter(hidden, teachers)
-    elif not isinstance(found, HiddenAdapter):
-        raise TypeError(f"{name} must be the HiddenAdapter of an earlier trainer or None, got {type(found).__name__}")
-    elif (found.project.in_features, len(found.theta)) != (hidden, teachers):
-        raise ValueError(
-            f"{name} must be of {teachers} teachers and a hidden size of {hidden}, got one of {len(found.theta)} and "
-            f"{found.project.in_features}, from an earlier trainer; model.teacher_adapter = None starts a new one"
-        )
-    return found.to(student.layer.weight.device)
-
-
 class _KeepRows:
     """A collator that leaves out the number of the row, and puts it into the batch again."""
 
@@ -324,73 +292,3 @@ class _KeepRows:
         if rows[0] is not None:
             batch[ROW] = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return batch
-
-
-def _check_arguments(
-    args: TrainingArguments, teachers: Any, loss: Any, weighting: str, tokenizers: Any, kwargs: dict
-) -> None:
-    if not isinstance(teachers, (list, tuple)) or not teachers:
-        raise TypeError(
-            f"{_NAME}: teachers must be a list of one or more models or StoredTopK, got {type(teachers).__name__}"
-        )
-    if not isinstance(loss, FusedLinearKDLoss):
-        raise TypeError(f"{_NAME}: loss must be a FusedLinearKDLoss, got {type(loss).__name__}")
-    wanted = dict(reduction="batchmean", ignore_index=-100, logit_scale=1.0, softcap=None)
-    for name, value in wanted.items():
-        if loss.options[name] != value:
-            raise ValueError(
-                f"{_NAME}: loss must have {name}={value!r}, which the trainer sets, got {loss.options[name]!r}"
-            )
-    if weighting not in WEIGHTING:
-        raise ValueError(f"{_NAME}: weighting must be one of {', '.join(WEIGHTING)}, got {weighting!r}")
-    if weighting == "routed" and len(teachers) == 1:
-        raise ValueError(f'{_NAME}: teachers must be two or more with weighting "routed", got 1')
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{_NAME}: args.n_gpu must be at most 1, one GPU a process, got {args.n_gpu}; start it by torchrun or accelerate launch"
-        )
-    if args.label_smoothing_factor:
-        given = args.label_smoothing_factor
-        raise ValueError(f"{_NAME}: args.label_smoothing_factor must be 0 (the loss has label_smoothing), got {given}")
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError(f"{_NAME}: compute_loss_func must be None: the loss is `loss`")
-    if kwargs.get("model_init") is not None:
-        raise ValueError(f"{_NAME}: model_init must be None, got a function: give the student as `model`")
-    if tokenizers is None:
-        return
-    own = kwargs.get("processing_class")
-    if own is None or len(tokenizers) != len(teachers):
-        raise ValueError(
-            f"{_NAME}: teacher_tokenizers must be one for each of {len(teachers)} teachers, beside processing_class, "
-            f"got {len(tokenizers)}"
-        )
-    vocabulary = own.get_vocab()
-    for t, tokenizer in enumerate(tokenizers):
-        others = tokenizer.get_vocab()
-        if others != vocabulary:
-            token = min((x for x in {*vocabulary, *others} if vocabulary.get(x) != others.get(x)), key=str)
-            raise ValueError(
-                f"{_NAME}: teacher_tokenizers[{t}] must have the student's tokens, got {token!r} as {others.get(token)}, the "
-                f"student's is {vocabulary.get(token)}; distil from text that this teacher writes, or choose a teacher of one family"
-            )
-
-
-def _check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredTopK], loss: FusedLinearKDLoss) -> None:
-    if student.is_offloaded:  # its gradients would be those of copies
-        raise ValueError(f"{_NAME}: model must have all its parameters on a device, got a model with offloaded ones")
-    for i, source in enumerate(sources):
-        name = f"teachers[{i}]"
-        if source.classes != student.classes:
-            raise ValueError(
-                f"{_NAME}: {name} must have the student's vocabulary of {student.classes}, got {source.classes}; where the tokenizer "
-                "is one and only padding differs, model.resize_token_embeddings(n) makes them equal"
-            )
-        if isinstance(source, StoredTopK):
-            if source.temperature != loss.options["temperature"]:
-                wanted = f"temperature {loss.options['temperature']}, the loss's"
-                raise ValueError(f"{_NAME}: {name} must have been stored at {wanted}, got {source.temperature}")
-        elif source.softcap != student.softcap:
-            raise ValueError(
-                f"{_NAME}: {name} must have the student's softcap of logits {student.softcap}, got {source.softcap}; "
-                "store_topk makes it a teacher that any student can take"
-            )

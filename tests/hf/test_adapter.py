@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from amtml_fast import TeacherAdapter
 from amtml_fast.hf import DistillationTrainer
-from amtml_fast.hf.trainer import HiddenAdapter
+from amtml_fast.hf.adapter import HiddenAdapter
 
 pytestmark = cpu_only
 

@@ -1,0 +1,82 @@
+"""What ``DistillationTrainer`` says of arguments that do not fit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainingArguments
+
+from amtml_fast.hf.output_layer import NAME, OutputLayer
+from amtml_fast.hf.topk_store import StoredTopK
+from amtml_fast.losses import FusedLinearKDLoss
+
+WEIGHTING = ("uniform", "adaptive", "routed")
+
+
+def check_arguments(
+    args: TrainingArguments, teachers: Any, loss: Any, weighting: str, tokenizers: Any, kwargs: dict
+) -> None:
+    if not isinstance(teachers, (list, tuple)) or not teachers:
+        raise TypeError(
+            f"{NAME}: teachers must be a list of one or more models or StoredTopK, got {type(teachers).__name__}"
+        )
+    if not isinstance(loss, FusedLinearKDLoss):
+        raise TypeError(f"{NAME}: loss must be a FusedLinearKDLoss, got {type(loss).__name__}")
+    wanted = dict(reduction="batchmean", ignore_index=-100, logit_scale=1.0, softcap=None)
+    for name, value in wanted.items():
+        if loss.options[name] != value:
+            raise ValueError(
+                f"{NAME}: loss must have {name}={value!r}, which the trainer sets, got {loss.options[name]!r}"
+            )
+    if weighting not in WEIGHTING:
+        raise ValueError(f"{NAME}: weighting must be one of {', '.join(WEIGHTING)}, got {weighting!r}")
+    if weighting == "routed" and len(teachers) == 1:
+        raise ValueError(f'{NAME}: teachers must be two or more with weighting "routed", got 1')
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{NAME}: args.n_gpu must be at most 1, one GPU a process, got {args.n_gpu}; start it by torchrun or accelerate launch"
+        )
+    if args.label_smoothing_factor:
+        given = args.label_smoothing_factor
+        raise ValueError(f"{NAME}: args.label_smoothing_factor must be 0 (the loss has label_smoothing), got {given}")
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError(f"{NAME}: compute_loss_func must be None: the loss is `loss`")
+    if kwargs.get("model_init") is not None:
+        raise ValueError(f"{NAME}: model_init must be None, got a function: give the student as `model`")
+    if tokenizers is None:
+        return
+    own = kwargs.get("processing_class")
+    if own is None or len(tokenizers) != len(teachers):
+        raise ValueError(
+            f"{NAME}: teacher_tokenizers must be one for each of {len(teachers)} teachers, beside processing_class, "
+            f"got {len(tokenizers)}"
+        )
+    vocabulary = own.get_vocab()
+    for t, tokenizer in enumerate(tokenizers):
+        others = tokenizer.get_vocab()
+        if others != vocabulary:
+            token = min((x for x in {*vocabulary, *others} if vocabulary.get(x) != others.get(x)), key=str)
+            raise ValueError(
+                f"{NAME}: teacher_tokenizers[{t}] must have the student's tokens, got {token!r} as {others.get(token)}, the "
+                f"student's is {vocabulary.get(token)}; distil from text that this teacher writes, or choose a teacher of one family"
+            )
+
+
+def check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredTopK], loss: FusedLinearKDLoss) -> None:
+    if student.is_offloaded:  # its gradients would be those of copies
+        raise ValueError(f"{NAME}: model must have all its parameters on a device, got a model with offloaded ones")
+    for i, source in enumerate(sources):
+        name = f"teachers[{i}]"
+        if source.classes != student.classes:
+            raise ValueError(
+                f"{NAME}: {name} must have the student's vocabulary of {student.classes}, got {source.classes}; where the tokenizer "
+                "is one and only padding differs, model.resize_token_embeddings(n) makes them equal"
+            )
+        if isinstance(source, StoredTopK):
+            if source.temperature != loss.options["temperature"]:
+                wanted = f"temperature {loss.options['temperature']}, the loss's"
+                raise ValueError(f"{NAME}: {name} must have been stored at {wanted}, got {source.temperature}")
+        elif source.softcap != student.softcap:
+            raise ValueError(
+                f"{NAME}: {name} must have the student's softcap of logits {student.softcap}, got {source.softcap}; "
+                "store_topk makes it a teacher that any student can take"
+            )
