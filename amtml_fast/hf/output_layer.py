@@ -74,11 +74,26 @@ class OutputLayer:
 
         def after(model: nn.Module, args: tuple, output: Any) -> Any:
             if self._loss_of is not None:
-                output["loss"] = self._loss_of(self._caught[-1])
+                loss, aux = self._loss_of(self._caught[-1]), output.get("aux_loss")
+                if isinstance(aux, Tensor):  # of a mixture of experts; without labels the model has not added it
+                    loss = loss + self._router_coefficient() * aux.to(loss.device)
+                output["loss"] = loss
             return output
 
         self.model.register_forward_pre_hook(without_count, with_kwargs=True)
         self.model.register_forward_hook(after)
+
+    def _router_coefficient(self) -> float:
+        """What the model multiplies the load-balancing loss of its routers by."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        for owner in (model, model.config.get_text_config()):
+            for name in ("router_aux_loss_coef", "aux_loss_coef"):
+                if getattr(owner, name, None) is not None:
+                    return getattr(owner, name)
+        raise ValueError(
+            f"{NAME}: {self.name} must have router_aux_loss_coef or aux_loss_coef, as its output has aux_loss, got "
+            f"{type(model).__name__} without"
+        )
 
     @contextlib.contextmanager
     def catch(self, loss_of: Callable[[Tensor], Tensor] | None = None) -> Iterator[list[Tensor]]:

@@ -173,11 +173,19 @@ class DistillationTrainer(Trainer):
         if (index is None) == (self.weighting == "routed"):
             wanted = "must have teacher_index" if index is None else "must not have teacher_index"
             raise ValueError(f'{NAME}: batches {wanted} with weighting "{self.weighting}", got {", ".join(inputs)}')
-        labels = F.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
-        labels = inputs.pop("shift_labels", labels)
+        labels = _next_tokens(inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         batch = dict(inputs=inputs, rows=rows, index=index, labels=labels, count=num_items_in_batch)
         with self.output_layer.catch(lambda hidden: self._distillation(hidden, **batch)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Those that the loss counts. Of GPT-2 transformers would count the first label of a row, too, and its older versions
+        that of every model; new ones count ``shift_labels`` where a batch has them."""
+        if all("labels" in batch for batch in batch_samples):
+            labels = [_next_tokens(batch) for batch in batch_samples]
+            batch_samples = [dict(labels=of, shift_labels=of) for of in labels]
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _distillation(
         self, hidden: Tensor, inputs: dict, rows: Tensor | None, index: Tensor | None, labels: Tensor, count: Any
@@ -278,6 +286,12 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **{name: value / count for name, value in zip(names, means)}}
             self._sums = None
         super().log(logs, *args, **kwargs)
+
+
+def _next_tokens(batch: dict) -> Tensor:
+    """Labels [B, S] of the tokens after these."""
+    labels = batch.get("shift_labels")
+    return F.pad(batch["labels"][:, 1:], (0, 1), value=-100) if labels is None else labels
 
 
 class _KeepRows:

@@ -1,0 +1,119 @@
+"""Students whose loss transformers makes otherwise than Llama's: GPT-2, and mixtures of experts with a router's loss."""
+
+import math
+
+import pytest
+import torch
+from backends import cpu_only
+
+pytest.importorskip("transformers")
+from test_trainer import SIZES, TOKENS, C, assert_same, by_whole_logits, collate, examples, grads_of, llama, one_step
+from test_trainer import trainer as distillation
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+)
+
+import amtml_fast as af
+
+pytestmark = cpu_only
+
+
+def gpt2():
+    torch.manual_seed(0)
+    drop = dict(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=C, n_embd=16, n_layer=1, n_head=2, **drop, **TOKENS))
+
+
+def whole_examples(rows=4):
+    """Whose first tokens have labels, which no loss of a causal model counts."""
+    return [dict(input_ids=e["input_ids"], labels=e["input_ids"]) for e in examples(rows)]
+
+
+def test_the_first_label_of_gpt2_is_not_counted(tmp_path):
+    student, teacher, data = gpt2(), llama(24, 1), whole_examples()
+    batch = collate(data)
+    want = by_whole_logits(student, [teacher], batch)
+    want.backward()
+    right = grads_of(student)
+    student.zero_grad()
+    made = distillation(tmp_path, student, [teacher], data, evaluated=data, per_device_eval_batch_size=4)
+    got, grads = one_step(made, student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    assert_same(grads, right)
+    plain = by_whole_logits(student, [teacher], batch, alpha=0.0).item()
+    assert math.isclose(made.evaluate()["eval_loss"], plain, rel_tol=1e-5)
+
+
+def mixtral(**options):
+    torch.manual_seed(0)
+    config = dict(num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5, hidden_size=16)
+    return MixtralForCausalLM(MixtralConfig(**{**SIZES, **TOKENS, **config, **options}))
+
+
+def jetmoe():
+    """The coefficient has another name."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, kv_channels=8, num_hidden_layers=1, num_key_value_heads=1, intermediate_size=32)
+    options = dict(num_local_experts=4, output_router_logits=True, aux_loss_coef=0.5, vocab_size=C)
+    return JetMoeForCausalLM(JetMoeConfig(**sizes, **options, **TOKENS))
+
+
+LABELS_ALONE = af.FusedLinearKDLoss(temperature=1.0, alpha=0.0)
+
+
+@pytest.mark.parametrize("make", [mixtral, jetmoe])
+def test_the_loss_of_routers_is_added_as_the_model_adds_it(tmp_path, make):
+    student, batch = make(), collate(examples(4))
+    want = student(**batch).loss
+    want.backward()
+    right = grads_of(student)
+    student.zero_grad()
+    got, grads = one_step(distillation(tmp_path, student, [llama(24, 1)], loss=LABELS_ALONE), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    assert_same(grads, right)
+    assert any(("gate" in name or "router" in name) and grad.norm() > 0 for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulated_batches_add_what_a_plain_trainer_adds(tmp_path, checkpointing):
+    options = dict(optim="sgd", learning_rate=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    ends = []
+    for plain in (False, True):
+        student = mixtral(use_cache=False)
+        made = distillation(
+            tmp_path, student, [llama(24, 1)], loss=LABELS_ALONE, gradient_checkpointing=checkpointing, **options
+        )
+        if plain:
+            student = mixtral(use_cache=False)
+            made = Trainer(student, made.args, train_dataset=examples(), data_collator=collate)
+        made.train()
+        ends.append({name: p.detach() for name, p in student.named_parameters()})
+    assert_same(*ends)
+
+
+class OwnRouter(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output["aux_loss"] = torch.ones(())
+        return output
+
+
+def test_a_router_whose_coefficient_is_not_found_is_named(tmp_path):
+    student = llama(kind=OwnRouter)
+    with pytest.raises(
+        ValueError, match=r"model must have router_aux_loss_coef or aux_loss_coef, .* got OwnRouter without"
+    ):
+        one_step(distillation(tmp_path, student, [llama(24, 1)]), student, collate(examples(4)))
+
+
+def test_routers_that_are_not_asked_add_nothing(tmp_path):
+    student, batch = mixtral(output_router_logits=False), collate(examples(4))
+    got, _ = one_step(distillation(tmp_path, student, [llama(24, 1)], loss=LABELS_ALONE), student, batch)
+    torch.testing.assert_close(got, student.eval()(**batch).loss.detach(), rtol=1e-5, atol=0)
