@@ -15,7 +15,7 @@ from amtml_fast.hf.checks import check_arguments, check_teachers
 from amtml_fast.hf.output_layer import NAME, OutputLayer
 from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows
 from amtml_fast.losses import FusedLinearKDLoss
-from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher
+from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher, over_items
 
 _ADAPTER = "teacher_adapter"
 _CHUNK = 1 << 24  # logits at a time where teachers are asked for the labels' probabilities
@@ -225,14 +225,14 @@ class DistillationTrainer(Trainer):
         )
 
     def _adapter_loss(self, weights: Tensor, teachers: list, labels: Tensor, count: Any) -> Tensor:
-        """``-log sum_t w_t p_t(label)``, by the tokens that count."""
+        """``-log sum_t w_t p_t(label)``, by the tokens that count; 0 of a label that no teacher has."""
         labels = labels.reshape(-1)
         given = torch.stack([self._log_probs_of_labels(teacher, labels) for teacher in teachers], 1)
         weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # the gradient of log(0) would be NaN
-        rows = -(weights.log() + given).logsumexp(1)
         counted = labels != -100
-        count = counted.sum().clamp(min=1) if count is None else count
-        return rows.masked_fill(~counted, 0).sum() / count
+        without = (given == -torch.inf).all(1)
+        rows = -(weights.log() + given.masked_fill(without.unsqueeze(1), 0)).logsumexp(1)
+        return over_items(rows.masked_fill(~counted | without, 0).sum(), counted.sum() if count is None else count)
 
     @torch.no_grad()
     def _log_probs_of_labels(self, teacher: Any, labels: Tensor) -> Tensor:

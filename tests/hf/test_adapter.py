@@ -1,5 +1,7 @@
 """The adapter of DistillationTrainer: its formula, its own learning rate, and scores that are far apart."""
 
+import math
+
 import pytest
 import torch
 from backends import cpu_only
@@ -10,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from amtml_fast import TeacherAdapter
 from amtml_fast.hf import DistillationTrainer
 from amtml_fast.hf.adapter import HiddenAdapter
+from amtml_fast.reference import LinearTeacher
 
 pytestmark = cpu_only
 
@@ -24,17 +27,18 @@ def llama(seed):
     )  # fmt: skip
 
 
-def trainer(folder, student, weighting="adaptive", **options):
+def trainer(folder, student, weighting="adaptive", teachers=None, **options):
     torch.manual_seed(0)
     ids = torch.randint(0, 40, (16, 12)).tolist()
     data = [{"input_ids": row, "labels": row} for row in ids]
-    args = TrainingArguments(
-        str(folder), max_steps=3, learning_rate=1e-4, weight_decay=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
+    own = {name: options.pop(name) for name in ("adapter_learning_rate", "optimizers") if name in options}
+    arguments = dict(
+        max_steps=3, learning_rate=1e-4, weight_decay=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
         save_strategy="no", lr_scheduler_type="linear",
     )  # fmt: skip
-    return DistillationTrainer(
-        student, args, teachers=[llama(1), llama(2)], weighting=weighting, train_dataset=data, **options
-    )
+    args = TrainingArguments(str(folder), **{**arguments, **options})
+    teachers = teachers or [llama(1), llama(2)]
+    return DistillationTrainer(student, args, teachers=teachers, weighting=weighting, train_dataset=data, **own)
 
 
 def test_it_is_equation_5_of_projected_states():
@@ -120,3 +124,55 @@ def test_an_adapter_that_does_not_fit_is_named(tmp_path, adapter, error, message
     with pytest.raises(error, match="DistillationTrainer: model.teacher_adapter must be " + message):
         trainer(tmp_path, student)
     assert student.teacher_adapter is adapter
+
+
+def gradients(made, student, labels, teachers=None):
+    """Of the adapter's loss, of one batch of random hidden states."""
+    torch.manual_seed(3)
+    hidden = torch.randn(labels.numel(), 16)
+    taught = [LinearTeacher(torch.randn(labels.numel(), 16), torch.randn(40, 16), bias) for bias in teachers]
+    loss = made._adapter_loss(student.teacher_adapter(hidden), taught, labels, (labels != -100).sum())
+    grads = torch.autograd.grad(loss, list(student.teacher_adapter.parameters()))
+    return loss.detach(), grads
+
+
+def test_a_label_that_no_teacher_has_counts_nothing(tmp_path):
+    student = llama(0)
+    made = trainer(tmp_path, student)
+    without = torch.zeros(40).index_fill_(0, torch.tensor([5]), -torch.inf)
+    labels = torch.tensor([3, 5, 7, -100, 5])
+    loss, grads = gradients(made, student, labels, [without, without])
+    part = labels.masked_fill(labels == 5, -100)
+    want, right = gradients(made, student, part, [without, without])
+    torch.testing.assert_close(loss, want * 2 / 4)  # 4 tokens count
+    for got, of in zip(grads, right):
+        torch.testing.assert_close(got, of * 2 / 4)
+    one, grads = gradients(made, student, labels, [without, None])  # one teacher has it
+    assert one.isfinite() and one > loss and all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("counted", ["some", "none"])
+def test_training_on_labels_that_no_teacher_has(tmp_path, counted):
+    student, teachers = llama(0), []
+    for seed in (1, 2):
+        teacher = llama(seed)
+        teacher.lm_head.bias = torch.nn.Parameter(
+            torch.zeros(40).masked_fill(torch.arange(40) >= (20 if counted == "some" else 0), -torch.inf)
+        )
+        teacher.lm_head.bias.data[0] = 0  # a class at least
+        teachers.append(teacher)
+    made = trainer(tmp_path, student, teachers=teachers, logging_steps=1)
+    made.train()
+    losses = [logs["loss"] for logs in made.state.log_history if "loss" in logs]
+    assert len(losses) == 3 and 0 not in losses and all(map(math.isfinite, losses))
+    assert all(p.isfinite().all() for p in student.parameters())
+
+
+def test_a_step_without_any_label_has_a_loss_of_0(tmp_path):
+    student = llama(0)
+    made = trainer(tmp_path, student, logging_steps=1, logging_nan_inf_filter=False, max_steps=1)
+    for example in made.train_dataset:
+        example["labels"] = [-100] * len(example["labels"])
+    made.train()
+    (logs,) = [logs for logs in made.state.log_history if "loss" in logs]
+    assert logs["loss"] == 0 and logs["grad_norm"] == 0
