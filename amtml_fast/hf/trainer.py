@@ -46,8 +46,13 @@ class DistillationTrainer(Trainer):
         kwargs: those of ``Trainer``.
 
     Tokens with label -100 do not count. The loss is divided by the tokens of all batches of a step, on all processes, as
-    transformers counts them. ``evaluate`` gives the student's plain cross-entropy. Where a step is logged, so are for each teacher
-    the mean weight and KL, and the entropies of weights, student and target (nats).
+    transformers counts them. A mixture of experts that gives the loss of its routers (``output_router_logits=True``) has it added, by
+    its own coefficient. ``evaluate`` gives the student's own loss, which is plain cross-entropy but for that.
+
+    Where a step is logged, so are for each teacher the mean weight and KL, and the entropies of weights, student and target (nats):
+    those of this step's tokens, where ``loss`` is the mean of all steps since the last log. They are made in the step, which has
+    to know that it will be logged: one that only a callback asks for has none, and neither has the last step of an epoch of a
+    stream (a data set without a length) whose last batches are too few for one more.
 
     The adapter is a part of the model, ``model.teacher_adapter``: it is trained, saved and resumed with it, and ``from_pretrained``
     leaves it out. Of a peft model it is a file of the checkpoint, ``teacher_adapter.safetensors``. A later adaptive trainer of
@@ -97,6 +102,7 @@ class DistillationTrainer(Trainer):
             adapter.requires_grad_(weighting == "adaptive")
         self.output_layer.return_loss()
         self._sums: Tensor | None = None
+        self._summed_step = 0
         super().__init__(model, args, **kwargs)
         self.student_takes_count = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # the loss does: it is divided by the tokens of all batches of a step
@@ -257,15 +263,21 @@ class DistillationTrainer(Trainer):
     # --- what is logged
 
     def _is_logged(self) -> bool:
-        every = self.state.logging_steps or 0
-        return every > 0 and (self.state.global_step + 1) % every == 0
+        """Whether this step will be, as far as it is known before it ends."""
+        step, every, args = self.state.global_step + 1, self.state.logging_steps or 0, self.args
+        if args.logging_first_step and step == 1:
+            return True
+        if args.logging_strategy == "epoch":  # whose last batch was taken
+            batches = self.accelerator.gradient_state
+            return step == self.state.max_steps or batches.end_of_dataloader or not batches.in_dataloader
+        return args.logging_strategy == "steps" and every > 0 and step % every == 0
 
     def _record(self, stats: KDStats, weights: Tensor | None, index: Tensor | None, labels: Tensor) -> None:
-        """Sums over the tokens that count, on the device."""
-        teachers = len(self.sources)
+        """Sums over the tokens of this step that count, on the device."""
+        teachers, step = len(self.sources), self.state.global_step + 1
         counted = (labels != -100).reshape(-1)
-        if index is not None:
-            weights = F.one_hot(index.reshape(-1).long(), teachers).float()
+        if index is not None:  # any number where none counts
+            weights = F.one_hot(index.reshape(-1).long().masked_fill(~counted, 0), teachers).float()
         elif weights is None:
             weights = stats.teacher_kl.new_full((1, teachers), 1 / teachers).expand(len(counted), -1)
         entropy = torch.special.entr(weights).sum(1)
@@ -274,10 +286,11 @@ class DistillationTrainer(Trainer):
             *weights.unbind(1), *stats.teacher_kl.reshape(-1, teachers).unbind(1),
         ]  # fmt: skip
         sums = torch.stack([c.float().masked_fill(~counted, 0).sum() for c in columns])
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums if self._sums is None or self._summed_step != step else self._sums + sums
+        self._summed_step = step
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if self._sums is not None and "loss" in logs:
+        if self._sums is not None and self._summed_step == self.state.global_step and "loss" in logs:
             sums = self.accelerator.reduce(self._sums, "sum").tolist()
             count, means = max(sums[0], 1), sums[1:]
             teachers = range(len(self.sources))
