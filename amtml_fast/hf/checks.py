@@ -64,6 +64,7 @@ def check_arguments(
 def check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredTopK], loss: FusedLinearKDLoss) -> None:
     if student.is_offloaded:  # its gradients would be those of copies
         raise ValueError(f"{NAME}: model must have all its parameters on a device, got a model with offloaded ones")
+    trained = {id(p): name for name, p in student.model.named_parameters() if p.requires_grad}
     for i, source in enumerate(sources):
         name = f"teachers[{i}]"
         if source.classes != student.classes:
@@ -75,8 +76,37 @@ def check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredT
             if source.temperature != loss.options["temperature"]:
                 wanted = f"temperature {loss.options['temperature']}, the loss's"
                 raise ValueError(f"{NAME}: {name} must have been stored at {wanted}, got {source.temperature}")
-        elif source.softcap != student.softcap:
+            continue
+        shared = [trained[id(p)] for p in source.model.parameters() if id(p) in trained]
+        if shared or source.layer is student.layer:  # teachers are frozen, and hidden states caught at the layer
+            what = (shared[0] + f" and {len(shared) - 1} others") if shared else "the output layer"
+            raise ValueError(
+                f"{NAME}: {name} must have parameters of its own, got {what} of model, which would not be trained any more; "
+                "copy.deepcopy(teacher), or load it a second time"
+            )
+        if source.softcap != student.softcap:
             raise ValueError(
                 f"{NAME}: {name} must have the student's softcap of logits {student.softcap}, got {source.softcap}; "
                 "store_topk makes it a teacher that any student can take"
             )
+
+
+def check_divergence(sources: Sequence[OutputLayer | StoredTopK], loss: FusedLinearKDLoss, weighting: str) -> None:
+    """A store gives all but its k classes no probability: there some losses are infinite or NaN, for every token or for most."""
+    divergence, mode = loss.options["divergence"], loss.options["mode"]
+    classes = sources[0].classes
+    unnamed = [classes - source.k if isinstance(source, StoredTopK) else 0 for source in sources]
+    if not any(unnamed) or loss.options["alpha"] == 0:
+        return
+    got = f"got divergence={divergence}, mode={mode} and teachers[{unnamed.index(max(unnamed))}], a StoredTopK of {classes - max(unnamed)}"
+    if divergence == "reverse_kl" and (weighting == "routed" or mode != "mixture" or all(unnamed)):
+        mixed = ', and so is mode="mixture" with a model among the teachers' if weighting != "routed" else ""
+        raise ValueError(
+            f"{NAME}: loss must have a divergence that is finite where a target lacks classes of the student, {got} of {classes} "
+            f'classes; "skew_reverse_kl" and "jsd" are{mixed}'
+        )
+    if mode == "logits" and weighting != "routed" and sum(unnamed) >= classes:  # no class may be left
+        raise ValueError(
+            f"{NAME}: loss must have a mode that mixes teachers of different classes, {got} of {classes} classes beside another one; "
+            'mode="mixture" or "sum" does'
+        )

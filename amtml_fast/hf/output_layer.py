@@ -16,31 +16,41 @@ NAME = "DistillationTrainer"
 
 class OutputLayer:
     """The layer that makes a model's logits, and what the model does to them: ``softcap * tanh(scale * logits / softcap)``.
+    ``name`` is what errors call the model.
 
     Both numbers are found by a probe, one token through the model: they have other names in the configuration of each
     architecture.
     """
 
     def __init__(self, model: Any, name: str):
-        layer: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        copies = getattr(layer, "modules_to_save", None)  # peft's: the active one is trained in the layer's place
-        if isinstance(copies, nn.ModuleDict):
-            layer = copies[layer.active_adapters[0]]
-        if not isinstance(layer, nn.Linear):
-            kind, hint = type(layer).__name__, ""
-            if type(layer).__module__.startswith("peft."):  # W + B A: its own weight is not what makes the logits
-                kind, hint = (
-                    "peft's " + kind,
-                    "; peft may have the output layer in modules_to_save, not in target_modules",
-                )
-            raise TypeError(
-                f"{NAME}: {name} must be a causal language model whose get_output_embeddings() is an nn.Linear, "
-                f"got {type(model).__name__} with {kind}{hint}"
-            )
-        self.model, self.layer, self.name = model, layer, name
+        self.model, self.name = model, name
         self._caught: list[Tensor] = []
         self._loss_of: Callable[[Tensor], Tensor] | None = None
+        layer, config = self.layer, getattr(model, "config", None)
+        if getattr(config, "return_dict", True) is False:
+            raise ValueError(f"{name} must have config.return_dict=True, got False")
         self.logit_scale, self.softcap = _after_the_layer(model, layer, name)
+
+    @property
+    def layer(self) -> nn.Linear:
+        """peft's copies have the layer's place, and ``set_adapter`` chooses among them at any time."""
+        model: Any = self.model
+        layer: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        copies = getattr(layer, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in copies]
+            layer = copies[active[0]] if active else layer.original_module
+        if isinstance(layer, nn.Linear):
+            return layer
+        kind, hint = type(layer).__name__, ""
+        if type(layer).__module__.startswith("peft."):  # W + B A: its own weight is not what makes the logits
+            kind, hint = "peft's " + kind, "; peft may have the output layer in modules_to_save, not in target_modules"
+        if kind == "peft's TrainableTokensWrapper":
+            hint = "; trainable_token_indices are for a model with tie_word_embeddings=False, whose output layer they leave alone"
+        raise TypeError(
+            f"{self.name} must be a causal language model whose get_output_embeddings() is an nn.Linear, "
+            f"got {type(model).__name__} with {kind}{hint}"
+        )
 
     @property
     def classes(self) -> int:
@@ -91,7 +101,7 @@ class OutputLayer:
                 if getattr(owner, name, None) is not None:
                     return getattr(owner, name)
         raise ValueError(
-            f"{NAME}: {self.name} must have router_aux_loss_coef or aux_loss_coef, as its output has aux_loss, got "
+            f"{self.name} must have router_aux_loss_coef or aux_loss_coef, as its output has aux_loss, got "
             f"{type(model).__name__} without"
         )
 
@@ -150,7 +160,7 @@ def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, fl
     same = made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-3, atol=1e-3)
     if not scale > 0 or not same:
         raise ValueError(
-            f"{NAME}: {name} must give its output layer's results as they are, scaled or soft-capped, got "
+            f"{name} must give its output layer's results as they are, scaled or soft-capped, got "
             f"{type(model).__name__}, which does something else to them"
         )
     return scale, softcap

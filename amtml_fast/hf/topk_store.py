@@ -48,7 +48,7 @@ def store_topk(
     Raises:
         ValueError, TypeError: an argument that does not fit; FileExistsError: the folder has other teachers' classes.
     """
-    layer = OutputLayer(teacher, "teacher")
+    layer = OutputLayer(teacher, "store_topk: teacher")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layer.classes:
         raise ValueError(f"store_topk: k must be an int from 1 to {layer.classes}, got {k!r}")
     if not temperature > 0:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from amtml_fast.hf.adapter import HiddenAdapter, adapter_of
-from amtml_fast.hf.checks import check_arguments, check_teachers
+from amtml_fast.hf.checks import check_arguments, check_divergence, check_teachers
 from amtml_fast.hf.output_layer import NAME, OutputLayer
 from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows
 from amtml_fast.losses import FusedLinearKDLoss
@@ -82,11 +82,12 @@ class DistillationTrainer(Trainer):
         check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
         if not adapter_learning_rate > 0:
             raise ValueError(f"{NAME}: adapter_learning_rate must be > 0, got {adapter_learning_rate}")
-        self.output_layer = OutputLayer(model, "model")
+        self.output_layer = OutputLayer(model, f"{NAME}: model")
         self.sources = [
-            t if isinstance(t, StoredTopK) else OutputLayer(t, f"teachers[{i}]") for i, t in enumerate(teachers)
+            t if isinstance(t, StoredTopK) else OutputLayer(t, f"{NAME}: teachers[{i}]") for i, t in enumerate(teachers)
         ]
         check_teachers(self.output_layer, self.sources, loss)
+        check_divergence(self.sources, loss, weighting)
         self.loss = FusedLinearKDLoss(
             **{**loss.options, "logit_scale": self.output_layer.logit_scale, "softcap": self.output_layer.softcap}
         )
@@ -180,6 +181,9 @@ class DistillationTrainer(Trainer):
             wanted = "must have teacher_index" if index is None else "must not have teacher_index"
             raise ValueError(f'{NAME}: batches {wanted} with weighting "{self.weighting}", got {", ".join(inputs)}')
         labels = _next_tokens(inputs)
+        if index is not None and index.shape not in (labels.shape, labels.shape[:1]):
+            wanted = f"[{len(labels)}] or {list(labels.shape)}, as their labels are"
+            raise ValueError(f"{NAME}: batches must have teacher_index {wanted}, got {list(index.shape)}")
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         batch = dict(inputs=inputs, rows=rows, index=index, labels=labels, count=num_items_in_batch)
         with self.output_layer.catch(lambda hidden: self._distillation(hidden, **batch)):

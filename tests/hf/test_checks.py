@@ -5,11 +5,12 @@ import torch
 from backends import cpu_only
 
 pytest.importorskip("transformers")
-from test_trainer import SIZES, TOKENS, collate, examples, llama, one_step, trainer
+from test_trainer import SIZES, TOKENS, C, by_whole_logits, collate, examples, llama, one_step, trainer
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import amtml_fast as af
 from amtml_fast.hf import store_topk
+from amtml_fast.hf.output_layer import NAME
 
 pytestmark = cpu_only
 
@@ -85,3 +86,110 @@ def test_batches_and_stores_that_do_not_fit_are_named(tmp_path):
     other = [{**e, "input_ids": e["input_ids"][:5], "labels": e["labels"][:5]} for e in examples(4)]
     with pytest.raises(ValueError, match=r"must have .* tokens, as when .* was written, got 5"):
         trainer(tmp_path, student, [stored], other, loss=loss).train()
+
+
+def sources(kinds, folder):
+    """Teachers by letters: a model, a store of 8 of 40 classes, a store of all."""
+    data = examples(4)
+    made = []
+    for i, kind in enumerate(kinds):
+        teacher = llama(24, i + 1)
+        if kind != "m":
+            k = {"s": 8, "S": C}[kind]
+            teacher = store_topk(teacher, data, folder / f"{i}{kind}", k=k, data_collator=collate)
+        made.append(teacher)
+    return made
+
+
+@pytest.mark.parametrize("kinds", ["m", "s", "S", "ss", "sm", "sS", "SS", "ssm"])
+@pytest.mark.parametrize("weighting", ["uniform", "adaptive", "routed"])
+def test_what_would_be_infinite_is_refused_and_nothing_else(tmp_path, kinds, weighting, monkeypatch):
+    if weighting == "routed" and len(kinds) == 1:
+        return
+    teachers, refused = sources(kinds, tmp_path), []
+    data = [dict(e, teacher_index=i % len(kinds)) if weighting == "routed" else e for i, e in enumerate(examples(4))]
+    for mode in ("mixture", "sum", "logits"):
+        for divergence in ("forward_kl", "reverse_kl", "skew_reverse_kl"):
+            for alpha in (0.0, 0.5):
+                loss = af.FusedLinearKDLoss(temperature=1.0, alpha=alpha, mode=mode, divergence=divergence)
+                options, student = dict(data=data, loss=loss, weighting=weighting), llama()
+                try:
+                    made = trainer(tmp_path, student, teachers, **options)
+                except ValueError as error:
+                    assert f"{NAME}: loss must have " in str(error) and f", got {divergence=!s}, {mode=!s}" in str(
+                        error
+                    )
+                    refused.append((mode, divergence, alpha))
+                    with monkeypatch.context() as patch:
+                        patch.setattr("amtml_fast.hf.trainer.check_divergence", lambda *_: None)
+                        made = trainer(tmp_path, student, teachers, **options)
+                    finite = False
+                else:
+                    finite = True
+                batch = next(iter(made.get_train_dataloader()))
+                assert one_step(made, student, batch)[0].isfinite() == finite, (mode, divergence, alpha)
+    modes = {"mixture", "sum", "logits"} if weighting == "routed" or not {*kinds} & {"m", "S"} else {"sum", "logits"}
+    want = {(mode, "reverse_kl", 0.5) for mode in modes} if "s" in kinds else set()
+    if kinds.count("s") > 1 and weighting != "routed":
+        want |= {("logits", divergence, 0.5) for divergence in ("forward_kl", "reverse_kl", "skew_reverse_kl")}
+    assert set(refused) == want
+
+
+def shares_a_layer():
+    teacher, student = llama(16, 1), llama()
+    student.model.layers = teacher.model.layers
+    return student, teacher, "model.layers.0.self_attn.q_proj.weight and 8 others"
+
+
+def is_the_student():
+    student = llama()
+    return student, student, "model.embed_tokens.weight and 10 others"
+
+
+def shares_a_frozen_output_layer():
+    teacher, student = llama(16, 1), llama()
+    student.lm_head = teacher.lm_head.requires_grad_(False)
+    return student, teacher, "the output layer"
+
+
+@pytest.mark.parametrize("make", [shares_a_layer, is_the_student, shares_a_frozen_output_layer])
+def test_a_teacher_that_shares_what_the_student_trains_is_named(tmp_path, make):
+    student, teacher, shared = make()
+    other = llama(24, 1)
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    with pytest.raises(
+        ValueError, match=rf"teachers\[1\] must have parameters of its own, got {shared} of model, .*deepcopy"
+    ):
+        trainer(tmp_path, student, [other, teacher])
+    assert trained == {name for name, p in student.named_parameters() if p.requires_grad}
+
+
+def test_a_frozen_embedding_may_be_shared(tmp_path):
+    teacher, student = (llama(16, seed, tie_word_embeddings=False) for seed in (1, 0))
+    student.model.embed_tokens = teacher.model.embed_tokens.requires_grad_(False)
+    batch = collate(examples(4))
+    want = by_whole_logits(student, [teacher], batch)
+    got, _ = one_step(trainer(tmp_path, student, [teacher]), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
+def test_models_that_return_tuples_are_named(tmp_path):
+    tuples = llama(24, 1)
+    tuples.config.return_dict = False
+    message = " must have config.return_dict=True, got False"
+    with pytest.raises(ValueError, match="DistillationTrainer: model" + message):
+        trainer(tmp_path, tuples, [llama()])
+    with pytest.raises(ValueError, match=r"DistillationTrainer: teachers\[0\]" + message):
+        trainer(tmp_path, llama(), [tuples])
+    with pytest.raises(ValueError, match="store_topk: teacher" + message):
+        store_topk(tuples, examples(4), tmp_path / "top", k=4, data_collator=collate)
+
+
+def test_numbers_of_teachers_that_do_not_fit_are_named(tmp_path):
+    student, batch = llama(), collate(examples(4))
+    made = trainer(tmp_path, student, [llama(24, 1), llama(8, 2)], weighting="routed")
+    for shape in ((3,), (4, 5), (4, 1)):
+        index = torch.zeros(shape, dtype=torch.int64)
+        message = rf"batches must have teacher_index \[4\] or \[4, 12\], as their labels are, got {list(shape)}"
+        with pytest.raises(ValueError, match=message.replace("got [", r"got \[")):
+            one_step(made, student, {**batch, "teacher_index": index})

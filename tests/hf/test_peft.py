@@ -135,3 +135,50 @@ def test_tokens_that_are_not_of_the_text_are_named(tmp_path):
         ValueError, match=r"model must give its output layer's results as they are, .* got PeftModelForCausalLM"
     ):
         trainer(tmp_path, peft.get_peft_model(llama(), config), [llama(24, 1)])
+
+
+def test_the_output_layer_is_the_one_of_the_active_adapter(tmp_path):
+    student, teachers, batch = wrapped(saved=["lm_head"]), [llama(24, 1)], collate(examples(4))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    student.add_adapter("other", config)
+    student.add_adapter("without", peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    for layer in student.base_model.model.lm_head.modules_to_save.values():
+        torch.nn.init.normal_(layer.weight)
+    made = trainer(tmp_path, student, teachers)
+    for adapter in ("other", "without", "default"):
+        student.set_adapter(adapter)
+        student.zero_grad()
+        want = by_whole_logits(student, teachers, batch)
+        want.backward()
+        right = grads_of(student)
+        student.zero_grad()
+        got, grads = one_step(made, student, batch)
+        torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+        assert_same(grads, right)
+
+
+def test_a_teacher_whose_adapter_is_off_is_its_base(tmp_path):
+    student, teacher, batch = llama(), wrapped(saved=["lm_head"]), collate(examples(4))
+    made = trainer(tmp_path, student, [teacher])
+    with teacher.disable_adapter():
+        want = by_whole_logits(student, [teacher], batch)
+        got, _ = one_step(made, student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
+def test_trained_tokens_of_a_tied_embedding_are_named(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2], task_type="CAUSAL_LM")
+    message = "with peft's TrainableTokensWrapper; trainable_token_indices .* tie_word_embeddings"
+    with pytest.raises(TypeError, match=message):
+        trainer(tmp_path, peft.get_peft_model(llama(), config), [llama(24, 1)])
+    student, batch = peft.get_peft_model(llama(tie_word_embeddings=False), config), collate(examples(4))
+    want = by_whole_logits(student, [llama(24, 1)], batch)
+    got, grads = one_step(trainer(tmp_path, student, [llama(24, 1)]), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    assert any("trainable_tokens" in name for name in grads)
+
+
+def test_the_base_of_the_student_is_no_teacher(tmp_path):
+    student = wrapped()
+    with pytest.raises(ValueError, match=r"teachers\[0\] must have parameters of its own, got .*lora_.* of model"):
+        trainer(tmp_path, student, [student.get_base_model()])
