@@ -1,7 +1,11 @@
 """A teacher's largest classes of every token, made once and kept in a folder of safetensors files."""
 
 import functools
+import inspect
 import json
+import math
+import uuid
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,24 +33,27 @@ def store_topk(
     batch_size: int = 8,
     data_collator: Callable[[list], dict],
     rows_per_file: int = 1024,
+    remove_unused_columns: bool = True,
 ) -> "StoredTopK":
     """Runs a teacher over a data set once, and keeps of every token the ``k`` largest log-probabilities.
 
     Args:
         teacher: a causal language model of transformers.
         dataset: what the student will be trained on, in this order: ``dataset[i]`` with ``input_ids``.
-        folder: a new folder, or one that a killed call has begun: whole files in it are kept.
+        folder: a new folder, or one that a killed call has begun: whole files in it are kept. Several processes may write one.
         k: classes a token, 1 to the vocabulary.
         temperature: that of the loss that will use them: ``log_softmax(logits / temperature)``.
         batch_size, data_collator: how examples become batches; padding on either side.
         rows_per_file: examples in a file.
+        remove_unused_columns: as in ``TrainingArguments``: the collator gets what the model takes, and labels.
 
     Returns:
         ``StoredTopK(folder)``. A token takes 6 bytes a class: int32 and float16 (whose error is at most 2 ** -11 of a
-        logarithm).
+        logarithm). A checksum of each example's ``input_ids`` is kept, too: other data is an error, here and in training.
 
     Raises:
-        ValueError, TypeError: an argument that does not fit; FileExistsError: the folder has other teachers' classes.
+        ValueError, TypeError: an argument that does not fit; FileExistsError: the folder has other teachers' classes, or those of
+            other data.
     """
     layer = OutputLayer(teacher, "store_topk: teacher")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layer.classes:
@@ -69,6 +76,7 @@ def store_topk(
                 f"store_topk: folder must be new or of the same call, got {folder} with {differ} {found.get(differ)} "
                 f"instead of {facts[differ]}"
             )
+    columns = _columns(teacher) if remove_unused_columns else None
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / _FACTS, lambda path: path.write_text(json.dumps(facts)))
     training = teacher.training
@@ -76,20 +84,30 @@ def store_topk(
     try:
         for start in range(0, len(dataset), rows_per_file):
             path = folder / f"rows-{start:09d}.safetensors"
-            if not path.exists():
-                rows = range(start, min(start + rows_per_file, len(dataset)))
-                tensors = dict(_file(layer, dataset, rows, k, temperature, batch_size, data_collator))
-                _write(path, functools.partial(save_file, tensors))
+            rows = range(start, min(start + rows_per_file, len(dataset)))
+            batches = _batches(dataset, rows, batch_size, data_collator, columns)
+            if path.exists():
+                _check_file(path, batches)
+            else:
+                _write(path, functools.partial(save_file, dict(_file(layer, batches, k, temperature))))
     finally:
         teacher.train(training)
+    for begun in folder.glob("*.begun"):  # by a call that was killed, or that another process made, too
+        begun.unlink(missing_ok=True)
     return StoredTopK(folder)
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Whole or not at all."""
-    begun = path.with_suffix(".begun")
-    write(begun)
-    begun.replace(path)
+    """Whole or not at all, whatever other processes do."""
+    begun = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.begun")
+    try:
+        write(begun)
+        begun.replace(path)
+    except FileNotFoundError:
+        if not path.exists():  # else another process has finished, and removed what is left
+            raise
+    finally:
+        begun.unlink(missing_ok=True)
 
 
 def _fingerprint(teacher: Any) -> str:
@@ -103,14 +121,58 @@ def _fingerprint(teacher: Any) -> str:
     return f"{type(teacher).__name__} {total:.6e}"
 
 
-@torch.inference_mode()
-def _file(
-    layer: OutputLayer, dataset: Any, rows: range, k: int, temperature: float, batch_size: int, collate: Callable
-) -> Iterator[tuple[str, Tensor]]:
-    device = device_of_inputs(layer.model)
+def _columns(model: Any) -> set[str]:
+    """What transformers' Trainer leaves of an example."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {*inspect.signature(type(model).forward).parameters, "input_ids", "attention_mask", "labels"}
+
+
+def _batches(
+    dataset: Any, rows: range, batch_size: int, collate: Callable, columns: set[str] | None
+) -> Iterator[tuple[range, dict]]:
     for start in range(rows.start, rows.stop, batch_size):
         some = range(start, min(start + batch_size, rows.stop))
-        batch = dict(collate([dict(dataset[i]) for i in some]))
+        examples = [dict(dataset[i]) for i in some]
+        if columns is not None:
+            examples = [{name: value for name, value in e.items() if name in columns} for e in examples]
+        batch = dict(collate(examples))
+        check_rows("store_topk", batch, len(some))
+        yield some, batch
+
+
+def check_rows(function: str, batch: dict, examples: int) -> None:
+    ids = batch.get("input_ids")
+    if ids is None or len(ids) != examples:
+        raise ValueError(
+            f"{function}: data_collator must give input_ids with a row for each of {examples} examples, got "
+            f"{None if ids is None else list(ids.shape)}; of several examples it is to be one that pads"
+        )
+
+
+def _checksum(ids: Tensor, mask: Tensor | None) -> int:
+    """Of an example's tokens [S], padded or not."""
+    return zlib.crc32((ids if mask is None else ids[mask != 0]).long().cpu().numpy().tobytes())
+
+
+def _check_file(path: Path, batches: Iterator[tuple[range, dict]]) -> None:
+    with safe_open(path, "pt") as file:
+        if not any(name.endswith(".checksum") for name in file.keys()):  # written before there were any
+            return
+        for some, batch in batches:
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            for at, row in enumerate(some):
+                if file.get_tensor(f"{row}.checksum").item() != _checksum(ids[at], None if mask is None else mask[at]):
+                    raise FileExistsError(
+                        f"store_topk: folder must be new or of the same call, got {path.parent} with other input_ids in row {row}"
+                    )
+
+
+@torch.inference_mode()
+def _file(
+    layer: OutputLayer, batches: Iterator[tuple[range, dict]], k: int, temperature: float
+) -> Iterator[tuple[str, Tensor]]:
+    device = device_of_inputs(layer.model)
+    for some, batch in batches:
         batch.pop("labels", None)
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         logits = layer.model(**batch).logits
@@ -120,6 +182,8 @@ def _file(
             top = (own.float() / temperature).log_softmax(-1).topk(k)
             yield f"{row}.indices", top.indices.to(torch.int32).cpu()
             yield f"{row}.log_probs", top.values.to(torch.float16).cpu()
+            checksum = _checksum(batch["input_ids"][at], None if mask is None else mask[at])
+            yield f"{row}.checksum", torch.tensor(checksum, dtype=torch.int64, device="cpu")
 
 
 class StoredTopK:
@@ -149,23 +213,33 @@ class StoredTopK:
         return self.rows
 
     def __getitem__(self, row: int) -> TopKTeacher:
+        return self._read(row)[0]
+
+    def _read(self, row: int) -> tuple[TopKTeacher, int | None]:
         if not 0 <= row < self.rows:
             raise IndexError(f"StoredTopK: row must be in [0, {self.rows}), got {row}")
         with safe_open(self.paths[row // self.rows_per_file], "pt") as file:
-            return TopKTeacher(file.get_tensor(f"{row}.indices"), file.get_tensor(f"{row}.log_probs").float())
+            kept = TopKTeacher(file.get_tensor(f"{row}.indices"), file.get_tensor(f"{row}.log_probs").float())
+            name = f"{row}.checksum"
+            return kept, int(file.get_tensor(name)) if name in file.keys() else None
 
-    def batch(self, rows: Tensor, mask: Tensor | None, shape: Sequence[int], device: torch.device) -> TopKTeacher:
-        """Of these examples, [B, S, k]: at the tokens of the mask [B, S], and one sure class where there is none."""
-        indices = torch.arange(self.k, dtype=torch.int64, device="cpu").expand(*shape, -1).clone()
-        log_probs = torch.full((*shape, self.k), -torch.inf, dtype=torch.float32, device="cpu")
-        log_probs[..., 0] = 0
-        tokens = torch.ones(tuple(shape), dtype=torch.bool, device="cpu") if mask is None else mask.cpu() != 0
+    def batch(self, rows: Tensor, ids: Tensor, mask: Tensor | None, device: torch.device) -> TopKTeacher:
+        """Of these examples, [B, S, k]: at the tokens ``ids`` of the mask [B, S], and k equal classes where there is none."""
+        ids = ids.cpu()
+        tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
+        indices = torch.arange(self.k, dtype=torch.int64, device="cpu").expand(*ids.shape, -1).clone()
+        log_probs = torch.full((*ids.shape, self.k), -math.log(self.k), dtype=torch.float32, device="cpu")
         for at, row in enumerate(rows.tolist()):
-            own = self[row]
+            own, checksum = self._read(row)
             count = int(tokens[at].sum())
             if count != len(own.indices):
                 raise ValueError(
                     f"StoredTopK: example {row} must have {len(own.indices)} tokens, as when {self.folder} was written, got {count}"
+                )
+            if checksum is not None and checksum != _checksum(ids[at], tokens[at]):
+                raise ValueError(
+                    f"StoredTopK: example {row} must have the input_ids of when {self.folder} was written, got others; the rows of "
+                    "train_dataset are to be the same, in the same order"
                 )
             indices[at, tokens[at]] = own.indices.long()
             log_probs[at, tokens[at]] = own.log_probs

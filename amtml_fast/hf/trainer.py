@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from amtml_fast.hf.adapter import HiddenAdapter, adapter_of
 from amtml_fast.hf.checks import check_arguments, check_divergence, check_teachers
 from amtml_fast.hf.output_layer import NAME, OutputLayer
-from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows
+from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows, check_rows
 from amtml_fast.losses import FusedLinearKDLoss
 from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher, over_items
 
@@ -225,7 +225,7 @@ class DistillationTrainer(Trainer):
     def _teach(self, source: OutputLayer | StoredTopK, inputs: dict, rows: Tensor | None, hidden: Tensor) -> Any:
         if isinstance(source, StoredTopK):
             assert rows is not None
-            return source.batch(rows, inputs.get("attention_mask"), hidden.shape[:2], hidden.device)
+            return source.batch(rows, inputs["input_ids"], inputs.get("attention_mask"), hidden.device)
         teacher = source.teach(inputs, hidden.device)
         if source.logit_scale == self.output_layer.logit_scale:
             return teacher
@@ -321,5 +321,6 @@ class _KeepRows:
         rows = [example.get(ROW) for example in examples]
         batch = self.collate([{name: value for name, value in e.items() if name != ROW} for e in examples])
         if rows[0] is not None:
+            check_rows(NAME, batch, len(rows))
             batch[ROW] = torch.tensor(rows, dtype=torch.int64, device="cpu")
         return batch

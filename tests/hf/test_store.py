@@ -1,12 +1,19 @@
 """What ``store_topk`` keeps: teaches as the teacher does, goes on where it was killed, and is noticed where it does not fit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from backends import cpu_only
 
 pytest.importorskip("transformers")
-from test_trainer import C, assert_same, collate, examples, llama, trainer
+from safetensors.torch import load_file, save_file
+from test_students import gpt2
+from test_trainer import C, S, assert_same, collate, examples, llama, one_step, trainer
+from transformers import DataCollatorWithFlattening
 
+import amtml_fast as af
 from amtml_fast.hf import StoredTopK, store_topk
 
 pytestmark = cpu_only
@@ -71,3 +78,138 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path):
         with pytest.raises(ValueError, match="store_topk: " + message):
             store_topk(teacher, data, tmp_path / "c", **{**options, **wrong})
     assert not (tmp_path / "c").exists()
+
+
+def shuffled(data):
+    return [data[i] for i in torch.randperm(len(data), generator=torch.Generator().manual_seed(0)).tolist()]
+
+
+def equal_lengths(seed=0):
+    random = torch.Generator().manual_seed(seed)
+    made = [torch.randint(3, C, (S,), generator=random) for _ in range(8)]
+    return [dict(input_ids=ids, labels=ids) for ids in made]
+
+
+@pytest.mark.parametrize("others", [shuffled(equal_lengths()), equal_lengths(1)], ids=["shuffled", "another"])
+def test_other_data_of_the_same_lengths_is_noticed(tmp_path, others):
+    teacher, data = llama(24, 1), equal_lengths()
+    options = dict(k=4, rows_per_file=3, data_collator=collate)
+    stored = store_topk(teacher, data, tmp_path / "top", **options)
+    trainer(tmp_path, llama(), [stored], data, collator=lambda given: collate(given, left=True)).train()
+    with pytest.raises(
+        ValueError, match=r"StoredTopK: example \d must have the input_ids of when .*top was written, got"
+    ):
+        trainer(tmp_path, llama(), [stored], others).train()
+    message = r"must be new or of the same call, got .*top with other input_ids in row \d"
+    with pytest.raises(FileExistsError, match=message):
+        store_topk(teacher, others, tmp_path / "top", **options)
+    (tmp_path / "top" / "rows-000000006.safetensors").unlink()  # as if it had been killed
+    with pytest.raises(FileExistsError, match=message):
+        store_topk(teacher, others, tmp_path / "top", **options)
+    again = store_topk(teacher, data, tmp_path / "top", **options)
+    assert all(map(torch.equal, again[7], stored[7]))
+
+
+def test_a_store_without_checksums_is_read_and_finished(tmp_path):
+    teacher, data, folder = llama(24, 1), equal_lengths(), tmp_path / "top"
+    options = dict(k=4, rows_per_file=3, data_collator=collate)
+    whole = store_topk(teacher, data, tmp_path / "whole", **options)
+    store_topk(teacher, data, folder, **options)
+    for path in folder.glob("*.safetensors"):
+        save_file({name: x for name, x in load_file(path).items() if not name.endswith("checksum")}, path)
+    trainer(tmp_path, llama(), [StoredTopK(folder)], shuffled(data)).train()  # as ever
+    (folder / "rows-000000006.safetensors").unlink()
+    again = store_topk(teacher, data, folder, **options)
+    assert all(all(map(torch.equal, again[i], whole[i])) for i in range(8))
+
+
+TWO = """
+import os, pathlib, sys, time
+sys.path[:0] = [{tests!r}, {here!r}]
+from test_store import *
+from amtml_fast.hf import topk_store
+
+def slowly(*args):
+    save_file(*args)
+    time.sleep(0.01)  # so that the other one is here, too
+
+topk_store.save_file = slowly
+folder, child = pathlib.Path({folder!r}), os.fork()
+teacher, data, end = llama(24, 1), equal_lengths(), time.monotonic() + 30
+for trial in range(3):
+    (folder / f"{{trial}}{{child == 0}}").touch()
+    while len(list(folder.glob(f"{{trial}}[TF]*"))) < 2:  # both begin at once
+        assert time.monotonic() < end, "the other process has died"
+    stored = store_topk(teacher, data, folder / f"top{{trial}}", k=4, rows_per_file=1, data_collator=collate)
+    assert len(stored) == 8
+assert child == 0 or os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_two_processes_may_write_one_store(tmp_path, request):
+    tests = request.config.rootpath / "tests"
+    script = TWO.format(tests=str(tests), here=str(tests / "hf"), folder=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    whole = store_topk(llama(24, 1), equal_lengths(), tmp_path / "one", k=4, rows_per_file=1, data_collator=collate)
+    for trial in range(3):
+        made = StoredTopK(tmp_path / f"top{trial}")
+        assert all(all(map(torch.equal, made[i], whole[i])) for i in range(8))
+        assert len(list(made.folder.iterdir())) == 9  # nothing else is left
+
+
+def test_what_a_killed_call_has_begun_does_not_stay(tmp_path):
+    (tmp_path / "rows-000000000.0123.begun").write_bytes(b"half")
+    store_topk(llama(24, 1), equal_lengths(), tmp_path, k=4, data_collator=collate)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows-000000000.safetensors", "topk.json"]
+
+    def fails(given):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store_topk(llama(24, 1), equal_lengths(), tmp_path / "killed", k=4, data_collator=fails)
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["topk.json"]
+
+
+def plain(given):
+    return {name: torch.stack([torch.as_tensor(e[name]) for e in given]) for name in given[0]}
+
+
+@pytest.mark.parametrize("make", [llama, gpt2], ids=["llama", "gpt2"])
+def test_columns_that_the_trainer_drops_are_dropped(tmp_path, make):
+    teacher, data = make(), [dict(e, text="a text", teacher_index=0) for e in equal_lengths()]
+    stored = store_topk(teacher, data, tmp_path / "top", k=4, data_collator=plain)
+    for example in data:
+        del example["teacher_index"]  # which the trainer takes
+    trainer(tmp_path, llama(), [stored], data, collator=plain).train()
+    with pytest.raises(TypeError, match="invalid data type 'str'"):
+        store_topk(teacher, data, tmp_path / "all", k=4, data_collator=plain, remove_unused_columns=False)
+
+
+def test_rows_that_are_not_one_for_each_example_are_named(tmp_path):
+    data = [{name: x.tolist() for name, x in e.items()} for e in examples(8)]
+    flat = DataCollatorWithFlattening()
+    with pytest.raises(
+        ValueError,
+        match=r"store_topk: data_collator must give input_ids with a row for each of 8 examples, got \[1, 84\]; .* pads",
+    ):
+        store_topk(llama(24, 1), data, tmp_path / "top", k=4, data_collator=flat)
+    stored = store_topk(llama(24, 1), data, tmp_path / "one", k=4, batch_size=1, data_collator=flat)
+    with pytest.raises(
+        ValueError,
+        match=r"DistillationTrainer: data_collator must give input_ids with a row for each of 4 examples, got \[1, \d",
+    ):
+        trainer(tmp_path, llama(), [stored], data, collator=flat).train()
+    trainer(tmp_path, llama(), [stored], data, collator=flat, per_device_train_batch_size=1).train()
+    trainer(tmp_path, llama(), [llama(24, 1)], data, collator=flat).train()  # a model takes them
+
+
+def test_a_token_without_an_answer_has_no_infinite_loss(tmp_path):
+    """The last padding before a text: its label is the text's first token."""
+    data = examples(8)
+    stored = store_topk(llama(24, 1), data, tmp_path / "top", k=C, data_collator=collate)
+    loss, student = af.FusedLinearKDLoss(temperature=1.0, divergence="reverse_kl"), llama()
+    made = trainer(tmp_path, student, [stored], data, collator=lambda given: collate(given, left=True), loss=loss)
+    batch = next(iter(made.get_train_dataloader()))
+    assert ((batch["attention_mask"][:, :-1] == 0) & (batch["labels"][:, 1:] != -100)).any()
+    assert one_step(made, student, batch)[0].isfinite()
