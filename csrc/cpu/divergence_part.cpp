@@ -112,10 +112,10 @@ AMTML_INLINE void write_sums(Row<A>& row, int64_t i, double* out) {
   }
   load(row, i);
   const auto write = [&](const Softmax<A>& p, double taken_off = 0) {
-    *out++ = p.m + taken_off, *out++ = std::ldexp(p.sum, -kScale);
+    *out++ = p.m + taken_off, *out++ = std::ldexp(p.sum(), -kScale);
   };
   write(row.q);
-  if (pr.labeled) *out++ = row.q.m, *out++ = std::ldexp(row.q1.sum, -kScale);
+  if (pr.labeled) *out++ = row.q.m, *out++ = std::ldexp(row.q1.sum(), -kScale);
   for (const Softmax<A>& p : row.of) write(p);
   if (pr.set.mode == Mode::logits) write(row.mixed, row.taken_off);
 }

@@ -386,12 +386,13 @@ AMTML_INLINE Statistics<A> statistics(Row<A>& row) {
   const Softmax<A>* target = pr.set.mode == Mode::logits ? &row.mixed : nullptr;
   const A *p = row.p.data(), *q = row.prob.data(), *log_p = row.log_p.data(), *log_q = row.log_q.data();
   Statistics<A> out{0, 0, std::vector<double>(pr.teachers), {}, {}};
+  Largest<A> of_p, of_q;  // in registers
   for (int64_t k = 0, start = 0; start < pr.classes; ++k, start += kChunk) {
     const int64_t n = std::min(kChunk, pr.classes - start);
     make_chunk(row, target, k, n, true);
     out.of_q -= block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(q[c], q[c] * log_q[c]); });
     out.of_p -= block_sum<A>(n, [&] AMTML_BODY(int64_t c) { return if_mass(p[c], p[c] * log_p[c]); });
-    for (int64_t c = 0; c < n; ++c) out.p.take(p[c], start + c), out.q.take(q[c], start + c);
+    for (int64_t c = 0; c < n; ++c) of_p.take(p[c], start + c), of_q.take(q[c], start + c);
     for (int64_t t = 0; t < pr.teachers; ++t) {
       const Softmax<A>& own = row.of[t];
       const A *e = own.e.data() + start, by = own.by(k);
@@ -401,6 +402,7 @@ AMTML_INLINE Statistics<A> statistics(Row<A>& row) {
       });
     }
   }
+  out.p = of_p, out.q = of_q;
   if (!pr.constants) return out;
   out.of_q += row.q.rest;
   if (target) out.of_p += target->rest;

@@ -36,13 +36,17 @@ struct Softmax {
   A m = 0, inverse = 0;  // maximum of all; inverse of sum 2^kScale exp((x - m) / tau)
   A log_sum = 0;         // of exp((x - m) / tau)
   double rest = 0;       // what rounding log_sum to A cut off: it would bias every KL near 0
-  double sum = 0;        // 2^kScale exp((x - m) / tau), also where no class has a probability
   Buffer<A> e;
 
   explicit Softmax(int64_t classes) : e(classes), chunks_((classes + kChunk - 1) / kChunk) {}
 
   A by(int64_t k) const { return chunks_[k].by; }
   AMTML_INLINE A log(int64_t c) const { return (x[c] - m) * per_tau - log_sum; }
+  double sum() const {  // of 2^kScale exp((x - m) / tau), where m was not known; of a row of -inf 0
+    double all = 0;
+    for (const Chunk& chunk : chunks_) all += chunk.factor * chunk.sum;
+    return all;
+  }
   double exact_log_sum() const { return static_cast<double>(log_sum) + rest; }
   int64_t chunk_of_maximum() const {  // the first that has it
     int64_t k = 0;
@@ -63,13 +67,15 @@ struct Softmax {
   // then, and it is ended.
   AMTML_INLINE void begin(A by_tau) { per_tau = by_tau, known_ = false; }
   AMTML_INLINE void begin(A by_tau, A maximum, A inverse_sum) {
-    per_tau = by_tau, m = maximum, inverse = inverse_sum, sum = 1 / static_cast<double>(inverse_sum), known_ = true;
+    per_tau = by_tau, m = maximum, inverse = inverse_sum, known_ = true;
+    known_sum_ = 1 / static_cast<double>(inverse_sum);
   }
   // These logits are less by `taken_off`.
   AMTML_INLINE void begin(A by_tau, const Normal& of_all, double taken_off) {
     const double maximum = of_all.maximum - taken_off;
     per_tau = by_tau, m = static_cast<A>(maximum), known_ = true;
-    sum = std::exp(of_all.log_sum + (maximum - m) * by_tau + kLogScale), inverse = static_cast<A>(1 / sum);
+    known_sum_ = std::exp(of_all.log_sum + (maximum - m) * by_tau + kLogScale);
+    inverse = static_cast<A>(1 / known_sum_);
   }
   AMTML_INLINE void add(int64_t k, const A* logits, int64_t n, const Ahead& ahead) {
     chunks_[k].most = known_ ? m : maximum(logits, n);
@@ -100,17 +106,18 @@ struct Softmax {
     }
   }
   AMTML_INLINE void end(bool need_log) {
-    double all = sum;
+    double sum = chunks_[0].sum;
     if (known_) {
       for (Chunk& chunk : chunks_) chunk.by = inverse;
+      sum = known_sum_;
     } else {
       m = chunks_[0].most;
-      sum = chunks_.size() > 1 ? joined() : chunks_[0].sum;
-      all = m == kNone ? std::numeric_limits<double>::quiet_NaN() : sum;
-      inverse = static_cast<A>(1 / all);
-      for (Chunk& chunk : chunks_) chunk.by = chunk.factor == 1 ? inverse : static_cast<A>(chunk.factor / all);
+      if (chunks_.size() > 1) sum = joined();
+      if (m == kNone) sum = std::numeric_limits<double>::quiet_NaN();
+      inverse = static_cast<A>(1 / sum);
+      for (Chunk& chunk : chunks_) chunk.by = chunk.factor == 1 ? inverse : static_cast<A>(chunk.factor / sum);
     }
-    if (need_log) log_sum = rounded<A>(std::log(all) - kLogScale, &rest);
+    if (need_log) log_sum = rounded<A>(std::log(sum) - kLogScale, &rest);
   }
 
   // All this of a row of logits.
@@ -139,6 +146,7 @@ struct Softmax {
   };
   std::vector<Chunk> chunks_;
   bool known_ = false;
+  double known_sum_ = 0;  // of 2^kScale exp((x - m) / tau)
 
   AMTML_INLINE void raise(int64_t k, const A* logits, int64_t n, const Ahead& ahead) {
     Chunk& chunk = chunks_[k];
@@ -152,12 +160,12 @@ struct Softmax {
   // The sum of several chunks, and m.
   double joined() {
     for (const Chunk& chunk : chunks_) m = chunk.most > m ? chunk.most : m;
-    double all = 0;
+    double sum = 0;
     for (Chunk& chunk : chunks_) {
       chunk.factor = chunk.most == m ? 1 : std::exp((static_cast<double>(chunk.most) - m) * per_tau);
-      all += chunk.factor * chunk.sum;
+      sum += chunk.factor * chunk.sum;
     }
-    return all;
+    return sum;
   }
 };
 
