@@ -7,9 +7,12 @@
 //   to D_kj (an arm):           sum_i g h - 1/2 r_kj^2 sum_i g psi
 //   to D_ik (the far side):    -sum_j g h
 // and from G = dL/dD:           dL/dx_i = 2 sum_j (G_ij + G_ji) (x_i - x_j).
-// Rows are cut into blocks; a tile is a pair of blocks (i, k) and passes over the vertices j with its part of D and G
-// in the first-level cache. Tiles that share no block run side by side, in an order that does not depend on the number
-// of threads. kernels/README.md has the derivation, the precision and the measurements.
+// Where one arm is much longer than the other, u = D_ij + D_kj - D_ik is a small part of D: of squared distances off by
+// a part e each, psi is off by e times the ratio of its arms. A double has e = 2^-53, times C^1/2 or so. If the longest
+// distance of a side is more than 2^25 times the shortest (2^14 where results are double), D has two terms:
+// Side::split. Rows are cut into blocks; a tile is a pair of blocks (i, k) and passes over the vertices j with its part
+// of D and G in the first-level cache. Tiles that share no block run side by side, in an order that does not depend on
+// the number of threads. kernels/README.md has the derivation, the precision and the measurements.
 #include <algorithm>
 #include <memory>
 
@@ -38,9 +41,9 @@ AMTML_INLINE D in_units(double distance, double per_unit) {
 
 // One row at kLanes vertices: what its arms are, and the sums that belong to them. r is scaled by (unit / 2)^1/2, so
 // that the product of two is h per unit of distance.
-template <class A, class D, class Sum, int kLanes, int kGrads>
+template <class A, class D, int kTerms, class Sum, int kLanes, int kGrads>
 struct alignas(64) Cell {
-  D distance[2][kLanes];
+  D distance[kTerms][2][kLanes];
   A r[2][kLanes];
   Sum arm[kGrads][kLanes];  // sum g h
   A psi[kGrads][kLanes];    // sum g psi
@@ -48,9 +51,9 @@ struct alignas(64) Cell {
 
 // A block of rows over a range of vertices. The rows of one vector of vertices lie side by side: the order in which the
 // innermost loop meets them.
-template <class A, class D, class Sum, int kLanes, int kVectors, int kGrads>
+template <class A, class D, int kTerms, class Sum, int kLanes, int kVectors, int kGrads>
 struct Block {
-  Cell<A, D, Sum, kLanes, kGrads> cell[kVectors][kBlock];
+  Cell<A, D, kTerms, Sum, kLanes, kGrads> cell[kVectors][kBlock];
 
   AMTML_INLINE void load(const Side<A>* const (&sides)[2], int64_t i0, int64_t rows, int64_t j0, int64_t vectors) {
     for (int s = 0; s < 2; ++s) {
@@ -60,10 +63,12 @@ struct Block {
         const int64_t from = (i0 + i) * sides[s]->stride + j0;
         for (int64_t v = 0; v < vectors; ++v) {
           auto& c = cell[v][i];
-          const double* distance = sides[s]->distance.data() + from + v * kLanes;
           const A* r = sides[s]->r.data() + from + v * kLanes;
+          for (int t = 0; t < kTerms; ++t) {
+            const double* distance = sides[s]->term(t) + from + v * kLanes;
 #pragma omp simd
-          for (int l = 0; l < kLanes; ++l) c.distance[s][l] = in_units<D>(distance[l], per_unit);
+            for (int l = 0; l < kLanes; ++l) c.distance[t][s][l] = in_units<D>(distance[l], per_unit);
+          }
 #pragma omp simd
           for (int l = 0; l < kLanes; ++l) c.r[s][l] = r[l] * scale;
           for (int l = 0; s < kGrads && l < kLanes; ++l) c.arm[s][l] = 0, c.psi[s][l] = 0;
@@ -95,15 +100,18 @@ struct Block {
 // Row i, a cell of it, with the rows k of b: everything that is summed over k stays in registers. far_distance are the
 // D_ik of both sides, far_sum [k] what belongs to them. One rounded g h goes to the arms and to the far side: there
 // they cancel exactly.
-template <class A, class D, class Sum, int kLanes, int kGrads>
-AMTML_INLINE void sweep(Cell<A, D, Sum, kLanes, kGrads>& a, Cell<A, D, Sum, kLanes, kGrads>* b, int64_t k_begin,
-                        int64_t k_end, const D (&far_distance)[2][kBlock], Sum (*far_sum)[kBlock][kLanes], A delta,
-                        const A* weight, A* loss) {
+template <class A, class D, int kTerms, class Sum, int kLanes, int kGrads>
+AMTML_INLINE void sweep(Cell<A, D, kTerms, Sum, kLanes, kGrads>& a, Cell<A, D, kTerms, Sum, kLanes, kGrads>* b,
+                        int64_t k_begin, int64_t k_end, const D (&far_distance)[kTerms][2][kBlock],
+                        Sum (*far_sum)[kBlock][kLanes], A delta, const A* weight, A* loss) {
   constexpr int kParts = sizeof(Sum) / sizeof(A);  // registers of doubles for one of A
   using Values = Lanes<A, kLanes, 1>;
   using Distances = Lanes<D, kLanes, kParts>;
   using Sums = Lanes<Sum, kLanes, kParts>;
-  const Distances distance[2] = {Distances::load(a.distance[0]), Distances::load(a.distance[1])};
+  Distances distance[kTerms][2];
+  for (int t = 0; t < kTerms; ++t) {
+    for (int s = 0; s < 2; ++s) distance[t][s] = Distances::load(a.distance[t][s]);
+  }
   const Values r[2] = {Values::load(a.r[0]), Values::load(a.r[1])}, half = Values::all(A(0.5));
   const Values highest = Values::all(delta), lowest = Values::all(-delta);
   const Sums w = Values::load(weight).template to<Sum, kParts>();
@@ -114,7 +122,10 @@ AMTML_INLINE void sweep(Cell<A, D, Sum, kLanes, kGrads>& a, Cell<A, D, Sum, kLan
     auto& c = b[k];
     Values h[2], psi[2];
     for (int s = 0; s < 2; ++s) {
-      const Distances u = between_arms(distance[s], Distances::load(c.distance[s]), far_distance[s][k]);
+      Distances u = between_arms(distance[0][s], Distances::load(c.distance[0][s]), far_distance[0][s][k]);
+      for (int t = 1; t < kTerms; ++t) {
+        u = u + between_arms(distance[t][s], Distances::load(c.distance[t][s]), far_distance[t][s][k]);
+      }
       h[s] = r[s] * Values::load(c.r[s]);
       psi[s] = u.template to<A, 1>() * h[s];
     }
@@ -146,11 +157,11 @@ AMTML_INLINE void reduce_far(Sum (*far_sum)[kLanes], int64_t k_begin, int64_t k_
   }
 }
 
-// Distances in D (double, or int32_t fixed point), sums that must cancel in Sum, the rest in A. kGrads: of how many
-// sides the gradient is asked for.
-template <int kLanes, int kVectors, class A, class D, class Sum, int kGrads>
+// Distances in D (double, or int32_t fixed point), as sums of kTerms of them; sums that must cancel in Sum, the rest in
+// A. kGrads: of how many sides the gradient is asked for.
+template <int kLanes, int kVectors, class A, class D, int kTerms, class Sum, int kGrads>
 AMTML_INLINE void run_tile(const Side<A>* const (&sides)[2], const Tile& tile, A delta, const A* vertex_weight,
-                           Block<A, D, Sum, kLanes, kVectors, kGrads>* blocks, double* const (&grad)[2],
+                           Block<A, D, kTerms, Sum, kLanes, kVectors, kGrads>* blocks, double* const (&grad)[2],
                            double* vertex_loss) {
   constexpr int kColumns = kLanes * kVectors;  // vertices at a time
   constexpr int64_t kStrip = 4;                // rows i at a time: their far sums stay in cache
@@ -170,20 +181,22 @@ AMTML_INLINE void run_tile(const Side<A>* const (&sides)[2], const Tile& tile, A
     for (int64_t is = 0; is < rows_i; is += kStrip) {
       const int64_t i_end = std::min(is + kStrip, rows_i);
       alignas(64) A strip_loss[kColumns] = {};
-      alignas(64) D far_distance[kStrip][2][kBlock];
+      alignas(64) D far_distance[kStrip][kTerms][2][kBlock];
       alignas(64) Sum far_sum[kStrip][kGrads > 0 ? kGrads : 1][kBlock][kLanes];
       for (int64_t i = is; i < i_end; ++i) {
         for (int s = 0; s < 2; ++s) {
-          const double* d = sides[s]->distance.data() + (i0 + i) * stride + k0;
-          for (int64_t k = 0; k < rows_k; ++k) far_distance[i - is][s][k] = in_units<D>(d[k], per_unit[s]);
+          for (int t = 0; t < kTerms; ++t) {
+            const double* d = sides[s]->term(t) + (i0 + i) * stride + k0;
+            for (int64_t k = 0; k < rows_k; ++k) far_distance[i - is][t][s][k] = in_units<D>(d[k], per_unit[s]);
+          }
           if (s < kGrads) std::memset(far_sum[i - is][s], 0, rows_k * sizeof(far_sum[0][0][0]));
         }
       }
       for (int64_t v = 0; v < vectors; ++v) {
         for (int64_t i = is; i < i_end; ++i) {
-          sweep<A, D, Sum, kLanes, kGrads>(block_i.cell[v][i], block_k.cell[v], diagonal ? i + 1 : 0, rows_k,
-                                           far_distance[i - is], far_sum[i - is], delta, weight + v * kLanes,
-                                           strip_loss + v * kLanes);
+          sweep<A, D, kTerms, Sum, kLanes, kGrads>(block_i.cell[v][i], block_k.cell[v], diagonal ? i + 1 : 0, rows_k,
+                                                   far_distance[i - is], far_sum[i - is], delta, weight + v * kLanes,
+                                                   strip_loss + v * kLanes);
         }
       }
       for (int64_t i = is; i < i_end; ++i) {
@@ -263,7 +276,7 @@ struct Task {
   const A* vertex_weight;  // [n], times each vertex' part of the gradient; or null for 1
 
   // Gradients of the first kGrads sides.
-  template <class D, class Sum, int kGrads>
+  template <class D, int kTerms, class Sum, int kGrads>
   Result<A> run(const Tensor& like_first, const Tensor& like_second) const {
     const int64_t n = first.n, stride = first.stride, blocks = (n + kBlock - 1) / kBlock;
     // Few blocks leave few tiles to run side by side; then the vertices are split, too, each part with a G of its own.
@@ -277,7 +290,7 @@ struct Task {
       torch::stable::parallel_for(0, tasks, grain(kBlock * kBlock * n / parts), [&](int64_t begin, int64_t end) {
         vectorized([&] AMTML_BODY(auto lanes) {
           constexpr int kLanes = decltype(lanes)::value * 4 / sizeof(A), kVectors = 64 / kLanes;
-          using Rows = Block<A, D, Sum, kLanes, kVectors, kGrads>;
+          using Rows = Block<A, D, kTerms, Sum, kLanes, kVectors, kGrads>;
           const std::unique_ptr<Rows[]> blocks(new Rows[2]);  // not make_unique: that would fill them with zeros
           for (int64_t task = begin; task < end; ++task) {
             const int64_t place = task / parts, part = task % parts, columns = stride / kPadding;
@@ -308,11 +321,11 @@ struct Task {
     return result;
   }
 
-  template <class D, class Sum>
+  template <class D, int kTerms, class Sum>
   Result<A> run(const Tensor& like_first, const Tensor& like_second, int grads) const {
-    if (grads == 0) return run<D, Sum, 0>(like_first, like_second);
-    if (grads == 1) return run<D, Sum, 1>(like_first, like_second);
-    return run<D, Sum, 2>(like_first, like_second);
+    if (grads == 0) return run<D, kTerms, Sum, 0>(like_first, like_second);
+    if (grads == 1) return run<D, kTerms, Sum, 1>(like_first, like_second);
+    return run<D, kTerms, Sum, 2>(like_first, like_second);
   }
 };
 
@@ -346,16 +359,23 @@ struct Arguments {
     Task<A> task{kept, Side<A>(one, kept, eps), Side<A>(other, kept, eps), static_cast<A>(delta), scale, vertex_weight};
     const int grads = need_student + need_teacher;
     Result<A> result;
+    const bool split = task.first.exceeds_double() || task.second.exceeds_double();
     bool fixed = false;
     if constexpr (std::is_same_v<A, float>) {
       fixed = task.first.fits_fixed_point() && task.second.fits_fixed_point();
       if (fixed) {
         task.first.use_fixed_point();
         task.second.use_fixed_point();
-        result = task.template run<int32_t, float>(one, other, grads);
+        result = task.template run<int32_t, 1, float>(one, other, grads);
       }
     }
-    if (!fixed) result = task.template run<double, double>(one, other, grads);
+    if (split) {
+      task.first.split();
+      task.second.split();
+      result = task.template run<double, 2, double>(one, other, grads);
+    } else if (!fixed) {
+      result = task.template run<double, 1, double>(one, other, grads);
+    }
     if (swap) std::swap(result.grad_first, result.grad_second);
     return result;
   }

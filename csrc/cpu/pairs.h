@@ -11,6 +11,9 @@ namespace amtml {
 
 constexpr int64_t kPadding = 16;    // rows of the matrices are padded to a multiple of this, with r = 0
 constexpr double kFixedRange = 64;  // the largest ratio of squared distances for which fixed point is exact enough
+// The largest for which a double is, of results in A: see angle.cpp.
+template <class A>
+constexpr double kDoubleRange = sizeof(A) == 4 ? 0x1p50 : 0x1p28;
 
 inline int64_t padded(int64_t n) { return padded(n, kPadding); }
 
@@ -21,6 +24,7 @@ struct Side {
   int64_t n, stride, width, pitch;
   Buffer<double> x;         // [n, pitch], rows and columns of padding are 0
   Buffer<double> distance;  // [n, stride] squared
+  Buffer<double> rest{0};   // [n, stride] after split(): what `distance` lacks
   Buffer<A> r;              // [n, stride] 1 / distance, 0 where degenerate
   double nearest = std::numeric_limits<double>::infinity(), farthest = 0;  // of the pairs that are not degenerate
   A unit = 2;                                                              // of distances in sums: see angle.cpp
@@ -46,14 +50,19 @@ struct Side {
     measure(eps);
   }
 
-  void measure(double eps) {
-    Buffer<double> columns(width * stride);  // x transposed
+  Buffer<double> transposed() const {
+    Buffer<double> columns(width * stride);
     torch::stable::parallel_for(0, width, grain(n), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         for (int64_t i = 0; i < n; ++i) columns[c * stride + i] = x[i * pitch + c];
         std::fill(&columns[c * stride + n], &columns[c * stride] + stride, 0.0);
       }
     });
+    return columns;
+  }
+
+  void measure(double eps) {
+    const Buffer<double> columns = transposed();
     // A group of rows from the start and one from the end are a task: together they always have the same length.
     const int64_t groups = padded(n, kRows) / kRows, tasks = (groups + 1) / 2;
     std::vector<Range> ranges(tasks);
@@ -137,6 +146,56 @@ struct Side {
       }
     }
     range = {nearest_row, farthest_row, range.nan || nans > 0};
+  }
+
+  // Some are too short beside others for their difference to be known. Not where one is infinite or NaN.
+  bool exceeds_double() const { return farthest > kDoubleRange<A> * nearest && farthest < 1e300; }
+
+  // The distances are the sum of term(0) and, after split(), term(1).
+  const double* term(int t) const { return t == 0 ? distance.data() : rest.data(); }
+
+  // Into `rest` what the distances lack. If they exceed a double they are measured once more: `distance` is then a
+  // multiple of 2^-50 of the longest, or half of that, so that sums and differences are exact; the rest is off by 2^-53
+  // of itself. Of three distances |u| is then off by 2^-53 times the largest, or 2^-103 times the longest of all,
+  // whichever is less, and psi by 2^-78 times the ratio of the longest to the shortest of all.
+  void split() {
+    rest = Buffer<double>(n * stride);
+    std::fill(rest.data(), rest.data() + n * stride, 0.0);
+    if (!exceeds_double()) return;
+    const Buffer<double> columns = transposed();
+    int exponent = 0;
+    std::frexp(farthest, &exponent);                     // below 2^exponent
+    const double shift = std::ldexp(1.5, exponent + 1);  // adding it rounds to a multiple of 2^(exponent - 51)
+    // A row from the start and one from the end are a task: together they always have the same length.
+    torch::stable::parallel_for(0, (n + 1) / 2, grain(4 * n * width), [&](int64_t begin, int64_t end) {
+      vectorized([&] AMTML_BODY() {
+        for (int64_t task = begin; task < end; ++task) {
+          split_row(task, columns.data(), shift);
+          if (n - 1 - task != task) split_row(n - 1 - task, columns.data(), shift);
+        }
+      });
+    });
+  }
+
+  // The pairs of row i with later ones.
+  AMTML_INLINE void split_row(int64_t i, const double* columns, double shift) {
+    double *high = &distance[i * stride], *low = &rest[i * stride];
+    std::fill(high + i, high + n, 0.0);
+    for (int64_t c = 0; c < width; ++c) {
+      const double a = x[i * pitch + c], *b = columns + c * stride;
+#pragma omp simd
+      for (int64_t j = i + 1; j < n; ++j) {
+        const double d = a - b[j], other = a - d;
+        const double error = (a - (d + other)) + (other - b[j]);  // of d, exactly
+        const double multiple = (d * d + shift) - shift;
+        high[j] += multiple;
+        low[j] += std::fma(d, d, -multiple) + 2 * d * error;
+      }
+    }
+    for (int64_t j = i + 1; j < n; ++j) {
+      distance[j * stride + i] = high[j];
+      rest[j * stride + i] = low[j];
+    }
   }
 
   // Distances of similar size: NaN, infinities and sides without a regular pair are not.

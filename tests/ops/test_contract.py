@@ -338,6 +338,39 @@ def test_angle_of_distances_that_differ_is_as_good_as_float64(ratio, fused):
     assert all(relative_error(g, w) <= 1e-6 for g, w in zip(grads, want_grads))
 
 
+def _near_and_far(kind, generator):
+    """Rows of which some are up to 1e15 times closer to each other than to the rest."""
+    rows = torch.randn(24, 10, dtype=torch.float64, device="cpu", generator=generator)
+    if kind == "sure":  # what a sure teacher says: rows of a class 1e-4 to 1e-12 apart
+        rows = (25 * rows).softmax(1)
+    elif kind == "three sizes":
+        rows[:6] *= 1e-6
+        rows[:3] *= 1e-4
+    else:  # features after a ReLU, two rows of which are all but dead
+        rows = float(kind) * rows.relu()
+        rows[:2] = 0
+        rows[0, 4], rows[1, 3] = 2e-10, 1e-10
+    return rows.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["sure", "three sizes", "1", "1e3", "1e5"])
+def test_angle_between_arms_of_very_different_length(kind, dtype, fused):
+    """Three squared distances then leave a small part of each: within 1e-6, or twice the error of plain float32."""
+    if not takes(fused, dtype):
+        pytest.skip("takes no float64")
+    generator = torch.Generator("cpu").manual_seed(36)
+    sides = tuple(_near_and_far(kind, generator).to(dtype).requires_grad_() for _ in range(2))
+    want, want_grads = value_and_grads(reference.angle_loss, convert(sides, dtype=torch.float64))
+    _, plain = value_and_grads(reference.angle_loss, sides)
+    got, grads = value_and_grads(af.angle_loss, sides)
+    exact = dtype == torch.float64
+    assert relative_error(got, want) <= (1e-12 if exact else 1e-6)
+    for g, p, w in zip(grads, plain, want_grads):
+        g, p, w = (x.double() / w.norm() for x in (g, p, w))  # a small gradient is no rounding here
+        assert relative_error(g, w) <= max(1e-10 if exact else 1e-6, 2 * relative_error(p, w))
+
+
 def test_mixed_dtypes_and_autocast(on):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 3)
     third = teachers[2].double() if takes(on, torch.float64) else teachers[2]
