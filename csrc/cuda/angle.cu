@@ -5,13 +5,14 @@
 // student, teacher [N, C] float32, bfloat16 or float16 with any strides; loss [] or [N], gradients [N, C], all float32.
 // Kernels, one after another:
 //   measure_kernel    distances of both sides, which rows take part and how many they are (pairs.cuh)
-//   fixed_kernel, fix_kernel  for N > 320: distances in fixed point where they allow it (triangles.cuh)
+//   form_kernel       for N > 320: whether distances are kept in fixed point, in one number or in two (triangles.cuh)
+//   reform_kernel     puts them into that form
 //   triangles_kernel  the loss and the gradient to the distances (triangles.cuh): one launch up to N = 800, 2 at
 //                     1024, 13 at 2048, 64 at 4096
 //   fold_kernel       for N > 128, where the gradient lies in many matrices: their sum. Bandwidth
 //   finish_kernel     the gradient of the rows (pairs.cuh) and, in one more block, the loss
 // The count of rows stays on the device: the last kernel divides by it. Each starts while the one before it ends.
-// Memory: E and r of both sides 12 N^2 bytes; 4 N^2 for each slot of each gradient, of which there are about
+// Memory: E and r of both sides 20 N^2 bytes; 4 N^2 for each slot of each gradient, of which there are about
 // 16800 / (N / 32)^2, and at least one. With eps below 1e-18 the product of two r can pass float32's range; all is
 // float64 then.
 #include "ops.cuh"
@@ -232,7 +233,8 @@ struct Layout {
   Distances<Tile> found;
   T* sums;
   double* partial;  // losses, or null
-  Fixed* fixed;     // or null, where fixed point is not tried
+  double* rests;
+  Form* form;
 
   Layout(const AngleCall& call, Pieces& pieces) : tiling(call.takes_part.n, Tile::kBlock), slots(tiling.blocks) {
     const bool per_vertex = kind_of(call) == Kind::kVertexLoss;
@@ -244,7 +246,7 @@ struct Layout {
     found.weight = call.vertex_weight ? pieces.take<float>(padded) : nullptr, found.given = call.vertex_weight;
     sums = pieces.take<T>(planes * plane);
     partial = call.loss && !per_vertex ? pieces.take<double>(slots.count * tiles) : nullptr;
-    fixed = kTriesFixed<Tile> ? pieces.take<Fixed>(1) : nullptr;
+    rests = pieces.take<double>(2 * tiles * Tile::kArea), form = pieces.take<Form>(1);
   }
 };
 
@@ -263,19 +265,17 @@ void run(const AngleCall& call, void* scratch, const OnDevice& on, bool early) {
   all.sums = has.sums, all.plane = has.plane;
   all.weight = has.found.weight, all.delta = static_cast<typename Tile::A>(call.delta);
   all.loss = has.partial;
-  all.fixed = has.fixed;
-  if constexpr (kTriesFixed<Tile>) {
-    launch(fixed_kernel, {1, kGradientThreads, 1, kGradientThreads / kWarp * 4 * sizeof(double), true}, on,
-           has.found.summaries, has.tiles, has.fixed);
-    launch(fix_kernel<Tile>, {static_cast<unsigned>(has.tiles), kGradientThreads, 1, 0, true}, on, has.found.tiles,
-           has.fixed);
-    Triangles<FixedTile<Tile>> in_fixed;
-    in_fixed.tiles = reinterpret_cast<const FixedTile<Tile>*>(all.tiles), in_fixed.weight = all.weight;
-    in_fixed.sums = all.sums, in_fixed.loss = all.loss, in_fixed.fixed = all.fixed;
-    in_fixed.tile_count = all.tile_count, in_fixed.plane = all.plane, in_fixed.blocks = all.blocks;
-    in_fixed.delta = all.delta;
-    run_triangles(in_fixed, call, has.slots, on);
+  all.rests = has.rests, all.form = has.form;
+  const auto& found = has.found;
+  const unsigned tiles = static_cast<unsigned>(has.tiles);
+  constexpr bool kFew = !kTriesFixed<Tile>;
+  constexpr size_t kScratch = sizeof(FormScratch) + sizeof(Form);
+  if constexpr (!kFew) {
+    launch(form_kernel<T>, {1, kGradientThreads, 1, kScratch, true}, on, found.summaries, has.tiles, has.form);
   }
+  launch(reform_kernel<Tile, kFew>, {tiles, kGradientThreads, 1, kScratch, true}, on, found.tiles, has.rests, call.one,
+         call.other, found.kept, found.summaries, has.form);
+  if constexpr (kTriesFixed<Tile>) run_triangles(all.template with<FixedTile<Tile>>(), call, has.slots, on);
   run_triangles(all, call, has.slots, on);
 
   SumOfSlots<T> folded{all.sums, has.slots.count, elements};

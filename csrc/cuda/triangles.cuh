@@ -36,20 +36,28 @@
 
 namespace amtml::gpu {
 
+// How distances are kept, by what the lengths of the edges are. The choice is made on the device.
+//
 // Fixed point: if all squared distances of a side are within a factor of 64 of each other, E is kept in 32 bits, in
 // units of a power of 4 with the largest below 2^30 of them, so that two of them add up in 32 bits. Three roundings of
 // half a unit are then at most 1.8e-7 in psi, and nothing cancels that would need float64 in sums over a cube. r is
-// scaled by the root of the unit. fixed_kernel finds out on the device whether that is so, fix_kernel rewrites the
-// tiles, and of the two forms of triangles_kernel one leaves at once. csrc/cpu/angle.cpp has the same.
+// scaled by the root of the unit. Of the two forms of triangles_kernel one leaves at once.
+//
+// Split: if some edges are much shorter than others, what the law of cosines leaves of three E is a small part of them.
+// E is then measured once more and kept in two doubles, of which the first is a multiple of 2^-50 of the longest E or
+// half of that, so that its sums are exact. csrc/cpu/pairs.h has the same two, and says how exact they are.
 constexpr double kFixedRange = 64;
+template <class T>  // how far the squares may differ for T: of the lengths a factor of 2^25; of floats in pairs, 2^20
+constexpr double kUnsplitRange = std::is_same_v<T, FloatPair> ? 0x1p40 : 0x1p50;
 
-struct Fixed {
-  int on;
-  double per_unit[2];  // of either side
-  float root[2];       // of the unit
+struct Form {
+  bool fixed, split;
+  double per_unit[2];  // fixed: of either side
+  float root[2];       // fixed: of the unit
+  double shift[2];     // split: adding it rounds a squared distance to such a multiple
 };
 
-// Lies where a PairTile lies: r is in the same place.
+// Lie where a PairTile lies: r is in the same place.
 template <class Pair>
 struct alignas(32) FixedTile {
   using T = typename Pair::T;
@@ -63,14 +71,34 @@ struct alignas(32) FixedTile {
   };
   A r[2][kArea];
 };
+struct Split {
+  double multiple, rest;
+
+  __device__ __forceinline__ Split operator+(Split b) const { return {multiple + b.multiple, rest + b.rest}; }
+  __device__ __forceinline__ Split operator-(Split b) const { return {multiple - b.multiple, rest - b.rest}; }
+  __device__ __forceinline__ explicit operator float() const { return static_cast<float>(multiple + rest); }
+  __device__ __forceinline__ explicit operator double() const { return multiple + rest; }
+};
+template <class Pair>
+struct alignas(32) SplitTile {
+  using T = typename Pair::T;
+  using A = typename Pair::A;
+  using E = Split;
+  using Sum = T;
+  static constexpr int kBlock = Pair::kBlock, kArea = Pair::kArea;
+  double e[2][kArea];  // the multiples; the rests are elsewhere
+  A r[2][kArea];
+};
 template <class Tile>
 constexpr bool is_fixed = std::is_same_v<typename Tile::E, int32_t>;
+template <class Tile>
+constexpr bool is_split = std::is_same_v<typename Tile::E, Split>;
 
-// One block: whether fixed point is exact enough, and its units.
-__global__ void __launch_bounds__(kGradientThreads) fixed_kernel(const Summary* summaries, int64_t tiles, Fixed* out) {
-  let_next_start();
-  wait_for_previous();
-  auto& scratch = shared<double[kGradientThreads / kWarp][4]>();
+using FormScratch = double[kGradientThreads / kWarp][4];
+
+// The form of these distances, in the first thread of a block.
+template <class T>
+__device__ __forceinline__ Form form_of(const Summary* summaries, int64_t tiles, FormScratch& scratch) {
   double least[4] = {INFINITY, 0, INFINITY, 0};  // nearest and -farthest of either side
   for (int64_t i = threadIdx.x; i < tiles; i += kGradientThreads) {
 #pragma unroll
@@ -85,42 +113,111 @@ __global__ void __launch_bounds__(kGradientThreads) fixed_kernel(const Summary* 
     if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp][k] = least[k];
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
-  Fixed fixed{1, {1, 1}, {1, 1}};
+  Form form{true, false, {1, 1}, {1, 1}, {1, 1}};
+  if (threadIdx.x != 0) return form;
   for (int side = 0; side < 2; ++side) {
     double nearest = INFINITY, farthest = 0;
     for (int warp = 0; warp < kGradientThreads / kWarp; ++warp) {
       nearest = fmin(nearest, scratch[warp][2 * side]), farthest = fmax(farthest, -scratch[warp][2 * side + 1]);
     }
-    fixed.on &= farthest <= kFixedRange * nearest && 1e-30 < nearest && farthest < 1e30;
+    form.fixed &= farthest <= kFixedRange * nearest && 1e-30 < nearest && farthest < 1e30;
+    form.split |= farthest > kUnsplitRange<T> * nearest && farthest < 1e300;
     int exponent = 0;
     frexp(1.01 * farthest, &exponent);   // below 2^exponent
     const int m = (exponent - 29) >> 1;  // the unit is 4^m: farthest is below 2^30 of it, even rounded
-    fixed.per_unit[side] = ldexp(1.0, -2 * m), fixed.root[side] = ldexpf(1.0f, m);
+    form.per_unit[side] = ldexp(1.0, -2 * m), form.root[side] = ldexpf(1.0f, m);
+    form.shift[side] = ldexp(1.5, exponent + 2);  // squared distances are below 2^(exponent + 1)
   }
-  *out = fixed;
+  return form;
 }
 
-// Grid: tiles.
-template <class Pair>
-__global__ void __launch_bounds__(kGradientThreads) fix_kernel(Pair* tiles, const Fixed* fixed) {
+// One block.
+template <class T>
+__global__ void __launch_bounds__(kGradientThreads) form_kernel(const Summary* summaries, int64_t tiles, Form* out) {
   let_next_start();
   wait_for_previous();
-  if (!fixed->on) return;
+  const Form form = form_of<T>(summaries, tiles, shared<FormScratch>());
+  if (threadIdx.x == 0) *out = form;
+}
+
+// Distances of a tile in fixed point.
+template <class Pair>
+__device__ __forceinline__ void fix(Pair& from, const Form& form) {
   constexpr int kCount = 2 * Pair::kArea / kGradientThreads;
-  Pair& from = tiles[blockIdx.x];
   auto& to = reinterpret_cast<FixedTile<Pair>&>(from);
   static_assert(sizeof(FixedTile<Pair>) == sizeof(Pair));
   int32_t e[kCount];
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
     const int at = m * kGradientThreads + threadIdx.x, side = m < kCount / 2 ? 0 : 1;
-    e[m] = static_cast<int32_t>(static_cast<double>((&from.e[0][0])[at]) * fixed->per_unit[side] + 0.5);
-    (&to.r[0][0])[at] *= fixed->root[side];
+    e[m] = static_cast<int32_t>(static_cast<double>((&from.e[0][0])[at]) * form.per_unit[side] + 0.5);
+    (&to.r[0][0])[at] *= form.root[side];
   }
   __syncthreads();  // all have been read
 #pragma unroll
   for (int m = 0; m < kCount; ++m) (&to.e[0][0])[m * kGradientThreads + threadIdx.x] = e[m];
+}
+
+// Distances of a tile as two doubles.
+template <class Pair>
+__device__ __forceinline__ void split(Pair& tile, double* rests, const Points& first, const Points& second,
+                                      const bool* kept, BlockPair at, const Form& form) {
+  auto& to = reinterpret_cast<SplitTile<Pair>&>(tile);
+  static_assert(sizeof(SplitTile<Pair>) == sizeof(Pair));
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    const Points& rows = side == 0 ? first : second;
+    const double shift = form.shift[side];
+    for (int e = threadIdx.x; e < Pair::kArea; e += kGradientThreads) {
+      const int64_t i = static_cast<int64_t>(at.x) * Pair::kBlock + e / Pair::kBlock;
+      const int64_t j = static_cast<int64_t>(at.y) * Pair::kBlock + e % Pair::kBlock;
+      double multiples = 0, rest = 0;
+      if (kept[i] && kept[j]) {
+        rows.read([&](const auto& at_element) {
+          for (int64_t c = 0; c < rows.width; ++c) {
+            const double a = at_element(i, c), b = at_element(j, c), d = a - b, other = a - d;
+            const double error = (a - (d + other)) + (other - b);  // of d, exactly
+            const double multiple = (d * d + shift) - shift;
+            multiples += multiple;
+            rest += fma(d, d, -multiple) + 2 * d * error;
+          }
+        });
+      }
+      to.e[side][e] = multiples / 2, rests[side * Pair::kArea + e] = rest / 2;
+    }
+  }
+}
+
+// Brings the tiles into their form. Grid: tiles. Of few rows it finds the form, too, and leaves it where form_kernel
+// does.
+template <class Pair, bool kFew>
+__global__ void __launch_bounds__(kGradientThreads)
+    reform_kernel(Pair* tiles, double* rests, Points first, Points second, const bool* kept, const Summary* summaries,
+                  Form* forms) {
+  let_next_start();
+  wait_for_previous();
+  struct Scratch {
+    FormScratch find;
+    Form form;
+  };
+  auto& scratch = shared<Scratch>();
+  if constexpr (kFew) {
+    Form form = form_of<typename Pair::T>(summaries, gridDim.x, scratch.find);
+    form.fixed = false;  // it would take longer than it saves
+    if (threadIdx.x == 0) {
+      scratch.form = form;
+      if (blockIdx.x == 0) *forms = form;
+    }
+    __syncthreads();
+  }
+  const Form& form = kFew ? scratch.form : *forms;
+  Pair& tile = tiles[blockIdx.x];
+  if constexpr (!kFew) {
+    if (form.fixed) fix(tile, form);
+  }
+  if (form.split) {
+    split(tile, rests + blockIdx.x * 2 * Pair::kArea, first, second, kept, blocks_of(blockIdx.x), form);
+  }
 }
 
 enum class Kind {
@@ -138,9 +235,9 @@ struct Config {
   using E = typename Tile::E;
   static constexpr Kind kKind = kKind_;
   static constexpr int kBlock = Tile::kBlock, kArea = Tile::kArea, kPlanes = kPlanes_;
-  static constexpr int kI = sizeof(A) == 8 ? 2 : 4, kK = 2;              // pairs of a lane
-  static constexpr int kLanesI = 4, kLanesK = kWarp / kLanesI;           // lanes of a corner
-  static constexpr int kRowsI = kI * kLanesI, kRowsK = kK * kLanesK;     // rows of a corner
+  static constexpr int kI = sizeof(A) == 8 || is_split<Tile> ? 2 : 4, kK = 2;  // pairs of a lane
+  static constexpr int kLanesI = 4, kLanesK = kWarp / kLanesI;                 // lanes of a corner
+  static constexpr int kRowsI = kI * kLanesI, kRowsK = kK * kLanesK;           // rows of a corner
   static constexpr int kWarps = kBlock == 16 && sizeof(A) == 4 ? 8 : 4;  // few rows: all that can run at once should
   static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kResident =  // on a multiprocessor
@@ -150,15 +247,33 @@ struct Config {
 template <class Tile>
 struct Triangles {
   const Tile* tiles;
+  const double* rests;     // [tiles, 2, kArea] of split distances
   const float* weight;     // [blocks, kBlock], or null
   typename Tile::T* sums;  // [planes, slots, tiles, kArea]
   double* loss;            // [slots, tiles], or null
-  const Fixed* fixed;      // or null: there is one form alone
+  const Form* form;
   int64_t tile_count;
   int64_t plane;      // elements of a plane of sums
   int blocks, phase;  // of slot 0
   bool first;         // of the launches: sums are not added to what is there
   typename Tile::A delta;
+
+  // The same with distances of another form.
+  template <class Other>
+  __host__ __device__ __forceinline__ Triangles<Other> with() const {
+    return {reinterpret_cast<const Other*>(tiles),
+            rests,
+            weight,
+            sums,
+            loss,
+            form,
+            tile_count,
+            plane,
+            blocks,
+            phase,
+            first,
+            delta};
+  }
 };
 
 // The numbers of three blocks and of the tiles between them.
@@ -306,8 +421,8 @@ struct Corner {
       : i(i0 + lane / C::kLanesK * C::kI), k(k0 + lane % C::kLanesK * C::kK) {
 #pragma unroll
     for (int p = 0; p < C::kI; ++p) {
-      load_edges<C::kK>(all.tiles[cube.ik], 0, (i + p) * C::kBlock + k, edge[0][p]);
-      load_edges<C::kK>(all.tiles[cube.ik], 1, (i + p) * C::kBlock + k, edge[1][p]);
+      load_edges<C::kK>(all, cube.ik, 0, (i + p) * C::kBlock + k, edge[0][p]);
+      load_edges<C::kK>(all, cube.ik, 1, (i + p) * C::kBlock + k, edge[1][p]);
 #pragma unroll
       for (int q = 0; q < C::kK; ++q) {
 #pragma unroll
@@ -322,11 +437,21 @@ struct Corner {
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void load_edges(const Tile& tile, int side, int at, Edge<E, A> (&to)[kCount]) {
-    const auto e = *reinterpret_cast<const Pack<E, kCount>*>(&tile.e[side][at]);
+  static __device__ __forceinline__ void load_edges(const Triangles<Tile>& all, int number, int side, int at,
+                                                    Edge<E, A> (&to)[kCount]) {
+    const Tile& tile = all.tiles[number];
+    using Kept = std::remove_cv_t<std::remove_reference_t<decltype(tile.e[0][0])>>;
+    const auto e = *reinterpret_cast<const Pack<Kept, kCount>*>(&tile.e[side][at]);
     const auto r = *reinterpret_cast<const Pack<A, kCount>*>(&tile.r[side][at]);
+    if constexpr (is_split<Tile>) {
+      const double* const of_tile = all.rests + static_cast<int64_t>(number) * 2 * C::kArea + side * C::kArea;
+      const auto rest = *reinterpret_cast<const Pack<double, kCount>*>(of_tile + at);
 #pragma unroll
-    for (int m = 0; m < kCount; ++m) to[m] = {e.at[m], r.at[m]};
+      for (int m = 0; m < kCount; ++m) to[m] = {{e.at[m], rest.at[m]}, r.at[m]};
+    } else {
+#pragma unroll
+      for (int m = 0; m < kCount; ++m) to[m] = {e.at[m], r.at[m]};
+    }
   }
 
   // All triangles of row j of its block with the lane's pairs. kDiagonal: where blocks coincide, a row may be met
@@ -337,8 +462,8 @@ struct Corner {
     Edge<E, A> ji[2][C::kI], jk[2][C::kK];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      load_edges<C::kI>(all.tiles[cube.ji], s, j * C::kBlock + i, ji[s]);
-      load_edges<C::kK>(all.tiles[cube.jk], s, j * C::kBlock + k, jk[s]);
+      load_edges<C::kI>(all, cube.ji, s, j * C::kBlock + i, ji[s]);
+      load_edges<C::kK>(all, cube.jk, s, j * C::kBlock + k, jk[s]);
     }
     SumOf<C> sum_ji[kPlanes][C::kI] = {}, sum_jk[kPlanes][C::kK] = {};
     A weight_j = 1, loss = 0;
@@ -411,7 +536,7 @@ __device__ __forceinline__ void store_sums(const Triangles<typename C::Tile>& al
   using T = typename C::T;
   T total[kCount];
   double per_unit = 1;
-  if constexpr (is_fixed<typename C::Tile> && C::kKind != Kind::kVertexLoss) per_unit = all.fixed->per_unit[plane];
+  if constexpr (is_fixed<typename C::Tile> && C::kKind != Kind::kVertexLoss) per_unit = all.form->per_unit[plane];
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
     const auto of_cube = sum(m).total(r[place(m)]);
@@ -440,17 +565,20 @@ __device__ __forceinline__ void store_corner(const Triangles<typename C::Tile>& 
       }
     }
     __syncthreads();
+    constexpr int kPairs = C::kRowsI * C::kRowsK;  // can be fewer than threads
     auto row = [](int m) { return static_cast<int>(m * C::kThreads + threadIdx.x) / C::kRowsK; };
     const int k = threadIdx.x % C::kRowsK;
-    store_sums<C, C::kRowsI * C::kRowsK / C::kThreads>(
-        all, s, scratch.cube.ik, [&](int m) { return (i0 + row(m)) * C::kBlock + k0 + k; },
-        [&](int m) {
-          const int i = row(m), lane = i / C::kI * C::kLanesK + k / C::kK;
-          SumOf<C> sum = scratch.ik[0][i % C::kI][k % C::kK][lane];
+    if (static_cast<int>(threadIdx.x) < kPairs) {
+      store_sums<C, (kPairs + C::kThreads - 1) / C::kThreads>(
+          all, s, scratch.cube.ik, [&](int m) { return (i0 + row(m)) * C::kBlock + k0 + k; },
+          [&](int m) {
+            const int i = row(m), lane = i / C::kI * C::kLanesK + k / C::kK;
+            SumOf<C> sum = scratch.ik[0][i % C::kI][k % C::kK][lane];
 #pragma unroll
-          for (int warp = 1; warp < C::kWarps; ++warp) sum += scratch.ik[warp][i % C::kI][k % C::kK][lane];
-          return sum;
-        });
+            for (int warp = 1; warp < C::kWarps; ++warp) sum += scratch.ik[warp][i % C::kI][k % C::kK][lane];
+            return sum;
+          });
+    }
     __syncthreads();
   }
 }
@@ -496,22 +624,12 @@ __device__ __forceinline__ void sweep(const Triangles<typename C::Tile>& all, Cu
 }
 
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Triangles<typename C::Tile> all) {
-  let_next_start();
-  wait_for_previous();
-  if (all.fixed && (all.fixed->on != 0) != is_fixed<typename C::Tile>) return;
-  const int phase = all.phase + blockIdx.y;
-  if (phase >= all.blocks) return;
-  const Cube cube(blockIdx.x, phase, all.blocks);
-  double* const partial_loss = all.loss ? all.loss + blockIdx.y * all.tile_count + blockIdx.x : nullptr;
-  if (!cube.exists()) {
-    if (threadIdx.x == 0 && partial_loss && all.first) *partial_loss = 0;
-    return;
-  }
+__device__ __forceinline__ void run_cube(const Triangles<typename C::Tile>& all, const Cube& cube,
+                                         double* partial_loss) {
   auto& scratch = shared<CubeScratch<C>>();
   if (threadIdx.x == 0) scratch.cube = cube, scratch.partial_loss = partial_loss;
   __syncthreads();
-  if (cube.diagonal()) {
+  if (is_split<typename C::Tile> || cube.diagonal()) {  // split is rare, and what serves both is half of the code
     sweep<C, true>(all, scratch);
   } else {
     sweep<C, false>(all, scratch);
@@ -520,6 +638,27 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Tr
   const double loss =
       block_sum(static_cast<double>(scratch.thread_loss[threadIdx.x]), scratch.loss) / scratch.cube.orders();
   if (threadIdx.x == 0) *scratch.partial_loss = all.first ? loss : *scratch.partial_loss + loss;
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Triangles<typename C::Tile> all) {
+  let_next_start();
+  wait_for_previous();
+  if (all.form->fixed != is_fixed<typename C::Tile>) return;
+  const int phase = all.phase + blockIdx.y;
+  if (phase >= all.blocks) return;
+  const Cube cube(blockIdx.x, phase, all.blocks);
+  double* const partial_loss = all.loss ? all.loss + blockIdx.y * all.tile_count + blockIdx.x : nullptr;
+  if (!cube.exists()) {
+    if (threadIdx.x == 0 && partial_loss && all.first) *partial_loss = 0;
+    return;
+  }
+  if constexpr (!is_fixed<typename C::Tile>) {
+    using InTwo = Config<SplitTile<typename C::Tile>, C::kKind, C::kPlanes>;
+    static_assert(InTwo::kThreads == C::kThreads && sizeof(CubeScratch<InTwo>) <= sizeof(CubeScratch<C>));
+    if (all.form->split) return run_cube<InTwo>(all.template with<SplitTile<typename C::Tile>>(), cube, partial_loss);
+  }
+  run_cube<C>(all, cube, partial_loss);
 }
 
 }  // namespace amtml::gpu
