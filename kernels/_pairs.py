@@ -8,6 +8,9 @@ what the rows have in common cancels exactly. Matrices of pairs are [P, P], N ro
 that takes no part (padding, or False in row_mask) has D = r = 0 with every other, whatever it holds, and no kernel that
 works on pairs needs a mask for it.
 
+Where some distances are much shorter than others, D can be split (split_kernel): into a multiple of 2^-50 of the longest,
+or half of that, so that sums are exact, and a rest with the digits of float64. csrc/cpu/pairs.h says how exact that is.
+
 distances_kernel: a program makes one tile of the upper triangle of one side and stores it twice; grid
 (P / 32, P / 32, 2), the programs below the diagonal leave at once. Reads the rows P / 32 times (from L2), writes 12 P^2
 bytes a side. Bound by arithmetic from C of a few dozen on: for a column and a pair one conversion to float64, one
@@ -79,6 +82,7 @@ def distances_kernel(
     distance,  # [2, P, P] float64
     r,  # [2, P, P] float32 or float64
     sums,  # [2, 2, (P / TILE)^2] float64: of the distances (not squared) that are not degenerate, how many; or None
+    extremes,  # [2, 2] int64, at first 0: bits of the longest D that is not degenerate, and of 1 / D of the shortest; or None
     n, p,
     eps: tl.float64,
     TILE: tl.constexpr,
@@ -115,6 +119,84 @@ def distances_kernel(
         both = tl.where(i_block == j_block, 1.0, 2.0).to(tl.float64)
         tl.store(sums + tile, both * tl.sum(tl.where(regular, root, 0.0)))
         tl.store(sums + tile + tiles, both * tl.sum(regular.to(tl.float64)))
+    if extremes is not None:
+        known = regular & (d == d)
+        longest, shortest = tl.max(tl.where(known, d, 0.0)), tl.min(tl.where(known, d, float("inf")))
+        tl.atomic_max(extremes + 2 * side, longest.to(tl.int64, bitcast=True))
+        tl.atomic_max(extremes + 2 * side + 1, (1.0 / shortest).to(tl.int64, bitcast=True))
+
+
+@triton.jit
+def exceeds_float64(extremes):
+    """Whether the lengths of a side differ by a factor above 2^25; not where one is infinite."""
+    far1, far2 = _extreme(extremes), _extreme(extremes + 2)
+    near1, near2 = _extreme(extremes + 1), _extreme(extremes + 3)
+    return ((far1 * near1 > 1125899906842624.0) | (far2 * near2 > 1125899906842624.0)) & (far1 + far2 < 1e300)
+
+
+@triton.jit
+def _extreme(at):
+    return tl.load(at).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _split_distances(x, row_stride, column_stride, width, i, j, keep_i, keep_j, shift, TILE: tl.constexpr):
+    """The same in two parts. Adding ``shift`` rounds to a multiple."""
+    x_i, x_j = x + i.to(tl.int64) * row_stride, x + j.to(tl.int64) * row_stride
+    multiples, rest = tl.zeros([TILE, TILE], tl.float64), tl.zeros([TILE, TILE], tl.float64)
+    for _ in tl.range(0, width, 1, loop_unroll_factor=1):
+        a = tl.load(x_i, mask=keep_i, other=0.0).to(tl.float64)[:, None]
+        b = tl.load(x_j, mask=keep_j, other=0.0).to(tl.float64)[None, :]
+        d = a - b
+        error = (a - (d + (a - d))) + ((a - d) - b)  # of d, exactly
+        multiple = (d * d + shift) - shift
+        upper = d * 134217729.0  # 2^27 + 1: half of the digits
+        upper = upper - (upper - d)
+        lower = d - upper
+        square = (upper * upper - multiple) + 2.0 * upper * lower + lower * lower  # d^2 - multiple, as if exactly
+        multiples += multiple
+        rest += square + 2.0 * d * error
+        x_i += column_stride
+        x_j += column_stride
+    return multiples, rest
+
+
+@triton.jit(do_not_specialize=["n"])
+def split_kernel(
+    student, student_row, student_column, student_width,
+    teacher, teacher_row, teacher_column, teacher_width,
+    row_mask, mask_stride,
+    distance, rest,  # [2, P, P] float64: D, which it replaces by the multiples, and what they lack. If D need not be
+    extremes,        # split, nothing is written
+    n, p,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    if not exceeds_float64(extremes):
+        return
+    i_block, j_block, side = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if i_block > j_block:
+        return
+    i, j = i_block * TILE + tl.arange(0, TILE), j_block * TILE + tl.arange(0, TILE)
+    keep_i, keep_j = taking_part(i, row_mask, mask_stride, n), taking_part(j, row_mask, mask_stride, n)
+    # 2^e <= longest < 2^(e + 1): sums of two are below 2^52 multiples of 2^(e - 50)
+    shift = 6.0 * (tl.load(extremes + 2 * side) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+    if side == 0:
+        high, low = _split_distances(
+            student, student_row, student_column, student_width, i, j, keep_i, keep_j, shift, TILE
+        )  # fmt: skip
+    else:
+        high, low = _split_distances(
+            teacher, teacher_row, teacher_column, teacher_width, i, j, keep_i, keep_j, shift, TILE
+        )  # fmt: skip
+    pair = keep_i[:, None] & keep_j[None, :]
+    high, low = tl.where(pair, high, 0.0), tl.where(pair, low, 0.0)
+    here = side.to(tl.int64) * p * p + i.to(tl.int64)[:, None] * p + j[None, :]
+    mirrored = side.to(tl.int64) * p * p + j.to(tl.int64)[None, :] * p + i[:, None]
+    tl.store(distance + here, high)
+    tl.store(rest + here, low)
+    if i_block != j_block:
+        tl.store(distance + mirrored, high)
+        tl.store(rest + mirrored, low)
 
 
 def padded(n: int) -> int:
@@ -135,7 +217,7 @@ def distances(student: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def distances_launch(student: tuple, teacher: tuple, mask_stride: int, eps: float) -> Launch:
-    """Its call takes both sides, row_mask, D, r and, if wanted, the sums of every tile, see above. N > 0."""
+    """Its call takes both sides, row_mask, D, r and, if wanted, the sums of every tile and the extremes. N > 0."""
     n, p = student[0], padded(student[0])
     return Launch(
         distances_kernel,
@@ -148,6 +230,23 @@ def distances_launch(student: tuple, teacher: tuple, mask_stride: int, eps: floa
         eps=eps,
         TILE=TILE,
         num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def split_launch(student: tuple, teacher: tuple, mask_stride: int) -> Launch:
+    """Its call takes both sides, row_mask, D, the rests and the extremes."""
+    n, p = student[0], padded(student[0])
+    return Launch(
+        split_kernel,
+        (p // TILE, p // TILE, 2),
+        **side_numbers("student", student),
+        **side_numbers("teacher", teacher),
+        mask_stride=mask_stride,
+        n=n,
+        p=p,
+        TILE=TILE,
+        num_warps=8,
         enable_fp_fusion=False,
     )
 

@@ -20,14 +20,15 @@ a product). psi, g and h are kept doubled, which saves the 1/2.
 
 student, teacher [N, C] float32, bfloat16 or float16; loss [] or [N], gradients [N, C], all float32. P is N rounded up
 to 32, S the number of parts into which the rows c are cut where there are few tiles.
-  distances_kernel  see pairs.py
+  distances_kernel, split_kernel  see pairs.py. The second returns at once unless some distances are much longer than others:
+                    three D then leave a small part of them, and have two terms each
   triplets_kernel   grid (P / 32, P / 32, S), the programs below the diagonal leave at once. Reads 24 P^2 bytes once
                     from memory and P / 32 times from L2, writes 8 S P^2 for each side with a gradient. Bound by
                     arithmetic: for a pair and a row 15 float64 additions, 9 conversions from or to float64 and 25
                     float32 instructions (student gradient), of which the conversions are the slowest.
   finish_kernel     grid (N / 4, C / 32, sides + 1): the gradient of the rows (pairs.py), and the sum of the losses
-Memory: 24 + 8 S bytes (both gradients: 24 + 16 S) for each of P^2 pairs; S = 1 from N = 481 on. With eps below 1e-18
-all is float64, and 32 takes the place of 24.
+Memory: 40 + 8 S bytes (both gradients: 40 + 16 S) for each of P^2 pairs; S = 1 from N = 481 on. With eps below 1e-18
+all is float64, and 48 takes the place of 40.
 """
 
 import torch
@@ -43,9 +44,11 @@ from ._pairs import (
     count_taking_part,
     distances,
     distances_launch,
+    exceeds_float64,
     padded,
     row_gradient,
     side_numbers,
+    split_launch,
     taking_part,
     total,
 )
@@ -55,12 +58,14 @@ CHUNK = 64  # rows c whose float32 sums are added up before they go into float64
 
 
 @triton.jit
-def _angle(first, second, far, limit):
-    """Both sides at one vertex. Edges are (D, r) of the first side, then of the second. All that comes back is doubled:
-    the clamped difference g, what the Huber loss multiplies it with, and h and psi of each side."""
+def _angle(first, second, far, limit, SPLIT: tl.constexpr):
+    """Both sides at one vertex. Edges are (D, r) of the first side, then of the second, then the rests of both D. All that
+    comes back is doubled: the clamped difference g, what the Huber loss multiplies it with, and h and psi of each side."""
     h1, h2 = first[1] * second[1], first[3] * second[3]
-    psi1 = (first[0] + second[0] - far[0]).to(h1.dtype) * h1
-    psi2 = (first[2] + second[2] - far[2]).to(h2.dtype) * h2
+    u1, u2 = first[0] + second[0] - far[0], first[2] + second[2] - far[2]
+    if SPLIT:
+        u1, u2 = u1 + (first[4] + second[4] - far[4]), u2 + (first[5] + second[5] - far[5])
+    psi1, psi2 = u1.to(h1.dtype) * h1, u2.to(h2.dtype) * h2
     x = psi1 - psi2
     if x.dtype == tl.float64:  # for which tl.clamp does not compile
         g = tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
@@ -70,9 +75,13 @@ def _angle(first, second, far, limit):
 
 
 @triton.jit
-def _edges(distance, r, at, second):
+def _edges(distance, r, rest, at, second, SPLIT: tl.constexpr):
     """Edges of both sides; ``second``: how far the second side's matrices lie behind the first's."""
-    return tl.load(distance + at), tl.load(r + at), tl.load(distance + second + at), tl.load(r + second + at)
+    d1, r1, d2, r2 = tl.load(distance + at), tl.load(r + at), tl.load(distance + second + at), tl.load(r + second + at)
+    if SPLIT:
+        return d1, r1, d2, r2, tl.load(rest + at), tl.load(rest + second + at)
+    else:
+        return d1, r1, d2, r2
 
 
 @triton.jit
@@ -89,11 +98,12 @@ def _add(sums, psi_sums, g_a, h_a, psi_a, g_b, h_b, psi_b, g_c, h_c, weight_a, w
 
 
 @triton.jit
-def _taken_back(ab, bound, weight_a, weight_b, here):
+def _taken_back(ab, bound, weight_a, weight_b, here, SPLIT: tl.constexpr):
     """What the sums start from. c = b at the vertex a, and c = a at b, are i = k: psi is 1 wherever the rows are, and
     what they will add to the gradient is taken back (``here``: by this program)."""
     zero, none = tl.zeros(ab[0].shape, tl.float64), tl.zeros(ab[1].shape, ab[1].dtype)
-    g, _, h1, psi1, h2, psi2 = _angle(ab, ab, (zero, none, zero, none), bound)
+    far = zero, none, zero, none, zero, zero
+    g, _, h1, psi1, h2, psi2 = _angle(ab, ab, far, bound, SPLIT)
     g = tl.where(here, -g, none)
     sum1, sum_psi1 = _add(zero, none, g, h1, psi1, g, h1, psi1, none, none, weight_a, weight_b, none)
     sum2, sum_psi2 = _add(zero, none, g, h2, psi2, g, h2, psi2, none, none, weight_a, weight_b, none)
@@ -119,13 +129,17 @@ def _store_both(to, values, a, b, p, off_diagonal):
 def triplets_kernel(
     distance,  # [2, P, P] float64
     r,  # [2, P, P]
+    rest, extremes,  # of the distances: see pairs.py
     weight,  # [N] of the vertices; or None: 1
     grad1, grad2,  # [S, P, P] float64, 2 dL/dD_ab with D_ab = D_ba as one variable; or None
     loss,  # [P / TILE, P / TILE, S] float64, or [P / TILE, S, P] for every vertex; or None
     n, p,
     limit: tl.float64,  # 2 delta
+    SPLIT: tl.constexpr,  # of two launches one returns at once; a kernel with both would have too many registers
     PER_VERTEX: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
+    if exceeds_float64(extremes) != SPLIT:
+        return
     a_block, b_block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks, parts = tl.num_programs(0), tl.num_programs(2)
     if a_block > b_block:
@@ -135,24 +149,25 @@ def triplets_kernel(
     a, b = a_block * TILE + tl.arange(0, TILE), b_block * TILE + tl.arange(0, TILE)
     pitch = p.to(tl.int64)
     second = pitch * p
-    ab = _edges(distance, r, a.to(tl.int64)[:, None] * p + b[None, :], second)
+    ab = _edges(distance, r, rest, a.to(tl.int64)[:, None] * p + b[None, :], second, SPLIT)
     bound = tl.full([TILE, TILE], limit, r.dtype.element_ty)
     weight_a, weight_b = None, None
     if weight is not None:
         weight_a = tl.load(weight + a, mask=a < n, other=0.0)[:, None]
         weight_b = tl.load(weight + b, mask=b < n, other=0.0)[None, :]
-    sum1, psi1, sum2, psi2 = _taken_back(ab, bound, weight_a, weight_b, part == 0)
+    sum1, psi1, sum2, psi2 = _taken_back(ab, bound, weight_a, weight_b, part == 0, SPLIT)
     value_a, value_b = tl.zeros([TILE], tl.float64), tl.zeros([TILE], tl.float64)
     begin, end = part * n // parts, (part + 1) * n // parts
     for first in range(begin, end, CHUNK):
         loss_a, loss_b = tl.zeros([TILE, TILE], r.dtype.element_ty), tl.zeros([TILE, TILE], r.dtype.element_ty)
         for c in range(first, tl.minimum(first + CHUNK, end)):
             row = pitch * c
-            ac, bc = _edges(distance, r, row + a[:, None], second), _edges(distance, r, row + b[None, :], second)
-            g_c, rest_c, h1_c, _, h2_c, _ = _angle(ac, bc, ab, bound)
+            ac = _edges(distance, r, rest, row + a[:, None], second, SPLIT)
+            bc = _edges(distance, r, rest, row + b[None, :], second, SPLIT)
+            g_c, rest_c, h1_c, _, h2_c, _ = _angle(ac, bc, ab, bound, SPLIT)
             if PER_VERTEX or grad1 is not None:
-                g_a, rest_a, h1_a, psi1_a, h2_a, psi2_a = _angle(ab, ac, bc, bound)
-                g_b, rest_b, h1_b, psi1_b, h2_b, psi2_b = _angle(ab, bc, ac, bound)
+                g_a, rest_a, h1_a, psi1_a, h2_a, psi2_a = _angle(ab, ac, bc, bound, SPLIT)
+                g_b, rest_b, h1_b, psi1_b, h2_b, psi2_b = _angle(ab, bc, ac, bound, SPLIT)
             weight_c = tl.load(weight + c) if weight is not None else None
             if grad1 is not None:
                 sum1, psi1 = _add(
@@ -282,11 +297,15 @@ def run(
     grads = [x.new_empty(x.shape if side < sides else 0, dtype=torch.float32) for side, x in enumerate((first, second))]
     distance, r = distances(first, p, eps)
     make = distance.new_empty
+    rest, extremes = make(2, p, p), make(2, 2, dtype=torch.int64).zero_()
     pair_grads = make(parts, p, p) if sides else None, make(parts, p, p) if sides == 2 else None
     partial = make(count * (p if reduction == "none" else 1)) if want_loss else None
-    launches[0](first, second, row_mask, distance, r, None)
-    launches[1](distance, r, weight, *pair_grads, partial)
-    launches[2](first, second, row_mask, *pair_grads, *grads, partial, loss)
+    measure, split, *triplets, finish = launches
+    measure(first, second, row_mask, distance, r, None, extremes)
+    split(first, second, row_mask, distance, rest, extremes)
+    for form in triplets:
+        form(distance, r, rest, extremes, weight, *pair_grads, partial)
+    finish(first, second, row_mask, *pair_grads, *grads, partial, loss)
     return (grads[1], grads[0]) if swap else (grads[0], grads[1])
 
 
@@ -301,23 +320,27 @@ def _plan(
     sides: int,
     want_loss: bool,
     gain: float,
-) -> tuple[int, int, int, tuple[Launch, Launch, Launch]]:
+) -> tuple[int, int, int, tuple[Launch, ...]]:
     """P, S, the programs that leave a loss (for a vertex or in all), and the launches."""
     n, p, parts = first[0], padded(first[0]), _parts(first[0])
     blocks, per_vertex = p // TILE, want_loss and reduction == "none"
     count = blocks * parts * (1 if per_vertex else blocks)
     options = dict(num_warps=8, enable_fp_fusion=False)
-    triplets = Launch(
-        triplets_kernel,
-        (blocks, blocks, parts),
-        n=n,
-        p=p,
-        limit=2.0 * delta,
-        PER_VERTEX=per_vertex,
-        TILE=TILE,
-        CHUNK=CHUNK,
-        **options,
-    )
+    triplets = [
+        Launch(
+            triplets_kernel,
+            (blocks, blocks, parts),
+            n=n,
+            p=p,
+            limit=2.0 * delta,
+            SPLIT=split,
+            PER_VERTEX=per_vertex,
+            TILE=TILE,
+            CHUNK=CHUNK,
+            **options,
+        )
+        for split in (False, True)
+    ]
     widest = max(x[1] for x in (first, second)[: max(sides, 1)])
     finish = Launch(
         finish_kernel,
@@ -337,7 +360,8 @@ def _plan(
         TILE=TILE,
         **options,
     )
-    return p, parts, count, (distances_launch(first, second, mask_stride, eps), triplets, finish)
+    measure = distances_launch(first, second, mask_stride, eps), split_launch(first, second, mask_stride)
+    return p, parts, count, (*measure, *triplets, finish)
 
 
 def angle_fwd(

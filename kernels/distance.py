@@ -133,7 +133,7 @@ def distance_fwd(
     pair_grad = distance.new_empty(p, p) if any(needs) else None
     means, partial = distance.new_empty(2, 2), distance.new_empty(3, p // BLOCK[0])
     measure, compare, finish = _launches(*at[:2], delta, eps, scale, needs)
-    measure(student, teacher, None, distance, r, sums)
+    measure(student, teacher, None, distance, r, sums, None)
     compare(distance, r, sums, means, pair_grad, partial)
     finish(student, teacher, r, means, pair_grad, partial, *grads, loss)
     return loss, grads[0], grads[1]
