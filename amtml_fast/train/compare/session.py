@@ -73,7 +73,7 @@ class Session:
         return [
             workers.Task(phase, i, job.title)
             for i, job in jobs
-            if (self.fresh and job.folder not in self.kept) or not finished(job)
+            if (self.fresh and job.folder not in self.kept) or not finished(job, self.data)
         ]
 
     def run(self, phase: str) -> None:

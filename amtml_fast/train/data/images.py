@@ -6,6 +6,7 @@ worker process or a queue: at these sizes one gather per batch is faster than an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of the images' shape, the images and the labels, in the split's order."""
         digest = hashlib.sha256(str([*self.images.shape]).encode())
@@ -67,6 +69,12 @@ class ImageData:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def fingerprint(self, *, of_teachers: bool) -> str:
+        """SHA-256 of the classes' names and of all splits, as students or teachers have them."""
+        train = self.teaching if of_teachers and self.teaching is not None else self.train
+        parts = [*self.classes, *(split.digest for split in (train, self.val, self.test))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
     def in_channels(self) -> int:

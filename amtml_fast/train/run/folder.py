@@ -26,6 +26,7 @@ from ..progress import Display
 from . import processes
 
 FORMAT = "amtml-fast checkpoint 2"
+WEIGHTS = ("student.safetensors", "model.safetensors", "objective.safetensors")
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
 UNREADABLE = (
     RuntimeError,
@@ -141,11 +142,13 @@ class Run:
                     path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Removes what an earlier run left here, and nothing that this library did not write."""
+        """Removes what an earlier run left here, and nothing that this library did not write. The checkpoint goes first and
+        the record last: whoever is stopped in between leaves nothing to go on from under another recipe."""
         if self.writes and self.folder.is_dir():
             self.remove_unfinished()
-            files = [self.record, self.result, self.checkpoint, self.metrics, self.config]
-            files += [*self.folder.glob("*.safetensors"), *self.folder.glob("tensorboard/**/events.out.tfevents.*")]
+            files = [self.checkpoint, self.result, self.metrics, self.config]
+            files += [self.folder / name for name in WEIGHTS]
+            files += [*self.folder.glob("tensorboard/**/events.out.tfevents.*"), self.record]
             for path in files:
                 path.unlink(missing_ok=True)
 

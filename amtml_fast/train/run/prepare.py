@@ -12,9 +12,11 @@ from accelerate.utils import ProjectConfiguration
 from ..config import environment
 from ..config.schema import Config, ConfigError, EngineConfig
 from ..data import images, parts
+from ..files import RunError
 from ..models.layout import channels_last
 from ..progress import Display
 from ..teachers import fill, frozen
+from .folder import Run
 from .job import Job, need_hints
 from .stop import Stop
 
@@ -61,6 +63,16 @@ def data_of(job: Job, data: images.ImageData) -> images.ImageData:
     return parts.of_student(data, job.config.data.labeled_share, job.seed, alone=alone)
 
 
+def same_data(run: Run, data: images.ImageData, *, of_teachers: bool) -> None:
+    """RunError where the run was trained on other images, labels or classes; runs of earlier versions do not say."""
+    known = run.read_record().get("data")
+    if known is not None and known != data.fingerprint(of_teachers=of_teachers):
+        raise RunError(
+            f"{run.folder}: holds a run on other data: images, labels or classes of {data.name} are not those that it was trained "
+            "on. Start it over with --fresh, or give this one a place of its own with name=... or out=..."
+        )
+
+
 def say_choices(config: Config, data: images.ImageData, display: Display) -> None:
     """What engine.precision=auto stands for here, in one line."""
     if config.engine.precision == "auto":
@@ -78,6 +90,10 @@ def load_teachers(
     jobs = [job for job in jobs if job.method.needs_teachers]
     if not jobs:
         return None
+    for teacher in config.teachers:
+        run = Run(config.teacher_folder(teacher.name))
+        if not teacher.model.brings_weights and run.exists():
+            same_data(run, data, of_teachers=True)
     accelerator = make_accelerator(config.engine, config.folder)
     with accelerator.main_process_first():  # of several processes one downloads
         teachers = frozen.load(config, data, hints=need_hints(jobs))

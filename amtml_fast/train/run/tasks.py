@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..config.schema import Config
@@ -15,7 +16,7 @@ from ..teachers import frozen
 from . import preflight
 from .folder import Run
 from .job import Job, one_job, teacher_job
-from .prepare import load_teachers, say_choices
+from .prepare import load_teachers, same_data, say_choices
 from .timing import shares
 from .trainer import train
 
@@ -60,7 +61,8 @@ def evaluate(
     config: Config, data: ImageData, folder: Path, split: str, teacher: str | None = None
 ) -> tuple[Path | str, float]:
     """(weights file, accuracy on a split) of the run in `folder`, from its weights and its recipe's model alone; of a teacher
-    that brings its weights, from those."""
+    that brings its weights, from those. RunError for another split than test of other data than the run's: what it was trained
+    on may be in there."""
     given = next((one for one in config.teachers if one.name == teacher and one.model.brings_weights), None)
     if given is not None:
         net = frozen.extractor(config, given, data, hints=False).to(data.train.images.device)
@@ -71,7 +73,12 @@ def evaluate(
     files = [path for path in (folder / "student.safetensors", folder / "model.safetensors") if path.is_file()]
     if not files:
         raise FileNotFoundError(f"eval: looked for student.safetensors in {folder}: this run has not finished yet")
-    made = run.read_record()["recipe"]["model"]
+    record = run.read_record()
+    if split != "test":
+        same_data(run, data, of_teachers=files[0].name == "model.safetensors")
+    if "mean" in record:  # what the run's images were normalized by
+        data = replace(data, mean=tuple(record["mean"]), std=tuple(record["std"]))
+    made = record["recipe"]["model"]
     model = build(
         made["factory"],
         made["args"],

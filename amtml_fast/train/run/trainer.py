@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from .job import Job
 from .memory import PeakMemory
 from .metrics import collapsed
 from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
-from .prepare import data_of, make_accelerator
+from .prepare import data_of, make_accelerator, same_data
 from .step import TrainingStep
 from .stop import Interrupted, Stop
 from .timing import PARTS
@@ -58,25 +59,31 @@ def train(
     run = Run(job.folder, writes=accelerator.is_main_process)
     with accelerator.main_process_first():  # the recipe of a pretrained teacher may have to fetch it
         recipe = job.recipe()
-    ready = not fresh and run.finished() and finished(job)
+    if fresh and job.weights and Path(job.weights).resolve().parent == run.folder.resolve():
+        raise RunError(
+            f"{run.folder}: --fresh would remove {job.weights}, which this run starts from. Move it elsewhere."
+        )
+    ready = not fresh and run.finished() and finished(job, data)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if ready:
         return run
     with alone(run.folder, accelerator, display):
-        if not fresh and finished(job, resume=resume):  # by another process, after we had looked
+        if not fresh and finished(job, data, resume=resume):  # by another process, after we had looked
             return run
         accelerator.wait_for_everyone()
+        known = data.fingerprint(of_teachers=job.teacher is not None)
+        data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
+        trainer = Trainer(job, run, accelerator, data, teachers, display)  # which may find that something does not fit
+        trainer.record |= {"recipe": recipe, "data": known, "mean": data.mean, "std": data.std}
         if fresh:
             run.clear()
             accelerator.wait_for_everyone()
-        data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
-        trainer = Trainer(job, run, accelerator, data, teachers, display)
         with Stop(accelerator.num_processes) as stop:
             try:
                 trainer.restore()
-                run.start(to_yaml(job.config), trainer.record | {"recipe": recipe})
+                run.start(to_yaml(job.config), trainer.record)
                 trainer.fit(stop)
-                trainer.finish(recipe, memory.read())
+                trainer.finish(memory.read())
                 stop.check()
             except KeyboardInterrupt:
                 raise Interrupted(job, *trainer.saved) from None
@@ -104,7 +111,7 @@ def train(
     return run
 
 
-def finished(job: Job, *, resume: bool = True) -> bool:
+def finished(job: Job, data: ImageData, *, resume: bool = True) -> bool:
     """True if the folder holds this very run, finished. RunError if it holds another, or one not to be resumed."""
     run, recipe = Run(job.folder), job.recipe()
     if not run.exists():
@@ -118,6 +125,7 @@ def finished(job: Job, *, resume: bool = True) -> bool:
             f"{run.folder}: holds a run of another configuration ({shown}{more}). "
             "Start it over with --fresh, or give this one a place of its own with name=... or out=..."
         )
+    same_data(run, data, of_teachers=job.teacher is not None)
     if not record.get("finished") and not resume:
         raise RunError(
             f"{run.folder}: holds an unfinished run ({len(run.read_metrics())} of {job.train.epochs} epochs). "
@@ -231,6 +239,12 @@ class Trainer:
         if state is None:
             self.run.cut_metrics(0) if self.run.metrics.is_file() else None
             return
+        of = {name: self.record[name] for name in ("recipe", "data")}
+        if state.get("of", of) != of:  # whose run.json is gone
+            raise RunError(
+                f"{self.run.checkpoint}: is of another configuration, or of other data. Start over with --fresh, or give this run a "
+                "place of its own with name=... or out=..."
+            )
         try:
             processes.load_state(self.bare, self.optimizer.optimizer, state["model"], state["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -254,6 +268,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         self.run.save_checkpoint(
             {
+                "of": {name: self.record[name] for name in ("recipe", "data")},
                 "epoch": self.done,
                 "step": self.step,
                 "sums": self.partial,
@@ -379,7 +394,7 @@ class Trainer:
             self.warned.add(kind)
             self.display.warn(f"{self.job.title}, epoch {row['epoch']}: {collapse}")
 
-    def finish(self, recipe: Mapping[str, Any], peak: int | None) -> None:
+    def finish(self, peak: int | None) -> None:
         """The final figures and files; run.json says `finished` last, so a kill in here only repeats this."""
         result = {
             "val_accuracy": self.accuracy(self.data.val),
@@ -399,7 +414,7 @@ class Trainer:
             "peak_memory": peak,
             "finished": True,
         }
-        self.run.write_record(self.record | {"recipe": recipe})
+        self.run.write_record(self.record)
 
 
 def step_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -57,7 +57,7 @@ def stores(config: Config, teachers: Teachers, data: ImageData) -> dict[int | No
             f"got {kinds.logits.kind}; float16 keeps all"
         )
     shared = {
-        "data": {"name": data.name, "train": split.digest(), "mean": data.mean, "std": data.std},
+        "data": {"name": data.name, "train": split.digest, "mean": data.mean, "std": data.std},
         "computed": {
             "device": split.images.device.type,
             "channels_last": channels_last(config.engine.channels_last, split.images.shape),
