@@ -6,15 +6,15 @@
 // Kernels, one after another:
 //   measure_kernel    distances of both sides, which rows take part and how many they are (pairs.cuh)
 //   form_kernel       for N > 320: whether distances are kept in fixed point, in one number or in two (triangles.cuh)
-//   reform_kernel     puts them into that form
+//   reform_kernel     for N > 320: puts them into that form
 //   triangles_kernel  the loss and the gradient to the distances (triangles.cuh): one launch up to N = 800, 2 at
 //                     1024, 13 at 2048, 64 at 4096
 //   fold_kernel       for N > 128, where the gradient lies in many matrices: their sum. Bandwidth
 //   finish_kernel     the gradient of the rows (pairs.cuh) and, in one more block, the loss
 // The count of rows stays on the device: the last kernel divides by it. Each starts while the one before it ends.
-// Memory: E and r of both sides 20 N^2 bytes; 4 N^2 for each slot of each gradient, of which there are about
-// 16800 / (N / 32)^2, and at least one. With eps below 1e-18 the product of two r can pass float32's range; all is
-// float64 then.
+// Memory: E and r of both sides 12 N^2 bytes, and 8 N^2 for N > 320; 4 N^2 for each slot of each gradient, of which
+// there are about 16800 / (N / 32)^2, and at least one. With eps below 1e-18 the product of two r can pass float32's
+// range; all is float64 then.
 #include "ops.cuh"
 #include "triangles.cuh"
 
@@ -192,35 +192,32 @@ struct Slots {
 };
 
 template <class C>
-void run_triangles(Triangles<typename C::Tile> all, const Slots& slots, const OnDevice& on) {
+void run_triangles(Triangles<typename C::Tile> all, const Rows& rows, const Slots& slots, const OnDevice& on) {
   const dim3 grid(static_cast<unsigned>(all.tile_count), slots.count);
   for (int n = 0; n < slots.launches; ++n) {
     all.phase = n * slots.count;
     all.first = n == 0;
-    launch(triangles_kernel<C>, {grid, C::kThreads, 1, sizeof(CubeScratch<C>), true}, on, all);
+    launch(triangles_kernel<C>, {grid, C::kThreads, 1, kScratchBytes<C>, true}, on, all, rows);
   }
 }
 
 template <class Tile>
-void run_triangles(const Triangles<Tile>& all, const AngleCall& call, const Slots& slots, const OnDevice& on) {
+void run_triangles(const Triangles<Tile>& all, const Rows& rows, const AngleCall& call, const Slots& slots,
+                   const OnDevice& on) {
   const bool both = call.gradients == 2;
   switch (kind_of(call)) {
     case Kind::kLoss:
-      return run_triangles<Config<Tile, Kind::kLoss, 0>>(all, slots, on);
+      return run_triangles<Config<Tile, Kind::kLoss, 0>>(all, rows, slots, on);
     case Kind::kVertexLoss:
-      return run_triangles<Config<Tile, Kind::kVertexLoss, 2>>(all, slots, on);
+      return run_triangles<Config<Tile, Kind::kVertexLoss, 2>>(all, rows, slots, on);
     case Kind::kGradient:
-      return both ? run_triangles<Config<Tile, Kind::kGradient, 2>>(all, slots, on)
-                  : run_triangles<Config<Tile, Kind::kGradient, 1>>(all, slots, on);
+      return both ? run_triangles<Config<Tile, Kind::kGradient, 2>>(all, rows, slots, on)
+                  : run_triangles<Config<Tile, Kind::kGradient, 1>>(all, rows, slots, on);
     case Kind::kWeighted:
-      return both ? run_triangles<Config<Tile, Kind::kWeighted, 2>>(all, slots, on)
-                  : run_triangles<Config<Tile, Kind::kWeighted, 1>>(all, slots, on);
+      return both ? run_triangles<Config<Tile, Kind::kWeighted, 2>>(all, rows, slots, on)
+                  : run_triangles<Config<Tile, Kind::kWeighted, 1>>(all, rows, slots, on);
   }
 }
-
-// Of few rows, the kernels that look for fixed point would take longer than it saves.
-template <class Tile>
-constexpr bool kTriesFixed = Tile::kBlock == 32 && sizeof(typename Tile::A) == sizeof(float);
 
 // What the kernels hand to each other.
 template <class Tile>
@@ -233,8 +230,8 @@ struct Layout {
   Distances<Tile> found;
   T* sums;
   double* partial;  // losses, or null
+  Form* form;       // where fixed point is tried, and with it
   double* rests;
-  Form* form;
 
   Layout(const AngleCall& call, Pieces& pieces) : tiling(call.takes_part.n, Tile::kBlock), slots(tiling.blocks) {
     const bool per_vertex = kind_of(call) == Kind::kVertexLoss;
@@ -246,7 +243,8 @@ struct Layout {
     found.weight = call.vertex_weight ? pieces.take<float>(padded) : nullptr, found.given = call.vertex_weight;
     sums = pieces.take<T>(planes * plane);
     partial = call.loss && !per_vertex ? pieces.take<double>(slots.count * tiles) : nullptr;
-    rests = pieces.take<double>(2 * tiles * Tile::kArea), form = pieces.take<Form>(1);
+    form = kTriesFixed<Tile> ? pieces.take<Form>(1) : nullptr;
+    rests = kTriesFixed<Tile> ? pieces.take<double>(2 * tiles * Tile::kArea) : nullptr;
   }
 };
 
@@ -265,18 +263,16 @@ void run(const AngleCall& call, void* scratch, const OnDevice& on, bool early) {
   all.sums = has.sums, all.plane = has.plane;
   all.weight = has.found.weight, all.delta = static_cast<typename Tile::A>(call.delta);
   all.loss = has.partial;
-  all.rests = has.rests, all.form = has.form;
-  const auto& found = has.found;
-  const unsigned tiles = static_cast<unsigned>(has.tiles);
-  constexpr bool kFew = !kTriesFixed<Tile>;
-  constexpr size_t kScratch = sizeof(FormScratch) + sizeof(Form);
-  if constexpr (!kFew) {
-    launch(form_kernel<T>, {1, kGradientThreads, 1, kScratch, true}, on, found.summaries, has.tiles, has.form);
+  all.form = has.form, all.rests = has.rests, all.summaries = has.found.summaries;
+  const Rows rows{call.one, call.other, has.found.kept};
+  if constexpr (kTriesFixed<Tile>) {
+    const unsigned tiles = static_cast<unsigned>(has.tiles);
+    launch(form_kernel<T>, {1, kGradientThreads, 1, sizeof(FormScratch), true}, on, has.found.summaries, has.tiles,
+           has.form);
+    launch(reform_kernel<Tile>, {tiles, kGradientThreads, 1, 0, true}, on, has.found.tiles, has.rests, rows, has.form);
+    run_triangles(all.template with<FixedTile<Tile>>(), rows, call, has.slots, on);
   }
-  launch(reform_kernel<Tile, kFew>, {tiles, kGradientThreads, 1, kScratch, true}, on, found.tiles, has.rests, call.one,
-         call.other, found.kept, found.summaries, has.form);
-  if constexpr (kTriesFixed<Tile>) run_triangles(all.template with<FixedTile<Tile>>(), call, has.slots, on);
-  run_triangles(all, call, has.slots, on);
+  run_triangles(all, rows, call, has.slots, on);
 
   SumOfSlots<T> folded{all.sums, has.slots.count, elements};
   if (has.planes > 0 && has.slots.count >= kFoldFrom) {

@@ -46,15 +46,46 @@ namespace amtml::gpu {
 // Split: if some edges are much shorter than others, what the law of cosines leaves of three E is a small part of them.
 // E is then measured once more and kept in two doubles, of which the first is a multiple of 2^-50 of the longest E or
 // half of that, so that its sums are exact. csrc/cpu/pairs.h has the same two, and says how exact they are.
+//
+// For few rows no kernel looks before: each block of triangles_kernel sees whether its own cube needs splitting, and
+// then has the cube's E in shared memory.
 constexpr double kFixedRange = 64;
 template <class T>  // how far the squares may differ for T: of the lengths a factor of 2^25; of floats in pairs, 2^20
 constexpr double kUnsplitRange = std::is_same_v<T, FloatPair> ? 0x1p40 : 0x1p50;
+
+// Whether fixed point is tried: of few rows, the kernels that look for it would take longer than it saves.
+template <class Tile>
+constexpr bool kTriesFixed = Tile::kBlock == 32 && sizeof(typename Tile::A) == sizeof(float);
+
+// Half of the squared distances of a side.
+struct Range {
+  double nearest = INFINITY, farthest = 0;
+
+  __device__ __forceinline__ void add(const Summary& summary, int side) {
+    nearest = fmin(nearest, summary.nearest[side]), farthest = fmax(farthest, summary.farthest[side]);
+  }
+  __device__ __forceinline__ bool allows_fixed() const {
+    return farthest <= kFixedRange * nearest && 1e-30 < nearest && farthest < 1e30;
+  }
+  template <class T>
+  __device__ __forceinline__ bool needs_split() const {
+    return farthest > kUnsplitRange<T> * nearest && farthest < 1e300;
+  }
+  // farthest, even rounded, is below 2^exponent.
+  __device__ __forceinline__ int exponent() const {
+    int exponent = 0;
+    frexp(1.01 * farthest, &exponent);
+    return exponent;
+  }
+  // Adding it rounds a squared distance, below 2^(exponent + 1), to a multiple of 2^(exponent - 50).
+  __device__ __forceinline__ double shift() const { return ldexp(1.5, exponent() + 2); }
+};
 
 struct Form {
   bool fixed, split;
   double per_unit[2];  // fixed: of either side
   float root[2];       // fixed: of the unit
-  double shift[2];     // split: adding it rounds a squared distance to such a multiple
+  double shift[2];     // split: of either side
 };
 
 // Lie where a PairTile lies: r is in the same place.
@@ -94,50 +125,39 @@ constexpr bool is_fixed = std::is_same_v<typename Tile::E, int32_t>;
 template <class Tile>
 constexpr bool is_split = std::is_same_v<typename Tile::E, Split>;
 
-using FormScratch = double[kGradientThreads / kWarp][4];
-
-// The form of these distances, in the first thread of a block.
-template <class T>
-__device__ __forceinline__ Form form_of(const Summary* summaries, int64_t tiles, FormScratch& scratch) {
-  double least[4] = {INFINITY, 0, INFINITY, 0};  // nearest and -farthest of either side
-  for (int64_t i = threadIdx.x; i < tiles; i += kGradientThreads) {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      least[2 * side] = fmin(least[2 * side], summaries[i].nearest[side]);
-      least[2 * side + 1] = fmin(least[2 * side + 1], -summaries[i].farthest[side]);
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    least[k] = warp_least(least[k]);
-    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp][k] = least[k];
-  }
-  __syncthreads();
-  Form form{true, false, {1, 1}, {1, 1}, {1, 1}};
-  if (threadIdx.x != 0) return form;
-  for (int side = 0; side < 2; ++side) {
-    double nearest = INFINITY, farthest = 0;
-    for (int warp = 0; warp < kGradientThreads / kWarp; ++warp) {
-      nearest = fmin(nearest, scratch[warp][2 * side]), farthest = fmax(farthest, -scratch[warp][2 * side + 1]);
-    }
-    form.fixed &= farthest <= kFixedRange * nearest && 1e-30 < nearest && farthest < 1e30;
-    form.split |= farthest > kUnsplitRange<T> * nearest && farthest < 1e300;
-    int exponent = 0;
-    frexp(1.01 * farthest, &exponent);   // below 2^exponent
-    const int m = (exponent - 29) >> 1;  // the unit is 4^m: farthest is below 2^30 of it, even rounded
-    form.per_unit[side] = ldexp(1.0, -2 * m), form.root[side] = ldexpf(1.0f, m);
-    form.shift[side] = ldexp(1.5, exponent + 2);  // squared distances are below 2^(exponent + 1)
-  }
-  return form;
-}
+using FormScratch = Range[kGradientThreads / kWarp][2];
 
 // One block.
 template <class T>
 __global__ void __launch_bounds__(kGradientThreads) form_kernel(const Summary* summaries, int64_t tiles, Form* out) {
   let_next_start();
   wait_for_previous();
-  const Form form = form_of<T>(summaries, tiles, shared<FormScratch>());
-  if (threadIdx.x == 0) *out = form;
+  auto& scratch = shared<FormScratch>();
+  Range range[2];
+  for (int64_t i = threadIdx.x; i < tiles; i += kGradientThreads) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) range[side].add(summaries[i], side);
+  }
+#pragma unroll
+  for (int side = 0; side < 2; ++side) {
+    range[side] = {warp_least(range[side].nearest), -warp_least(-range[side].farthest)};
+    if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp][side] = range[side];
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  Form form{true, false};
+  for (int side = 0; side < 2; ++side) {
+    Range all;
+    for (int warp = 0; warp < kGradientThreads / kWarp; ++warp) {
+      all.nearest = fmin(all.nearest, scratch[warp][side].nearest);
+      all.farthest = fmax(all.farthest, scratch[warp][side].farthest);
+    }
+    form.fixed &= all.allows_fixed(), form.split |= all.needs_split<T>();
+    const int m = (all.exponent() - 29) >> 1;  // the unit is 4^m: farthest is below 2^30 of it, even rounded
+    form.per_unit[side] = ldexp(1.0, -2 * m), form.root[side] = ldexpf(1.0f, m);
+    form.shift[side] = all.shift();
+  }
+  *out = form;
 }
 
 // Distances of a tile in fixed point.
@@ -158,65 +178,50 @@ __device__ __forceinline__ void fix(Pair& from, const Form& form) {
   for (int m = 0; m < kCount; ++m) (&to.e[0][0])[m * kGradientThreads + threadIdx.x] = e[m];
 }
 
-// Distances of a tile as two doubles.
-template <class Pair>
-__device__ __forceinline__ void split(Pair& tile, double* rests, const Points& first, const Points& second,
-                                      const bool* kept, BlockPair at, const Form& form) {
-  auto& to = reinterpret_cast<SplitTile<Pair>&>(tile);
-  static_assert(sizeof(SplitTile<Pair>) == sizeof(Pair));
-#pragma unroll
-  for (int side = 0; side < 2; ++side) {
-    const Points& rows = side == 0 ? first : second;
-    const double shift = form.shift[side];
-    for (int e = threadIdx.x; e < Pair::kArea; e += kGradientThreads) {
-      const int64_t i = static_cast<int64_t>(at.x) * Pair::kBlock + e / Pair::kBlock;
-      const int64_t j = static_cast<int64_t>(at.y) * Pair::kBlock + e % Pair::kBlock;
-      double multiples = 0, rest = 0;
-      if (kept[i] && kept[j]) {
-        rows.read([&](const auto& at_element) {
-          for (int64_t c = 0; c < rows.width; ++c) {
-            const double a = at_element(i, c), b = at_element(j, c), d = a - b, other = a - d;
-            const double error = (a - (d + other)) + (other - b);  // of d, exactly
-            const double multiple = (d * d + shift) - shift;
-            multiples += multiple;
-            rest += fma(d, d, -multiple) + 2 * d * error;
-          }
-        });
-      }
-      to.e[side][e] = multiples / 2, rests[side * Pair::kArea + e] = rest / 2;
+// What distances are measured from.
+struct Rows {
+  Points first, second;
+  const bool* kept;  // [blocks, kBlock]
+};
+
+// Distances between two blocks of a side's rows as two doubles.
+template <int kBlock>
+__device__ __forceinline__ void split(const Points& rows, const bool* kept, BlockPair at, double shift,
+                                      double* multiples, double* rests) {
+  for (int e = threadIdx.x; e < kBlock * kBlock; e += blockDim.x) {
+    const int64_t i = static_cast<int64_t>(at.x) * kBlock + e / kBlock;
+    const int64_t j = static_cast<int64_t>(at.y) * kBlock + e % kBlock;
+    double sum = 0, rest = 0;
+    if (kept[i] && kept[j]) {
+      rows.read([&](const auto& at_element) {
+        for (int64_t c = 0; c < rows.width; ++c) {
+          const double a = at_element(i, c), b = at_element(j, c), d = a - b, other = a - d;
+          const double error = (a - (d + other)) + (other - b);  // of d, exactly
+          const double multiple = (d * d + shift) - shift;
+          sum += multiple;
+          rest += fma(d, d, -multiple) + 2 * d * error;
+        }
+      });
     }
+    multiples[e] = sum / 2, rests[e] = rest / 2;
   }
 }
 
-// Brings the tiles into their form. Grid: tiles. Of few rows it finds the form, too, and leaves it where form_kernel
-// does.
-template <class Pair, bool kFew>
+// Brings the tiles into their form. Grid: tiles.
+template <class Pair>
 __global__ void __launch_bounds__(kGradientThreads)
-    reform_kernel(Pair* tiles, double* rests, Points first, Points second, const bool* kept, const Summary* summaries,
-                  Form* forms) {
+    reform_kernel(Pair* tiles, double* rests, const __grid_constant__ Rows rows, const Form* form) {
   let_next_start();
   wait_for_previous();
-  struct Scratch {
-    FormScratch find;
-    Form form;
-  };
-  auto& scratch = shared<Scratch>();
-  if constexpr (kFew) {
-    Form form = form_of<typename Pair::T>(summaries, gridDim.x, scratch.find);
-    form.fixed = false;  // it would take longer than it saves
-    if (threadIdx.x == 0) {
-      scratch.form = form;
-      if (blockIdx.x == 0) *forms = form;
-    }
-    __syncthreads();
-  }
-  const Form& form = kFew ? scratch.form : *forms;
   Pair& tile = tiles[blockIdx.x];
-  if constexpr (!kFew) {
-    if (form.fixed) fix(tile, form);
-  }
-  if (form.split) {
-    split(tile, rests + blockIdx.x * 2 * Pair::kArea, first, second, kept, blocks_of(blockIdx.x), form);
+  if (form->fixed) fix(tile, *form);
+  if (form->split) {
+    static_assert(sizeof(SplitTile<Pair>) == sizeof(Pair));
+    auto& to = reinterpret_cast<SplitTile<Pair>&>(tile);
+    for (int side = 0; side < 2; ++side) {
+      split<Pair::kBlock>(side == 0 ? rows.first : rows.second, rows.kept, blocks_of(blockIdx.x), form->shift[side],
+                          to.e[side], rests + (2 * static_cast<int64_t>(blockIdx.x) + side) * Pair::kArea);
+    }
   }
 }
 
@@ -247,11 +252,12 @@ struct Config {
 template <class Tile>
 struct Triangles {
   const Tile* tiles;
-  const double* rests;     // [tiles, 2, kArea] of split distances
-  const float* weight;     // [blocks, kBlock], or null
-  typename Tile::T* sums;  // [planes, slots, tiles, kArea]
-  double* loss;            // [slots, tiles], or null
-  const Form* form;
+  const Form* form;          // where fixed point is tried, and with it
+  const double* rests;       // [tiles, 2, kArea] of split distances
+  const Summary* summaries;  // [tiles] otherwise
+  const float* weight;       // [blocks, kBlock], or null
+  typename Tile::T* sums;    // [planes, slots, tiles, kArea]
+  double* loss;              // [slots, tiles], or null
   int64_t tile_count;
   int64_t plane;      // elements of a plane of sums
   int blocks, phase;  // of slot 0
@@ -262,11 +268,12 @@ struct Triangles {
   template <class Other>
   __host__ __device__ __forceinline__ Triangles<Other> with() const {
     return {reinterpret_cast<const Other*>(tiles),
+            form,
             rests,
+            summaries,
             weight,
             sums,
             loss,
-            form,
             tile_count,
             plane,
             blocks,
@@ -278,14 +285,16 @@ struct Triangles {
 
 // The numbers of three blocks and of the tiles between them.
 struct Cube {
+  enum Side { kJI, kJK, kIK };
   int j, i, k;
-  int ji, jk, ik;
+  int tile[3];
 
-  __device__ __forceinline__ Cube(int tile, int phase, int blocks) : ji(tile) {
-    const BlockPair at = blocks_of(tile);
+  __device__ __forceinline__ Cube(int ji, int phase, int blocks) {
+    const BlockPair at = blocks_of(ji);
     j = at.x, i = at.y, k = (phase + 2 * blocks - j - i) % blocks;
-    jk = k * (k + 1) / 2 + j, ik = k * (k + 1) / 2 + i;
+    tile[kJI] = ji, tile[kJK] = k * (k + 1) / 2 + j, tile[kIK] = k * (k + 1) / 2 + i;
   }
+  __device__ __forceinline__ BlockPair blocks(Side side) const { return {side == kIK ? i : j, side == kJI ? i : k}; }
   __device__ __forceinline__ bool exists() const { return k >= i; }
   __device__ __forceinline__ bool diagonal() const { return j == i || i == k; }
   // In how many orders each triangle comes up.
@@ -363,6 +372,20 @@ struct CubeScratch {
   double* partial_loss;
 };
 
+// Of a cube that its block splits: the tiles.
+template <class C>
+struct SplitScratch : CubeScratch<C> {
+  alignas(16) double multiples[3][2][C::kArea], rests[3][2][C::kArea];
+};
+
+// The same triangles with split distances, and what shared memory they take where they can come up.
+template <class C>
+using InTwo = Config<SplitTile<typename C::Tile>, C::kKind, C::kPlanes>;
+template <class C>
+constexpr size_t kScratchBytes =
+    kTriesFixed<typename C::Tile> ? sizeof(CubeScratch<C>)
+                                  : std::max(sizeof(CubeScratch<C>), sizeof(SplitScratch<InTwo<C>>));
+
 // --- one triangle
 
 template <class E, class A>
@@ -421,8 +444,8 @@ struct Corner {
       : i(i0 + lane / C::kLanesK * C::kI), k(k0 + lane % C::kLanesK * C::kK) {
 #pragma unroll
     for (int p = 0; p < C::kI; ++p) {
-      load_edges<C::kK>(all, cube.ik, 0, (i + p) * C::kBlock + k, edge[0][p]);
-      load_edges<C::kK>(all, cube.ik, 1, (i + p) * C::kBlock + k, edge[1][p]);
+      load_edges<C::kK>(all, cube, Cube::kIK, 0, (i + p) * C::kBlock + k, edge[0][p]);
+      load_edges<C::kK>(all, cube, Cube::kIK, 1, (i + p) * C::kBlock + k, edge[1][p]);
 #pragma unroll
       for (int q = 0; q < C::kK; ++q) {
 #pragma unroll
@@ -437,18 +460,24 @@ struct Corner {
   }
 
   template <int kCount>
-  static __device__ __forceinline__ void load_edges(const Triangles<Tile>& all, int number, int side, int at,
-                                                    Edge<E, A> (&to)[kCount]) {
-    const Tile& tile = all.tiles[number];
-    using Kept = std::remove_cv_t<std::remove_reference_t<decltype(tile.e[0][0])>>;
-    const auto e = *reinterpret_cast<const Pack<Kept, kCount>*>(&tile.e[side][at]);
+  static __device__ __forceinline__ void load_edges(const Triangles<Tile>& all, const Cube& cube, Cube::Side of,
+                                                    int side, int at, Edge<E, A> (&to)[kCount]) {
+    const Tile& tile = all.tiles[cube.tile[of]];
     const auto r = *reinterpret_cast<const Pack<A, kCount>*>(&tile.r[side][at]);
     if constexpr (is_split<Tile>) {
-      const double* const of_tile = all.rests + static_cast<int64_t>(number) * 2 * C::kArea + side * C::kArea;
-      const auto rest = *reinterpret_cast<const Pack<double, kCount>*>(of_tile + at);
+      const double *multiples, *rests;
+      if constexpr (kTriesFixed<Tile>) {
+        multiples = tile.e[side], rests = all.rests + (2 * static_cast<int64_t>(cube.tile[of]) + side) * C::kArea;
+      } else {
+        const auto& own = shared<SplitScratch<C>>();
+        multiples = own.multiples[of][side], rests = own.rests[of][side];
+      }
+      const auto multiple = *reinterpret_cast<const Pack<double, kCount>*>(multiples + at);
+      const auto rest = *reinterpret_cast<const Pack<double, kCount>*>(rests + at);
 #pragma unroll
-      for (int m = 0; m < kCount; ++m) to[m] = {{e.at[m], rest.at[m]}, r.at[m]};
+      for (int m = 0; m < kCount; ++m) to[m] = {{multiple.at[m], rest.at[m]}, r.at[m]};
     } else {
+      const auto e = *reinterpret_cast<const Pack<E, kCount>*>(&tile.e[side][at]);
 #pragma unroll
       for (int m = 0; m < kCount; ++m) to[m] = {e.at[m], r.at[m]};
     }
@@ -462,8 +491,8 @@ struct Corner {
     Edge<E, A> ji[2][C::kI], jk[2][C::kK];
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      load_edges<C::kI>(all, cube.ji, s, j * C::kBlock + i, ji[s]);
-      load_edges<C::kK>(all, cube.jk, s, j * C::kBlock + k, jk[s]);
+      load_edges<C::kI>(all, cube, Cube::kJI, s, j * C::kBlock + i, ji[s]);
+      load_edges<C::kK>(all, cube, Cube::kJK, s, j * C::kBlock + k, jk[s]);
     }
     SumOf<C> sum_ji[kPlanes][C::kI] = {}, sum_jk[kPlanes][C::kK] = {};
     A weight_j = 1, loss = 0;
@@ -570,7 +599,7 @@ __device__ __forceinline__ void store_corner(const Triangles<typename C::Tile>& 
     const int k = threadIdx.x % C::kRowsK;
     if (static_cast<int>(threadIdx.x) < kPairs) {
       store_sums<C, (kPairs + C::kThreads - 1) / C::kThreads>(
-          all, s, scratch.cube.ik, [&](int m) { return (i0 + row(m)) * C::kBlock + k0 + k; },
+          all, s, scratch.cube.tile[Cube::kIK], [&](int m) { return (i0 + row(m)) * C::kBlock + k0 + k; },
           [&](int m) {
             const int i = row(m), lane = i / C::kI * C::kLanesK + k / C::kK;
             SumOf<C> sum = scratch.ik[0][i % C::kI][k % C::kK][lane];
@@ -596,10 +625,10 @@ __device__ __forceinline__ void store_rows(const Triangles<typename C::Tile>& al
 #pragma unroll
   for (int s = 0; s < C::kPlanes; ++s) {
     if (keep_ji) {
-      store_sums<C, kCount>(all, s, cube.ji, place, [&](int m) { return scratch.ji[s][row(m)][column]; });
+      store_sums<C, kCount>(all, s, cube.tile[Cube::kJI], place, [&](int m) { return scratch.ji[s][row(m)][column]; });
     }
     if (keep_jk) {
-      store_sums<C, kCount>(all, s, cube.jk, place, [&](int m) { return scratch.jk[s][row(m)][column]; });
+      store_sums<C, kCount>(all, s, cube.tile[Cube::kJK], place, [&](int m) { return scratch.jk[s][row(m)][column]; });
     }
   }
 }
@@ -640,11 +669,37 @@ __device__ __forceinline__ void run_cube(const Triangles<typename C::Tile>& all,
   if (threadIdx.x == 0) *scratch.partial_loss = all.first ? loss : *scratch.partial_loss + loss;
 }
 
+// Whether the cube needs splitting. Then its distances are in shared memory after the next barrier.
 template <class C>
-__global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Triangles<typename C::Tile> all) {
+__device__ __forceinline__ bool split_cube(const Triangles<typename C::Tile>& all, const Rows& rows, const Cube& cube) {
+  Range range[2];
+#pragma unroll
+  for (const int tile : cube.tile) {
+#pragma unroll
+    for (int side = 0; side < 2; ++side) range[side].add(all.summaries[tile], side);
+  }
+  if (!range[0].needs_split<typename C::T>() && !range[1].needs_split<typename C::T>()) return false;
+  auto& scratch = shared<SplitScratch<InTwo<C>>>();
+#pragma unroll 1
+  for (int n = 0; n < 6; ++n) {
+    const int side = n % 2;
+    const Cube::Side of = static_cast<Cube::Side>(n / 2);
+    const Points points = side == 0 ? rows.first : rows.second;
+    const double shift = side == 0 ? range[0].shift() : range[1].shift();
+    split<C::kBlock>(points, rows.kept, cube.blocks(of), shift, scratch.multiples[of][side], scratch.rests[of][side]);
+  }
+  return true;
+}
+
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, C::kResident)
+    triangles_kernel(Triangles<typename C::Tile> all, const __grid_constant__ Rows rows) {
+  using Tile = typename C::Tile;
   let_next_start();
   wait_for_previous();
-  if (all.form->fixed != is_fixed<typename C::Tile>) return;
+  if constexpr (kTriesFixed<Tile>) {
+    if (all.form->fixed != is_fixed<Tile>) return;
+  }
   const int phase = all.phase + blockIdx.y;
   if (phase >= all.blocks) return;
   const Cube cube(blockIdx.x, phase, all.blocks);
@@ -653,10 +708,15 @@ __global__ void __launch_bounds__(C::kThreads, C::kResident) triangles_kernel(Tr
     if (threadIdx.x == 0 && partial_loss && all.first) *partial_loss = 0;
     return;
   }
-  if constexpr (!is_fixed<typename C::Tile>) {
-    using InTwo = Config<SplitTile<typename C::Tile>, C::kKind, C::kPlanes>;
-    static_assert(InTwo::kThreads == C::kThreads && sizeof(CubeScratch<InTwo>) <= sizeof(CubeScratch<C>));
-    if (all.form->split) return run_cube<InTwo>(all.template with<SplitTile<typename C::Tile>>(), cube, partial_loss);
+  if constexpr (!is_fixed<Tile>) {
+    static_assert(InTwo<C>::kThreads == C::kThreads && sizeof(CubeScratch<InTwo<C>>) <= sizeof(CubeScratch<C>));
+    bool split;
+    if constexpr (kTriesFixed<Tile>) {
+      split = all.form->split;
+    } else {
+      split = split_cube<C>(all, rows, cube);
+    }
+    if (split) return run_cube<InTwo<C>>(all.template with<SplitTile<Tile>>(), cube, partial_loss);
   }
   run_cube<C>(all, cube, partial_loss);
 }

@@ -1,5 +1,5 @@
 // AMTMLLoss without hints in one call each way, as csrc/cpu/whole_loss.cpp, in few launches: forward the weights (1),
-// the rows of the distillation (1) and the angle loss with the sums of all terms (4 at N = 128), backward the rows (1)
+// the rows of the distillation (1) and the angle loss with the sums of all terms (3 at N = 128), backward the rows (1)
 // and the weights with their parameters (1). Each starts while the one before it ends. What forward sends back is
 // scaled where backward reads it, all that passes between the kernels lies in one allocation, and nothing waits for the
 // host.
