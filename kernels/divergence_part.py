@@ -279,8 +279,8 @@ def _divergence_part_shares_kernel(
                 ALIGN,
             )  # fmt: skip
 
-    poison = 0.0 * inverse  # a NaN that a logarithm has lost
-    for t in tl.static_range(len(inverses)):
+    poison = 0.0 * inverse  # a NaN that a logarithm has lost, of what the student is compared with
+    for t in tl.static_range(T if LOGITS else 0, T + LOGITS):
         poison += 0.0 * inverses[t]
     constant, slope_constant = constants(mass, share, KIND, MODE != "sum")
     at = out + row * K

@@ -53,6 +53,7 @@ struct Row : StudentRow<A> {
   std::vector<Softmax<A>> of;  // of the teachers
   Softmax<A> mixed;            // of the mixed logits
   Buffer<A> converted_teachers, mixed_logits;
+  Buffer<double> mixed_exactly;
   std::vector<A> weight;
   std::vector<double> dot;                  // d D / d weight
   std::vector<int64_t> lost;                // classes that the student has and its target has not: they make D infinite
@@ -69,6 +70,7 @@ struct Row : StudentRow<A> {
         mixed(pr.set.mode == Mode::logits ? pr.classes : 0),
         converted_teachers(pr.in_place() ? 0 : pr.teachers * pr.classes),
         mixed_logits(pr.set.mode == Mode::logits ? pr.classes : 0),
+        mixed_exactly(pr.set.mode == Mode::logits ? pr.classes : 0),
         weight(pr.teachers),
         dot(pr.teachers),
         qb(pr.classes),
@@ -83,23 +85,32 @@ struct Row : StudentRow<A> {
   }
 };
 
-// What the mode "logits" takes the softmax of: -inf where a teacher with weight has it. Logits less their largest keep
-// their digits; what that takes off the mixture is added up.
+// What the mode "logits" takes the softmax of: -inf where a teacher with weight has it. It is made in double, and kept
+// less its largest number, of all classes where that is known: then what counts is rounded to its last digit, in every
+// pass of a part alike.
 template <class A>
-AMTML_INLINE void mix_logits(Row<A>& row) {
+AMTML_INLINE void mix_logits(Row<A>& row, const Normal* of_all) {
   const int64_t n = row.problem.classes;
-  constexpr A infinity = std::numeric_limits<A>::infinity();
-  A* s = row.mixed_logits.data();
-  std::fill_n(s, n, A(0));
-  row.taken_off = 0;
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  double *s = row.mixed_exactly.data(), top = -infinity;
+  std::fill_n(s, n, 0.0);
   for (int64_t t = 0; t < row.problem.teachers; ++t) {
     const A* x = row.of[t].x;
-    const A w = row.weight[t], by = row.of[t].per_tau, shift = row.of[t].shift();
+    const double w = row.weight[t], by = row.of[t].per_tau;
     if (w == 0) continue;  // 0 times infinity, or NaN, is 0
-    row.taken_off += static_cast<double>(w) * shift * by;
 #pragma omp simd
-    for (int64_t c = 0; c < n; ++c) s[c] = x[c] == -infinity ? x[c] : s[c] + w * ((x[c] - shift) * by);
+    for (int64_t c = 0; c < n; ++c) s[c] = x[c] == -infinity ? -infinity : s[c] + w * (x[c] * by);
   }
+  if (of_all) {
+    top = of_all->maximum;
+  } else {
+#pragma omp simd reduction(max : top)
+    for (int64_t c = 0; c < n; ++c) top = s[c] > top ? s[c] : top;
+  }
+  row.taken_off = top - top == 0 ? top : 0;
+  A* out = row.mixed_logits.data();
+#pragma omp simd
+  for (int64_t c = 0; c < n; ++c) out[c] = static_cast<A>(s[c] - row.taken_off);
 }
 
 template <class A>
@@ -127,7 +138,7 @@ AMTML_INLINE void load(Row<A>& row, int64_t i) {
     row.total += w;
   }
   if (pr.set.mode != Mode::logits) return;
-  mix_logits(row);
+  mix_logits(row, of_all);
   begin(row.mixed, 1, row.taken_off);
   row.mixed.make(row.mixed_logits.data(), n);
 }

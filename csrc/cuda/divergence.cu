@@ -37,7 +37,10 @@ __device__ inline void write_row(const Problem& pr, const Results& want, int64_t
   const double of_ce = ce_weight == 0 ? 0 : ce_weight * ce, of_kl = kl_weight == 0 ? 0 : kl_weight * kl;
   if (want.ce_rows) want.ce_rows[i] = of_ce, want.kl_rows[i] = of_kl;
   if (want.loss) want.loss[i] = static_cast<float>(of_ce + of_kl);
-  if (want.grad_alpha) want.grad_alpha[i] = static_cast<float>(g * (kl * s.by.kl - ce * s.by.ce));
+  if (!want.grad_alpha) return;
+  // What is infinite has no gradient either where it has no weight.
+  const auto counted = [](double weight, double x) { return weight == 0 && !(fabs(x) < INFINITY) ? 0 : x; };
+  want.grad_alpha[i] = static_cast<float>(g * (counted(kl_weight, kl) * s.by.kl - counted(ce_weight, ce) * s.by.ce));
 }
 
 __device__ inline void write_ignored(const Problem& pr, const Results& want, const Slice& slice) {

@@ -482,3 +482,23 @@ def test_alpha_of_another_dtype_is_that_of_the_loss():
     got = af.multi_teacher_kd_loss(student, teachers, weights, labels, alpha=wide, temperature=tau.double())
     assert got.dtype == torch.float32 and torch.equal(got, want)
     assert torch.autograd.grad(got, wide)[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_alpha_has_no_gradient_from_an_infinite_term_without_weight(mode):
+    student, teachers, weights, *_ = _problem()
+    labels = torch.zeros(N, dtype=torch.int64)
+    masked = student.detach().clone()
+    masked[0, 1] = masked[1, 0] = -math.inf  # D of row 0 is infinite, and D and the cross-entropy of row 1
+    alpha = torch.tensor([0.0, 0.5, 1.0] + [0.5] * (N - 3), requires_grad=True)
+    taught = [t.clone() for t in teachers]
+    for t in taught:
+        t[2, :] = masked[2]
+    masked[2, 0] = -math.inf  # the cross-entropy of row 2
+    for t in taught:
+        t[2, 0] = -math.inf
+    loss = af.multi_teacher_kd_loss(
+        masked, taught, weights, labels, alpha=alpha, mode=mode, divergence="forward_kl", reduction="none"
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), alpha)
+    assert grad[[0, 2, 3, 4, 5]].isfinite().all()
