@@ -48,7 +48,7 @@ from amtml_fast.train.models.features import FeatureExtractor
 from amtml_fast.train.models.networks import build, small_cnn
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import optim, trainer
-from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.folder import Diverged, Run
 from amtml_fast.train.run.job import student_job
 from amtml_fast.train.run.metrics import collapsed
 from amtml_fast.train.run.prepare import load_data, load_teachers
@@ -372,6 +372,20 @@ def test_learning_rates() -> None:
 def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
     with pytest.raises(RunError, match=r"the loss is (nan|inf) after epoch \d; try a lower learning rate"):
         place.train(*PLAIN, "distill.lr=1e12", method="student")
+
+
+def test_a_last_step_that_diverges_is_no_finished_run(place: Place) -> None:
+    """No loss comes after it: what the student says then is not finite."""
+    one_step = ["distill.batch_size=1152", "distill.schedule=constant", "distill.epochs=1", "distill.lr=1e38"]
+    with pytest.raises(Diverged, match=r"logits are not finite after epoch 1; try a lower learning rate"):
+        place.train(*one_step, method="student")
+    run = Run(place.folder / "small" / "student-seed0")
+    assert not run.finished() and not run.result.exists() and run.load_checkpoint() is None
+
+
+def test_a_class_that_a_student_rules_out_is_no_divergence() -> None:
+    logits = torch.tensor([[1.0, -torch.inf], [torch.nan, 0.0], [torch.inf, 0.0], [3e38, 3e38]])
+    assert evaluate.lost(logits).tolist() == [False, True, True, False]
 
 
 def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

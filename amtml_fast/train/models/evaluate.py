@@ -13,20 +13,26 @@ EVAL_BATCH = 512
 
 def accuracy(model: FeatureExtractor, split: ImageSet, data: ImageData) -> float:
     """Fraction of `split` that the model gets right, in eval mode; the mode is put back."""
-    return count_correct(model, split, data).item() / max(1, len(split))
+    return count_correct(model, split, data)[0].item() / max(1, len(split))
 
 
 @torch.no_grad()
 def count_correct(
     model: FeatureExtractor, split: ImageSet, data: ImageData, *, rank: int = 0, world_size: int = 1
 ) -> Tensor:
-    """How many images of this process's share of `split` the model gets right, a 0-d tensor."""
+    """Of this process's share of `split` how many images the model gets right, and on how many it is `lost`: [2]."""
     was_training = model.training
     model.eval()
-    count = torch.zeros((), dtype=torch.int64, device=split.labels.device)
+    count = torch.zeros(2, dtype=torch.int64, device=split.labels.device)
     for batch in Loader(split, data, EVAL_BATCH * world_size, rank=rank, world_size=world_size):
         if len(batch.labels):
             # Not model(...): what is compiled is compiled for the training's batches.
-            count += (model.forward(batch.images)[0].argmax(1) == batch.labels).sum()
+            logits = model.forward(batch.images)[0]
+            count += torch.stack([logits.argmax(1) == batch.labels, lost(logits)]).sum(1)
     model.train(was_training)
     return count
+
+
+def lost(logits: Tensor) -> Tensor:
+    """[N]: where logits [N, C] have no softmax. With -inf for a class they have one."""
+    return ~logits.logsumexp(1).isfinite()

@@ -45,7 +45,7 @@ _TEMPORARY = re.compile(r"\..+\.(pt|json|jsonl|yaml|safetensors)\.[a-z0-9_]{8}")
 
 
 class Diverged(RunError):
-    """The loss became NaN or infinite; other runs continue."""
+    """The loss or the logits became NaN or infinite; other runs continue."""
 
 
 class Run:

@@ -293,9 +293,9 @@ class Trainer:
             for epoch in range(self.done + 1, job.train.epochs + 1):
                 began = time.perf_counter() - self.before
                 row = self.epoch(epoch, bar, stop)
-                row["val_accuracy"] = self.accuracy(self.data.val)
-                self.seconds += time.perf_counter() - began
                 self.check(row)
+                row["val_accuracy"] = self.accuracy(self.data.val, epoch)
+                self.seconds += time.perf_counter() - began
                 self.run.add_metrics(row)
                 self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
                 self.done, self.step, self.partial, self.before = epoch, 0, {}, 0.0
@@ -357,8 +357,9 @@ class Trainer:
     def agree_every(self) -> int:
         return AGREE_EVERY if self.accelerator.num_processes > 1 else 1
 
-    def accuracy(self, split: ImageSet) -> float:
-        """Fraction of `split` that the student gets right; each process measures its share."""
+    def accuracy(self, split: ImageSet, epoch: int) -> float:
+        """Fraction of `split` that the student gets right after this epoch; each process measures its share. Diverged where
+        its logits are not finite: no loss comes after the last step."""
         accelerator = self.accelerator
         processes.same_buffers(self.bare)
         with processes.complete(self.bare):
@@ -369,7 +370,10 @@ class Trainer:
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
             )
-        return int(accelerator.reduce(count, reduction="sum").item()) / max(1, len(split))
+        right, lost = accelerator.reduce(count, reduction="sum").tolist()
+        if lost:
+            raise self.diverged("the student's logits are not finite", epoch)
+        return int(right) / max(1, len(split))
 
     def frozen_adapter(self, epoch: int) -> list[nn.Parameter]:
         """The adapter's parameters in the second of two stages: without a gradient the optimizer leaves them alone.
@@ -383,10 +387,7 @@ class Trainer:
     def check(self, row: dict[str, Any]) -> None:
         """Stops at a diverged loss; warns once about an adapter that no longer tells examples apart."""
         if not math.isfinite(row["loss"]):
-            raise Diverged(
-                f"{self.job.title}: the loss is {row['loss']} after epoch {row['epoch']}; try a lower learning rate "
-                f"(now {self.job.train.lr}). The checkpoint of epoch {self.done} is kept."
-            )
+            raise self.diverged(f"the loss is {row['loss']}", row["epoch"])
         learned = self.bare.objective.adapter is not None  # other weights are what their method makes them
         collapse = collapsed(row, self.record["teachers"]) if learned else None
         kind = "" if collapse is None else collapse.partition(" (")[0]
@@ -394,11 +395,17 @@ class Trainer:
             self.warned.add(kind)
             self.display.warn(f"{self.job.title}, epoch {row['epoch']}: {collapse}")
 
+    def diverged(self, what: str, epoch: int) -> Diverged:
+        return Diverged(
+            f"{self.job.title}: {what} after epoch {epoch}; try a lower learning rate (now {self.job.train.lr}). "
+            f"The checkpoint of epoch {self.done} is kept."
+        )
+
     def finish(self, peak: int | None) -> None:
         """The final figures and files; run.json says `finished` last, so a kill in here only repeats this."""
         result = {
-            "val_accuracy": self.accuracy(self.data.val),
-            "test_accuracy": self.accuracy(self.data.test),
+            "val_accuracy": self.accuracy(self.data.val, self.done),
+            "test_accuracy": self.accuracy(self.data.test, self.done),
         }
         state, inside, objective = processes.model_state(self.bare), "student.model.", "objective."
         student = {name.removeprefix(inside): x for name, x in state.items() if name.startswith(inside)}
