@@ -38,7 +38,7 @@ from amtml_fast.train.compare import answers
 from amtml_fast.train.compare.plan import plan
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.config import reading
-from amtml_fast.train.config.schema import ConfigError
+from amtml_fast.train.config.schema import ConfigError, LossConfig
 from amtml_fast.train.files import read_json
 from amtml_fast.train.progress import Display
 from amtml_fast.train.report import gather, page, page_trust, svg
@@ -440,6 +440,12 @@ def test_how_to_get_it_again() -> None:
     own = gather.Gathered("mine", reading.load("digits", ["name=mine"]), True, [])
     assert gather.command(own) == ("amtml-fast compare mine.yaml", True)
     assert "out:" not in gather.shown_config(own.config)
+
+
+def test_how_to_get_it_again_has_no_values_of_a_runs_own_method(copied: Path) -> None:
+    for folder in ("nasty-seed0", "student-seed0"):
+        gathered = gather.gather([copied / folder])
+        assert gathered.config.loss == LossConfig(), folder  # nasty trains with hint_weight=0
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from torch import nn
 from amtml_fast.train.compare import results
 from amtml_fast.train.compare.plan import checked, plan
 from amtml_fast.train.config import reading
-from amtml_fast.train.config.schema import ConfigError, TrainConfig
+from amtml_fast.train.config.schema import ConfigError, LossConfig, TrainConfig
 from amtml_fast.train.data.images import Loader
 from amtml_fast.train.figures.tables import Row
 from amtml_fast.train.files import RunError, read_json, write_atomic
@@ -518,6 +518,15 @@ def test_a_run_records_what_made_it(place: Place) -> None:
     wanted = "epoch lr loss kd ce kl angle hint regularizer train_accuracy val_accuracy entropy weight_mean weight_won seconds"
     assert all(set(row) >= set(wanted.split()) for row in rows)
     assert all(0 <= row["entropy"] <= 1 and sum(row["weight_mean"]) == pytest.approx(1) for row in rows)
+
+
+def test_a_runs_folder_holds_what_was_asked_and_not_its_methods_own_values(place: Place) -> None:
+    run = place.train("distill.epochs=1", "loss.hint_weight=3", method="amtml_no_angle")
+    assert run.read_record()["recipe"]["loss"]["angle_weight"] == 0
+    asked = reading.load(run.folder)
+    assert asked == place.load("distill.epochs=1", "loss.hint_weight=3")
+    assert student_job(asked, "amtml_no_angle", 0).recipe() == run.read_record()["recipe"]
+    assert student_job(asked, "amtml_kd", 0).recipe()["loss"]["angle_weight"] == LossConfig().angle_weight != 0
 
 
 def rows_of(**accuracies: list[float]) -> list[Row]:

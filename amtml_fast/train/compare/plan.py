@@ -68,7 +68,7 @@ def plan(config: Config) -> list[Job]:
         for student in students:
             for number in numbers:
                 for method in chosen:
-                    job = job_of(settings[student.name, method.name], method, seed, student, number)
+                    job = job_of(config, settings[student.name, method.name], method, seed, student, number)
                     other = jobs.setdefault(job.folder, job)
                     if (other.method.name, other.student) != (method.name, student.name):
                         raise ConfigError(

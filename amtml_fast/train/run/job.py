@@ -31,7 +31,8 @@ LATER = ("alpha_end",)  # keys of `loss` that are younger than runs, in a recipe
 class Job:
     """What to train, and where it goes. `features` and `groups`: the student's modules whose maps the method asks for."""
 
-    config: Config  # with the method's own values in it
+    asked: Config  # without the method's own values: what config.yaml holds
+    config: Config  # with them
     folder: Path
     title: str
     method: Method
@@ -110,6 +111,7 @@ def teacher_job(config: Config, teacher: TeacherConfig) -> Job:
     """Training one teacher with cross-entropy. Each has its own seed, so that equal architectures differ too."""
     model = teacher.model
     return Job(
+        asked=config,
         config=config,
         folder=config.teacher_folder(teacher.name),
         title=f"teacher {teacher.name}",
@@ -135,7 +137,7 @@ def student_job(
     """Training a student by a method, from the first `teachers` teachers (None: all of them)."""
     student = student or config.student
     chosen = one_method(config, method) if isinstance(method, str) else method
-    return job_of(applied(config, chosen, student), chosen, seed, student, teachers)
+    return job_of(config, applied(config, chosen, student), chosen, seed, student, teachers)
 
 
 def one_job(config: Config, method: str, seed: int, student: str | None = None, teachers: int | None = None) -> Job:
@@ -156,8 +158,10 @@ def one_method(config: Config, name: str) -> Method:
     return found[0]
 
 
-def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, teachers: int | None) -> Job:
-    """The same, of a configuration that has the method's own values in it."""
+def job_of(
+    asked: Config, config: Config, chosen: Method, seed: int, student: StudentConfig, teachers: int | None
+) -> Job:
+    """The same, with the configuration that has the method's own values in it."""
     names = [teacher.name for teacher in config.teachers[:teachers]]
     # What differs from the plain case is in the folder's name, so that a comparison can grow and keep what it has.
     parts = [chosen.name]
@@ -169,6 +173,7 @@ def job_of(config: Config, chosen: Method, seed: int, student: StudentConfig, te
     features, groups = asked_maps(student, chosen, config)
     config = with_mapping(config, chosen, student, names)
     return Job(
+        asked=asked,
         config=config,
         folder=config.folder / "-".join([*parts, f"seed{seed}"]),
         title=", ".join([chosen.label, *parts[1:], f"seed {seed}"]),

@@ -81,7 +81,7 @@ def train(
         with Stop(accelerator.num_processes) as stop:
             try:
                 trainer.restore()
-                run.start(to_yaml(job.config), trainer.record)
+                run.start(to_yaml(job.asked), trainer.record)
                 trainer.fit(stop)
                 trainer.finish(memory.read())
                 stop.check()
