@@ -244,8 +244,8 @@ class AMTMLLoss(nn.Module):
         if gather:
             even = self.gather_angle == "even"
             counts = [len(student_probs)] * dist.get_world_size() if even else _rows_everywhere(student_probs, row_mask)
-            student_probs, soft_targets = (_GatherRows.apply(x, counts) for x in (student_probs, soft_targets))
-            row_mask = None if row_mask is None else _GatherRows.apply(row_mask, counts)
+            student_probs, soft_targets = (GatherRows.apply(x, counts) for x in (student_probs, soft_targets))
+            row_mask = None if row_mask is None else GatherRows.apply(row_mask, counts)
         return angle(student_probs, soft_targets, row_mask, delta=self.delta)
 
     def extra_repr(self) -> str:
@@ -286,7 +286,7 @@ def _is_plain(adapter: nn.Module) -> bool:
     )
 
 
-class _GatherRows(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
     """All processes' rows, in rank order; the gradient is summed over the processes, each of which holds the whole loss."""
 
     @staticmethod

@@ -57,7 +57,12 @@ def make_config(**loss: object) -> Config:
 
 
 def objective(
-    method: str | Method, teachers: int = T, seed: int = 0, hidden_labels: bool = False, **loss: object
+    method: str | Method,
+    teachers: int = T,
+    seed: int = 0,
+    hidden_labels: bool = False,
+    processes: int = 1,
+    **loss: object,
 ) -> Objective:
     """As the trainer builds it: the method sees the keys that it says it reads, and no others."""
     torch.manual_seed(seed)
@@ -73,6 +78,7 @@ def objective(
         teacher_channels=TEACHER_CHANNELS[:teachers],
         teacher_names=[f"t{i}" for i in range(teachers)],
         teacher_scores=[0.7, 0.9, 0.8][:teachers],
+        processes=processes,
         peers=teachers,
         hidden_labels=hidden_labels,
         new_student=Peer,

@@ -250,8 +250,8 @@ def test_a_finished_run_is_not_trained_again_unless_its_teachers_changed(place: 
 
 @pytest.mark.parametrize(
     ("method", "engine"),
-    [("avg_mkd", []), ("amtml_kd", []), ("amtml_kd", ["engine.fsdp=true"])],
-    ids=["avg", "ddp", "fsdp"],
+    [("avg_mkd", []), ("rkd", []), ("amtml_kd", []), ("amtml_kd", ["engine.fsdp=true"])],
+    ids=["avg", "rkd", "ddp", "fsdp"],
 )
 def test_two_processes_equal_one_with_the_same_global_batch(place: Place, method: str, engine: list[str]) -> None:
     one = place.train(*PLAIN, *engine, "name=one", *own_weights(place), method=method)

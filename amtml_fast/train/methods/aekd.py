@@ -14,7 +14,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss, average
 
 
 def min_norm_weights(gram: Tensor, bound: float = 1.0) -> Tensor:
@@ -59,7 +59,7 @@ def faces(count: int, bound: float, device: torch.device) -> tuple[Tensor, Tenso
 class AgreementKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self.settings = context.loss
+        self.settings, self.processes = context.loss, context.processes
         self.kd = KDLoss(context.loss, mode="sum")
 
     def forward(self, step: Step) -> StepLoss:
@@ -68,12 +68,15 @@ class AgreementKD(Objective):
         return StepLoss(loss, {"kd": loss.detach()}, weights.expand(len(step.labels), -1))
 
     def gram(self, step: Step) -> Tensor:
-        """[T, T] inner products of the teachers' gradients."""
+        """[T, T] inner products of the teachers' gradients of the global batch, up to a factor."""
         tau = self.settings.temperature
         q = (step.logits.detach().float() / tau).softmax(-1)
         gradients = torch.stack([q - (z.float() / tau).softmax(-1) for z in step.teacher_logits])  # [T, N, C]
-        rows = gradients.mean(1) if self.settings.aekd_gradients == "mean" else gradients.flatten(1)
-        return rows @ rows.T
+        if self.settings.aekd_gradients == "mean":
+            rows = average(gradients.mean(1), self.processes)
+            return rows @ rows.T
+        rows = gradients.flatten(1)
+        return average(rows @ rows.T, self.processes)
 
 
 METHOD = Method(name="aekd", label="AEKD", build=AgreementKD, reads=(*KD, "aekd_gradients", "aekd_bound"))

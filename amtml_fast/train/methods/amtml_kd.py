@@ -16,7 +16,7 @@ from ... import AMTMLLoss, MultiGroupHintLoss, TeacherAdapter, angle_loss, rkd_d
 from ..config.presets import paper_code
 from ..config.schema import LossConfig
 from ..data.parts import IGNORED
-from .base import EQ8, Context, Method, Objective, Step, StepLoss, cross_entropy, mixture
+from .base import EQ8, Context, Method, Objective, Step, StepLoss, all_rows, cross_entropy, mean_of_known, mixture
 
 TERMS = ("kd", "ce", "kl", "angle", "hint", "regularizer")
 
@@ -62,6 +62,7 @@ class AdaptiveKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         loss = self.settings = context.loss
+        self.processes = context.processes
         self.groups = list(context.student_channels) if needs_hints(loss) else []
         # alpha and this factor make (1 - alpha) CE + kl_scale * alpha * tau^2 KL of Eq 8's (1 - a) CE + a * tau^2 KL.
         self.factor = 1.0 if loss.kl_scale == 1.0 else 1 - loss.alpha + loss.kl_scale * loss.alpha
@@ -106,6 +107,7 @@ class AdaptiveKD(Objective):
             weights = self.adapter(step.features) if settings.angle_trains_weights else out.weights
             mixed = mixed_targets(step.teacher_logits, weights, settings.temperature)
             student = step.logits if settings.angle_on == "logits" else (step.logits / settings.temperature).softmax(-1)
+            student, mixed = (all_rows(rows, self.processes) for rows in (student, mixed))
             if settings.angle_on == "logits" and settings.angle_weight != 0:
                 angle = angle_loss(student, mixed, delta=settings.delta)
                 loss, terms["angle"] = loss + settings.angle_weight * angle, angle.detach()
@@ -136,7 +138,7 @@ class AdaptiveKD(Objective):
         right = torch.stack([(z.float() / tau).softmax(-1)[rows, labels] for z in step.teacher_logits], 1)
         weights = self.adapter(step.features)
         each = -(weights.float() * right).sum(1).clamp_min(torch.finfo(torch.float32).tiny).log()
-        return each.where(known, 0).sum() / known.sum().clamp_min(1) if step.hidden else each.mean()
+        return mean_of_known(each, step.labels, self.processes) if step.hidden else each.mean()
 
 
 def mixed_targets(teacher_logits: list[Tensor], weights: Tensor, temperature: float) -> Tensor:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ... import MultiTeacherKDLoss
+from ...amtml import GatherRows
 from ..config.schema import Config, LossConfig
 from ..data.parts import IGNORED
 
@@ -149,6 +151,26 @@ def cross_entropy(step: Step, loss: LossConfig) -> Tensor:
         step.logits, step.labels, label_smoothing=loss.label_smoothing, ignore_index=IGNORED, reduction="sum"
     )
     return rows / len(step.labels)
+
+
+def all_rows(rows: Tensor, processes: int) -> Tensor:
+    """The rows of all processes, of which the loader gives each the same number; with the gradient of the whole batch's loss."""
+    return cast(Tensor, GatherRows.apply(rows, [len(rows)] * processes)) if processes > 1 else rows
+
+
+def average(value: Tensor, processes: int) -> Tensor:
+    """The mean of the processes' values, without a gradient."""
+    if processes > 1:
+        value = value.detach() / processes
+        dist.all_reduce(value)
+    return value
+
+
+def mean_of_known(rows: Tensor, labels: Tensor, processes: int) -> Tensor:
+    """The mean over the rows whose label is not IGNORED. The average of what several processes get is that of the global batch."""
+    known = labels != IGNORED
+    count = average(known.sum(dtype=rows.dtype), processes).clamp_min(1 / processes)
+    return rows.where(known, 0).sum() / count
 
 
 def mixture(probs: Tensor, weights: Tensor) -> Tensor:

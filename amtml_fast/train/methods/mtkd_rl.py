@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ...gate import log_probabilities
 from ..data.parts import IGNORED
-from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss, divergences
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss, average, divergences, mean_of_known
 from .ca_mkd import confidence_weights
 
 WIDTH = 128  # of the agent, as in the authors' code
@@ -32,7 +32,7 @@ class ReinforcedKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
         count = len(context.teacher_names)
-        self.temperature = context.loss.temperature
+        self.temperature, self.processes = context.loss.temperature, context.processes
         # An agent that must weigh images without a label does not learn to look at what only the others have.
         self.sees_labels = not context.hidden_labels
         state = count * (context.classes + 1 + int(self.sees_labels))
@@ -61,7 +61,7 @@ class ReinforcedKD(Objective):
     def reward(self, step: Step, weights: Tensor, gaps: Tensor) -> Tensor:
         """Its gradient trains the agent: mean over the examples with a label."""
         # The student's cross-entropy is the same for every teacher.
-        return mean_of_known((weights * relative(-gaps)).sum(1), step.labels)
+        return mean_of_known((weights * relative(-gaps)).sum(1), step.labels, self.processes)
 
 
 class RewardedKD(ReinforcedKD):
@@ -70,15 +70,14 @@ class RewardedKD(ReinforcedKD):
     def reward(self, step: Step, weights: Tensor, gaps: Tensor) -> Tensor:
         ce = F.cross_entropy(step.logits.detach().float(), step.labels, ignore_index=IGNORED, reduction="none")
         lost = ce + (weights.detach() * gaps).sum(1)
-        mean = mean_of_known(lost, step.labels)
-        deviation = mean_of_known((lost - mean).square(), step.labels).sqrt()
+        mean = self.mean(lost, step.labels)
+        deviation = self.mean((lost - mean).square(), step.labels).sqrt()
         rewards = ((mean - lost) / deviation.clamp_min(TINY)).clamp(0, 1)
-        return mean_of_known(rewards * weights.log().mean(1), step.labels)
+        return mean_of_known(rewards * weights.log().mean(1), step.labels, self.processes)
 
-
-def mean_of_known(rows: Tensor, labels: Tensor) -> Tensor:
-    known = labels != IGNORED
-    return rows.where(known, 0).sum() / known.sum().clamp_min(1)
+    def mean(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Over the examples of all processes with a label."""
+        return average(mean_of_known(rows, labels, self.processes), self.processes)
 
 
 def relative(rewards: Tensor) -> Tensor:

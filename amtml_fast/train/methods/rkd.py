@@ -6,18 +6,19 @@ loss = CE + rkd_distance_weight * L_distance + rkd_angle_weight * L_angle (Eq 10
 from __future__ import annotations
 
 from ... import AngleLoss, RKDDistanceLoss
-from .base import BEST, Context, Method, Objective, Step, StepLoss, cross_entropy
+from .base import BEST, Context, Method, Objective, Step, StepLoss, all_rows, cross_entropy
 
 
 class RelationalKD(Objective):
     def __init__(self, context: Context) -> None:
         super().__init__()
-        self.settings = context.loss
+        self.settings, self.processes = context.loss, context.processes
         self.distance, self.angle = RKDDistanceLoss(), AngleLoss()
 
     def forward(self, step: Step) -> StepLoss:
         ce = cross_entropy(step, self.settings)
-        student, teacher = step.features.mean((2, 3)), step.teacher_maps[0].mean((2, 3))  # [N, d], [N, d_t]
+        both = (maps.mean((2, 3)) for maps in (step.features, step.teacher_maps[0]))
+        student, teacher = (all_rows(rows, self.processes) for rows in both)  # [N, d], [N, d_t]
         distance, angle = self.distance(student, teacher), self.angle(student, teacher)
         loss = ce + self.settings.rkd_distance_weight * distance + self.settings.rkd_angle_weight * angle
         return StepLoss(loss, {"ce": ce.detach(), "distance": distance.detach(), "angle": angle.detach()})

@@ -1,0 +1,106 @@
+# ruff: noqa: E402
+"""Two processes against one: the loss of every method, and its gradients, from halves of a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn"):
+    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
+
+import torch
+import torch.distributed as dist
+from method_step import N, T, objective, seen
+from torch import Tensor
+
+from amtml_fast.train.data.parts import IGNORED
+from amtml_fast.train.methods.base import Method, Step
+from amtml_fast.train.methods.registry import METHODS
+
+HIDDEN = (0, 1, 2, 5, 7)  # four of them are of the first process
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        name: (name, {}) for name in METHODS if name != "mmkd"
+    },  # whose processes look at other images, docs/training.md
+    "distance": ("amtml_kd", {"distance_weight": 2.0}),
+    "trained distance": ("amtml_angle_trains_weights", {"distance_weight": 2.0}),
+    "aekd rows": ("aekd", {"aekd_gradients": "rows", "aekd_bound": 1.0}),
+}
+
+
+def whole_step(method: Method, hidden: bool) -> Step:
+    step = seen(method)
+    if not hidden or not method.needs_teachers:
+        return step
+    labels = step.labels.clone()
+    labels[list(HIDDEN)] = IGNORED
+    return step._replace(labels=labels, hidden=True, truth=step.labels)
+
+
+def part(step: Step, rows: slice) -> Step:
+    """Some rows, as leaves of their own."""
+
+    def of(x: Tensor) -> Tensor:
+        return x.detach()[rows].requires_grad_(x.requires_grad)
+
+    maps = {name: of(x) for name, x in step.maps.items()}
+    return step._replace(
+        logits=of(step.logits),
+        maps=maps,
+        features=maps["high"],
+        labels=step.labels[rows],
+        truth=None if step.truth is None else step.truth[rows],
+        teacher_logits=[of(z) for z in step.teacher_logits],
+        teacher_maps=[of(x) for x in step.teacher_maps],
+        images=step.images[rows],
+    )
+
+
+def outcome(case: str, hidden: bool, rows: slice, processes: int) -> dict[str, Tensor]:
+    """The loss, its terms and its gradients: of the parameters, and of these rows of the student's outputs."""
+    name, loss = CASES[case]
+    method = METHODS[name]
+    step = whole_step(method, hidden)
+    made = objective(method, len(step.teacher_logits) or T, 0, step.hidden, processes, **loss)
+    if method.fits:
+        made.fit(step.teacher_logits, step.labels)
+    mine = part(step, rows)
+    out = made(mine)
+    out.loss.backward()
+    found = {"loss": out.loss.detach(), **out.terms}
+    found |= {f"gradient of {key}": p.grad for key, p in made.named_parameters() if p.grad is not None}
+    inputs = {"logits": mine.logits, **mine.maps}
+    return found | {f"rows of {key}": x.grad for key, x in inputs.items() if x.grad is not None}
+
+
+def _process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    rows = (slice(0, N // 2), slice(N // 2, N))[rank]
+    found = {(case, hidden): outcome(case, hidden, rows, 2) for case in CASES for hidden in (False, True)}
+    torch.save(found, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=2)
+    return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["labels", "hidden"])
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_loss_and_the_gradients_of_one(two: list[dict], case: str, hidden: bool) -> None:
+    want = outcome(case, hidden, slice(None), 1)
+    first, second = (process[case, hidden] for process in two)
+    assert first.keys() == second.keys() == want.keys()
+    for name, value in want.items():
+        # Gradients are averaged over the processes.
+        got = (
+            torch.cat([first[name], second[name]]) / 2 if name.startswith("rows") else (first[name] + second[name]) / 2
+        )
+        assert (got - value).norm() <= 1e-5 * value.norm() + 1e-7, name
