@@ -24,7 +24,7 @@ from small_run import QUIET, Running, wait_for
 
 from amtml_fast.train.compare import results, workers
 from amtml_fast.train.compare.plan import checked, plan
-from amtml_fast.train.compare.session import Outcome, compare
+from amtml_fast.train.compare.session import Outcome, Session, compare
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config, ConfigError, StagesConfig
 from amtml_fast.train.data.images import ImageData, Loader
@@ -353,6 +353,17 @@ def test_a_method_that_diverges_is_left_out_and_said(tmp_path: Path, capsys: pyt
     assert found.missing == ["Bad, seed 0"] and "Left out" in found.sentence and "Bad, seed 0" in found.sentence
     assert "goes on without Bad" in capsys.readouterr().out
     assert "Left out" in (tmp_path / "small" / "results.md").read_text()
+
+
+def test_comparisons_of_different_precision_follow_one_another(compared: Compared, tmp_path: Path) -> None:
+    one = ["compare.methods=[student]", "compare.students=[]", "compare.teachers=[]", "compare.seeds=[0]"]
+    settings = [load(tmp_path, *one, f"engine.mixed_precision={kind}", f"name={kind}") for kind in ("bf16", "no")]
+    for each in settings:
+        Session(each, QUIET).check()
+    for each in settings:
+        compare(each, QUIET)
+    half, full = ((tmp_path / kind / "student-seed0" / "student.safetensors").read_bytes() for kind in ("bf16", "no"))
+    assert full == compared.weights["small/student-seed0/student.safetensors"] != half
 
 
 def test_a_comparison_grows_without_training_again(compared: Compared) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from ..config import environment
@@ -28,6 +29,9 @@ def make_accelerator(engine: EngineConfig, folder: Path) -> Accelerator:
         torch.set_num_threads(engine.threads)
     # Without cpu=True, a launch of several processes on a machine without GPU trains each one by itself.
     cpu = engine.device == "cpu" or not torch.accelerator.is_available()
+    # Accelerate keeps one precision a process; here each training has its own, of several comparisons one after another.
+    if AcceleratorState._shared_state.get("_mixed_precision", engine.mixed_precision) != engine.mixed_precision:
+        AcceleratorState._reset_state()  # not PartialState, which has the processes and the device
     return Accelerator(
         cpu=cpu,
         mixed_precision=engine.mixed_precision,
