@@ -9,7 +9,7 @@ from backends import cpu_only
 
 pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
-from test_students import gpt2
+from test_student_models import gpt2
 from test_trainer import C, S, assert_same, collate, examples, llama, one_step, trainer
 from transformers import DataCollatorWithFlattening
 
