@@ -19,6 +19,8 @@ row_gradient: a program owns 4 rows and 32 columns and walks over all rows j. Re
 N / 4 times (from L2), writes 4 N C bytes.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -218,27 +220,19 @@ def distances(student: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
 
 def distances_launch(student: tuple, teacher: tuple, mask_stride: int, eps: float) -> Launch:
     """Its call takes both sides, row_mask, D, r and, if wanted, the sums of every tile and the extremes. N > 0."""
-    n, p = student[0], padded(student[0])
-    return Launch(
-        distances_kernel,
-        (p // TILE, p // TILE, 2),
-        **side_numbers("student", student),
-        **side_numbers("teacher", teacher),
-        mask_stride=mask_stride,
-        n=n,
-        p=p,
-        eps=eps,
-        TILE=TILE,
-        num_warps=4,
-        enable_fp_fusion=False,
-    )
+    return _tiles_launch(distances_kernel, student, teacher, mask_stride, eps=eps, num_warps=4)
 
 
 def split_launch(student: tuple, teacher: tuple, mask_stride: int) -> Launch:
     """Its call takes both sides, row_mask, D, the rests and the extremes."""
+    return _tiles_launch(split_kernel, student, teacher, mask_stride, num_warps=8)
+
+
+def _tiles_launch(kernel: Any, student: tuple, teacher: tuple, mask_stride: int, **others: Any) -> Launch:
+    """A program for each tile of pairs and side."""
     n, p = student[0], padded(student[0])
     return Launch(
-        split_kernel,
+        kernel,
         (p // TILE, p // TILE, 2),
         **side_numbers("student", student),
         **side_numbers("teacher", teacher),
@@ -246,8 +240,8 @@ def split_launch(student: tuple, teacher: tuple, mask_stride: int) -> Launch:
         n=n,
         p=p,
         TILE=TILE,
-        num_warps=8,
         enable_fp_fusion=False,
+        **others,
     )
 
 

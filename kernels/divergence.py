@@ -244,6 +244,15 @@ def compare(
 
 
 @triton.jit
+def mass_of(total, LOGITS: tl.constexpr):
+    """Of what the student is compared with: the sum of its weights (1 of mixed logits), its logarithm, and 1 over it."""
+    mass = total
+    if LOGITS:
+        mass = tl.full(total.shape, 1.0, tl.float32)
+    return mass, tl.where(mass == 0, 0.0, tl.log(mass)), tl.where(mass == 0, 0.0, 1.0 / mass)
+
+
+@triton.jit
 def constants(total, share, KIND: tl.constexpr, MASS: tl.constexpr):
     """What the classes leave out of D, of a target with this mass, and of a."""
     value = 0.0 * total
@@ -402,9 +411,8 @@ def _divergence_kernel(
     own_maxima = maxima
     own_inverses = inverses
     own_log_ratios = log_ratios
-    mass = total
+    mass, log_total, by_total = mass_of(total, LOGITS)
     if LOGITS:
-        mass = tl.full([ROWS, 1], 1.0, tl.float32)
         target_w = (mass,)
         target_rates = (RATE,)
         inverses = (1.0 / totals[1],)
@@ -412,8 +420,6 @@ def _divergence_kernel(
         if OWN:
             own_inverses = inverses_of(totals[2:], w)
         own_log_ratios = log_ratios[1:]
-    log_total = tl.where(mass == 0, 0.0, tl.log(mass))
-    by_total = tl.where(mass == 0, 0.0, 1.0 / mass)
     all_r = mass
 
     values = (tl.zeros([ROWS, PART // FOLD], tl.float32),) * (T if MODE == "sum" else 1)

@@ -43,6 +43,7 @@ from .divergence import (
     compare,
     constants,
     first_largest,
+    mass_of,
     probabilities,
     shares_of,
     to_each,
@@ -208,11 +209,7 @@ def _divergence_part_shares_kernel(
     )
     m, s, _s1, maxima, inverses, log_ratios = _load_softmaxes(normal, row, used, w, LOGITS, LABELED, T)
     inverse = 1.0 / s
-    mass = total
-    if LOGITS:
-        mass = tl.full([1, 1], 1.0, tl.float32)
-    log_total = tl.where(mass == 0, 0.0, tl.log(mass))
-    by_total = tl.where(mass == 0, 0.0, 1.0 / mass)
+    mass, log_total, by_total = mass_of(total, LOGITS)
 
     zero = tl.zeros([1, PART // FOLD], tl.float32)
     values = (zero,) * EACH
@@ -344,11 +341,7 @@ def _divergence_part_grad_kernel(
     )
     m, s, s1, maxima, inverses, log_ratios = _load_softmaxes(normal, row, used, w, LOGITS, LABELED, T)
     inverse = 1.0 / s
-    mass = total
-    if LOGITS:
-        mass = tl.full([1, 1], 1.0, tl.float32)
-    log_total = tl.where(mass == 0, 0.0, tl.log(mass))
-    by_total = tl.where(mass == 0, 0.0, 1.0 / mass)
+    mass, log_total, by_total = mass_of(total, LOGITS)
     all_r = -tl.load(totals + row)
     kl_grad = tl.load(of_kl + row)
     ce_grad = 0.0

@@ -65,6 +65,12 @@ def check_tensors(
     return leading, classes, kinds, flat
 
 
+def of_rows(kinds: list[str], *, logits: bool = True) -> list[bool]:
+    """Of the tensors of all teachers, which have a row for each of the student's; of teachers of logits, where it is asked."""
+    rows = {"logits": [logits], "topk": [True, True], "linear": [True, False], "linear_bias": [True, False, False]}
+    return [x for kind in kinds for x in rows[kind]]
+
+
 def parts_of_teachers(parts: DTensors, teachers: Any) -> Any:
     """The teachers, with the classes of this process."""
     if not isinstance(teachers, (list, tuple)) or isinstance(teachers, (LinearTeacher, TopKTeacher)):

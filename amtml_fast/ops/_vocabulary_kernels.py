@@ -19,6 +19,40 @@ def backend_of(first: Tensor, *others: Tensor | None) -> str:
     return backend.choose("divergence", first, *others)
 
 
+def rates_of(given: Given) -> Tensor:
+    """[N or 1, S]: what the kernels multiply logits by, of each softmax."""
+    rule, own_temperatures = given.rule, given.rule.divergence.teacher_temperatures
+
+    def rate(tau: float | Tensor) -> Tensor:
+        if isinstance(tau, Tensor):
+            return (1 / tau.double()).to(rule.wide).double()
+        return torch.full((1,), 1 / tau, dtype=rule.wide, device=given.student.device).double()
+
+    own = rate(rule.temperature if given.temperatures is None else given.temperatures)
+    one = torch.ones_like(own)
+    of_teachers = [rate(tau).expand_as(own) for tau in own_temperatures] or [own] * len(given.teachers)
+    return torch.stack([own, *[one] * rule.labeled, *of_teachers, *[one] * (rule.mode == "logits")], 1)
+
+
+def _columns(
+    teachers: int, mode: str, labeled: bool, need_totals: bool, need_weights: bool, need_stats: bool
+) -> dict[str, int]:
+    """What the shares of a row are, in their order, and how many numbers each is."""
+    each = teachers if mode == "sum" else 1
+    out = {"each": each}
+    if need_totals:
+        out["totals"] = each
+    if need_weights and mode == "mixture":
+        out["weights"] = teachers
+    if need_weights and mode == "logits":
+        out |= {"a_logits": teachers, "p_logits": teachers, "of_target": 1}
+    if labeled:
+        out["ce"] = 2
+    if need_stats:
+        out |= {"entropies": 2, "kls": teachers, "q_top": 2, "p_top": 2}
+    return out
+
+
 class KernelBlock:
     """Some rows, as far as this process has their classes. See ``PlainBlock``."""
 
@@ -36,20 +70,6 @@ class KernelBlock:
             labels = place.masked_fill(~mine, _ELSEWHERE).masked_fill(ignored, IGNORED)
         self.rows: Any = student, teachers, weights, labels, temperatures
 
-    def rates(self) -> Tensor:
-        """[rows or 1, S]: what the kernels multiply logits by, of each softmax."""
-        rule, count = self.rule, len(self.given.teachers)
-
-        def rate(tau: float | Tensor) -> Tensor:
-            if isinstance(tau, Tensor):
-                return (1 / tau.double()).to(rule.wide).double()
-            return torch.full((1,), 1 / tau, dtype=rule.wide, device=self.given.student.device).double()
-
-        own = rate(rule.temperature if self.given.temperatures is None else self.given.temperatures)
-        one = torch.ones_like(own)
-        of_teachers = [rate(tau).expand_as(own) for tau in self.of_teachers] or [own] * count
-        return torch.stack([own, *[one] * rule.labeled, *of_teachers, *[one] * (rule.mode == "logits")], 1)
-
     def sums(self) -> Tensor:
         """[rows, S, 2]: maximum of the logits as they are, and sum of exponentials beside it. A part of -inf alone adds 0."""
         rule = self.rule
@@ -61,23 +81,11 @@ class KernelBlock:
         """Of this process's classes, each [rows, ...]."""
         rule, count = self.rule, len(self.given.teachers)
         of_totals = rule.need_student and not rule.known_totals
-        of_weights = rule.need_weights and rule.mode != "sum"
         found = self.ops.divergence_part_fwd.default(
             *self.rows, normal, rule.divergence.name, rule.divergence.beta, rule.mode, self.of_teachers, rule.temperature,
-            rule.labeled, self.given.vocabulary.rank == 0, of_totals, of_weights, rule.need_stats,
+            rule.labeled, self.given.vocabulary.rank == 0, of_totals, rule.need_weights, rule.need_stats,
         )  # fmt: skip
-        each = count if rule.mode == "sum" else 1
-        sizes = {"each": each}
-        if of_totals:
-            sizes["totals"] = each
-        if of_weights:
-            sizes |= (
-                {"a_logits": count, "p_logits": count, "of_target": 1} if rule.mode == "logits" else {"weights": count}
-            )
-        if rule.labeled:
-            sizes["ce"] = 2
-        if rule.need_stats:
-            sizes |= {"entropies": 2, "kls": count, "q_top": 2, "p_top": 2}
+        sizes = _columns(count, rule.mode, rule.labeled, of_totals, rule.need_weights, rule.need_stats)
         out = dict(zip(sizes, found.split(list(sizes.values()), 1)))
         if self.absent is not None:
             out["ce"] = out["ce"].masked_fill(self.absent.unsqueeze(1), torch.nan)
@@ -95,8 +103,8 @@ class KernelBlock:
         if self.absent is not None:
             of_ce = of_ce.masked_fill(self.absent, torch.nan)
         return self.ops.divergence_part_bwd.default(
-            of_kl, of_ce if rule.labeled else None, total, student, teachers, weights, *rest, normal, rule.divergence.name, rule.divergence.beta,
-            rule.mode, self.of_teachers, rule.temperature, rule.label_smoothing,
+            of_kl, of_ce if rule.labeled else None, total, student, teachers, weights, *rest, normal, rule.divergence.name,
+            rule.divergence.beta, rule.mode, self.of_teachers, rule.temperature, rule.label_smoothing,
             rule.label_smoothing / self.given.vocabulary.classes,
         )  # fmt: skip
 
@@ -130,10 +138,8 @@ def _(student, teachers, weights, labels, temperatures, mode, teacher_temperatur
     triton="divergence_part",
 )
 def _(student, teachers, weights, labels, temperatures, normal, divergence, beta, mode, *settings):
-    labeled, _, need_totals, need_weights, need_statistics = settings[2:]
-    count = len(teachers)
-    columns = (count if mode == "sum" else 1) * (1 + need_totals) + 2 * labeled + (6 + count) * need_statistics
-    columns += {"mixture": count, "sum": 0, "logits": 2 * count + 1}[mode] * need_weights
+    labeled, _, *needs = settings[2:]
+    columns = sum(_columns(len(teachers), mode, labeled, *needs).values())
     return student.new_empty(student.shape[0], columns, dtype=torch.float64)
 
 

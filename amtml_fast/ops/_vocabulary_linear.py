@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
+from amtml_fast.ops._linear_checks import of_rows
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings, kept_rows, put_rows
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_plain import Given, Rule
@@ -43,7 +44,7 @@ def split_linear_loss(
         options, divergence, labels, wide, (any(needs[:3]), needs[3]), need_stats, hidden, *inputs[1:], *teachers
     )
     settings = settings._replace(row_kernel="divergence", reduction="none")
-    shared = [x for x, same in zip(teachers, _on_all(kinds)) if same]
+    shared = [x for x, same in zip(teachers, of_rows(kinds, logits=False)) if same]  # all processes have them alike
     dtypes = [None if x is None else x.dtype for x in (*inputs, *teachers)]
     doubt = check_alike(
         NAME, vocabulary, hidden, (options, rule, settings, kinds, needs, dtypes),
@@ -65,12 +66,6 @@ def split_linear_loss(
         *teachers,
     )
     return finished(vocabulary, each, ce, stats, weights, labels, options, divergence, need_stats, doubt)
-
-
-def _on_all(kinds: list[str]) -> list[bool]:
-    """Of the tensors of all teachers, which all processes have alike: hidden states and top-k entries."""
-    alike = {"logits": [False], "topk": [True, True], "linear": [True, False], "linear_bias": [True, False, False]}
-    return [x for kind in kinds for x in alike[kind]]
 
 
 class SplitLinearKD(torch.autograd.Function):

@@ -73,10 +73,6 @@ class PlainBlock:
         out += self.scaled
         return [*out, reference.mixed_logits(self.scaled, self.w)] if self.rule.mode == "logits" else out
 
-    def rates(self) -> Tensor:
-        """What ``softmaxes`` are still to be multiplied by."""
-        return self.z.new_ones(1, dtype=torch.float64)
-
     def sums(self) -> Tensor:
         """[rows, S, 2]: maximum, and sum of exponentials beside it. A part of -inf alone adds 0."""
         out = []

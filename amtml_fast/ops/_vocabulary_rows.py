@@ -21,7 +21,7 @@ from amtml_fast import reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
-from amtml_fast.ops._vocabulary_kernels import KernelBlock, backend_of
+from amtml_fast.ops._vocabulary_kernels import KernelBlock, backend_of, rates_of
 from amtml_fast.ops._vocabulary_plain import Given, PlainBlock, Rule
 from amtml_fast.ops.divergence import check_values
 from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
@@ -186,10 +186,12 @@ def rows_of(given: Given) -> Rows:
 
 def normal_of(given: Given, sums: Tensor) -> Tensor:
     """[N, S, 2], from the sums [P, N, S, 2] of all processes."""
-    rates = next(block.rates() for _, block in blocks(given))
     largest, total = sums.unbind(-1)
     top = largest.amax(0)
-    return torch.stack([top, (total * ((largest - top) * rates).exp()).sum(0).log()], -1)
+    below = largest - top
+    if given.rule.backend != "reference":  # plain PyTorch's are over their temperatures already
+        below = below * rates_of(given)
+    return torch.stack([top, (total * below.exp()).sum(0).log()], -1)
 
 
 def joined(given: Given, normal: Tensor, found: dict[str, Tensor]) -> Rows:

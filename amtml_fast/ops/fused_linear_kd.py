@@ -28,7 +28,7 @@ from amtml_fast.ops._base import (
     saved_tensors,
     scaled,
 )
-from amtml_fast.ops._linear_checks import check_classes, check_index, check_tensors, parts_of_teachers
+from amtml_fast.ops._linear_checks import check_classes, check_index, check_tensors, of_rows, parts_of_teachers
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings
 from amtml_fast.ops._vocabulary import DTensors, replicated, splits, vocabulary_of
 from amtml_fast.ops._vocabulary_linear import split_linear_loss
@@ -184,7 +184,7 @@ def fused_linear_kd_loss(
     hidden = student_hidden.reshape(rows, student_hidden.shape[-1])
     weights = None if weights is None else weights.to(wide).expand(rows, -1)
     alphas, temperatures = more.alpha, more.temperature
-    flat = [x.reshape(rows, x.shape[-1]) if of_rows else x for x, of_rows in zip(flat, _of_rows(kinds))]
+    flat = [x.reshape(rows, x.shape[-1]) if row_wise else x for x, row_wise in zip(flat, of_rows(kinds))]
     numbers = reference.divergence_numbers(temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing)
     row_reduction = reduction if num_items_in_batch is None else "sum"
     ce_weight, kl_weight = (1.0 - numbers.alpha, float(numbers.alpha)) if labels is not None else (0.0, 1.0)
@@ -219,12 +219,6 @@ def fused_linear_kd_loss(
 
 
 # --- the call
-
-
-def _of_rows(kinds: list[str]) -> list[bool]:
-    """Of the tensors of all teachers, which have a row for each of the student's."""
-    rows = {"logits": [True], "topk": [True, True], "linear": [True, False], "linear_bias": [True, False, False]}
-    return [x for kind in kinds for x in rows[kind]]
 
 
 def _row_kernel(

@@ -4,31 +4,15 @@
 //   forward   with those of all classes given, the shares that these classes have in every sum of the loss
 //   backward  with all sums given, the student's gradient
 //
-// What processes tell one another in between is Python's. A label below 0 names no class here: kIgnored leaves the row
-// out, any other is the label of another process.
+// What processes tell one another in between is Python's.
+#include "../divergence_part.h"
+
 #include "divergence_rows.h"
 #include "ops.h"
 #include "shares.h"
 
 namespace amtml::divergences {
 namespace {
-
-constexpr int64_t kIgnored = -1;
-
-// Columns of what forward makes of a row.
-struct Layout {
-  int64_t each, totals, weights, ce, statistics;
-
-  Layout(const Settings& set, int64_t teachers, bool labeled, bool need_totals, bool need_weights, bool need_statistics)
-      : each(set.mode == Mode::sum ? teachers : 1),
-        totals(need_totals ? each : 0),
-        weights(!need_weights || set.mode == Mode::sum ? 0
-                : set.mode == Mode::logits             ? 2 * teachers + 1
-                                                       : teachers),
-        ce(labeled ? 2 : 0),
-        statistics(need_statistics ? 6 + teachers : 0) {}
-  int64_t size() const { return each + totals + weights + ce + statistics; }
-};
 
 // Of mixed logits y_t, less the largest, which changes nothing but the rounding: sum p a y_t, sum p y_t, and sum p a.
 template <class A>
@@ -72,7 +56,7 @@ AMTML_INLINE void write_ce(const Row<A>& row, int64_t label, double* out) {
 }
 
 template <class A>
-AMTML_INLINE void write_shares(Row<A>& row, int64_t i, const Layout& at, double* out) {
+AMTML_INLINE void write_shares(Row<A>& row, int64_t i, const PartLayout& at, double* out) {
   const Problem<A>& pr = row.problem;
   if (pr.ignored(i)) return void(std::fill_n(out, at.size(), 0.0));
   load(row, i);
@@ -120,12 +104,6 @@ AMTML_INLINE void write_sums(Row<A>& row, int64_t i, double* out) {
   if (pr.set.mode == Mode::logits) write(row.mixed, row.taken_off);
 }
 
-Settings settings(const std::string& divergence, double beta, const std::string& mode,
-                  const std::vector<double>& teacher_temperatures, double temperature, double label_smoothing) {
-  return Settings(divergence, beta, mode, teacher_temperatures, temperature, false, 1, 1, "none", kIgnored,
-                  label_smoothing);
-}
-
 // Calls each(row, i) for all rows.
 template <class A, class Each>
 void all_rows(const Problem<A>& pr, const Each& each) {
@@ -169,7 +147,7 @@ void with_problem(const Inputs& in, const Settings& set, bool labeled, const Ten
 Tensor divergence_part_sums(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                             std::optional<Tensor> labels, std::optional<Tensor> temperatures, std::string mode,
                             std::vector<double> teacher_temperatures, double temperature, bool labeled) {
-  const Settings set = settings("forward_kl", 0, mode, teacher_temperatures, temperature, 0);
+  const Settings set = part_settings("forward_kl", 0, mode, teacher_temperatures, temperature, 0);
   Tensor out;
   with_problem({student, teachers, weights, labels, temperatures}, set, labeled, nullptr, [&](auto& pr, ScalarType) {
     out = empty(student, {pr.rows, pr.softmaxes(), 2}, ScalarType::Double);
@@ -184,8 +162,8 @@ Tensor divergence_part_fwd(const Tensor& student, std::vector<Tensor> teachers, 
                            std::string divergence, double beta, std::string mode,
                            std::vector<double> teacher_temperatures, double temperature, bool labeled, bool constants,
                            bool need_totals, bool need_weights, bool need_statistics) {
-  const Settings set = settings(divergence, beta, mode, teacher_temperatures, temperature, 0);
-  const Layout at(set, static_cast<int64_t>(teachers.size()), labeled, need_totals, need_weights, need_statistics);
+  const Settings set = part_settings(divergence, beta, mode, teacher_temperatures, temperature, 0);
+  const PartLayout at(set, static_cast<int64_t>(teachers.size()), labeled, need_totals, need_weights, need_statistics);
   const Tensor out = empty(student, {student.size(0), at.size()}, ScalarType::Double);
   double* const to = static_cast<double*>(out.mutable_data_ptr());
   with_problem({student, teachers, weights, labels, temperatures}, set, labeled, &normal, [&](auto& pr, ScalarType) {
@@ -203,7 +181,7 @@ Tensor divergence_part_bwd(const Tensor& of_kl, std::optional<Tensor> of_ce, con
                            std::string divergence, double beta, std::string mode,
                            std::vector<double> teacher_temperatures, double temperature, double label_smoothing,
                            double even) {
-  const Settings set = settings(divergence, beta, mode, teacher_temperatures, temperature, label_smoothing);
+  const Settings set = part_settings(divergence, beta, mode, teacher_temperatures, temperature, label_smoothing);
   const Tensor grad = empty(student, {student.size(0), student.size(1)}, student.scalar_type());
   with_problem({student, teachers, weights, labels, temperatures}, set, of_ce.has_value(), &normal,
                [&](auto& pr, ScalarType wide) {

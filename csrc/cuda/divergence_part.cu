@@ -1,27 +1,19 @@
 // The rows of divergence.cu where this process has but a part of their classes: csrc/cpu/divergence_part.cpp says what
 // the three operators make. Each is one kernel, with one sweep over the row (and another for statistics).
+#include "../divergence_part.h"
 #include "divergence_rows.cuh"
 
 namespace amtml::gpu::divergences {
 namespace {
 
-constexpr int64_t kIgnored = -1;
-
 enum class Step { sums, shares, gradient };
-
-// Columns of the shares of a row.
-struct Layout {
-  int each, totals, weights, ce, statistics;
-
-  __host__ __device__ int size() const { return each + totals + weights + ce + statistics; }
-};
 
 // What is given and made besides.
 struct Part {
   Step step;
   double* out;           // [N, S, 2] sums, or [N, K] shares
   const double* normal;  // [N, S, 2] of all classes, but for the sums
-  Layout at;
+  PartLayout at;
   bool constants;
   const float *of_kl, *of_ce, *totals;  // [N], of the gradient
 };
@@ -53,7 +45,7 @@ __device__ inline void load_softmaxes(const Problem& pr, const double* normal, S
 // From the totals of a sweep.
 __device__ inline void write_shares(const Problem& pr, const Part& part, int64_t i, double* out, const Scratch& s) {
   const bool sum = pr.mode == DivergenceMode::sum, logits = pr.logits();
-  const Layout& at = part.at;
+  const PartLayout& at = part.at;
   double *const totals = out + at.each, *const weights = totals + at.totals, *const ce = weights + at.weights;
   for (int t = threadIdx.x; t < pr.teachers; t += blockDim.x) {
     const double first = s.totals[kFixed + t];
@@ -113,7 +105,7 @@ __device__ inline void write_ignored(const Problem& pr, const Sweep& want, const
   }
   if (cluster_rank() != 0 || !part.out) return;
   const bool sums = part.step == Step::sums;
-  const int count = sums ? places(pr) * 2 : part.at.size();
+  const int count = sums ? places(pr) * 2 : static_cast<int>(part.at.size());
   for (int k = threadIdx.x; k < count; k += blockDim.x) part.out[i * count + k] = sums ? k % 2 : 0;
 }
 
@@ -158,13 +150,6 @@ void run_rows(const Inputs& inputs, const Sweep& want, const Part& part, const O
   launch_rows(inputs, kernel, on, want, part);
 }
 
-DivergenceSettings settings(const std::string& divergence, double beta, const std::string& mode,
-                            const std::vector<double>& teacher_temperatures, double temperature,
-                            double label_smoothing) {
-  return DivergenceSettings(divergence, beta, mode, teacher_temperatures, temperature, false, 1, 1, "none", kIgnored,
-                            label_smoothing);
-}
-
 const double* normals(const Tensor& normal, const Problem& pr, bool logits) {
   check_shape(kOp, "normal", normal, {pr.rows, 1 + pr.labeled + pr.teachers + logits, 2});
   STD_TORCH_CHECK(normal.scalar_type() == ScalarType::Double && normal.is_contiguous(), kOp,
@@ -176,7 +161,7 @@ Tensor divergence_part_sums(const Tensor& student, std::vector<Tensor> teachers,
                             std::optional<Tensor> labels, std::optional<Tensor> temperatures, std::string mode,
                             std::vector<double> teacher_temperatures, double temperature, bool labeled) {
   const OnDevice on(student);
-  const DivergenceSettings set = settings("forward_kl", 0, mode, teacher_temperatures, temperature, 0);
+  const DivergenceSettings set = part_settings("forward_kl", 0, mode, teacher_temperatures, temperature, 0);
   Inputs inputs(student, teachers, weights, labels, std::nullopt, temperatures, set, on);
   inputs.pr.labeled = labeled;
   const int64_t places = 1 + labeled + inputs.pr.teachers + (set.mode == DivergenceMode::logits);
@@ -193,16 +178,14 @@ Tensor divergence_part_fwd(const Tensor& student, std::vector<Tensor> teachers, 
                            std::vector<double> teacher_temperatures, double temperature, bool labeled, bool constants,
                            bool need_totals, bool need_weights, bool need_statistics) {
   const OnDevice on(student);
-  const DivergenceSettings set = settings(divergence, beta, mode, teacher_temperatures, temperature, 0);
+  const DivergenceSettings set = part_settings(divergence, beta, mode, teacher_temperatures, temperature, 0);
   Inputs inputs(student, teachers, weights, labels, std::nullopt, temperatures, set, on);
   inputs.pr.labeled = labeled;
   const int count = inputs.pr.teachers;
   const bool sum = set.mode == DivergenceMode::sum, logits = set.mode == DivergenceMode::logits;
   Part part{};
   part.step = Step::shares, part.constants = constants, part.normal = normals(normal, inputs.pr, logits);
-  part.at.each = sum ? count : 1, part.at.totals = need_totals ? part.at.each : 0;
-  part.at.weights = !need_weights || sum ? 0 : logits ? 2 * count + 1 : count;
-  part.at.ce = labeled ? 2 : 0, part.at.statistics = need_statistics ? 6 + count : 0;
+  part.at = PartLayout(set, count, labeled, need_totals, need_weights, need_statistics);
   const Tensor out = empty(student, {student.size(0), part.at.size()}, ScalarType::Double);
   part.out = static_cast<double*>(out.mutable_data_ptr());
   Sweep want{};
@@ -218,7 +201,8 @@ Tensor divergence_part_bwd(const Tensor& of_kl, std::optional<Tensor> of_ce, con
                            std::vector<double> teacher_temperatures, double temperature, double label_smoothing,
                            double even) {
   const OnDevice on(student);
-  const DivergenceSettings set = settings(divergence, beta, mode, teacher_temperatures, temperature, label_smoothing);
+  const DivergenceSettings set =
+      part_settings(divergence, beta, mode, teacher_temperatures, temperature, label_smoothing);
   Inputs inputs(student, teachers, weights, labels, std::nullopt, temperatures, set, on);
   Problem& pr = inputs.pr;
   pr.labeled = of_ce.has_value(), pr.even = static_cast<float>(even);
