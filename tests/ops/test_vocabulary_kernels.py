@@ -277,14 +277,14 @@ def test_labels_that_only_leave_rows_out(fused: str, mode: str) -> None:
 
 
 def test_statistics_of_a_student_near_its_teachers(fused: str) -> None:
-    """Their KLs are 1e-6: what the rounding of log-sums cuts off shows."""
-    given = drawn(torch.float32)
+    """What the rounding of log-sums cuts off, up to 3e-7 at this many classes, is as much as the KLs themselves."""
+    given = drawn(torch.float32, 3000)
     given.student[3] = 1
     given = given._replace(teachers=[given.student + 1e-3 * torch.randn_like(given.student) for _ in range(T)])
     options = KDOptions(2.0, 0.6, "mixture", "none", True, -100, 0.0)
     of = reference.divergence_of(2.0, 0.6, "forward_kl", None, None, T)
     got, want = made(given, options, of, fused, True)[4], wanted(given, options, of, True)[4]
-    assert relative_error(got.teacher_kl, want.teacher_kl) < 2e-3
+    assert (got.teacher_kl.double() - want.teacher_kl).abs().max() < 2e-7
 
 
 def test_agreement_at_the_end_of_long_rows(fused: str) -> None:
