@@ -61,6 +61,8 @@ PROVIDERS: dict[str, Switches | None] = {
     "the trainer": Switches(),
     "channels_last off": Switches(channels_last=False),
     "compiled": Switches(compile=True),
+    "precision=auto": Switches(precision="auto"),
+    "precision=auto, compiled": Switches(precision="auto", compile=True),
     "cached teachers": Switches(cached=True),
     "cached and compiled": Switches(cached=True, compile=True),
     "the trainer, plain losses": Switches(losses="reference"),

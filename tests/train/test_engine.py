@@ -43,28 +43,35 @@ def test_the_choices_are_three_and_errors_name_them(place: Place) -> None:
     assert place.load("engine.channels_last=true").engine.channels_last is True
 
 
+@pytest.mark.parametrize("cpu", [(), ("avx512_bf16",), ("avx512_bf16", "amx_bf16")])
 @pytest.mark.parametrize("gpu", [None, False, True])
 def test_precision_auto_is_what_the_device_computes_with(
-    place: Place, monkeypatch: pytest.MonkeyPatch, gpu: bool | None
+    place: Place, monkeypatch: pytest.MonkeyPatch, gpu: bool | None, cpu: tuple[str, ...]
 ) -> None:
-    """gpu: whether it computes in bf16; None: there is none."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    """gpu: whether it computes in bf16; None: there is none. cpu: what the processor has of bf16."""
+    for module in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(module, "is_available", lambda: gpu is not None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True} | dict.fromkeys(cpu, True))
     settings = place.load("engine.precision=auto", "engine.device=auto")
-    assert settings.engine.mixed_precision == ("bf16" if gpu else "no")
-    assert place.load("engine.precision=auto").engine.mixed_precision == "no"  # on engine.device=cpu
+    assert settings.engine.mixed_precision == ("bf16" if gpu or (gpu is None and cpu) else "no")
+    on_cpu = place.load("engine.precision=auto", "engine.device=cpu")
+    assert on_cpu.engine.mixed_precision == ("bf16" if cpu else "no")
     # What was chosen is in the recipe, and a run's own file says it again.
     recipe = student_job(settings, "student", 0).recipe()
     assert recipe["engine"]["mixed_precision"] == settings.engine.mixed_precision
     assert "precision" not in recipe["engine"] and "mixed_precision: " in reading.to_yaml(settings)
 
 
-def test_what_was_chosen_is_said_in_one_line(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_was_chosen_is_said_in_one_line(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     settings = place.load("engine.precision=auto")
     data, display = load_data(settings), Display()
     say_choices(settings, data, display)
     said = capsys.readouterr()
-    assert "engine.precision=auto on the CPU: mixed_precision=no, channels_last=false" in said.out + said.err
+    assert "engine.precision=auto on the CPU: mixed_precision=bf16, channels_last=false" in said.out + said.err
     say_choices(place.load(), data, display)
     said = capsys.readouterr()
     assert not said.out + said.err

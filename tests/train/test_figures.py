@@ -86,7 +86,7 @@ def test_the_table_of_paired_tests_is_their_numbers():
     p = stats.ttest_rel(ours.accuracies, other.accuracies).pvalue
     interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
     assert cells(lines[2]) == ["AMTML-KD - A", "+2.50 ± 0.50 points", interval, f"p = {p:.2g}"]
-    assert cells(lines[3]) == ["AMTML-KD - B", "+0.00 ± 0.00 points", "+0.00 to +0.00", "p = 1"]
+    assert cells(lines[3]) == ["AMTML-KD - B", "+0.00 ± 0.00 points", "-", "-"]
     assert render(significance.paired_tests(Row("c", "C", 10, [0.5]), [Row("d", "D", 10, [0.6])])) == ""
     assert render(significance.paired_tests(ours, [])) == ""
 
@@ -138,12 +138,12 @@ def test_the_paired_t_test_by_its_formula(gaps):
     assert (test.low, test.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
 
 
-@pytest.mark.parametrize(("gap", "t", "p"), [(0.1, math.inf, 0), (-0.1, -math.inf, 0), (0.0, 0, 1), (1e-16, 0, 1)])
-def test_equal_differences_have_a_p_without_a_spread(gap, t, p):
-    """0.1 + 0.2 - 0.2 and its like differ in the last bit: that is no spread."""
+@pytest.mark.parametrize("gap", [0.1, -0.1, 0.0, 1e-16])
+def test_equal_differences_have_no_spread_and_so_no_test(gap):
+    """Two seeds of a small test set often differ by the same number of images; and 0.1 + 0.2 - 0.2 and its like differ in the
+    last bit, which is no spread."""
     test = significance.paired_difference(*pair([gap] * 3))
-    assert (test.std, test.t, test.p) == (0, t, p)
-    assert (test.mean, test.low, test.high) == pytest.approx((gap, gap, gap), abs=1e-12)
+    assert test == (pytest.approx(gap, abs=1e-12), 0, 3, None, None, None, None)
 
 
 def test_one_seed_and_a_diverged_one_have_no_p():
@@ -166,8 +166,11 @@ def test_one_seed_and_a_diverged_one_have_no_p():
             "falls behind B (81.00 %): -2.67 ± 0.58 points over 3 seeds, p = 0.015 (paired t-test)",
         ),
         ([0.03, 0.01], "cannot be told from B (80.50 %): +2.00 ± 1.41 points over 2 seeds, p = 0.3 (paired t-test)"),
-        ([0.02, 0.02], "beats B (80.50 %): +2.00 ± 0.00 points over 2 seeds, p < 0.001 (paired t-test)"),
-        ([0.0, 0.0], "cannot be told from B (80.50 %): +0.00 ± 0.00 points over 2 seeds, p = 1 (paired t-test)"),
+        (
+            [0.02, 0.02],
+            "is 2.00 points above B (80.50 %), but 2 seeds with the same difference cannot tell that from chance",
+        ),
+        ([0.0, 0.0], "is level with B (80.50 %), but 2 seeds with the same difference cannot tell that from chance"),
         ([math.nan, 0.1], "cannot be compared with B (80.50 %): a run diverged"),
         ([math.nan], "cannot be compared with B (80.00 %): a run diverged"),
     ],

@@ -64,8 +64,12 @@ def fastest(engine: EngineConfig) -> str:
     """The mixed_precision that engine.precision=auto stands for on this machine."""
     import torch  # takes a second, which reading a configuration need not
 
-    gpu = engine.device == "auto" and torch.cuda.is_available()
-    return "bf16" if gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if engine.device == "auto" and torch.accelerator.is_available():
+        fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    return "bf16" if fast else "no"
 
 
 def precision() -> dict[str, str]:

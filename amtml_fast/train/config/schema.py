@@ -167,7 +167,7 @@ class CompareConfig:
 @dataclass
 class EngineConfig:
     mixed_precision: str = "no"
-    # null: as mixed_precision says | auto: the fastest here, bf16 on a GPU that computes with it, else no
+    # null: as mixed_precision says | auto: the fastest here, bf16 on a GPU or CPU that computes with it, else no
     precision: str | None = None
     gradient_accumulation_steps: int = field(default=1, metadata=COUNT)
     compile: bool = False  # torch.compile for teachers and student

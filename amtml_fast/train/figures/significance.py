@@ -18,8 +18,8 @@ LEVEL = 0.05  # a difference with a smaller p is told from chance
 class PairedTest(NamedTuple):
     """a - b over n seeds, as fractions: mean, sample standard deviation, and the paired t-test of a mean of 0.
 
-    t, two-sided p, and the bounds of the mean's 95 % confidence interval. One seed has no std, and None in all of
-    these. A seed that diverged (NaN) makes everything NaN but n.
+    t, two-sided p, and the bounds of the mean's 95 % confidence interval; None in all of these where there is no spread to
+    measure the mean by. One seed has no std either. A seed that diverged (NaN) makes everything NaN but n.
     """
 
     mean: float
@@ -38,7 +38,8 @@ class PairedTest(NamedTuple):
 def paired_difference(a: Row, b: Row) -> PairedTest:
     """a - b seed by seed, so that what a seed does to both cancels. ValueError where the numbers of seeds differ.
 
-    Where every seed shows the same difference there is no spread to measure it by: p is 0, or 1 for no difference.
+    Where every seed shows the same difference there is no spread to measure it by. That is no proof: accuracies are shares of a few
+    hundred or thousand images, and two seeds often differ by the same number of them.
     """
     if len(a.accuracies) != len(b.accuracies):
         want = f"{len(a.accuracies)} seeds like {a.label!r}"
@@ -46,10 +47,8 @@ def paired_difference(a: Row, b: Row) -> PairedTest:
     # An accuracy is a share of some images: beyond 12 decimals is rounding, which must not pass for a spread.
     gaps = [round(x - y, 12) for x, y in zip(a.accuracies, b.accuracies, strict=True)]
     mean, std, n = statistics.fmean(gaps), sample_std(gaps), len(gaps)
-    if std is None:
-        return PairedTest(mean, None, n)
-    if std == 0:
-        return PairedTest(mean, std, n, math.copysign(math.inf, mean) if mean else 0.0, float(not mean), mean, mean)
+    if not std:
+        return PairedTest(mean, std, n)
     from scipy import stats  # here, because it takes a second to load and few who read tables need it
 
     test = stats.ttest_1samp(gaps, 0.0)
@@ -66,7 +65,8 @@ def verdict(a: Row, b: Row) -> str:
     points, other = f"{100 * test.mean:+.2f}", f"{b.label} ({100 * b.mean:.2f} %)"
     if test.p is None and math.isfinite(test.mean):
         where = f"{points[1:]} points {'above' if test.mean > 0 else 'below'}" if float(points) else "level with"
-        return f"is {where} {other}, but one seed cannot tell that from chance"
+        seeds = "one seed" if test.n == 1 else f"{test.n} seeds with the same difference"
+        return f"is {where} {other}, but {seeds} cannot tell that from chance"
     if test.p is None or math.isnan(test.p):
         return f"cannot be compared with {other}: a run diverged"
     measured = f"{test} over {test.n} seeds, {_p(test.p)} (paired t-test)"
@@ -79,15 +79,19 @@ def paired_tests(main: Row, others: Sequence[Row]) -> Blocks:
     """main - each other row over the same seeds; nothing of one seed, or without others."""
     tests = [(other, paired_difference(main, other)) for other in others]
     lines = [
-        (f"{main.label} - {other.label}", str(test), f"{100 * test.low:+.2f} to {100 * test.high:+.2f}", _p(test.p))
-        for other, test in tests
-        if test.p is not None and test.low is not None and test.high is not None
+        (f"{main.label} - {other.label}", str(test), *_interval_and_p(test)) for other, test in tests if test.n > 1
     ]
     if not lines:
         return []
     header = ("Difference", f"{main.split.capitalize()} accuracy", "95 % interval", "Paired t-test")
     caption = "Each line is one test by itself; of twenty that compare equals, one shows p < 0.05 by chance."
     return [Table(header, lines), caption]
+
+
+def _interval_and_p(test: PairedTest) -> tuple[str, str]:
+    if test.p is None or test.low is None or test.high is None:
+        return "-", "-"
+    return f"{100 * test.low:+.2f} to {100 * test.high:+.2f}", _p(test.p)
 
 
 def _p(p: float) -> str:
