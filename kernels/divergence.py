@@ -108,7 +108,8 @@ def _class_terms(p, q, log, difference, total, log_total, by_total, share, KIND:
 
 @triton.jit
 def _log_of_tiny(halves, half, log_ratios, inverses, weights):
-    """log(p / q) of a mixture p that is too small for a number, -inf where no teacher with weight has the class; and p_t / p."""
+    """log(p / q) of a mixture p that is too small for a number, -inf where no teacher with weight has the class; and p_t / p, 0
+    where that is too large for one, as of a teacher without weight."""
     top = tl.full(half.shape, -float("inf"), tl.float32)
     logs = ()
     for t in tl.static_range(len(halves)):
@@ -120,6 +121,7 @@ def _log_of_tiny(halves, half, log_ratios, inverses, weights):
     exps = ()
     for t in tl.static_range(len(halves)):
         e = tl.exp(logs[t] - top)
+        e = tl.where(e == float("inf"), 0.0, e)
         total += tl.where(weights[t] == 0, 0.0, weights[t] * e)
         exps = exps + (e,)
     shares = ()

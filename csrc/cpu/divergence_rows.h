@@ -176,8 +176,8 @@ AMTML_INLINE double add_terms(Row<A>& row, int64_t n, A weight, A* qb) {
   }
 }
 
-// log p of a mixture that is too small for A, and each p_t / p in `share`. False where no teacher with weight has the
-// class.
+// log p of a mixture that is too small for A, and each p_t / p in `share`; 0 where that is too large for A, as of a
+// teacher without weight. False where no teacher with weight has the class.
 template <class A>
 bool tiny_mixture(const Row<A>& row, int64_t c, double& log_p, std::vector<double>& share) {
   constexpr double infinity = std::numeric_limits<double>::infinity();
@@ -189,6 +189,7 @@ bool tiny_mixture(const Row<A>& row, int64_t c, double& log_p, std::vector<doubl
   if (most == -infinity) return false;
   for (size_t t = 0; t < share.size(); ++t) {
     share[t] = std::exp(share[t] - most);
+    if (share[t] > std::numeric_limits<A>::max()) share[t] = 0;
     if (row.weight[t] != 0) sum += row.weight[t] * share[t];
   }
   for (double& each : share) each /= sum;

@@ -334,7 +334,8 @@ __device__ __forceinline__ float terms(const Problem& pr, float weight, const fl
 }
 
 // log p of a mixture that is too small for float32, -inf where no teacher with weight has the class; and what reverse
-// KL adds to the slopes of the weights, if they are asked for: q p_t / p.
+// KL adds to the slopes of the weights, if they are asked for: q p_t / p, or 0 where that is too large, as of a teacher
+// without weight.
 __device__ inline float log_of_tiny_mixture(const Problem& pr, int64_t i, int64_t c, float q, bool slopes, Scratch& s) {
   auto log_of = [&](int t) {
     float x[1];
@@ -352,7 +353,10 @@ __device__ inline float log_of_tiny_mixture(const Problem& pr, int64_t i, int64_
     if (s.weight[t] != 0) sum += s.weight[t] * expf(log_of(t) - most);
   }
 #pragma unroll 1
-  for (int t = 0; slopes && t < pr.teachers; ++t) s.first(t) -= q * (expf(log_of(t) - most) / sum);
+  for (int t = 0; slopes && t < pr.teachers; ++t) {
+    const float e = expf(log_of(t) - most);
+    if (e < INFINITY) s.first(t) -= q * (e / sum);
+  }
   return most + logf(sum);
 }
 

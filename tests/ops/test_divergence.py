@@ -264,6 +264,21 @@ def test_reverse_kl_of_teachers_far_below_the_smallest_number():
             assert relative_error(g, w) <= 1e-5
 
 
+@pytest.mark.parametrize("apart", [60.0, 100.0, 1000.0])
+def test_reverse_kl_beside_a_teacher_without_weight_that_knows_better(apart):
+    """What one class makes of its weight's gradient is q p_t / p, e^apart here. Too large for float32, it counts nothing."""
+    student = torch.tensor([[0.0, -1.0]], requires_grad=True)
+    teachers = [torch.tensor([[-apart, 0.0]]), torch.tensor([[0.0, -1.0]])]
+    weights = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    loss = af.multi_teacher_kd_loss(student, teachers, weights, divergence="reverse_kl", temperature=1.0)
+    with af.use_backend("reference"):
+        want = af.multi_teacher_kd_loss(student, teachers, weights, divergence="reverse_kl", temperature=1.0)
+    got = torch.autograd.grad(loss, (student, weights))
+    for g, w in zip(got, torch.autograd.grad(want, (student, weights)), strict=True):
+        assert g.isfinite().all() and relative_error(g, w) <= 1e-5
+    assert (got[1][0, 1] < -1e20) == (apart < 88)
+
+
 @SOME[2]
 @pytest.mark.parametrize("temperature", [0.01, 100.0])
 def test_student_that_equals_its_target_learns_nothing(divergence, mode, temperature):
