@@ -1,0 +1,116 @@
+"""Which backend runs an operator, and why not another."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from backends import CHOSEN, cpu_only
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import amtml_fast as af
+from amtml_fast import backend
+
+Z = torch.zeros(4, 5)
+
+
+def test_backends_tell_why_not():
+    rows = {(r.op, r.backend): r for r in af.backends()}
+    assert set(rows) == {(op, b) for op in backend.OPS for b in backend.BACKENDS[1:]}
+    assert all(r.available != bool(r.why_not) for r in rows.values())
+    assert all(rows[op, "reference"].available for op in backend.OPS)
+    assert CHOSEN or all(rows[op, "cpp"].available for op in backend.OPS)
+
+
+def test_auto_goes_by_operator_and_size():
+    """The first line of the table that fits; the table is complete."""
+    table = [backend.Choice("cpu", "angle", 6, ("triton",)), *backend.AUTO]
+    small, large = torch.empty(1, 5, device="cpu"), torch.empty(2, 3, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "AUTO", tuple(table))
+        assert backend.order("angle", large) == ("triton",) and backend.order("angle", small) == ("cpp",)
+        assert backend.order("distance", large) == ("cpp",)
+        assert backend.order("angle", torch.empty(6, device="meta")) == ()
+    for choice in backend.AUTO:
+        assert choice.op in (None, *backend.OPS) and set(choice.backends) < set(backend.BACKENDS[1:])
+        assert choice.numbers == 0 or choice.op
+    everything = [c.device_type for c in backend.AUTO if c.op is None]
+    assert sorted(everything) == ["cpu", "cuda", "xpu"]
+
+
+@pytest.mark.parametrize(
+    "capability, code, reasons",
+    [
+        ((9, 0), 90, {"cuda": None, "triton": None}),
+        ((7, 5), 0, {"cuda": "no CUDA kernels for compute capability 7.5; .* 8.0 or later", "triton": None}),
+        ((12, 0), 0, {"cuda": "no CUDA kernels for compute capability 12.0; .* 12.0", "triton": None}),
+        ((6, 1), 0, {"cuda": "no CUDA kernels for", "triton": "needs compute capability 7.0 or later, got 6.1"}),
+    ],
+    ids=lambda x: str(x) if isinstance(x, tuple) else None,
+)
+def test_a_gpu_without_code_in_the_library_falls_to_triton_and_then_to_the_reference(
+    monkeypatch, capability, code, reasons
+):
+    with FakeTensorMode():
+        rows = torch.empty(3, 4, device="cuda")  # while there is none: a build of torch for CUDA would ask its driver
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.ops.amtml, "cuda_code", lambda device: code, raising=False)
+    monkeypatch.setattr(backend, "HAS_EXTENSION", True)
+    monkeypatch.setattr(backend, "HAS_CUDA", True)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    monkeypatch.setattr(backend, "DEVICES", {"cuda": ("cuda",), "triton": ("cuda",), "cpp": ("cpu",)})
+    backend.why_not_gpu.cache_clear()
+    try:
+        for name, reason in reasons.items():
+            said = backend.why_not("angle", name, "cuda", 0)
+            assert said is None if reason is None else re.search(reason, said), said
+        taken = next((name for name, reason in reasons.items() if reason is None), "reference")
+        assert backend.choose("angle", rows) == taken
+        status = {row.backend: row for row in af.backends() if row.op == "angle"}
+        assert status["cuda"].available == (reasons["cuda"] is None)
+    finally:
+        backend.why_not_gpu.cache_clear()
+
+
+@cpu_only
+def test_a_chosen_backend_runs_or_says_why_not():
+    with (
+        af.use_backend("cuda"),
+        pytest.raises(RuntimeError, match=r'angle: backend "cuda" cannot run here: .*(cuda|CUDA)'),
+    ):
+        af.angle_loss(Z, Z)
+    with af.use_backend("cpp"), pytest.raises(RuntimeError, match="needs cpu tensors, got meta"):
+        af.angle_loss(Z.to("meta"), Z.to("meta"))
+    assert backend._active == "auto"
+
+
+def test_without_extension_and_extras_the_reference_runs_with_one_notice():
+    """A plain install: torch and numpy only, no compiled library, no Triton."""
+    code = """
+import sys, warnings
+blocked = {"amtml_fast._C", "triton", "accelerate", "typer", "rich", "omegaconf", "matplotlib", "safetensors"}
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name in blocked or name.split(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import amtml_fast as af, torch
+    z = torch.randn(4, 5, requires_grad=True)
+    af.multi_teacher_kd_loss(z, [torch.randn(4, 5)], None).backward()
+ours = [str(w.message) for w in caught if "amtml_fast" in str(w.message)]
+assert len(ours) == 1 and "pip install --no-build-isolation" in ours[0], ours
+assert not any(r.available for r in af.backends() if r.backend == "cpp")
+try:
+    with af.use_backend("cpp"):
+        af.angle_loss(z, z)
+except RuntimeError as error:
+    assert "does not load" in str(error)
+else:
+    raise SystemExit("cpp did not raise")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

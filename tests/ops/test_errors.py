@@ -1,0 +1,79 @@
+"""Bad input is named before anything is computed."""
+
+import pytest
+import torch
+from backends import CHOSEN, cpu_only
+
+import amtml_fast as af
+
+Z, T2, W = torch.zeros(4, 5), [torch.zeros(4, 5)] * 2, torch.full((4, 2), 0.5)
+Y = torch.zeros(4, dtype=torch.long)
+F4, TH, V = torch.zeros(4, 3, 2, 2), torch.zeros(2, 3), torch.zeros(3)
+M = torch.zeros(4, 3, 2, 2)
+# fmt: off
+BAD = [  # one call a line
+
+    (lambda: af.multi_teacher_kd_loss(Z, [Z, torch.zeros(4, 6)], W), r"teacher_logits\[1\] must be \[4, 5\] like student_logits, got \[4, 6\]"),
+    (lambda: af.multi_teacher_kd_loss(Z, [], W), "at least one teacher"),
+    (lambda: af.multi_teacher_kd_loss(Z, Z, W), "teacher_logits must be a list"),
+    (lambda: af.multi_teacher_kd_loss(Z, 3, W), "teacher_logits must be a list"),
+    (lambda: af.multi_teacher_kd_loss(Z[0], T2, W), r"student_logits must be \[N, C\]"),
+    (lambda: af.multi_teacher_kd_loss(Z[:, :0], T2, W), "C >= 1"),
+    (lambda: af.multi_teacher_kd_loss(Z.long(), T2, W), "student_logits must be float32"),
+    (lambda: af.multi_teacher_kd_loss(Z, [Z.clone().requires_grad_(), Z], W), "teachers are frozen"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W[:, :1]), r"teacher_weights must be \[2\] or \[4, 2\] for 2 teachers, got \[4, 1\]"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, -W), "finite and not negative"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W * torch.nan), "finite and not negative"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y.float()), "labels must be an int64"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y[:3]), r"labels must be \[4\]"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y + 5), r"labels\[0\] must be in \[0, 5\) or ignore_index -100, got 5"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y - 1), r"labels\[0\] must be in \[0, 5\)"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, temperature=0), "temperature must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, temperature=float("nan")), "temperature must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, alpha=1.5), "alpha must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, mode="both"), "mode must be one of mixture, sum"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="avg"), "reduction must be one of none"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, label_smoothing=-0.1), "label_smoothing must be a number"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="sum", num_items_in_batch=3), "num_items_in_batch must be None"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, num_items_in_batch=0), "num_items_in_batch must be positive without labels, got 0"),
+    (lambda: af.multi_teacher_kd_loss(Z.to("meta"), T2, W), "must be on meta like student_logits, got cpu"),
+    (lambda: af.teacher_weights(F4[0], TH, V), r"features must be \[N, d, H, W\] or \[N, d\]"),
+    (lambda: af.teacher_weights(F4, TH[:, :2], V), r"theta must be \[T, 3\]"),
+    (lambda: af.teacher_weights(F4, TH, V[:2]), r"v must be \[3\]"),
+    (lambda: af.teacher_weights(F4, TH, V, pool="mean"), "pool must be one of max, avg"),
+    (lambda: af.teacher_weights(F4[:, :, :0], TH, V), "at least one pixel"),
+    (lambda: af.angle_loss(Z, Z[:3]), r"teacher must be \[4, C\]"),
+    (lambda: af.angle_loss(Z[0], Z), r"student must be \[N, C\]"),
+    (lambda: af.angle_loss(Z, Z, delta=0), "delta must be a number"),
+    (lambda: af.angle_loss(Z, Z, eps=-1), "eps must be a number"),
+    (lambda: af.angle_loss(Z, Z, reduction="batchmean"), "reduction must be one of mean"),
+    (lambda: af.hint_loss(M, M[:3], torch.zeros(3, 3)), "teacher_map must have 4 examples"),
+    (lambda: af.hint_loss(M, M[:, :2], torch.zeros(3, 2)), r"weight must be \[2, 3\]"),
+    (lambda: af.hint_loss(M[0], M, torch.zeros(3, 3)), r"student_map must be \[N, c, h, w\]"),
+    (lambda: af.dual_softmax(Z[0]), "at least 2 dimensions"),
+    (lambda: af.dual_softmax(Z, 0, -2), "dim1 and dim2 must differ"),
+    (lambda: af.dual_softmax(Z, 0, 2), "dim2 must be in"),
+    (lambda: af.dual_softmax(Z, mode="sum"), "mode must be one of sequential"),
+    (lambda: af.use_backend("fast").__enter__(), "backend must be one of auto"),
+    (lambda: af.dual_softmax([1.0]), "scores must be a tensor, got list"),
+]
+# fmt: on
+
+
+@pytest.mark.skipif(CHOSEN == "gpu", reason="the same checks, on tensors of the CPU")
+@pytest.mark.parametrize(("call", "message"), BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_named(on, call, message):
+    with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
+        call()
+
+
+@cpu_only
+def test_compiled_code_still_refuses_wrong_values():
+    """Checks of values cannot be traced, so the kernel itself looks before it reads."""
+    torch._dynamo.reset()
+    compiled = torch.compile(af.multi_teacher_kd_loss, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"labels\[0\] must be in \[0, 5\)"):
+        compiled(Z, T2, W, Y + 5)
+    for wrong in (-W, W * torch.nan, W * torch.inf):
+        with pytest.raises(RuntimeError, match="teacher_weights must be finite and not negative"):
+            compiled(Z, T2, wrong, Y)
