@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE =
 # other's when it is through.
 pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),$(1)) --dist worksteal
 OPERATORS := tests/ops
-QUICK := ops readme data models methods report imports
+QUICK := ops readme readers image_folders samples loader models methods report imports
 
 # CUDA kernels are compiled where a GPU will run them, and for tests wherever nvcc is found. AMTML_BUILD_CUDA=0 or 1 decides.
 # What no GPU here will run is compiled for 9.0 alone, which takes half the time; AMTML_CUBINS=all looks at 8.0, too.
