@@ -15,14 +15,15 @@ WEIGHTING = ("uniform", "adaptive", "routed")
 def check_arguments(
     args: TrainingArguments, teachers: Any, loss: Any, weighting: str, tokenizers: Any, kwargs: dict
 ) -> None:
-    if not isinstance(teachers, (list, tuple)) or not teachers:
-        raise TypeError(
-            f"{NAME}: teachers must be a list of one or more models or StoredTopK, got {type(teachers).__name__}"
-        )
+    wanted = "a list of one or more models or StoredTopK"
+    if not isinstance(teachers, (list, tuple)):
+        raise TypeError(f"{NAME}: teachers must be {wanted}, got {type(teachers).__name__}")
+    if not teachers:
+        raise ValueError(f"{NAME}: teachers must be {wanted}, got none")
     if not isinstance(loss, FusedLinearKDLoss):
         raise TypeError(f"{NAME}: loss must be a FusedLinearKDLoss, got {type(loss).__name__}")
-    wanted = dict(reduction="batchmean", ignore_index=-100, logit_scale=1.0, softcap=None)
-    for name, value in wanted.items():
+    set_here = dict(reduction="batchmean", ignore_index=-100, logit_scale=1.0, softcap=None)
+    for name, value in set_here.items():
         if loss.options[name] != value:
             raise ValueError(
                 f"{NAME}: loss must have {name}={value!r}, which the trainer sets, got {loss.options[name]!r}"

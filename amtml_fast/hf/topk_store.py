@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from amtml_fast import checks
 from amtml_fast.hf.output_layer import NAME, OutputLayer, device_of_inputs
 from amtml_fast.reference import TopKTeacher
 
@@ -58,11 +59,14 @@ def store_topk(
     layer = OutputLayer(teacher, "store_topk: teacher")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layer.classes:
         raise ValueError(f"store_topk: k must be an int from 1 to {layer.classes}, got {k!r}")
-    if not temperature > 0:
-        raise ValueError(f"store_topk: temperature must be > 0, got {temperature}")
+    checks.number("store_topk", "temperature", temperature, 0, math.inf, above=True)
     for name, value in (("batch_size", batch_size), ("rows_per_file", rows_per_file)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"store_topk: {name} must be an int >= 1, got {value!r}")
+    if not hasattr(dataset, "__len__"):
+        raise TypeError(f"store_topk: dataset must have a length and rows, got {type(dataset).__name__}")
+    if not len(dataset):
+        raise ValueError("store_topk: dataset must have at least one row, got none")
     folder = Path(folder)
     facts = dict(
         k=k, temperature=float(temperature), classes=layer.classes, rows=len(dataset), rows_per_file=rows_per_file,

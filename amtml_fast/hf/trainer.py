@@ -1,5 +1,6 @@
 """A ``transformers.Trainer`` whose student learns from several teachers, by hidden states: no model's logits are held."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from amtml_fast import checks
 from amtml_fast.hf.adapter import HiddenAdapter, adapter_of
 from amtml_fast.hf.checks import check_arguments, check_divergence, check_teachers
 from amtml_fast.hf.output_layer import NAME, OutputLayer
@@ -80,8 +82,7 @@ class DistillationTrainer(Trainer):
         loss = FusedLinearKDLoss(temperature=1.0, alpha=0.5) if loss is None else loss
         args = TrainingArguments() if args is None else args
         check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
-        if not adapter_learning_rate > 0:
-            raise ValueError(f"{NAME}: adapter_learning_rate must be > 0, got {adapter_learning_rate}")
+        checks.number(NAME, "adapter_learning_rate", adapter_learning_rate, 0, math.inf, above=True)
         self.output_layer = OutputLayer(model, f"{NAME}: model")
         self.sources = [
             t if isinstance(t, StoredTopK) else OutputLayer(t, f"{NAME}: teachers[{i}]") for i, t in enumerate(teachers)

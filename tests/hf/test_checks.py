@@ -26,7 +26,7 @@ class Tokens:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(teachers=[]), TypeError, "teachers must be a list of one or more models"),
+        (dict(teachers=[]), ValueError, "teachers must be a list of one or more models or StoredTopK, got none"),
         (dict(teachers=llama()), TypeError, "teachers must be a list of one or more models"),
         (
             dict(teachers=[torch.nn.Linear(2, 2)]),
@@ -42,6 +42,8 @@ class Tokens:
         (dict(loss=af.FusedLinearKDLoss(reduction="sum")), ValueError, "loss must have reduction='batchmean'"),
         (dict(weighting="learned"), ValueError, "weighting must be one of uniform, adaptive, routed, got 'learned'"),
         (dict(weighting="routed"), ValueError, 'teachers must be two or more with weighting "routed", got 1'),
+        (dict(adapter_learning_rate="fast"), TypeError, "adapter_learning_rate must be a number .* got 'fast'"),
+        (dict(adapter_learning_rate=float("inf")), ValueError, "adapter_learning_rate must be a number .* got inf"),
         (dict(label_smoothing_factor=0.1), ValueError, "args.label_smoothing_factor must be 0 .* got 0.1"),
         (dict(compute_loss_func=print), ValueError, "compute_loss_func must be None"),
         (dict(teacher_tokenizers=[Tokens("a")]), ValueError, "teacher_tokenizers must be one for each of 1 teachers"),
@@ -86,6 +88,26 @@ def test_batches_and_stores_that_do_not_fit_are_named(tmp_path):
     other = [{**e, "input_ids": e["input_ids"][:5], "labels": e["labels"][:5]} for e in examples(4)]
     with pytest.raises(ValueError, match=r"must have .* tokens, as when .* was written, got 5"):
         trainer(tmp_path, student, [stored], other, loss=loss).train()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(k=0), ValueError, "k must be an int from 1 to 40, got 0"),
+        (dict(temperature=0), ValueError, "temperature must be a number .* got 0"),
+        (dict(temperature=float("inf")), ValueError, "temperature must be a number .* got inf"),
+        (dict(temperature="1"), TypeError, "temperature must be a number .* got '1'"),
+        (dict(batch_size=0), ValueError, "batch_size must be an int >= 1, got 0"),
+        (dict(dataset=[]), ValueError, "dataset must have at least one row, got none"),
+        (dict(dataset=(e for e in ())), TypeError, "dataset must have a length and rows, got generator"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_store_names_bad_input_and_writes_nothing(tmp_path, options, error, message):
+    given = dict(dataset=examples(4), k=4, data_collator=collate) | options
+    with pytest.raises(error, match="store_topk: " + message):
+        store_topk(llama(24, 1), given.pop("dataset"), tmp_path / "top", **given)
+    assert not (tmp_path / "top").exists()
 
 
 def sources(kinds, folder):

@@ -70,14 +70,6 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path):
             store_topk(teacher, data, tmp_path / "b", **{**options, **changed})
     with pytest.raises(FileExistsError, match="with teacher LlamaForCausalLM"):
         store_topk(llama(24, 2), data, tmp_path / "b", **options)
-    for wrong, message in (
-        (dict(k=0), "k must be an int from 1 to 40, got 0"),
-        (dict(temperature=0), "temperature must be > 0, got 0"),
-        (dict(batch_size=0), "batch_size must be an int >= 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match="store_topk: " + message):
-            store_topk(teacher, data, tmp_path / "c", **{**options, **wrong})
-    assert not (tmp_path / "c").exists()
 
 
 def shuffled(data):

@@ -73,9 +73,9 @@ def trainer(folder, student, teachers, data=None, evaluated=None, collator=colla
         per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
         disable_tqdm=True, save_strategy="no", seed=3, max_grad_norm=0,
     )  # fmt: skip
-    names = {"weighting", "loss", "teacher_tokenizers", "processing_class", "compute_loss_func", "model_init"} & set(
-        options
-    )
+    names = {
+        "weighting", "adapter_learning_rate", "loss", "teacher_tokenizers", "processing_class", "compute_loss_func", "model_init",
+    } & set(options)  # fmt: skip
     own = {name: options.pop(name) for name in names}
     args = TrainingArguments(str(folder), **{**arguments, **options})
     return DistillationTrainer(
