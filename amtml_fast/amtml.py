@@ -75,6 +75,10 @@ class AMTMLLoss(nn.Module):
     ):
         super().__init__()
         name = "AMTMLLoss"
+        if not isinstance(adapter, nn.Module):
+            raise TypeError(f"{name}: adapter must be a torch.nn.Module, got {type(adapter).__name__}")
+        if hints is not None and not isinstance(hints, nn.Module):
+            raise TypeError(f"{name}: hints must be a torch.nn.Module or None, got {type(hints).__name__}")
         checks.one_of(name, "reduction", reduction, [r for r in REDUCTIONS if r != "none"])
         checks.one_of(name, "mode", mode, MODES)
         checks.number(name, "temperature", temperature, 0, math.inf, above=True)

@@ -43,6 +43,12 @@ def number(function: str, name: str, value: object, low: float, high: float, *, 
         raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
 
 
+def count(function: str, name: str, value: object) -> None:
+    """How many there are: an int of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{function}: {name} must be an int >= 1, got {value!r}")
+
+
 def same_device(function: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{function}: {name} must be on {like.device} like {like_name}, got {value.device}")

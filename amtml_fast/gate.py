@@ -37,8 +37,7 @@ class TeacherGate(nn.Module):
     def __init__(self, num_teachers: int, classes: int):
         super().__init__()
         for name, value in (("num_teachers", num_teachers), ("classes", classes)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"TeacherGate: {name} must be an int >= 1, got {value!r}")
+            checks.count("TeacherGate", name, value)
         self.num_teachers, self.classes = num_teachers, classes
         wide = num_teachers * classes
         sizes = {"mean": (wide,), "scale": (wide,), "weight": (num_teachers, wide), "bias": (num_teachers,)}

@@ -43,8 +43,7 @@ class TeacherAdapter(nn.Module):
     def __init__(self, channels: int, num_teachers: int, *, pool: str = "max", init_scale: float | None = None):
         super().__init__()
         for name, value in (("channels", channels), ("num_teachers", num_teachers)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"TeacherAdapter: {name} must be an int >= 1, got {value!r}")
+            checks.count("TeacherAdapter", name, value)
         checks.one_of("TeacherAdapter", "pool", pool, POOLS)
         if init_scale is not None:
             checks.number("TeacherAdapter", "init_scale", init_scale, 0, math.inf)
@@ -325,6 +324,7 @@ class MultiGroupHintLoss(nn.Module):
         normalize: bool = False,
     ):
         super().__init__()
+        _check_channels(student_channels, teacher_channels)
         self.mapping = _hint_mapping(list(student_channels), len(teacher_channels), mapping, teacher_scores)
         self.normalize = normalize
         self.transforms = nn.ParameterDict()  # teacher index -> [c_t, c_s]
@@ -351,6 +351,19 @@ class MultiGroupHintLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mapping={self.mapping}, normalize={self.normalize}"
+
+
+def _check_channels(student_channels: Mapping[str, int], teacher_channels: Sequence[int]) -> None:
+    name = "MultiGroupHintLoss"
+    if not isinstance(student_channels, Mapping):
+        got = type(student_channels).__name__
+        raise TypeError(f"{name}: student_channels must be a dict group -> channels, got {got}")
+    if not isinstance(teacher_channels, Sequence):
+        raise TypeError(f"{name}: teacher_channels must be a list of channels, got {type(teacher_channels).__name__}")
+    for group, channels in student_channels.items():
+        checks.count(name, f"student_channels[{group!r}]", channels)
+    for t, channels in enumerate(teacher_channels):
+        checks.count(name, f"teacher_channels[{t}]", channels)
 
 
 def _hint_mapping(
@@ -392,6 +405,9 @@ def _hint_mapping(
             raise ValueError(f'{name}: teacher_scores must be validation accuracies for mapping "{mapping}", got None')
         if len(scores) != num_teachers:
             raise ValueError(f"{name}: teacher_scores must have {num_teachers} values, got {len(scores)}")
+        for t, score in enumerate(scores):
+            if score != score:  # NaN, by which nothing can be sorted
+                raise ValueError(f"{name}: teacher_scores[{t}] must be a number, got {score}")
         order = sorted(range(num_teachers), key=lambda t: scores[t], reverse=mapping == "best_low")
     step = (len(groups) - 1) / max(num_teachers - 1, 1)  # spread over the groups, ends included
     places = (

@@ -61,8 +61,7 @@ def store_topk(
         raise ValueError(f"store_topk: k must be an int from 1 to {layer.classes}, got {k!r}")
     checks.number("store_topk", "temperature", temperature, 0, math.inf, above=True)
     for name, value in (("batch_size", batch_size), ("rows_per_file", rows_per_file)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"store_topk: {name} must be an int >= 1, got {value!r}")
+        checks.count("store_topk", name, value)
     if not hasattr(dataset, "__len__"):
         raise TypeError(f"store_topk: dataset must have a length and rows, got {type(dataset).__name__}")
     if not len(dataset):

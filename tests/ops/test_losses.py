@@ -169,6 +169,13 @@ def test_modules_are_their_functions():
 BAD = [
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**{k: v for k, v in _batch().items() if k != "teacher_maps"}), "must be given exactly when hints are"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T))(**_batch()), "must be given exactly when hints are"),
+    (lambda: af.AMTMLLoss(None), "AMTMLLoss: adapter must be a torch.nn.Module, got NoneType"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), hints=[_hints()]), "AMTMLLoss: hints must be a torch.nn.Module or None, got list"),
+    (lambda: af.MultiGroupHintLoss([4, 8], [3, 3]), "MultiGroupHintLoss: student_channels must be a dict group -> channels, got list"),
+    (lambda: af.MultiGroupHintLoss({"a": 4, "b": 8}, 3), "MultiGroupHintLoss: teacher_channels must be a list of channels, got int"),
+    (lambda: af.MultiGroupHintLoss({"a": 4, "b": 0}, [3, 3], mapping="random"), r"MultiGroupHintLoss: student_channels\['b'\] must be an int >= 1, got 0"),
+    (lambda: af.MultiGroupHintLoss({"a": 4, "b": 8}, [3, 3.5], mapping="random"), r"MultiGroupHintLoss: teacher_channels\[1\] must be an int >= 1, got 3.5"),
+    (lambda: af.MultiGroupHintLoss({"a": 4, "b": 8}, [3, 3], teacher_scores=[0.9, float("nan")]), r"MultiGroupHintLoss: teacher_scores\[1\] must be a number, got nan"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T + 1), _hints())(**_batch()), r"AMTMLLoss: the adapter.s weights must be \[12, 3\] for 12 rows and 3 teachers, got \[12, 4\]"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D + 1, T), _hints())(**_batch()), "theta must be"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**dict(_batch(), teacher_logits=[torch.randn(N, C + 1)] * T)), r"AMTMLLoss: teacher_logits\[0\] must be \[12, 7\]"),
