@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from vocabulary_parts import (
-    MODES,
     Built,
     C,
     Cut,
@@ -38,6 +37,7 @@ from vocabulary_parts import (
 
 import amtml_fast as af
 from amtml_fast import checks
+from amtml_fast.ops.divergence import ALL_MODES
 
 CALLS: dict[str, Callable[[int, Any], Any]] = {}
 
@@ -132,7 +132,7 @@ def digits_of_float64(rank: int, group: Any) -> float:
         given = [top.indices] * 3, [top.values] * 3, None
         out = max(out, far(loss, (cut(z, 1), *given), (z, *given)))
     z, t = z.float(), t.float()
-    for mode in MODES:
+    for mode in ALL_MODES:
         loss = functools.partial(af.multi_teacher_kd_loss, mode=mode)
         out = max(out, far(loss, (cut(z, 1), [cut(t, 1)], w), (z, [t], w)))
     return out

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from backends import cpu_only
 from torch import Tensor
 from vocabulary_parts import (
-    MODES,
     Built,
     C,
     Cut,
@@ -34,9 +33,7 @@ from vocabulary_parts import (
 )
 
 import amtml_fast as af
-
-DIVERGENCES = "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"
-
+from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
 
 # --- what makes inputs hard
 
@@ -111,7 +108,7 @@ def case(name: str, build: Callable, **options: Any) -> None:
     CASES[name] = functools.partial(build, **options)
 
 
-for _i, (_d, _m) in enumerate(itertools.product(DIVERGENCES, MODES)):
+for _i, (_d, _m) in enumerate(itertools.product(DIVERGENCES, ALL_MODES)):
     _shared = dict(divergence=_d, mode=_m, return_stats=True)
     case(f"dense {_d} {_m}", dense, **_shared, label_smoothing=0.1 * (_i % 2), rows=_i % 2 == 0, reduction="none")
     case(f"dense {_d} {_m} near", dense, **_shared, dtype=torch.float32, change=near, temperature=2.0)
@@ -144,7 +141,7 @@ case("dense ignore_index is a class", dense, ignore_index=0, return_stats=True, 
 case("dense float32", dense, dtype=torch.float32, **_PLAIN)
 case("dense bfloat16", dense, dtype=torch.bfloat16, **_PLAIN)
 case("dense float16", dense, dtype=torch.float16, divergence="jsd", **_PLAIN)
-for _m in MODES:
+for _m in ALL_MODES:
     case(f"dense far off {_m}", dense, dtype=torch.float32, change=shifted, mode=_m, temperature=1.0)
 case("dense cold", dense, dtype=torch.float32, temperature=0.05, divergence="jsd")
 for _d in DIVERGENCES:

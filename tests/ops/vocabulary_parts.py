@@ -12,7 +12,6 @@ from torch import Tensor
 import amtml_fast as af
 
 N, C, T, H = 7, 24, 3, 5
-MODES = "mixture", "sum", "logits"
 Cut = Callable[[Tensor, int], Tensor]  # the part of this process, of a tensor with classes in this dimension
 Built = tuple[dict[str, Tensor], Callable]  # leaves, and the loss of them
 
