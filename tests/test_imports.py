@@ -189,3 +189,17 @@ def test_a_planted_circle_is_found(tmp_path: Path, first: str, second: str) -> N
     (package / "room" / "c.py").write_text("from ..a import g")
     found = circles(all_imports(package))
     assert len(found) == 1 and "planted.a" in found[0] and len(found[0]) == 2
+
+
+def test_what_language_models_need_is_named() -> None:
+    code = """
+import sys
+sys.modules["accelerate"] = sys.modules["transformers"] = None  # as where they are not installed
+try:
+    import amtml_fast.hf
+except ModuleNotFoundError as error:
+    assert str(error) == 'amtml_fast.hf: the package accelerate is missing; pip install "amtml-fast[hf]"', error
+else:
+    raise SystemExit("imported")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
