@@ -137,7 +137,7 @@ dist: $(TESTABLE)  # sdist and abi3 wheel, installed into an empty environment a
 lint: .venv/packages-test
 	$(BIN)/pip install -q ruff mypy clang-format pre-commit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/cuda_emulator/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp
 
 # Packages in two sizes and kernels in three. The larger stands for the smaller: after `make test`, `make train` has nothing to do.
 # Packages are byte-compiled when they are imported: a run imports a quarter of torch.

@@ -176,7 +176,7 @@ __device__ __forceinline__ unsigned cluster_rank() {
 // A barrier of all threads of the cluster: of the block, where there are none.
 __device__ __forceinline__ void cluster_sync() {
 #ifdef AMTML_EMULATED_CUDA
-  emulation::wait(emulation::machine().cluster.barrier);
+  emulation::wait(emulation::machine().cluster.barrier, 0);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cooperative_groups::this_cluster().sync();
 #else

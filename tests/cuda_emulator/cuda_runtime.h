@@ -3,12 +3,16 @@
 // Every CUDA thread is a fiber with a stack of its own; barriers and warp shuffles switch between fibers. Blocks run
 // one after another (those of a cluster together), with threads in rising order in one and in falling order in the
 // next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. exp2f and expf
-// err like the GPU's own. What it cannot show: speed, the rounding of its logf, races inside a warp.
+// err like the GPU's own. It stops where threads of a block or a warp wait on different lines of the source, at
+// shuffles with lanes that have left, behind the end of shared memory, and at launches that no GPU takes
+// (test_emulator.py). What it cannot show: speed, the rounding of its logf, products that become part of an addition,
+// races inside a warp.
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -18,6 +22,7 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -51,15 +56,17 @@ inline const char* cudaGetErrorString(cudaError_t) { return "none"; }
 
 namespace emulation {
 
-constexpr size_t kStack = 128 << 10;
+constexpr size_t kStack = 128 << 10, kBehind = 256;  // kBehind: bytes after shared memory that nobody may touch
 constexpr unsigned kWarp = 32;
 
 struct Barrier {
   unsigned live = 0, arrived = 0, generation = 0;
+  int line = 0;  // where its first thread waits
 };
 
 struct Warp {
   Barrier barrier;
+  unsigned lanes = 0;  // a bit for each that has not left
   alignas(16) unsigned char slot[kWarp][16];
 };
 
@@ -103,6 +110,8 @@ inline Machine*& current() {
 }
 inline Machine& machine() { return *current(); }
 
+inline void fail(const char* what) { machine().failure = std::string("CUDA emulation: ") + what; }
+
 inline void yield() {
   Machine& m = machine();
   if (_setjmp(m.thread->place) == 0) _longjmp(m.scheduler_place, 1);
@@ -115,8 +124,11 @@ inline void release(Barrier& b) {
   ++machine().progress;
 }
 
-inline void wait(Barrier& b) {
+// At `line` of the source: there all threads of the barrier have to wait.
+inline void wait(Barrier& b, int line) {
   const unsigned generation = b.generation;
+  if (b.arrived == 0) b.line = line;
+  if (b.line != line) fail("threads wait at different barriers");
   ++b.arrived;
   release(b);
   while (b.generation == generation) yield();
@@ -128,13 +140,14 @@ inline Warp& warp() {
 }
 
 template <class T>
-T exchange(T value, unsigned source) {
+T exchange(T value, unsigned source, int line) {
   static_assert(sizeof(T) <= 16, "a shuffle moves at most 16 bytes");
   Warp& w = warp();
   std::memcpy(w.slot[machine().thread->linear % kWarp], &value, sizeof(T));
-  wait(w.barrier);
+  wait(w.barrier, line);
+  if (!(w.lanes >> source % kWarp & 1)) fail("a shuffle asks a lane that is not there");
   std::memcpy(&value, w.slot[source % kWarp], sizeof(T));
-  wait(w.barrier);
+  wait(w.barrier, line);
   return value;
 }
 
@@ -149,7 +162,8 @@ inline void run_thread() {
   Thread& t = *m.thread;
   t.done = true;
   ++m.progress;
-  leave(t.block->warps[t.linear / kWarp].barrier);
+  warp().lanes &= ~(1u << t.linear % kWarp);
+  leave(warp().barrier);
   leave(t.block->barrier);
   leave(m.cluster.barrier);
   _longjmp(m.scheduler_place, 1);
@@ -186,7 +200,8 @@ inline unsigned& early_launches() {
 }
 
 // A kernel on its way. One that may start early does: its first cluster runs as far as it gets before the kernel in
-// front of it is run at all. What it reads too soon is not there yet.
+// front of it is run at all, nor, where that is an early one, the kernel in front of that. What it reads too soon is
+// not there yet.
 class Run {
  public:
   explicit Run(Launch launch) : launch_(std::move(launch)), number_(++launches()) {
@@ -221,14 +236,15 @@ class Run {
       block.index = dim3(at % m.grid.x, at / m.grid.x % m.grid.y, at / m.grid.x / m.grid.y);
       block.barrier = {per_block(), 0, 0};
       block.warps.resize((per_block() + kWarp - 1) / kWarp);
-      block.shared.reset(new unsigned char[launch_.shared_bytes]);
-      std::memset(block.shared.get(), 0xff, launch_.shared_bytes);
+      block.shared.reset(new unsigned char[launch_.shared_bytes + kBehind]);
+      std::memset(block.shared.get(), 0xff, launch_.shared_bytes + kBehind);
       for (unsigned i = 0; i < per_block(); ++i) {
         Thread& t = threads_[b * per_block() + i];
         t.index = dim3(i % m.block.x, i / m.block.x % m.block.y, i / m.block.x / m.block.y);
         t.linear = i, t.block = &block, t.started = t.done = t.waited = false;
         if (!t.stack) t.stack.reset(new unsigned char[kStack]);
         ++block.warps[i / kWarp].barrier.live;
+        block.warps[i / kWarp].lanes |= 1u << i % kWarp;
       }
     }
   }
@@ -249,6 +265,11 @@ class Run {
       if (!running) break;
       if (machine_.progress == before) return false;
     }
+    for (const Block& block : machine_.cluster.blocks) {
+      const unsigned char *behind = block.shared.get() + launch_.shared_bytes, untouched = 0xff;
+      const bool whole = std::count(behind, behind + kBehind, untouched) == kBehind;
+      if (!whole) throw std::runtime_error("CUDA emulation: written behind shared memory");
+    }
     for (const Thread& t : threads_) {
       if (launch_.early && !t.waited) throw std::runtime_error("CUDA emulation: an early kernel must wait");
     }
@@ -261,10 +282,10 @@ class Run {
   std::vector<Thread> threads_;
 };
 
-// The last launch: it is run when the next one comes, or the stream is waited for.
-inline std::unique_ptr<Run>& last() {
-  static thread_local std::unique_ptr<Run> the;
-  return the;
+// The last launch and early ones behind it: they are run when one comes that is not early, or the stream is waited for.
+inline std::vector<std::unique_ptr<Run>>& under_way() {
+  static thread_local std::vector<std::unique_ptr<Run>> all;
+  return all;
 }
 
 // What kernels on their way read and write may have been freed by the host: it lives until they have ended.
@@ -279,18 +300,22 @@ inline int& depth() {
 }
 
 inline void settle(bool run_it = true) {
-  const auto run = std::move(last());
-  if (run && run_it) run->finish();
+  for (const auto& run : std::exchange(under_way(), {})) {
+    if (run_it) run->finish();
+  }
   if (depth() == 0) kept().clear();
 }
 
 inline void launch(Launch launch) {
+  const dim3 grid = launch.grid, block = launch.block;
+  const bool fits = grid.x < 1u << 31 && grid.y < 1 << 16 && grid.z < 1 << 16 && grid.x % launch.cluster == 0 &&
+                    launch.cluster <= 8 && uint64_t{block.x} * block.y * block.z <= 1024;
+  if (!fits || launch.shared_bytes > 227 << 10) throw std::runtime_error("CUDA emulation: no GPU takes such a launch");
   early_launches() += launch.early;
   if (!launch.early) settle();
   auto next = std::make_unique<Run>(std::move(launch));
-  if (last()) next->start();
-  settle();
-  last() = std::move(next);
+  if (!under_way().empty()) next->start();
+  under_way().push_back(std::move(next));
 }
 
 inline void wait_for_previous() {
@@ -307,20 +332,24 @@ inline void wait_for_previous() {
 #define blockDim (emulation::machine().block)
 #define gridDim (emulation::machine().grid)
 
-inline void __syncthreads() { emulation::wait(emulation::machine().thread->block->barrier); }
-inline void __syncwarp(unsigned = ~0u) { emulation::wait(emulation::warp().barrier); }
+inline void __syncthreads(int line = __builtin_LINE()) {
+  emulation::wait(emulation::machine().thread->block->barrier, line);
+}
+inline void __syncwarp(unsigned = ~0u, int line = __builtin_LINE()) {
+  emulation::wait(emulation::warp().barrier, line);
+}
 inline unsigned atomicOr(unsigned* at, unsigned bits) {
   const unsigned before = *at;
   *at |= bits;
   return before;
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int by) {
-  return emulation::exchange(value, emulation::machine().thread->linear ^ by);
+T __shfl_xor_sync(unsigned, T value, int by, int line = __builtin_LINE()) {
+  return emulation::exchange(value, emulation::machine().thread->linear ^ by, line);
 }
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulation::exchange(value, lane);
+T __shfl_sync(unsigned, T value, int lane, int line = __builtin_LINE()) {
+  return emulation::exchange(value, lane, line);
 }
 
 using std::max;
@@ -329,7 +358,10 @@ inline float __fmul_rn(float a, float b) {
   volatile float product = a * b;  // not contracted with an addition
   return product;
 }
-inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fadd_rn(float a, float b) {
+  volatile float first = a;  // nor is a product that is added here
+  return first + b;
+}
 inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
 inline double __dmul_rn(double a, double b) {
   volatile double product = a * b;
