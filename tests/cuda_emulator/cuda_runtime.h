@@ -5,8 +5,8 @@
 // next, so that a missing barrier shows as a wrong number in one of them. Shared memory starts as NaN. exp2f and expf
 // err like the GPU's own. It stops where threads of a block or a warp wait on different lines of the source, at
 // shuffles with lanes that have left, behind the end of shared memory, and at launches that no GPU takes
-// (test_emulator.py). What it cannot show: speed, the rounding of its logf, products that become part of an addition,
-// races inside a warp.
+// (test_emulator.py). What it cannot show: speed, the rounding of its logf, races inside a warp; and products that
+// become part of an addition, but with the compiler's flags that CONTRIBUTING.md has.
 #pragma once
 
 #include <setjmp.h>
