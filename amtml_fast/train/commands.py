@@ -174,20 +174,21 @@ def compare(
         check_shared(asked)
         say_one_process(display)
         from .compare import results, session
+        from .run.stop import told
 
         for settings in asked[1:]:  # the first is checked as it begins
-            session.Session(settings, display, fresh=fresh).check()
-        outcomes, trained = [], set[Path]()
-        for settings in asked:
-            outcomes.append(session.compare(settings, display, fresh=fresh, kept=trained))
-            trained |= {settings.teacher_folder(teacher.name) for teacher in settings.teachers}
-        by_folder = dict(zip(folders, outcomes, strict=True))
-        for settings, outcome in zip(asked, outcomes, strict=True):
-            show_outcome(settings, outcome, display)
-        for file in files:
-            if len(file) > 1:
-                founds = {settings.folder.name: by_folder[settings.folder].found for settings in file}
-                results.show_digest(file[0].folder.parent, founds, display)
+            session.Session(settings, display).check()
+        outcomes = [session.compare(asked[0], display, fresh=asked if fresh else ())]
+        with told(lambda: f"stopped; {len(outcomes)} of {len(asked)} comparisons are finished"):
+            for settings in asked[1:]:
+                outcomes.append(session.compare(settings, display))
+            by_folder = dict(zip(folders, outcomes, strict=True))
+            for settings, outcome in zip(asked, outcomes, strict=True):
+                show_outcome(settings, outcome, display)
+            for file in files:
+                if len(file) > 1:
+                    founds = {settings.folder.name: by_folder[settings.folder].found for settings in file}
+                    results.show_digest(file[0].folder.parent, founds, display)
     if any(outcome.failed for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -326,9 +327,11 @@ def friendly(resume: str = "") -> Iterator[Display]:
             yield display
     except KeyboardInterrupt as stop:
         if main_process:
-            words = [word for word in sys.argv[1:] if word != "--fresh"]  # --fresh again would throw the epochs away
-            words += [resume] if resume and resume not in words else []
-            stopped = str(stop) or "stopped before anything was trained"
+            stopped = str(stop)
+            # What is to be started over is marked by now: --fresh again would throw away what was trained since.
+            words = [word for word in sys.argv[1:] if word != "--fresh" or not stopped]
+            words += [resume] if resume and not {resume, "--fresh"} & set(words) else []
+            stopped = stopped or "stopped before anything was trained"
             print(f"\n{stopped}\nTo go on: {shlex.join(['amtml-fast', *words])}", file=sys.stderr)
         raise typer.Exit(130) from None
     except ModuleNotFoundError:

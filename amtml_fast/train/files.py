@@ -37,7 +37,7 @@ def write_atomic(path: Path, *content: bytes | memoryview) -> None:
         size, free = sum(memoryview(piece).nbytes for piece in content), shutil.disk_usage(path.parent).free
         raise DiskError(
             f"{path}: {error.strerror or error}: {size:,} bytes to write, {free:,} free on the disk. The file that was "
-            "there before is whole; make room, and the same command goes on from it."
+            "there before is whole; make room, and the same command (without --fresh) goes on from it."
         ) from None
 
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Collection
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from ..config.schema import Config
 from ..data.images import ImageData
 from ..progress import Display
 from ..run import preflight
-from ..run.folder import Diverged, Run, alone
+from ..run.folder import Diverged, alone
 from ..run.job import need_hints, teacher_job
 from ..run.prepare import load_data, load_teachers, make_accelerator, say_choices
+from ..run.stop import how_many, told
 from ..run.tasks import say_result
-from ..run.trainer import finished, train
+from ..run.trainer import finished, start_over, train
 from ..teachers import frozen
 from . import results, workers
 from .plan import plan
@@ -29,9 +31,8 @@ TEACH, DISTILL = "teach", "distill"
 class Session:
     """The jobs of a configuration, and what is loaded once for all of them: the data and the teachers."""
 
-    def __init__(self, config: Config, display: Display, *, fresh: bool = False, kept: Collection[Path] = ()) -> None:
-        """fresh: trains all anew, but for what is in the folders `kept`."""
-        self.config, self.display, self.fresh, self.kept, self.settled = config, display, fresh, kept, False
+    def __init__(self, config: Config, display: Display) -> None:
+        self.config, self.display, self.settled = config, display, False
         self.jobs = {
             TEACH: [teacher_job(config, teacher) for teacher in config.teachers if not teacher.model.brings_weights],
             DISTILL: plan(config),
@@ -51,7 +52,7 @@ class Session:
         job = self.jobs[phase][position]
         teachers = self.teachers if job.method.needs_teachers else None
         try:
-            say_result(job, train(job, self.data, teachers, self.display, fresh=self.fresh), self.display)
+            say_result(job, train(job, self.data, teachers, self.display), self.display)
         except Diverged as error:
             if phase == TEACH:
                 raise
@@ -70,11 +71,7 @@ class Session:
     def waiting(self, phase: str) -> list[workers.Task]:
         """What is not finished yet. RunError, before anything is trained, for a folder that holds something else."""
         jobs = enumerate(self.jobs[phase])
-        return [
-            workers.Task(phase, i, job.title)
-            for i, job in jobs
-            if (self.fresh and job.folder not in self.kept) or not finished(job, self.data)
-        ]
+        return [workers.Task(phase, i, job.title) for i, job in jobs if not finished(job, self.data)]
 
     def run(self, phase: str) -> None:
         """Trains what is missing, side by side where the configuration or the machine has more than one place for it."""
@@ -92,7 +89,7 @@ class Session:
 
             if several:
                 _ = self.data  # what has to be downloaded comes once, before the workers look for it
-                workers.run(Session, self.config, tasks, self.display, fresh=self.fresh, done=done)
+                workers.run(Session, self.config, tasks, self.display, done=done)
             else:
                 for task in tasks:
                     self.train(phase, task.position)
@@ -109,25 +106,22 @@ class Outcome:
     failed: dict[str, str]
 
 
-def compare(config: Config, display: Display, *, fresh: bool = False, kept: Collection[Path] = ()) -> Outcome:
+def compare(config: Config, display: Display, *, fresh: Sequence[Config] = ()) -> Outcome:
     """Trains the teachers and every student that is not finished yet, and writes tables and pictures. RunError where
-    another comparison is at work in the same folder."""
+    another comparison is at work in the same folder. fresh: comparisons whose runs are all to be started over."""
     began = time.perf_counter()
-    session = Session(config, display, fresh=fresh, kept=kept)
+    session = Session(config, display)
     session.check()
+    start_over([job for each in fresh for job in chain(*Session(each, display).jobs.values())], display)
     accelerator = make_accelerator(config.engine, config.folder)
     with ExitStack() as stack:
         stack.enter_context(alone(config.folder, accelerator, display))
         stack.callback(gc.unfreeze)
-        for phase in (TEACH, DISTILL):
-            try:
-                session.run(phase)
-            except KeyboardInterrupt as stop:
-                jobs = session.jobs[phase]
-                done = sum(Run(job.folder).finished() for job in jobs)
-                what = "teachers" if phase == TEACH else "students"
-                raise KeyboardInterrupt(str(stop) or f"stopped; {done} of {len(jobs)} {what} are finished") from None
+        with told(lambda: how_many(session.jobs[TEACH], "teachers")):
+            session.run(TEACH)
         jobs, data = session.jobs[DISTILL], session.data
+        stack.enter_context(told(lambda: how_many(jobs, "students")))
+        session.run(DISTILL)
         teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
         found = results.collect(config, jobs, teachers, data)
         files, failed = list[Path](), dict[str, str]()

@@ -39,7 +39,7 @@ class Task(NamedTuple):
 class Trains(Protocol):
     """The interface of session.Session. It is passed in because session.py imports this file."""
 
-    def __init__(self, config: Config, display: Display, *, fresh: bool = False) -> None: ...
+    def __init__(self, config: Config, display: Display) -> None: ...
 
     def train(self, phase: str, position: int) -> None: ...
 
@@ -57,7 +57,6 @@ def run(
     tasks: Iterable[Task],
     display: Display,
     *,
-    fresh: bool,
     done: Callable[[Task], None],
 ) -> None:
     """Trains the tasks in count(config) processes, done(task) after each. Every process makes a `session` of its own.
@@ -66,7 +65,7 @@ def run(
     been stopped, with what they had after their last epoch on the disk.
     """
     queue = deque(tasks)
-    team = [Worker(number, session, config, fresh) for number in range(min(count(config), len(queue)))]
+    team = [Worker(number, session, config) for number in range(min(count(config), len(queue)))]
     try:
         for worker in team:
             worker.give(queue.popleft())
@@ -90,12 +89,12 @@ def run(
 class Worker:
     """The parent's side of one process."""
 
-    def __init__(self, number: int, session: type[Trains], config: Config, fresh: bool) -> None:
+    def __init__(self, number: int, session: type[Trains], config: Config) -> None:
         context: Any = multiprocessing.get_context(how := start_method(config))
         context.set_forkserver_preload(["torch._dynamo", session.__module__])
         self.connection, theirs = context.Pipe()
         environment = dict(os.environ) if how == "forkserver" else {}
-        self.process = context.Process(target=work, args=(theirs, session, share(config), fresh, environment))
+        self.process = context.Process(target=work, args=(theirs, session, share(config), environment))
         with its_gpu(config, number):
             self.process.start()
         theirs.close()
@@ -115,7 +114,7 @@ class Worker:
             title = self.task.title if self.task else "starting"
             raise RunError(
                 f"{title}: its process ended with exit code {self.process.exitcode}; what it had after its last epoch is "
-                "kept, and the same command goes on from there"
+                "kept, and the same command (without --fresh) goes on from there"
             ) from None
         if kind == "failed":
             raise args[0]
@@ -155,9 +154,7 @@ def start_method(config: Config) -> str:
     return "forkserver" if "forkserver" in methods and not gpus(config) else "spawn"
 
 
-def work(
-    connection: Connection, session: type[Trains], config: Config, fresh: bool, environment: dict[str, str]
-) -> None:
+def work(connection: Connection, session: type[Trains], config: Config, environment: dict[str, str]) -> None:
     """The worker's side: trains what it is given until its pipe is closed."""
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal: the parent's word counts
@@ -170,7 +167,7 @@ def work(
             raise KeyboardInterrupt from None  # nobody is there to show it to
 
     try:
-        jobs = session(config, RemoteDisplay(send), fresh=fresh)
+        jobs = session(config, RemoteDisplay(send))
         while True:
             task = connection.recv()
             jobs.train(task.phase, task.position)

@@ -58,12 +58,22 @@ class Run:
         self.record = folder / "run.json"
         self.result = folder / "result.json"
         self.config = folder / "config.yaml"
+        self.mark = folder / ".start-over"
 
     def exists(self) -> bool:
         return self.record.is_file()
 
     def finished(self) -> bool:
-        return self.exists() and bool(self.read_record().get("finished"))
+        return self.exists() and not self.outdated() and bool(self.read_record().get("finished"))
+
+    def outdated(self) -> bool:
+        """Whether what is here is to be started over, by --fresh of a command that did not come to it."""
+        return self.mark.is_file()
+
+    def start_over(self) -> None:
+        """Makes it `outdated`, until `clear`."""
+        if self.writes:
+            self.mark.touch()
 
     def read_record(self) -> dict[str, Any]:
         return read_json(self.record)
@@ -143,12 +153,12 @@ class Run:
 
     def clear(self) -> None:
         """Removes what an earlier run left here, and nothing that this library did not write. The checkpoint goes first and
-        the record last: whoever is stopped in between leaves nothing to go on from under another recipe."""
+        the record and the mark last: whoever is stopped in between leaves nothing to go on from under another recipe."""
         if self.writes and self.folder.is_dir():
             self.remove_unfinished()
             files = [self.checkpoint, self.result, self.metrics, self.config]
             files += [self.folder / name for name in WEIGHTS]
-            files += [*self.folder.glob("tensorboard/**/events.out.tfevents.*"), self.record]
+            files += [*self.folder.glob("tensorboard/**/events.out.tfevents.*"), self.record, self.mark]
             for path in files:
                 path.unlink(missing_ok=True)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from .folder import Run
 from .job import Job
 
 
@@ -16,6 +19,19 @@ class Interrupted(KeyboardInterrupt):
         more = f" and {step} steps of the next one" if step else ""
         super().__init__(f"{job.title}: stopped; {done} of {job.train.epochs} epochs{more} are safe in {job.folder}")
         self.job, self.done, self.step = job, done, step
+
+
+@contextmanager
+def told(words: Callable[[], str]) -> Iterator[None]:
+    """A stop in the block that says nothing itself says this: it is no longer one before anything was done."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or words()) from None
+
+
+def how_many(jobs: Sequence[Job], what: str) -> str:
+    return f"stopped; {sum(Run(job.folder).finished() for job in jobs)} of {len(jobs)} {what} are finished"
 
 
 class Stop:

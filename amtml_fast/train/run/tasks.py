@@ -17,8 +17,9 @@ from . import preflight
 from .folder import Run
 from .job import Job, one_job, teacher_job
 from .prepare import load_teachers, same_data, say_choices
+from .stop import how_many, told
 from .timing import shares
-from .trainer import train
+from .trainer import start_over, train
 
 
 def teach(config: Config, data: ImageData, display: Display, *, resume: bool = True, fresh: bool = False) -> list[Run]:
@@ -31,10 +32,13 @@ def teach(config: Config, data: ImageData, display: Display, *, resume: bool = T
     for teacher in config.teachers:
         if teacher not in trained:
             display.say(f"teacher {teacher.name}: brings its weights")
+    if fresh:
+        start_over(jobs, display)
     runs = []
-    for job in jobs:
-        runs.append(train(job, data, None, display, resume=resume, fresh=fresh))
-        say_result(job, runs[-1], display)
+    with told(lambda: how_many(jobs, "teachers")):
+        for job in jobs:
+            runs.append(train(job, data, None, display, resume=resume))
+            say_result(job, runs[-1], display)
     return runs
 
 

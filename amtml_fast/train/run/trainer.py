@@ -59,10 +59,8 @@ def train(
     run = Run(job.folder, writes=accelerator.is_main_process)
     with accelerator.main_process_first():  # the recipe of a pretrained teacher may have to fetch it
         recipe = job.recipe()
-    if fresh and job.weights and Path(job.weights).resolve().parent == run.folder.resolve():
-        raise RunError(
-            f"{run.folder}: --fresh would remove {job.weights}, which this run starts from. Move it elsewhere."
-        )
+    if fresh:
+        keeps_its_start(job)
     ready = not fresh and run.finished() and finished(job, data)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     if ready:
@@ -70,6 +68,7 @@ def train(
     with alone(run.folder, accelerator, display):
         if not fresh and finished(job, data, resume=resume):  # by another process, after we had looked
             return run
+        fresh = fresh or run.outdated()
         accelerator.wait_for_everyone()
         known = data.fingerprint(of_teachers=job.teacher is not None)
         data, memory = data.to(accelerator.device), PeakMemory(accelerator.device)
@@ -100,7 +99,7 @@ def train(
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise RunError(
                     f"{job.title}: another of the {accelerator.num_processes} processes has gone ({reason}). What was saved last "
-                    f"in {job.folder} is whole, and the same command goes on from there."
+                    f"in {job.folder} is whole, and the same command (without --fresh) goes on from there."
                 ) from None
             finally:
                 # Not end_training(): it would also end the process group, which the next run needs.
@@ -111,12 +110,34 @@ def train(
     return run
 
 
+def start_over(jobs: Sequence[Job], display: Display) -> None:
+    """Marks what earlier runs of these jobs left: each is removed when its job is trained, by this command or a later one.
+    RunError where another process is at work in one of the folders."""
+    for job in jobs:
+        keeps_its_start(job)
+    for job in jobs:
+        accelerator = make_accelerator(job.config.engine, job.folder)
+        run = Run(job.folder, writes=accelerator.is_main_process)
+        if run.exists() or run.checkpoint.is_file():
+            with alone(job.folder, accelerator, display):
+                run.start_over()
+            accelerator.wait_for_everyone()
+
+
+def keeps_its_start(job: Job) -> None:
+    """RunError where a run that starts over would remove the weights that it starts from."""
+    if job.weights and Path(job.weights).resolve().parent == job.folder.resolve():
+        raise RunError(
+            f"{job.folder}: --fresh would remove {job.weights}, which this run starts from. Move it elsewhere."
+        )
+
+
 def finished(job: Job, data: ImageData, *, resume: bool = True) -> bool:
     """True if the folder holds this very run, finished. RunError if it holds another, or one not to be resumed."""
-    run, recipe = Run(job.folder), job.recipe()
-    if not run.exists():
+    run = Run(job.folder)
+    if not run.exists() or run.outdated():
         return False
-    record = run.read_record()
+    record, recipe = run.read_record(), job.recipe()
     different = differences(record.get("recipe", {}), recipe)
     if different:
         shown = "; ".join(f"{key}: {there!r} there, {here!r} here" for key, there, here in different[:3])
