@@ -16,6 +16,7 @@ from small_run import QUIET, Place
 from amtml_fast.train.config.schema import ConfigError
 from amtml_fast.train.data.images import ImageData, ImageSet
 from amtml_fast.train.files import RunError
+from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.prepare import load_data
 from amtml_fast.train.run.tasks import distill, evaluate, teach
 
@@ -96,3 +97,53 @@ def test_eval_is_of_the_runs_own_split_and_normalization(place: Place) -> None:
     shifted = ImageData(**{**vars(load_data(place.load(ONE))), "mean": (0.9,), "std": (0.1,)})
     assert evaluate(again, data, run.folder, "test")[1] == result["test_accuracy"]
     assert evaluate(again, shifted, run.folder, "test")[1] == result["test_accuracy"]
+
+
+NETS = """
+from torch import nn
+
+
+def net(num_classes, in_channels, slope=0.0):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.LeakyReLU(slope), nn.Linear(16, num_classes))
+
+
+def other(num_classes, in_channels):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, num_classes))
+"""
+
+
+def test_another_network_with_the_same_weights_is_another_run(place: Place) -> None:
+    (place.folder / "two_nets.py").write_text(NETS)
+    own = "teachers=[{name: a, model: {factory: 'two_nets:net'}}]"
+    settings = place.load(own, "name=own")
+    teach(settings, load_data(settings), QUIET)
+    file = settings.teacher_folder("a") / "model.safetensors"
+
+    def train(factory: str, args: str = "{}", resume: bool = False) -> Run:
+        given = f"teachers=[{{name: a, model: {{factory: 'two_nets:{factory}', args: {args}, weights: {file}}}}}]"
+        return place.train(given, "name=own", ONE, method="avg_mkd", resume=resume)
+
+    run = train("net")
+    differ = [
+        ("other", "{}", r"networks\.a\.factory: 'two_nets:net' there"),
+        ("net", "{slope: 0.5}", r"networks\.a\.args\.slope"),
+    ]
+    for earlier in (False, True):
+        if earlier:  # as earlier versions wrote it
+            record, state = run.read_record(), run.load_checkpoint()
+            for recipe in (record["recipe"], state["of"]["recipe"]):
+                del recipe["networks"]
+            run.write_record(record)
+            run.save_checkpoint(state)
+        for factory, args, message in differ:
+            with pytest.raises(RunError, match=message):
+                train(factory, args)
+        stamp = run.record.stat().st_mtime_ns
+        assert train("net").record.stat().st_mtime_ns == stamp
+    run.write_record(record | {"finished": False})
+    assert train("net", resume=True).finished()
+    run.config.unlink()  # nobody knows
+    run.write_record(
+        run.read_record() | {"recipe": {k: v for k, v in run.read_record()["recipe"].items() if k != "networks"}}
+    )
+    assert train("other").finished()

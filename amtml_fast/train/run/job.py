@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import environment
 from ..config.checks import teacher_train
-from ..config.reading import changed
+from ..config.reading import changed, load
 from ..config.schema import Config, ConfigError, StudentConfig, TeacherConfig, TrainConfig, to_dict
 from ..files import sha256
 from ..methods import registry
@@ -24,6 +24,7 @@ FEATURES, GROUP = "features", "groups."
 NOT_IN_RECIPE = ("root", "download", "views", "augment_seed")
 # Of `data`, where they are given: the first two decide about all, the others about students.
 SHARES, STUDENT_SHARES = ("share", "domains"), ("student_share", "labeled_share")
+NETWORKS = "networks"  # of a recipe: the teachers' factories and arguments
 LATER = ("alpha_end",)  # keys of `loss` that are younger than runs, in a recipe only where they are set
 
 
@@ -83,6 +84,7 @@ class Job:
             prints = frozen.fingerprint(config)
             recipe["teachers"] = {name: prints[name] for name in self.teachers}
             recipe["order"] = list(self.teachers)
+            recipe[NETWORKS] = networks(config, self.teachers)
             # From the disk and live a student is taught the same; only what is rounded is told apart.
             kept = {"logits": config.cache.logits}
             kept |= {"hints": config.cache.hints} if method.hints(config.loss) else {}
@@ -105,6 +107,24 @@ class Job:
         asked = shares if self.student else SHARES
         kept = {k: v for k, v in data.items() if k not in (*NOT_IN_RECIPE, *shares)}
         return kept | {k: data[k] for k in asked if data[k] not in (None, [])} | self.fixed_views()
+
+
+def networks(config: Config, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What these teachers' weights are weights of."""
+    models = {teacher.name: teacher.model for teacher in config.teachers}
+    return {name: {"factory": models[name].factory, "args": models[name].args} for name in names}
+
+
+def told(there: dict[str, Any], here: dict[str, Any], asked: Path) -> dict[str, Any]:
+    """The recipe that is there, of a run of an earlier version with the networks of its teachers from its own config.yaml; without
+    one they count as those of the recipe here."""
+    if NETWORKS in there or NETWORKS not in here:
+        return there
+    try:
+        found = networks(load(asked), here[NETWORKS])
+    except (ConfigError, KeyError):
+        found = here[NETWORKS]
+    return there | {NETWORKS: json.loads(json.dumps(found))}
 
 
 def teacher_job(config: Config, teacher: TeacherConfig) -> Job:

@@ -27,7 +27,7 @@ from ..teachers.frozen import Teachers
 from . import graphs, processes
 from .distiller import make_distiller, teachers_of
 from .folder import Diverged, Run, alone
-from .job import Job
+from .job import Job, told
 from .memory import PeakMemory
 from .metrics import collapsed
 from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
@@ -138,7 +138,7 @@ def finished(job: Job, data: ImageData, *, resume: bool = True) -> bool:
     if not run.exists() or run.outdated():
         return False
     record, recipe = run.read_record(), job.recipe()
-    different = differences(record.get("recipe", {}), recipe)
+    different = differences(told(record.get("recipe", {}), recipe, run.config), recipe)
     if different:
         shown = "; ".join(f"{key}: {there!r} there, {here!r} here" for key, there, here in different[:3])
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
@@ -261,7 +261,9 @@ class Trainer:
             self.run.cut_metrics(0) if self.run.metrics.is_file() else None
             return
         of = {name: self.record[name] for name in ("recipe", "data")}
-        if state.get("of", of) != of:  # whose run.json is gone
+        known = dict(state.get("of", of))
+        known["recipe"] = told(known["recipe"], of["recipe"], self.run.config)
+        if known != of:  # whose run.json is gone
             raise RunError(
                 f"{self.run.checkpoint}: is of another configuration, or of other data. Start over with --fresh, or give this run a "
                 "place of its own with name=... or out=..."
