@@ -147,3 +147,15 @@ def test_another_network_with_the_same_weights_is_another_run(place: Place) -> N
         run.read_record() | {"recipe": {k: v for k, v in run.read_record()["recipe"].items() if k != "networks"}}
     )
     assert train("other").finished()
+
+
+def test_weights_that_teach_made_for_another_network_are_refused(place: Place) -> None:
+    (place.folder / "two_nets.py").write_text(NETS)
+    nets = {name: f"teachers=[{{name: a, model: {{factory: 'two_nets:{name}'}}}}]" for name in ("net", "other")}
+    settings = place.load(nets["net"], "name=own")
+    teach(settings, load_data(settings), QUIET)
+    with pytest.raises(
+        RunError, match=r"holds another teacher a \(factory: 'two_nets:net' there, 'two_nets:other' here\)"
+    ):
+        place.train(nets["other"], "name=own", ONE, method="avg_mkd")
+    assert place.train(nets["net"], "name=own", ONE, method="avg_mkd").finished()

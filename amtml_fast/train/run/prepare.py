@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 
 from ..config import environment
-from ..config.schema import Config, ConfigError, EngineConfig
+from ..config.schema import Config, ConfigError, EngineConfig, TeacherConfig
 from ..data import images, parts
-from ..files import RunError
+from ..files import RunError, differences
 from ..models.layout import channels_last
 from ..progress import Display
 from ..teachers import fill, frozen
@@ -77,6 +78,16 @@ def same_data(run: Run, data: images.ImageData, *, of_teachers: bool) -> None:
         )
 
 
+def same_network(run: Run, teacher: TeacherConfig) -> None:
+    """RunError where the weights that the run left are of another network than the configuration's: they may still fit."""
+    here = json.loads(json.dumps({"factory": teacher.model.factory, "args": teacher.model.args}))
+    for key, there, wanted in differences(run.read_record().get("recipe", {}).get("model", here), here):
+        raise RunError(
+            f"{run.folder}: holds another teacher {teacher.name} ({key}: {there!r} there, {wanted!r} here). Train it over with "
+            "`amtml-fast teach --fresh`, or give these teachers a place of their own with name=... or out=..."
+        )
+
+
 def say_choices(config: Config, data: images.ImageData, display: Display) -> None:
     """What engine.precision=auto stands for here, in one line."""
     if config.engine.precision == "auto":
@@ -98,6 +109,7 @@ def load_teachers(
         run = Run(config.teacher_folder(teacher.name))
         if not teacher.model.brings_weights and run.exists():
             same_data(run, data, of_teachers=True)
+            same_network(run, teacher)
     accelerator = make_accelerator(config.engine, config.folder)
     with accelerator.main_process_first():  # of several processes one downloads
         teachers = frozen.load(config, data, hints=need_hints(jobs))
