@@ -27,11 +27,11 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 import psutil
 import torch
 from recorder import Recorder
-from small_run import FORKS, Place, in_two, interrupt_after, metrics, own_weights, tensors, wait_for_epochs
+from small_run import FORKS, QUIET, Place, in_two, interrupt_after, metrics, own_weights, tensors, wait_for_epochs
 
 from amtml_fast import cli
 from amtml_fast.train import lock
-from amtml_fast.train.files import read_json
+from amtml_fast.train.files import RunError, read_json
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import timing, trainer
 from amtml_fast.train.run.distiller import Distiller, make_distiller
@@ -39,6 +39,7 @@ from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import student_job
 from amtml_fast.train.run.prepare import load_data
 from amtml_fast.train.run.stop import Interrupted
+from amtml_fast.train.run.tasks import evaluate, teach
 
 SOAK = int(os.environ.get("AMTML_SOAK", "1"))
 STEPS = 9  # an epoch
@@ -352,3 +353,29 @@ def test_a_step_is_timed_by_its_parts(place: Place, monkeypatch: pytest.MonkeyPa
     assert record["step_seconds"] == rows[1]["step_seconds"]  # not the epoch that warms up
     for row in rows:
         assert 0 < STEPS * sum(row["step_seconds"].values()) <= row["seconds"]
+
+
+def test_a_finished_run_whose_files_were_removed(place: Place) -> None:
+    settings = place.load("distill.epochs=1")
+    data, run = load_data(settings), place.train("distill.epochs=1", method="avg_mkd")
+    taught = settings.teacher_folder("a")
+    for folder, name in ((taught, "model.safetensors"), (taught, "result.json"), (run.folder, "student.safetensors")):
+        before = (folder / name).read_bytes()
+        (folder / name).unlink()  # its checkpoint has it
+        if name == "model.safetensors":
+            with pytest.raises(RunError, match="run `amtml-fast teach` first"):
+                place.train("distill.epochs=1", method="avg_mkd", seed=1)
+        teach(settings, data, QUIET)
+        place.train("distill.epochs=1", method="avg_mkd")
+        assert (folder / name).read_bytes() == before
+    before = (taught / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "checkpoint.pt"):
+        (taught / name).unlink()
+    teach(settings, data, QUIET)  # from the start
+    assert (taught / "model.safetensors").read_bytes() == before
+    for name in ("student.safetensors", "checkpoint.pt"):
+        (run.folder / name).unlink()
+    place.train("distill.epochs=1", method="avg_mkd")  # its results are there
+    assert not run.checkpoint.exists()
+    with pytest.raises(FileNotFoundError, match=r"student\.safetensors in .*avg_mkd-seed0: its weights were removed"):
+        evaluate(settings, data, run.folder, "test")

@@ -74,10 +74,13 @@ def evaluate(
     run = Run(folder)
     if not run.exists():
         raise FileNotFoundError(f"eval: looked for {run.record}: no such run; train it first with teach or distill")
+    record = run.read_record()
     files = [path for path in (folder / "student.safetensors", folder / "model.safetensors") if path.is_file()]
     if not files:
-        raise FileNotFoundError(f"eval: looked for student.safetensors in {folder}: this run has not finished yet")
-    record = run.read_record()
+        why = "its weights were removed" if record.get("finished") else "this run has not finished yet"
+        raise FileNotFoundError(
+            f"eval: looked for {'student' if record['student'] else 'model'}.safetensors in {folder}: {why}"
+        )
     if split != "test":
         same_data(run, data, of_teachers=files[0].name == "model.safetensors")
     if "mean" in record:  # what the run's images were normalized by

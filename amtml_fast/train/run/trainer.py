@@ -133,7 +133,7 @@ def keeps_its_start(job: Job) -> None:
 
 
 def finished(job: Job, data: ImageData, *, resume: bool = True) -> bool:
-    """True if the folder holds this very run, finished. RunError if it holds another, or one not to be resumed."""
+    """True if the folder holds this very run, finished and with its files. RunError if it holds another, or one not to be resumed."""
     run = Run(job.folder)
     if not run.exists() or run.outdated():
         return False
@@ -152,7 +152,12 @@ def finished(job: Job, data: ImageData, *, resume: bool = True) -> bool:
             f"{run.folder}: holds an unfinished run ({len(run.read_metrics())} of {job.train.epochs} epochs). "
             "Continue it with --resume or start it over with --fresh."
         )
-    return bool(record.get("finished"))
+    if not record.get("finished"):
+        return False
+    # What a kill cannot have left: files that were removed. A student counts by its results, where no checkpoint has its weights.
+    return run.result.is_file() and (
+        (run.folder / job.file).is_file() or (job.teacher is None and not run.checkpoint.is_file())
+    )
 
 
 class Trainer:
