@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -106,3 +107,17 @@ def test_places_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cache\.folder must be a folder, got .*c/d where .*c is none"):
         preflight.places(settings)
     preflight.places(load(tmp_path, f"cache.folder={tmp_path}/c/d", "cache.teachers=never"))
+
+
+def test_batches_that_cannot_be_divided(tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(tmp_path, "engine.gradient_accumulation_steps=3")
+    with pytest.raises(ConfigError, match=r"a multiple of engine\..*=3 for student alone, seed 0, got 16"):
+        preflight.networks(settings, data, [student_job(settings, "student", 0)])
+    monkeypatch.setattr(preflight, "PartialState", lambda: SimpleNamespace(num_processes=6))
+    for rounds, message in (
+        (1, "a multiple of 6 for .*, the 6 processes, got 16"),
+        (4, "of 24 for .* times engine.*=4, got 16"),
+    ):
+        settings = load(tmp_path, f"engine.gradient_accumulation_steps={rounds}")
+        with pytest.raises(ConfigError, match=message):
+            preflight.networks(settings, data, [student_job(settings, "student", 0)])

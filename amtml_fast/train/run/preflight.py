@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import PartialState
 from torch import Tensor
 
 from ..config.schema import Config, ConfigError
@@ -42,11 +43,24 @@ def _writable(key: str, folder: Path) -> None:
 
 
 def batches(job: Job, data: ImageData) -> None:
-    """That the training images of the job make a batch."""
-    if job.train.batch_size > len(data.train):
+    """That the training images of the job make a batch, and that it can be divided as the engine does."""
+    size, rounds, processes = (
+        job.train.batch_size,
+        job.config.engine.gradient_accumulation_steps,
+        PartialState().num_processes,
+    )
+    if size > len(data.train):
         raise ConfigError(
-            f"config: batch_size must be at most {len(data.train)} for {job.title}, the training images, "
-            f"got {job.train.batch_size}"
+            f"config: batch_size must be at most {len(data.train)} for {job.title}, the training images, got {size}"
+        )
+    if size % rounds:
+        raise ConfigError(
+            f"config: batch_size must be a multiple of engine.gradient_accumulation_steps={rounds} for {job.title}, got {size}"
+        )
+    if size // rounds % processes:
+        raise ConfigError(
+            f"config: batch_size must be a multiple of {rounds * processes} for {job.title}, the {processes} processes"
+            f"{f' times engine.gradient_accumulation_steps={rounds}' if rounds > 1 else ''}, got {size}"
         )
 
 

@@ -15,7 +15,6 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from ..config.reading import to_yaml
-from ..config.schema import ConfigError
 from ..data.images import Draws, ImageData, ImageSet, Loader, drawn_seed
 from ..files import RunError, differences
 from ..models.compiling import compile_in_place
@@ -24,7 +23,7 @@ from ..models.layout import memory_format
 from ..progress import Bar, Display
 from ..teachers import frozen
 from ..teachers.frozen import Teachers
-from . import graphs, processes
+from . import graphs, preflight, processes
 from .distiller import make_distiller, teachers_of
 from .folder import Diverged, Run, alone
 from .job import Job, told
@@ -174,6 +173,7 @@ class Trainer:
     ) -> None:
         self.job, self.run, self.accelerator, self.display = job, run, accelerator, display
         self.data = data_of(job, data)
+        preflight.batches(job, self.data)
         self.teachers = teachers_of(job, teachers)
         engine = job.config.engine
         memory = memory_format(engine.channels_last, self.data.train.images.shape)
@@ -192,11 +192,6 @@ class Trainer:
         self.whole_step = TrainingStep(accelerator, module, self.loader, self.teachers, memory)
         # Accumulation never reaches over the end of an epoch: what does not fill a step is left out, as drop_last does.
         self.steps = len(self.loader) // engine.gradient_accumulation_steps
-        if self.steps == 0:
-            raise ConfigError(
-                f"config: batch_size must be at most {len(self.data.train.labels)} (the training images), "
-                f"got {job.train.batch_size}"
-            )
         if accelerator.num_processes > 1:
             # DDP looks through each step's graph for them where it must; 3 to 7 % of a step that has little to compute.
             gradients = self.whole_step.gradients(*self.whole_step.first_inputs())
@@ -240,11 +235,6 @@ class Trainer:
 
     def _loader(self, accumulation: int) -> Loader:
         train = self.job.train
-        if train.batch_size % accumulation:
-            raise ConfigError(
-                f"config: batch_size must be a multiple of engine.gradient_accumulation_steps={accumulation}, "
-                f"got {train.batch_size}"
-            )
         return Loader(
             self.data.train,
             self.data,
