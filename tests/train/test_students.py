@@ -68,6 +68,21 @@ def two_answers(num_classes, in_channels):
 
 def colors_only(num_classes, in_channels):
     return net(num_classes, 3)
+
+
+def overwrites(num_classes, in_channels):
+    return nn.Sequential(nn.Hardtanh(0, 0.5, inplace=True), net(num_classes, in_channels))
+
+
+def nothing_trains(num_classes, in_channels):
+    return net(num_classes, in_channels).requires_grad_(False)
+
+
+def lazy(num_classes, in_channels, run=False):
+    made = nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+    if run:
+        made(torch.zeros(1, in_channels, 8, 8))
+    return made
 '''
 
 SMALL = ["student.factory=own_nets:net", "student.features=second", "student.groups={low: first, high: second}"]
@@ -179,10 +194,12 @@ def test_nothing_is_looked_for_where_every_parameter_is_used(nets: Place) -> Non
 MISFITS = [
     ("two_answers", r"the network must return logits \[2, 10\], for 2 images and 10 classes of digits, got tuple"),
     ("colors_only", r"the network must take images \[2, 1, 8, 8\] of digits, got RuntimeError: .*channels"),
+    ("overwrites", r"the network must leave its images as they are, got one that writes into them"),
+    ("nothing_trains", r"the network must have parameters that train, got none"),
 ]
 
 
-@pytest.mark.parametrize(("factory", "message"), MISFITS, ids=["tuple", "channels"])
+@pytest.mark.parametrize(("factory", "message"), MISFITS, ids=[name for name, _ in MISFITS])
 def test_a_network_that_does_not_fit_is_named_before_anything_is_trained(
     nets: Place, factory: str, message: str
 ) -> None:
@@ -201,3 +218,13 @@ def test_a_network_that_does_not_fit_is_named_before_anything_is_trained(
     with pytest.raises(ValueError, match=rf"teacher b: {message}"):
         compare(settings, QUIET)
     assert not (nets.folder / "untaught").exists()
+
+
+def test_a_lazy_layer_is_named_before_anything_is_trained(nets: Place) -> None:
+    """Peers are not run before their optimizer is made, and weights are not loaded into parameters without a shape."""
+    own = ["student.factory=own_nets:lazy", "student.args={}", "student.features=null", "student.groups={}"]
+    with pytest.raises(
+        ValueError, match=r"own_nets:lazy must make .* a shape, got 1\.weight of a lazy layer: let the factory run"
+    ):
+        nets.train(*own, method="dml")
+    assert nets.train(*own, "student.args={run: true}", method="dml").finished()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..names import import_factory, near_names, pretrained
 from . import zoo
@@ -181,6 +182,12 @@ def build(
         ) from error
     if not isinstance(model, nn.Module):
         raise TypeError(f"model.factory: {factory} must return a torch.nn.Module, got {type(model).__name__}")
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    if lazy := next((name for name, tensor in tensors if is_lazy(tensor)), None):
+        raise ValueError(
+            f"model.factory: {factory} must make a network whose parameters all have a shape, got {lazy} of a lazy layer: let the "
+            "factory run it once, on images of zeros"
+        )
     if weights is not None:
         load_weights(model, weights)
     return model

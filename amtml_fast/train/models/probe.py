@@ -26,7 +26,9 @@ def maps(model: FeatureExtractor, what: str, data: ImageData, modes: tuple[bool,
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = next(iter(Loader(data.val, data, 2))).images.to(device)
     images = images.repeat(2, 1, 1, 1)[:2]  # a BatchNorm does not train on one
-    wanted = [len(images), len(data.classes)]
+    if True in modes and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"{what}: the network must have parameters that train, got none")
+    before, wanted = images.clone(), [len(images), len(data.classes)]
     with torch.random.fork_rng(devices=[]):
         for training in modes:
             try:
@@ -42,5 +44,9 @@ def maps(model: FeatureExtractor, what: str, data: ImageData, modes: tuple[bool,
                 raise ValueError(
                     f"{what}: the network must return logits {wanted}, for {len(images)} images and {wanted[1]} classes of "
                     f"{data.name}, got {got}"
+                )
+            if not torch.equal(images, before):  # the other networks of a step are shown the same ones
+                raise ValueError(
+                    f"{what}: the network must leave its images as they are, got one that writes into them"
                 )
     return caught
