@@ -54,6 +54,15 @@ def test_validation_takes_its_fraction_of_every_class(digits):
         assert in_val == round(0.15 * (in_val + in_train))
 
 
+@pytest.mark.parametrize("seed", [2**32, 2**63 - 1, (2**63 - 1, 3)])
+def test_every_seed_that_a_configuration_may_have_draws_a_split_of_its_own(seed):
+    labels = np.repeat([0, 1], 50)
+    chosen, rest = readers.stratified(labels, 0.2, seed)
+    assert sorted([*chosen, *rest]) == list(range(100))
+    for other in (0, 2**32 - 1, 2**62):
+        assert not np.array_equal(chosen, readers.stratified(labels, 0.2, other)[0])
+
+
 def test_stratified_is_disjoint_and_whole():
     labels = np.array([0] * 10 + [1] * 3 + [2] * 1 + [3] * 2)
     chosen, rest = readers.stratified(labels, 0.2, seed=0)

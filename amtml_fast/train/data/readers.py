@@ -57,7 +57,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int | Sequence[int]) -
 
     Each class gives round(fraction * its size), but at least one of two images or more, and never all.
     """
-    rng = np.random.RandomState(seed)  # its stream is frozen for good, that of default_rng is not
+    rng = np.random.RandomState(_words(seed))  # its stream is frozen for good, that of default_rng is not
     taken = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -66,6 +66,12 @@ def stratified(labels: np.ndarray, fraction: float, seed: int | Sequence[int]) -
     chosen = np.zeros(len(labels), dtype=bool)
     chosen[np.concatenate(taken)] = True
     return np.flatnonzero(chosen), np.flatnonzero(~chosen)
+
+
+def _words(seed: int | Sequence[int]) -> int | Sequence[int]:
+    """What RandomState takes: a seed that is longer than its 32 bits is given as two numbers."""
+    parts = [seed] if isinstance(seed, int) else seed
+    return seed if max(parts) < 2**32 else [word for part in parts for word in (part % 2**32, part >> 32)]
 
 
 def read_digits(root: Path | None = None) -> Arrays:
