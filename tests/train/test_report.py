@@ -419,6 +419,7 @@ def test_the_command_writes_one_file(copied: Path, tmp_path: Path, capsys: pytes
         (["{copied}/figures"], "figures: no run here; looked for run.json"),
         (["{copied}", "{copied}/student-seed0"], "several at once must each be a run"),
         (["{copied}", "--images=x"], "--images must be positions in the test split such as 3,17, got 'x'"),
+        (["{copied}", "--out={copied}"], "--out must be a file, got the folder"),
     ],
 )
 def test_what_is_no_run_is_named(

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..compare import results
 from ..compare.answers import has_adapter
+from ..config.schema import ConfigError
 from ..figures import numbers, tables
 from ..files import write_atomic
 from ..progress import Display
@@ -43,6 +44,8 @@ def write(
     """Writes the page about a comparison's folder or run folders, and returns its place. RunError for other folders."""
     found = gather(sources)
     place = out or (sources[0] if len(sources) == 1 else Path()) / "report.html"
+    if place.is_dir():
+        raise ConfigError(f"--out must be a file, got the folder {place}")
     html = render(found, images, display or Display(quiet=True))
     place.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(place, html.encode())
