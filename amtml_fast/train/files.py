@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +30,30 @@ def write_atomic(path: Path, *content: bytes | memoryview) -> None:
 
     DiskError where the disk does not take it: what was at `path` stays whole.
     """
-    try:
+    with room_for(path, sum(memoryview(piece).nbytes for piece in content)):
         _write_and_rename(path, *content)
+
+
+def append(path: Path, line: str) -> None:
+    """Adds a line to a text file, to the disk. DiskError where the disk does not take it: a part of it may be there."""
+    with room_for(path, len(line.encode())), open(path, "a", encoding="utf-8") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def room_for(path: Path, size: int) -> Iterator[None]:
+    """What the system says of a disk that is full, or broken, as a DiskError."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in DISK:
             raise
-        size, free = sum(memoryview(piece).nbytes for piece in content), shutil.disk_usage(path.parent).free
+        free = shutil.disk_usage(path.parent).free
         raise DiskError(
-            f"{path}: {error.strerror or error}: {size:,} bytes to write, {free:,} free on the disk. The file that was "
-            "there before is whole; make room, and the same command (without --fresh) goes on from it."
+            f"{path}: {error.strerror or error}: {size:,} bytes to write, {free:,} free on the disk. What was there before is "
+            "whole; make room, and the same command (without --fresh) goes on from it."
         ) from None
 
 

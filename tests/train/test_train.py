@@ -212,6 +212,17 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path, monkeypatch: py
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_a_row_of_metrics_that_the_disk_does_not_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = Run(tmp_path)
+    run.add_metrics({"epoch": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device: 13 bytes to write, [\d,]+ free"):
+        run.add_metrics({"epoch": 2})
+
+
 def test_an_unfinished_run_is_neither_continued_nor_lost_unasked(place: Place, stopped: Run) -> None:
     before = stopped.checkpoint.read_bytes()
     with pytest.raises(RunError, match=r"2 of 4 epochs\)\. Continue it with --resume or start it over with --fresh"):

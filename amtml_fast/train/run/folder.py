@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from ..files import RunError, read_json, write_atomic
+from ..files import RunError, append, read_json, write_atomic
 from ..lock import Lock
 from ..progress import Display
 from . import processes
@@ -100,10 +99,7 @@ class Run:
 
     def add_metrics(self, row: Mapping[str, Any]) -> None:
         if self.writes:
-            with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append(self.metrics, json.dumps(row) + "\n")
 
     def cut_metrics(self, epochs: int) -> None:
         """Drops the rows after `epochs`: a run killed between metrics and checkpoint repeats that epoch."""
