@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -321,6 +322,10 @@ def friendly(resume: str = "") -> Iterator[Display]:
     AMTML_DEBUG=1 shows tracebacks. Exit codes: 1 error, 2 unusable configuration, 130 Ctrl-C.
     """
     main_process = int(os.environ.get("RANK", "0")) == 0
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # as stderr: a name that the terminal has no letters for ends no training
+        sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, _terminate)  # a cluster's polite stop is handled like Ctrl-C
     try:
         with Display(quiet=not main_process) as display:

@@ -237,6 +237,16 @@ def test_odd_names_and_modules_beside_the_configuration(
     assert "<b>" not in html.replace("<b title", "") and "$[/x] | &lt;b&gt;" in html and "$x[/bold]$" in html
 
 
+def test_letters_that_the_output_does_not_have_end_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.yaml").write_text("variants: {own: {method: student, label: Schüler}}\n", encoding="utf-8")
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    with pytest.raises(SystemExit) as status:
+        cli.main(["methods", str(tmp_path / "own.yaml")])
+    sys.stdout.flush()
+    assert not status.value.code and b"Sch\\xfcler" in printed.getvalue()
+
+
 def test_a_picture_that_fails_loses_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
