@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import amtml_fast as af
-from amtml_fast.testing import CASES
+
+from .workloads import inputs
 
 SIZE = (512, 32000, 3)  # rows, classes, teachers
 DIVERGENCES = "forward_kl", "reverse_kl", "jsd"
@@ -35,7 +36,7 @@ def milliseconds(step: Callable[[], object], group: bool, rounds: int = 7) -> fl
 
 def steps(part: slice, group: object) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
-    student, teachers, weights, labels = CASES["divergence"].inputs(*SIZE)
+    student, teachers, weights, labels = inputs("divergence", *SIZE)
     own: Tensor = student.detach()[:, part].contiguous().requires_grad_()
     others, weights = [t[:, part].contiguous() for t in teachers], weights.detach()
 

@@ -99,9 +99,16 @@ def _gradients(function: Callable[..., Tensor], args: tuple, leaves: list[Tensor
     return torch.autograd.grad(out if out.dim() == 0 else out.sum(), leaves or _leaves(args))
 
 
+def inputs(op: str, *size: int, dtype: torch.dtype = torch.float32) -> tuple:
+    """The case's, with a label in every row: the kernels leave out rows that are ignored (one in five of the tests' inputs),
+    plain PyTorch computes them, too, and a share of the limit counts their bytes."""
+    args = CASES[op].inputs(*size, dtype=dtype)
+    return tuple(x.clamp(min=0) if isinstance(x, Tensor) and not x.is_floating_point() else x for x in args)
+
+
 def _operator(workload: Workload) -> Task:
     case = CASES[workload.op]
-    args = convert(case.inputs(*workload.size, dtype=workload.dtype), device=DEVICE)
+    args = convert(inputs(workload.op, *workload.size, dtype=workload.dtype), device=DEVICE)
     return Task(
         case.function, args, _leaves(args), lambda: _gradients(case.reference, convert(args, dtype=torch.float64))
     )
@@ -125,12 +132,10 @@ def _kl(workload: Workload) -> Task:
 def _whole_loss(workload: Workload) -> Task:
     """AMTMLLoss without hints: weights from [N, 64, 8, 8], KL + CE, angle."""
     n, c, t = workload.size
-    student, teachers, _, labels = convert(
-        CASES["multi_teacher_kd"].inputs(n, c, t, dtype=workload.dtype), device=DEVICE
-    )
+    student, teachers, _, labels = convert(inputs("multi_teacher_kd", n, c, t, dtype=workload.dtype), device=DEVICE)
     features = torch.randn(n, 64, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, workload.dtype)
     torch.manual_seed(0)
-    loss, labels = af.AMTMLLoss(af.TeacherAdapter(64, t)).to(DEVICE), labels.clamp(min=0)
+    loss = af.AMTMLLoss(af.TeacherAdapter(64, t)).to(DEVICE)
     args = (student, teachers, labels, features.requires_grad_())
 
     def whole(*inputs: Any) -> Tensor:

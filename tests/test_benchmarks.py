@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from amtml_fast.backend import Choice
-from amtml_fast.testing import CASES
+from amtml_fast.testing import CASES, tensors
 from benchmarks import report, tune
 from benchmarks.workloads import WORKLOADS
 
@@ -76,6 +76,13 @@ def test_every_operator_runs_in_the_suite():
         [*command, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True
     )
     assert run.returncode == 0 and f"{len(quick)} passed" in run.stdout, run.stdout[-3000:]
+
+
+@pytest.mark.parametrize("workload", [w for w in WORKLOADS if w.quick], ids=lambda w: w.name)
+def test_every_row_of_a_workload_counts(workload):
+    """An ignored row is work that the kernels leave out and the others do."""
+    whole = [x for x in tensors(workload.task().args) if not x.is_floating_point()]
+    assert all((x >= 0).all() for x in whole)
 
 
 def test_tables_hold_what_was_measured_and_what_was_not(tmp_path):
