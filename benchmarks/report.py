@@ -5,8 +5,9 @@
     python benchmarks/report.py RESULTS.json... --readme README.md   # the block between its markers
     python benchmarks/report.py --compare BEFORE.json AFTER.json [--most 0.25]
 
-Several files are one report: of rows that both have, the later file's counts. --compare divides every time by that of eager PyTorch
-in the same file, and exits with 1 if that ratio grew by more than the given share anywhere.
+Several files of one machine are one report: of groups that both have, the later file's count, so that every ratio is of one run.
+--compare divides every time by that of eager PyTorch in the same file, and exits with 1 if that ratio grew by more than the given
+share anywhere.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ class Results:
     limits: dict[str, float] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     commit: str = ""
+    files: int = 0
+
+    def leave_out(self, groups: set[str], memory: set[str]) -> None:
+        """What a later file has measured anew. A value of an axis that was not run is named after its group."""
+        of_axis = tuple(f"{group}, " for group in groups)
+        self.rows = {key: row for key, row in self.rows.items() if key[0] not in groups}
+        own = {key for key in self.not_run if key[0] in groups or key[0].startswith(of_axis)}
+        self.not_run = {key: why for key, why in self.not_run.items() if key not in own}
+        self.memory = {key: taken for key, taken in self.memory.items() if key[0] not in memory}
 
     def groups(self, *, axis: bool = False) -> list[str]:
         return list(dict.fromkeys(g for (g, _, value) in self.rows if (value is not None) == axis))
@@ -58,19 +68,29 @@ class Results:
     def share(self, group: str, provider: str) -> tuple[float, str] | None:
         """How much of the machine's limit, and which limit binds."""
         seconds, facts = self.rows[group, provider, None]
-        if "bytes" not in facts or not self.limits:
+        limits = facts["limits"]
+        if "bytes" not in facts or not limits:
             return None
-        by_bytes = facts["bytes"] / self.limits["bytes_per_s"] / seconds
-        by_flops = facts["flops"] / self.limits["flops_per_s"] / seconds
+        by_bytes = facts["bytes"] / limits["bytes_per_s"] / seconds
+        by_flops = facts["flops"] / limits["flops_per_s"] / seconds
         return max((by_bytes, "bytes"), (by_flops, "flops"))
 
 
 def load(paths: Sequence[str | Path]) -> Results:
+    """ValueError where the files are of different machines."""
     results = Results()
     for path in paths:
         data = json.loads(Path(path).read_text())
+        limits, machine = data.get("limits", {}), data.get("machine", {})
+        if results.files and _place(machine) != _place(results.machine):
+            raise ValueError(
+                f"results: all files must be of one machine, got {_place(results.machine)} and in {path} {_place(machine)}"
+            )
+        results.leave_out(
+            {row["group"] for row in data["benchmarks"]}, {row["group"] for row in data.get("memory", ())}
+        )
         for row in data["benchmarks"]:
-            facts = row["extra_info"]
+            facts = row["extra_info"] | {"limits": limits}
             stats = row["stats"]
             if "iqr" in stats and stats.get("rounds", 0) >= 5:
                 facts["spread"] = stats["iqr"] / stats["median"]
@@ -79,13 +99,16 @@ def load(paths: Sequence[str | Path]) -> Results:
             if row["bytes"] is not None:
                 results.memory[row["group"], row["provider"]] = row["bytes"]
         results.not_run |= {(row["group"], row["provider"]): row["reason"] for row in data.get("not_run", ())}
-        results.limits |= data.get("limits", {})
-        results.machine |= data.get("machine", {})
+        results.limits, results.machine, results.files = limits, machine, results.files + 1
         commit = data["commit_info"]
         named = commit["id"][:7] + (" with changes" if commit["dirty"] else "")
         if named not in results.commit.split(", "):
             results.commit += f"{', ' if results.commit else ''}{named}"
     return results
+
+
+def _place(machine: dict[str, Any]) -> dict[str, Any]:
+    return {key: machine.get(key) for key in ("name", "device", "threads", "torch")}
 
 
 # --- numbers as people read them
@@ -133,9 +156,8 @@ def head(results: Results) -> str:
     where += "one GPU" if machine.get("device") == "cuda" else f"{machine.get('threads', '?')} threads"
     text = f"{where}, PyTorch {machine.get('torch', '?').partition('+')[0]}, commit {results.commit}; medians."
     if limits:
-        text += (
-            f" In the same run, a copy moved {limits['bytes_per_s'] / 1e9:,.1f} GB/s and a float32 matrix product made "
-        )
+        run = "the same run" if results.files == 1 else "the last run"
+        text += f" In {run}, a copy moved {limits['bytes_per_s'] / 1e9:,.1f} GB/s and a float32 matrix product made "
         text += f"{limits['flops_per_s'] / 1e9:,.0f} GFLOP/s."
     spreads = sorted(facts["spread"] for _, facts in results.rows.values() if "spread" in facts)
     if spreads:
@@ -473,7 +495,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table, fine = compare(load(options.compare[:1]), load(options.compare[1:]), options.most)
         print(table)
         return 0 if fine else 1
-    results = load(options.results)
+    try:
+        results = load(options.results)
+    except ValueError as error:
+        parser.error(str(error))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "report.md").write_text(report(results))

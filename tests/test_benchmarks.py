@@ -111,6 +111,33 @@ def test_of_several_files_the_last_counts(tmp_path):
     assert report.load(paths).seconds("angle 128x100 float32", "cpp") == pytest.approx(3e-3)
 
 
+def test_ratios_are_of_one_run(tmp_path):
+    """A later file without eager: no ratio of ours in one run to eager in another, and no reason from the earlier one."""
+    paths = [write(tmp_path / "a.json"), write(tmp_path / "b.json", scale=3)]
+    data = json.loads(paths[1].read_text())
+    data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] != "eager"]
+    data["limits"], data["not_run"] = {"bytes_per_s": 2e10, "flops_per_s": 1e12}, []
+    paths[1].write_text(json.dumps(data))
+    found = report.load(paths)
+    assert found.seconds("angle 128x100 float32", "eager") is None and not found.not_run
+    assert report.ratios(found, "angle 128x100 float32") == ["", "**0.17x**"]
+    data["benchmarks"] = [row for row in data["benchmarks"] if row["group"].startswith("step")]
+    paths[1].write_text(json.dumps(data))
+    found = report.load(paths)
+    assert found.share("angle 128x100 float32", "cpp") == (0.25, "flops")  # of the machine as it was in that run
+    assert "In the last run, a copy moved 20.0 GB/s" in report.head(found)
+
+
+def test_files_of_several_machines_are_no_report(tmp_path, capsys):
+    paths = [write(tmp_path / "a.json"), write(tmp_path / "b.json")]
+    data = json.loads(paths[1].read_text())
+    data["machine"]["name"] = "Another processor"
+    paths[1].write_text(json.dumps(data))
+    with pytest.raises(SystemExit):
+        report.main([str(path) for path in paths])
+    assert "all files must be of one machine, got" in capsys.readouterr().err
+
+
 def test_pictures_and_the_readme_are_written(tmp_path):
     path, page = write(tmp_path / "a.json"), tmp_path / "README.md"
     page.write_text(f"before\n{report.BEGIN}\nwhat was said\n{report.END}\nafter\n")
