@@ -23,6 +23,7 @@ from typing import Any
 
 BEGIN, END = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 OURS = ("cpp", "cuda", "triton", "our losses")
+FEWEST_BYTES = 1e5  # less is pages of the system, not what was asked for
 BASE = ("eager", "the same with plain losses")
 
 
@@ -125,8 +126,8 @@ def time_text(seconds: float | None) -> str:
 def bytes_text(count: float | None) -> str:
     if count is None:
         return ""
-    if count < 1e5:
-        return "< 0.1 MB"  # pages of the system, not what was asked for
+    if count < FEWEST_BYTES:
+        return "< 0.1 MB"
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"
@@ -369,9 +370,7 @@ def pictures(results: Results, folder: Path) -> None:
         for shift, other in ((0.2, "eager"), (-0.2, "compile")):
             seconds = results.seconds(group, other)
             if seconds:
-                axes.barh(
-                    row + shift, seconds / mine, 0.36, color=colors[other], label=f"vs {other}" if row == 0 else None
-                )
+                axes.barh(row + shift, seconds / mine, 0.36, color=colors[other], label=f"vs {other}")
                 axes.text(
                     seconds / mine * 1.05, row + shift, ratio_text(seconds / mine).strip("*"), va="center", fontsize=7
                 )
@@ -381,10 +380,10 @@ def pictures(results: Results, folder: Path) -> None:
     plain_ticks(axes.xaxis, "{:g}x")
     axes.set_xlabel("times faster, forward + backward (left of 1: slower)")
     axes.grid(axis="y", visible=False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(*each_once(axes), loc="lower right", frameon=False)
     save(figure, "speedup")
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = plt.subplots(figsize=(9, 6))
     points = [(g, p, *results.rows[g, p, None]) for g in groups for p in results.providers(g) if p in (*OURS, "eager")]
     intensity = [f["flops"] / f["bytes"] for *_, f in points]
     if points and results.limits:
@@ -398,17 +397,15 @@ def pictures(results: Results, folder: Path) -> None:
             lw=1,
         )
         for provider in dict.fromkeys(p for _, p, *_ in points):
-            dots = [(f["flops"] / f["bytes"], f["flops"] / t / 1e9, g) for g, p, t, f in points if p == provider]
-            xs, ys, _ = zip(*dots)
+            xs, ys = zip(*((f["flops"] / f["bytes"], f["flops"] / t / 1e9) for _, p, t, f in points if p == provider))
             axes.scatter(xs, ys, color=colors.get(provider), label=provider, s=28, zorder=3)
-            if provider in OURS:
-                for x, y, g in dots:
-                    axes.annotate(g.removesuffix(" float32"), (x, y), (3, 4), textcoords="offset points", fontsize=6)
         axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="G operations / s")
         axes.set_title("the line: what the machine can do", fontsize=9)
         plain_ticks(axes.xaxis, "{:g}")
         plain_ticks(axes.yaxis, "{:g}")
         axes.legend(frameon=False)
+        every = [(f["flops"] / f["bytes"], f["flops"] / t / 1e9, g if p in OURS else "") for g, p, t, f in points]
+        names_apart(axes, [(x, y, group.removesuffix(" float32")) for x, y, group in every])
     save(figure, "roofline")
 
     lines = results.groups(axis=True)
@@ -418,16 +415,19 @@ def pictures(results: Results, folder: Path) -> None:
             line = results.line(group, provider)
             style = {"color": colors.get(provider), "marker": "o", "markersize": 3, "label": provider}
             grid[0][column].plot([v for v, *_ in line], [s for _, s, _ in line], **style)
-            known = [(v, b / 1e6) for v, _, b in line if b]
+            known = [(v, b / 1e6) for v, _, b in line if b and b >= FEWEST_BYTES]
             if known:
                 grid[1][column].plot([v for v, _ in known], [b for _, b in known], **style)
         grid[0][column].set(title=group, xscale="log", yscale="log", ylabel="seconds")
         grid[1][column].set(xscale="log", yscale="log", ylabel="MB beside the inputs", xlabel=group.rpartition(" ")[2])
         values = sorted({v for p in results.providers(group) for v, *_ in results.line(group, p)})
         for row in grid:
-            plain_ticks(row[column].xaxis, "{:,.0f}", values[::2] if len(values) > 5 else values)
+            plain_ticks(row[column].xaxis, "{:,.0f}", _ticks(values))
             row[column].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        grid[1][column].set_visible(bool(grid[1][column].lines))
+        grid[1][column].set_xlim(grid[0][column].get_xlim())
+        if not grid[1][column].lines:
+            grid[1][column].set_visible(False)
+            grid[0][column].set_xlabel(group.rpartition(" ")[2])
         grid[0][column].legend(frameon=False)
     save(figure, "scaling")
 
@@ -439,14 +439,57 @@ def pictures(results: Results, folder: Path) -> None:
             taken = results.memory.get((group, provider))
             if taken:
                 at, height = row + 0.4 - 0.8 * (k + 0.5) / len(names), 0.72 / len(names)
-                axes.barh(at, taken / 1e6, height, color=colors.get(provider), label=provider if row == 0 else None)
+                axes.barh(at, taken / 1e6, height, color=colors.get(provider), label=provider)
                 axes.text(taken / 1e6 * 1.05, at, bytes_text(taken), va="center", fontsize=7)
     axes.set_yticks(range(len(held)), list(reversed(held)))
     axes.set(xscale="log", xlabel="MB beside the inputs, forward + backward")
     plain_ticks(axes.xaxis, "{:g}")
     axes.grid(axis="y", visible=False)
-    axes.legend(frameon=False, ncols=max(1, len(names)), loc="lower left", bbox_to_anchor=(0, 1))
+    axes.legend(*each_once(axes), frameon=False, ncols=max(1, len(names)), loc="lower left", bbox_to_anchor=(0, 1))
     save(figure, "memory")
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Those of a logarithmic axis whose numbers do not meet."""
+    kept = list(values[:1])
+    for value in values:
+        if math.log(value / kept[-1]) > 0.2 * math.log(values[-1] / values[0]):
+            kept.append(value)
+    return kept
+
+
+def each_once(axes: Any) -> tuple[list[Any], list[str]]:
+    """Handles and names of a legend, where bars of one name are many."""
+    once = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    return [*once.values()], [*once]
+
+
+def names_apart(axes: Any, dots: Sequence[tuple[float, float, str]]) -> None:
+    """Each (x, y, name) with its name beside it, moved with a line back where it would lie on another name or dot."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    axes.figure.tight_layout()  # places are final from here on
+    axes.figure.canvas.draw()
+    renderer = axes.figure.canvas.get_renderer()
+    inside = axes.get_window_extent()
+    spots = [axes.transData.transform((x, y)) for x, y, _ in dots]
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    taken += [text.get_window_extent() for text in axes.get_legend().get_texts()]
+    places = [(away, 8 * up) for up in range(14) for up in (up, -up) for away in (6, -6)]
+    back = {"arrowstyle": "-", "lw": 0.4, "color": "#888888", "shrinkA": 0, "shrinkB": 3}
+    for x, y, name in sorted((dot for dot in dots if dot[2]), key=lambda dot: -dot[1]):
+        text = axes.annotate(
+            name, (x, y), (6, 0), textcoords="offset points", fontsize=6.5, va="center", arrowprops=back
+        )
+        for away, up in places:
+            text.set_position((away + math.copysign(abs(up) / 4, away), up))
+            text.set_horizontalalignment("left" if away > 0 else "right")
+            text.update_positions(renderer)
+            box = Text.get_window_extent(text)  # without the line back
+            if inside.containsx(box.x0) and inside.containsx(box.x1) and not any(map(box.overlaps, taken)):
+                break
+        taken.append(box)
 
 
 # --- two commits

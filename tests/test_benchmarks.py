@@ -13,7 +13,9 @@ from benchmarks import report, tune
 from benchmarks.workloads import WORKLOADS
 
 pytest.importorskip("pytest_benchmark")
-matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib")
+
+from pictures import drawn, unreadable
 
 ROOT = Path(__file__).parents[1]
 
@@ -155,6 +157,27 @@ def test_pictures_and_the_readme_are_written(tmp_path):
     page.write_text("no markers")
     with pytest.raises(SystemExit):
         report.main([str(path), "--readme", str(page)])
+
+
+def test_no_words_of_a_picture_overlap(tmp_path, monkeypatch):
+    results = report.load([ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "results.json"])
+    figures = drawn(monkeypatch)
+    report.pictures(results, tmp_path)
+    assert [unreadable(figure) for figure in figures] == [[]] * 4
+    roof, growth = figures[1:3]
+    assert {text.get_text() for text in roof.axes[0].texts} >= {"angle 256x100", "kl 128x1000", "hint 128x16x16x64x8"}
+    assert growth.axes[2].get_xlabel() == "T" and not growth.axes[5].get_visible()  # no memory was measured there
+
+
+def test_a_legend_names_what_the_last_row_has_not(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.json")
+    data = json.loads(path.read_text())
+    last = [dict(row, group="angle 999x100 float32") for row in data["benchmarks"][:2]]  # not compiled
+    data["benchmarks"] += last
+    path.write_text(json.dumps(data))
+    figures = drawn(monkeypatch)
+    report.pictures(report.load([path]), tmp_path)
+    assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["vs eager", "vs compile"]
 
 
 def test_compare_goes_by_ratios_and_fails_on_a_loss(tmp_path, capsys):
