@@ -204,6 +204,16 @@ def test_what_the_readme_says_about_speed_comes_from_the_committed_results():
     assert said == report.readme(report.load(sorted(RESULTS.glob("*.json"))), RESULTS.relative_to(ROOT).as_posix())
 
 
+def test_the_readme_names_the_peers_that_compute_the_same(tmp_path):
+    """Eager is the reference, which minds more than a user's own line would: what such a line takes stands beside it."""
+    path = write(tmp_path / "a.json")
+    data = json.loads(path.read_text())
+    data["benchmarks"].append(result("angle 128x100 float32", "F.angle", 8e-3))
+    path.write_text(json.dumps(data))
+    said = report.readme(report.load([path]), "folder")
+    assert "| angle 128x100 float32 | 1 ms | 40x | **0.50x** | F.angle 8.0x |" in said and "reference.py" in said
+
+
 def test_lines_for_auto_from_measurements():
     """The order that is right most often, and before it the sizes from which on another one is clearly faster."""
     a, b = ("cuda", "triton"), ("triton", "cuda")
