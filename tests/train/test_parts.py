@@ -16,6 +16,7 @@ from small_run import QUIET
 
 from amtml_fast import cli
 from amtml_fast.train.compare.plan import check_shared
+from amtml_fast.train.compare.results import finding
 from amtml_fast.train.compare.session import TEACH, Session
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config, ConfigError, TeacherConfig
@@ -354,6 +355,13 @@ def test_the_digest_marks_what_cannot_be_told_from_the_best() -> None:
         "oracle": [False, False],
     }
     assert lines["best single teacher"][0].startswith("60.33") and lines["best single teacher"][1].startswith("72.00")
+
+
+def test_a_teacher_that_diverged_is_not_the_best_one() -> None:
+    diverged = rows(student=[0.5, 0.5], okd__a=[float("nan"), 0.4], okd__b=[0.6, 0.7], gated_kd=[0.5, 0.8])
+    one = regimes.with_best_teacher(diverged)[1]
+    assert one.label == "best single teacher" and one.mean == pytest.approx(0.65)
+    assert "okd__b (65.00 %)" in finding(diverged)  # named as the best of the others
 
 
 def test_the_digest_says_how_much_of_the_oracles_gain() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -134,7 +133,7 @@ def finding(rows: Sequence[Row]) -> str:
     if not rest:
         return f"{main.label} reaches {100 * main.mean:.2f} % on the {main.split} set."
     others = {row.method: row for row in rest}
-    best = max(rest, key=lambda row: row.mean)
+    best = tables.highest(rest)
     wanted = [others.get(name, best) for name in ("avg_mkd", "amtml_no_adapter")]
     wanted += [best, others.get("student", best)]
     parts = [significance.verdict(main, other) for other in {row.method: row for row in wanted}.values()]
@@ -144,7 +143,7 @@ def finding(rows: Sequence[Row]) -> str:
 def highest(rows: Sequence[Row]) -> str:
     """The same for rows over different seeds, which no paired test can compare."""
     main, rest = ours_and_others(rows)
-    best = max([main, *rest], key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
+    best = tables.highest([main, *rest])
     others = "their seeds differ, so nothing is tested"
     return (
         f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."

@@ -28,8 +28,7 @@ def with_best_teacher(rows: Sequence[Row]) -> list[Row]:
     single = [row for row in rows if row.method.startswith(SINGLE)]
     if not single:
         return list(rows)
-    best = max(single, key=lambda row: row.mean)
-    line = replace(best, method=SINGLE, label=BEST_SINGLE)
+    line = replace(tables.highest(single), method=SINGLE, label=BEST_SINGLE)
     return [line if row is single[0] else row for row in rows if row is single[0] or row not in single]
 
 
@@ -102,7 +101,7 @@ def level_with_best(row: Row, rows: Sequence[Row]) -> bool:
     """Whether the row is the best that competes, or cannot be told from it."""
     if row.method == ORACLE or not math.isfinite(row.mean):
         return False
-    best = max((other for other in rows if other.method != ORACLE and math.isfinite(other.mean)), key=lambda r: r.mean)
+    best = tables.highest([other for other in rows if other.method != ORACLE])
     if row is best or tables.accuracy(row) == tables.accuracy(best):
         return True
     test = paired_difference(best, row)

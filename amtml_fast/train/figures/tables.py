@@ -279,6 +279,11 @@ def by_mapping(rows: Sequence[Row]) -> Blocks:
     return _section([("", _best_of_columns("Mapping", heads, lines))], tried)
 
 
+def highest(rows: Sequence[Row]) -> Row:
+    """The row with the highest mean. One that diverged comes last: NaN, were it the first of a max, would stay."""
+    return max(rows, key=lambda row: row.mean if math.isfinite(row.mean) else -1.0)
+
+
 def count_of(teachers: int | None) -> str:
     return "no teacher" if teachers is None else f"{teachers} teacher{'' if teachers == 1 else 's'}"
 
