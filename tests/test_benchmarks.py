@@ -204,6 +204,28 @@ def test_what_the_readme_says_about_speed_comes_from_the_committed_results():
     assert said == report.readme(report.load(sorted(RESULTS.glob("*.json"))), RESULTS.relative_to(ROOT).as_posix())
 
 
+def test_what_the_readme_says_of_a_gpu_comes_from_the_committed_results():
+    rows = json.loads((ROOT / "benchmarks/results/nvidia-h200/operators-7814c9d.json").read_text())["rows"]
+    found = {(row["case"], row["provider"]): row for row in rows}
+    cases = {
+        "KL + CE, bf16, 4096 x 128256, T = 3": "kd bf16 4096x128256 T=3",
+        "KL + CE, bf16, 4096 x 32000, T = 3": "kd bf16 4096x32000 T=3",
+        "KL, bf16, 4096 x 128256, T = 1": "kd bf16 4096x128256 T=1, no labels, tau=1",
+        "KL + CE, float32, 4096 x 128256, T = 3": "kd fp32 4096x128256 T=3",
+        "KL from the 64 largest of 128256, bf16, T = 3": "topk bf16 4096x128256 k=64 T=3",
+        "the whole loss, N = 128, C = 100, T = 3": "whole loss 128x100 T=3",
+    }
+    said = [[cell.strip() for cell in line.split("|")[1:-1]] for line in (ROOT / "README.md").read_text().splitlines()]
+    for name, case in cases.items():
+        ours = found[case, "cuda"]
+        cells = [name, f"{1e3 * ours['seconds']:.2f} ms"]
+        for other in ("eager", "compile", "liger"):
+            row = found.get((case, other))
+            cells.append(report.ratio_text(row and row["seconds"] / ours["seconds"]))
+        cells.append(f"{100 * ours['share_of_copy']:.0f} %" if "share_of_copy" in ours else "")
+        assert cells in said
+
+
 def test_the_readme_names_the_peers_that_compute_the_same(tmp_path):
     """Eager is the reference, which minds more than a user's own line would: what such a line takes stands beside it."""
     path = write(tmp_path / "a.json")
