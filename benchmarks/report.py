@@ -93,6 +93,7 @@ def load(paths: Sequence[str | Path]) -> Results:
         for row in data["benchmarks"]:
             facts = row["extra_info"] | {"limits": limits}
             stats = row["stats"]
+            facts["once"] = stats.get("rounds") == 1
             if "iqr" in stats and stats.get("rounds", 0) >= 5:
                 facts["spread"] = stats["iqr"] / stats["median"]
             results.rows[row["group"], facts["provider"], facts.get("value")] = (stats["median"], facts)
@@ -163,7 +164,8 @@ def head(results: Results) -> str:
     spreads = sorted(facts["spread"] for _, facts in results.rows.values() if "spread" in facts)
     if spreads:
         text += f" Interquartile range: {spreads[len(spreads) // 2]:.0%} of the median (typical), {spreads[-1]:.0%} (worst row)."
-    return text
+    once = sum(facts["once"] for _, facts in results.rows.values())
+    return text + (f" Long ones, {once} of {len(results.rows)} rows, were timed once." if once else "")
 
 
 def operators(results: Results) -> str:
@@ -546,7 +548,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not path.is_file():
             parser.error(f"{path}: there is no such file; `make bench` writes one")
     if options.compare:
-        table, fine = compare(load(options.compare[:1]), load(options.compare[1:]), options.most)
+        before, after = load(options.compare[:1]), load(options.compare[1:])
+        table, fine = compare(before, after, options.most)
+        if table.count("\n") == 1:
+            parser.error(f"{options.compare[1]}: it has no row of ours, with eager, that {options.compare[0]} has, too")
         print(table)
         return 0 if fine else 1
     try:
@@ -563,8 +568,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if page.count(BEGIN) != 1 or page.count(END) != 1:
             parser.error(f"{options.readme}: the lines {BEGIN!r} and {END!r} wanted, once each")
         folder = (options.out or options.results[-1].parent).resolve().relative_to(options.readme.resolve().parent)
-        before, rest = page.split(BEGIN)
-        options.readme.write_text(f"{before}{BEGIN}\n{readme(results, folder.as_posix())}\n{END}{rest.split(END)[1]}")
+        above, rest = page.split(BEGIN)
+        options.readme.write_text(f"{above}{BEGIN}\n{readme(results, folder.as_posix())}\n{END}{rest.split(END)[1]}")
     if not options.out and not options.readme:
         print(report(results))
     return 0

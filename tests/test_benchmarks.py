@@ -188,6 +188,25 @@ def test_compare_goes_by_ratios_and_fails_on_a_loss(tmp_path, capsys):
     assert report.main(["--compare", str(after), str(before)]) == 0
 
 
+def test_compare_of_nothing_is_no_success(tmp_path, capsys):
+    before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json")
+    data = json.loads(after.read_text())
+    data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] != "eager"]
+    after.write_text(json.dumps(data))
+    with pytest.raises(SystemExit):
+        report.main(["--compare", str(before), str(after)])
+    assert "b.json: it has no row of ours, with eager, that" in capsys.readouterr().err
+
+
+def test_a_row_that_was_timed_once_is_no_median(tmp_path):
+    path = write(tmp_path / "a.json")
+    data = json.loads(path.read_text())
+    assert "timed once" not in report.head(report.load([path]))
+    data["benchmarks"][0]["stats"]["rounds"] = 1
+    path.write_text(json.dumps(data))
+    assert f"Long ones, 1 of {len(data['benchmarks'])} rows, were timed once." in report.head(report.load([path]))
+
+
 def test_a_missing_file_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main([str(tmp_path / "none.json")])
