@@ -43,6 +43,7 @@ from amtml_fast.train.config.schema import ConfigError, LossConfig, TrainConfig
 from amtml_fast.train.data.images import Loader
 from amtml_fast.train.figures.tables import Row
 from amtml_fast.train.files import RunError, read_json, write_atomic
+from amtml_fast.train.methods.base import StepLoss
 from amtml_fast.train.models import evaluate
 from amtml_fast.train.models.features import FeatureExtractor
 from amtml_fast.train.models.networks import build, small_cnn
@@ -50,7 +51,7 @@ from amtml_fast.train.progress import Display
 from amtml_fast.train.run import optim, trainer
 from amtml_fast.train.run.folder import Diverged, Run
 from amtml_fast.train.run.job import student_job
-from amtml_fast.train.run.metrics import collapsed
+from amtml_fast.train.run.metrics import Sums, collapsed
 from amtml_fast.train.run.prepare import load_data, load_teachers
 from amtml_fast.train.run.stop import Interrupted, Stop
 from amtml_fast.train.run.tasks import distill
@@ -397,6 +398,15 @@ def test_a_last_step_that_diverges_is_no_finished_run(place: Place) -> None:
 def test_a_class_that_a_student_rules_out_is_no_divergence() -> None:
     logits = torch.tensor([[1.0, -torch.inf], [torch.nan, 0.0], [torch.inf, 0.0], [3e38, 3e38]])
     assert evaluate.lost(logits).tolist() == [False, True, True, False]
+
+
+def test_of_equal_weights_no_teacher_has_the_largest() -> None:
+    """An adapter that collapsed to equal weights showed its first teacher as the one that leads on every image."""
+    sums = Sums(torch.device("cpu"))
+    logits, labels = torch.eye(3), torch.arange(3)
+    weights = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.4, 0.2, 0.4], [0.1, 0.8, 0.1]])
+    sums.add(StepLoss(torch.tensor(1.0), {}, weights), logits, labels)
+    assert sums.totals["weight_won"].tolist() == pytest.approx([1 / 3 + 1 / 2, 1 / 3 + 1, 1 / 3 + 1 / 2])
 
 
 def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,6 +178,12 @@ def mixture(probs: Tensor, weights: Tensor) -> Tensor:
     return (probs * weights.unsqueeze(-1)).sum(1)
 
 
+def heaviest(weights: Tensor) -> Tensor:
+    """[N, T]: 1 at the largest of the weights [N, T], shared where several are equal: of equal weights nobody leads."""
+    most = (weights == weights.amax(1, keepdim=True)).float()
+    return most / most.sum(1, keepdim=True)
+
+
 def divergences(logits: Tensor, teacher_logits: Sequence[Tensor], temperature: float) -> Tensor:
     """tau^2 KL(p_t || q) of each example and teacher: [N, C], T x [N, C] -> [N, T]. In plain PyTorch, differentiable twice."""
     log_q = (logits.float() / temperature).log_softmax(-1)

@@ -15,7 +15,7 @@ from ..compare import answers
 from ..config.schema import ConfigError
 from ..data.images import ImageData
 from ..figures import numbers
-from ..methods.base import mixture
+from ..methods.base import heaviest, mixture
 from ..progress import Display
 from ..run.folder import Run
 from ..run.job import Job, need_hints
@@ -163,7 +163,7 @@ def class_section(asked: Asked, logits: Tensor, data: ImageData) -> dict[str, An
     for name, runs in asked.items():
         weights = torch.stack([answers.by_class(w, labels, count) for _, w, _ in runs]).mean(0)
         leads = best.gather(1, weights.argmax(1, keepdim=True))[:, 0] & known
-        followed = torch.cat([right.gather(1, w.argmax(1, keepdim=True)) for _, w, _ in runs]).float().mean()
+        followed = torch.cat([(right * heaviest(w)).sum(1) for _, w, _ in runs]).mean()
         methods.append(
             {
                 "name": name,

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.parts import truth
-from ..methods.base import StepLoss
+from ..methods.base import StepLoss, heaviest
 
 # Mean normalized entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
 UNIFORM, ONE_HOT = 0.999, 0.01
@@ -45,9 +45,7 @@ class Sums:
             entropy = torch.special.entr(w).sum() / math.log(max(2, w.shape[1]))
             self._add("entropy", entropy)
             self._add("weight_mean", w.sum(0))
-            # Not bincount, which waits for the device to learn how many bins there are.
-            each = torch.arange(w.shape[1], dtype=torch.int64, device=w.device)
-            self._add("weight_won", (w.argmax(1, keepdim=True) == each).sum(0))
+            self._add("weight_won", heaviest(w).sum(0))
 
     def _add(self, name: str, value: Tensor) -> None:
         value = value.double() if self.device.type != "mps" else value.float()
