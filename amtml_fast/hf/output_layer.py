@@ -26,7 +26,13 @@ class OutputLayer:
         self.model, self.name = model, name
         self._caught: list[Tensor] = []
         self._loss_of: Callable[[Tensor], Tensor] | None = None
-        layer, config = self.layer, getattr(model, "config", None)
+        config = getattr(model, "config", None)
+        if getattr(config, "is_encoder_decoder", False):  # whose hidden states are of other tokens
+            raise TypeError(
+                f"{name} must be a causal language model, got {type(model).__name__}, an encoder-decoder "
+                "(config.is_encoder_decoder=True)"
+            )
+        layer = self.layer
         if getattr(config, "return_dict", True) is False:
             raise ValueError(f"{name} must have config.return_dict=True, got False")
         self.logit_scale, self.softcap = _after_the_layer(model, layer, name)

@@ -6,7 +6,14 @@ from backends import cpu_only
 
 pytest.importorskip("transformers")
 from test_trainer import SIZES, TOKENS, C, by_whole_logits, collate, examples, llama, one_step, trainer
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import amtml_fast as af
 from amtml_fast.hf import store_topk
@@ -215,3 +222,25 @@ def test_numbers_of_teachers_that_do_not_fit_are_named(tmp_path):
         message = rf"batches must have teacher_index \[4\] or \[4, 12\], as their labels are, got {list(shape)}"
         with pytest.raises(ValueError, match=message.replace("got [", r"got \[")):
             one_step(made, student, {**batch, "teacher_index": index})
+
+
+def bart():
+    sizes = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    return BartForConditionalGeneration(BartConfig(vocab_size=C, decoder_start_token_id=2, **sizes, **TOKENS))
+
+
+def t5():
+    return T5ForConditionalGeneration(T5Config(vocab_size=C, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+
+
+@pytest.mark.parametrize("make", [bart, t5])
+def test_an_encoder_decoder_is_named(tmp_path, make):
+    """BART takes input_ids alone, and would teach its decoder what it has read before."""
+    model, got = make(), f"must be a causal language model, got {make().__class__.__name__}, an encoder-decoder"
+    with pytest.raises(TypeError, match="DistillationTrainer: model " + got):
+        trainer(tmp_path, model, [llama()])
+    with pytest.raises(TypeError, match=r"DistillationTrainer: teachers\[1\] " + got):
+        trainer(tmp_path, llama(), [llama(24, 1), model])
+    with pytest.raises(TypeError, match="store_topk: teacher " + got):
+        store_topk(model, examples(2), tmp_path / "top", k=2, data_collator=collate)
+    assert not (tmp_path / "top").exists()
