@@ -1,9 +1,11 @@
 """A teacher's largest classes of every token, made once and kept in a folder of safetensors files."""
 
+import contextlib
 import functools
 import inspect
 import json
 import math
+import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from amtml_fast import checks
+from amtml_fast.file_lock import flock
 from amtml_fast.hf.output_layer import NAME, OutputLayer, device_of_inputs
 from amtml_fast.reference import TopKTeacher
 
 ROW = "distillation_row"  # of an example, and in a batch: which row of the training set it is
 _FACTS = "topk.json"
+_WAIT = 0.1  # seconds between two looks at what other processes are making
 
 
 def store_topk(
@@ -41,7 +45,8 @@ def store_topk(
     Args:
         teacher: a causal language model of transformers.
         dataset: what the student will be trained on, in this order: ``dataset[i]`` with ``input_ids``.
-        folder: a new folder, or one that a killed call has begun: whole files in it are kept. Several processes may write one.
+        folder: a new folder, or one that a killed call has begun: whole files in it are kept. Several processes may write one, and
+            share its files (where the drive has no locks, each makes all).
         k: classes a token, 1 to the vocabulary.
         temperature: that of the loss that will use them: ``log_softmax(logits / temperature)``.
         batch_size, data_collator: how examples become batches; padding on either side.
@@ -85,19 +90,42 @@ def store_topk(
     training = teacher.training
     teacher.eval()
     try:
-        for start in range(0, len(dataset), rows_per_file):
-            path = folder / f"rows-{start:09d}.safetensors"
-            rows = range(start, min(start + rows_per_file, len(dataset)))
-            batches = _batches(dataset, rows, batch_size, data_collator, columns)
-            if path.exists():
-                _check_file(path, batches)
-            else:
-                _write(path, functools.partial(save_file, dict(_file(layer, batches, k, temperature))))
+        left = list(range(0, len(dataset), rows_per_file))
+        while left:
+            others = []  # that other processes are making
+            for start in left:
+                path = folder / f"rows-{start:09d}.safetensors"
+                rows = range(start, min(start + rows_per_file, len(dataset)))
+                batches = _batches(dataset, rows, batch_size, data_collator, columns)
+                with _claimed(path) as mine:
+                    if path.exists():
+                        _check_file(path, batches)
+                    elif mine:
+                        _write(path, functools.partial(save_file, dict(_file(layer, batches, k, temperature))))
+                    else:
+                        others.append(start)
+            if others == left:
+                time.sleep(_WAIT)
+            left = others
     finally:
         teacher.train(training)
     for begun in folder.glob("*.begun"):  # by a call that was killed, or that another process made, too
         begun.unlink(missing_ok=True)
     return StoredTopK(folder)
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[bool]:
+    """Whether this process is to make the file: a lock beside it says so, and ends with the process. Without locks it is to."""
+    claim = path.with_suffix(".begun")
+    with claim.open("w") as file:
+        mine = flock(file.fileno()) is not False
+        try:
+            yield mine
+        finally:
+            if mine:
+                with contextlib.suppress(OSError):
+                    claim.unlink()
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

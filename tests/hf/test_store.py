@@ -121,8 +121,9 @@ sys.path[:0] = [{tests!r}, {here!r}]
 from test_store import *
 from amtml_fast.hf import topk_store
 
-def slowly(*args):
-    save_file(*args)
+def slowly(tensors, path):
+    (folder / f"made-{{path.parent.name}}-{{path.name}}").touch()
+    save_file(tensors, path)
     time.sleep(0.01)  # so that the other one is here, too
 
 topk_store.save_file = slowly
@@ -148,10 +149,12 @@ def test_two_processes_may_write_one_store(tmp_path, request):
         made = StoredTopK(tmp_path / f"top{trial}")
         assert all(all(map(torch.equal, made[i], whole[i])) for i in range(8))
         assert len(list(made.folder.iterdir())) == 9  # nothing else is left
+        assert len(list(tmp_path.glob(f"made-top{trial}-*"))) == 8  # each by one of them
 
 
 def test_what_a_killed_call_has_begun_does_not_stay(tmp_path):
-    (tmp_path / "rows-000000000.0123.begun").write_bytes(b"half")
+    for begun in ("rows-000000000.begun", "rows-000000000.0123.begun"):
+        (tmp_path / begun).write_bytes(b"half")
     store_topk(llama(24, 1), equal_lengths(), tmp_path, k=4, data_collator=collate)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows-000000000.safetensors", "topk.json"]
 

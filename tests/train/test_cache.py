@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from amtml_fast.train import lock
+from amtml_fast import file_lock
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config, ConfigError
 from amtml_fast.train.data.images import Batch, ImageData, ImageSet, Loader
@@ -510,7 +510,7 @@ def test_the_second_waits_and_goes_on_when_the_first_dies(
 def test_without_locks_two_writers_still_end_with_a_whole_cache(
     tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock, "fcntl", None)
+    monkeypatch.setattr(file_lock, "fcntl", None)
     settings = load(tmp_path)
     found = [frozen.load(settings, data, hints=True) for _ in range(2)]
     errors: list[BaseException] = []

@@ -30,8 +30,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...file_lock import flock
 from ..files import DiskError, RunError, differences, write_atomic
-from ..lock import LOCK_FILE, flock
+from ..lock import LOCK_FILE
 
 FORMAT = "amtml-fast teacher cache 1"
 SHARD_BYTES = 2**28
