@@ -91,17 +91,18 @@ AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, Mixtu
     const A m = share.p * p + share.q * q;
     const A over = m == 0 ? A(1) : m;  // both are 0 then
     const A from_p = share.q * (p - q), from_q = share.p * (q - p);
+    // p may be above 1 (a mixture whose weights sum to more), and q / m 0 where q is not: nothing counts there.
+    const A q_m = q / over;
     if constexpr (kind == Divergence::skew_kl) {
       const A log_p_m = log_over_mixture(p, over, from_p, log);
       const A ratio = p / over;
       return {if_mass(p, p * log_p_m) - from_p, -share.q * q * ratio, if_mass(p, log_p_m + A(1) - share.p * ratio)};
     } else if constexpr (kind == Divergence::skew_reverse_kl) {
       const A log_q_m = log_over_mixture(q, over, from_q, log);
-      const A ratio = q / over;
-      return {if_mass(q, q * log_q_m) - from_q, if_mass(q, q * (log_q_m - share.q * ratio)), -share.p * ratio};
+      return {if_mass(q_m, q * log_q_m) - from_q, if_mass(q_m, q * (log_q_m - share.q * q_m)), -share.p * q_m};
     } else {
       const A log_p_m = log_over_mixture(p, over, from_p, log), log_q_m = log_over_mixture(q, over, from_q, log);
-      const A of_p = if_mass(p, share.p * log_p_m), of_q = if_mass(q, share.q * log_q_m);
+      const A of_p = if_mass(p, share.p * log_p_m), of_q = if_mass(q_m, share.q * log_q_m);
       return {p * of_p + q * of_q, q * of_q, p == 0 ? (q == 0 ? A(0) : -share.p) : of_p};
     }
   }

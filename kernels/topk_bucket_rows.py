@@ -91,15 +91,16 @@ def _outcome(p, q, log_q, beta, KIND: tl.constexpr):
         over = tl.where(m == 0, 1.0, m)  # both are 0 then
         from_p = (1.0 - share) * (p - q)
         from_q = share * (q - p)
+        q_m = q / over  # p may be above 1, and this 0 where q is not: nothing counts there
         if KIND == "skew_kl":
             value = _if_mass(p, p * _log_of_ratio(from_p / over, p / over)) - from_p
             qb = -(1.0 - share) * q * (p / over)
         elif KIND == "skew_reverse_kl":
-            log_q_m = _log_of_ratio(from_q / over, q / over)
-            value = _if_mass(q, q * log_q_m) - from_q
-            qb = _if_mass(q, q * (log_q_m - (1.0 - share) * (q / over)))
+            log_q_m = _log_of_ratio(from_q / over, q_m)
+            value = _if_mass(q_m, q * log_q_m) - from_q
+            qb = _if_mass(q_m, q * (log_q_m - (1.0 - share) * q_m))
         else:
-            qb = _if_mass(q, q * ((1.0 - share) * _log_of_ratio(from_q / over, q / over)))
+            qb = _if_mass(q_m, q * ((1.0 - share) * _log_of_ratio(from_q / over, q_m)))
             value = _if_mass(p, p * (share * _log_of_ratio(from_p / over, p / over))) + qb
     return value, qb, lost
 

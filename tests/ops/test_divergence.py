@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from backends import CHOSEN, cpu_only
+from backends import CHOSEN, cpu_only, takes
 
 import amtml_fast as af
 from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
@@ -247,6 +247,27 @@ def test_classes_that_one_side_alone_has(divergence, mode):
         assert got[1][:, 1].abs().max() <= 1e-6
     for g, w in zip(got, want):
         torch.testing.assert_close(g.double(), w, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", ["jsd", "skew_kl", "skew_reverse_kl"])
+def test_a_mixture_above_1_where_the_student_has_hardly_anything(divergence, dtype, on):
+    """q / m is rounded to 0 there, and q is not: such a class adds what the mixture's mass alone makes."""
+    if not takes(on, dtype):
+        pytest.skip("no float64")
+    far = torch.arange(740, 747, 0.25) if dtype == torch.float64 else torch.arange(84, 106, 0.25)
+    student = torch.stack([torch.zeros_like(far), -far], 1).to(dtype).requires_grad_()
+    teacher, weights = student.detach().flip(1), torch.full((1,), 1000.0, dtype=dtype)
+    loss = af.multi_teacher_kd_loss(
+        student, [teacher], weights, temperature=1.0, divergence=divergence, reduction="none"
+    )
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    q, p = torch.tensor([[1.0, 1e-300], [1e-300, 1000.0]], dtype=torch.float64, device="cpu")
+    want = _distance(divergence, {"jsd": 0.5}.get(divergence, 0.1), p, q)
+    torch.testing.assert_close(
+        loss.detach().cpu().double(), want.expand(len(far)), rtol=1e-5, atol=1e-4
+    )  # of sums of 1000
+    assert grad.abs().max() <= 1e-30
 
 
 def test_reverse_kl_of_teachers_far_below_the_smallest_number():

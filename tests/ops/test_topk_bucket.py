@@ -518,3 +518,20 @@ def test_gradients_are_rounded_once_under_a_loss_scale():
             af.reference.topk_kd_loss(*exact, tail="bucket", divergence="skew_kl") * scale, exact[0]
         )
         torch.testing.assert_close(grad.cpu().double(), want[0].half().double(), rtol=2**-10, atol=2**-24)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "skew_kl", "skew_reverse_kl"])
+def test_probabilities_above_1_where_the_student_has_hardly_anything(divergence):
+    """q / m is rounded to 0 there, and q is not."""
+    far = torch.arange(735, 747, 0.25)  # what is named is float64
+    student = torch.stack([torch.zeros_like(far), -far], 1).requires_grad_()
+    named, log_probs = torch.ones_like(far[:, None], dtype=torch.int64), torch.full_like(far[:, None], math.log(1000.0))
+    options = dict(tail="bucket", divergence=divergence, temperature=1.0, reduction="none")
+    loss = af.topk_kd_loss(student, [named], [log_probs], None, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), student)
+    q, p = torch.tensor([[1.0, 1e-300], [1e-300, 1000.0]], dtype=torch.float64, device="cpu")
+    want = _distance(divergence, {"jsd": 0.5}.get(divergence, 0.1), p, q)
+    torch.testing.assert_close(
+        loss.detach().cpu().double(), want.expand(len(far)), rtol=1e-5, atol=1e-4
+    )  # of sums of 1000
+    assert grad.abs().max() <= 1e-30
