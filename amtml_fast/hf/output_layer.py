@@ -129,10 +129,24 @@ class OutputLayer:
 
     def teach(self, inputs: Mapping[str, Any], device: torch.device) -> LinearTeacher:
         """What this frozen model has to say about the inputs, on ``device``."""
-        with torch.inference_mode(), self.catch() as caught:
+        with torch.inference_mode(), self.catch() as caught, self._without_cache():
             self.model(**inputs)
         bias = None if self.bias is None else self.bias.detach().to(device)
         return LinearTeacher(caught[0].to(device), self.weight.detach().to(device), bias)
+
+    @contextlib.contextmanager
+    def _without_cache(self) -> Iterator[None]:
+        """As Trainer has it for the student: with a cache, models do not keep the texts of a packed row apart."""
+        config: Any = getattr(self.model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        before = getattr(config, "use_cache", None)
+        if before is not None:
+            config.use_cache = False
+        try:
+            yield
+        finally:
+            if before is not None:
+                config.use_cache = before
 
 
 def device_of_inputs(model: Any) -> torch.device:

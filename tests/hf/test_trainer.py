@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DataCollatorWithFlattening,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
@@ -165,6 +166,18 @@ def test_what_models_do_to_their_logits_is_found():
 
     with pytest.raises(ValueError, match=r"teachers\[1\] must give its output layer's results as they are, .* got Odd"):
         OutputLayer(Odd(LlamaConfig(**small)), "teachers[1]")
+
+
+def test_texts_packed_in_one_row_are_apart_for_teachers_too(tmp_path):
+    student, teachers, data = llama(), [llama(24, 1), llama(8, 2)], examples(4)
+    want, grads = one_step(trainer(tmp_path, student, teachers), student, collate(data))
+    student.zero_grad()
+    rows = [{name: x.tolist() for name, x in example.items()} for example in data]
+    packed = DataCollatorWithFlattening()(rows)
+    got, of_packed = one_step(trainer(tmp_path, student, teachers), student, packed)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert_same(of_packed, grads)
+    assert all(t.config.use_cache for t in teachers)  # as it was
 
 
 def test_no_logits_are_made(tmp_path):
