@@ -8,7 +8,7 @@ from torch import Tensor
 
 from amtml_fast.ops._base import kernels
 from amtml_fast.ops._vocabulary import Vocabulary
-from amtml_fast.reference import weighted
+from amtml_fast.reference import weighted, wide_dtype
 
 NOBODY = -(2**62)  # in the place of a class that the support leaves out
 
@@ -32,7 +32,8 @@ def kept_entries(
     largest = z.topk(min(most, z.shape[1]), dim=1).values
     if vocabulary is not None:
         largest = vocabulary.gathered(largest).movedim(0, 1).flatten(1).topk(most, dim=1).values.to(z.dtype)
-    bounds = torch.stack([largest[:, k - 1] for k in sizes], 1)
+    # Wide: on the CPU torch stacks no float16 under an autocast to bfloat16.
+    bounds = torch.stack([largest[:, k - 1].to(wide_dtype(z)) for k in sizes], 1).to(z.dtype)
     # So many of those that are equal to the bound are among the k.
     equal = torch.stack([k - (largest[:, :k] > largest[:, k - 1 : k]).sum(1) for k in sizes], 1)
     mine, places = torch.ones_like(indices, dtype=torch.bool), indices.clamp(0, z.shape[1] - 1)

@@ -49,6 +49,19 @@ def _by_hand(student, indices, weights, labels, teachers, divergence, support, t
     return torch.stack(rows)
 
 
+@cpu_only
+@pytest.mark.parametrize("support", ["teacher", "student"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(narrow, dtype, support):
+    """On the CPU torch stacks no float16 under an autocast to bfloat16, nor the other way round."""
+    args = _problem(dtype)[:5]
+    want = af.topk_kd_loss(*args, tail="bucket", support=support)
+    with torch.autocast("cpu", narrow):
+        got = af.topk_kd_loss(*args, tail="bucket", support=support)
+    assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("support", ["teacher", "student"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
