@@ -41,8 +41,9 @@ class TeacherGate(nn.Module):
         self.num_teachers, self.classes = num_teachers, classes
         wide = num_teachers * classes
         sizes = {"mean": (wide,), "scale": (wide,), "weight": (num_teachers, wide), "bias": (num_teachers,)}
-        for name, size in sizes.items():
-            self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device="cpu"))
+        with torch.inference_mode(False):  # inference tensors could not be fitted again
+            for name, size in sizes.items():
+                self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device="cpu"))
 
     def fit(
         self, teacher_logits: Tensor | Sequence[Tensor], labels: Tensor, *, ignore_index: int = -100

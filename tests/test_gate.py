@@ -95,6 +95,8 @@ def test_it_is_saved_moved_and_fitted_again() -> None:
     fresh = TeacherGate(T, C)
     with torch.inference_mode():  # where teachers' logits are made
         assert torch.equal(fresh.fit([z + 0 for z in logits], labels)(logits), again(logits))
+        made_there = TeacherGate(T, C).fit(logits, labels)
+    assert torch.equal(made_there.fit(logits, labels)(logits), again(logits))
     half = [z.half() for z in logits]
     torch.testing.assert_close(gate(half), gate([z.float() for z in half]))
 
