@@ -31,7 +31,7 @@ from amtml_fast.functional import (
 )
 from amtml_fast.losses import parameter
 from amtml_fast.ops.hint import hint_mse
-from amtml_fast.reference import times, wide_dtype
+from amtml_fast.reference import times, wide_dtype, without_autocast
 
 __all__ = [
     "Adapter",
@@ -289,7 +289,7 @@ class FitNet(nn.Module):
                 f"FitNet: teacher must have the height and width of student {list(student.shape)} or 1 x 1, "
                 f"got {list(teacher.shape)}"
             )
-        with torch.autocast(student.device.type, enabled=False):  # which would narrow a wide convolution
+        with without_autocast(student):  # which would narrow a wide convolution
             return hint_loss(student, teacher, self.transform.weight.flatten(1), normalize=True)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amtml_fast import checks
+from amtml_fast.reference import without_autocast
 
 FLOOR = -10.0  # log-probabilities are cut off there: how certainly a class is out does not matter
 ITERATIONS = 60
@@ -98,7 +99,7 @@ class TeacherGate(nn.Module):
         """The same from `log_probabilities`, as logarithms."""
         u = (log_p.flatten(1) - self.mean) * self.scale
         # In 16 bits the product would be off by more than the weights' digits.
-        with torch.autocast(u.device.type, enabled=False):
+        with without_autocast(u):
             return torch.log_softmax(u @ self.weight.to(u.dtype).T + self.bias, -1)
 
     def _checked(self, name: str, teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ taken as already checked: the checks live in ``amtml_fast.ops``.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
         if t is not None and t.dtype == torch.float64:
             return torch.float64
     return torch.float32
+
+
+def without_autocast(like: Tensor) -> AbstractContextManager:
+    """A context in which torch narrows no product on the device of ``like``. Meta tensors have no autocast to turn off."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def over_items(total: Tensor, num_items_in_batch: int | Tensor) -> Tensor:
@@ -646,7 +652,7 @@ def fused_linear_kd_loss(
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         hidden = hidden.reshape(rows, hidden.shape[-1]).to(dtype).masked_fill(~valid.unsqueeze(1), 0)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             x = hidden @ weight.to(dtype).t()
         x = x if bias is None else x + bias.to(dtype)
         x = x if logit_scale == 1 else x * logit_scale
@@ -747,7 +753,7 @@ def angle(
 ) -> Tensor:
     """``angle_loss`` over the rows where ``row_mask`` is true."""
     dtype = wide_dtype(student, teacher)
-    with torch.autocast(student.device.type, enabled=False):  # autocast would run the inner products in 16 bits
+    with without_autocast(student):  # autocast would run the inner products in 16 bits
         cosines = [_cosines(x.to(dtype), row_mask, eps) for x in (student, teacher)]
     per_vertex = F.huber_loss(cosines[0], cosines[1], delta=delta, reduction="none").sum((1, 2))  # [N]
     n = len(student) if row_mask is None else row_mask.sum()

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amtml_fast.hf.output_layer import NAME, OutputLayer
 from amtml_fast.losses import TeacherAdapter
+from amtml_fast.reference import without_autocast
 
 
 class HiddenAdapter(TeacherAdapter):
@@ -22,7 +22,7 @@ class HiddenAdapter(TeacherAdapter):
         self.project = nn.Linear(hidden, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden):
             rows = F.layer_norm(hidden.float(), hidden.shape[-1:])
             return super().forward(F.silu(self.project(rows)))
 

@@ -6,6 +6,7 @@ from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, takes
 from test_values import _kd
 
 import amtml_fast as af
+from amtml_fast import dropin
 from amtml_fast.ops.hint import hint_mse, hint_pool
 from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
 from amtml_fast.reference import KDOptions
@@ -148,6 +149,33 @@ def test_teachers_from_inference_mode(on):
     weight = torch.randn(4, 4, requires_grad=True)
     af.hint_loss(torch.randn(6, 4, 3, 3), features, weight).backward()
     assert weight.grad.isfinite().all()
+
+
+def _on_meta(args):
+    return convert(args, device=torch.device("meta"))
+
+
+@cpu_only
+@each_case
+def test_meta_tensors_give_shapes_and_dtypes(case):
+    args = case.inputs(*case.small, dtype=torch.bfloat16)
+    want = case.function(*args)
+    got, grads = value_and_grads(case.function, _on_meta(args), torch.empty_like(want, device="meta"))
+    assert (got.is_meta, got.shape, got.dtype) == (True, want.shape, want.dtype)
+    of = [t for t in tensors(args) if t.requires_grad]
+    assert [(g.is_meta, g.shape, g.dtype) for g in grads] == [(True, t.shape, t.dtype) for t in of]
+
+
+@cpu_only
+def test_modules_on_meta_tensors():
+    student, teachers, weights, labels = _on_meta(CASES["multi_teacher_kd"].inputs(6, 5, 3))
+    criterion = af.AMTMLLoss(af.TeacherAdapter(4, 3)).to("meta")
+    out = criterion(student, teachers, labels, torch.empty(6, 4, device="meta"))
+    out.loss.backward()
+    assert out.weights.shape == weights.shape and student.grad.is_meta
+    assert af.TeacherGate(3, 5).to("meta")(teachers).shape == weights.shape
+    maps = torch.empty(2, 4, 3, 3, device="meta"), torch.empty(2, 6, 3, 3, device="meta")
+    assert dropin.FitNet(4, 6).to("meta")(*maps).shape == ()
 
 
 @each_case
