@@ -28,6 +28,30 @@
 
 namespace amtml {
 
+// A string that torch hands to an operator. For std::string torch's header makes a copy that it never frees: 48 bytes a
+// call.
+struct Name : std::string {
+  using std::string::string;
+};
+
+}  // namespace amtml
+
+template <>
+struct torch::stable::detail::ToImpl<amtml::Name> {
+  static amtml::Name call(StableIValue value, uint64_t, bool) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    size_t length = 0;
+    const char* data = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+    amtml::Name name(data, length);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return name;
+  }
+};
+
+namespace amtml {
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Half = torch::headeronly::Half;

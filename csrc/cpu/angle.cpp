@@ -386,8 +386,8 @@ struct Arguments {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor& teacher,
-                                             std::optional<Tensor> row_mask, double delta, double eps,
-                                             std::string reduction, bool need_student_grad, bool need_teacher_grad) {
+                                             std::optional<Tensor> row_mask, double delta, double eps, Name reduction,
+                                             bool need_student_grad, bool need_teacher_grad) {
   const Arguments args(student, teacher, row_mask, eps);
   const bool none = reduction == "none";
   const double m = static_cast<double>(args.kept.size());

@@ -71,7 +71,7 @@ struct Normalized {  // one side
 };
 
 std::tuple<Tensor, Tensor, Tensor> distance_fwd(const Tensor& student, const Tensor& teacher, double delta, double eps,
-                                                std::string reduction, bool need_student_grad, bool need_teacher_grad) {
+                                                Name reduction, bool need_student_grad, bool need_teacher_grad) {
   STD_TORCH_CHECK(student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0), kOp,
                   ": student and teacher must be [N, C] with the same N");
   const bool is_double = student.scalar_type() == ScalarType::Double || teacher.scalar_type() == ScalarType::Double;

@@ -133,10 +133,10 @@ Made run(const Inputs& in, const std::optional<Tensor>& given_alphas, const Sett
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
     const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights, std::optional<Tensor> labels,
-    std::optional<Tensor> alphas, std::optional<Tensor> temperatures, std::string divergence, double beta,
-    std::string mode, std::vector<double> teacher_temperatures, double temperature, bool t2_scale, double ce_weight,
-    double kl_weight, std::string reduction, int64_t ignore_index, double label_smoothing, bool need_student_grad,
-    bool need_weights_grad, bool need_alpha_grad, bool need_statistics) {
+    std::optional<Tensor> alphas, std::optional<Tensor> temperatures, Name divergence, double beta, Name mode,
+    std::vector<double> teacher_temperatures, double temperature, bool t2_scale, double ce_weight, double kl_weight,
+    Name reduction, int64_t ignore_index, double label_smoothing, bool need_student_grad, bool need_weights_grad,
+    bool need_alpha_grad, bool need_statistics) {
   const Settings set(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight, kl_weight,
                      reduction, ignore_index, label_smoothing);
   Made made = run({student, teachers, weights, labels, temperatures}, alphas, set, std::nullopt, need_student_grad,
@@ -146,10 +146,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> divergence_fwd(
 
 std::tuple<Tensor, Tensor, Tensor> divergence_bwd(
     const Tensor& grad_loss, const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
-    std::optional<Tensor> labels, std::optional<Tensor> alphas, std::optional<Tensor> temperatures,
-    std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures, double temperature,
-    bool t2_scale, double ce_weight, double kl_weight, std::string reduction, int64_t ignore_index,
-    double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_alpha_grad) {
+    std::optional<Tensor> labels, std::optional<Tensor> alphas, std::optional<Tensor> temperatures, Name divergence,
+    double beta, Name mode, std::vector<double> teacher_temperatures, double temperature, bool t2_scale,
+    double ce_weight, double kl_weight, Name reduction, int64_t ignore_index, double label_smoothing,
+    bool need_student_grad, bool need_weights_grad, bool need_alpha_grad) {
   const Settings set(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight, kl_weight,
                      reduction, ignore_index, label_smoothing);
   Made made = run({student, teachers, weights, labels, temperatures}, alphas, set, grad_loss, need_student_grad,

@@ -145,7 +145,7 @@ void with_problem(const Inputs& in, const Settings& set, bool labeled, const Ten
 }
 
 Tensor divergence_part_sums(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
-                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, std::string mode,
+                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, Name mode,
                             std::vector<double> teacher_temperatures, double temperature, bool labeled) {
   const Settings set = part_settings("forward_kl", 0, mode, teacher_temperatures, temperature, 0);
   Tensor out;
@@ -159,9 +159,9 @@ Tensor divergence_part_sums(const Tensor& student, std::vector<Tensor> teachers,
 
 Tensor divergence_part_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, const Tensor& normal,
-                           std::string divergence, double beta, std::string mode,
-                           std::vector<double> teacher_temperatures, double temperature, bool labeled, bool constants,
-                           bool need_totals, bool need_weights, bool need_statistics) {
+                           Name divergence, double beta, Name mode, std::vector<double> teacher_temperatures,
+                           double temperature, bool labeled, bool constants, bool need_totals, bool need_weights,
+                           bool need_statistics) {
   const Settings set = part_settings(divergence, beta, mode, teacher_temperatures, temperature, 0);
   const PartLayout at(set, static_cast<int64_t>(teachers.size()), labeled, need_totals, need_weights, need_statistics);
   const Tensor out = empty(student, {student.size(0), at.size()}, ScalarType::Double);
@@ -178,9 +178,8 @@ Tensor divergence_part_fwd(const Tensor& student, std::vector<Tensor> teachers, 
 Tensor divergence_part_bwd(const Tensor& of_kl, std::optional<Tensor> of_ce, const Tensor& totals,
                            const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, const Tensor& normal,
-                           std::string divergence, double beta, std::string mode,
-                           std::vector<double> teacher_temperatures, double temperature, double label_smoothing,
-                           double even) {
+                           Name divergence, double beta, Name mode, std::vector<double> teacher_temperatures,
+                           double temperature, double label_smoothing, double even) {
   const Settings set = part_settings(divergence, beta, mode, teacher_temperatures, temperature, label_smoothing);
   const Tensor grad = empty(student, {student.size(0), student.size(1)}, student.scalar_type());
   with_problem({student, teachers, weights, labels, temperatures}, set, of_ce.has_value(), &normal,

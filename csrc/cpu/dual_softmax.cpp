@@ -226,7 +226,7 @@ void backward(const Sizes& size, bool sequential, const Tensor& grad, const Sour
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::string mode) {
+std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, Name mode) {
   STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
   const Tensor input = dense(scores);
   const Sizes size(input);
@@ -243,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
 }
 
 Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& first, const Tensor& row_stats,
-                        std::string mode) {
+                        Name mode) {
   STD_TORCH_CHECK(scores.dim() == 3, kOp, ": scores must be [B, R, K]");
   const Tensor input = dense(scores);
   const Sizes size(input);

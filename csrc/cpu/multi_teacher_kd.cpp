@@ -443,8 +443,8 @@ namespace {
 // with need_probs) may be NaN in a step that diverges, and then so is the loss.
 Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
-                             double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
-                             double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
+                             double kl_scale, Name mode, Name reduction, int64_t ignore_index, double label_smoothing,
+                             bool need_student_grad, bool need_weights_grad, bool need_probs) {
   if (weights && !need_probs) {
     const auto y = checked_labels(kOp, labels, student.size(0), student.size(1), ignore_index);
     check_weights(kOp, *weights, y, ignore_index);
@@ -458,8 +458,8 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
                                                 std::optional<Tensor> grad_targets, const Tensor& student,
                                                 std::vector<Tensor> teachers, std::optional<Tensor> weights,
                                                 std::optional<Tensor> labels, const Tensor& stats, double temperature,
-                                                double ce_weight, double kl_weight, double kl_scale, std::string mode,
-                                                std::string reduction, int64_t ignore_index, double label_smoothing,
+                                                double ce_weight, double kl_weight, double kl_scale, Name mode,
+                                                Name reduction, int64_t ignore_index, double label_smoothing,
                                                 bool need_student_grad, bool need_weights_grad) {
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   return multi_teacher_kd_backward({grad_loss, grad_probs, grad_targets}, student, teachers, weights, labels, stats,
@@ -469,8 +469,8 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
 void multi_teacher_kd_rescale_(const Tensor& grad_student, const Tensor& grad_weights, const Tensor& grad_loss,
                                const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                                std::optional<Tensor> labels, const Tensor& stats, double temperature, double ce_weight,
-                               double kl_weight, double kl_scale, std::string mode, std::string reduction,
-                               int64_t ignore_index, double label_smoothing) {
+                               double kl_weight, double kl_scale, Name mode, Name reduction, int64_t ignore_index,
+                               double label_smoothing) {
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   write_gradients({grad_loss, std::nullopt, std::nullopt}, student, teachers, weights, labels, stats, set, grad_student,
                   grad_weights, true);

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_backward(const KDIncoming& incoming,
                                                      bool need_weights_grad);
 
 std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor& teacher,
-                                             std::optional<Tensor> row_mask, double delta, double eps,
-                                             std::string reduction, bool need_student_grad, bool need_teacher_grad);
+                                             std::optional<Tensor> row_mask, double delta, double eps, Name reduction,
+                                             bool need_student_grad, bool need_teacher_grad);
 
 }  // namespace amtml

@@ -394,12 +394,14 @@ struct Inputs {  // owns what Problem points to
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> topk_bucket_loss(
-    std::optional<Tensor> grad_loss, const Tensor& student, const Tensor& indices, std::optional<Tensor> kept,
-    const Tensor& log_probs, std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels,
-    double temperature, double ce_weight, double kl_weight, double kl_scale, std::string tail, std::string reduction,
-    int64_t ignore_index, double label_smoothing, std::string divergence, double beta, bool need_student_grad,
-    bool need_weights_grad) {
+std::tuple<Tensor, Tensor, Tensor> topk_bucket_loss(std::optional<Tensor> grad_loss, const Tensor& student,
+                                                    const Tensor& indices, std::optional<Tensor> kept,
+                                                    const Tensor& log_probs, std::vector<int64_t> sizes,
+                                                    std::optional<Tensor> weights, std::optional<Tensor> labels,
+                                                    double temperature, double ce_weight, double kl_weight,
+                                                    double kl_scale, Name tail, Name reduction, int64_t ignore_index,
+                                                    double label_smoothing, Name divergence, double beta,
+                                                    bool need_student_grad, bool need_weights_grad) {
   const DivergenceSettings settings(divergence, beta, tail, {}, temperature, false, ce_weight, kl_weight, reduction,
                                     ignore_index, label_smoothing);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};

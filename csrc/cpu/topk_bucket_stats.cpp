@@ -212,7 +212,7 @@ void run_row(Row& row, int64_t i, A* stats) {
 
 Tensor topk_bucket_stats(const Tensor& found_, const Tensor& named_, const Tensor& indices_, const Tensor& log_probs,
                          std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels_,
-                         int64_t classes, double temperature, int64_t ignore_index, std::string tail, bool in_float64) {
+                         int64_t classes, double temperature, int64_t ignore_index, Name tail, bool in_float64) {
   const Tensor found = dense(found_), named = dense(named_), indices = dense(indices_);
   const int64_t n = found.size(0), teachers = static_cast<int64_t>(sizes.size());
   const int64_t entries = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});

@@ -314,9 +314,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, co
                                                        const Tensor& log_probs, std::vector<int64_t> sizes,
                                                        std::optional<Tensor> weights, std::optional<Tensor> labels,
                                                        double temperature, double ce_weight, double kl_weight,
-                                                       double kl_scale, std::string tail, std::string reduction,
-                                                       int64_t ignore_index, double label_smoothing,
-                                                       bool need_student_grad, bool need_weights_grad) {
+                                                       double kl_scale, Name tail, Name reduction, int64_t ignore_index,
+                                                       double label_smoothing, bool need_student_grad,
+                                                       bool need_weights_grad) {
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, ignore_index);
   if (weights) check_weights(kOp, *weights, inputs.labels, ignore_index);
@@ -345,8 +345,8 @@ std::tuple<Tensor, Tensor> topk_kd_bwd(const Tensor& grad_loss, const Tensor& st
                                        const Tensor& log_probs, std::vector<int64_t> sizes,
                                        std::optional<Tensor> weights, std::optional<Tensor> labels, const Tensor& stats,
                                        double temperature, double ce_weight, double kl_weight, double kl_scale,
-                                       std::string tail, std::string reduction, int64_t ignore_index,
-                                       double label_smoothing, bool need_student_grad, bool need_weights_grad) {
+                                       Name tail, Name reduction, int64_t ignore_index, double label_smoothing,
+                                       bool need_student_grad, bool need_weights_grad) {
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, ignore_index);
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(sizes.size());

@@ -71,7 +71,7 @@ std::optional<Tensor> row_mask(const std::optional<Tensor>& labels, int64_t igno
 Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> theta, std::optional<Tensor> v,
                        std::optional<Tensor> given_weights, const Tensor& student, std::vector<Tensor> teachers,
                        std::optional<Tensor> labels, std::optional<Tensor> divisor, double temperature,
-                       double ce_weight, double kl_weight, double kl_scale, std::string mode, std::string reduction,
+                       double ce_weight, double kl_weight, double kl_scale, Name mode, Name reduction,
                        int64_t ignore_index, double label_smoothing, bool max_pool, double angle_weight, double delta,
                        double eps, double regularizer_weight, bool need_student_grad, bool need_targets_grad) {
   STD_TORCH_CHECK(features.has_value() != given_weights.has_value(), kOp, ": either features or weights must be given");
@@ -115,9 +115,9 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
                        const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
                        const Tensor& stats, const Tensor& grad_probs, const Tensor& grad_targets,
                        std::optional<Tensor> divisor, double temperature, double ce_weight, double kl_weight,
-                       double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
-                       double label_smoothing, bool max_pool, double angle_weight, double regularizer_weight,
-                       bool need_student, bool need_weights, bool need_features, bool need_parameters) {
+                       double kl_scale, Name mode, Name reduction, int64_t ignore_index, double label_smoothing,
+                       bool max_pool, double angle_weight, double regularizer_weight, bool need_student,
+                       bool need_weights, bool need_features, bool need_parameters) {
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   const ScalarType wide = stats.scalar_type();
   const double g = item(grad);

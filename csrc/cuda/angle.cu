@@ -348,8 +348,8 @@ std::tuple<Tensor, Tensor> run(const Tensor& student, const Tensor& teacher, con
 }
 
 std::tuple<Tensor, Tensor, Tensor> angle_fwd(const Tensor& student, const Tensor& teacher,
-                                             std::optional<Tensor> row_mask, double delta, double eps,
-                                             std::string reduction, bool need_student_grad, bool need_teacher_grad) {
+                                             std::optional<Tensor> row_mask, double delta, double eps, Name reduction,
+                                             bool need_student_grad, bool need_teacher_grad) {
   const Reduction how = reduction_of(reduction);
   const bool none = how == Reduction::kNone;
   const Tensor loss = empty(student, none ? Shape{student.size(0)} : Shape{}, ScalarType::Float);

@@ -212,7 +212,7 @@ void run(const Tensor& student, const Tensor& teacher, double delta, double eps,
 }
 
 std::tuple<Tensor, Tensor, Tensor> distance_fwd(const Tensor& student, const Tensor& teacher, double delta, double eps,
-                                                std::string reduction, bool need_student_grad, bool need_teacher_grad) {
+                                                Name reduction, bool need_student_grad, bool need_teacher_grad) {
   check_sides(kOp, student, teacher);
   const double n = static_cast<double>(student.size(0));
   double count = 1;

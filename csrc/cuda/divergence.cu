@@ -126,8 +126,8 @@ void run_rows(const Inputs& inputs, const Results& want, const float* grad_loss,
 
 Tensor5 divergence_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                        std::optional<Tensor> labels, std::optional<Tensor> alphas, std::optional<Tensor> temperatures,
-                       std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures,
-                       double temperature, bool t2_scale, double ce_weight, double kl_weight, std::string reduction,
+                       Name divergence, double beta, Name mode, std::vector<double> teacher_temperatures,
+                       double temperature, bool t2_scale, double ce_weight, double kl_weight, Name reduction,
                        int64_t ignore_index, double label_smoothing, bool need_student_grad, bool need_weights_grad,
                        bool need_alpha_grad, bool need_statistics) {
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == ScalarType::Float, kOp,
@@ -158,10 +158,10 @@ Tensor5 divergence_fwd(const Tensor& student, std::vector<Tensor> teachers, std:
 
 std::tuple<Tensor, Tensor, Tensor> divergence_bwd(
     const Tensor& grad_loss, const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
-    std::optional<Tensor> labels, std::optional<Tensor> alphas, std::optional<Tensor> temperatures,
-    std::string divergence, double beta, std::string mode, std::vector<double> teacher_temperatures, double temperature,
-    bool t2_scale, double ce_weight, double kl_weight, std::string reduction, int64_t ignore_index,
-    double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_alpha_grad) {
+    std::optional<Tensor> labels, std::optional<Tensor> alphas, std::optional<Tensor> temperatures, Name divergence,
+    double beta, Name mode, std::vector<double> teacher_temperatures, double temperature, bool t2_scale,
+    double ce_weight, double kl_weight, Name reduction, int64_t ignore_index, double label_smoothing,
+    bool need_student_grad, bool need_weights_grad, bool need_alpha_grad) {
   const OnDevice on(student);
   const DivergenceSettings set(divergence, beta, mode, teacher_temperatures, temperature, t2_scale, ce_weight,
                                kl_weight, reduction, ignore_index, label_smoothing);

@@ -158,7 +158,7 @@ const double* normals(const Tensor& normal, const Problem& pr, bool logits) {
 }
 
 Tensor divergence_part_sums(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
-                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, std::string mode,
+                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, Name mode,
                             std::vector<double> teacher_temperatures, double temperature, bool labeled) {
   const OnDevice on(student);
   const DivergenceSettings set = part_settings("forward_kl", 0, mode, teacher_temperatures, temperature, 0);
@@ -174,9 +174,9 @@ Tensor divergence_part_sums(const Tensor& student, std::vector<Tensor> teachers,
 
 Tensor divergence_part_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, const Tensor& normal,
-                           std::string divergence, double beta, std::string mode,
-                           std::vector<double> teacher_temperatures, double temperature, bool labeled, bool constants,
-                           bool need_totals, bool need_weights, bool need_statistics) {
+                           Name divergence, double beta, Name mode, std::vector<double> teacher_temperatures,
+                           double temperature, bool labeled, bool constants, bool need_totals, bool need_weights,
+                           bool need_statistics) {
   const OnDevice on(student);
   const DivergenceSettings set = part_settings(divergence, beta, mode, teacher_temperatures, temperature, 0);
   Inputs inputs(student, teachers, weights, labels, std::nullopt, temperatures, set, on);
@@ -197,9 +197,8 @@ Tensor divergence_part_fwd(const Tensor& student, std::vector<Tensor> teachers, 
 Tensor divergence_part_bwd(const Tensor& of_kl, std::optional<Tensor> of_ce, const Tensor& totals,
                            const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                            std::optional<Tensor> labels, std::optional<Tensor> temperatures, const Tensor& normal,
-                           std::string divergence, double beta, std::string mode,
-                           std::vector<double> teacher_temperatures, double temperature, double label_smoothing,
-                           double even) {
+                           Name divergence, double beta, Name mode, std::vector<double> teacher_temperatures,
+                           double temperature, double label_smoothing, double even) {
   const OnDevice on(student);
   const DivergenceSettings set =
       part_settings(divergence, beta, mode, teacher_temperatures, temperature, label_smoothing);

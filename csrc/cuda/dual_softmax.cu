@@ -383,7 +383,7 @@ T* data(Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::string mode) {
+std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, Name mode) {
   check(scores);
   const OnDevice on(scores);
   const Tensor input = dense(scores);
@@ -413,7 +413,7 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, std::s
 }
 
 Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& first, const Tensor& row_stats,
-                        std::string mode) {
+                        Name mode) {
   check(scores);
   if (grad.scalar_type() != scores.scalar_type() && scores.scalar_type() != ScalarType::Float) {
     const Tensor wide = converted(scores, ScalarType::Float);

@@ -497,8 +497,8 @@ namespace {
 
 Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                              std::optional<Tensor> labels, double temperature, double ce_weight, double kl_weight,
-                             double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
-                             double label_smoothing, bool need_student_grad, bool need_weights_grad, bool need_probs) {
+                             double kl_scale, Name mode, Name reduction, int64_t ignore_index, double label_smoothing,
+                             bool need_student_grad, bool need_weights_grad, bool need_probs) {
   const OnDevice on(student);
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() != ScalarType::Half, kOp,
                   ": the gradient of a float16 student is made in backward");
@@ -559,8 +559,8 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
                                                 std::optional<Tensor> grad_targets, const Tensor& student,
                                                 std::vector<Tensor> teachers, std::optional<Tensor> weights,
                                                 std::optional<Tensor> labels, const Tensor& stats, double temperature,
-                                                double ce_weight, double kl_weight, double kl_scale, std::string mode,
-                                                std::string reduction, int64_t ignore_index, double label_smoothing,
+                                                double ce_weight, double kl_weight, double kl_scale, Name mode,
+                                                Name reduction, int64_t ignore_index, double label_smoothing,
                                                 bool need_student_grad, bool need_weights_grad) {
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
@@ -579,8 +579,8 @@ std::tuple<Tensor, Tensor> multi_teacher_kd_bwd(const Tensor& grad_loss, std::op
 void multi_teacher_kd_rescale_(const Tensor& grad_student, const Tensor& grad_weights, const Tensor& grad_loss,
                                const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> weights,
                                std::optional<Tensor> labels, const Tensor& stats, double temperature, double ce_weight,
-                               double kl_weight, double kl_scale, std::string mode, std::string reduction,
-                               int64_t ignore_index, double label_smoothing) {
+                               double kl_weight, double kl_scale, Name mode, Name reduction, int64_t ignore_index,
+                               double label_smoothing) {
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, teachers, weights, labels, set, on);

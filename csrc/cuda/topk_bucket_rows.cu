@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(kNamedThreads) rows_kernel(const __grid_consta
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_bucket_rows(
     const Tensor& found, const Tensor& named, const Tensor& student, const Tensor& indices, const Tensor& log_probs,
     std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels, double temperature,
-    double ce_weight, double kl_weight, double kl_scale, std::string tail, std::string reduction, int64_t ignore_index,
-    double label_smoothing, std::string divergence, double beta) {
+    double ce_weight, double kl_weight, double kl_scale, Name tail, Name reduction, int64_t ignore_index,
+    double label_smoothing, Name divergence, double beta) {
   const OnDevice on(student);
   const DivergenceSettings settings(divergence, beta, tail, {}, temperature, false, ce_weight, kl_weight, reduction,
                                     ignore_index, label_smoothing);

@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kNamedThreads, 2) stats_kernel(const __grid_co
 
 Tensor topk_bucket_stats(const Tensor& found, const Tensor& named, const Tensor& indices, const Tensor& log_probs,
                          std::vector<int64_t> sizes, std::optional<Tensor> weights, std::optional<Tensor> labels_,
-                         int64_t classes, double temperature, int64_t ignore_index, std::string tail, bool) {
+                         int64_t classes, double temperature, int64_t ignore_index, Name tail, bool) {
   const OnDevice on(found);
   const NamedTensors entries_of(kOp, found, named, indices, log_probs, sizes, classes);
   const int64_t n = found.size(0), teachers = static_cast<int64_t>(sizes.size());

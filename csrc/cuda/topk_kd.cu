@@ -394,9 +394,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, co
                                                        const Tensor& log_probs, std::vector<int64_t> sizes,
                                                        std::optional<Tensor> weights, std::optional<Tensor> labels,
                                                        double temperature, double ce_weight, double kl_weight,
-                                                       double kl_scale, std::string tail, std::string reduction,
-                                                       int64_t ignore_index, double label_smoothing,
-                                                       bool need_student_grad, bool need_weights_grad) {
+                                                       double kl_scale, Name tail, Name reduction, int64_t ignore_index,
+                                                       double label_smoothing, bool need_student_grad,
+                                                       bool need_weights_grad) {
   STD_TORCH_CHECK(!need_student_grad || student.scalar_type() == ScalarType::Float, kOp,
                   ": the forward gradient of a 16-bit student is made in backward");
   const OnDevice on(student);
@@ -425,8 +425,8 @@ std::tuple<Tensor, Tensor> topk_kd_bwd(const Tensor& grad_loss, const Tensor& st
                                        const Tensor& log_probs, std::vector<int64_t> sizes,
                                        std::optional<Tensor> weights, std::optional<Tensor> labels, const Tensor& stats,
                                        double temperature, double ce_weight, double kl_weight, double kl_scale,
-                                       std::string tail, std::string reduction, int64_t ignore_index,
-                                       double label_smoothing, bool need_student_grad, bool need_weights_grad) {
+                                       Name tail, Name reduction, int64_t ignore_index, double label_smoothing,
+                                       bool need_student_grad, bool need_weights_grad) {
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, tail, reduction, ignore_index, label_smoothing};
   const Inputs inputs(student, indices, log_probs, sizes, weights, labels, set, on);

@@ -22,7 +22,7 @@ float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()
 Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> theta, std::optional<Tensor> v,
                        std::optional<Tensor> given_weights, const Tensor& student, std::vector<Tensor> teachers,
                        std::optional<Tensor> labels, std::optional<Tensor> divisor, double temperature,
-                       double ce_weight, double kl_weight, double kl_scale, std::string mode, std::string reduction,
+                       double ce_weight, double kl_weight, double kl_scale, Name mode, Name reduction,
                        int64_t ignore_index, double label_smoothing, bool max_pool, double angle_weight, double delta,
                        double eps, double regularizer_weight, bool need_student_grad, bool need_targets_grad) {
   STD_TORCH_CHECK(features.has_value() != given_weights.has_value(), kOp, ": either features or weights must be given");
@@ -97,9 +97,9 @@ Tensor5 whole_loss_bwd(const Tensor& grad, std::optional<Tensor> features, std::
                        const Tensor& student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
                        const Tensor& stats, const Tensor& grad_probs, const Tensor& grad_targets,
                        std::optional<Tensor> divisor, double temperature, double ce_weight, double kl_weight,
-                       double kl_scale, std::string mode, std::string reduction, int64_t ignore_index,
-                       double label_smoothing, bool max_pool, double angle_weight, double regularizer_weight,
-                       bool need_student, bool need_weights, bool need_features, bool need_parameters) {
+                       double kl_scale, Name mode, Name reduction, int64_t ignore_index, double label_smoothing,
+                       bool max_pool, double angle_weight, double regularizer_weight, bool need_student,
+                       bool need_weights, bool need_features, bool need_parameters) {
   auto none = [&] { return empty(student, {0}, ScalarType::Float); };
   const int64_t n = student.size(0), c = student.size(1), count = static_cast<int64_t>(teachers.size());
   const bool to_features = features && need_weights && need_features;

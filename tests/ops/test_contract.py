@@ -1,5 +1,8 @@
 """What holds for every operator: strides, ownership, autograd, compile, determinism, dtypes; and the other spellings of arguments."""
 
+import ctypes
+import gc
+
 import pytest
 import torch
 from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, takes
@@ -149,6 +152,34 @@ def test_teachers_from_inference_mode(on):
     weight = torch.randn(4, 4, requires_grad=True)
     af.hint_loss(torch.randn(6, 4, 3, 3), features, weight).backward()
     assert weight.grad.isfinite().all()
+
+
+class _Heap(ctypes.Structure):
+    """What glibc's mallinfo2 gives."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+@cpu_only
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what is in use")
+@each_case
+def test_calls_leave_no_memory_behind(case):
+    """A string among an operator's arguments may cost 48 bytes a call."""
+    in_use = ctypes.CDLL(None).mallinfo2
+    in_use.restype = _Heap
+    args = case.inputs(*case.small)
+
+    def after(calls):
+        for _ in range(calls):
+            value_and_grads(case.function, args)
+        gc.collect()
+        return in_use().uordblks
+
+    calls, before = 200, after(100)
+    assert after(calls) - before < 16 * calls
 
 
 def _on_meta(args):
