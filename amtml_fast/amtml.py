@@ -42,7 +42,7 @@ class AMTMLLoss(nn.Module):
     Give its parameters (the adapter's and the hints') to the optimizer together with the student's.
 
     Args:
-        adapter: ``TeacherAdapter``, or any module from features to weights [N, T] with a ``regularizer()``.
+        adapter: ``TeacherAdapter``, or any module from features to weights [N, T]; with a ``regularizer()``, unless its weight is 0.
         hints: ``MultiGroupHintLoss``, or None for no hint term.
         angle_trains_weights: let the angle loss train the adapter too. By default its teacher side is detached, as in the
             authors' code.
@@ -91,6 +91,11 @@ class AMTMLLoss(nn.Module):
             ("regularizer_weight", regularizer_weight),
         ):
             checks.number(name, argument, weight, 0, math.inf)
+        if regularizer_weight != 0 and not callable(getattr(adapter, "regularizer", None)):
+            raise TypeError(
+                f"{name}: adapter must have a regularizer() where regularizer_weight is not 0, "
+                f"got {type(adapter).__name__} and {regularizer_weight}"
+            )
         if gather_angle not in (False, True, "even"):
             raise ValueError(f"{name}: gather_angle must be False, True or 'even', got {gather_angle!r}")
         self.adapter: Any = adapter

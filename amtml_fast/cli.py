@@ -1,4 +1,4 @@
-"""The `amtml-fast` command. `backends` works with torch and numpy alone; the others need the `train` extra."""
+"""The `amtml-fast` command. `backends` and `--version` work with torch and numpy alone; the others need the `train` extra."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .backend import backends_table
+from .version import __version__
 
 EXTRA = (
     "accelerate",
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["backends"]:
         print(backends_table())
+        return
+    if words == ["--version"]:
+        print(f"amtml-fast {__version__}")
         return
     if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script finds the working directory's modules as `python -m` does

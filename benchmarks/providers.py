@@ -1,4 +1,5 @@
-"""Who computes: our backends, the plain PyTorch reference, torch.compile of it, and other libraries where they have it."""
+"""Who computes: our backends, the plain PyTorch reference, torch.compile of it, other libraries where they have it, and the short
+form that one writes without a library."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,14 @@ import amtml_fast as af
 from amtml_fast import backend
 
 from .machine import DEVICE
+from .short_forms import SHORT
 from .workloads import Task, Workload
 
 OURS = ("cuda", "triton") if DEVICE.type == "cuda" else ("cpp",)
 PLAIN = ("eager", "compile")
 PEERS = ("F.kl_div", "Liger")  # of "kl" alone: these libraries have no weighted form
-ALL = (*OURS, *PLAIN, *PEERS)
+IN_SHORT = ("a short form", "a short form, compiled")
+ALL = (*OURS, *PLAIN, *PEERS, *IN_SHORT)
 
 
 def why_not(name: str, workload: Workload) -> str | None:
@@ -24,7 +27,7 @@ def why_not(name: str, workload: Workload) -> str | None:
     if name in OURS:
         op = "multi_teacher_kd" if workload.op == "kl" else workload.op
         return backend.why_not(op, name, DEVICE.type)
-    if name in PEERS and workload.op != "kl":
+    if (name in PEERS and workload.op != "kl") or (name in IN_SHORT and workload.op not in SHORT):
         return ""
     if name == "Liger":
         if DEVICE.type == "cpu":
@@ -45,8 +48,11 @@ def function_of(name: str, task: Task) -> Callable[..., Tensor]:
 
         loss = LigerKLDIVLoss(reduction="batchmean")
         return lambda z, x: loss(z.log_softmax(-1), x.softmax(-1))
-    if name == "compile":
+    if "compile" in name:
         torch._dynamo.reset()
+    if name in IN_SHORT:
+        return torch.compile(SHORT[task.op]) if "compile" in name else SHORT[task.op]
+    if name == "compile":
         return _on("reference", torch.compile(task.function))
     return _on("reference" if name == "eager" else name, task.function)
 

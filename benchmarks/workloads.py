@@ -73,6 +73,7 @@ class Task:
     exact: gradients of the float64 reference.
     """
 
+    op: str
     function: Callable[..., Tensor]
     args: tuple
     leaves: list[Tensor]
@@ -110,7 +111,11 @@ def _operator(workload: Workload) -> Task:
     case = CASES[workload.op]
     args = convert(inputs(workload.op, *workload.size, dtype=workload.dtype), device=DEVICE)
     return Task(
-        case.function, args, _leaves(args), lambda: _gradients(case.reference, convert(args, dtype=torch.float64))
+        workload.op,
+        case.function,
+        args,
+        _leaves(args),
+        lambda: _gradients(case.reference, convert(args, dtype=torch.float64)),
     )
 
 
@@ -126,7 +131,7 @@ def _kl(workload: Workload) -> Task:
     def plain(z: Tensor, x: Tensor) -> Tensor:
         return torch.nn.functional.kl_div(z.log_softmax(-1), x.softmax(-1), reduction="batchmean")
 
-    return Task(kl, args, [student], lambda: _gradients(plain, convert(args, dtype=torch.float64)))
+    return Task(workload.op, kl, args, [student], lambda: _gradients(plain, convert(args, dtype=torch.float64)))
 
 
 def _whole_loss(workload: Workload) -> Task:
@@ -148,7 +153,7 @@ def _whole_loss(workload: Workload) -> Task:
             inputs = convert(args, dtype=torch.float64, device=torch.device("cpu"))
             return _gradients(lambda *a: wide(*a).loss, inputs, [*_leaves(inputs), *wide.parameters()])
 
-    return Task(whole, args, [student, features, *loss.parameters()], exact)
+    return Task(workload.op, whole, args, [student, features, *loss.parameters()], exact)
 
 
 MAKERS = {"whole_loss": _whole_loss, "kl": _kl}

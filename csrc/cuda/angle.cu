@@ -193,7 +193,7 @@ struct Slots {
 
 template <class C>
 void run_triangles(Triangles<typename C::Tile> all, const Rows& rows, const Slots& slots, const OnDevice& on) {
-  const dim3 grid(static_cast<unsigned>(all.tile_count), slots.count);
+  const dim3 grid(blocks(all.tile_count), slots.count);
   for (int n = 0; n < slots.launches; ++n) {
     all.phase = n * slots.count;
     all.first = n == 0;

@@ -5,6 +5,8 @@
 
 #include <cuda_runtime.h>
 
+#include <limits>
+
 #include "../common.h"
 
 #ifdef AMTML_EMULATED_CUDA
@@ -306,9 +308,13 @@ inline Tensor memory_for(const Tensor& like, const Pieces& pieces) {
   return empty(like, {static_cast<int64_t>(pieces.bytes() / sizeof(double))}, ScalarType::Double);
 }
 
-inline unsigned blocks_for(int64_t items, int64_t per_block) {
-  return static_cast<unsigned>((items + per_block - 1) / per_block);
+// A number of blocks along x; more than a grid takes would wrap, and leave rows out.
+inline unsigned blocks(int64_t count) {
+  STD_TORCH_CHECK(count <= std::numeric_limits<int32_t>::max(),
+                  "amtml_fast: a CUDA kernel can have 2^31 - 1 blocks, got ", count);
+  return static_cast<unsigned>(count);
 }
+inline unsigned blocks_for(int64_t items, int64_t per_block) { return blocks((items + per_block - 1) / per_block); }
 
 // Calls run(T{}) with T the element type of dtype: those that the GPU serves.
 template <class F>

@@ -708,7 +708,7 @@ void launch_rows(const Inputs& inputs, const Kernels& of, const OnDevice& on, co
   if (cluster > 1) cluster = on.largest_cluster(cluster);
   const size_t bytes = sizeof(Scratch) + 2 * pr.teachers * threads * sizeof(float);
   const bool sum = pr.mode == DivergenceMode::sum;
-  launch(of(inputs.packs, sum), {static_cast<unsigned>(pr.rows * cluster), threads, cluster, bytes}, on, pr, args...);
+  launch(of(inputs.packs, sum), {blocks(pr.rows * cluster), threads, cluster, bytes}, on, pr, args...);
 }
 
 }  // namespace amtml::gpu::divergences

@@ -402,12 +402,11 @@ std::tuple<Tensor, Tensor, Tensor> dual_softmax_fwd(const Tensor& scores, Name m
     using T = decltype(element);
     const T* x = static_cast<const T*>(input.const_data_ptr());
     const unsigned column_threads = whole_warps(kWarp * blocks_for(blocks_for(size.rows, splits), kRows));
-    launch(&column_kernel<T>,
-           {static_cast<unsigned>(tiles * splits * size.batch), column_threads, 1, sizeof(ColumnScratch)}, on, x, size,
-           splits, data<float2>(partial));
+    launch(&column_kernel<T>, {blocks(tiles * splits * size.batch), column_threads, 1, sizeof(ColumnScratch)}, on, x,
+           size, splits, data<float2>(partial));
     launch(&row_kernel<T, decltype(wide)::value, decltype(sequential)::value>,
-           {static_cast<unsigned>(per * size.batch), threads, 1, sizeof(RowScratch)}, on, x, data<float2>(partial),
-           size, splits, per, data<T>(out), data<float>(first), data<float2>(row_stats));
+           {blocks(per * size.batch), threads, 1, sizeof(RowScratch)}, on, x, data<float2>(partial), size, splits, per,
+           data<T>(out), data<float>(first), data<float2>(row_stats));
   });
   return {out, first, row_stats};
 }
@@ -441,14 +440,13 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
     const T *g = static_cast<const T*>(incoming.const_data_ptr()), *x = static_cast<const T*>(input.const_data_ptr());
     const float* a = static_cast<const float*>(softmax.const_data_ptr());
     const float2* rows = static_cast<const float2*>(stats.const_data_ptr());
-    launch(&back_row_kernel<T, kWide, kSequential>,
-           {static_cast<unsigned>(per * size.batch), threads, 1, sizeof(RowScratch)}, on, g, x, a, rows, size, per,
-           data<float>(inner), data<float>(partial));
+    launch(&back_row_kernel<T, kWide, kSequential>, {blocks(per * size.batch), threads, 1, sizeof(RowScratch)}, on, g,
+           x, a, rows, size, per, data<float>(inner), data<float>(partial));
     const int64_t tiles = blocks_for(size.columns, kWarp * kWide);
     const int splits = blocks_of_each(2 * kBlocks, tiles * size.batch, blocks_for(size.rows, kWarp));
     launch(&back_column_kernel<T, kWide, kSequential>,
-           {static_cast<unsigned>(tiles * splits * size.batch), kGradWarps * kWarp, 1, sizeof(GradScratch)}, on, g, x,
-           a, rows, data<float>(inner), data<float>(partial), size, per, splits, data<T>(grad_scores));
+           {blocks(tiles * splits * size.batch), kGradWarps * kWarp, 1, sizeof(GradScratch)}, on, g, x, a, rows,
+           data<float>(inner), data<float>(partial), size, per, splits, data<T>(grad_scores));
   });
   return grad_scores;
 }

@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t heig
   dispatch_gpu(feature_map.scalar_type(), kOp, [&](auto element) {
     using T = decltype(element);
     launch(normalize ? &pool_kernel<T, true> : &pool_kernel<T, false>,
-           {static_cast<unsigned>(n * bands), kThreads, 1, sizeof(float) * kThreads}, on,
+           {blocks(n * bands), kThreads, 1, sizeof(float) * kThreads}, on,
            static_cast<const T*>(feature_map.const_data_ptr()), map, static_cast<int>(height), static_cast<int>(width),
            rows, lanes_for(map.plane() * rows / height), lanes_for(rows * width),
            static_cast<float*>(pooled.mutable_data_ptr()), static_cast<float*>(norms.mutable_data_ptr()));
@@ -275,7 +275,7 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
   dispatch_gpu(feature_map.scalar_type(), kOp, [&](auto element) {
     using T = decltype(element);
     launch(normalize ? &spread_kernel<T, true> : &spread_kernel<T, false>,
-           {static_cast<unsigned>(n * blocks_for(map.plane(), lanes)), kThreads, 1, bytes}, on,
+           {blocks(n * blocks_for(map.plane(), lanes)), kThreads, 1, bytes}, on,
            static_cast<const float*>(incoming.const_data_ptr()), from,
            static_cast<const T*>(feature_map.const_data_ptr()), map, static_cast<const float*>(scales.const_data_ptr()),
            lanes, static_cast<T*>(grad_map.mutable_data_ptr()));

@@ -449,8 +449,8 @@ void run_sweeps(const Problem& pr, const Wanted& want, const Incoming& in, const
   const int64_t place_bytes = threads * (T + 1) * sizeof(Packed<S>);  // of one pack a thread
   Problem kept = pr;
   kept.keep = static_cast<int>(std::min<int64_t>(keep / place_bytes, blocks_for(blocks_for(packs, cluster), threads)));
-  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster,
-                      sizeof(SweepScratch<T>) + kept.keep * place_bytes, early};
+  const Spread spread{blocks(pr.rows * cluster), threads, cluster, sizeof(SweepScratch<T>) + kept.keep * place_bytes,
+                      early};
   launch(kernel, spread, on, kept, want, in, stats, pass);
 }
 
@@ -467,8 +467,8 @@ void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, cons
   unsigned threads = kWarp;
   while (threads < packs && threads < kMaxThreads) threads *= 2;
   const size_t sums = want.grad_weights ? pr.teachers * (in.grad_targets ? 2 : 1) : 0;
-  const Spread spread{static_cast<unsigned>(pr.rows * cluster), threads, cluster,
-                      sizeof(Scratch) + sums * threads * sizeof(float), early};
+  const Spread spread{blocks(pr.rows * cluster), threads, cluster, sizeof(Scratch) + sums * threads * sizeof(float),
+                      early};
   dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
     using S = decltype(element);
     constexpr int wide = 16 / sizeof(S);

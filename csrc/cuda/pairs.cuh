@@ -266,8 +266,7 @@ __global__ void __launch_bounds__(2 * kSideThreads, 2)
 template <class Tile>
 void measure(const Points& first, const Points& second, const TakingPart& takes_part, const Tiling& tiling, double eps,
              const Distances<Tile>& out, const OnDevice& on, bool early = false) {
-  const Spread spread{static_cast<unsigned>(tiling.tiles() + 1), 2 * kSideThreads, 1,
-                      sizeof(MeasureScratch<Tile::kBlock>), early};
+  const Spread spread{blocks(tiling.tiles() + 1), 2 * kSideThreads, 1, sizeof(MeasureScratch<Tile::kBlock>), early};
   launch(measure_kernel<Tile>, spread, on, first, second, takes_part,
          static_cast<int64_t>(tiling.blocks) * Tile::kBlock, eps, out);
 }

@@ -495,7 +495,7 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
         Kept::bytes(kByChannels ? threads * kWide : 0, least(map.channels, kKept), factors.teachers, threads);
     auto kernel =
         use_max ? &forward_kernel<T, kWide, kByChannels, true> : &forward_kernel<T, kWide, kByChannels, false>;
-    launch(kernel, {static_cast<unsigned>(n), static_cast<unsigned>(threads), 1, bytes}, on,
+    launch(kernel, {blocks(n), static_cast<unsigned>(threads), 1, bytes}, on,
            static_cast<const T*>(features.const_data_ptr()), map, factors, lanes, floats(weights), floats(pooled),
            static_cast<int*>(index.mutable_data_ptr()));
   });
@@ -524,7 +524,7 @@ void teacher_weights_backward(const WeightsIncoming& incoming, const Tensor& fea
       using T = decltype(element);
       constexpr int kWide = decltype(wide)::value;
       const unsigned threads = grads.features ? threads_for(map, n, kWide) : 4 * kWarp;
-      const dim3 grid(static_cast<unsigned>(n + (at_once ? slices : 0)), grads.features ? blocks_for(d, kSpread) : 1);
+      const dim3 grid(blocks(n + (at_once ? slices : 0)), grads.features ? blocks_for(d, kSpread) : 1);
       const size_t bytes = Kept::bytes(grads.features ? least(map.channels, kSpread) : 0, 0, factors.teachers, threads);
       launch(&backward_kernel<T, kWide, decltype(channels)::value>,
              {grid, threads, 1, std::max(bytes, at_once ? sizeof(SliceSums) : 0), early}, on, incoming, factors,

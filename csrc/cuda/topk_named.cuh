@@ -171,7 +171,7 @@ struct NamedTensors {
     unsigned threads = kWarp;
     while (threads < static_cast<unsigned>(of.start.of[of.teachers]) && threads < kNamedThreads) threads *= 2;
     const size_t bytes = sizeof(NamedScratch) + of.sorted * sizeof(EntryKey) + extra;
-    return {static_cast<unsigned>(found.size(0)), threads, 1, bytes};
+    return {blocks(found.size(0)), threads, 1, bytes};
   }
 };
 

@@ -170,6 +170,7 @@ BAD = [
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**{k: v for k, v in _batch().items() if k != "teacher_maps"}), "must be given exactly when hints are"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T))(**_batch()), "must be given exactly when hints are"),
     (lambda: af.AMTMLLoss(None), "AMTMLLoss: adapter must be a torch.nn.Module, got NoneType"),
+    (lambda: af.AMTMLLoss(torch.nn.Linear(D, T)), r"AMTMLLoss: adapter must have a regularizer\(\) where regularizer_weight is not 0, got Linear and 0.001"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), hints=[_hints()]), "AMTMLLoss: hints must be a torch.nn.Module or None, got list"),
     (lambda: af.MultiGroupHintLoss([4, 8], [3, 3]), "MultiGroupHintLoss: student_channels must be a dict group -> channels, got list"),
     (lambda: af.MultiGroupHintLoss({"a": 4, "b": 8}, 3), "MultiGroupHintLoss: teacher_channels must be a list of channels, got int"),

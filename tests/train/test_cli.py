@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from amtml_fast import backends, cli
+from amtml_fast import __version__, backends, cli
 
 for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
@@ -414,6 +414,10 @@ def test_methods_lists_what_each_one_needs(capsys: pytest.CaptureFixture[str], m
     assert needs["student"].rstrip().endswith("-")
     assert "student groups" in needs["amtml_kd"] and "hints" not in needs["amtml_no_hint"].partition("no hints")[2]
     assert "labels for the weights" in needs["ca_mkd"] and "best teacher" in needs["rkd"]
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version")[:2] == (0, f"amtml-fast {__version__}\n")
 
 
 def test_backends_lists_every_operator(capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,6 +245,15 @@ def test_a_run_stays_below_out(tmp_path: Path, name: str) -> None:
         load(tmp_path, WHOLE, f"name={name}")
 
 
+def test_a_run_does_not_share_the_folder_of_the_cache(tmp_path: Path) -> None:
+    """That folder may be deleted at any time."""
+    with pytest.raises(
+        ConfigError, match=r"name must be another folder than that of the teachers' kept outputs, got 'teacher-cache'"
+    ):
+        load(tmp_path, WHOLE, "name=teacher-cache")
+    assert load(tmp_path, WHOLE, "name=teacher-cache", "cache.folder=elsewhere").name == "teacher-cache"
+
+
 @pytest.mark.parametrize("key", ["teachers.0.name", "student.name", "compare.students.0.name"])
 @pytest.mark.parametrize("name", ["..", "-a", "a/b", "a$b", "a[b", ""])
 def test_names_that_are_parts_of_folders(tmp_path: Path, key: str, name: str) -> None:

@@ -45,6 +45,10 @@ def check_values(config: Config) -> None:
         if value not in choices:
             raise ConfigError(bad_choice(key, value, choices))
     _check_place(config.name)
+    if config.folder == config.cache_folder:
+        raise ConfigError(
+            f"config: name must be another folder than that of the teachers' kept outputs, got {config.name!r} for {config.folder}"
+        )
     if not isinstance(config.loss.mapping, Mapping) and config.loss.mapping not in MAPPINGS:
         raise ConfigError(bad_choice("loss.mapping", config.loss.mapping, MAPPINGS) + " (or teacher: group pairs)")
     logits = config.cache.logits
