@@ -693,7 +693,7 @@ def test_the_readmes_comparison_can_be_planned(tmp_path: Path) -> None:
 
 
 def test_batch_sizes_that_cannot_be_shared_out(place: Place) -> None:
-    with pytest.raises(ConfigError, match=r"a multiple of engine\..*=3, got 128"):
+    with pytest.raises(ConfigError, match=r"a multiple of engine\..*=3 for student alone, seed 0, got 128"):
         place.train("engine.gradient_accumulation_steps=3", method="student")
     with pytest.raises(ValueError, match=r"100000"):
         place.train("distill.batch_size=100000", method="student")
