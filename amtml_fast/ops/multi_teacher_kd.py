@@ -85,7 +85,7 @@ def multi_teacher_kd_loss(
             - ``"forward_kl"``: KL(p || q), Eq 8. ``"reverse_kl"``: KL(q || p).
             - ``"jsd"``: b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q.
             - ``"skew_kl"``: KL(p || b p + (1 - b) q). ``"skew_reverse_kl"``: KL(q || (1 - b) p + b q).
-            - ``"tvd"``: half of sum_c |p_c - q_c|; gradient 0 where they are equal.
+            - ``"tvd"``: half of sum_c |p_c - q_c|; gradient 0 where they are equal to the last bit.
         beta: between 0 and 1, both excluded. None: 0.5 for ``"jsd"``, 0.1 for the skewed ones; the others have none.
         teacher_temperature: of all teachers, or T numbers; None: ``temperature``. Its square scales nothing.
         return_stats: return ``(loss, KDStats)``: entropies, each teacher's KL and more for every row, detached.
