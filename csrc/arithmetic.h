@@ -1,6 +1,8 @@
 // Arithmetic that the CPU's and the GPU's kernels share, so that the tests of one exercise what the other runs.
 #pragma once
 
+#include <limits>
+
 #ifdef __CUDACC__
 #define AMTML_SHARED __host__ __device__ __forceinline__
 #else
@@ -43,13 +45,14 @@ struct DivergenceTerm {
   A value, qb, a;
 };
 
-// log(1 + u) where 1 + u = x / y: exact near 0 as well as far from it, and with one logarithm.
+// log(ratio) where ratio = 1 + u: exact near 0 as well as far from it, with one logarithm and no division. Near 0 it is
+// that of 1 + u as it is rounded, and what the rounding has taken off.
 template <class A, class Log>
 AMTML_SHARED A log_of_ratio(A u, A ratio, const Log& log) {
   const bool near = u > A(-0.5) && u < A(0.5);
   const A y = near ? A(1) + u : ratio;
-  const A l = log(y), less = y - A(1);
-  return near ? (less == 0 ? u : l * (u / less)) : l;
+  const A l = log(y);
+  return near ? l + (u - (y - A(1))) : l;
 }
 
 // What p and q have in the mixture m = share.p p + share.q q. Both are made in float64: 1 - beta would lose a small
@@ -62,13 +65,6 @@ template <class A>
 MixtureShares<A> shares_of(Divergence kind, double beta) {
   if (kind == Divergence::skew_reverse_kl) return {static_cast<A>(1 - beta), static_cast<A>(beta)};
   return {static_cast<A>(beta), static_cast<A>(1 - beta)};
-}
-
-// Of that mixture and a probability x of the two: log(x / m), where far = share.q (p - q) for x = p, and share.p (q -
-// p) for x = q, is x - m without cancellation.
-template <class A, class Log>
-AMTML_SHARED A log_over_mixture(A x, A m, A far, const Log& log) {
-  return log_of_ratio(far / m, x / m, log);
 }
 
 // log_p and log_q are read by the two KLs alone. A KL to a mixture is summed as x log(x / m) - x + m, of which every
@@ -88,21 +84,21 @@ AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, Mixtu
     const A difference = p - q, sign = difference > 0 ? A(0.5) : (difference < 0 ? A(-0.5) : difference);
     return {sign * difference, -q * sign, sign};
   } else {
-    const A m = share.p * p + share.q * q;
-    const A over = m == 0 ? A(1) : m;  // both are 0 then
-    const A from_p = share.q * (p - q), from_q = share.p * (q - p);
+    // Below `least` no class counts, and an infinite inverse would meet a 0.
+    constexpr A least = std::numeric_limits<A>::min() * 64;
+    const A m = share.p * p + share.q * q, inverse = A(1) / (m < least ? least : m);
+    const A from_p = share.q * (p - q), from_q = share.p * (q - p);  // p - m and q - m, without cancellation
+    const A p_m = p * inverse, q_m = q * inverse;
     // p may be above 1 (a mixture whose weights sum to more), and q / m 0 where q is not: nothing counts there.
-    const A q_m = q / over;
     if constexpr (kind == Divergence::skew_kl) {
-      const A log_p_m = log_over_mixture(p, over, from_p, log);
-      const A ratio = p / over;
-      return {if_mass(p, p * log_p_m) - from_p, -share.q * q * ratio, if_mass(p, log_p_m + A(1) - share.p * ratio)};
+      const A of_p = log_of_ratio(from_p * inverse, p_m, log);
+      return {if_mass(p, p * of_p) - from_p, -share.q * q * p_m, if_mass(p, of_p + A(1) - share.p * p_m)};
     } else if constexpr (kind == Divergence::skew_reverse_kl) {
-      const A log_q_m = log_over_mixture(q, over, from_q, log);
-      return {if_mass(q_m, q * log_q_m) - from_q, if_mass(q_m, q * (log_q_m - share.q * q_m)), -share.p * q_m};
+      const A of_q = log_of_ratio(from_q * inverse, q_m, log);
+      return {if_mass(q_m, q * of_q) - from_q, if_mass(q_m, q * (of_q - share.q * q_m)), -share.p * q_m};
     } else {
-      const A log_p_m = log_over_mixture(p, over, from_p, log), log_q_m = log_over_mixture(q, over, from_q, log);
-      const A of_p = if_mass(p, share.p * log_p_m), of_q = if_mass(q_m, share.q * log_q_m);
+      const A of_p = if_mass(p, share.p * log_of_ratio(from_p * inverse, p_m, log));
+      const A of_q = if_mass(q_m, share.q * log_of_ratio(from_q * inverse, q_m, log));
       return {p * of_p + q * of_q, q * of_q, p == 0 ? (q == 0 ? A(0) : -share.p) : of_p};
     }
   }
