@@ -175,12 +175,12 @@ def compare(
         check_shared(asked)
         say_one_process(display)
         from .compare import results, session
-        from .run.stop import told
+        from .run.stop import says_when_stopped
 
         for settings in asked[1:]:  # the first is checked as it begins
             session.Session(settings, display).check()
         outcomes = [session.compare(asked[0], display, fresh=asked if fresh else ())]
-        with told(lambda: f"stopped; {len(outcomes)} of {len(asked)} comparisons are finished"):
+        with says_when_stopped(lambda: f"stopped; {len(outcomes)} of {len(asked)} comparisons are finished"):
             for settings in asked[1:]:
                 outcomes.append(session.compare(settings, display))
             by_folder = dict(zip(folders, outcomes, strict=True))
@@ -322,9 +322,8 @@ def friendly(resume: str = "") -> Iterator[Display]:
     AMTML_DEBUG=1 shows tracebacks. Exit codes: 1 error, 2 unusable configuration, 130 Ctrl-C.
     """
     main_process = int(os.environ.get("RANK", "0")) == 0
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # as stderr: a name that the terminal has no letters for ends no training
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr has it: a name that the terminal has no letters for ends no training.
         sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, _terminate)  # a cluster's polite stop is handled like Ctrl-C
     try:

@@ -213,7 +213,7 @@ def paired_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     main, others = ours_and_others(rows)
     tests = {other.method: significance.paired_difference(main, other)._asdict() for other in others}
     for test in tests.values():
-        del test["t"]
+        del test["t"]  # it follows from the others
     return [{"method": main.method, "less": less, **test} for less, test in tests.items()]
 
 

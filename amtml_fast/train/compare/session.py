@@ -18,7 +18,7 @@ from ..run import preflight
 from ..run.folder import Diverged, alone
 from ..run.job import need_hints, teacher_job
 from ..run.prepare import load_data, load_teachers, make_accelerator, say_choices
-from ..run.stop import how_many, told
+from ..run.stop import how_many, says_when_stopped
 from ..run.tasks import say_result
 from ..run.trainer import finished, start_over, train
 from ..teachers import frozen
@@ -117,10 +117,10 @@ def compare(config: Config, display: Display, *, fresh: Sequence[Config] = ()) -
     with ExitStack() as stack:
         stack.enter_context(alone(config.folder, accelerator, display))
         stack.callback(gc.unfreeze)
-        with told(lambda: how_many(session.jobs[TEACH], "teachers")):
+        with says_when_stopped(lambda: how_many(session.jobs[TEACH], "teachers")):
             session.run(TEACH)
         jobs, data = session.jobs[DISTILL], session.data
-        stack.enter_context(told(lambda: how_many(jobs, "students")))
+        stack.enter_context(says_when_stopped(lambda: how_many(jobs, "students")))
         session.run(DISTILL)
         teachers = frozen.load(config, data, hints=need_hints(jobs)) if config.teachers else None
         found = results.collect(config, jobs, teachers, data)

@@ -112,19 +112,20 @@ class Job:
 def networks(config: Config, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What these teachers' weights are weights of."""
     models = {teacher.name: teacher.model for teacher in config.teachers}
-    return {name: {"factory": models[name].factory, "args": models[name].args} for name in names}
+    found = {name: {"factory": models[name].factory, "args": models[name].args} for name in names}
+    return json.loads(json.dumps(found))  # as a file has it
 
 
-def told(there: dict[str, Any], here: dict[str, Any], asked: Path) -> dict[str, Any]:
-    """The recipe that is there, of a run of an earlier version with the networks of its teachers from its own config.yaml; without
-    one they count as those of the recipe here."""
+def with_networks(there: dict[str, Any], here: dict[str, Any], asked: Path) -> dict[str, Any]:
+    """The recipe of a run. One of an earlier version gets its teachers' networks from the run's own config.yaml (`asked`); without
+    that file they count as those of the recipe here."""
     if NETWORKS in there or NETWORKS not in here:
         return there
     try:
         found = networks(load(asked), here[NETWORKS])
     except (ConfigError, KeyError):
         found = here[NETWORKS]
-    return there | {NETWORKS: json.loads(json.dumps(found))}
+    return there | {NETWORKS: found}
 
 
 def teacher_job(config: Config, teacher: TeacherConfig) -> Job:

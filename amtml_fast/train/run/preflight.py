@@ -44,11 +44,8 @@ def _writable(key: str, folder: Path) -> None:
 
 def batches(job: Job, data: ImageData) -> None:
     """That the training images of the job make a batch, and that it can be divided as the engine does."""
-    size, rounds, processes = (
-        job.train.batch_size,
-        job.config.engine.gradient_accumulation_steps,
-        PartialState().num_processes,
-    )
+    size, rounds = job.train.batch_size, job.config.engine.gradient_accumulation_steps
+    processes = PartialState().num_processes
     if size > len(data.train):
         raise ConfigError(
             f"config: batch_size must be at most {len(data.train)} for {job.title}, the training images, got {size}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from ..models.layout import channels_last
 from ..progress import Display
 from ..teachers import fill, frozen
 from .folder import Run
-from .job import Job, need_hints
+from .job import Job, need_hints, networks
 from .stop import Stop
 
 
@@ -78,9 +77,9 @@ def same_data(run: Run, data: images.ImageData, *, of_teachers: bool) -> None:
         )
 
 
-def same_network(run: Run, teacher: TeacherConfig) -> None:
+def same_network(run: Run, config: Config, teacher: TeacherConfig) -> None:
     """RunError where the weights that the run left are of another network than the configuration's: they may still fit."""
-    here = json.loads(json.dumps({"factory": teacher.model.factory, "args": teacher.model.args}))
+    here = networks(config, [teacher.name])[teacher.name]
     for key, there, wanted in differences(run.read_record().get("recipe", {}).get("model", here), here):
         raise RunError(
             f"{run.folder}: holds another teacher {teacher.name} ({key}: {there!r} there, {wanted!r} here). Train it over with "
@@ -109,7 +108,7 @@ def load_teachers(
         run = Run(config.teacher_folder(teacher.name))
         if not teacher.model.brings_weights and run.exists():
             same_data(run, data, of_teachers=True)
-            same_network(run, teacher)
+            same_network(run, config, teacher)
     accelerator = make_accelerator(config.engine, config.folder)
     with accelerator.main_process_first():  # of several processes one downloads
         teachers = frozen.load(config, data, hints=need_hints(jobs))

@@ -22,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def told(words: Callable[[], str]) -> Iterator[None]:
+def says_when_stopped(words: Callable[[], str]) -> Iterator[None]:
     """A stop in the block that says nothing itself says this: it is no longer one before anything was done."""
     try:
         yield

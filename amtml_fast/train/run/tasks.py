@@ -17,7 +17,7 @@ from . import preflight
 from .folder import Run
 from .job import Job, one_job, teacher_job
 from .prepare import load_teachers, same_data, say_choices
-from .stop import how_many, told
+from .stop import how_many, says_when_stopped
 from .timing import shares
 from .trainer import start_over, train
 
@@ -35,7 +35,7 @@ def teach(config: Config, data: ImageData, display: Display, *, resume: bool = T
     if fresh:
         start_over(jobs, display)
     runs = []
-    with told(lambda: how_many(jobs, "teachers")):
+    with says_when_stopped(lambda: how_many(jobs, "teachers")):
         for job in jobs:
             runs.append(train(job, data, None, display, resume=resume))
             say_result(job, runs[-1], display)

@@ -26,7 +26,7 @@ from ..teachers.frozen import Teachers
 from . import graphs, preflight, processes
 from .distiller import make_distiller, teachers_of
 from .folder import Diverged, Run, alone
-from .job import Job, told
+from .job import Job, with_networks
 from .memory import PeakMemory
 from .metrics import collapsed
 from .optim import ADAPTER, adapter_rate, learning_rate, make_optimizer
@@ -137,7 +137,7 @@ def finished(job: Job, data: ImageData, *, resume: bool = True) -> bool:
     if not run.exists() or run.outdated():
         return False
     record, recipe = run.read_record(), job.recipe()
-    different = differences(told(record.get("recipe", {}), recipe, run.config), recipe)
+    different = differences(with_networks(record.get("recipe", {}), recipe, run.config), recipe)
     if different:
         shown = "; ".join(f"{key}: {there!r} there, {here!r} here" for key, there, here in different[:3])
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
@@ -257,7 +257,7 @@ class Trainer:
             return
         of = {name: self.record[name] for name in ("recipe", "data")}
         known = dict(state.get("of", of))
-        known["recipe"] = told(known["recipe"], of["recipe"], self.run.config)
+        known["recipe"] = with_networks(known["recipe"], of["recipe"], self.run.config)
         if known != of:  # whose run.json is gone
             raise RunError(
                 f"{self.run.checkpoint}: is of another configuration, or of other data. Start over with --fresh, or give this run a "
