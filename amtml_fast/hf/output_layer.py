@@ -18,7 +18,7 @@ class OutputLayer:
     """The layer that makes a model's logits, and what the model does to them: ``softcap * tanh(scale * logits / softcap)``.
     ``name`` is what errors call the model.
 
-    Both numbers are found by a probe, one token through the model: they have other names in the configuration of each
+    Both numbers are found by a probe, four tokens through the model: they have other names in the configuration of each
     architecture.
     """
 
@@ -35,7 +35,7 @@ class OutputLayer:
         layer = self.layer
         if getattr(config, "return_dict", True) is False:
             raise ValueError(f"{name} must have config.return_dict=True, got False")
-        self.logit_scale, self.softcap = _after_the_layer(model, layer, name)
+        self.logit_scale, self.softcap = _probe(model, layer, name)
 
     @property
     def layer(self) -> nn.Linear:
@@ -161,23 +161,35 @@ def _gathered(parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _after_the_layer(model: Any, layer: nn.Linear, name: str) -> tuple[float, float | None]:
-    """The scale and the softcap that the model gives its logits."""
+def _probe(model: Any, layer: nn.Linear, name: str) -> tuple[float, float | None]:
+    """The scale and the softcap that the model gives its logits. Its tokens are not to see later ones."""
     small, large = 2.0**-7, 2.0**13
     probe = torch.linspace(-64, 64, layer.weight.shape[0], dtype=torch.float32, device="cpu")
     probe[0], probe[-1] = small, large
-    handle = layer.register_forward_hook(lambda _, args, out: probe.to(out.device).expand(*out.shape[:-1], -1))
+    hidden: list[Tensor] = []
+
+    def replace(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        hidden.append(args[0])
+        return probe.to(out.device).expand(*out.shape[:-1], -1)
+
+    handle = layer.register_forward_hook(replace)
     training = model.training
     try:
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device_of_inputs(model))
-        logits = model.eval()(input_ids=token).logits.flatten().float().cpu()
+        tokens = torch.tensor([[0, 0], [0, 1]], dtype=torch.int64, device=device_of_inputs(model))
+        logits = model.eval()(input_ids=tokens).logits.float().cpu()
     finally:
         handle.remove()
         model.train(training)
-    scale, cap = logits[0].item() / small, logits[-1].item()
+    one, other = hidden[0][:, 0].float()
+    rounding = max(torch.finfo(hidden[0].dtype).eps, 1e-3)
+    if (one - other).norm() > rounding * one.norm():
+        raise TypeError(
+            f"{name} must be a causal language model, got {type(model).__name__}, whose tokens see those after them"
+        )
+    scale, cap = logits[0, 0, 0].item() / small, logits[0, 0, -1].item()
     softcap = None if math.isclose(cap, scale * large, rel_tol=1e-3) else cap
     made = probe * scale if softcap is None else softcap * torch.tanh(probe * scale / softcap)
-    same = made.shape == logits.shape and torch.allclose(made, logits, rtol=1e-3, atol=1e-3)
+    same = logits.shape == (2, 2, len(made)) and torch.allclose(made.expand_as(logits), logits, rtol=1e-3, atol=1e-3)
     if not scale > 0 or not same:
         raise ValueError(
             f"{name} must give its output layer's results as they are, scaled or soft-capped, got "

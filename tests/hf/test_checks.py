@@ -9,6 +9,8 @@ from test_trainer import SIZES, TOKENS, C, by_whole_logits, collate, examples, l
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     T5Config,
@@ -233,10 +235,19 @@ def t5():
     return T5ForConditionalGeneration(T5Config(vocab_size=C, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
 
 
-@pytest.mark.parametrize("make", [bart, t5])
-def test_an_encoder_decoder_is_named(tmp_path, make):
-    """BART takes input_ids alone, and would teach its decoder what it has read before."""
-    model, got = make(), f"must be a causal language model, got {make().__class__.__name__}, an encoder-decoder"
+def bert():
+    return BertForMaskedLM(
+        BertConfig(vocab_size=C, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **TOKENS)
+    )
+
+
+@pytest.mark.parametrize(
+    "make, what",
+    [(bart, "an encoder-decoder"), (t5, "an encoder-decoder"), (bert, "whose tokens see those after them")],
+)
+def test_models_that_are_not_causal_are_named(tmp_path, make, what):
+    """BART takes input_ids alone, and would teach its decoder what it has read before; BERT has read the next token."""
+    model, got = make(), f"must be a causal language model, got {make().__class__.__name__}, {what}"
     with pytest.raises(TypeError, match="DistillationTrainer: model " + got):
         trainer(tmp_path, model, [llama()])
     with pytest.raises(TypeError, match=r"DistillationTrainer: teachers\[1\] " + got):
