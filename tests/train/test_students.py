@@ -74,6 +74,15 @@ def overwrites(num_classes, in_channels):
     return nn.Sequential(nn.Hardtanh(0, 0.5, inplace=True), net(num_classes, in_channels))
 
 
+class Detached(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
+def detached(num_classes, in_channels):
+    return Detached(net(num_classes, in_channels))
+
+
 def nothing_trains(num_classes, in_channels):
     return net(num_classes, in_channels).requires_grad_(False)
 
@@ -195,6 +204,7 @@ MISFITS = [
     ("two_answers", r"the network must return logits \[2, 10\], for 2 images and 10 classes of digits, got tuple"),
     ("colors_only", r"the network must take images \[2, 1, 8, 8\] of digits, got RuntimeError: .*channels"),
     ("overwrites", r"the network must leave its images as they are, got one that writes into them"),
+    ("detached", r"the network must return logits with a gradient, got detached ones"),
     ("nothing_trains", r"the network must have parameters that train, got none"),
 ]
 

@@ -56,13 +56,12 @@ class FeatureExtractor(nn.Module):
             raise RuntimeError(self._is_overwritten(overwritten[0]))
         return output, features
 
-    @torch.no_grad()
     def probe(self, x: Tensor, *, training: bool = False) -> tuple[Any, dict[str, Tensor]]:
-        """forward(x) in training or evaluation mode, once: from then on those maps alone are copied that were overwritten
-        in this probe, or in one before. Mode and buffers stay as they were."""
+        """forward(x) in training mode, or in evaluation mode without gradients, once: from then on those maps alone are copied
+        that were overwritten in this probe, or in one before. Mode and buffers stay as they were."""
         known = set(self._copied) if self._probed else set()
         self._copied.clear()
-        with restoring_state(self):
+        with restoring_state(self), torch.set_grad_enabled(training):
             output, features = self.train(training)._run(x)
         self._copied.update(known, self._overwritten(features))
         self._probed = True

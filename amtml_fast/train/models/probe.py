@@ -45,6 +45,8 @@ def maps(model: FeatureExtractor, what: str, data: ImageData, modes: tuple[bool,
                     f"{what}: the network must return logits {wanted}, for {len(images)} images and {wanted[1]} classes of "
                     f"{data.name}, got {got}"
                 )
+            if training and not logits.requires_grad:
+                raise ValueError(f"{what}: the network must return logits with a gradient, got detached ones")
             if not torch.equal(images, before):  # the other networks of a step are shown the same ones
                 raise ValueError(
                     f"{what}: the network must leave its images as they are, got one that writes into them"
