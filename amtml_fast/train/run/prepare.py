@@ -73,7 +73,7 @@ def same_data(run: Run, data: images.ImageData, *, of_teachers: bool) -> None:
     if known is not None and known != data.fingerprint(of_teachers=of_teachers):
         raise RunError(
             f"{run.folder}: holds a run on other data: images, labels or classes of {data.name} are not those that it was trained "
-            "on. Start it over with --fresh, or give this one a place of its own with name=... or out=..."
+            "on. Set data.root to those, start the run over with --fresh, or give this one a place of its own with name=... or out=..."
         )
 
 
