@@ -7,7 +7,7 @@
 
 Several files of one machine are one report: of groups that both have, the later file's count, so that every ratio is of one run.
 --compare divides every time by that of eager PyTorch in the same file, and exits with 1 if that ratio grew by more than the given
-share anywhere.
+share anywhere, or if AFTER lacks a row of ours whose eager one it has.
 """
 
 from __future__ import annotations
@@ -509,26 +509,23 @@ def names_apart(axes: Any, dots: Sequence[tuple[float, float, str]]) -> None:
 
 
 def compare(before: Results, after: Results, most: float) -> tuple[str, bool]:
-    """A table of ours over eager in both, and whether nothing lost more than ``most``."""
+    """A table of ours over eager in both, and whether nothing lost more than ``most`` or is missing. Rows whose eager one only
+    one file has are left out."""
     rows, fine = [], True
-    for (group, provider, value), (seconds, _) in after.rows.items():
+    for (group, provider, value), (seconds, _) in before.rows.items():
         base = next((b for b in BASE if (group, b, value) in after.rows and (group, b, value) in before.rows), None)
-        if provider not in OURS or base is None or (group, provider, value) not in before.rows:
+        if provider not in OURS or base is None:
             continue
-        old = before.rows[group, provider, value][0] / before.rows[group, base, value][0]
-        new = seconds / after.rows[group, base, value][0]
-        lost = new / old - 1
-        fine &= lost <= most
+        old = seconds / before.rows[group, base, value][0]
+        ratio, change, kept = "-", "MISSING", False
+        if (group, provider, value) in after.rows:
+            new = after.rows[group, provider, value][0] / after.rows[group, base, value][0]
+            lost = new / old - 1
+            kept = lost <= most
+            ratio, change = ratio_text(1 / new), f"{lost:+.0%}" + ("" if kept else " LOST")
+        fine &= kept
         case = group if value is None else f"{group}, {value}"
-        rows.append(
-            [
-                case,
-                provider,
-                ratio_text(1 / old),
-                ratio_text(1 / new),
-                f"{lost:+.0%}" + ("" if lost <= most else " LOST"),
-            ]
-        )
+        rows.append([case, provider, ratio_text(1 / old), ratio, change])
     header = ["case", "provider", f"{before.commit}: vs eager", f"{after.commit}: vs eager", "time against eager"]
     return markdown_table(header, rows), fine
 

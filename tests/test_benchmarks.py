@@ -198,6 +198,18 @@ def test_compare_of_nothing_is_no_success(tmp_path, capsys):
     assert "b.json: it has no row of ours, with eager, that" in capsys.readouterr().err
 
 
+def test_compare_fails_where_a_row_of_ours_is_missing(tmp_path, capsys):
+    before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json")
+    data = json.loads(after.read_text())
+    ours = next(row for row in data["benchmarks"] if row["extra_info"]["provider"] == "cpp")
+    data["benchmarks"].remove(ours)
+    after.write_text(json.dumps(data))
+    assert report.main(["--compare", str(before), str(after)]) == 1
+    row = next(line for line in capsys.readouterr().out.splitlines() if "MISSING" in line)
+    assert ours["group"] in row and "cpp" in row
+    assert report.main(["--compare", str(after), str(before)]) == 0  # what is new is not compared
+
+
 def test_a_row_that_was_timed_once_is_no_median(tmp_path):
     path = write(tmp_path / "a.json")
     data = json.loads(path.read_text())
