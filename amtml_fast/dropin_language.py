@@ -1,9 +1,10 @@
 """The distillation losses of libraries for language models, under their names. ``amtml_fast.dropin`` passes them on.
 
 ``amtml_fast.multi_teacher_kd_loss`` has the same divergences with several teachers, weights by token and labels. None of these
-multiplies by T^2. Tokens whose label is -100 count nothing; the others' mean is the loss. Three things differ from theirs:
-16-bit logits are computed in float32; where no token counts, the loss is 0 (DistiLLM's is NaN); and a class that only one side has (a
-logit of -inf) adds what the formula says, where DistiLLM and torchtune leave it out.
+multiplies by T^2. Tokens whose label is -100 count nothing; the others' mean is the loss. Four things differ from theirs:
+16-bit logits are computed in float32; where no token counts, the loss is 0 (DistiLLM's is NaN); a class that only one side has (a
+logit of -inf) adds what the formula says, where DistiLLM and torchtune leave it out; and a teacher that requires grad is an error,
+where theirs have a gradient to it.
 """
 
 from collections.abc import Callable, Mapping
@@ -43,7 +44,6 @@ def _over_tokens(
     with_entropy: bool = False,
 ) -> Tensor:
     """D(teacher, student), where labels only say which tokens count. ``with_entropy`` adds the teacher's: a cross term."""
-    teacher = teacher.detach()
     if labels is not None:  # their values do not matter, and may be of another vocabulary
         labels = torch.where(labels == ignore_index, -100, 0).reshape(student.shape[:-1])
     out = multi_teacher_kd_loss(

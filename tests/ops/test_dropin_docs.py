@@ -101,6 +101,41 @@ def test_language_losses_are_the_formulas_of_their_libraries(dtype):
         torch.testing.assert_close(grad, right.nan_to_num(0), rtol=2e-5, atol=1e-7)
 
 
+CALLS = {
+    "forward_kl": lambda z, t, y: dropin.forward_kl(z, t, {"label": y}),
+    "reverse_kl": lambda z, t, y: dropin.reverse_kl(z, t, {"label": y}),
+    "symmetric_kl": lambda z, t, y: dropin.symmetric_kl(z, t, {"label": y}),
+    "js_distance": lambda z, t, y: dropin.js_distance(z, t, {"label": y}),
+    "tv_distance": lambda z, t, y: dropin.tv_distance(z, t, {"label": y}),
+    "skewed_forward_kl": lambda z, t, y: dropin.skewed_forward_kl(z, t, {"label": y}),
+    "skewed_reverse_kl": lambda z, t, y: dropin.skewed_reverse_kl(z, t, {"label": y}),
+    "generalized_jsd_loss": dropin.generalized_jsd_loss,
+    "ForwardKLLoss": lambda z, t, y: dropin.ForwardKLLoss()(z, t, y),
+    "ReverseKLLoss": lambda z, t, y: dropin.ReverseKLLoss()(z, t, y),
+    "SymmetricKLLoss": lambda z, t, y: dropin.SymmetricKLLoss()(z, t, y),
+}
+
+
+def example_of_tokens():
+    g = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(2, 5, 7, generator=g, device="cpu") for _ in range(2))
+    return z, t, torch.randint(0, 7, (2, 5), generator=g, device="cpu")
+
+
+def test_every_language_loss_is_called_here():
+    assert CALLS.keys() == set(dropin.dropin_language.__all__)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_language_losses_refuse_a_teacher_that_requires_grad(name):
+    """Theirs have a gradient to it: without one here it would be missing silently."""
+    z, t, y = example_of_tokens()
+    with pytest.raises(ValueError, match="must be detached"):
+        CALLS[name](z, t.requires_grad_(), y)
+    with torch.no_grad():
+        CALLS[name](z, t, y)
+
+
 def test_the_docs_say_what_is_no_kl():
     for whose, _, _, formula, value in table(5, "| whose | call | what it is |"):
         assert value_of(formula) == value, whose
