@@ -7,6 +7,7 @@ logit of -inf) adds what the formula says, where DistiLLM and torchtune leave it
 where theirs have a gradient to it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -30,6 +31,19 @@ __all__ = [
 ]
 
 
+def _counted(function: str, name: str, labels: Tensor, student: Tensor, ignore_index: int = -100) -> Tensor:
+    """0 where a token counts, -100 where none does: the labels' values do not matter, and may be of another vocabulary."""
+    checks.tensor(function, "the student's logits", student)
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{function}: {name} must be a tensor, got {type(labels).__name__}")
+    tokens, flat = student.shape[:-1], math.prod(student.shape[:-1])
+    # as many in another shape would be other tokens' labels; one that is flat has an order
+    if labels.shape != tokens and (labels.numel() != flat or (labels.dim() != 1 and len(tokens) != 1)):
+        wanted = f"[{flat}]" if len(tokens) == 1 else f"{list(tokens)} or [{flat}]"
+        raise ValueError(f"{function}: {name} must be {wanted}, got {checks.shape(labels)}")
+    return torch.where(labels == ignore_index, -100, 0).reshape(tokens)
+
+
 def _over_tokens(
     student: Tensor,
     teacher: Tensor,
@@ -38,14 +52,11 @@ def _over_tokens(
     beta: float | None = None,
     *,
     reduction: str = "batchmean",
-    ignore_index: int = -100,
     temperature: float = 1.0,
     count: int | Tensor | None = None,
     with_entropy: bool = False,
 ) -> Tensor:
-    """D(teacher, student), where labels only say which tokens count. ``with_entropy`` adds the teacher's: a cross term."""
-    if labels is not None:  # their values do not matter, and may be of another vocabulary
-        labels = torch.where(labels == ignore_index, -100, 0).reshape(student.shape[:-1])
+    """D(teacher, student). ``labels`` are those of ``_counted``. ``with_entropy`` adds the teacher's: a cross term."""
     out = multi_teacher_kd_loss(
         student, [teacher], None, labels, temperature=temperature, alpha=1.0, divergence=divergence, beta=beta,
         t2_scale=False, reduction=reduction, num_items_in_batch=count, return_stats=with_entropy,
@@ -77,6 +88,8 @@ def generalized_jsd_loss(
     checks.number("generalized_jsd_loss", "beta", beta, 0, 1)
     checks.one_of("generalized_jsd_loss", "reduction", reduction, ("batchmean", "sum", "mean"))
     divergence = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
+    if labels is not None:
+        labels = _counted("generalized_jsd_loss", "labels", labels, student_logits)
     count = num_items_in_batch
     if count is None and reduction == "batchmean" and labels is None:
         count = max(len(student_logits), 1)
@@ -96,14 +109,27 @@ def _mixed(share: float, first: Callable[[], Tensor], second: Callable[[], Tenso
 # --- DistiLLM: the labels are no_model_batch["label"]
 
 
+def _distillm(
+    function: str,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    no_model_batch: Mapping[str, Tensor],
+    divergence: str,
+    beta: float | None = None,
+    with_entropy: bool = False,
+) -> Tensor:
+    labels = _counted(function, 'no_model_batch["label"]', no_model_batch["label"], logits)
+    return _over_tokens(logits, teacher_logits, labels, divergence, beta, with_entropy=with_entropy)
+
+
 def forward_kl(logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor]) -> Tensor:
     """DistiLLM's: KL(t || s) and the teacher's entropy, which has no gradient."""
-    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "forward_kl", with_entropy=True)
+    return _distillm("forward_kl", logits, teacher_logits, no_model_batch, "forward_kl", with_entropy=True)
 
 
 def reverse_kl(logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor]) -> Tensor:
     """DistiLLM's: KL(s || t)."""
-    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "reverse_kl")
+    return _distillm("reverse_kl", logits, teacher_logits, no_model_batch, "reverse_kl")
 
 
 def symmetric_kl(
@@ -118,26 +144,26 @@ def js_distance(
     logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.9
 ) -> Tensor:
     """DistiLLM's: ``lam KL(s || m) + (1 - lam) KL(t || m)`` with ``m = (1 - lam) t + lam s``."""
-    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "jsd", 1 - lam)
+    return _distillm("js_distance", logits, teacher_logits, no_model_batch, "jsd", 1 - lam)
 
 
 def tv_distance(logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor]) -> Tensor:
     """DistiLLM's: half of the sum of absolute differences."""
-    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "tvd")
+    return _distillm("tv_distance", logits, teacher_logits, no_model_batch, "tvd")
 
 
 def skewed_forward_kl(
     logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.1
 ) -> Tensor:
     """DistiLLM's: ``KL(t || lam t + (1 - lam) s)`` and the teacher's entropy, which has no gradient."""
-    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "skew_kl", lam, with_entropy=True)
+    return _distillm("skewed_forward_kl", logits, teacher_logits, no_model_batch, "skew_kl", lam, with_entropy=True)
 
 
 def skewed_reverse_kl(
     logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.1
 ) -> Tensor:
     """DistiLLM's: ``KL(s || (1 - lam) t + lam s)``."""
-    return _over_tokens(logits, teacher_logits, no_model_batch["label"], "skew_reverse_kl", lam)
+    return _distillm("skewed_reverse_kl", logits, teacher_logits, no_model_batch, "skew_reverse_kl", lam)
 
 
 # --- torchtune
@@ -154,9 +180,10 @@ class ForwardKLLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """``normalize``: divide by the tokens that count."""
+        labels = _counted(type(self).__name__, "labels", labels, student_logits, self.ignore_index)
         return _over_tokens(
             student_logits, teacher_logits, labels, self.divergence, reduction="batchmean" if normalize else "sum",
-            ignore_index=self.ignore_index, with_entropy=self.with_entropy,
+            with_entropy=self.with_entropy,
         )  # fmt: skip
 
 

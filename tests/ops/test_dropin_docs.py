@@ -136,6 +136,24 @@ def test_language_losses_refuse_a_teacher_that_requires_grad(name):
         CALLS[name](z, t, y)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_language_losses_take_labels_flat_or_in_the_shape_of_the_tokens(name):
+    z, t, y = example_of_tokens()
+    y[0, 1] = y[1, 3] = -100
+    want = CALLS[name](z, t, y)
+    for got in (
+        CALLS[name](z, t, y.flatten()),
+        CALLS[name](z.flatten(0, 1), t.flatten(0, 1), y),
+    ):
+        assert got == want
+    wanted = r"must be \[2, 5\] or \[10\], got"
+    for labels, got in ((y.t(), r"\[5, 2\]"), (y[:, 1:], r"\[2, 4\]"), (y[None], r"\[1, 2, 5\]")):
+        with pytest.raises(ValueError, match=f"label.* {wanted} {got}"):
+            CALLS[name](z, t, labels)
+    with pytest.raises(TypeError, match=r"label.* must be a tensor, got list"):
+        CALLS[name](z, t, y.tolist())
+
+
 def test_the_docs_say_what_is_no_kl():
     for whose, _, _, formula, value in table(5, "| whose | call | what it is |"):
         assert value_of(formula) == value, whose
