@@ -154,6 +154,26 @@ def test_language_losses_take_labels_flat_or_in_the_shape_of_the_tokens(name):
         CALLS[name](z, t, y.tolist())
 
 
+def test_distillms_shares_at_their_ends():
+    """Without a share of the teacher a skewed divergence is the plain one. Else one side of the mixture is against itself."""
+    z, t, y = example_of_tokens()
+    batch = {"label": y}
+    for skewed, plain in ((dropin.skewed_forward_kl, dropin.forward_kl), (dropin.skewed_reverse_kl, dropin.reverse_kl)):
+        for lam in (0, 0.0):
+            assert skewed(z, t, batch, lam) == plain(z, t, batch)
+            assert skewed(z, t, batch, lam=1e-6) == pytest.approx(plain(z, t, batch).item(), rel=1e-4)
+    for loss, shares in (
+        (dropin.js_distance, (0, 1, 0.0, -0.5, 2)),
+        (dropin.skewed_forward_kl, (1, 1.0, -0.5)),
+        (dropin.skewed_reverse_kl, (1, 1.0, -0.5)),
+    ):
+        for lam in shares:
+            with pytest.raises(ValueError, match=rf"{loss.__name__}: lam must be .*, got {lam}$"):
+                loss(z, t, batch, lam)
+        with pytest.raises(TypeError, match=rf"{loss.__name__}: lam must be .*, got '0.3'$"):
+            loss(z, t, batch, "0.3")
+
+
 def test_the_docs_say_what_is_no_kl():
     for whose, _, _, formula, value in table(5, "| whose | call | what it is |"):
         assert value_of(formula) == value, whose
