@@ -213,7 +213,7 @@ class SymmetricKLLoss(nn.Module):
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100):
         super().__init__()
         checks.number("SymmetricKLLoss", "sym_kd_ratio", sym_kd_ratio, 0, 1)
-        self.sym_kd_ratio = sym_kd_ratio
+        self.ignore_index, self.sym_kd_ratio = ignore_index, sym_kd_ratio
         self.fkl, self.rkl = ForwardKLLoss(ignore_index), ReverseKLLoss(ignore_index)
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:

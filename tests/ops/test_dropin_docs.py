@@ -174,6 +174,13 @@ def test_distillms_shares_at_their_ends():
             loss(z, t, batch, "0.3")
 
 
+def test_torchtunes_losses_have_their_attributes():
+    for loss in (dropin.ForwardKLLoss(-1), dropin.ReverseKLLoss(-1), dropin.SymmetricKLLoss(0.3, -1)):
+        assert loss.ignore_index == -1 and not loss.state_dict()
+    loss = dropin.SymmetricKLLoss(0.3, -1)
+    assert (loss.sym_kd_ratio, loss.fkl.ignore_index, loss.rkl.ignore_index) == (0.3, -1, -1)
+
+
 def test_the_docs_say_what_is_no_kl():
     for whose, _, _, formula, value in table(5, "| whose | call | what it is |"):
         assert value_of(formula) == value, whose
