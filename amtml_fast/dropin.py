@@ -160,8 +160,8 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
 
     Logits are [N, C] or [N, C, ...] with the classes in dimension 1; every position is a row.
 
-    ``logit_stand`` takes the logits to mean 0 and standard deviation 1 first (its logit standardization), along the **last**
-    dimension, as theirs does: with more than two dimensions these are positions, not classes. Mean and standard deviation
+    ``logit_stand`` takes the logits to mean 0 and standard deviation 1 first, along the **last** dimension, as
+    logit-standardization-KD does: with more than two dimensions these are positions, not classes. Mean and standard deviation
     are those of the finite logits, so that a class masked by -inf counts 0 (theirs is NaN).
     """
     if logit_stand:
