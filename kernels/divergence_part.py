@@ -25,7 +25,6 @@ from torch import Tensor
 from ._common import OPTIONS, aligned, alignment
 from ._kd_rows import (
     LONG_WARPS,
-    LOWEST,
     add,
     dense,
     folded,
@@ -88,7 +87,7 @@ def _put(at, value, used):
 
 @triton.jit
 def _put_sums(at, top, total, used):
-    _put(at, tl.where(top == LOWEST, -float("inf"), top), used)
+    _put(at, tl.where(total == 0, -float("inf"), top), used)  # nothing but -inf
     _put(at + 1, tl.where(used, total, 1.0), used | ~used)
 
 

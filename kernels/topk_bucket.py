@@ -86,7 +86,8 @@ def _bucket_forward_kernel(
     if SECOND:
         sum1 = tl.sum(tl.reshape(s1, [1, LANES]) * tl.exp2((m - top) * LOG2_E), axis=1, keep_dims=True)
         log_s1 = tl.log(sum1.to(tl.float64))
-    top = tl.where(top == LOWEST, 0.0, top)  # no class is left
+    # No class is left: not where top is LOWEST, which a finite mask may be.
+    top = tl.where(log_s == -float("inf"), 0.0, top)
     of_label = tl.zeros([1, 1], tl.float64)
     if labels is not None:
         at = tl.load(z_rows + label, mask=used & (label >= 0) & (label < c), other=float("nan"))

@@ -497,6 +497,24 @@ def test_label_smoothing_beside_a_finite_mask():
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("classes", "temperature"), [(11, 1.0), (5000, 2.0)])
+def test_a_finite_mask_of_all_that_nobody_names(classes, temperature):
+    """The student has nothing there, as with a mask of -inf."""
+    torch.manual_seed(0)
+    student, named = torch.full((4, classes), -torch.inf), torch.arange(6).expand(4, 6).contiguous()
+    student[:, :6] = torch.randn(4, 6)
+    log_probs = torch.randn(4, 6).log_softmax(1) + math.log(0.9)
+
+    def made(mask):
+        z = student.masked_fill(student == -torch.inf, mask).requires_grad_()
+        options = dict(temperature=temperature, tail="bucket", divergence="jsd", reduction="none", return_stats=True)
+        loss, stats = af.topk_kd_loss(z, [named], [log_probs], None, torch.tensor([0, 5, 2, 3]), **options)
+        return loss, *torch.autograd.grad(loss.sum(), z), stats.student_entropy
+
+    for got, want in zip(made(torch.finfo(torch.float32).min), made(-torch.inf)):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
 @cpu_only
 def test_compiled_code_still_refuses_wrong_values(on):
     if on == "reference":

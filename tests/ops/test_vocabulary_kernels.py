@@ -287,6 +287,17 @@ def test_statistics_of_a_student_near_its_teachers(fused: str) -> None:
     assert (got.teacher_kl.double() - want.teacher_kl).abs().max() < 2e-7
 
 
+@pytest.mark.parametrize("mode", ALL_MODES)
+def test_parts_with_nothing_but_the_least_number(fused: str, mode: str) -> None:
+    """A finite mask of one part, and of a whole row, where all classes are alike."""
+    given = drawn(torch.float32)
+    for x in (given.student, *given.teachers):
+        x[0, 10:20] = x[1] = torch.finfo(torch.float32).min
+    given.labels[:2] = 5
+    given = given._replace(weights=None)  # no sums of such numbers
+    check(given, fused, mode=mode, divergence="jsd", stats=False, label_smoothing=0.0)
+
+
 def test_agreement_at_the_end_of_long_rows(fused: str) -> None:
     given = drawn(torch.float32, 8208)
     given.student[:4, 8200] = 30
