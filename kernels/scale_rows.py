@@ -15,12 +15,13 @@ BLOCK, PROGRAMS = 1024, 4096
 
 @triton.jit(do_not_specialize=["count", "length"])
 def _scale_kernel(rows, by, count, length, by_stride, BLOCK: tl.constexpr):
-    for i in range(tl.program_id(1), count, tl.num_programs(1)):
+    # In 64 bits: of nearly 2^31 numbers the next block would begin below 0.
+    for i in range(tl.program_id(1).to(tl.int64), count, tl.num_programs(1)):
         factor = tl.load(by + i * by_stride)
         if factor != 1:
-            for start in range(tl.program_id(0) * BLOCK, length, tl.num_programs(0) * BLOCK):
+            for start in range(tl.program_id(0).to(tl.int64) * BLOCK, length, tl.num_programs(0) * BLOCK):
                 cols = start + tl.arange(0, BLOCK)
-                at = rows + i * length.to(tl.int64) + cols
+                at = rows + i * length + cols
                 tl.store(at, tl.load(at, mask=cols < length) * factor, mask=cols < length)
 
 

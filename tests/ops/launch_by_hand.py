@@ -11,7 +11,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 import triton.language as tl
-from amtml_fast.kernels import _launch
+from amtml_fast.kernels import _launch, scale_rows
 from triton.runtime.jit import JITFunction
 from triton_host import Driver, steps
 
@@ -188,10 +188,20 @@ def check_losses(driver: Recorder) -> None:
     _launch.by_hand = True
 
 
+def check_far(_: Recorder) -> None:
+    """Near 2^31 numbers a gradient's next block begins beyond 32 bits, and so may the incoming gradient of a row."""
+    scale = scale_rows._scale_kernel.warmup(
+        torch.float32, torch.float32, 7, 2**31 - 1, 2**29, BLOCK=1024, grid=(1,), enable_fp_fusion=True
+    )
+    lines = scale.asm["ttir"].splitlines()
+    loops, offsets = ([line for line in lines if word in line] for word in ("scf.for", "arith.muli %i,"))
+    assert len(loops) == 2 and offsets and all("i64" in line for line in loops + offsets), loops + offsets
+
+
 if __name__ == "__main__":
     assert _launch.by_hand, "this version of Triton is not known: see KNOWN"
     recorder = Recorder()
     triton.runtime.driver.set_active(recorder)
-    for check in (check_key, check_when, check_losses):
+    for check in (check_key, check_when, check_losses, check_far):
         check(recorder)
         print(check.__name__, "passed")
