@@ -52,6 +52,15 @@ def _key(tensors: tuple, device: int) -> tuple:
     return tuple(key)
 
 
+def _understood(options: dict) -> dict:
+    """The options that this device's compiler knows: a most of registers is NVIDIA's, and elsewhere an error."""
+    if "maxnreg" not in options or triton.knobs.runtime.interpret:
+        return options
+    if triton.runtime.driver.active.get_current_target().backend == "cuda":
+        return options
+    return {name: value for name, value in options.items() if name != "maxnreg"}
+
+
 class Launch:
     """``kernel[grid](...)`` again and again, with the same numbers.
 
@@ -71,7 +80,7 @@ class Launch:
         for place, t in zip(self.places, tensors, strict=True):
             arguments[place] = t
         if not by_hand or _watched(self.kernel):
-            self.kernel[self.grid](*arguments, **self.options)
+            self.kernel[self.grid](*arguments, **_understood(self.options))
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -80,7 +89,7 @@ class Launch:
             run, function, metadata, _ = found
             run(*self.grid, driver.get_current_stream(device), function, metadata, None, None, None, *arguments)
             return
-        kernel = self.kernel[self.grid](*arguments, **self.options)
+        kernel = self.kernel[self.grid](*arguments, **_understood(self.options))
         # Others than NVIDIA's look at more, as at the size of a tensor's memory.
         if isinstance(kernel, CompiledKernel) and kernel.metadata.target.backend == "cuda":
             # The kernel itself is there to be kept alive.

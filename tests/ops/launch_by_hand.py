@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from amtml_fast.kernels import _launch, scale_rows
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction
 from triton_host import Driver, steps
 
@@ -198,10 +200,25 @@ def check_far(_: Recorder) -> None:
     assert len(loops) == 2 and offsets and all("i64" in line for line in loops + offsets), loops + offsets
 
 
+def check_amd(driver: Recorder) -> None:
+    """No launch has an option that AMD's compiler does not know: Triton would raise an error."""
+    nvidia, run = driver.target, JITFunction.run
+    driver.target = GPUTarget("hip", "gfx942", 64)
+    known, given = make_backend(driver.target).parse_options({"enable_fp_fusion": True}).__dict__, set()
+    JITFunction.run = lambda self, *_, grid, warmup, **options: given.update(options)
+    for classes in (1000, 32000):  # rows in registers, and in chunks
+        student, teachers = torch.zeros(2, classes, requires_grad=True), [torch.zeros(2, classes)]
+        with af.use_backend("triton"):
+            for options in ({}, {"divergence": "jsd"}):
+                af.multi_teacher_kd_loss(student, teachers, None, **options).backward()
+    driver.target, JITFunction.run = nvidia, run
+    assert "num_warps" in given and given <= known.keys(), given - known.keys()
+
+
 if __name__ == "__main__":
     assert _launch.by_hand, "this version of Triton is not known: see KNOWN"
     recorder = Recorder()
     triton.runtime.driver.set_active(recorder)
-    for check in (check_key, check_when, check_losses, check_far):
+    for check in (check_key, check_when, check_losses, check_far, check_amd):
         check(recorder)
         print(check.__name__, "passed")
