@@ -1,8 +1,9 @@
 # ruff: noqa: E402
-"""Two processes against one: the loss of every method, and its gradients, from halves of a batch."""
+"""Two processes, and two rounds of accumulation, against one: the loss of every method, and its gradients, from halves of a batch."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from amtml_fast.train.data.parts import IGNORED
 from amtml_fast.train.methods.base import Method, Step
 from amtml_fast.train.methods.registry import METHODS
 
-HIDDEN = (0, 1, 2, 5, 7)  # four of them are of the first process
+HIDDEN = (0, 1, 2, 5, 7)  # four of them are of the first half
+HALVES = (slice(0, N // 2), slice(N // 2, N))
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{
         name: (name, {}) for name in METHODS if name != "mmkd"
@@ -28,6 +30,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "distance": ("amtml_kd", {"distance_weight": 2.0}),
     "trained distance": ("amtml_angle_trains_weights", {"distance_weight": 2.0}),
     "aekd rows": ("aekd", {"aekd_gradients": "rows", "aekd_bound": 1.0}),
+    "labels alone": ("amtml_label_weights", {"angle_weight": 0.0}),  # without another term of a whole batch
 }
 
 
@@ -79,8 +82,7 @@ def outcome(case: str, hidden: bool, rows: slice, processes: int) -> dict[str, T
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    rows = (slice(0, N // 2), slice(N // 2, N))[rank]
-    found = {(case, hidden): outcome(case, hidden, rows, 2) for case in CASES for hidden in (False, True)}
+    found = {(case, hidden): outcome(case, hidden, HALVES[rank], 2) for case in CASES for hidden in (False, True)}
     torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
 
@@ -92,15 +94,38 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
 
 
+def differences(first: dict[str, Tensor], second: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:
+    """What the halves of a batch have otherwise than the whole; their losses and gradients are averaged."""
+    found = []
+    for name, value in want.items():
+        both = torch.cat([first[name], second[name]]) if name.startswith("rows") else first[name] + second[name]
+        if not (both / 2 - value).norm() <= 1e-5 * value.norm() + 1e-7:
+            found.append(name)
+    return found
+
+
 @pytest.mark.parametrize("hidden", [False, True], ids=["labels", "hidden"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_have_the_loss_and_the_gradients_of_one(two: list[dict], case: str, hidden: bool) -> None:
     want = outcome(case, hidden, slice(None), 1)
     first, second = (process[case, hidden] for process in two)
     assert first.keys() == second.keys() == want.keys()
-    for name, value in want.items():
-        # Gradients are averaged over the processes.
-        got = (
-            torch.cat([first[name], second[name]]) / 2 if name.startswith("rows") else (first[name] + second[name]) / 2
-        )
-        assert (got - value).norm() <= 1e-5 * value.norm() + 1e-7, name
+    assert differences(first, second, want) == []
+
+
+def rounds_differ(case: str, hidden: bool) -> bool:
+    """Whether two rounds of accumulation have another loss or other gradients than one."""
+    first, second, want = (outcome(case, hidden, rows, 1) for rows in (HALVES[0], HALVES[1], slice(None)))
+    return differences(first, second, want) != []
+
+
+def test_rounds_of_accumulation_differ_from_one_only_where_the_documentation_says_so() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    said = re.search(r"- \*\*Rounds of accumulation\*\*.*?(?=\n- )", text, re.DOTALL)
+    assert said is not None
+    always, hidden = (set(re.findall("`([a-z_]+)`", part)) for part in said[0].split("labels are hidden"))
+    whole = METHODS["amtml_kd"].build  # AMTML-KD and its ablations compare all images, two cases do not
+    always |= {case for case, (name, _) in CASES.items() if METHODS[name].build is whole} | {"aekd rows"}
+    always -= {"amtml_no_angle", "labels alone", "mmkd"}
+    assert {case for case in CASES if rounds_differ(case, False)} == always
+    assert {case for case in CASES if rounds_differ(case, True)} == always | hidden | {"labels alone"}
