@@ -55,6 +55,7 @@ from amtml_fast.train.run.metrics import Sums, collapsed
 from amtml_fast.train.run.prepare import load_data, load_teachers
 from amtml_fast.train.run.stop import Interrupted, Stop
 from amtml_fast.train.run.tasks import distill
+from amtml_fast.train.run.tasks import evaluate as evaluate_run
 from amtml_fast.train.teachers import fill
 
 # --- resuming ---------------------------------------------------------------------------------------------------------
@@ -472,7 +473,7 @@ def test_measuring_uses_eval_mode_and_leaves_no_trace(place: Place) -> None:
     data = load_data(place.load())
     model = FeatureExtractor(small_cnn(10, width=2), {}).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    evaluate.accuracy(model, data.val, data)
+    evaluate.accuracy(model, data.val, data, "it")
     assert model.training and all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -482,6 +483,19 @@ def test_a_teacher_with_other_classes_is_refused(place: Place) -> None:
     own = [f"teachers.1.model={{args: {{width: 4, num_classes: 7}}, weights: {file}}}"]
     with pytest.raises(ValueError, match=r"teacher 'b': the network must return logits \[2, 10\].*got \[2, 7\]"):
         place.train(*own)
+
+
+def test_a_teacher_that_says_no_number_is_refused(place: Place) -> None:
+    """And not measured as one that is wrong, nor a reason for a lower learning rate."""
+    file, state = place.folder / "nan.safetensors", small_cnn(10, width=4).state_dict()
+    save_file({key: x * torch.nan if x.is_floating_point() else x for key, x in state.items()}, file)
+    own = f"teachers.1.model={{args: {{width: 4}}, weights: {file}}}"
+    for method in ("avg_mkd", "ca_mkd", "fitnet"):  # the best teacher is another one
+        with pytest.raises(RunError, match="teacher 'b': logits must be finite, got NaN or infinity for 216 of 216"):
+            place.train(own, method=method)
+    settings = place.load(own)
+    with pytest.raises(RunError, match="teacher 'b': logits must be finite, got NaN or infinity for 359 of 359"):
+        evaluate_run(settings, load_data(settings), settings.folder, "test", "b")
 
 
 def test_an_untrained_teacher_says_what_to_run(place: Place) -> None:

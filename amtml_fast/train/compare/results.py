@@ -122,7 +122,8 @@ def teacher_row(config: Config, i: int, teachers: Teachers | None, data: ImageDa
         return row(teacher.name, teacher.name, [run], config.compare.split)
     assert teachers is not None
     split = config.compare.split
-    score = accuracy(teachers.models[i], data.test, data) if split == "test" else teachers.scores[i]
+    named = f"teacher {teacher.name!r}"
+    score = accuracy(teachers.models[i], data.test, data, named) if split == "test" else teachers.scores[i]
     return Row(teacher.name, teacher.name, teachers.parameters[i], [score], split=split)
 
 

@@ -6,14 +6,21 @@ import torch
 from torch import Tensor
 
 from ..data.images import ImageData, ImageSet, Loader
+from ..files import RunError
 from .features import FeatureExtractor
 
 EVAL_BATCH = 512
 
 
-def accuracy(model: FeatureExtractor, split: ImageSet, data: ImageData) -> float:
-    """Fraction of `split` that the model gets right, in eval mode; the mode is put back."""
-    return count_correct(model, split, data)[0].item() / max(1, len(split))
+def accuracy(model: FeatureExtractor, split: ImageSet, data: ImageData, name: str) -> float:
+    """Fraction of `split` that the model gets right, in eval mode; the mode is put back. RunError, which calls it by its name,
+    where it gives no probabilities: NaN is no answer, and not one that is wrong."""
+    right, without = count_correct(model, split, data).tolist()
+    if without:
+        raise RunError(
+            f"{name}: logits must be finite, got NaN or infinity for {without} of {len(split)} images of {data.name}"
+        )
+    return int(right) / max(1, len(split))
 
 
 @torch.no_grad()

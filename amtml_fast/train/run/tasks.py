@@ -70,7 +70,8 @@ def evaluate(
     given = next((one for one in config.teachers if one.name == teacher and one.model.brings_weights), None)
     if given is not None:
         net = frozen.extractor(config, given, data, hints=False).to(data.train.images.device)
-        return given.model.weights or given.model.factory, accuracy(net, getattr(data, split), data)
+        measured = accuracy(net, getattr(data, split), data, f"teacher {given.name!r}")
+        return given.model.weights or given.model.factory, measured
     run = Run(folder)
     if not run.exists():
         raise FileNotFoundError(f"eval: looked for {run.record}: no such run; train it first with teach or distill")
@@ -94,7 +95,7 @@ def evaluate(
         weights=files[0],
     )
     extractor = FeatureExtractor(model, {}).to(data.train.images.device)
-    return files[0], accuracy(extractor, getattr(data, split), data)
+    return files[0], accuracy(extractor, getattr(data, split), data, str(files[0]))
 
 
 def say_result(job: Job, run: Run, display: Display) -> None:

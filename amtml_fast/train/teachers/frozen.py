@@ -265,5 +265,7 @@ def assemble(names: Sequence[str], models: Sequence[FeatureExtractor], data: Ima
     teachers = Teachers(list(names), list(models), [], [], parameters)
     hints = [teacher_maps(model, name, data) for name, model in zip(names, models, strict=True)]
     teachers.channels = [int(x.shape[1]) for caught in hints for x in caught.values()]
-    teachers.scores = [accuracy(model, data.val, data) for model in models]
+    teachers.scores = [
+        accuracy(model, data.val, data, f"teacher {name!r}") for name, model in zip(names, models, strict=True)
+    ]
     return teachers
