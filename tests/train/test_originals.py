@@ -146,6 +146,14 @@ def test_ca_mkd_and_eb_kd_are_their_authors_losses_times_a_number() -> None:
         torch.testing.assert_close(first, times * second)
 
 
+def test_half_an_alpha_has_half_of_the_authors_cross_entropy_and_kl() -> None:
+    step = make_step()
+    ce = F.cross_entropy(step.logits, step.labels)
+    for name, theirs, times in (("ca_mkd", theirs_ca_mkd, T), ("eb_kd", theirs_eb_kd, T / (T - 1))):
+        ours = objective(name, alpha=0.5, hint_weight=0.0, mode="sum")(step).loss
+        torch.testing.assert_close(2 * ours, ce + times * theirs(step))
+
+
 def test_at_with_maps_of_one_size_is_the_authors_loss() -> None:
     step = seen(METHODS["at"])
     step = step._replace(teacher_maps=[step.teacher_maps[0][:, :, :2, :2]])
