@@ -100,6 +100,7 @@ class LossConfig:
     mode: str = "mixture"
     reduction: str = "batchmean"  # batchmean | mean: the KL is also divided by the number of classes
     kl_scale: float = field(default=1.0, metadata=POSITIVE)  # on the KL term alone
+    # of every cross-entropy with the labels, in the teachers' own training too
     label_smoothing: float = field(default=0.0, metadata=SHARE)
     # The adapter
     adapter: str = "learned"  # learned | uniform: the same weight for every teacher
