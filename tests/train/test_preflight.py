@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,3 +122,30 @@ def test_batches_that_cannot_be_divided(tmp_path: Path, data: ImageData, monkeyp
         settings = load(tmp_path, f"engine.gradient_accumulation_steps={rounds}")
         with pytest.raises(ConfigError, match=message):
             preflight.networks(settings, data, [student_job(settings, "student", 0)])
+
+
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_a_network_that_does_not_train_on_one_image_gets_no_batches_of_one(
+    tmp_path: Path, data: ImageData, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    code = """
+from torch import nn
+
+
+def net(num_classes, in_channels, width):
+    pooled = [nn.Conv2d(in_channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten()]
+    return nn.Sequential(*pooled, nn.Linear(4, num_classes))
+"""
+    (tmp_path / "pooled_net.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    engine = f"engine.gradient_accumulation_steps={rounds}"
+    for size, message in (
+        (rounds, f"batch_size must be at least {2 * rounds}, .*Expected more than 1 value"),
+        (2 * rounds, ""),
+    ):
+        settings = load(tmp_path, "student.factory=pooled_net:net", engine, f"distill.batch_size={size}")
+        job = student_job(settings, "student", 0)
+        with pytest.raises(ConfigError, match=message) if message else nullcontext():
+            preflight.networks(settings, data, [job])
+    settings = load(tmp_path, engine, f"distill.batch_size={rounds}")  # maps of 2 x 2 pixels are enough
+    preflight.networks(settings, data, [student_job(settings, "student", 0)])

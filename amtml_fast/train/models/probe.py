@@ -1,4 +1,4 @@
-"""What a network says about two images: that it takes them, and what its maps are."""
+"""What a network says about a few images: that it takes them, and what its maps are."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def check_map(key: str, path: str, caught: Tensor, wanted: str) -> None:
         )
 
 
-def maps(model: FeatureExtractor, what: str, data: ImageData, modes: tuple[bool, ...]) -> dict[str, Tensor]:
-    """What the model catches of two images, run in the modes (training or not) that it will run in. ValueError where it does
+def maps(
+    model: FeatureExtractor, what: str, data: ImageData, modes: tuple[bool, ...], count: int = 2
+) -> dict[str, Tensor]:
+    """What the model catches of `count` images, run in the modes (training or not) that it will run in. ValueError where it does
     not take them, or does not answer with logits."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     images = next(iter(Loader(data.val, data, 2))).images.to(device)
-    images = images.repeat(2, 1, 1, 1)[:2]  # a BatchNorm does not train on one
+    images = images.repeat(count, 1, 1, 1)[:count]  # two: a BatchNorm may not train on one
     if True in modes and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{what}: the network must have parameters that train, got none")
     before, wanted = images.clone(), [len(images), len(data.classes)]

@@ -62,8 +62,18 @@ def batches(job: Job, data: ImageData) -> None:
 
 
 def student_maps(model: FeatureExtractor, job: Job, data: ImageData) -> dict[str, Tensor]:
-    """The maps that the job's method catches, of two images. ConfigError for what is no map that it can take."""
+    """The maps that the job's method catches, of two images. ConfigError for what is no map that it can take, and for batches of
+    one image where the network does not train on one."""
     caught = maps(model, job.title, data, modes=(True, False))
+    single = job.config.engine.gradient_accumulation_steps * PartialState().num_processes
+    if job.train.batch_size == single:  # the network is shown one image at a time
+        try:
+            maps(model, job.title, data, modes=(True,), count=1)
+        except ValueError as error:
+            raise ConfigError(
+                f"config: batch_size must be at least {2 * single}, two images for each process and round of accumulation, "
+                f"got {single}: {error}"
+            ) from None
     for name, path in job.paths.items():
         wanted = ANY if path == job.features and job.method.pooled else MAP
         check_map(f"{job.student}.{name}", path, caught[name], wanted)
