@@ -90,12 +90,25 @@ def empty(like: Tensor, wanted: bool, shape: tuple, dtype: torch.dtype) -> Tenso
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), float, int, bool, str, list, tuple}
 
 
+def _negated(args: Iterable) -> bool:
+    """Whether a tensor stands for the negative of what is in its memory, as the imaginary part of a conjugate does."""
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if a.is_neg():
+                return True
+        elif (kind is list or kind is tuple) and _negated(a):
+            return True
+    return False
+
+
 class _Direct:
-    """The Triton launchers under the names of their raw ops, without the dispatcher: it takes as long as two or three launches."""
+    """The Triton launchers under the names of their raw ops, without the dispatcher: it takes as long as two or three launches.
+    What it does for some tensors is left to it."""
 
     def __getattr__(self, name: str) -> Any:
         def default(*args: Any) -> Any:
-            if _PLAIN.issuperset(map(type, args)):
+            if _PLAIN.issuperset(map(type, args)) and not _negated(args):
                 return _launch(name, *args)
             return getattr(torch.ops.amtml_triton, name).default(*args)
 

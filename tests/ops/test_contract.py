@@ -40,6 +40,31 @@ def test_strides_do_not_matter_and_inputs_are_not_written(case, on):
 
 
 @each_case
+def test_tensors_that_are_negated_when_read(case, on):
+    """As the imaginary part of a conjugate is: its memory holds the negative of its numbers."""
+
+    def negated(t):
+        if not isinstance(t, torch.Tensor):
+            return [negated(x) for x in t]
+        if not t.is_floating_point():
+            return t
+        return torch._neg_view(t.detach().neg()).requires_grad_(t.requires_grad)
+
+    options = {"reduction": "none"} if case.op in ("angle", "multi_teacher_kd") else {}
+    args = case.inputs(*case.small)
+    upstream = torch.randn_like(case.function(*args, **options))
+    want = value_and_grads(case.function, args, upstream, **options)
+    seen = tuple(map(negated, args))
+    assert seen[0].is_neg()
+    torch.testing.assert_close(value_and_grads(case.function, seen, negated(upstream), **options), want)
+    # The kernels of backward that only multiply.
+    torch.testing.assert_close(
+        value_and_grads(case.function, args, negated(upstream), **options)[1],
+        want[1],
+    )
+
+
+@each_case
 def test_expanded_and_transposed_inputs(case, fused):
     args = case.inputs(*case.small)
 
