@@ -225,7 +225,7 @@ def divergence_of(
         float(DEFAULT_BETA.get(divergence, 0.0) if beta is None else beta),
         tuple(map(float, of_teachers)),
         alpha.reshape(-1) if isinstance(alpha, Tensor) else None,
-        temperature.detach().reshape(-1) if isinstance(temperature, Tensor) else None,
+        temperature.reshape(-1) if isinstance(temperature, Tensor) else None,
     )
 
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import amtml_fast as af
-from amtml_fast.testing import CASES
+from amtml_fast.testing import CASES, convert
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 either = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -112,6 +112,28 @@ def test_dual_tensors_run_on_the_reference(case):
     with torch.autograd.forward_ad.dual_level():
         out = f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(out).tangent, want, rtol=1e-4, atol=1e-6)
+
+
+@cpu_only
+def test_a_tangent_of_temperatures_by_row_is_not_lost():
+    """They get no gradient, and an error says so; forward mode has no flag to be seen, and gives the derivative."""
+    student, teachers, weights, labels = convert(CASES["divergence"].inputs(6, 5, 2, dtype=torch.float64))
+    student, weights = student.detach(), weights.detach()
+    temperature, direction = torch.rand(6, dtype=torch.float64) + 1, torch.randn(6, dtype=torch.float64)
+
+    def of_logits(t):
+        return af.multi_teacher_kd_loss(student, teachers, weights, labels, temperature=t, divergence="jsd")
+
+    def of_hidden(t):
+        return af.fused_linear_kd_loss(
+            student, torch.eye(5, dtype=torch.float64), teachers, weights, labels, temperature=t, divergence="jsd"
+        )
+
+    for loss in (of_logits, of_hidden):
+        step = 1e-6 * direction
+        want = (loss(temperature + step) - loss(temperature - step)) / 2e-6
+        got = torch.func.jvp(loss, (temperature,), (direction,))[1]
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
 
 
 # --- several incoming gradients at once
