@@ -269,7 +269,7 @@ def _without_nan(features: Any, ignored: Tensor) -> Any:
     if not isinstance(features, Tensor):
         return features
     for leading in (1, 2):
-        if features.dim() > leading and features.shape[:leading].numel() == len(ignored):
+        if features.dim() > leading and math.prod(features.shape[:leading]) == ignored.shape[0]:
             hide = ignored.reshape(*features.shape[:leading], *(1,) * (features.dim() - leading))
             return features.masked_fill(hide & ~features.isfinite(), 0)
     return features

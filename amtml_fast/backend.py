@@ -193,7 +193,9 @@ def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     plain = _needs_plain_torch(tensors)
     index = first.device.index
     if _active == "auto":
-        if plain is None:
+        # An exported program keeps a raw op, which has no derivative, and asks for this package where it runs.
+        # (Compiled by torch 2.11, is_exporting() is always true.)
+        if plain is None and not torch.compiler._is_exporting_flag:
             for name in order(op, first):
                 if why_not(op, name, device_type, index) is None and _why_not_dtypes(name, tensors) is None:
                     return name

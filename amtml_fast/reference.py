@@ -6,6 +6,7 @@ floating dtype (16-bit inputs are computed in float32), and can be differentiate
 taken as already checked: the checks live in ``amtml_fast.ops``.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -269,7 +270,7 @@ def divergence_loss(
     log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
 
     # What the student is compared with: weight, probabilities and their logarithms.
-    mixture = w.new_ones(len(w)), *mixed_probs(log_p, w)
+    mixture = w.new_ones(w.shape[0]), *mixed_probs(log_p, w)
     if options.mode == "mixture":
         targets = [mixture]
     elif options.mode == "logits":
@@ -608,7 +609,7 @@ def _topk_stats(
 def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tensor:
     """[N, k] classes and the logarithms of their probabilities -> [N, C] probabilities; a class named twice has both."""
     p = (log_p.log_softmax(-1) if tail == "renormalize" else log_p).exp()
-    dense = p.new_zeros(len(p), classes).scatter_add(1, index, p)
+    dense = p.new_zeros(p.shape[0], classes).scatter_add(1, index, p)
     if tail != "uniform":
         return dense
     named = torch.zeros_like(dense, dtype=torch.bool).scatter(1, index, True)
@@ -645,7 +646,7 @@ def fused_linear_kd_loss(
 ) -> Any:
     """Eq 7-8 from hidden states and output layers: makes all logits, and then ``multi_teacher_kd_loss`` of them."""
     _one_process("fused_linear_kd_loss", process_group)
-    rows, leading = student_hidden.shape[:-1].numel(), student_hidden.shape[:-1]
+    rows, leading = math.prod(student_hidden.shape[:-1]), student_hidden.shape[:-1]
     dtype = wide_dtype(student_hidden, student_weight, student_bias, *flat_teachers(teachers), teacher_weights)
     labels = None if labels is None else labels.reshape(rows)
     valid = student_hidden.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
@@ -705,7 +706,7 @@ def flat_teachers(teachers: Sequence[Tensor | LinearTeacher | TopKTeacher]) -> l
 
 def dense_log_probs(index: Tensor, log_probs: Tensor, classes: int) -> Tensor:
     """[N, k] classes and the logarithms of their probabilities -> [N, C], -inf where there is none; named twice: both."""
-    most = log_probs.new_full((len(index), classes), -torch.inf).scatter_reduce(1, index, log_probs, "amax")
+    most = log_probs.new_full((index.shape[0], classes), -torch.inf).scatter_reduce(1, index, log_probs, "amax")
     share = (log_probs - most.gather(1, index)).masked_fill(log_probs == -torch.inf, -torch.inf).exp()
     return torch.zeros_like(most).scatter_add(1, index, share).log() + most
 
@@ -723,7 +724,7 @@ def linear_stats(
         return stats
     kept = stats.retained_mass
     mass = [
-        t.log_probs.detach().reshape(len(kept), t.log_probs.shape[-1]).to(kept.dtype).exp().sum(1)
+        t.log_probs.detach().reshape(kept.shape[0], t.log_probs.shape[-1]).to(kept.dtype).exp().sum(1)
         if isinstance(t, TopKTeacher)
         else torch.ones_like(kept)
         for t in teachers
@@ -756,7 +757,7 @@ def angle(
     with without_autocast(student):  # autocast would run the inner products in 16 bits
         cosines = [_cosines(x.to(dtype), row_mask, eps) for x in (student, teacher)]
     per_vertex = F.huber_loss(cosines[0], cosines[1], delta=delta, reduction="none").sum((1, 2))  # [N]
-    n = len(student) if row_mask is None else row_mask.sum()
+    n = student.shape[0] if row_mask is None else row_mask.sum()
     if reduction == "none":
         return per_vertex / _at_least_one(n**2)
     if reduction == "sum":
@@ -792,7 +793,7 @@ def rkd_distance_loss(
     dtype = wide_dtype(student, teacher)
     psi = [_normalized_distances(x.to(dtype), eps) for x in (student, teacher)]
     total = F.huber_loss(psi[0], psi[1], delta=delta, reduction="sum")
-    n = len(student)
+    n = student.shape[0]
     return total / {"mean": max(n**2, 1), "distinct": max(n * (n - 1), 1), "sum": 1}[reduction]
 
 

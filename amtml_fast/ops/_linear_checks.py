@@ -1,5 +1,6 @@
 """The checks of ``fused_linear_kd_loss``: its hidden states, output layers and teachers."""
 
+import math
 from typing import Any
 
 import torch
@@ -132,7 +133,7 @@ def _check_of_rows(name: str, value: Tensor, leading: torch.Size, last: str, hid
 
 
 def _check_leading(name: str, value: Tensor, leading: torch.Size, last: str) -> None:
-    if value.dim() < 2 or value.shape[:-1] not in (leading, (leading.numel(),)) or value.shape[-1] < 1:
+    if value.dim() < 2 or value.shape[:-1] not in (leading, (math.prod(leading),)) or value.shape[-1] < 1:
         wanted = ", ".join(map(str, leading))
         raise ValueError(f"{NAME}: {name} must be [{wanted}, {last}] like student_hidden, got {checks.shape(value)}")
 
@@ -144,7 +145,7 @@ def check_index(index: Tensor | None, weights: Tensor | None, like: Tensor) -> N
         raise ValueError(f"{NAME}: teacher_weights must be None with teacher_index, got {checks.shape(weights)}")
     checks.integers(NAME, "teacher_index", index)
     leading = like.shape[:-1]
-    if index.shape not in (leading, (leading.numel(),)):
+    if index.shape not in (leading, (math.prod(leading),)):
         wanted = f"{list(leading)} like student_hidden"
         raise ValueError(f"{NAME}: teacher_index must be {wanted}, got {checks.shape(index)}")
     checks.same_device(NAME, "teacher_index", index, "student_hidden", like)

@@ -88,7 +88,7 @@ def check_row_numbers(
         if not isinstance(value, Tensor):
             continue
         checks.tensor(function, name, value)
-        if value.shape not in (leading, (leading.numel(),)):
+        if value.shape not in (leading, (math.prod(leading),)):
             raise ValueError(f"{function}: {name} must be a number or {list(leading)}, got {checks.shape(value)}")
         checks.same_device(function, name, value, student_name, student)
     if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():

@@ -1,5 +1,6 @@
 """Softmax over two dimensions of a score matrix."""
 
+import math
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class DualSoftmax(torch.autograd.Function):
 
 
 def _matrices(t: Tensor) -> Tensor:
-    return t if t.dim() == 3 else t.reshape(t.shape[:-2].numel(), *t.shape[-2:])
+    return t if t.dim() == 3 else t.reshape(math.prod(t.shape[:-2]), *t.shape[-2:])
 
 
 # scores [B, R, K]. result; the softmax over R, in the wide dtype; maxima and sums of the softmax over K [B, R, 2]

@@ -145,7 +145,7 @@ def fused_linear_kd_loss(
     vocabulary = vocabulary_of(NAME, process_group, part)
     leading, part, kinds, flat = check_tensors(student_hidden, student_weight, student_bias, teachers, vocabulary)
     classes = part if vocabulary is None else vocabulary.classes
-    rows = leading.numel()
+    rows = math.prod(leading)
     like = student_hidden.detach().new_empty(()).expand(*leading, classes)  # what the logits would be like
     _kd.check_rows(NAME, like, len(kinds), teacher_weights, labels, ignore_index, "student_hidden")
     check_index(teacher_index, teacher_weights, like)

@@ -395,7 +395,7 @@ def _sweep(
 ) -> _Rows:
     needs = needs_grad(student), needs_grad(weights)
     if weights is not None:
-        weights = weights.expand(len(student), -1)
+        weights = weights.expand(student.shape[0], -1)
     settings = *sweep_settings(options, labels is not None), wide == torch.float64
     try:
         out = run(

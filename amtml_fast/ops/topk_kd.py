@@ -184,7 +184,7 @@ def topk_loss(
         apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
         return reference.topk_kd(student, *apart, weights, labels, options, need_stats=False)[0]
     wide = wide_dtype(student, log_probs, weights)
-    weights = None if weights is None else weights.to(wide).expand(len(student), -1)
+    weights = None if weights is None else weights.to(wide).expand(student.shape[0], -1)
     settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
     return _kd.run(
         values, TopkKD, any(needs), student, weights, (chosen, labels, indices, log_probs, sizes, settings, needs, wide)

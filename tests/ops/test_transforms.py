@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import amtml_fast as af
-from amtml_fast.testing import CASES, convert
+from amtml_fast.testing import CASES, convert, value_and_grads
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 either = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
@@ -134,6 +134,67 @@ def test_a_tangent_of_temperatures_by_row_is_not_lost():
         want = (loss(temperature + step) - loss(temperature - step)) / 2e-6
         got = torch.func.jvp(loss, (temperature,), (direction,))[1]
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+# --- torch.export
+
+
+class _Exported(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args):
+        return self.function(*args)
+
+
+def _raw_ops(program):
+    modules = program.graph_module.modules()
+    return [node for module in modules for node in module.graph.nodes if "amtml" in str(node.target)]
+
+
+@cpu_only
+@each_case
+def test_an_exported_program_has_derivatives_and_needs_no_kernels(case):
+    """A raw op in it would have none: gradients would be missing, with a warning."""
+    args, others = (case.inputs(*case.small, seed=seed) for seed in (0, 1))
+    program = torch.export.export(_Exported(case.function), args, strict=False)
+    assert not _raw_ops(program)
+    got, want = value_and_grads(program.module(), others), value_and_grads(case.function, others)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    with af.use_backend("cpp"):  # a backend that is named is what the program asks for
+        assert _raw_ops(torch.export.export(_Exported(case.function), args, strict=False))
+
+
+@cpu_only
+@pytest.mark.parametrize("backend", ["auto", "cpp"])
+def test_an_exported_program_takes_any_number_of_rows(backend):
+    adapter, gate = af.TeacherAdapter(4, 2), af.TeacherGate(2, 5)
+
+    def everything(features, student, teacher):
+        top = teacher.log_softmax(1).topk(2)
+        stored = [top.indices], [top.values], None
+        teachers = [teacher, af.TopKTeacher(top.indices, top.values)]
+        return (
+            adapter(features) * gate([student, teacher]),
+            af.dual_softmax(features),
+            af.multi_teacher_kd_loss(student, [teacher], None, temperature=teacher.square().sum(1) + 1),
+            af.topk_kd_loss(student, *stored),
+            af.topk_kd_loss(student, *stored, tail="bucket"),
+            af.angle_loss(student, teacher),
+            af.rkd_distance_loss(student, teacher),
+            af.fused_linear_kd_loss(student, torch.eye(5), teachers, None),
+            af.hint_loss(features, features, torch.eye(4)),
+        )
+
+    def batch(rows):
+        return torch.randn(rows, 4, 3, 3), torch.randn(rows, 5), torch.randn(rows, 5)
+
+    rows = {0: torch.export.Dim("rows", min=3, max=64)}
+    with af.use_backend(backend):
+        program = torch.export.export(_Exported(everything), batch(8), dynamic_shapes=((rows,) * 3,), strict=False)
+        other = batch(5)
+        torch.testing.assert_close(program.module()(*other), everything(*other), rtol=1e-4, atol=1e-6)
 
 
 # --- several incoming gradients at once
