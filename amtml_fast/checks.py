@@ -16,14 +16,17 @@ def shape(t: Tensor) -> list[int]:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = (torch.strided, torch.jagged)
 
 
 def tensor(function: str, name: str, value: object) -> Tensor:
-    """A floating-point tensor of a dtype the kernels take."""
+    """A dense floating-point tensor of a dtype the kernels take."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{function}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    if value.layout not in LAYOUTS:
+        raise TypeError(f"{function}: {name} must be a dense tensor, as to_dense() makes it, got {value.layout}")
     return value
 
 

@@ -3,6 +3,7 @@
 The options are a ``reference.KDOptions``; ``SETTINGS`` is what the kernels take of them.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -190,7 +191,8 @@ def run(values: tuple, function: type[torch.autograd.Function], with_grad: bool,
     try:
         return _base.run(function, with_grad, *args)
     except RuntimeError:
-        check_values(*values)
+        with contextlib.suppress(RuntimeError):  # where the values cannot be read, the first error is the one to see
+            check_values(*values)
         raise
 
 

@@ -174,6 +174,7 @@ def check_arguments(
         if (
             isinstance(teacher, Tensor)
             and teacher.dtype in checks.DTYPES
+            and teacher.layout is torch.strided
             and teacher.shape == wanted_shape
             and teacher.device == device
             and not teacher.requires_grad

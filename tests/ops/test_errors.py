@@ -54,6 +54,13 @@ BAD = [  # one call a line
     (lambda: af.dual_softmax(Z, 0, -2), "dim1 and dim2 must differ"),
     (lambda: af.dual_softmax(Z, 0, 2), "dim2 must be in"),
     (lambda: af.dual_softmax(Z, mode="sum"), "mode must be one of sequential"),
+    (lambda: af.dual_softmax(Z.to_sparse()), "scores must be a dense tensor, as to_dense.. makes it, got torch.sparse_coo"),
+    (lambda: af.multi_teacher_kd_loss(Z.to_sparse_csr(), T2, W), "student_logits must be a dense tensor"),
+    (lambda: af.multi_teacher_kd_loss(Z, [Z, Z.to_sparse()], W), r"teacher_logits\[1\] must be a dense tensor"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W.to_sparse()), "teacher_weights must be a dense tensor"),
+    (lambda: af.teacher_weights(F4.to_mkldnn(), TH, V), "features must be a dense tensor, as to_dense.. makes it, got torch._mkldnn"),
+    (lambda: af.angle_loss(Z, Z.to_sparse()), "teacher must be a dense tensor"),
+    (lambda: af.hint_loss(M, M, torch.zeros(3, 3).to_sparse()), "weight must be a dense tensor"),
     (lambda: af.use_backend("fast").__enter__(), "backend must be one of auto"),
     (lambda: af.dual_softmax([1.0]), "scores must be a tensor, got list"),
 ]
