@@ -193,9 +193,7 @@ def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     plain = _needs_plain_torch(tensors)
     index = first.device.index
     if _active == "auto":
-        # An exported program keeps a raw op, which has no derivative, and asks for this package where it runs.
-        # (Compiled by torch 2.11, is_exporting() is always true.)
-        if plain is None and not torch.compiler._is_exporting_flag:
+        if plain is None and not _is_exporting():
             for name in order(op, first):
                 if why_not(op, name, device_type, index) is None and _why_not_dtypes(name, tensors) is None:
                     return name
@@ -205,6 +203,12 @@ def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
     if reason is not None:
         raise RuntimeError(f'{op}: backend "{_active}" cannot run here: {reason}. use_backend("reference") always runs')
     return _active
+
+
+def _is_exporting() -> bool:
+    """An exported program keeps a raw op, which has no derivative, and asks for this package where it runs."""
+    # Not is_exporting(), which is always true in what torch 2.11 compiles.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def _needs_plain_torch(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
