@@ -239,6 +239,9 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
                                                        bool use_max) {
   const ScalarType wide = check(features, theta, v);
   const Map map(features);
+  // Where a maximum stands is kept in 32 bits; backward writes there.
+  STD_TORCH_CHECK(!use_max || map.pixels() <= int64_t{1} << 31, kOp,
+                  ": features must have at most 2^31 pixels for a maximum, got [", map.height, ", ", map.width, "]");
   const int64_t teachers = theta.size(0), d = map.channels;
   Tensor weights = empty(theta, {map.n, teachers}, wide);
   Tensor pooled = empty(theta, {map.n, d}, wide);

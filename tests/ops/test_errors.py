@@ -75,6 +75,16 @@ def test_bad_input_is_named(on, call, message):
 
 
 @cpu_only
+def test_a_map_whose_maximum_has_no_place_is_refused():
+    """The place is an int32: behind it, backward would write in front of the gradient."""
+    wide = torch.zeros(1, 3, 65536, 1, dtype=torch.bfloat16).expand(-1, -1, -1, 32769)
+    for features in (wide, wide.mT):
+        message = "teacher_weights: features must have at most 2\\^31 pixels for a maximum, got "
+        with af.use_backend("cpp"), pytest.raises(RuntimeError, match=message):
+            af.teacher_weights(features, TH, V)
+
+
+@cpu_only
 def test_compiled_code_still_refuses_wrong_values():
     """Checks of values cannot be traced, so the kernel itself looks before it reads."""
     torch._dynamo.reset()
