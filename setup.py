@@ -2,9 +2,9 @@
 
 AMTML_BUILD_CUDA=1 adds the CUDA kernels, with nvcc: neither a GPU nor a CUDA build of torch is needed to build the
 library or to load it. (Not by default: most who build it have no nvcc.)
-AMTML_BUILD_EXT=1 makes a failed build fatal, =0 skips it. Otherwise a machine without torch's headers or a working
-compiler gets the pure-Python package with a notice; it then runs on the reference backend. TORCH_CUDA_ARCH_LIST chooses
-the GPUs (default: 8.0, 9.0 and PTX for later ones).
+AMTML_BUILD_EXT=0 builds no library. AMTML_BUILD_EXT=1, and AMTML_BUILD_CUDA=1 too, makes a failed build fatal. Otherwise a
+machine without torch's headers or a working compiler gets the pure-Python package with a notice; it then runs on the
+reference backend. TORCH_CUDA_ARCH_LIST chooses the GPUs (default: 8.0, 9.0 and PTX for later ones).
 """
 
 import os
@@ -16,15 +16,25 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-WANTED = os.environ.get("AMTML_BUILD_EXT", "auto")
-CUDA_WANTED = os.environ.get("AMTML_BUILD_CUDA", "0")
+
+def asked(name: str, *choices: str) -> str:
+    """What this environment variable asks for; where it is not set or empty, the first choice."""
+    value = os.environ.get(name) or choices[0]
+    if value not in choices:
+        raise SystemExit(f"amtml_fast: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+WANTED = asked("AMTML_BUILD_EXT", "auto", "0", "1")
+CUDA_WANTED = asked("AMTML_BUILD_CUDA", "0", "1")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 
 
 def give_up(reason: object) -> None:
-    if WANTED == "1":
+    by_name = ("AMTML_BUILD_EXT", WANTED), ("AMTML_BUILD_CUDA", CUDA_WANTED)
+    if wishes := [f"{name}=1" for name, value in by_name if value == "1"]:
         raise SystemExit(
-            f"amtml_fast: the C++ extension was asked for (AMTML_BUILD_EXT=1) but cannot be built: {reason}"
+            f"amtml_fast: the C++ extension was asked for ({', '.join(wishes)}) but cannot be built: {reason}"
         )
     print(f"\n*** amtml_fast: built WITHOUT its C++ extension ({reason}).", file=sys.stderr)
     print("*** It will run on the slow reference backend. Install torch and a C++ compiler, then", file=sys.stderr)

@@ -1,0 +1,43 @@
+"""How the package is built: what the environment asks for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="the tests alone, without what they are built from"
+)
+WITHOUT_TORCH = "import sys, runpy; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
+
+
+def setup(*words, torch=True, **environment):
+    """Runs setup.py where the shell has these variables."""
+    start = ["setup.py"] if torch else ["-c", WITHOUT_TORCH]
+    return subprocess.run(
+        [sys.executable, *start, *words],
+        cwd=ROOT,
+        env={**os.environ, "AMTML_BUILD_EXT": "auto", "AMTML_BUILD_CUDA": "0", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name, value", [("AMTML_BUILD_EXT", "yes"), ("AMTML_BUILD_CUDA", "ON")])
+def test_a_value_that_asks_for_nothing_is_told(name, value):
+    out = setup("--name", **{name: value})
+    assert out.returncode != 0 and f"{name} must be" in out.stderr and repr(value) in out.stderr
+
+
+@pytest.mark.parametrize("name", ["AMTML_BUILD_EXT", "AMTML_BUILD_CUDA"])
+def test_what_is_asked_for_by_name_is_built_or_told(name):
+    out = setup("--name", torch=False, **{name: "1"})
+    assert out.returncode != 0 and f"{name}=1" in out.stderr and "torch" in out.stderr
+
+
+def test_without_torch_the_package_is_built_with_a_notice():
+    out = setup("--name", torch=False)
+    assert out.returncode == 0 and "built WITHOUT its C++ extension" in out.stderr
