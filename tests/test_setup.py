@@ -1,5 +1,6 @@
-"""How the package is built: what the environment asks for."""
+"""How the package is built: what the environment asks for, and what goes into a source distribution."""
 
+import fnmatch
 import os
 import subprocess
 import sys
@@ -41,3 +42,14 @@ def test_what_is_asked_for_by_name_is_built_or_told(name):
 def test_without_torch_the_package_is_built_with_a_notice():
     out = setup("--name", torch=False)
     assert out.returncode == 0 and "built WITHOUT its C++ extension" in out.stderr
+
+
+@pytest.mark.parametrize("folder", ["csrc", "tests"])
+def test_a_source_distribution_has_all_sources(folder):
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    patterns = [
+        p for command, where, *given in lines if command == "recursive-include" and where == folder for p in given
+    ]
+    files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in (".pyc", ".so")]
+    left_out = [str(p.relative_to(ROOT)) for p in files if not any(fnmatch.fnmatch(p.name, x) for x in patterns)]
+    assert files and left_out == []
