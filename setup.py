@@ -122,7 +122,7 @@ def extension() -> dict:
 
 
 setup(
-    packages=[*find_packages(include=["amtml_fast*"]), "amtml_fast.kernels"],
+    packages=[*find_packages(include=["amtml_fast*"]), "amtml_fast.configs", "amtml_fast.kernels"],
     package_dir={"amtml_fast.kernels": "kernels"},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
     **extension(),

@@ -1,4 +1,4 @@
-"""How the package is built: what the environment asks for, and what goes into a source distribution."""
+"""How the package is built: what the environment asks for, and what goes into a source distribution and a wheel."""
 
 import fnmatch
 import os
@@ -53,3 +53,13 @@ def test_a_source_distribution_has_all_sources(folder):
     files = [p for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix not in (".pyc", ".so")]
     left_out = [str(p.relative_to(ROOT)) for p in files if not any(fnmatch.fnmatch(p.name, x) for x in patterns)]
     assert files and left_out == []
+
+
+def test_a_wheel_has_all_files_and_setuptools_warns_of_none(tmp_path):
+    out = setup("egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib", str(tmp_path), AMTML_BUILD_EXT="0")
+    assert out.returncode == 0 and "Package would be ignored" not in out.stderr, out.stderr
+    want = {
+        p.relative_to(ROOT) for p in (ROOT / "amtml_fast").rglob("*") if p.suffix not in (".pyc", ".so") and p.is_file()
+    }
+    want |= {"amtml_fast" / p.relative_to(ROOT) for p in (ROOT / "kernels").glob("*.*")}
+    assert want == {p.relative_to(tmp_path) for p in (tmp_path / "amtml_fast").rglob("*") if p.is_file()}
