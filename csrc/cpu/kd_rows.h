@@ -38,7 +38,7 @@ struct Softmax {
   double rest = 0;       // what rounding log_sum to A cut off: it would bias every KL near 0
   Buffer<A> e;
 
-  explicit Softmax(int64_t classes) : e(classes), chunks_((classes + kChunk - 1) / kChunk) {}
+  explicit Softmax(int64_t classes) : e(classes), classes_(classes), chunks_((classes + kChunk - 1) / kChunk) {}
 
   A by(int64_t k) const { return chunks_[k].by; }
   AMTML_INLINE A log(int64_t c) const { return (x[c] - m) * per_tau - log_sum; }
@@ -115,7 +115,10 @@ struct Softmax {
       if (chunks_.size() > 1) sum = joined();
       if (m == kNone) sum = std::numeric_limits<double>::quiet_NaN();
       inverse = static_cast<A>(1 / sum);
-      for (Chunk& chunk : chunks_) chunk.by = chunk.factor == 1 ? inverse : static_cast<A>(chunk.factor / sum);
+      for (Chunk& chunk : chunks_) {
+        chunk.by = chunk.factor == 1 ? inverse : static_cast<A>(chunk.factor / sum);
+        if (chunk.by < std::numeric_limits<A>::min() && chunk.factor > 0) lower(chunk, sum);
+      }
     }
     if (need_log) log_sum = rounded<A>(std::log(sum) - kLogScale, &rest);
   }
@@ -144,6 +147,7 @@ struct Softmax {
     A most, by;
     double sum, factor = 1;  // sum of its e; exp((most - m) / tau)
   };
+  int64_t classes_;
   std::vector<Chunk> chunks_;
   bool known_ = false;
   double known_sum_ = 0;  // of 2^kScale exp((x - m) / tau)
@@ -156,6 +160,13 @@ struct Softmax {
       return to[c] = exp_nonpositive<kScale>((logits[c] - top) * by_tau);
     };
     chunk.sum = block_sum<A>(n, exponential, ahead);
+  }
+  // Of a chunk so far below the maximum that an A cannot hold its factor beside 2^-kScale: takes 2^kScale off its e.
+  void lower(Chunk& chunk, double sum) {
+    chunk.by = static_cast<A>(chunk.factor / sum * (1 << kScale));
+    if (chunk.by == 0) return;  // and so are all its probabilities
+    const int64_t first = (&chunk - chunks_.data()) * kChunk, end = std::min(first + kChunk, classes_);
+    for (int64_t c = first; c < end; ++c) e[c] *= A(1) / (1 << kScale);
   }
   // The sum of several chunks, and m.
   double joined() {

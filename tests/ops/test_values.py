@@ -129,6 +129,18 @@ def test_probabilities_down_to_the_smallest_float32(on, depth):
         assert loss == torch.inf if depth > -103 else not loss.isnan()
 
 
+@pytest.mark.parametrize("depth", [-80.0, -88.0, -95.0, -102.0])
+def test_the_smallest_probabilities_of_many_classes(on, depth):
+    """Far from the row's maximum in memory, beside classes as small as it: no part of a row is rounded to 0 as a whole."""
+    teacher = torch.full((1, 1500), depth - 2)
+    teacher[0, 0], teacher[0, -1] = 0, depth
+    masked = torch.zeros(1, 1500)
+    masked[0, -1] = -torch.inf
+    for mode in ("mixture", "sum"):
+        loss = af.multi_teacher_kd_loss(masked, [teacher], None, temperature=1.0, mode=mode)
+        assert loss == torch.inf
+
+
 def test_masked_classes_have_probability_0_and_gradient_0(on):
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
     student, teachers = student.detach(), list(teachers)
