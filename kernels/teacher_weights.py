@@ -220,6 +220,8 @@ def _geometry(shape: tuple, strides: tuple) -> tuple[dict[str, int], dict[str, A
         sizes = dict(channels=channels, pixels=1, width=1)
         return sizes, dict(down=0, along=0, FLAT=True, ALIGN=1)
     pixels = plane[0] * plane[1]
+    if pixels > 1 << 30:  # they are counted in 32 bits, in steps
+        raise ValueError(f"teacher_weights: features must have at most 2^30 pixels for Triton, got {list(plane)}")
     down, along, flat = plane_strides(plane, strides[2:])
     sizes = dict(channels=channels, pixels=pixels, width=plane[1])
     return sizes, dict(down=down, along=along, FLAT=flat, ALIGN=alignment(pixels, *strides[:2]))
