@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amtml_fast import checks, reference
 from amtml_fast.ops import _base
-from amtml_fast.reference import KDOptions
+from amtml_fast.reference import KDOptions, KDStats
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -205,6 +205,11 @@ def per_item(loss: Tensor, student_logits: Tensor, reduction: str, num_items_in_
     if num_items_in_batch is not None:
         return reference.over_items(loss, num_items_in_batch)
     return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
+
+
+def named_stats(stats: Tensor) -> KDStats:
+    """Statistics of rows as the kernels give them, [N, 4 + T], by name."""
+    return KDStats(stats[:, 0], stats[:, 1], stats[:, 4:], stats[:, 2], stats[:, 3])
 
 
 def fake_grads(

@@ -133,7 +133,7 @@ def swept_loss(
         TopkBucketRows, any(needs), student, weights,
         (chosen, labels, indices, log_probs.float(), sizes, settings, of_sweep, needs, need_stats),
     )  # fmt: skip
-    return loss, named_stats(stats) if need_stats else None
+    return loss, _kd.named_stats(stats) if need_stats else None
 
 
 class TopkBucketRows(torch.autograd.Function):
@@ -213,17 +213,12 @@ def kernel_stats(
     found, z = raw.topk_bucket_fwd.default(
         student, indices, None, labels, temperature, ignore_index, False, False, in_float64, True
     )
-    return named_stats(
+    return _kd.named_stats(
         raw.topk_bucket_stats.default(
             found, z, indices, log_probs.to(wide), sizes, weights, labels, student.shape[1], temperature, ignore_index,
             options.mode, in_float64,
         )
     )  # fmt: skip
-
-
-def named_stats(stats: Tensor) -> KDStats:
-    """What ``topk_bucket_stats`` gives, by name."""
-    return KDStats(stats[:, 0], stats[:, 1], stats[:, 4:], stats[:, 2], stats[:, 3])
 
 
 # From what `topk_bucket_fwd` finds, of every row: the entropies of student and target, what the teachers retain, whether both are

@@ -24,7 +24,7 @@ from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_kernels import KernelBlock, backend_of, rates_of
 from amtml_fast.ops._vocabulary_plain import Given, PlainBlock, Rule
 from amtml_fast.ops.divergence import check_values
-from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
+from amtml_fast.reference import Divergence, KDOptions, wide_dtype
 
 # Of a block of plain PyTorch: on a CPU it is fastest where its logits, those of all teachers and a few more stay in the cache.
 _CPU_BYTES, _GPU_BYTES = 2**23, 2**28
@@ -128,8 +128,7 @@ def finished(
         loss = loss + doubt.to(loss.dtype)
     if not need_stats:
         return loss, None
-    found = KDStats(stats[:, 0], stats[:, 1], stats[:, 4:], stats[:, 2], stats[:, 3])
-    return loss, reference.of_counted_rows(found, valid)
+    return loss, reference.of_counted_rows(_kd.named_stats(stats), valid)
 
 
 class SplitKD(torch.autograd.Function):

@@ -24,7 +24,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
-from amtml_fast.reference import DEFAULT_BETA, Divergence, KDOptions, KDStats, wide_dtype
+from amtml_fast.reference import DEFAULT_BETA, Divergence, KDOptions, wide_dtype
 
 ALL_MODES = ("mixture", "sum", "logits")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
@@ -140,7 +140,7 @@ def divergence_loss(
     if not need_stats:
         return out, None
     loss, stats = out
-    return loss, KDStats(stats[:, 0], stats[:, 1], stats[:, 4:], stats[:, 2], stats[:, 3])
+    return loss, _kd.named_stats(stats)
 
 
 def check_values(

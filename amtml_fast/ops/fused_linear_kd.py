@@ -33,7 +33,7 @@ from amtml_fast.ops._linear_chunks import NAME, Call, Settings
 from amtml_fast.ops._vocabulary import DTensors, replicated, splits, vocabulary_of
 from amtml_fast.ops._vocabulary_linear import split_linear_loss
 from amtml_fast.ops.divergence import check_options, check_row_numbers, check_values
-from amtml_fast.reference import KDOptions, KDStats, LinearTeacher, TopKTeacher, wide_dtype
+from amtml_fast.reference import KDOptions, LinearTeacher, TopKTeacher, wide_dtype
 
 operator("fused_linear_kd")  # on the row kernels of each backend
 
@@ -199,8 +199,7 @@ def fused_linear_kd_loss(
         out = run(
             FusedLinearKD, any(needs), *inputs, labels, index, temperatures, kinds, settings, needs, return_stats, *flat
         )
-        loss, s = out if return_stats else (out, None)
-        stats: Any = None if s is None else KDStats(s[:, 0], s[:, 1], s[:, 4:], s[:, 2], s[:, 3])
+        loss, stats = (out[0], _kd.named_stats(out[1])) if return_stats else (out, None)
     else:
         loss, stats = split_linear_loss(
             vocabulary, hidden, student_weight, student_bias, weights, labels, index, temperatures, flat, kinds, settings,
