@@ -6,17 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtml_fast import backend
 from amtml_fast.ops._base import define, kernels
 from amtml_fast.ops._vocabulary import IGNORED
 from amtml_fast.ops._vocabulary_plain import Given
 
 _ELSEWHERE = -2  # the label of another process
-
-
-def backend_of(first: Tensor, *others: Tensor | None) -> str:
-    """Whose kernels make such rows, "reference" for none."""
-    return backend.choose("divergence", first, *others)
 
 
 def rates_of(given: Given) -> Tensor:

@@ -135,8 +135,7 @@ class SplitCall(Call):
 
     def scatter(self, out: Tensor, index: Tensor, values: Tensor) -> Tensor:
         mine, place = self.vocabulary.here(index)
-        absent = (index < 0) | (index >= self.vocabulary.classes)  # on the CPU that was an error before
-        values = values.masked_fill(~mine, -torch.inf).masked_fill(absent, torch.nan)
+        values = values.masked_fill(~mine, -torch.inf).masked_fill(self.vocabulary.absent(index), torch.nan)
         return out.scatter_reduce_(1, place, values, "amax")
 
     def made(self, grads: bool) -> Iterator[tuple[Any, list[int], Tensor, Given]]:

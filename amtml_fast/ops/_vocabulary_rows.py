@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amtml_fast import reference
+from amtml_fast import backend, reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
-from amtml_fast.ops._vocabulary_kernels import KernelBlock, backend_of, rates_of
+from amtml_fast.ops._vocabulary_kernels import KernelBlock, rates_of
 from amtml_fast.ops._vocabulary_plain import Given, PlainBlock, Rule
 from amtml_fast.ops.divergence import check_values
 from amtml_fast.reference import Divergence, KDOptions, wide_dtype
@@ -53,9 +53,10 @@ def rule_of(
 ) -> Rule:
     """``others``: all other tensors with numbers, but for alpha."""
     labeled = labels is not None and (divergence.alpha is not None or options.alpha != 1)
+    chosen = backend.choose("divergence", student, *others, divergence.alpha)
     return Rule(
         divergence._replace(alpha=None, temperature=None), options.mode, float(options.temperature), options.ignore_index,
-        float(options.label_smoothing), labeled, *needs, need_stats, wide, backend_of(student, *others, divergence.alpha),
+        float(options.label_smoothing), labeled, *needs, need_stats, wide, chosen,
     )  # fmt: skip
 
 
