@@ -275,7 +275,15 @@ class Call:
                 else:
                     out[start : start + step].add_(made)
 
-    # --- teachers
+    # --- student and teachers
+
+    def student(self, rows: Tensor | slice, labels: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Which of these rows count, None where no others are among them; hidden states, 0 where they do not count; logits."""
+        keep = None
+        if labels is not None and not self.on_cpu and isinstance(rows, slice):
+            keep = labels != self.set.ignore_index
+        hidden = kept_rows(self.take(self.hidden, rows), keep)  # what the others hold must not get into a product
+        return keep, hidden, self.logits("student", hidden, self.weight, self.bias)
 
     def teacher(self, t: int, rows: Tensor | slice, keep: Tensor | None) -> Tensor:
         """The logits of teacher t in these rows."""
@@ -363,11 +371,7 @@ class Call:
         set, take = self.set, self.take
         need_student, (need_weights, need_alpha) = any(self.needs[:3]), self.needs[3:]
         labels = None if self.labels is None else take(self.labels, rows)
-        keep = None  # rows that count, where others are among them: what these hold must not get into a product
-        if labels is not None and not self.on_cpu and isinstance(rows, slice):
-            keep = labels != set.ignore_index
-        hidden = kept_rows(take(self.hidden, rows), keep)
-        student = self.logits("student", hidden, self.weight, self.bias)
+        keep, hidden, student = self.student(rows, labels)
         weights = None if self.weights is None else take(self.weights, rows)
         # "mean" divides D by the classes, and by the rows of this chunk, which is taken back.
         mean = set.reduction == "mean"

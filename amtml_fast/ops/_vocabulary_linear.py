@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._linear_checks import of_rows
-from amtml_fast.ops._linear_chunks import NAME, Call, Settings, kept_rows, put_rows
+from amtml_fast.ops._linear_chunks import NAME, Call, Settings, put_rows
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_plain import Given, Rule
 from amtml_fast.ops._vocabulary_rows import Rows, finished, logit_grads, rows_of, rule_of, weight_grads
@@ -145,11 +145,7 @@ class SplitCall(Call):
                 weights, labels, temperatures = (
                     None if x is None else self.take(x, rows) for x in (self.weights, self.labels, self.temperatures)
                 )
-                keep = None  # rows that count, where others are among them: what these hold must not get into a product
-                if labels is not None and not self.on_cpu and isinstance(rows, slice):
-                    keep = labels != self.set.ignore_index
-                hidden = kept_rows(self.take(self.hidden, rows), keep)
-                student = self.logits("student", hidden, self.weight, self.bias)
+                keep, hidden, student = self.student(rows, labels)
                 teachers = [self.teacher(t, rows, keep) for t in only]
                 rule, taus = self.rule, self.rule.divergence.teacher_temperatures
                 if taus:
