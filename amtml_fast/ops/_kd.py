@@ -5,7 +5,7 @@ The options are a ``reference.KDOptions``; ``SETTINGS`` is what the kernels take
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -185,14 +185,20 @@ def _check_support(
 # --- calls
 
 
-def run(values: tuple, function: type[torch.autograd.Function], with_grad: bool, *args: Any) -> Any:
+def run(
+    values: tuple,
+    function: type[torch.autograd.Function],
+    with_grad: bool,
+    *args: Any,
+    check: Callable[..., None] = check_values,
+) -> Any:
     """``_base.run``. The C++ kernels raise RuntimeError for a bad value before writing anything; this turns it into the
-    ValueError of the other backends. ``values``: what ``check_values`` takes."""
+    ValueError of the other backends. ``values``: what ``check`` takes."""
     try:
         return _base.run(function, with_grad, *args)
     except RuntimeError:
         with contextlib.suppress(RuntimeError):  # where the values cannot be read, the first error is the one to see
-            check_values(*values)
+            check(*values)
         raise
 
 

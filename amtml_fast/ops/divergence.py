@@ -18,7 +18,6 @@ from amtml_fast.ops._base import (
     kernels,
     needs_grad,
     operator,
-    run,
     save,
     save_grads,
     saved,
@@ -129,14 +128,10 @@ def divergence_loss(
         options.t2_scale, ce_weight, kl_weight, options.reduction, options.ignore_index, float(options.label_smoothing),
     )  # fmt: skip
     needs = needs_grad(student), needs_grad(weights), needs_grad(alpha)
-    try:
-        out = run(
-            DivergenceKD, any(needs), student, weights, alpha,
-            (chosen, _kd.as_long(labels), temperatures, settings, needs, wide, need_stats, teachers),
-        )  # fmt: skip
-    except RuntimeError:
-        check_values(*values)  # as ValueError
-        raise
+    out = _kd.run(
+        values, DivergenceKD, any(needs), student, weights, alpha,
+        (chosen, _kd.as_long(labels), temperatures, settings, needs, wide, need_stats, teachers), check=check_values,
+    )  # fmt: skip
     if not need_stats:
         return out, None
     loss, stats = out

@@ -20,7 +20,6 @@ from amtml_fast.ops._base import (
     kernels,
     needs_grad,
     operator,
-    run,
     save,
     saved,
 )
@@ -273,7 +272,7 @@ def _chosen(
 
 
 def _reduced(
-    ce: Tensor | None, distance: Tensor, rows: "_Rows", valid: Tensor, classes: int, options: KDOptions
+    ce: Tensor | None, distance: Tensor, rows: _Rows, valid: Tensor, classes: int, options: KDOptions
 ) -> Tensor:
     loss = reference.reduced(ce, distance, valid, classes, options)[0]
     return reference.connected(loss, rows.weights) if ce is not None and options.alpha == 0 else loss
@@ -397,15 +396,11 @@ def _sweep(
     if weights is not None:
         weights = weights.expand(student.shape[0], -1)
     settings = *sweep_settings(options, labels is not None), wide == torch.float64
-    try:
-        out = run(
-            TopkBucket, any(needs),
-            chosen, student, weights, labels, named.classes, named.classes.masked_fill(~named.heads, NOBODY), named.home,
-            sizes, settings, needs, need_stats, vocabulary,
-        )  # fmt: skip
-    except RuntimeError:
-        _kd.check_values(*values)  # as ValueError
-        raise
+    out = _kd.run(
+        values, TopkBucket, any(needs),
+        chosen, student, weights, labels, named.classes, named.classes.masked_fill(~named.heads, NOBODY), named.home,
+        sizes, settings, needs, need_stats, vocabulary,
+    )  # fmt: skip
     return _Rows(*out)
 
 
