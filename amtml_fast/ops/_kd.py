@@ -22,6 +22,7 @@ SETTINGS = (
     "float temperature, float ce_weight, float kl_weight, float kl_scale, str mode, str reduction, "
     "int ignore_index, float label_smoothing"
 )
+TOPK_SETTINGS = SETTINGS.replace("mode", "tail")
 
 
 def settings(options: KDOptions, labeled: bool) -> tuple:

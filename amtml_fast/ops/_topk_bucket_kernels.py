@@ -94,7 +94,7 @@ class TopkBucketLoss(torch.autograd.Function):
 @define(
     "topk_bucket_loss",
     "(Tensor? grad_loss, Tensor student, Tensor indices, Tensor? kept, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
-    f"{_kd.SETTINGS.replace('mode', 'tail')}, str divergence, float beta, bool need_student_grad, bool need_weights_grad) "
+    f"{_kd.TOPK_SETTINGS}, str divergence, float beta, bool need_student_grad, bool need_weights_grad) "
     "-> (Tensor, Tensor, Tensor)",
     triton=None,
     gpu=False,
@@ -176,7 +176,7 @@ class TopkBucketRows(torch.autograd.Function):
 @define(
     "topk_bucket_rows",
     "(Tensor found, Tensor z, Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
-    f"{_kd.SETTINGS.replace('mode', 'tail')}, str divergence, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_kd.TOPK_SETTINGS}, str divergence, float beta) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     triton="topk_bucket_rows",
     cpu=False,
 )

@@ -142,11 +142,11 @@ def topk_kd_loss(
     labels = None if labels is None else _kd.as_long(labels.reshape(rows))
     row_reduction = reduction if num_items_in_batch is None else "sum"
     options = KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing)
-    values = (name, labels, classes, ignore_index, weights, (indices, sizes))
+    all_classes = classes if vocabulary is None else vocabulary.classes
+    values = name, labels, all_classes, ignore_index, weights, (indices, sizes)
     given = student, indices, log_probs, sizes, weights, labels, options
     doubt = None
     if vocabulary is not None:
-        values = name, labels, vocabulary.classes, ignore_index, weights, (indices, sizes)
         needs = needs_grad(student), needs_grad(weights)
         settings = options, divergence, beta, support, sizes, student.dtype, log_probs.dtype, return_stats, needs
         doubt = check_alike(
@@ -263,15 +263,12 @@ class TopkKD(torch.autograd.Function):
         return *map(asked, grads, ctx.needs), None
 
 
-_SETTINGS = _kd.SETTINGS.replace("mode", "tail")
-
-
 # All teachers' entries of a row side by side: indices (int64) and log_probs [N, K], of teacher t the next sizes[t].
 # loss (scalar, or [N] for "none"), stats [N, 3], grad_student, grad_weights
 @define(
     "topk_kd_fwd",
     "(Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, Tensor? labels, "
-    f"{_SETTINGS}, bool need_student_grad, bool need_weights_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_kd.TOPK_SETTINGS}, bool need_student_grad, bool need_weights_grad) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _(student, indices, log_probs, sizes, weights, labels, *settings):
     reduction = settings[5]
@@ -288,7 +285,7 @@ def _(student, indices, log_probs, sizes, weights, labels, *settings):
 @define(
     "topk_kd_bwd",
     "(Tensor grad_loss, Tensor student, Tensor indices, Tensor log_probs, int[] sizes, Tensor? weights, "
-    f"Tensor? labels, Tensor stats, {_SETTINGS}, bool need_student_grad, bool need_weights_grad) "
+    f"Tensor? labels, Tensor stats, {_kd.TOPK_SETTINGS}, bool need_student_grad, bool need_weights_grad) "
     "-> (Tensor, Tensor)",
 )
 def _(grad_loss, student, indices, log_probs, sizes, weights, labels, stats, *settings):
