@@ -21,7 +21,7 @@ from .drawing import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
 from .tables import ORACLE, Row, accuracy, count_of, names, split_of, unique
 
 BARS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, "#8a8a8a", "#F0E442")
-LEGEND_ROW = 0.19
+LEGEND_ROW, LEGEND_WIDE = 0.19, 7.6  # inches
 
 
 def number_of_teachers(rows: Sequence[Row], path: str | Path) -> None:
@@ -56,7 +56,7 @@ def _number_of_teachers(rows: Sequence[Row]) -> Figure:
     left_out = len({row.method for row in drawn if row.teachers is not None}) - len(methods)
     first, high = 0.72 + LEGEND_ROW * len(entries) + 0.52, 2.1
     figure = Figure(figsize=(8, first + (high + 0.95) * len(panels) - 0.48))
-    _legend(drawing.panel(figure, 0.2, 0.72, 7.6, LEGEND_ROW * len(entries)), entries)
+    _legend(drawing.panel(figure, 0.2, 0.72, LEGEND_WIDE, LEGEND_ROW * len(entries)), entries)
     wide = 6.05 if any(row.teachers is None for row in drawn) else 7.18
     for i, (student, own) in enumerate(panels.items()):
         axes = drawing.panel(figure, 0.62, first + (high + 0.95) * i, wide, high)
@@ -149,13 +149,13 @@ def _limits(rows: Sequence[Row]) -> tuple[float, float]:
     return (0.0 if start < 0.25 * high else round(start, 1)), high
 
 
-def _legend_rows(colors: dict[str, str], wide: float = 7.6) -> list[list[tuple[float, str, str]]]:
+def _legend_rows(colors: dict[str, str]) -> list[list[tuple[float, str, str]]]:
     """Lines of (inches from the left, name, color), broken where the next name would not fit."""
     lines: list[list[tuple[float, str, str]]] = [[]]
     x = 0.0
     for name, color in ((numbers.short(name, 40), color) for name, color in colors.items()):
         needs = 0.2 + TextPath((0, 0), name, size=8.5).get_extents().width / 72 + 0.22
-        if lines[-1] and x + needs > wide + 0.22:
+        if lines[-1] and x + needs > LEGEND_WIDE + 0.22:
             lines.append([])
             x = 0.0
         lines[-1].append((x, name, color))

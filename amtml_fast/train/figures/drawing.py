@@ -21,6 +21,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION = "#0072B2", "#E69F00", "#009E73", 
 TEACHERS = (BLUE, ORANGE, GREEN, PURPLE, SKY, VERMILLION)
 METHODS = ("#555555", BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 INK, FAINT, OTHERS = "#222222", "#6b6b6b", "#c4c4c4"
+LABEL_SIZE = 8.5  # points, of the labels at line ends
 STYLE: Any = {
     "figure.dpi": 150,
     "savefig.dpi": 150,
@@ -156,9 +157,7 @@ def starts_at(axes: Axes, unit: str) -> str:
     return f"axis starts at {start:.1f} {unit}" if start >= 1 else ""
 
 
-def end_labels(
-    axes: Axes, ends: Sequence[tuple[float, float, str, str]], size: float = 8.5, left: float = 1.07
-) -> None:
+def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], left: float = 1.07) -> None:
     """Write each (x, y, text, color) right of the axes (at their fraction `left`), moved apart where they'd overlap."""
     if not ends:
         return
@@ -166,7 +165,7 @@ def end_labels(
     inches = size_inches(axes)[1]
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = [float(to_axes.transform((x, y))[1]) for x, y, _, _ in ends]
-    heights = [label_inches(text, size) / inches for _, _, text, _ in ends]
+    heights = [label_inches(text) / inches for _, _, text, _ in ends]
     for (x, y, text, color), place in zip(ends, spread(wanted, heights), strict=True):
         axes.annotate(
             text,
@@ -174,7 +173,7 @@ def end_labels(
             (left, place),
             xycoords="data",
             textcoords="axes fraction",
-            fontsize=size,
+            fontsize=LABEL_SIZE,
             linespacing=1.1,
             color=dark(color),
             va="center",
@@ -183,9 +182,9 @@ def end_labels(
         )
 
 
-def label_inches(text: str, size: float = 8.5) -> float:
+def label_inches(text: str) -> float:
     """How much height end_labels gives a text."""
-    return (1.22 * size * (text.count("\n") + 1) + 2) / 72
+    return (1.22 * LABEL_SIZE * (text.count("\n") + 1) + 2) / 72
 
 
 def floor(low: float) -> float:

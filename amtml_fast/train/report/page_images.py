@@ -168,14 +168,14 @@ def class_section(asked: Asked, logits: Tensor, data: ImageData) -> dict[str, An
             {
                 "name": name,
                 "runs": len(runs),
-                "lines": [heat(data.classes[c], weights[c], best[c], 1) for c in shown],
+                "lines": [heat(data.classes[c], weights[c], best[c]) for c in shown],
                 "leads": int(leads.sum()),
                 "followed": f"{100 * followed:.1f}",
             }
         )
     low = max(float(accuracy[known].min()) - 0.02, 0.0)
     return {
-        "accuracy": [heat(data.classes[c], accuracy[c], best[c], 1, low) for c in shown],
+        "accuracy": [heat(data.classes[c], accuracy[c], best[c], low) for c in shown],
         "methods": methods,
         "best": f"{100 * right.float().mean(0).max():.1f}",
         "known": int(known.sum()),
@@ -184,7 +184,7 @@ def class_section(asked: Asked, logits: Tensor, data: ImageData) -> dict[str, An
     }
 
 
-def heat(name: str, values: Tensor, best: Tensor, high: float, low: float = 0.0) -> dict[str, Any]:
-    """A line of a heat map: each value, how strong its color is in [0, 1], and whether that teacher is the best one."""
-    shades = ((values - low) / (high - low)).clamp(0, 1).tolist()
+def heat(name: str, values: Tensor, best: Tensor, low: float = 0.0) -> dict[str, Any]:
+    """A line of a heat map: each value, how strong its color is, 0 at `low` and 1 at 1, and whether that teacher is the best one."""
+    shades = ((values - low) / (1 - low)).clamp(0, 1).tolist()
     return {"class": name, "cells": list(zip(values.tolist(), shades, best.tolist(), strict=True))}
