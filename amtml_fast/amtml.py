@@ -173,7 +173,7 @@ class AMTMLLoss(nn.Module):
         plain = _is_plain(adapter)
         if plain:
             theta, v = adapter.theta, adapter.v
-            check_adapter("teacher_weights", features, theta, v, adapter.pool)
+            check_adapter(features, theta, v, adapter.pool)
             _check_weights((features.shape[0], theta.shape[0]), student.shape[0], len(teachers))
             sources: tuple[Any, ...] = (features, theta, v, None)
         else:

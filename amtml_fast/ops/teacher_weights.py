@@ -32,7 +32,7 @@ def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "
     Raises:
         ValueError, TypeError: a shape, dtype, device or ``pool`` that does not fit.
     """
-    check_adapter("teacher_weights", features, theta, v, pool)
+    check_adapter(features, theta, v, pool)
     chosen = backend.choose("teacher_weights", features, theta, v)
     if chosen == "reference":
         return reference.teacher_weights(features, theta, v, pool=pool)
@@ -42,7 +42,8 @@ def teacher_weights(features: Tensor, theta: Tensor, v: Tensor, *, pool: str = "
     )
 
 
-def check_adapter(function: str, features: Tensor, theta: Tensor, v: Tensor, pool: str) -> None:
+def check_adapter(features: Tensor, theta: Tensor, v: Tensor, pool: str) -> None:
+    function = "teacher_weights"
     checks.tensor(function, "features", features)
     if features.dim() not in (2, 4):
         raise ValueError(f"{function}: features must be [N, d, H, W] or [N, d], got {checks.shape(features)}")

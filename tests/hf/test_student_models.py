@@ -31,9 +31,9 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(vocab_size=C, n_embd=16, n_layer=1, n_head=2, **drop, **TOKENS))
 
 
-def whole_examples(rows=4):
+def whole_examples():
     """Whose first tokens have labels, which no loss of a causal model counts."""
-    return [dict(input_ids=e["input_ids"], labels=e["input_ids"]) for e in examples(rows)]
+    return [dict(input_ids=e["input_ids"], labels=e["input_ids"]) for e in examples(4)]
 
 
 def test_the_first_label_of_gpt2_is_not_counted(tmp_path):

@@ -11,9 +11,9 @@ from amtml_fast import dropin
 # --- the formulas, as the libraries have them
 
 
-def gram_distances(e, squared=False, eps=1e-12):
+def gram_distances(e, squared):
     norms = e.pow(2).sum(1)
-    d = (norms[:, None] + norms[None, :] - 2 * e @ e.t()).clamp(min=eps)
+    d = (norms[:, None] + norms[None, :] - 2 * e @ e.t()).clamp(min=1e-12)
     d = d if squared else d.sqrt()
     return d * (1 - torch.eye(len(e), dtype=e.dtype, device=e.device))
 

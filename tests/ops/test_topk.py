@@ -16,19 +16,19 @@ N, C = 4, 12
 each_tail = pytest.mark.parametrize("tail", TAILS)
 
 
-def _dense(index, log_prob, tail, classes=C):
+def _dense(index, log_prob, tail):
     """One teacher's probabilities [N, C], written class by class, on the CPU."""
-    out = torch.zeros(len(index), classes, dtype=torch.float64, device="cpu")
+    out = torch.zeros(len(index), C, dtype=torch.float64, device="cpu")
     for i in range(len(index)):
         given = {}
         for c, x in zip(index[i].tolist(), log_prob[i].tolist()):
             given[c] = given.get(c, 0.0) + math.exp(x)
         mass = sum(given.values())
-        for c in range(classes):
+        for c in range(C):
             if c in given:
                 out[i, c] = given[c] / mass if tail == "renormalize" else given[c]
             elif tail == "uniform":
-                out[i, c] = max(1 - mass, 0.0) / (classes - len(given))
+                out[i, c] = max(1 - mass, 0.0) / (C - len(given))
     return out
 
 

@@ -61,13 +61,13 @@ def aekd_gradients(step: Step, tau: float = 4.0) -> Tensor:
     return torch.stack(gradients)
 
 
-def theirs_aekd(step: Step, bound: float = 0.6) -> Tensor:
-    """The authors' weights for three teachers, on a grid: gradients averaged over the batch, no weight above a bound."""
+def theirs_aekd(step: Step) -> Tensor:
+    """The authors' weights for three teachers, on a grid: gradients averaged over the batch, no weight above 0.6."""
     rows = aekd_gradients(step).mean(1)
     ticks = torch.linspace(0, 1, 1001)
     first, second = torch.meshgrid(ticks, ticks, indexing="ij")
     grid = torch.stack([first, second, 1 - first - second], -1).flatten(0, 1)
-    grid = grid[((grid >= -1e-6) & (grid <= bound + 1e-6)).all(1)]
+    grid = grid[((grid >= -1e-6) & (grid <= 0.6 + 1e-6)).all(1)]
     return grid[(grid @ rows).square().sum(1).argmin()]
 
 
