@@ -8,8 +8,6 @@ loss of a student with labels and no teacher.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,6 @@ from torch import Tensor
 import amtml_fast as af
 
 from .machine import DEVICE, peak_bytes
-from .memory import ROOT
 from .providers import OURS, PLAIN
 
 PEERS = ("products", "Liger", "Liger, compiled", "F.linear_cross_entropy")
@@ -125,16 +122,6 @@ def exact(inputs: Inputs) -> tuple[Tensor, ...]:
     teachers = [af.LinearTeacher(t.hidden.double(), t.weight.double()) for t in inputs.teachers]
     loss = af.reference.fused_linear_kd_loss(hidden, weight, teachers, temperature=1.0)
     return torch.autograd.grad(loss, (hidden, weight))
-
-
-def memory(case: Linear, *providers: str) -> dict[str, int | None]:
-    """Bytes above the inputs, from another process, whose malloc gives freed memory back at once."""
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "benchmarks.linear", case.size, *providers]
-    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    if run.returncode != 0:
-        raise RuntimeError(f"{' '.join(command[2:])} failed:\n{run.stderr[-2000:]}")
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def main(size: str, *providers: str) -> None:

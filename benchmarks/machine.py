@@ -79,10 +79,8 @@ def free_bytes() -> int:
     """Memory of the device that is free."""
     if GPU:
         return torch.cuda.mem_get_info()[0]
-    for line in Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _told("/proc/meminfo", "MemAvailable")
+    return _bytes(available) if available else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_bytes(step: Callable[[], object]) -> int | None:
@@ -99,23 +97,23 @@ def peak_bytes(step: Callable[[], object]) -> int | None:
     if not marks.exists():
         return None
     marks.write_text("5")  # the high-water mark starts again from what is held now
-    before = _status("VmRSS")
+    before = _bytes(_told("/proc/self/status", "VmRSS"))
     step()
-    return _status("VmHWM") - before
+    return _bytes(_told("/proc/self/status", "VmHWM")) - before
 
 
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {key}")
+def _told(path: str, key: str) -> str:
+    """What a file of /proc, which Linux alone has, says of the key; empty where it says nothing."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else ()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
+
+
+def _bytes(told: str) -> int:
+    return int(told.removesuffix(" kB")) << 10
 
 
 def name() -> str:
     """The processor as people call it."""
     if GPU:
         return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "CPU"
+    return _told("/proc/cpuinfo", "model name") or "CPU"

@@ -20,10 +20,10 @@ from .workloads import Workload
 ROOT = Path(__file__).parents[1]
 
 
-def of(workload: str, *providers: str) -> dict[str, int | None]:
-    """The same from another process, which starts a new one."""
+def of(workload: str, *providers: str, module: str = "benchmarks.memory") -> dict[str, int | None]:
+    """What the module prints of a workload, in a process of its own."""
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    command = [sys.executable, "-m", "benchmarks.memory", workload, *providers]
+    command = [sys.executable, "-m", module, workload, *providers]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         raise RuntimeError(f"{' '.join(command[2:])} failed:\n{run.stderr[-2000:]}")

@@ -8,7 +8,7 @@ import pytest
 
 from amtml_fast.testing import relative_error
 
-from . import linear
+from . import linear, memory
 from .linear import ALL, Inputs, Linear
 
 CASES = (Linear(256, 64, 2000, 2, quick=True), Linear(2048, 512, 32000, 1), Linear(2048, 512, 32000, 3))
@@ -31,7 +31,9 @@ def test_linear(case: Linear, provider: str, timed: Callable, leave_out: Callabl
         few = Inputs(dataclasses.replace(case, rows=min(case.rows, 64)))
         for got, want in zip(linear.step_of(provider, few)(), linear.exact(few), strict=True):
             assert relative_error(got, want) <= 1e-4
-    taken = None if case.quick or provider in OTHER else linear.memory(case, provider)[provider]
+    taken = None
+    if not case.quick and provider not in OTHER:
+        taken = memory.of(case.size, provider, module="benchmarks.linear")[provider]
     step = linear.step_of(provider, Inputs(case))
     facts = {"size": (case.rows, case.width, case.classes, case.teachers), "dtype": "float32"}
     timed(step, case.name, provider, flops=case.flops, extra_bytes=taken, **facts)
