@@ -43,9 +43,6 @@ struct dim3 {
 AMTML_VECTOR_TYPES(float, float)
 AMTML_VECTOR_TYPES(int, int)
 AMTML_VECTOR_TYPES(unsigned, uint)
-struct alignas(16) double2 {
-  double x, y;
-};
 #undef AMTML_VECTOR_TYPES
 
 using cudaStream_t = void*;
@@ -367,10 +364,6 @@ inline double __dmul_rn(double a, double b) {
   volatile double product = a * b;
   return product;
 }
-inline double __dadd_rn(double a, double b) { return a + b; }
-inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
-inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
-inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 
 namespace emulation {
 
