@@ -180,6 +180,17 @@ def test_a_legend_names_what_the_last_row_has_not(tmp_path, monkeypatch):
     assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["vs eager", "vs compile"]
 
 
+def test_a_roofline_leaves_out_what_has_no_count_of_bytes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.json")
+    data = json.loads(path.read_text())
+    data["benchmarks"].append(result("fused_linear_kd 8x4x9x1 float32", "eager", 9e-3, flops=1e6))
+    path.write_text(json.dumps(data))
+    figures = drawn(monkeypatch)
+    report.pictures(report.load([path]), tmp_path)
+    named = [{text.get_text() for text in (*f.axes[0].texts, *f.axes[0].get_yticklabels())} for f in figures[:2]]
+    assert "fused_linear_kd 8x4x9x1 float32" in named[0] and "fused_linear_kd 8x4x9x1" not in named[1]
+
+
 def test_compare_goes_by_ratios_and_fails_on_a_loss(tmp_path, capsys):
     before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json", scale=1.5, commit="b" * 40)
     assert report.main(["--compare", str(before), str(after)]) == 1
