@@ -353,37 +353,39 @@ def _eager(results: Results, group: str) -> float:
 # --- pictures
 
 
+COLORS = {"cpp": "#1b6ca8", "cuda": "#1b6ca8", "triton": "#3aa66b", "eager": "#b8b8b8", "compile": "#e08b3e"}
+
+
 def pictures(results: Results, folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import matplotlib.ticker
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     plt.rcParams.update({"grid.color": "#dddddd", "axes.axisbelow": True, "figure.dpi": 130})
-    colors = {"cpp": "#1b6ca8", "cuda": "#1b6ca8", "triton": "#3aa66b", "eager": "#b8b8b8", "compile": "#e08b3e"}
-
-    def plain_ticks(axis: Any, text: str, at: Sequence[float] | None = None) -> None:
-        """Numbers as they are written, on a logarithmic axis; `at` these places alone."""
-        if at is not None:
-            axis.set_major_locator(matplotlib.ticker.FixedLocator(list(at)))
-        axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: text.format(x)))
-        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-
-    def save(figure: Any, name: str) -> None:
+    groups = [g for g in results.groups() if results.best(g) and results.seconds(g, "eager")]
+    for name, figure in (
+        ("speedup", speedup_picture(results, groups)),
+        ("roofline", roofline_picture(results, groups)),
+        ("scaling", scaling_picture(results)),
+        ("memory", memory_picture(results)),
+    ):
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png")
         plt.close(figure)
 
-    groups = [g for g in results.groups() if results.best(g) and results.seconds(g, "eager")]
+
+def speedup_picture(results: Results, groups: Sequence[str]) -> Any:
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(groups)))
     for row, group in enumerate(reversed(groups)):
         mine = results.rows[group, str(results.best(group)), None][0]
         for shift, other in ((0.2, "eager"), (-0.2, "compile")):
             seconds = results.seconds(group, other)
             if seconds:
-                axes.barh(row + shift, seconds / mine, 0.36, color=colors[other], label=f"vs {other}")
+                axes.barh(row + shift, seconds / mine, 0.36, color=COLORS[other], label=f"vs {other}")
                 axes.text(
                     seconds / mine * 1.05, row + shift, ratio_text(seconds / mine).strip("*"), va="center", fontsize=7
                 )
@@ -394,7 +396,11 @@ def pictures(results: Results, folder: Path) -> None:
     axes.set_xlabel("times faster, forward + backward (left of 1: slower)")
     axes.grid(axis="y", visible=False)
     axes.legend(*each_once(axes), loc="lower right", frameon=False)
-    save(figure, "speedup")
+    return figure
+
+
+def roofline_picture(results: Results, groups: Sequence[str]) -> Any:
+    import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 6))
     points = [(g, p, *results.rows[g, p, None]) for g in groups for p in results.providers(g) if p in (*OURS, "eager")]
@@ -412,7 +418,7 @@ def pictures(results: Results, folder: Path) -> None:
         )
         for provider in dict.fromkeys(p for _, p, *_ in points):
             xs, ys = zip(*((f["flops"] / f["bytes"], f["flops"] / t / 1e9) for _, p, t, f in points if p == provider))
-            axes.scatter(xs, ys, color=colors.get(provider), label=provider, s=28, zorder=3)
+            axes.scatter(xs, ys, color=COLORS.get(provider), label=provider, s=28, zorder=3)
         axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="G operations / s")
         axes.set_title("the line: what the machine can do", fontsize=9)
         plain_ticks(axes.xaxis, "{:g}")
@@ -420,14 +426,20 @@ def pictures(results: Results, folder: Path) -> None:
         axes.legend(frameon=False)
         every = [(f["flops"] / f["bytes"], f["flops"] / t / 1e9, g if p in OURS else "") for g, p, t, f in points]
         names_apart(axes, [(x, y, group.removesuffix(" float32")) for x, y, group in every])
-    save(figure, "roofline")
+    return figure
+
+
+def scaling_picture(results: Results) -> Any:
+    """Of every axis the seconds above, and below them the memory where it was measured."""
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     lines = results.groups(axis=True)
     figure, grid = plt.subplots(2, max(1, len(lines)), figsize=(3.6 * max(1, len(lines)), 5.2), squeeze=False)
     for column, group in enumerate(lines):
         for provider in results.providers(group):
             line = results.line(group, provider)
-            style = {"color": colors.get(provider), "marker": "o", "markersize": 3, "label": provider}
+            style = {"color": COLORS.get(provider), "marker": "o", "markersize": 3, "label": provider}
             grid[0][column].plot([v for v, *_ in line], [s for _, s, _ in line], **style)
             known = [(v, b / 1e6) for v, _, b in line if b and b >= FEWEST_BYTES]
             if known:
@@ -437,13 +449,17 @@ def pictures(results: Results, folder: Path) -> None:
         values = sorted({v for p in results.providers(group) for v, *_ in results.line(group, p)})
         for row in grid:
             plain_ticks(row[column].xaxis, "{:,.0f}", _ticks(values))
-            row[column].yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            row[column].yaxis.set_minor_formatter(NullFormatter())
         grid[1][column].set_xlim(grid[0][column].get_xlim())
         if not grid[1][column].lines:
             grid[1][column].set_visible(False)
             grid[0][column].set_xlabel(group.rpartition(" ")[2])
         grid[0][column].legend(frameon=False)
-    save(figure, "scaling")
+    return figure
+
+
+def memory_picture(results: Results) -> Any:
+    import matplotlib.pyplot as plt
 
     held = list(dict.fromkeys(g for g, _ in results.memory))
     names = list(dict.fromkeys(p for _, p in results.memory))
@@ -453,14 +469,24 @@ def pictures(results: Results, folder: Path) -> None:
             taken = results.memory.get((group, provider))
             if taken:
                 at, height = row + 0.4 - 0.8 * (k + 0.5) / len(names), 0.72 / len(names)
-                axes.barh(at, taken / 1e6, height, color=colors.get(provider), label=provider)
+                axes.barh(at, taken / 1e6, height, color=COLORS.get(provider), label=provider)
                 axes.text(taken / 1e6 * 1.05, at, bytes_text(taken), va="center", fontsize=7)
     axes.set_yticks(range(len(held)), list(reversed(held)))
     axes.set(xscale="log", xlabel="MB beside the inputs, forward + backward")
     plain_ticks(axes.xaxis, "{:g}")
     axes.grid(axis="y", visible=False)
     axes.legend(*each_once(axes), frameon=False, ncols=max(1, len(names)), loc="lower left", bbox_to_anchor=(0, 1))
-    save(figure, "memory")
+    return figure
+
+
+def plain_ticks(axis: Any, text: str, at: Sequence[float] | None = None) -> None:
+    """Numbers as they are written, on a logarithmic axis; `at` these places alone."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    if at is not None:
+        axis.set_major_locator(FixedLocator(list(at)))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: text.format(x)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _ticks(values: Sequence[float]) -> list[float]:
