@@ -1,4 +1,4 @@
-// The kernels that others build on; amtml_fast/ops.py has what they take and give.
+// The kernels that others build on; amtml_fast/ops/ says what they take and give.
 #pragma once
 
 #include "../common.h"
