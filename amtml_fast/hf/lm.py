@@ -8,6 +8,7 @@ import argparse
 import ast
 import itertools
 import json
+import math
 import platform
 import statistics
 import sys
@@ -146,7 +147,7 @@ def bits_per_byte(model: LlamaForCausalLM, data: list[dict]) -> float:
     model.eval()
     ids = torch.tensor([e["input_ids"] for e in data], dtype=torch.int64, device=model.device)
     losses = [model(input_ids=some, labels=some).loss * len(some) for some in ids.split(32)]
-    return (torch.stack(losses).sum() / len(ids)).item() / 0.6931471805599453
+    return (torch.stack(losses).sum() / len(ids)).item() / math.log(2)
 
 
 @torch.inference_mode()
