@@ -27,6 +27,16 @@ def nothing_runs_on():
         process.kill()
 
 
+@pytest.fixture
+def new_engine():
+    """Accelerate keeps one precision a process; forget it before and after."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory):
     """A folder with a small configuration and its trained teachers."""

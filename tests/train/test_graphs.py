@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,7 +13,6 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
 
 import recorder
 import torch
-from accelerate.state import AcceleratorState
 from recorder import Operators, Recorder, Uncapturable
 from small_run import Place, metrics, own_weights, tensors
 from torch import Tensor, nn
@@ -45,14 +44,6 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
     monkeypatch.setitem(graphs.CAPTURES, "cpu", make)
     return made
-
-
-@pytest.fixture
-def new_engine() -> Iterator[None]:
-    """Accelerate keeps one precision a process; forget it before and after."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def assert_equal(one: Run, two: Run) -> None:

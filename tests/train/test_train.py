@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from small_run import (
     PLAIN,
@@ -517,14 +515,6 @@ def test_the_student_loads_without_the_trainer(place: Place) -> None:
     images = (data.test.images / 255 - torch.tensor(data.mean).view(-1, 1, 1)) / torch.tensor(data.std).view(-1, 1, 1)
     accuracy = (plain(images).argmax(1) == data.test.labels).double().mean().item()
     assert accuracy == pytest.approx(read_json(run.result)["test_accuracy"], abs=1e-12)
-
-
-@pytest.fixture
-def new_engine() -> Iterator[None]:
-    """Accelerate keeps one precision a process; forget it before and after."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_mixed_precision_and_compile_leave_a_plain_student(
