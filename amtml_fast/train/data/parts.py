@@ -92,7 +92,7 @@ def part(split: ImageSet, share: float | None, seeds: Sequence[int]) -> ImageSet
 def of_teacher(data: ImageData, teacher: TeacherConfig, domains: Sequence[str], seed: int) -> ImageData:
     """The data as a teacher trains on it: the images of its classes, all of them in its domain, and with `shuffled_labels`
     each label that of another image. Validation and test stay whole."""
-    train, count = data.train if data.teaching is None else data.teaching, len(data.classes)
+    train, count = data.train if data.teaching is None else data.teaching, data.num_classes
     if teacher.domain is not None:
         train = replace(train, images=DOMAINS[teacher.domain](train.images))
     elif data.teaching is not None:

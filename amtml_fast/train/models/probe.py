@@ -30,7 +30,7 @@ def maps(
     images = images.repeat(count, 1, 1, 1)[:count]  # two: a BatchNorm may not train on one
     if True in modes and not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"{what}: the network must have parameters that train, got none")
-    before, wanted = images.clone(), [len(images), len(data.classes)]
+    before, wanted = images.clone(), [len(images), data.num_classes]
     with torch.random.fork_rng(devices=[]):
         for training in modes:
             try:

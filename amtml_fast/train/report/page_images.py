@@ -152,7 +152,7 @@ def data_uri(image: Tensor) -> str:
 
 def class_section(asked: Asked, logits: Tensor, data: ImageData) -> dict[str, Any]:
     """The teachers' accuracy by class, and beside it each method's mean weights by class."""
-    labels, count = data.test.labels.cpu(), len(data.classes)
+    labels, count = data.test.labels.cpu(), data.num_classes
     right = logits.argmax(-1) == labels[:, None]  # [N, T]
     accuracy = answers.by_class(right, labels, count)  # [classes, T]
     known = accuracy.isfinite().all(1)

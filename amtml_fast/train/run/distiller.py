@@ -62,7 +62,7 @@ class Distiller(nn.Module):
 def make_distiller(job: Job, data: ImageData, teachers: Teachers | None, processes: int = 1) -> Distiller:
     """The freshly initialized module of a job, a pure function of its seed, on the CPU."""
     torch.manual_seed(job.seed)
-    classes, channels = len(data.classes), data.train.images.shape[1]
+    classes, channels = data.num_classes, data.in_channels
 
     def new(weights: str | None = None) -> nn.Module:
         return build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=weights)

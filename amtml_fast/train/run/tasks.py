@@ -90,8 +90,8 @@ def evaluate(
     model = build(
         made["factory"],
         made["args"],
-        num_classes=len(data.classes),
-        in_channels=data.train.images.shape[1],
+        num_classes=data.num_classes,
+        in_channels=data.in_channels,
         weights=files[0],
     )
     extractor = FeatureExtractor(model, {}).to(data.train.images.device)

@@ -51,9 +51,9 @@ def stores(config: Config, teachers: Teachers, data: ImageData) -> dict[int | No
     """Where the outputs of each version of the images are, or will be; nothing is read or written."""
     probe = teachers.live(next(iter(Loader(data.val, data, 1))).images)
     kinds, prints, split = teachers.kinds, fingerprint(config), data.train
-    if isinstance(kinds.logits.kind, int) and kinds.logits.kind >= len(data.classes):
+    if isinstance(kinds.logits.kind, int) and kinds.logits.kind >= data.num_classes:
         raise ConfigError(
-            f"config: cache.logits must be fewer than the {len(data.classes)} classes of {data.name}, "
+            f"config: cache.logits must be fewer than the {data.num_classes} classes of {data.name}, "
             f"got {kinds.logits.kind}; float16 keeps all"
         )
     shared = {

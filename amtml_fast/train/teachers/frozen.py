@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,17 +79,14 @@ class Teachers:
             view: Kept([kept.logits[i] for i in chosen], [kept.maps[i] for i in chosen] if hints and kept.maps else [])
             for view, kept in self.cache.items()
         }
-        return Teachers(
-            list(names),
-            [self.models[i] for i in chosen],
-            [self.scores[i] for i in chosen],
-            [self.channels[i] for i in chosen] if hints and self.channels else [],
-            [self.parameters[i] for i in chosen],
-            self.precision,
-            self.kinds,
-            cache,
-            self.compiled,
-            self.fast,
+        return replace(
+            self,
+            names=list(names),
+            models=[self.models[i] for i in chosen],
+            scores=[self.scores[i] for i in chosen],
+            channels=[self.channels[i] for i in chosen] if hints and self.channels else [],
+            parameters=[self.parameters[i] for i in chosen],
+            cache=cache,
         )
 
     def live(self, images: Tensor) -> Outputs:
@@ -229,8 +226,7 @@ def extractor(
     """The teacher's net; untrained: one that `teach` trains has random weights."""
     own = teacher.model
     if untrained and not own.brings_weights:
-        channels = data.train.images.shape[1]
-        model = build(own.factory, dict(own.args), num_classes=len(data.classes), in_channels=channels)
+        model = build(own.factory, dict(own.args), num_classes=data.num_classes, in_channels=data.in_channels)
     else:
         model = _model(config, teacher, data)
     return FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
@@ -242,8 +238,8 @@ def _model(config: Config, teacher: TeacherConfig, data: ImageData) -> nn.Module
     path, own = weights_file(config, teacher), teacher.model
     if path is not None and not path.is_file():
         raise RunError(missing(teacher, path))
-    classes, channels = len(data.classes), data.train.images.shape[1]
-    model = build(own.factory, dict(own.args), num_classes=classes, in_channels=channels, weights=path)
+    classes = data.num_classes
+    model = build(own.factory, dict(own.args), num_classes=classes, in_channels=data.in_channels, weights=path)
     if own.mean is not None and own.std is not None:
         zoo.renormalize(model, (data.mean, data.std), (own.mean, own.std))
     elif own.brings_weights and (said := zoo.statistics(model)) is not None:
