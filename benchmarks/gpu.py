@@ -36,13 +36,8 @@ PARTS = (
 )
 KIT = ROOT / "build" / "gpu-kit"
 LIBRARY = "_C.abi3.so"
-SECONDS = {
-    "figures": 240,
-    "tests": 240,
-    "memory checks": 90,
-    "tuning": 180,
-    "step": 180,
-}  # after which a part is stopped
+# A part is stopped after so many.
+SECONDS = {"figures": 240, "tests": 240, "memory checks": 90, "tuning": 180, "step": 180}
 
 
 def main() -> int:

@@ -14,10 +14,8 @@ from amtml_fast.testing import CASES, convert, relative_error, tensors
 
 from .machine import DEVICE, GPU
 
-MOST_CUBIC, MOST_ELEMENTS = (
-    256,
-    2**25,
-)  # rows of what is O(N^3) in plain PyTorch, elements of a matrix: for a float64 check
+# For a float64 check: rows of what is O(N^3) in plain PyTorch, elements of a matrix.
+MOST_CUBIC, MOST_ELEMENTS = 256, 2**25
 
 
 @dataclass(frozen=True)

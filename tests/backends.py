@@ -15,9 +15,8 @@ from two_devices import TwoDevices
 
 import amtml_fast as af
 
-if (
-    importlib.util.find_spec("amtml_fast.kernels") is None
-):  # not installed, but built in place: setup.py maps it to here
+# Not installed, but built in place: setup.py maps the kernels to here.
+if importlib.util.find_spec("amtml_fast.kernels") is None:
     af.__path__.append(str(Path(__file__).parents[1]))
 
 CHOSEN = os.environ.get("AMTML_TEST_BACKENDS", "")

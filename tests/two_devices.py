@@ -45,9 +45,8 @@ class TwoDevices(TorchFunctionMode):
             return _device(args[0]) or self.unknown if real.type == "cpu" else real
         if name in ("numpy", "__array__") and _device(args[0]) == GPU:
             raise TypeError(f"{name}: can't convert {list(args[0].shape)} on {GPU} to numpy")
-        found = {_device(x) for x in given if x.dim() > 0 or _device(x) == GPU} - {
-            None
-        }  # a number of the host goes anywhere
+        # A number of the host goes anywhere.
+        found = {_device(x) for x in given if x.dim() > 0 or _device(x) == GPU} - {None}
         takes_both = name in MEET or (name in ("__getitem__", "__setitem__") and _device(args[0]) == GPU)
         if len(found) > 1 and not takes_both:
             raise RuntimeError(f"{name}: two devices: {', '.join(f'{list(x.shape)} on {_device(x)}' for x in given)}")

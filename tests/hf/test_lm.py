@@ -95,9 +95,8 @@ def test_the_page_runs_as_written(tmp_path, monkeypatch):
     )  # fmt: skip
     page = Path(__file__).parents[2] / "docs" / "language_models.md"
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    blocks = [
-        b for b in blocks if "parallelize_module" not in b and "process_group" not in b
-    ]  # those are test_vocabulary_calls.py's
+    # The others are run by test_vocabulary_calls.py.
+    blocks = [b for b in blocks if "parallelize_module" not in b and "process_group" not in b]
     assert len(blocks) == 8
     for block in blocks:
         exec(block.replace("max_steps=1000", "max_steps=2"), names)

@@ -48,9 +48,8 @@ def loaded(model, folder):
 
 WITH_OUTPUT_LAYER = (to_memory, to_disk, dispatched_whole, loaded)
 CASES = [(way, tied) for way in (layers_to_memory, dispatched, *WITH_OUTPUT_LAYER) for tied in (False, True)]
-CASES.remove(
-    (loaded, True)
-)  # transformers cannot run it: lm_head.weight is not among the files, as it is the embedding's
+# transformers cannot run it: lm_head.weight is not among the files, as it is the embedding's.
+CASES.remove((loaded, True))
 
 
 def teacher(tied=False):

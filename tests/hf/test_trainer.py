@@ -208,9 +208,8 @@ def test_adaptive_weights_learn_from_labels_and_the_student_from_them(tmp_path):
     loss, grads = one_step(made, student, batch)
     assert "teacher_adapter.theta" in grads
     assert_same(grads, right)
-    torch.testing.assert_close(
-        loss, by_whole_logits(student, teachers, batch, weights).detach()
-    )  # without the adapter's
+    # The adapter's own loss is not in it.
+    torch.testing.assert_close(loss, by_whole_logits(student, teachers, batch, weights).detach())
 
 
 def test_what_teachers_say_of_the_labels(tmp_path):

@@ -104,13 +104,8 @@ def without(kind: type) -> Callable:
 def check_key(driver: Recorder) -> None:
     assert wrong_launches(driver) == 0
     whole = _launch._key
-    for kind in (
-        int,
-        torch.dtype,
-        bool,
-        tuple,
-        type(None),
-    ):  # device, dtypes, alignment, tuples' tensors, what there is not
+    # The device, dtypes, alignment, tuples' tensors, what there is not.
+    for kind in (int, torch.dtype, bool, tuple, type(None)):
         _launch._key = without(kind)
         assert wrong_launches(driver) > 0, f"nothing depends on the key's {kind.__name__}"
     _launch._key = whole

@@ -129,9 +129,8 @@ def test_second_derivative_with_respect_to_one_input_is_loud_too(case, fused):
 @each_case
 def test_compiles_without_a_graph_break(case, fused):
     torch._dynamo.reset()
-    for options in case.variants[
-        : 2 if fused == "cpp" else 1
-    ]:  # what is traced differs in little but the kernels' names
+    # What is traced differs in little but the kernels' names.
+    for options in case.variants[: 2 if fused == "cpp" else 1]:
         args = case.inputs(*case.small)
         want, want_grads = value_and_grads(case.function, args, **options)
         compiled = torch.compile(lambda *a, o=options: case.function(*a, **o), fullgraph=True, backend="aot_eager")

@@ -27,9 +27,8 @@ REGISTERS = 1 << 16  # of a multiprocessor
 SPILLED = 0 if not backend.HAS_TRITON or tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 16
 COMPILE = Path(__file__).parent / "compile_triton.py"
 LIBRARY = Path(importlib.util.find_spec("amtml_fast._C").origin) if backend.HAS_CUDA else None
-ALL = (
-    os.environ.get("AMTML_CUBINS") == "all"
-)  # every call of the operators' tests for every capability; else a part for each
+# Every call of the operators' tests for every capability; else a part for each.
+ALL = os.environ.get("AMTML_CUBINS") == "all"
 
 
 def _tool(name: str) -> str:
@@ -67,9 +66,8 @@ def test_triton_kernels_compile_and_do_not_spill(part, capability, tmp_path):
     command = [sys.executable, COMPILE, str(capability), tmp_path, *([] if ALL else [str(part)])]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert (
-        "FP_FUSION" not in run.stderr
-    )  # a launch that leaves contraction to a default, which changes with Triton 3.10
+    # No launch leaves contraction to a default, which changes with Triton 3.10.
+    assert "FP_FUSION" not in run.stderr
     cubins = sorted(tmp_path.glob("*.cubin"))
     seen = {path.stem.rsplit("-", 1)[0] for path in cubins}
     (kernels,) = importlib.util.find_spec("amtml_fast.kernels").submodule_search_locations

@@ -264,9 +264,8 @@ def test_a_mixture_above_1_where_the_student_has_hardly_anything(divergence, dty
     (grad,) = torch.autograd.grad(loss.sum(), student)
     q, p = torch.tensor([[1.0, 1e-300], [1e-300, 1000.0]], dtype=torch.float64, device="cpu")
     want = _distance(divergence, {"jsd": 0.5}.get(divergence, 0.1), p, q)
-    torch.testing.assert_close(
-        loss.detach().cpu().double(), want.expand(len(far)), rtol=1e-5, atol=1e-4
-    )  # of sums of 1000
+    # The tolerance is that of sums of 1000.
+    torch.testing.assert_close(loss.detach().cpu().double(), want.expand(len(far)), rtol=1e-5, atol=1e-4)
     assert grad.abs().max() <= 1e-30
 
 

@@ -44,7 +44,6 @@ def test_whoever_traces_watches_or_profiles_sees_an_op():
     assert seen == [True]
     with torch._subclasses.FakeTensorMode() as mode:
         fake = torch.ones(4, 3)
-    out = direct.distance_fwd.default(
-        fake, fake, 1.0, 1e-12, "mean", False, False
-    )  # its mode is off: known by its type
+    # Its mode is off: it is known by its type.
+    out = direct.distance_fwd.default(fake, fake, 1.0, 1e-12, "mean", False, False)
     assert out[0].fake_mode is mode

@@ -30,9 +30,8 @@ def test_every_operator_has_all_its_parts(case):
     assert any(name.endswith("_fwd") for name in schemas)
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in schemas:
-        if name not in (
-            ops.CPU_ONLY if CHOSEN == "emulated" else ops.GPU_ONLY
-        ):  # whose library is that of the CUDA kernels
+        # The emulator's library is that of the CUDA kernels.
+        if name not in (ops.CPU_ONLY if CHOSEN == "emulated" else ops.GPU_ONLY):
             assert has_kernel(f"amtml::{name}", "CPU"), f"csrc/cpu lacks {name}"
         assert has_kernel(f"amtml::{name}", "Meta"), f"ops/{case.op}.py lacks {name}'s fake"
 

@@ -328,11 +328,8 @@ def check_stats(args, options, unit):
         got, right = got.cpu().double(), right.cpu()
         bound = 1e-6 * unit + 1e-5 * right.abs()
         same = (got == right) | (got.isnan() & right.isnan()) | ((got - right).abs() <= bound)
-        assert same.all() or name == "agreement", (
-            name,
-            got,
-            right,
-        )  # which hangs on the last bit of equal probabilities
+        # The agreement hangs on the last bit of equal probabilities.
+        assert same.all() or name == "agreement", (name, got, right)
 
 
 def rows_of(kind, n, c, g):
@@ -405,9 +402,8 @@ def check_relation(op, p):
 
 
 @drawn(500)
-@given(
-    relations(40 if CHOSEN == "triton" else 140, ["mean", "mean", "distinct", "sum", "none"])
-)  # the interpreter is slow
+# The interpreter is slow.
+@given(relations(40 if CHOSEN == "triton" else 140, ["mean", "mean", "distinct", "sum", "none"]))
 def test_angle(p):
     check_relation("angle", p)
 

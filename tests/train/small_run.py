@@ -87,9 +87,8 @@ class Place:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # ignored where the tests run in the background
+            # SIGINT is ignored where the tests run in the background.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def train(self, *overrides: str, method: str = "amtml_kd", seed: int = 0, resume: bool = False) -> Run:

@@ -55,11 +55,8 @@ def test_a_setting_from_the_environment_is_refused(
     [
         ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", "engine.gradient_accumulation_steps=2"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "engine.mixed_precision=bf16"),
-        (
-            "ACCELERATE_MIXED_PRECISION",
-            "no",
-            "engine.mixed_precision=bf16",
-        ),  # what a launcher says that was told nothing
+        # This is what a launcher says that was told nothing.
+        ("ACCELERATE_MIXED_PRECISION", "no", "engine.mixed_precision=bf16"),
         ("ACCELERATE_USE_FSDP", "false", "engine.fsdp=true"),
         ("ACCELERATE_USE_CPU", "true", "engine.device=auto"),
     ],

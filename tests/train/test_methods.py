@@ -211,9 +211,8 @@ def test_an_example_whose_label_is_hidden_learns_from_the_teachers_alone(name: s
     mine = gradient(hidden)
     other = hidden._replace(truth=(step.labels + 1) % C)
     assert torch.equal(gradient(other), mine)  # what is behind does not count
-    assert not torch.allclose(
-        gradient(hidden._replace(labels=hidden.labels.where(~known, 0))), mine
-    )  # what is known does
+    # Labels that are known do.
+    assert not torch.allclose(gradient(hidden._replace(labels=hidden.labels.where(~known, 0))), mine)
     if method.teachers == "all":
         assert (mine[~known].abs().sum(1) > 0).all()
     else:  # hints alone

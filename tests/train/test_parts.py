@@ -293,9 +293,8 @@ def test_a_variant_of_a_method_that_does_not_read_alpha_end_is_refused(tmp_path:
     config = load(tmp_path, "variants={late: {method: amtml_kd, loss: {alpha_end: 0}}}")
     with pytest.raises(ConfigError, match=r"variants.late must set keys that amtml_kd reads, got loss.alpha_end"):
         chosen(config, ["late"])
-    assert (
-        student_job(load(tmp_path), "gated_kd", 0).config.loss.alpha_end is None
-    )  # what is run from its folder does not inherit it
+    # A run from its folder does not inherit it.
+    assert student_job(load(tmp_path), "gated_kd", 0).config.loss.alpha_end is None
 
 
 def test_regimes_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

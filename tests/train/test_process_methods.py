@@ -24,9 +24,8 @@ from amtml_fast.train.methods.registry import METHODS
 HIDDEN = (0, 1, 2, 5, 7)  # four of them are of the first half
 HALVES = (slice(0, N // 2), slice(N // 2, N))
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{
-        name: (name, {}) for name in METHODS if name != "mmkd"
-    },  # whose processes look at other images, docs/training.md
+    # All but mmkd, whose processes look at other images (docs/training.md).
+    **{name: (name, {}) for name in METHODS if name != "mmkd"},
     "distance": ("amtml_kd", {"distance_weight": 2.0}),
     "trained distance": ("amtml_angle_trains_weights", {"distance_weight": 2.0}),
     "aekd rows": ("aekd", {"aekd_gradients": "rows", "aekd_bound": 1.0}),

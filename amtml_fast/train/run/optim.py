@@ -23,9 +23,8 @@ def make_optimizer(train: TrainConfig, module: Distiller, *, on_device: bool = F
     groups += [{"params": own, "weight_decay": 0.0, "name": ADAPTER}] if own else []
     fused = True if on_device else None
     if train.optimizer == "adamw":
-        warnings.filterwarnings(
-            "ignore", "This instance was constructed with capturable=True"
-        )  # by steps without a graph
+        # Steps without a graph would warn.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         return torch.optim.AdamW(groups, lr=train.lr, fused=fused, capturable=on_device)
     nesterov = train.nesterov and train.momentum > 0.0
     return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, nesterov=nesterov, fused=fused)

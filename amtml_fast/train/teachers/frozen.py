@@ -68,9 +68,8 @@ class Teachers:
     kinds: Kinds = field(default_factory=Kinds)  # how outputs are kept, and so what a student gets to see of them
     cache: dict[int | None, Kept] = field(default_factory=dict)  # by Batch.view; what is not in it is computed
     compiled: bool = False  # in the steps of a training
-    fast: dict[str, FeatureExtractor] = field(
-        default_factory=dict
-    )  # by name, what runs in these; made when it first does
+    # By name, the copies that run in the steps; each is made when it first runs.
+    fast: dict[str, FeatureExtractor] = field(default_factory=dict)
 
     def only(self, names: Sequence[str], *, hints: bool) -> Teachers:
         """These of the teachers, in this order, sharing models and cache; without their hint maps if not `hints`."""
