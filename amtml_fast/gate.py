@@ -52,6 +52,9 @@ class TeacherGate(nn.Module):
         """T teachers' logits [N, C] and labels [N] of examples, ``ignore_index`` where a label is not known: such rows
         only say how the logits are distributed. In float64 on the CPU, in under a second for 8,000 labels of three teachers
         and ten classes. Returns itself.
+
+        Raises:
+            ValueError, TypeError: an argument that does not fit, or a logit of NaN; the gate stays as it was.
         """
         name = "TeacherGate.fit"
         given = self._checked(name, teacher_logits)
