@@ -14,15 +14,7 @@ from torch import Tensor
 
 from amtml_fast import backend, reference
 from amtml_fast.ops import _kd
-from amtml_fast.ops._base import (
-    define,
-    first_order,
-    kernels,
-    needs_grad,
-    operator,
-    save,
-    saved,
-)
+from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, save, saved
 from amtml_fast.ops._topk_bucket_kernels import (
     MOST_ENTRIES,
     MOST_TEACHERS,

@@ -18,15 +18,7 @@ from rich.console import Console
 
 from amtml_fast.train.figures import charts, curves, drawing, significance, tables
 from amtml_fast.train.figures.markdown import escaped, paragraph, render
-from amtml_fast.train.figures.tables import (
-    Bold,
-    Network,
-    Row,
-    by_student,
-    by_teachers,
-    comparison,
-    networks,
-)
+from amtml_fast.train.figures.tables import Bold, Network, Row, by_student, by_teachers, comparison, networks
 from amtml_fast.train.progress import Display
 from amtml_fast.train.report import svg
 
