@@ -24,6 +24,7 @@ constexpr int kThreads = 256, kPerThread = 8;
 constexpr int kChannels = 4;           // of which a thread has loads under way
 constexpr int kBlocks = 264;           // that pooling is cut into if there are rows enough: two for each multiprocessor
 constexpr int kLargestSide = 1 << 15;  // of a map: products of two sides fit in 31 bits
+constexpr int64_t kMostChannels = 1 << 30;  // whose steps are counted in 31 bits
 constexpr float kSmallest = kSmallestNorm;
 
 // [N, c, H, W] with any strides.
@@ -233,6 +234,8 @@ void check_sides(const Tensor& feature_map) {
   STD_TORCH_CHECK(feature_map.dim() == 4, kOp, ": feature_map must be [N, c, H, W]");
   STD_TORCH_CHECK(feature_map.size(2) < kLargestSide && feature_map.size(3) < kLargestSide, kOp,
                   ": the CUDA kernels take maps of fewer than ", kLargestSide, " rows and columns");
+  STD_TORCH_CHECK(feature_map.size(1) <= kMostChannels, kOp, ": the CUDA kernels take at most ", kMostChannels,
+                  " channels, got ", feature_map.size(1));
 }
 
 std::tuple<Tensor, Tensor> hint_pool_fwd(const Tensor& feature_map, int64_t height, int64_t width, bool normalize) {

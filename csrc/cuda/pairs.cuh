@@ -28,6 +28,8 @@ constexpr int kColumns = 32;        // of the gradient that a block of row_gradi
 constexpr int kGradientRows = 128;  // rows j that it has in shared memory
 constexpr int kGradientThreads = 256;
 constexpr int kSideThreads = 256;  // of measure_kernel, for each side
+// The wider side may have so many more than the other: what the narrower one has left is an int below 0 then.
+constexpr int64_t kMostColumns = (int64_t{1} << 31) - 1;
 
 // A setting that tests change, in the emulator alone.
 inline int64_t test_setting([[maybe_unused]] const char* name, int64_t otherwise) {
@@ -44,6 +46,8 @@ inline void check_sides(const char* op, const Tensor& student, const Tensor& tea
   for (const Tensor* t : {&student, &teacher}) {
     STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == student.size(0), op,
                     ": student and teacher must be [N, C] with the same N");
+    STD_TORCH_CHECK(t->size(1) <= kMostColumns, op, ": the CUDA kernels take at most ", kMostColumns, " columns, got ",
+                    t->size(1));
     dispatch_gpu(t->scalar_type(), op, [](auto) {});
   }
 }

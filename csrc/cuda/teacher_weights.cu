@@ -30,6 +30,8 @@ constexpr int kSlice = 8, kTeachersAtOnce = 4;  // of the parameters' gradient: 
 constexpr int kExamplesAtOnce = 1024;           // up to so many, a block of the map's threads does for a slice
 constexpr int kMaxTeachers = 2048;              // 20 bytes of shared memory each
 
+constexpr int64_t kMaxChannels = 65535 * kSpread;  // that many blocks has a grid along y
+
 constexpr int least(int a, int b) { return a < b ? a : b; }
 
 // A feature map, or one of its examples. Strides of dimensions of size 1 count as 0.
@@ -468,6 +470,8 @@ void check(const Tensor& features, const Tensor& theta, const Tensor& v) {
                   ": the CUDA kernels take theta and v in float32");
   STD_TORCH_CHECK(features.dim() == 2 || features.size(2) * features.size(3) < 1 << 30, kOp,
                   ": the CUDA kernels take fewer than 2^30 pixels");
+  STD_TORCH_CHECK(features.size(1) <= kMaxChannels, kOp, ": the CUDA kernels take at most ", kMaxChannels,
+                  " channels, got ", features.size(1));
   STD_TORCH_CHECK(theta.size(0) <= kMaxTeachers, kOp, ": the CUDA kernels take at most ", kMaxTeachers, " teachers");
 }
 

@@ -8,6 +8,8 @@ namespace amtml::gpu {
 
 constexpr int kMaxTeachers = 32;
 constexpr int64_t kMaxEntries = 8192;  // of a row
+// A class has 32 bits of a key, and int counts the classes that are -inf.
+constexpr int64_t kMaxClasses = (int64_t{1} << 31) - 1;
 
 // Class and column of an entry. After all others stand keys of kNoEntry.
 using EntryKey = unsigned long long;
@@ -40,6 +42,11 @@ __device__ __forceinline__ bool begins(const EntryKey* keys, int m) {
 }
 
 // --- the host's side
+
+inline void check_classes(const char* op, int64_t classes) {
+  STD_TORCH_CHECK(classes <= kMaxClasses, op, ": the CUDA kernels take at most ", kMaxClasses, " classes, got ",
+                  classes);
+}
 
 // Where each teacher's entries begin; the last number is how many there are.
 struct EntryStarts {

@@ -362,6 +362,7 @@ struct Inputs {
     const int64_t teachers = static_cast<int64_t>(sizes.size());
     pr.start = EntryStarts(kOp, sizes);
     own.fill(pr, kOp, student, teachers, weights, labels, set, on);
+    check_classes(kOp, pr.classes);
     const int64_t entries = pr.start.of[teachers];
     check_shape(kOp, "indices", indices, {pr.rows, entries});
     check_shape(kOp, "log_probs", log_probs, {pr.rows, entries});

@@ -148,6 +148,7 @@ struct NamedTensors {
   NamedTensors(const char* op, const Tensor& found_, const Tensor& logits_, const Tensor& indices_,
                const Tensor& log_probs_, const std::vector<int64_t>& sizes, int64_t classes)
       : found(dense(found_)), logits(dense(logits_)), indices(dense(indices_)), log_probs(dense(log_probs_)) {
+    check_classes(op, classes);
     of.start = EntryStarts(op, sizes);
     of.teachers = static_cast<int>(sizes.size()), of.classes = classes;
     const int64_t n = found.size(0), entries = of.start.of[of.teachers];

@@ -83,6 +83,40 @@ def test_a_map_whose_maximum_has_no_place_is_refused(fused):
             af.teacher_weights(features, torch.zeros(2, 3), torch.zeros(3))
 
 
+def _wide(*shape):
+    return torch.zeros(1).expand(shape)
+
+
+# Sizes of which the CUDA kernels count something in 32 bits; most tensors are one number, read again and again.
+TOO_LARGE = [
+    (
+        lambda: af.hint_loss(_wide(1, 2**32 + 3, 1, 1), _wide(1, 3, 1, 1), _wide(3, 2**32 + 3), normalize=True),
+        "hint_loss.* at most 1073741824 channels",
+    ),
+    (
+        lambda: af.teacher_weights(_wide(1, 2**25), _wide(1, 2**25), _wide(2**25)),
+        "teacher_weights.* at most 33553920 channels",
+    ),
+    (lambda: af.angle_loss(_wide(1, 2**31), _wide(1, 5)), "angle_loss.* at most 2147483647 columns"),
+    (lambda: af.rkd_distance_loss(_wide(1, 5), _wide(1, 2**31)), "rkd_distance_loss.* at most 2147483647 columns"),
+    (lambda: _many_classes("renormalize"), "topk_kd_loss.* at most 2147483647 classes"),
+    (lambda: _many_classes("bucket"), "topk_kd_loss.* at most 2147483647 classes"),
+]
+
+
+def _many_classes(tail):
+    storage = torch.UntypedStorage(2**32, device="cpu")  # untouched pages cost nothing
+    student = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (1, 2**31), (2**31, 1))
+    return af.topk_kd_loss(student, [_wide(1, 1).long()], [_wide(1, 1)], None, torch.tensor([-100]), tail=tail)
+
+
+@pytest.mark.skipif(CHOSEN != "emulated", reason="about the CUDA kernels")
+@pytest.mark.parametrize(("call", "message"), TOO_LARGE, ids=[m for _, m in TOO_LARGE])
+def test_what_cuda_counts_in_32_bits_is_refused_beyond(fused, call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
 @cpu_only
 def test_compiled_code_still_refuses_wrong_values():
     """Checks of values cannot be traced, so the kernel itself looks before it reads."""
