@@ -431,8 +431,8 @@ std::tuple<Tensor, Tensor> topk_bucket_fwd(const Tensor& student, const Tensor& 
   const Tensor found = empty(student, {pr.rows, kFound}, ScalarType::Double);
   const Tensor named = empty(student, {pr.rows, pr.entries}, ScalarType::Double);
   const size_t bytes = sizeof(Scratch) + (std::min(kSpan, pr.classes) + 31) / 32 * sizeof(uint32_t);
-  launch(need_statistics ? forward_kernel<true> : forward_kernel<false>,
-         {static_cast<unsigned>(pr.rows), in.threads, 1, bytes}, on, pr, doubles(found), doubles(named));
+  launch(need_statistics ? forward_kernel<true> : forward_kernel<false>, {blocks(pr.rows), in.threads, 1, bytes}, on,
+         pr, doubles(found), doubles(named));
   return {found, named};
 }
 
@@ -447,8 +447,8 @@ Tensor topk_bucket_bwd(const Tensor& grad_sums, const Tensor& grad_z, const Tens
   check_shape(kOp, "found", found, {pr.rows, kFound});
   const Tensor sums = dense(grad_sums, ScalarType::Double), named = dense(grad_z, ScalarType::Double);
   const Tensor made = dense(found), grad = empty(student, {pr.rows, pr.classes}, student.scalar_type());
-  launch(backward_kernel, {static_cast<unsigned>(pr.rows), in.threads}, on, pr, doubles(sums), doubles(named),
-         doubles(made), grad.mutable_data_ptr());
+  launch(backward_kernel, {blocks(pr.rows), in.threads}, on, pr, doubles(sums), doubles(named), doubles(made),
+         grad.mutable_data_ptr());
   return grad;
 }
 
@@ -459,9 +459,8 @@ Tensor topk_bucket_last(const Tensor& student_, const Tensor& bounds, const Tens
   check_shape(kOp, "bounds", bounds, {n, teachers});
   check_shape(kOp, "equal", equal, {n, teachers});
   const Tensor last = empty(student, {n, teachers}, ScalarType::Long);
-  launch(last_kernel,
-         {dim3(static_cast<unsigned>(n), static_cast<unsigned>(teachers)), kMaxThreads, 1, kMaxThreads * sizeof(int)},
-         on, Rows(student), student.size(1), Values(of_bounds), static_cast<const int64_t*>(counts.const_data_ptr()),
+  launch(last_kernel, {dim3(blocks(n), static_cast<unsigned>(teachers)), kMaxThreads, 1, kMaxThreads * sizeof(int)}, on,
+         Rows(student), student.size(1), Values(of_bounds), static_cast<const int64_t*>(counts.const_data_ptr()),
          static_cast<int64_t*>(last.mutable_data_ptr()));
   return last;
 }

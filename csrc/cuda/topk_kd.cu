@@ -386,8 +386,8 @@ void run_rows(const Inputs& inputs, const Wanted& want, const float* stats, cons
                        (pr.start.of[pr.teachers] + pr.teachers * threads) * sizeof(float);
   dispatch_gpu(inputs.student.scalar_type(), kOp, [&](auto element) {
     using S = decltype(element);
-    launch(packs ? topk_kernel<S, Packed<S>> : topk_kernel<S, Single<S>>,
-           {static_cast<unsigned>(pr.rows), threads, 1, bytes}, on, pr, want, stats, grad_loss, each_row);
+    launch(packs ? topk_kernel<S, Packed<S>> : topk_kernel<S, Single<S>>, {blocks(pr.rows), threads, 1, bytes}, on, pr,
+           want, stats, grad_loss, each_row);
   });
 }
 

@@ -1,5 +1,8 @@
 """Bad input is named before anything is computed."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from backends import CHOSEN, cpu_only
@@ -115,6 +118,14 @@ def _many_classes(tail):
 def test_what_cuda_counts_in_32_bits_is_refused_beyond(fused, call, message):
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+@cpu_only
+def test_a_grid_of_cuda_has_a_block_for_each_row():
+    """2^32 rows as an unsigned are none, and 2^32 + 1 are one: `blocks` refuses what it would wrap."""
+    for source in Path(__file__).parents[2].glob("csrc/cuda/*.cu*"):
+        launches = re.findall(r"\blaunch\([^;]*;", source.read_text())
+        assert not [text for text in launches if re.search(r"\{(dim3\()?static_cast<unsigned>", text)], source.name
 
 
 @cpu_only
