@@ -78,11 +78,14 @@ def load_weights(weights, rows, row_stride, stride, used, T: tl.constexpr):
     """The weights of rows, uniform if there are none, and their sum."""
     out = ()
     total = tl.zeros(rows.shape, tl.float32)
-    for t in tl.static_range(T):
+    if weights is not None:
+        weights += rows * row_stride
+    for _ in tl.static_range(T):
         if weights is None:
             w = tl.full(rows.shape, 1.0 / T, tl.float32)
         else:
-            w = tl.load(weights + rows * row_stride + t * stride, mask=used, other=0.0).to(tl.float32)
+            w = tl.load(weights, mask=used, other=0.0).to(tl.float32)
+            weights += stride  # not t * stride, which 32 bits may not hold
         total += w
         out = out + (w,)
     return out, total

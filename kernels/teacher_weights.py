@@ -77,7 +77,8 @@ def _mean(planes, inside, pixels, width, down, along, FLAT: tl.constexpr, WHOLE:
 
 @triton.jit
 def _factors(theta_ptr, v_ptr, t, c, teachers, channels, theta_down, theta_along, v_along):
-    """theta_t * v for some teachers and channels, [T, C] float64."""
+    """theta_t * v for some teachers and channels, [T, C] float64. In 64 bits: rows of a view may lie far apart."""
+    t, c = t.to(tl.int64), c.to(tl.int64)
     inside = (t < teachers)[:, None] & (c < channels)[None, :]
     theta = tl.load(theta_ptr + t[:, None] * theta_down + c[None, :] * theta_along, mask=inside, other=0.0)
     v = tl.load(v_ptr + c * v_along, mask=c < channels, other=0.0)
@@ -126,7 +127,7 @@ def _slopes(
     v_along, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """dL / dgamma of one example, [T] float64: from the pooled features once more, as the weights are rounded."""
-    t = tl.arange(0, BLOCK_T)
+    t = tl.arange(0, BLOCK_T).to(tl.int64)
     scores = tl.zeros([BLOCK_T], tl.float64)
     for start in range(0, channels, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
@@ -187,7 +188,7 @@ def _parameters_kernel(
     decay,  # with upstream_ptr: what comes back to the sum of decay / 2 theta^2 and decay / 2 v^2
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     inside = c < channels
     v = tl.load(v_ptr + c * v_along, mask=inside, other=0.0)
     grad_v = tl.zeros([BLOCK_C], tl.float64)
@@ -204,12 +205,14 @@ def _parameters_kernel(
             pooled = tl.load(at, mask=(n < examples)[:, None] & inside[None, :], other=0.0)
             total += tl.where(slope[:, None] == 0, 0.0, slope[:, None] * pooled)
         grad = tl.sum(total.to(tl.float64), axis=0)
-        theta = tl.load(theta_ptr + t * theta_down + c * theta_along, mask=inside, other=0.0)
+        theta = tl.load(theta_ptr + c * theta_along, mask=inside, other=0.0)
         to_theta = grad * v
         if upstream_ptr is not None:
             to_theta += pull * theta
-        tl.store(grad_theta_ptr + t * channels + c, to_theta.to(tl.float32), mask=inside)
+        tl.store(grad_theta_ptr + c, to_theta.to(tl.float32), mask=inside)
         grad_v += grad * theta
+        theta_ptr += theta_down  # not t * theta_down, which 32 bits may not hold
+        grad_theta_ptr += channels
     tl.store(grad_v_ptr + c, grad_v.to(tl.float32), mask=inside)
 
 

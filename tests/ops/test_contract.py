@@ -307,6 +307,28 @@ def test_two_rows_past_2_31_elements(fused):
     torch.testing.assert_close(af.angle_loss(rows, rows.flip(0)), torch.tensor(0.0))
 
 
+@in_memory_of_the_cpu
+def test_numbers_of_teachers_2_30_elements_apart(fused):
+    """The third teacher's stand beyond 32 bits."""
+    storage = torch.UntypedStorage(4 * (2**31 + 64), device="cpu")  # untouched pages cost nothing
+    far = lambda like, *stride: torch.empty(0).set_(storage, 0, like.shape, stride).copy_(like)  # noqa: E731
+    student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(4, 30, 3)
+    for options in ({}, {"divergence": "jsd"}):
+        want = af.multi_teacher_kd_loss(student, teachers, weights, labels, **options)
+        got = af.multi_teacher_kd_loss(student, teachers, far(weights.detach(), 1, 2**30), labels, **options)
+        torch.testing.assert_close(got, want)
+    features, theta, v = CASES["teacher_weights"].inputs(4, 6, 3, 3, 3)
+    back = torch.randn(4, 3)
+    want = af.teacher_weights(features, theta, v)
+    grads = torch.autograd.grad(want, (features, theta, v), back)
+    apart = far(theta.detach(), 2**30, 1).requires_grad_()
+    got = af.teacher_weights(features, apart, v)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, (features, apart, v), back), grads)
+    got = af.teacher_weights(features, theta, v)
+    torch.testing.assert_close(torch.autograd.grad(got, (features, theta, v), far(back, 1, 2**30)), grads)
+
+
 def test_what_comes_back_may_start_at_any_address(on):
     """A view into a larger tensor, one element on: no reason for a wide load to fail."""
     student, teachers, weights, labels = CASES["multi_teacher_kd"].inputs(4, 100, 2)
