@@ -9,6 +9,12 @@ import triton.language as tl
 OPTIONS = {"enable_fp_fusion": True}
 
 
+def check_count(argument: str, size: int, what: str) -> None:
+    """Of what kernels go through in steps, in 32 bits: near 2^31 the next step would begin below 0, which a mask lets pass."""
+    if size > 1 << 30:
+        raise ValueError(f"{argument} must have at most 2^30 {what} for Triton, got {size}")
+
+
 def alignment(*numbers: int) -> int:
     """The largest power of 2 up to 16 that divides all of them."""
     return math.gcd(16, *numbers)

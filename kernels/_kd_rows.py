@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned
+from ._common import OPTIONS, aligned, check_count
 from ._launch import Launch, kept
 
 LONG_WARPS = 8  # share a row too long for registers, with 16 bytes of an input a thread at a time
@@ -597,6 +597,7 @@ def count_numbers(n: int, count_rows: bool) -> dict:
 
 def row_numbers(at: Any, of: Settings, count_rows: bool) -> dict:
     """What the kernels of rows have in common, of a layout with n, c, stride, weight_strides and label_stride."""
+    check_count("student_logits", at.c, "classes")
     labeled, weight_strides = at.label_stride is not None, at.weight_strides or (0, 0)
     rows = max(at.n, 1) if of.is_mean() and not labeled else 1
     log2_e = math.log2(math.e)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import check_count
 from ._launch import Launch
 
 TILE = 32  # rows and columns of a tile of pairs; matrices of pairs are padded to a multiple
@@ -207,6 +208,8 @@ def padded(n: int) -> int:
 
 def sides(student: Tensor, teacher: Tensor, row_mask: Tensor | None) -> tuple[tuple, tuple, int]:
     """What the numbers of a launch are made of: shape and strides of both sides, and the stride of the mask."""
+    for argument, x in (("student", student), ("teacher", teacher)):
+        check_count(argument, x.shape[1], "columns")
     mask_stride = 0 if row_mask is None else row_mask.stride(0)
     return (*student.shape, *student.stride()), (*teacher.shape, *teacher.stride()), mask_stride
 

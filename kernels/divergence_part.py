@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, alignment
+from ._common import OPTIONS, aligned, alignment, check_count
 from ._kd_rows import (
     LONG_WARPS,
     add,
@@ -373,6 +373,7 @@ def _numbers(
     at: Layout, mode: str, taus: tuple[float, ...], temperature: float, temperature_stride: int | None
 ) -> dict:
     """What the three kernels have in common."""
+    check_count("student_logits", at.c, "classes in a process")
     return dict(
         c=at.c,
         stride=at.stride,

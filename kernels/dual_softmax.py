@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, alignment, power_of_2
+from ._common import OPTIONS, aligned, alignment, check_count, power_of_2
 from ._launch import Launch, kept
 
 TILE = 4096  # elements that a program holds at once; half where they move one by one and each has its own address
@@ -204,6 +204,7 @@ def _row_blocks(shape: tuple[int, ...], align: int) -> tuple[int, dict[str, int]
 def _forward(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, mode: str) -> tuple[Launch, Launch]:
     """Columns, then rows."""
     b, r, k = shape
+    check_count("dual_softmax: scores", max(r, k), "rows and columns")
     align = alignment(k, *strides)
     numbers = dict(rows=r, columns=k, x_matrix=strides[0], x_row=strides[1], ALIGN=align)
     blocks, config = _column_blocks(shape, itemsize, align)
@@ -219,6 +220,7 @@ def _backward(
 ) -> tuple[Launch, Launch]:
     """Rows, then columns."""
     b, r, k = shape
+    check_count("dual_softmax: scores", max(r, k), "rows and columns")
     align = alignment(k, *grad, *x)
     numbers = dict(
         rows=r,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
+from ._common import OPTIONS, aligned, alignment, check_count, pixel_offset, plane_strides, power_of_2
 from ._launch import Launch, kept
 
 SMALLEST_NORM = tl.constexpr(1e-12)  # as torch.nn.functional.normalize has it
@@ -193,9 +193,21 @@ def _blocks(channels: int, pixels: int, tile: int = TILE) -> dict[str, int]:
     return {"BLOCK_C": power_of_2(channels, tile // block_p), "BLOCK_P": block_p}
 
 
+def _check(shape: tuple[int, ...], height: int, width: int) -> None:
+    """What is counted in 32 bits: channels, pixels, and in ``_window`` a side times what it is pooled to."""
+    _, c, h, w = shape
+    check_count("hint_loss: feature maps", c, "channels")
+    check_count("hint_loss: feature maps", h * w, "pixels")
+    if (height, width) != (h, w) and max(h * (height + 1), w * (width + 1)) >= 1 << 31:
+        raise ValueError(
+            f"hint_loss: Triton cannot pool [{h}, {w}] to [{height}, {width}]: a side times the pooled one must be below 2^31"
+        )
+
+
 @kept
 def _norms(shape: tuple[int, ...], strides: tuple[int, ...], same: bool) -> Launch:
     n, c, h, w = shape
+    _check(shape, h, w)
     blocks = _blocks(c, h * w)
     down, along, flat = plane_strides((h, w), strides[2:])
     return Launch(
@@ -220,6 +232,7 @@ def _norms(shape: tuple[int, ...], strides: tuple[int, ...], same: bool) -> Laun
 @kept
 def _pool(shape: tuple[int, ...], strides: tuple[int, ...], height: int, width: int, normalize: bool) -> Launch:
     n, c, h, w = shape
+    _check(shape, height, width)
     # The longest window: one more than the quotient, rounded up, where windows do not divide the map evenly.
     window = [-(-i // o) + (i % o != 0) for i, o in ((h, height), (w, width))]
     block_k = power_of_2(window[0] * window[1], TILE)
@@ -252,6 +265,7 @@ def _pool_backward(
     shape: tuple[int, ...], strides: tuple[int, ...], height: int, width: int, normalize: bool
 ) -> Launch:
     n, c, h, w = shape
+    _check(shape, height, width)
     same = (height, width) == (h, w)
     blocks = _blocks(c, h * w, TILE if same else TILE // 2)
     down, along, flat = plane_strides((h, w), strides[2:])

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, alignment, pixel_offset, plane_strides, power_of_2
+from ._common import OPTIONS, aligned, alignment, check_count, pixel_offset, plane_strides, power_of_2
 from ._launch import Launch, kept
 
 TILE = 4096  # elements that a program holds at once
@@ -219,12 +219,12 @@ def _parameters_kernel(
 def _geometry(shape: tuple, strides: tuple) -> tuple[dict[str, int], dict[str, Any]]:
     """Sizes of [N, d, H, W] or [N, d]; and how pixels lie: steps, whether evenly, and what divides a plane."""
     channels, plane = shape[1], shape[2:]
+    check_count("teacher_weights: features", channels, "channels")
     if not plane:
         sizes = dict(channels=channels, pixels=1, width=1)
         return sizes, dict(down=0, along=0, FLAT=True, ALIGN=1)
     pixels = plane[0] * plane[1]
-    if pixels > 1 << 30:  # they are counted in 32 bits, in steps
-        raise ValueError(f"teacher_weights: features must have at most 2^30 pixels for Triton, got {list(plane)}")
+    check_count("teacher_weights: features", pixels, "pixels")
     down, along, flat = plane_strides(plane, strides[2:])
     sizes = dict(channels=channels, pixels=pixels, width=plane[1])
     return sizes, dict(down=down, along=along, FLAT=flat, ALIGN=alignment(pixels, *strides[:2]))

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, alignment
+from ._common import OPTIONS, aligned, alignment, check_count
 from ._kd_rows import LONG_WARPS, LOWEST, dense, find_rows, load, sum_of, top_of, vectors
 from ._launch import Launch, kept
 
@@ -209,6 +209,7 @@ def _bucket_last_kernel(student, bounds, equal, last, c, stride, teachers, BLOCK
 
 def _block(c: int, itemsize: int) -> dict:
     """How many classes a program takes at a time, and its warps."""
+    check_count("student_logits", c, "classes")
     block, vector, warps = triton.next_power_of_2(c), 1, LONG_WARPS
     if block > HELD:
         vector = 16 // itemsize
@@ -261,6 +262,7 @@ def _backward(itemsize: int, second: bool, *numbers: int) -> Launch:
 
 @kept
 def _last(n: int, c: int, stride: int, teachers: int) -> Launch:
+    check_count("student_logits", c, "classes")
     block = min(1024, triton.next_power_of_2(c))
     numbers = dict(c=c, stride=stride, teachers=teachers, BLOCK=block, STEPS=triton.cdiv(c, block), num_warps=4)
     return Launch(_bucket_last_kernel, (n, teachers), **numbers, **OPTIONS)

@@ -1,7 +1,9 @@
 """Bad input is named before anything is computed."""
 
+import importlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +113,58 @@ def _many_classes(tail):
     storage = torch.UntypedStorage(2**32, device="cpu")  # untouched pages cost nothing
     student = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (1, 2**31), (2**31, 1))
     return af.topk_kd_loss(student, [_wide(1, 1).long()], [_wide(1, 1)], None, torch.tensor([-100]), tail=tail)
+
+
+FAR = 2**30 + 8
+TOO_LARGE_FOR_TRITON = [  # launches are made of sizes alone
+    (
+        lambda k: k._kd_rows.row_numbers(SimpleNamespace(c=FAR), None, False),
+        r"student_logits .* 2\^30 classes for Triton",
+    ),
+    (
+        lambda k: k.divergence_part._numbers(SimpleNamespace(c=FAR), "sum", (), 1.0, None),
+        r"student_logits .* 2\^30 classes in",
+    ),
+    (lambda k: k.topk_bucket._block(FAR, 2), r"student_logits .* 2\^30 classes for Triton"),
+    (lambda k: k.topk_bucket._last(1, FAR, FAR, 1), r"student_logits .* 2\^30 classes for Triton"),
+    (
+        lambda k: k.dual_softmax._forward((1, 1, FAR), (FAR, FAR), 2, "product"),
+        r"dual_softmax: scores .* 2\^30 rows and columns",
+    ),
+    (
+        lambda k: k.dual_softmax._backward((1, FAR, 1), (FAR, 1), (FAR, 1), 2, "product"),
+        r"dual_softmax: scores .* 2\^30 rows",
+    ),
+    (
+        lambda k: k.teacher_weights._geometry((1, FAR), (FAR, 1)),
+        r"teacher_weights: features .* 2\^30 channels for Triton",
+    ),
+    (lambda k: k.hint._norms((1, FAR, 1, 1), (FAR, 1, 1, 1), False), r"hint_loss: feature maps .* 2\^30 channels"),
+    (
+        lambda k: k.hint._pool((1, 1, 2**15, 2**16), (2**31, 2**31, 2**16, 1), 1, 1, False),
+        r"feature maps .* 2\^30 pixels",
+    ),
+    (
+        lambda k: k.hint._pool_backward((1, 1, 50000, 1), (50000, 50000, 1, 1), 49999, 1, False),
+        r"\[50000, 1\] to \[49999, 1\]",
+    ),
+    (
+        lambda k: af.hint_loss(_wide(1, 1, 1, 50000), _wide(1, 1, 1, 49999), _wide(1, 1)),
+        r"\[1, 50000\] to \[1, 49999\]",
+    ),
+    (lambda k: af.angle_loss(_wide(1, FAR), _wide(1, 5)), r"student must have at most 2\^30 columns"),
+    (lambda k: af.rkd_distance_loss(_wide(1, 5), _wide(1, FAR)), r"teacher must have at most 2\^30 columns"),
+]
+
+
+@pytest.mark.skipif(CHOSEN != "triton", reason="about the Triton kernels")
+@pytest.mark.parametrize(("call", "message"), TOO_LARGE_FOR_TRITON)
+def test_what_triton_counts_in_32_bits_is_refused_beyond(fused, call, message):
+    kernels = importlib.import_module("amtml_fast.kernels")
+    for name in ("_kd_rows", "divergence_part", "dual_softmax", "hint", "teacher_weights", "topk_bucket"):
+        importlib.import_module(f"amtml_fast.kernels.{name}")
+    with pytest.raises(ValueError, match=message):
+        call(kernels)
 
 
 @pytest.mark.skipif(CHOSEN != "emulated", reason="about the CUDA kernels")
