@@ -3,7 +3,7 @@
 A driver that only knows the target stands in for CUDA's, launches stop after compilation, and the launchers are called with
 tensors of the CPU: of sizes as people use them, and of every size, variant and dtype of the operators' tests (PART 0, 1 or 2:
 some of them, see below, and EACH of a kernel at most; in 1 nearly all of the large sizes and one of the tests'). Triton compiles once what differs in nothing that the code depends on. One cubin each, named after its kernel,
-and a JSON file with its warps, its shared memory and whether it is one of the large sizes'.
+and a JSON file with its warps, its shared memory, whether it is one of the large sizes', and its narrow_addresses.
 """
 
 import json
@@ -22,6 +22,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # where backends.py is
 import torch
 import triton
 from amtml_fast.kernels import _launch
+from narrow_addresses import narrow_addresses
 from test_ops import GRID, STEP
 from test_topk import dense_calls
 from test_vocabulary_kernels import Rows, run_one_part
@@ -144,6 +145,7 @@ def main(capability: int, folder: Path, part: int | None = None) -> int:
     for name, kernel in compiled.items():
         (folder / f"{name}.cubin").write_bytes(kernel.asm["cubin"])
         facts = {"warps": kernel.metadata.num_warps, "shared_bytes": kernel.metadata.shared, "large": name in large}
+        facts["narrow"] = sorted(narrow_addresses(kernel.asm["ttir"]))
         (folder / f"{name}.json").write_text(json.dumps(facts))
     print(len(compiled), "kernels,", len(large), "of large sizes; Triton", triton.__version__)
     for what, count in failed.items():

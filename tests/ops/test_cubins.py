@@ -27,6 +27,23 @@ REGISTERS = 1 << 16  # of a multiprocessor
 SPILLED = 0 if not backend.HAS_TRITON or tuple(map(int, version("triton").split(".")[:2])) >= (3, 9) else 16
 COMPILE = Path(__file__).parent / "compile_triton.py"
 LIBRARY = Path(importlib.util.find_spec("amtml_fast._C").origin) if backend.HAS_CUDA else None
+# What addresses of Triton kernels are made of in 32 bits, by the beginning of the line; and why it does not wrap.
+PAIRS = "there is memory for the pairs, [P, P]"
+PIXELS = "more pixels, and a longer side times what it is pooled to, are refused"
+NARROW = {
+    "_pairs.py: tile = 2 * side * tiles + ": PAIRS,
+    "_pairs.py: tiles = tl.num_programs(0) * ": PAIRS,
+    "angle.py: begin, end =": PAIRS,
+    "angle.py: tl.store(loss + (": PAIRS,
+    "hint.py: blocks = tl.cdiv(height * width": PIXELS,
+    "hint.py: outputs = out_height * out_width": PIXELS,
+    "hint.py: return i * size // out": PIXELS,
+    "hint.py: norm = tl.load(norms_ptr + n * height * width + y * width": PIXELS,
+    "hint.py: grad = grad_ptr + n * channels * (pixels if SAME else": PIXELS,
+    "hint.py: at = grad + c[:, None] * (out_height * out_width)": PIXELS,
+    "hint.py: i, j = y * out_height // height": PIXELS,
+    "teacher_weights.py: for start in range(part * BLOCK_C, channels": "more than 2^30 channels are refused",
+}
 # Every call of the operators' tests for every capability; else a part for each.
 ALL = os.environ.get("AMTML_CUBINS") == "all"
 
@@ -74,9 +91,10 @@ def test_triton_kernels_compile_and_do_not_spill(part, capability, tmp_path):
     source = "".join(p.read_text() for p in Path(kernels).glob("*.py"))
     missing = set(re.findall(r"def (\w+_kernel)\(", source)) - seen
     assert not missing or (capability != 90 and not ALL), f"no launcher ran {missing}"  # 9.0 has all large sizes
-    spilling, wide, rows = {}, set(), {"_kd_forward_kernel", "_kd_backward_kernel"}
+    spilling, narrow, wide, rows = {}, set(), set(), {"_kd_forward_kernel", "_kd_backward_kernel"}
     for path in cubins:
         facts = json.loads(path.with_suffix(".json").read_text())
+        narrow.update(facts["narrow"])
         used = _resources(path, "REG", "STACK")
         (registers,), (stack,) = used["REG"].values(), used["STACK"].values()
         assert facts["shared_bytes"] <= SHARED_BYTES[capability], path.stem  # what a launch may ask for
@@ -87,6 +105,8 @@ def test_triton_kernels_compile_and_do_not_spill(part, capability, tmp_path):
         if name in rows - wide and facts["large"] and any("LDG.E.128" in text for text in _sass(path).values()):
             wide.add(name)
     assert not spilling
+    narrow = {line for line in narrow if not line.startswith(tuple(NARROW))}
+    assert not narrow, "beyond 2^31 elements these wrap: 64 bits, or a size that is refused and a line of NARROW"
     assert wide == rows  # whole rows of multi_teacher_kd: 16 bytes at a time
 
 
