@@ -9,7 +9,15 @@ from pathlib import Path
 _KEEP_SMALL = (
     "constant splat broadcast expand_dims reshape extsi extui trunci muli addi subi divsi remsi minsi maxsi".split()
 )
+KERNELS = Path(__file__).parents[2] / "kernels"
 _OTHER_NUMBERS = "tt.load", "tt.atomic", "arith.cmp"  # not made of their operands: from memory, or true and false
+
+
+def _source(file: Path, line: int) -> str:
+    """What is compiled may come from Triton's cache, and name a copy of the tree that is no more."""
+    own = KERNELS / file.name
+    file = own if own.is_file() else file
+    return file.read_text().splitlines()[line - 1].strip() if file.is_file() else str(line)
 
 
 def _places(ttir: str) -> dict[str, str]:
@@ -19,7 +27,7 @@ def _places(ttir: str) -> dict[str, str]:
     def place(name: str) -> str:
         text = known[name]
         if found := re.search(r'"([^"]+)":(\d+):\d+', text):
-            return f"{Path(found[1]).name}: {Path(found[1]).read_text().splitlines()[int(found[2]) - 1].strip()}"
+            return f"{Path(found[1]).name}: {_source(Path(found[1]), int(found[2]))}"
         inner = re.search(r"#loc\d*", text)
         return place(inner[0]) if inner else text
 
