@@ -65,14 +65,14 @@ class OutputLayer:
     @property
     def weight(self) -> Tensor:
         with align_module_device(self.layer):  # an offloaded one is loaded, and outlives the block
-            return _gathered(self.layer.weight)
+            return gathered(self.layer.weight)
 
     @property
     def bias(self) -> Tensor | None:
         if self.layer.bias is None:
             return None
         with align_module_device(self.layer):
-            return _gathered(self.layer.bias)
+            return gathered(self.layer.bias)
 
     @property
     def is_offloaded(self) -> bool:
@@ -155,7 +155,7 @@ def device_of_inputs(model: Any) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _gathered(parameter: Tensor) -> Tensor:
+def gathered(parameter: Tensor) -> Tensor:
     """A sharded parameter as a whole; its gradient is shared out again."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from amtml_fast import checks
 from amtml_fast.hf.adapter import HiddenAdapter, adapter_of
 from amtml_fast.hf.checks import check_arguments, check_divergence, check_teachers
-from amtml_fast.hf.output_layer import NAME, OutputLayer
+from amtml_fast.hf.output_layer import NAME, OutputLayer, gathered
 from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows, check_rows
 from amtml_fast.losses import FusedLinearKDLoss
 from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher, over_items
@@ -132,6 +133,8 @@ class DistillationTrainer(Trainer):
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if not any(p is q for q in own)]
         optimizer.add_param_group({"params": own, "lr": self.adapter_learning_rate, "weight_decay": 0.0})
+        if self.is_fsdp_enabled:  # whose sharded checkpoints lose the options of a group without parameters
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     # --- what peft leaves out of a checkpoint: all but its own parameters
@@ -144,7 +147,20 @@ class DistillationTrainer(Trainer):
         if self._is_left_out() and self.args.should_save:
             whole = self.output_layer.model.state_dict() if state_dict is None else state_dict
             own = {n.split(_ADAPTER + ".")[1]: p.contiguous() for n, p in whole.items() if _ADAPTER + "." in n}
-            save_file(own, Path(output_dir or self.args.output_dir or ".") / f"{_ADAPTER}.safetensors")
+            save_file(own, self._adapter_file(output_dir))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        parts = self.output_layer.model.teacher_adapter.state_dict() if self._is_left_out() else {}
+        if any(hasattr(part, "full_tensor") for part in parts.values()):  # of FSDP2, which may not call _save
+            own = {name: gathered(part) for name, part in parts.items()}
+            if self.args.should_save:
+                path = self._adapter_file(output_dir)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                save_file(own, path)
+
+    def _adapter_file(self, folder: str | None) -> Path:
+        return Path(folder or self.args.output_dir or ".") / f"{_ADAPTER}.safetensors"
 
     def _load_adapter(self, checkpoint: str | None) -> None:
         if self._is_left_out():
@@ -154,7 +170,8 @@ class DistillationTrainer(Trainer):
                     f"{NAME}: resume_from_checkpoint must have {path.name}, which adaptive trainers of peft models write, "
                     f"got {checkpoint}"
                 )
-            self.output_layer.model.teacher_adapter.load_state_dict(load_file(path))
+            whole = StateDictOptions(full_state_dict=True)  # of which each process takes its part
+            set_model_state_dict(self.output_layer.model.teacher_adapter, {**load_file(path)}, options=whole)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

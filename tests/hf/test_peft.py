@@ -1,6 +1,8 @@
 """Students that peft has wrapped: gradients, the adapter of teachers in their checkpoints, what cannot be learned."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -89,6 +91,65 @@ def test_a_resumed_training_has_the_same_bits(tmp_path, saved):
         FileNotFoundError, match=r"resume_from_checkpoint must have teacher_adapter.safetensors, .* got"
     ):
         run(tmp_path / "c", str(tmp_path / "a" / "checkpoint-2"))
+
+
+SHARDED = """
+import os
+import sys
+sys.path[:0] = [{tests!r}, {here!r}]
+from test_peft import *
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType
+
+init = AcceleratorState.__init__
+
+
+def on_a_cpu(self, *args, fsdp_plugin=None, **options):  # where accelerate has no FSDP
+    init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+    self.fsdp_plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+
+
+AcceleratorState.__init__ = on_a_cpu
+AcceleratorState.distributed_type = property(lambda self: DistributedType.FSDP, lambda self, kind: None)
+
+for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+    config = dict(version=2, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type=kind)
+    _, whole = one_or_two_processes({folder!r} + "/" + kind, 2, fsdp=True, fsdp_config=config)
+    _, resumed = one_or_two_processes(
+        {folder!r} + "/again", 2, {folder!r} + "/" + kind + "/checkpoint-2", fsdp=True, fsdp_config=config
+    )
+    assert all(torch.equal(whole[n], resumed[n]) for n in whole), kind
+    if dist.get_rank() == 0:
+        torch.save(whole, {folder!r} + "/" + kind + ".pt")
+dist.barrier()
+dist.destroy_process_group()
+os._exit(0)
+"""
+
+
+def one_or_two_processes(folder, batch_size, resume=None, **options):
+    student = wrapped()
+    torch.manual_seed(7)  # the adapter's
+    made = trainer(
+        folder, student, [llama(*t) for t in TEACHERS], per_device_train_batch_size=batch_size, **SAVING, **options
+    )
+    made.train(resume_from_checkpoint=resume)
+    ends = {n: p.detach() for n, p in student.named_parameters() if p.requires_grad}
+    return made, {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in ends.items()}
+
+
+def test_sharded_trainings_keep_the_adapter(tmp_path, request):
+    tests = request.config.rootpath / "tests"
+    script = tmp_path / "two.py"
+    script.write_text(SHARDED.format(tests=str(tests), here=str(tests / "hf"), folder=str(tmp_path)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    made, want = one_or_two_processes(tmp_path / "one", 4)
+    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+        assert_same(torch.load(tmp_path / f"{kind}.pt"), want, 1e-4)
+        kept = load_file(tmp_path / kind / "checkpoint-4" / "teacher_adapter.safetensors")
+        assert_same(kept, made.output_layer.model.teacher_adapter.state_dict(), 1e-4)
 
 
 def test_the_best_checkpoint_is_loaded_with_its_adapter(tmp_path):
