@@ -46,11 +46,14 @@ class OutputLayer:
         if isinstance(copies, nn.ModuleDict):
             active = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in copies]
             layer = copies[active[0]] if active else layer.original_module
-        if isinstance(layer, nn.Linear):
+        # Of a kind of nn.Linear with a forward of its own, the weight may not be what makes the logits.
+        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
             return layer
-        kind, hint = type(layer).__name__, ""
-        if type(layer).__module__.startswith("peft."):  # W + B A: its own weight is not what makes the logits
-            kind, hint = "peft's " + kind, "; peft may have the output layer in modules_to_save, not in target_modules"
+        kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+        hint = ", whose forward is its own" if isinstance(layer, nn.Linear) else ""
+        if kind.startswith("peft."):  # W + B A
+            kind = "peft's " + type(layer).__name__
+            hint = "; peft may have the output layer in modules_to_save, not in target_modules"
         if kind == "peft's TrainableTokensWrapper":
             hint = "; trainable_token_indices are for a model with tie_word_embeddings=False, whose output layer they leave alone"
         raise TypeError(

@@ -255,3 +255,22 @@ def test_models_that_are_not_causal_are_named(tmp_path, make, what):
     with pytest.raises(TypeError, match="store_topk: teacher " + got):
         store_topk(model, examples(2), tmp_path / "top", k=2, data_collator=collate)
     assert not (tmp_path / "top").exists()
+
+
+class Normed(torch.nn.Linear):
+    """As some models have it: the rows of its weight are made one long, and logits are of those."""
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, torch.nn.functional.normalize(self.weight))
+
+
+def test_output_layers_with_a_forward_of_their_own_are_named(tmp_path):
+    model = llama(tie_word_embeddings=False)
+    model.lm_head = Normed(16, C, bias=False)
+    got = r"must be .* an nn.Linear, got LlamaForCausalLM with test_checks.Normed, whose forward is its own"
+    with pytest.raises(TypeError, match="DistillationTrainer: model " + got):
+        trainer(tmp_path, model, [llama()])
+    with pytest.raises(TypeError, match=r"DistillationTrainer: teachers\[0\] " + got):
+        trainer(tmp_path, llama(), [model])
+    with pytest.raises(TypeError, match="store_topk: teacher " + got):
+        store_topk(model, examples(2), tmp_path / "top", k=2, data_collator=collate)
