@@ -285,14 +285,19 @@ def _check_weights(got: tuple[int, ...], rows: int, teachers: int) -> None:
 def _is_plain(adapter: nn.Module) -> bool:
     """A TeacherAdapter whose parameters can be read in place of calling it: neither its class nor the instance has another
     ``forward`` or ``regularizer``, and no hook waits for its call."""
-    own = adapter.__dict__
     return (
         type(adapter) is TeacherAdapter
-        and not ("forward" in own or "regularizer" in own)
+        and _is_own(adapter, adapter.forward, TeacherAdapter.forward)
+        and _is_own(adapter, adapter.regularizer, TeacherAdapter.regularizer)
         and not (adapter._forward_hooks or adapter._forward_pre_hooks)
         and not (adapter._backward_hooks or adapter._backward_pre_hooks)
         and not _has_any_global_hook()
     )
+
+
+def _is_own(adapter: nn.Module, method: Any, of_class: Any) -> bool:
+    """Asked of the method itself: what compiled code read in ``adapter.__dict__`` it does not look at again."""
+    return getattr(method, "__self__", None) is adapter and getattr(method, "__func__", None) is of_class
 
 
 class GatherRows(torch.autograd.Function):

@@ -311,6 +311,19 @@ def test_another_forward_or_regularizer_of_the_adapter_changes_the_loss(name, on
         assert loss(**batch).regularizer == 7
 
 
+@pytest.mark.parametrize("name", ["forward", "regularizer"])
+def test_compiled_code_sees_what_an_adapter_replaces_later(name, on):
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T))
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    batch = _plain_batch()
+    as_it_was = compiled(**batch)
+    uniform = torch.full((N, T), 1 / T)
+    setattr(loss.adapter, name, {"forward": lambda features: uniform, "regularizer": lambda: torch.tensor(7.0)}[name])
+    torch.testing.assert_close(tuple(compiled(**batch)), tuple(loss(**batch)))
+    delattr(loss.adapter, name)
+    torch.testing.assert_close(tuple(compiled(**batch)), tuple(as_it_was))
+
+
 def test_the_regularizer_of_16_bit_parameters_is_in_float32():
     adapter = af.TeacherAdapter(64, 3).bfloat16()
     exact = sum(p.double().square().sum() for p in adapter.parameters())
