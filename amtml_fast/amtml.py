@@ -142,13 +142,15 @@ class AMTMLLoss(nn.Module):
         if student.dim() != 2:
             student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]
             labels = None if labels is None else labels.reshape(rows)
-        chosen = None
+        chosen, sources = None, (None, None, None, None)
         if not gather:
-            chosen = whole_loss.fused_by(student, *teachers, features if isinstance(features, Tensor) else None)
+            sources = self._sources(features, student, labels, len(teachers))
+            chosen = whole_loss.fused_by(student, *teachers, *sources)
         if chosen is not None:
-            out = self._fused(chosen, student, teachers, labels, features, num_items_in_batch)
+            out = self._fused(chosen, student, teachers, labels, sources, num_items_in_batch)
         else:
-            out = self._composed(student, teachers, labels, features, num_items_in_batch, gather)
+            weights = self._weights(features, student, labels, len(teachers)) if sources[3] is None else sources[3]
+            out = self._composed(student, teachers, labels, weights, num_items_in_batch, gather)
         if self.hints is None:
             return out
         hint = self.hints(student_maps, teacher_maps)
@@ -159,25 +161,26 @@ class AMTMLLoss(nn.Module):
             loss = reference.connected(loss, *self.hints.parameters())
         return AMTMLOutput(loss, kd, ce, kl, angle, hint.detach(), regularizer, weights)
 
+    def _sources(self, features: Any, student: Tensor, labels: Tensor | None, teachers: int) -> tuple[Any, ...]:
+        """What ``whole_loss`` makes the weights of: features, theta and v, or the weights of an adapter that has to be called."""
+        adapter = self.adapter
+        if not _is_plain(adapter):
+            return None, None, None, self._weights(features, student, labels, teachers)
+        check_adapter(features, adapter.theta, adapter.v, adapter.pool)
+        _check_weights((features.shape[0], adapter.theta.shape[0]), student.shape[0], teachers)
+        return features, adapter.theta, adapter.v, None
+
     def _fused(
         self,
         chosen: str,
         student: Tensor,
         teachers: list[Tensor],
         labels: Tensor | None,
-        features: Tensor,
+        sources: tuple[Any, ...],
         divisor: int | Tensor | None,
     ) -> AMTMLOutput:
         """One node of the graph over the kernels."""
-        adapter = self.adapter
-        plain = _is_plain(adapter)
-        if plain:
-            theta, v = adapter.theta, adapter.v
-            check_adapter(features, theta, v, adapter.pool)
-            _check_weights((features.shape[0], theta.shape[0]), student.shape[0], len(teachers))
-            sources: tuple[Any, ...] = (features, theta, v, None)
-        else:
-            sources = (None, None, None, self._weights(features, student, labels, len(teachers)))
+        plain = sources[3] is None
         loss, terms, weights = whole_loss.whole_loss(
             chosen,
             student,
@@ -186,7 +189,7 @@ class AMTMLLoss(nn.Module):
             sources,
             divisor,
             self._kd_options(divisor),
-            max_pool=plain and adapter.pool == "max",
+            max_pool=plain and self.adapter.pool == "max",
             regularizer_weight=self.regularizer_weight if plain else 0.0,
             angle_weight=self.angle_weight,
             delta=self.delta,
@@ -205,12 +208,11 @@ class AMTMLLoss(nn.Module):
         student: Tensor,
         teachers: list[Tensor],
         labels: Tensor | None,
-        features: Tensor,
+        weights: Tensor,
         divisor: int | Tensor | None,
         gather: bool,
     ) -> AMTMLOutput:
         """From the single operators: what the reference backend does, and what a gathered angle loss needs."""
-        weights = self._weights(features, student, labels, len(teachers))
         terms = multi_teacher_kd(student, teachers, weights, labels, self._kd_options(divisor))
         kd, ce, kl = terms.loss, terms.ce, terms.kl
         if divisor is not None:

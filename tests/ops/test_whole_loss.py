@@ -131,6 +131,26 @@ def test_dtypes(dtype):
     assert grads[0].dtype == torch.float32 and grads[1].dtype == dtype
 
 
+class _Weights(torch.nn.Module):
+    """An adapter that is called: float64 weights of float32 features."""
+
+    def forward(self, features):
+        return features.double().mean((2, 3))[:, :3].softmax(-1)
+
+
+@pytest.mark.parametrize("adapter", [lambda: af.TeacherAdapter(D, 3).double(), _Weights], ids=["parameters", "weights"])
+def test_a_float64_adapter_makes_a_float64_loss_or_is_refused(adapter):
+    student, teachers, labels, features = problem = _problem()
+    loss = af.AMTMLLoss(adapter(), regularizer_weight=0.0)
+    if not takes(af.backend._active, torch.float64):
+        with pytest.raises(RuntimeError, match="got a float64 tensor"):
+            loss(*problem)
+        return
+    got, want = loss(*problem), loss(student.double(), [t.double() for t in teachers], labels, features.double())
+    assert got.loss.dtype == got.weights.dtype == torch.float64
+    torch.testing.assert_close(got.loss, want.loss, rtol=1e-12, atol=0)
+
+
 def test_strides_do_not_matter_and_inputs_are_not_written():
     student, teachers, labels, features = _problem()
     want = _run(loss := af.AMTMLLoss(af.TeacherAdapter(D, 3)), (student, teachers, labels, features))
