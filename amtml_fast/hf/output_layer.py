@@ -131,7 +131,9 @@ class OutputLayer:
             self._caught, self._loss_of = [], None
 
     def teach(self, inputs: Mapping[str, Any], device: torch.device) -> LinearTeacher:
-        """What this frozen model has to say about the inputs, on ``device``."""
+        """What this frozen model has to say about the inputs, on ``device``; in eval mode, whoever has trained it in between."""
+        if self.model.training:
+            self.model.eval()
         with torch.inference_mode(), self.catch() as caught, self._without_cache():
             self.model(**inputs)
         bias = None if self.bias is None else self.bias.detach().to(device)

@@ -134,6 +134,15 @@ def test_loss_and_gradients_are_those_of_whole_logits(tmp_path, tied):
     assert not any(t.training for t in teachers) and student.training
 
 
+def test_a_teacher_put_into_training_mode_teaches_in_eval_mode(tmp_path):
+    student, teacher, batch = llama(), llama(24, 1, attention_dropout=0.9), collate(examples(4))
+    want = by_whole_logits(student, [teacher.eval()], batch)
+    made = trainer(tmp_path, student, [teacher])
+    teacher.train()
+    got, _ = one_step(made, student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
 def test_teachers_whose_logits_are_scaled_otherwise(tmp_path):
     torch.manual_seed(1)
     cohere = CohereForCausalLM(CohereConfig(hidden_size=16, logit_scale=0.25, initializer_range=0.5, **SIZES, **TOKENS))
