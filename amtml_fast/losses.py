@@ -47,10 +47,17 @@ class TeacherAdapter(nn.Module):
         checks.one_of("TeacherAdapter", "pool", pool, POOLS)
         if init_scale is not None:
             checks.number("TeacherAdapter", "init_scale", init_scale, 0, math.inf)
-        scale = channels**-0.5 if init_scale is None else init_scale
-        self.pool = pool
-        self.theta = parameter(torch.randn(num_teachers, channels, dtype=torch.float32, device="cpu") * scale)
-        self.v = parameter(torch.randn(channels, dtype=torch.float32, device="cpu") * scale)
+        self.pool, self.init_scale = pool, channels**-0.5 if init_scale is None else init_scale
+        drawn = [
+            torch.randn(size, dtype=torch.float32, device="cpu") for size in ((num_teachers, channels), (channels,))
+        ]
+        self.theta, self.v = (parameter(start * self.init_scale) for start in drawn)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws ``theta`` and ``v`` anew, where they are: after ``to_empty()`` their memory holds anything."""
+        for parameter in (self.theta, self.v):
+            parameter.normal_().mul_(self.init_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, d, H, W] or [N, d] -> weights [N, T]."""
@@ -333,6 +340,11 @@ class MultiGroupHintLoss(nn.Module):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Conv2d starts
             self.transforms[str(teacher)] = parameter(weight)
         self.num_teachers = len(teacher_channels)
+
+    def reset_parameters(self) -> None:
+        """Draws the ``F_t`` anew, where they are: after ``to_empty()`` their memory holds anything."""
+        for weight in self.transforms.values():
+            nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
     def forward(self, student_maps: Mapping[str, Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
         """Group name -> [N, c, h, w] and T teacher maps [N, c_t, H, W] -> scalar."""

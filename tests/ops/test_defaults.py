@@ -81,6 +81,26 @@ def test_parameters_start_the_same(dtype, defaults):
                 assert p.device.type == "meta" and p.dtype == torch.float32 and p.shape == parameters[name].shape
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: af.TeacherAdapter(64, 3),
+        lambda: af.TeacherAdapter(5, 2, init_scale=0.3),
+        lambda: af.MultiGroupHintLoss({"a": 3, "b": 5}, [2, 4], teacher_scores=[1.0, 2.0]),
+    ],
+)
+def test_parameters_made_on_meta_are_drawn_by_reset_parameters(make):
+    torch.manual_seed(0)
+    want = make().state_dict()
+    with torch.device("meta"):
+        module = make()
+    module.to_empty(device="cpu")
+    torch.manual_seed(0)
+    module.reset_parameters()
+    assert len(want) == 2
+    torch.testing.assert_close(dict(module.state_dict()), dict(want), rtol=0, atol=0)
+
+
 def test_tensors_are_made_with_a_dtype_and_a_device():
     """What the source can show: every call of a torch function that makes a tensor from nothing names both."""
     package = Path(af.__file__).parent
