@@ -84,6 +84,7 @@ def extension() -> dict:
     if WANTED == "0":
         return {}
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         give_up(error)
@@ -99,7 +100,8 @@ def extension() -> dict:
 
     # -ffp-contract=fast is GCC's default, stated for Clang. No -ffast-math: NaN and -inf are part of the contract; but
     # without -fno-trapping-math, which leaves values alone, GCC turns selects into branches and gives up vectors.
-    hidden = ["-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/="]
+    headers = Path(torch.__file__).parents[1]  # error messages name files, not where they were at the builder's
+    hidden = ["-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/=", f"-ffile-prefix-map={headers}/="]
     flags = ["-O3", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"]
     flags += ["-fno-trapping-math", "-Wno-psabi", *hidden]
     sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
