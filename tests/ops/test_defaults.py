@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backends import cpu_only
 
 import amtml_fast as af
 from amtml_fast import dropin
@@ -81,6 +82,7 @@ def test_parameters_start_the_same(dtype, defaults):
                 assert p.device.type == "meta" and p.dtype == torch.float32 and p.shape == parameters[name].shape
 
 
+@cpu_only
 @pytest.mark.parametrize(
     "make",
     [
