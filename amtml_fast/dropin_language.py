@@ -122,11 +122,11 @@ def _distillm(
     return _over_tokens(logits, teacher_logits, labels, divergence, beta, with_entropy=with_entropy)
 
 
-def _check_share(function: str, lam: float, lowest: str) -> None:
-    """With a mixture of one side alone nothing is left to learn: theirs has gradient 0."""
-    checks.number(function, "lam", lam, 0, 1)
-    if lam == 1 or (lam == 0 and lowest == "above 0"):
-        raise ValueError(f"{function}: lam must be {lowest} and below 1, got {lam}")
+def _check_share(function: str, lam: float, *, above: bool = False) -> None:
+    """In [0, 1), or in (0, 1) with ``above``: with a mixture of one side alone nothing is left to learn, theirs has gradient 0."""
+    checks.number(function, "lam", lam, 0, 1, above=above)
+    if lam == 1:
+        raise ValueError(f"{function}: lam must be below 1, got {lam}")
 
 
 def forward_kl(logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ def js_distance(
     logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.9
 ) -> Tensor:
     """DistiLLM's: ``lam KL(s || m) + (1 - lam) KL(t || m)`` with ``m = (1 - lam) t + lam s``."""
-    _check_share("js_distance", lam, "above 0")
+    _check_share("js_distance", lam, above=True)
     return _distillm("js_distance", logits, teacher_logits, no_model_batch, "jsd", 1 - lam)
 
 
@@ -164,7 +164,7 @@ def skewed_forward_kl(
     logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.1
 ) -> Tensor:
     """DistiLLM's: ``KL(t || lam t + (1 - lam) s)`` and the teacher's entropy, which has no gradient."""
-    _check_share("skewed_forward_kl", lam, "at least 0")
+    _check_share("skewed_forward_kl", lam)
     if lam == 0:
         return forward_kl(logits, teacher_logits, no_model_batch)
     return _distillm("skewed_forward_kl", logits, teacher_logits, no_model_batch, "skew_kl", lam, with_entropy=True)
@@ -174,7 +174,7 @@ def skewed_reverse_kl(
     logits: Tensor, teacher_logits: Tensor, no_model_batch: Mapping[str, Tensor], lam: float = 0.1
 ) -> Tensor:
     """DistiLLM's: ``KL(s || (1 - lam) t + lam s)``."""
-    _check_share("skewed_reverse_kl", lam, "at least 0")
+    _check_share("skewed_reverse_kl", lam)
     if lam == 0:
         return reverse_kl(logits, teacher_logits, no_model_batch)
     return _distillm("skewed_reverse_kl", logits, teacher_logits, no_model_batch, "skew_reverse_kl", lam)
