@@ -87,8 +87,7 @@ def loss_of(provider: str, inputs: Inputs) -> Callable[[], Tensor]:
         return lambda: F.linear_cross_entropy(hidden, weight, labels)
     function: Callable = af.fused_linear_kd_loss
     if provider == "compile":
-        torch._dynamo.reset()
-        function = torch.compile(function)
+        function = torch.compile(function, dynamic=False)
 
     def call() -> Tensor:
         with af.use_backend("reference" if provider in PLAIN else provider):

@@ -1,6 +1,7 @@
 """Who computes: our backends, the plain PyTorch reference, torch.compile of it, other libraries where they have it, and the short
 form that one writes without a library."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,21 +49,27 @@ def function_of(name: str, task: Task) -> Callable[..., Tensor]:
 
         loss = LigerKLDIVLoss(reduction="batchmean")
         return lambda z, x: loss(z.log_softmax(-1), x.softmax(-1))
-    if "compile" in name:
-        torch._dynamo.reset()
     if name in IN_SHORT:
-        return torch.compile(SHORT[task.op]) if "compile" in name else SHORT[task.op]
+        return _compiled(SHORT[task.op]) if "compile" in name else SHORT[task.op]
     if name == "compile":
-        return _on("reference", torch.compile(task.function))
+        return _on("reference", _compiled(task.function))
     return _on("reference" if name == "eager" else name, task.function)
 
 
-def checked(workload: Workload, provider: str, tolerance: float) -> Task:
-    """The workload's tensors, after the provider's gradients were found to be those of the float64 reference."""
-    small = workload.checked()
-    task = small.task()
-    task.check(task.step(function_of(provider, task)), tolerance)
-    return task if small == workload else workload.task()
+def checked(workload: Workload, provider: str, tolerance: float) -> Callable[[], object]:
+    """The step to be timed, after the provider's gradients were found to be those of the float64 reference."""
+    small, task = _task(workload.checked()), _task(workload)
+    small.check(small.step(function_of(provider, small)), tolerance)
+    return task.step(function_of(provider, task))
+
+
+@functools.lru_cache(maxsize=2)  # all providers take the same tensors
+def _task(workload: Workload) -> Task:
+    return workload.task()
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=False)  # for the sizes that are timed, although another one was checked
 
 
 def _on(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

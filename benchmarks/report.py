@@ -5,6 +5,7 @@
     python benchmarks/report.py RESULTS.json... --readme README.md   # the block between its markers
     python benchmarks/report.py --compare BEFORE.json AFTER.json [--most 0.25]
 
+A row that was timed in several turns is the median of their medians, and a ratio the median of the turns' ratios.
 Several files of one machine are one report: of groups that both have, the later file's count, so that every ratio is of one run.
 --compare divides every time by that of eager PyTorch in the same file, and exits with 1 if that ratio grew by more than the given
 share anywhere, or if AFTER lacks a row of ours whose eager one it has.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +31,8 @@ BASE = ("eager", "the same with plain losses")
 
 @dataclass
 class Results:
-    """Everything that the files hold. rows: (group, provider, axis value or None) -> median seconds and facts."""
+    """Everything that the files hold. rows: (group, provider, axis value or None) -> median seconds and facts, among them the
+    median seconds of its ``turns``."""
 
     rows: dict[tuple[str, str, Any], tuple[float, dict]] = field(default_factory=dict)
     memory: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -55,6 +58,15 @@ class Results:
 
     def seconds(self, group: str, provider: str, value: Any = None) -> float | None:
         return self.rows.get((group, provider, value), (None,))[0]
+
+    def ratio(self, group: str, slow: str, fast: str, value: Any = None) -> float | None:
+        """How many times the seconds of ``fast`` those of ``slow`` are."""
+        if (group, slow, value) not in self.rows or (group, fast, value) not in self.rows:
+            return None
+        (slow_seconds, of_slow), (fast_seconds, of_fast) = self.rows[group, slow, value], self.rows[group, fast, value]
+        if len(of_slow["turns"]) != len(of_fast["turns"]):
+            return slow_seconds / fast_seconds
+        return statistics.median(s / f for s, f in zip(of_slow["turns"], of_fast["turns"]))
 
     def line(self, group: str, provider: str) -> list[tuple[float, float, int | None]]:
         """(axis value, seconds, bytes), sorted."""
@@ -90,13 +102,20 @@ def load(paths: Sequence[str | Path]) -> Results:
         results.leave_out(
             {row["group"] for row in data["benchmarks"]}, {row["group"] for row in data.get("memory", ())}
         )
+        turns: dict[tuple[str, str, Any], list[dict]] = {}
         for row in data["benchmarks"]:
-            facts = row["extra_info"] | {"limits": limits}
-            stats = row["stats"]
-            facts["once"] = stats.get("rounds") == 1
-            if "iqr" in stats and stats.get("rounds", 0) >= 5:
-                facts["spread"] = stats["iqr"] / stats["median"]
-            results.rows[row["group"], facts["provider"], facts.get("value")] = (stats["median"], facts)
+            facts = row["extra_info"]
+            turns.setdefault((row["group"], facts["provider"], facts.get("value")), []).append(row)
+        for key, rows in turns.items():
+            seconds = [row["stats"]["median"] for row in rows]
+            facts = rows[0]["extra_info"] | {"limits": limits, "turns": seconds}
+            first = rows[0]["stats"]
+            facts["once"] = len(rows) == 1 and first.get("rounds") == 1
+            if len(rows) > 1:
+                facts["between"] = (max(seconds) - min(seconds)) / statistics.median(seconds)
+            elif "iqr" in first and first.get("rounds", 0) >= 5:
+                facts["spread"] = first["iqr"] / first["median"]
+            results.rows[key] = (statistics.median(seconds), facts)
         for row in data.get("memory", ()):
             if row["bytes"] is not None:
                 results.memory[row["group"], row["provider"]] = row["bytes"]
@@ -161,9 +180,10 @@ def head(results: Results) -> str:
         run = "the same run" if results.files == 1 else "the last run"
         text += f" In {run}, a copy moved {limits['bytes_per_s'] / 1e9:,.1f} GB/s and a float32 matrix product made "
         text += f"{limits['flops_per_s'] / 1e9:,.0f} GFLOP/s."
-    spreads = sorted(facts["spread"] for _, facts in results.rows.values() if "spread" in facts)
-    if spreads:
-        text += f" Interquartile range: {spreads[len(spreads) // 2]:.0%} of the median (typical), {spreads[-1]:.0%} (worst row)."
+    for name, what in (("spread", "Interquartile range:"), ("between", "The turns of a row differ by")):
+        found = sorted(facts[name] for _, facts in results.rows.values() if name in facts)
+        if found:
+            text += f" {what} {found[len(found) // 2]:.0%} of the median (typical), {found[-1]:.0%} (worst row)."
     once = sum(facts["once"] for _, facts in results.rows.values())
     return text + (f" Long ones, {once} of {len(results.rows)} rows, were timed once." if once else "")
 
@@ -198,9 +218,8 @@ def peers(results: Results, group: str) -> dict[str, float]:
 
 def ratios(results: Results, group: str) -> list[str]:
     """How many times faster ours is than eager and than torch.compile."""
-    mine = results.rows[group, str(results.best(group)), None][0]
-    others = (results.seconds(group, p) for p in ("eager", "compile"))
-    return [ratio_text(other and other / mine) for other in others]
+    mine = str(results.best(group))
+    return [ratio_text(results.ratio(group, p, mine)) for p in ("eager", "compile")]
 
 
 def _time_or_reason(results: Results, group: str, provider: str) -> str:
@@ -252,7 +271,6 @@ def steps(results: Results) -> str:
     shown = [part for part in PARTS if any(part in shares for shares in measured.values())]
     rows = []
     for group in groups:
-        base = results.seconds(group, "a loop as published")
         for provider in [*results.providers(group), *(p for g, p in results.not_run if g == group)]:
             seconds, facts = results.rows.get((group, provider, None), (None, {}))
             if seconds is None:
@@ -260,9 +278,8 @@ def steps(results: Results) -> str:
                 continue
             shares = measured[group, provider]
             cells = [f"{shares[part]:.1%}" if part in shares else "" for part in shown]
-            rows.append(
-                [group, provider, f"{facts['images'] / seconds:,.1f}", ratio_text(base and base / seconds), *cells]
-            )
+            base = results.ratio(group, "a loop as published", provider)
+            rows.append([group, provider, f"{facts['images'] / seconds:,.1f}", ratio_text(base), *cells])
     return markdown_table(["training step", "by", "images/s", "vs published loop", *shown], rows)
 
 
@@ -298,10 +315,10 @@ def linear(results: Results) -> str:
     """The loss from hidden states, its peers, and its matrix products alone."""
     rows = []
     for group in (g for g in results.groups() if g.startswith("fused_linear_kd")):
-        products = results.seconds(group, "products")
         for provider in results.providers(group):
             seconds, facts = results.rows[group, provider, None]
-            share = f"{seconds / products:.2f}" if products else ""
+            products = results.ratio(group, provider, "products")
+            share = f"{products:.2f}" if products else ""
             rows.append([group, provider, time_text(seconds), share, bytes_text(facts.get("extra_bytes"))])
     return markdown_table(["from hidden states", "by", "time", "of its products", "memory beside the inputs"], rows)
 
@@ -333,9 +350,9 @@ def readme(results: Results, folder: str) -> str:
             largest[op] = group
     rows = []
     for group in largest.values():
-        mine = results.rows[group, str(results.best(group)), None][0]
-        others = [f"{p} {ratio_text(s / mine)}" for p, s in peers(results, group).items()]
-        rows.append([group, time_text(mine), *ratios(results, group), "; ".join(others)])
+        mine = str(results.best(group))
+        others = [f"{p} {ratio_text(results.ratio(group, p, mine))}" for p in peers(results, group)]
+        rows.append([group, time_text(results.seconds(group, mine)), *ratios(results, group), "; ".join(others)])
     return "\n\n".join([
         head(results),
         markdown_table(["forward + backward", "ours", "vs eager", "vs torch.compile", "vs others"], rows),
@@ -381,14 +398,11 @@ def speedup_picture(results: Results, groups: Sequence[str]) -> Any:
 
     figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(groups)))
     for row, group in enumerate(reversed(groups)):
-        mine = results.rows[group, str(results.best(group)), None][0]
         for shift, other in ((0.2, "eager"), (-0.2, "compile")):
-            seconds = results.seconds(group, other)
-            if seconds:
-                axes.barh(row + shift, seconds / mine, 0.36, color=COLORS[other], label=f"vs {other}")
-                axes.text(
-                    seconds / mine * 1.05, row + shift, ratio_text(seconds / mine).strip("*"), va="center", fontsize=7
-                )
+            ratio = results.ratio(group, other, str(results.best(group)))
+            if ratio:
+                axes.barh(row + shift, ratio, 0.36, color=COLORS[other], label=f"vs {other}")
+                axes.text(ratio * 1.05, row + shift, ratio_text(ratio).strip("*"), va="center", fontsize=7)
     axes.set_yticks(range(len(groups)), list(reversed(groups)))
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
@@ -539,20 +553,19 @@ def compare(before: Results, after: Results, most: float) -> tuple[str, bool]:
     """A table of ours over eager in both, and whether nothing lost more than ``most`` or is missing. Rows whose eager one only
     one file has are left out."""
     rows, fine = [], True
-    for (group, provider, value), (seconds, _) in before.rows.items():
+    for group, provider, value in before.rows:
         base = next((b for b in BASE if (group, b, value) in after.rows and (group, b, value) in before.rows), None)
         if provider not in OURS or base is None:
             continue
-        old = seconds / before.rows[group, base, value][0]
+        old, new = (run.ratio(group, base, provider, value) for run in (before, after))
         ratio, change, kept = "-", "MISSING", False
-        if (group, provider, value) in after.rows:
-            new = after.rows[group, provider, value][0] / after.rows[group, base, value][0]
-            lost = new / old - 1
+        if old and new:
+            lost = old / new - 1
             kept = lost <= most
-            ratio, change = ratio_text(1 / new), f"{lost:+.0%}" + ("" if kept else " LOST")
+            ratio, change = ratio_text(new), f"{lost:+.0%}" + ("" if kept else " LOST")
         fine &= kept
         case = group if value is None else f"{group}, {value}"
-        rows.append([case, provider, ratio_text(1 / old), ratio, change])
+        rows.append([case, provider, ratio_text(old), ratio, change])
     header = ["case", "provider", f"{before.commit}: vs eager", f"{after.commit}: vs eager", "time against eager"]
     return markdown_table(header, rows), fine
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .machine import GPU
-from .providers import OURS, PLAIN, checked, function_of, why_not
+from .providers import OURS, PLAIN, checked, why_not
 from .workloads import Workload
 
 pytestmark = pytest.mark.skipif(not GPU, reason="needs a GPU")
@@ -19,16 +19,20 @@ def test_graph_of_whole_loss(provider: str, timed: Callable, leave_out: Callable
     group = f"{WORKLOAD.name}, {REPLAYS} replays of its graph"
     if reason := why_not(provider, WORKLOAD):
         leave_out(group, provider, reason)
-    task = checked(WORKLOAD, provider, 1e-4)
-    step = task.step(function_of(provider, task))
-    kernels, graph = launches(step), captured(step)
 
-    def replays() -> None:
-        for _ in range(REPLAYS):
-            graph.replay()
+    def prepare() -> tuple:
+        step = checked(WORKLOAD, provider, 1e-4)
+        facts = {"op": WORKLOAD.op, "bytes": REPLAYS * WORKLOAD.bytes, "flops": REPLAYS * WORKLOAD.flops}
+        facts["launches"] = launches(step)
+        graph = captured(step)
 
-    facts = {"op": WORKLOAD.op, "bytes": REPLAYS * WORKLOAD.bytes, "flops": REPLAYS * WORKLOAD.flops}
-    timed(replays, group, provider, launches=kernels, **facts)
+        def replays() -> None:
+            for _ in range(REPLAYS):
+                graph.replay()
+
+        return replays, facts
+
+    timed(prepare, group, provider)
 
 
 def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -2,6 +2,7 @@
 gradients were found to be those of the float64 reference."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -27,13 +28,24 @@ def _marked(case: Linear, *values: object) -> object:
 def test_linear(case: Linear, provider: str, timed: Callable, leave_out: Callable) -> None:
     if reason := linear.why_not(provider, case):
         leave_out(case.name, provider, reason)
-    if provider not in OTHER:
-        few = Inputs(dataclasses.replace(case, rows=min(case.rows, 64)))
-        for got, want in zip(linear.step_of(provider, few)(), linear.exact(few), strict=True):
-            assert relative_error(got, want) <= 1e-4
-    taken = None
-    if not case.quick and provider not in OTHER:
-        taken = memory.of(case.size, provider, module="benchmarks.linear")[provider]
-    step = linear.step_of(provider, Inputs(case))
-    facts = {"size": (case.rows, case.width, case.classes, case.teachers), "dtype": "float32"}
-    timed(step, case.name, provider, flops=case.flops, extra_bytes=taken, **facts)
+
+    def prepare() -> tuple:
+        facts: dict = {
+            "size": (case.rows, case.width, case.classes, case.teachers),
+            "dtype": "float32",
+            "flops": case.flops,
+        }
+        if provider not in OTHER:
+            few = Inputs(dataclasses.replace(case, rows=min(case.rows, 64)))
+            for got, want in zip(linear.step_of(provider, few)(), linear.exact(few), strict=True):
+                assert relative_error(got, want) <= 1e-4
+            if not case.quick:
+                facts["extra_bytes"] = memory.of(case.size, provider, module="benchmarks.linear")[provider]
+        return linear.step_of(provider, _inputs(case)), facts
+
+    timed(prepare, case.name, provider)
+
+
+@functools.lru_cache(maxsize=1)  # all providers take the same tensors
+def _inputs(case: Linear) -> Inputs:
+    return Inputs(case)

@@ -8,7 +8,7 @@ import torch
 
 from . import memory
 from .machine import MOST, free_bytes
-from .providers import ALL, OURS, PLAIN, checked, function_of, why_not
+from .providers import ALL, OURS, PLAIN, checked, why_not
 from .workloads import WORKLOADS, Workload
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of plain PyTorch in that dtype, too
@@ -29,10 +29,13 @@ def test_op(
     if reason := why_not(provider, workload):
         leave_out(workload.name, provider, reason)
     refuse_too_large(memory.predicted(workload, provider), workload.name, provider)
-    task = checked(workload, provider, TOLERANCE[workload.dtype])
-    step = task.step(function_of(provider, task))
-    facts = {"op": workload.op, "size": workload.size, "dtype": str(workload.dtype).removeprefix("torch.")}
-    timed(step, workload.name, provider, bytes=workload.bytes, flops=workload.flops, **facts)
+
+    def prepare() -> tuple:
+        facts: dict = {"op": workload.op, "size": workload.size, "dtype": str(workload.dtype).removeprefix("torch.")}
+        facts |= {"bytes": workload.bytes, "flops": workload.flops}
+        return checked(workload, provider, TOLERANCE[workload.dtype]), facts
+
+    timed(prepare, workload.name, provider)
 
 
 @pytest.mark.parametrize(

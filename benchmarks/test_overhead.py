@@ -12,6 +12,7 @@ from .providers import OURS, function_of, why_not
 from .workloads import Workload
 
 WORKLOAD = Workload("whole_loss", (128, 100, 3))
+FACTS = {"overhead": True}
 
 
 class Empty(torch.autograd.Function):
@@ -50,9 +51,8 @@ def test_overhead(provider: str, timed: Callable, leave_out: Callable, monkeypat
         leave_out(group, provider, reason)
     task = WORKLOAD.task()
     if provider == "an empty node":
-        step: Callable[[], object] = lambda: torch.autograd.grad(Empty.apply(*task.leaves), task.leaves)  # noqa: E731
-    else:
-        recorded = Recorded()
-        monkeypatch.setattr(whole_loss, "kernels", lambda name: recorded)
-        step = task.step(function_of(name, task))
-    timed(step, group, provider, overhead=True)
+        timed(lambda: (lambda: torch.autograd.grad(Empty.apply(*task.leaves), task.leaves), FACTS), group, provider)
+        return
+    recorded = Recorded()
+    monkeypatch.setattr(whole_loss, "kernels", lambda name: recorded)
+    timed(lambda: (task.step(function_of(name, task)), FACTS), group, provider)

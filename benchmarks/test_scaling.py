@@ -9,7 +9,7 @@ import amtml_fast as af
 
 from . import memory
 from .machine import DEVICE, GPU
-from .providers import OURS, checked, function_of, why_not
+from .providers import OURS, checked, why_not
 from .workloads import Workload
 
 BATCHES = [32, 64, 128, 256, 512, 1024, 2048, 4096, *([8192] if GPU else [])]
@@ -40,12 +40,13 @@ def test_scaling(
     if reason := why_not(provider, workload):
         leave_out(row, provider, reason)
     refuse_too_large(memory.predicted(workload, provider), row, provider)
-    task = checked(workload, provider, 1e-4)
-    step = task.step(function_of(provider, task))
-    taken = None
-    if axis != "T":
-        taken = memory.of(workload.name, provider)[provider]
-    timed(step, group, provider, axis=axis, value=value, extra_bytes=taken, flops=workload.flops, bytes=workload.bytes)
+
+    def prepare() -> tuple:
+        facts = {"axis": axis, "value": value, "flops": workload.flops, "bytes": workload.bytes}
+        facts["extra_bytes"] = memory.of(workload.name, provider)[provider] if axis != "T" else None
+        return checked(workload, provider, 1e-4), facts
+
+    timed(prepare, group, provider)
 
 
 def _rows(kind: str, n: int, c: int) -> torch.Tensor:
@@ -69,4 +70,4 @@ def test_angle_of_rows_of_either_kind(n: int, kind: str, provider: str, timed: C
         with af.use_backend(provider):
             return torch.autograd.grad(af.angle_loss(student, teacher), [student])
 
-    timed(step, f"angle {n}x100, {kind} rows, one gradient", provider, triplets=n**3)
+    timed(lambda: (step, {"triplets": n**3}), f"angle {n}x100, {kind} rows, one gradient", provider)

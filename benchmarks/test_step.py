@@ -211,12 +211,13 @@ def test_step(
     switches = PROVIDERS[provider]
     plain_angle = memory.predicted(Workload("angle", (batch, 100)), "eager")
     refuse_too_large(plain_angle if switches is None or switches.losses != "auto" else 0, group, provider)
-    setting = Setting(*nets, batch)
-    facts: dict[str, object] = {"images": batch}
-    if switches is None:
-        step = setting.paper_step(tmp_path)
-    else:
+
+    def prepare() -> tuple:
+        setting = Setting(*nets, batch)
+        if switches is None:
+            return setting.paper_step(tmp_path), {"images": batch}
         step, parts = setting.trainer_step(switches, tmp_path)
         step()
-        facts["parts"] = parts(5 if batch < 1024 else 1)
-    timed(step, group, provider, **facts)
+        return step, {"images": batch, "parts": parts(5 if batch < 1024 else 1)}
+
+    timed(prepare, group, provider)

@@ -108,6 +108,33 @@ def test_a_row_that_was_not_run_says_why(tmp_path):
     assert "| N = 512 | 6.4 ms | 262 kB | would take about 99 GB |  |" in report.report(report.load([path]))
 
 
+def test_a_ratio_is_the_median_of_those_of_the_turns(tmp_path):
+    """While the first turn was timed the machine was at half its speed, and got fast between the two of the last one."""
+    path, group = write(tmp_path / "a.json"), "angle 128x100 float32"
+    data = json.loads(path.read_text())
+    turns = {"cpp": (2e-3, 1e-3, 2e-3), "eager": (8e-2, 4e-2, 4e-2)}
+    rows = [
+        result(group, p, s, op="angle", bytes=1e6, flops=1e9, turn=t) for p in turns for t, s in enumerate(turns[p])
+    ]
+    path.write_text(json.dumps({**data, "benchmarks": rows}))
+    found = report.load([path])
+    assert found.seconds(group, "cpp") == 2e-3 and found.seconds(group, "eager") == 4e-2
+    assert report.ratios(found, group) == ["40x", ""]
+    assert "The turns of a row differ by 100% of the median (typical), 100% (worst row)." in report.head(found)
+    assert "timed once" not in report.head(found)
+
+
+def test_providers_are_timed_in_turn(tmp_path):
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-q", "-m", "quick", "-p", "no:xdist"]
+    command += ["-k", "dual_softmax and not test_memory and (cpp or eager)", f"--benchmark-json={tmp_path / 'a.json'}"]
+    run = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    rows = [row["extra_info"] for row in json.loads((tmp_path / "a.json").read_text())["benchmarks"]]
+    assert [(row["provider"], row["turn"]) for row in rows] == [(p, t) for t in range(3) for p in ("cpp", "eager")]
+    found = report.load([tmp_path / "a.json"])
+    assert len(found.rows["dual_softmax 512x512 float32", "cpp", None][1]["turns"]) == 3
+
+
 def test_of_several_files_the_last_counts(tmp_path):
     paths = [write(tmp_path / "a.json"), write(tmp_path / "b.json", scale=3)]
     assert report.load(paths).seconds("angle 128x100 float32", "cpp") == pytest.approx(3e-3)
