@@ -207,11 +207,23 @@ def as_long(labels: Tensor | None) -> Tensor | None:
     return labels if labels is None or labels.dtype == torch.int64 else labels.long()
 
 
-def per_item(loss: Tensor, student_logits: Tensor, reduction: str, num_items_in_batch: int | Tensor | None) -> Tensor:
+def per_item(
+    loss: Tensor,
+    student_logits: Tensor,
+    labels: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    num_items_in_batch: int | Tensor | None,
+) -> Tensor:
     """The loss of rows as the caller asked for it; with ``num_items_in_batch`` it is their sum."""
     if num_items_in_batch is not None:
         return reference.over_items(loss, num_items_in_batch)
-    return loss.reshape(student_logits.shape[:-1]) if reduction == "none" else loss
+    if reduction != "none":
+        return loss
+    if labels is not None and loss.requires_grad:
+        # What comes back to an ignored row may be NaN (of a mean over no rows): times a gradient of 0 it would be NaN, too.
+        loss = loss.masked_fill((labels == ignore_index).reshape(loss.shape), 0)
+    return loss.reshape(student_logits.shape[:-1])
 
 
 def named_stats(stats: Tensor) -> KDStats:

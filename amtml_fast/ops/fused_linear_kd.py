@@ -205,7 +205,7 @@ def fused_linear_kd_loss(
             vocabulary, hidden, student_weight, student_bias, weights, labels, index, temperatures, flat, kinds, settings,
             numbers._replace(reduction=row_reduction), more, wide, need_stats=return_stats,
         )  # fmt: skip
-    loss = _kd.per_item(loss, like, reduction, num_items_in_batch)
+    loss = _kd.per_item(loss, like, labels, reduction, ignore_index, num_items_in_batch)
     if stats is None:
         return loss
     routed = (

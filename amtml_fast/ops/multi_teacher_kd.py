@@ -134,7 +134,7 @@ def multi_teacher_kd_loss(
     if eq8 and not (return_stats or isinstance(temperature, Tensor) or isinstance(alpha, Tensor)):
         options = KDOptions(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
         loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
-        return _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+        return _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
     check_options(name, temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers))
     check_row_numbers(name, student_logits, temperature, alpha, labels)
     options = reference.divergence_numbers(
@@ -146,7 +146,7 @@ def multi_teacher_kd_loss(
         loss, stats = divergence_loss(*given, need_stats=return_stats)
     else:
         loss, stats = split_loss(name, vocabulary, *given, need_stats=return_stats)
-    loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+    loss = _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
     return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
 

@@ -162,7 +162,7 @@ def topk_kd_loss(
     else:
         loss, stats = topk_loss(*given, values), None
     loss = loss if doubt is None else loss + doubt.to(loss.dtype)
-    loss = _kd.per_item(loss, student_logits, reduction, num_items_in_batch)
+    loss = _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
     return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
 

@@ -60,6 +60,43 @@ def test_features_of_an_ignored_row_reach_no_gradient(kind: str, shape: tuple, b
         assert relative_error(got, of_others) < 1e-5
 
 
+def _loss_of_rows(call: str, student: Tensor, weights: Tensor, alpha: Tensor) -> Tensor:
+    """One value a row."""
+    teachers = [torch.randn(N, C) for _ in range(T)]
+    top = [t.log_softmax(1).topk(2) for t in teachers]
+    named = [t.indices for t in top], [t.values for t in top]
+    if call in ("forward_kl", "jsd"):
+        return af.multi_teacher_kd_loss(student, teachers, weights, labels(), divergence=call, reduction="none")
+    if call == "alpha":
+        return af.multi_teacher_kd_loss(student, teachers, weights, labels(), alpha=alpha, reduction="none")
+    if call == "linear":
+        return af.fused_linear_kd_loss(student, torch.eye(C), teachers, weights, labels(), reduction="none")
+    return af.topk_kd_loss(student, *named, weights, labels(), tail=call, reduction="none")
+
+
+@everywhere
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("call", ["forward_kl", "jsd", "alpha", "linear", "renormalize", "bucket"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_what_comes_back_to_an_ignored_row_reaches_no_gradient(dtype: torch.dtype, call: str, bad: float) -> None:
+    """A mean over rows of which none counts sends NaN back to them, even where ``torch.where`` puts 0 in its place."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(N, C).to(dtype), torch.rand(T), torch.rand(N)]  # one weight a teacher: summed over the rows
+    given = [t.requires_grad_() for t in leaves]
+    loss = _loss_of_rows(call, *given)
+
+    def gradients(of_ignored: float) -> list[Tensor]:
+        incoming = torch.ones_like(loss)
+        incoming[IGNORED] = of_ignored
+        grads = torch.autograd.grad(loss, given, incoming, retain_graph=True, allow_unused=True)
+        return [g for g in grads if g is not None]
+
+    want = gradients(0.0)
+    assert len(want) == (3 if call == "alpha" else 2)
+    for got, of_nothing in zip(gradients(bad), want):
+        assert torch.equal(got, of_nothing)
+
+
 def test_weights_that_nothing_comes_back_to(fused: str) -> None:
     features, theta, v = torch.randn(N, D), torch.randn(T, D), torch.randn(D)
     features[IGNORED, 1] = math.nan
