@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amtml_fast import checks
-from amtml_fast.reference import without_autocast
+from amtml_fast.reference import wide_dtype, without_autocast
 
 FLOOR = -10.0  # log-probabilities are cut off there: how certainly a class is out does not matter
 ITERATIONS = 60
@@ -92,7 +92,7 @@ class TeacherGate(nn.Module):
             old.copy_(new)
 
     def forward(self, teacher_logits: Tensor | Sequence[Tensor]) -> Tensor:
-        """T x [N, C] -> weights [N, T] float32 (float64 for such logits), each row of sum 1."""
+        """T x [N, C] -> weights [N, T] float32 (float64 if a teacher's logits are), each row of sum 1."""
         logits = self._checked("TeacherGate", teacher_logits)
         for t, z in enumerate(logits):
             checks.same_device("TeacherGate", f"teacher_logits[{t}]", z, "the gate", self.mean)
@@ -125,7 +125,7 @@ class TeacherGate(nn.Module):
 
 def log_probabilities(teacher_logits: Sequence[Tensor]) -> Tensor:
     """T x [N, C] -> max(log p, FLOOR) [N, T, C], float32 or float64."""
-    wide = torch.float64 if teacher_logits[0].dtype == torch.float64 else torch.float32
+    wide = wide_dtype(*teacher_logits)
     return torch.stack([x.to(wide).log_softmax(-1) for x in teacher_logits], 1).clamp_min(FLOOR)
 
 

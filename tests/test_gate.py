@@ -101,6 +101,16 @@ def test_it_is_saved_moved_and_fitted_again() -> None:
     torch.testing.assert_close(gate(half), gate([z.float() for z in half]))
 
 
+@pytest.mark.parametrize("wide", range(T))
+def test_one_teacher_in_float64_makes_the_weights_so(wide: int) -> None:
+    """Whichever it is: the order of the teachers decides nothing."""
+    logits, labels, _ = specialists()
+    gate = TeacherGate(T, C).fit(logits, labels)
+    doubles = [z.double() for z in logits]
+    mixed = [doubles[t] if t == wide else logits[t] for t in range(T)]
+    torch.testing.assert_close(gate(mixed), gate(doubles), rtol=1e-12, atol=1e-12)
+
+
 def test_autocast_and_float64_change_no_weight() -> None:
     logits, labels, _ = specialists(sure=1.5)
     gate = TeacherGate(T, C).fit(logits, labels)
