@@ -12,7 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from amtml_fast import checks, reference
 from amtml_fast.losses import TeacherAdapter
 from amtml_fast.ops import whole_loss
-from amtml_fast.ops._kd import REDUCTIONS, check_num_items
+from amtml_fast.ops._kd import REDUCTIONS, as_long, check_num_items
 from amtml_fast.ops.angle import angle
 from amtml_fast.ops.multi_teacher_kd import MODES, check_arguments, multi_teacher_kd
 from amtml_fast.ops.teacher_weights import check_adapter
@@ -136,6 +136,7 @@ class AMTMLLoss(nn.Module):
             and dist.get_world_size() > 1
         )
         rows, classes, teachers = check_arguments(name, student_logits, teacher_logits, None, labels, self.ignore_index)
+        labels = as_long(labels)
         if num_items_in_batch is not None:
             check_num_items(name, num_items_in_batch, self.reduction, labels)
         student = student_logits

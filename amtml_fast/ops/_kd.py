@@ -204,6 +204,7 @@ def run(
 
 
 def as_long(labels: Tensor | None) -> Tensor | None:
+    """What kernels take; and torch cuts the number that narrower ones are compared with, ``ignore_index``, to their bits."""
     return labels if labels is None or labels.dtype == torch.int64 else labels.long()
 
 

@@ -117,6 +117,7 @@ def multi_teacher_kd_loss(
     rows, classes, teachers = check_arguments(
         name, student_logits, teacher_logits, teacher_weights, labels, ignore_index
     )
+    labels = _kd.as_long(labels)
     vocabulary = vocabulary_of(name, process_group, classes)
     checks.one_of(name, "mode", mode, ALL_MODES)
     checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)

@@ -101,6 +101,35 @@ def test_what_comes_back_to_an_ignored_row_reaches_no_gradient(
         assert torch.equal(got, of_nothing)
 
 
+@everywhere
+@pytest.mark.parametrize("call", ["forward_kl", "jsd", "whole"])
+def test_a_number_beyond_int32_ignores_no_int32_label(call: str) -> None:
+    """Cut to 32 bits it would be the label 3."""
+    student, teachers, ignored = torch.randn(N, C), [torch.randn(N, C)], 2**32 + 3
+    features, loss = torch.randn(N, D), af.AMTMLLoss(af.TeacherAdapter(D, 1), ignore_index=2**32 + 3)
+    made = []
+    for dtype in (torch.int64, torch.int32):
+        of_rows = torch.tensor([0, 5, 2, 3, 1], dtype=dtype)
+        leaf = student.clone().requires_grad_()
+        if call == "whole":
+            value = loss(leaf, teachers, of_rows, features).loss
+        else:
+            value = af.multi_teacher_kd_loss(
+                leaf, teachers, None, of_rows, divergence=call, reduction="none", ignore_index=ignored
+            )
+        made.append((value, *torch.autograd.grad(value.sum(), leaf)))
+    for wide, narrow in zip(*made):
+        assert torch.equal(wide, narrow)
+
+
+@everywhere
+def test_bytes_as_labels_of_a_drop_in() -> None:
+    """No byte is -100; cut to 8 bits that would be 156."""
+    student, teacher, said = torch.randn(3, C), torch.randn(3, C), torch.tensor([156, 0, 255])
+    losses = [dropin.reverse_kl(student, teacher, {"label": x}) for x in (said, said.to(torch.uint8))]
+    assert torch.equal(*losses)
+
+
 def test_weights_that_nothing_comes_back_to(fused: str) -> None:
     features, theta, v = torch.randn(N, D), torch.randn(T, D), torch.randn(D)
     features[IGNORED, 1] = math.nan
