@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -56,7 +57,28 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
-using Shape = std::vector<int64_t>;
+// Sizes or strides of a tensor, of which no operator has more. (As std::vectors they took a third of the memory blocks
+// of a small loss.)
+class Shape {
+ public:
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) push_back(size);
+  }
+  void push_back(int64_t size) {
+    STD_TORCH_CHECK(count_ < kMost, "a tensor must have at most ", kMost, " dimensions");
+    sizes_[count_++] = size;
+  }
+  size_t size() const { return count_; }
+  const int64_t* data() const { return sizes_; }
+  int64_t& operator[](size_t d) { return sizes_[d]; }
+  int64_t operator[](size_t d) const { return sizes_[d]; }
+
+ private:
+  static constexpr size_t kMost = 6;
+  int64_t sizes_[kMost] = {};
+  size_t count_ = 0;
+};
 using Tensor5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -158,7 +180,7 @@ inline Tensor empty_strided(const Tensor& like, const Shape& shape, const Shape&
 
 // Contiguous.
 inline Tensor empty(const Tensor& like, const Shape& shape, ScalarType dtype) {
-  Shape strides(shape.size());
+  Shape strides = shape;
   int64_t stride = 1;
   for (size_t d = shape.size(); d-- > 0;) {
     strides[d] = stride;

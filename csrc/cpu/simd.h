@@ -9,7 +9,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 #include <type_traits>
 
 #include "convert.h"
@@ -279,26 +278,27 @@ AMTML_INLINE A maximum(const A* x, int64_t n) {
   return larger(folded<kLanes / 2>(most, larger), rest);
 }
 
-// An array that is not filled with zeros first, and starts at a cache line: no vector lies across two.
+// An array that is not filled with zeros first, and starts at a cache line: no vector lies across two. (malloc hands out
+// small blocks again; where it has to align them it looks for new ones.)
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t n) {
     const size_t bytes = std::max<int64_t>(n, 1) * sizeof(T);
-    data_.reset(static_cast<T*>(::operator new(bytes, kLine)));
-    fill_for_tests(data_.get(), bytes);
+    memory_.reset(new char[bytes + kLine - 1]);
+    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((at + kLine - 1) / kLine * kLine);
+    fill_for_tests(data_, bytes);
   }
-  T* data() { return data_.get(); }
-  const T* data() const { return data_.get(); }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
   T& operator[](int64_t i) { return data_[i]; }
   const T& operator[](int64_t i) const { return data_[i]; }
 
  private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(T* p) const { ::operator delete(p, kLine); }
-  };
-  std::unique_ptr<T[], Free> data_;
+  static constexpr size_t kLine = 64;
+  std::unique_ptr<char[]> memory_;
+  T* data_;
 };
 
 // n rounded up to a multiple.
