@@ -41,10 +41,8 @@ def _counted(function: str, name: str, labels: Tensor, student: Tensor, ignore_i
     if labels.shape != tokens and (labels.numel() != flat or (labels.dim() != 1 and len(tokens) != 1)):
         wanted = f"[{flat}]" if len(tokens) == 1 else f"{list(tokens)} or [{flat}]"
         raise ValueError(f"{function}: {name} must be {wanted}, got {checks.shape(labels)}")
-    if not labels.is_floating_point():
-        labels = (
-            labels.long()
-        )  # torch cuts ignore_index to the bits of what it is compared with: of bytes 156 would be -100
+    if not labels.is_floating_point():  # torch cuts ignore_index to the bits of bytes, of which 156 would be -100
+        labels = labels.long()
     return torch.where(labels == ignore_index, -100, 0).reshape(tokens)
 
 
