@@ -29,11 +29,8 @@ EXTRA = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command line (sys.argv without the program's name, if not given); exits with its status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words == ["backends"]:
-        print(backends_table())
-        return
-    if words == ["--version"]:
-        print(f"amtml-fast {__version__}")
+    if words in (["backends"], ["--version"]):
+        _say(backends_table() if words == ["backends"] else f"amtml-fast {__version__}")
         return
     if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # a console script finds the working directory's modules as `python -m` does
@@ -45,6 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise
         print(f'amtml-fast: the package {error.name} is missing; pip install "amtml-fast[train]"', file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _say(text: str) -> None:
+    """Prints it, as far as the other end of a pipe reads."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         raise SystemExit(1) from None
 
 

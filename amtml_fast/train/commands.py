@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..backend import backends_table
+from ..version import __version__
 from .compare.plan import check_shared, checked
 from .config.fields import RANGE, SEED
 from .config.reading import changed, load, load_all
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="amtml-fast",
-    help="Fast multi-teacher knowledge distillation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -239,6 +239,14 @@ def methods(
 def backends() -> None:
     """Which backend each operator can run on here, and why not."""
     print(backends_table())
+
+
+@app.callback()
+def shared(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Fast multi-teacher knowledge distillation."""
+    if version:
+        print(f"amtml-fast {__version__}")
+        raise typer.Exit
 
 
 def find_run(source: str, config: Config, method: str | None, seed: int | None, teacher: str | None) -> Path:

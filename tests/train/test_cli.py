@@ -417,7 +417,18 @@ def test_methods_lists_what_each_one_needs(capsys: pytest.CaptureFixture[str], m
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(capsys, "--version")[:2] == (0, f"amtml-fast {__version__}\n")
+    for words in (["--version"], ["--version", "methods"]):
+        assert call(capsys, *words)[:2] == (0, f"amtml-fast {__version__}\n")
+    assert "--version" in call(capsys, "--help")[1]
+
+
+@pytest.mark.parametrize("word", ["backends", "--version"])
+def test_nobody_reads_to_the_end(word: str) -> None:
+    """As with `| head`: no complaint."""
+    run = subprocess.Popen([sys.executable, "-m", "amtml_fast", word], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout and run.stderr
+    run.stdout.close()
+    assert run.wait() == 1 and run.stderr.read() == b""
 
 
 def test_backends_lists_every_operator(capsys: pytest.CaptureFixture[str]) -> None:
