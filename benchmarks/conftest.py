@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "turn" in metafunc.fixturenames:
-        turns = 1 if metafunc.config.getoption("benchmark_disable") else TURNS
+        turns = 1 if metafunc.config.getoption("benchmark_disable", False) else TURNS
         metafunc.parametrize("turn", range(turns), ids=lambda turn: f"turn {turn + 1}")
 
 
@@ -107,7 +107,7 @@ def refuse_too_large(leave_out: Callable[..., None], prepared: dict) -> Callable
 def timed(benchmark: Any, request: pytest.FixtureRequest, prepared: dict, turn: int) -> Callable[..., None]:
     """timed(prepare, group, provider): one turn of this row. prepare() makes the step that is timed, and facts for the JSON; it is
     called in the first turn. A turn has at least 2 rounds after a warm-up; a long step is timed once, in the first turn."""
-    budget = 0.5 if "quick" in request.config.option.markexpr else 2.0
+    budget = 0.5 if machine.GPU or "quick" in request.config.option.markexpr else 2.0  # seconds, of all turns
 
     def run(prepare: Callable[[], tuple[Step, dict[str, Any]]], group: str, provider: str) -> None:
         if provider not in prepared:
