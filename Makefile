@@ -115,7 +115,7 @@ sanitize: $(TESTABLE)
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ../../$(BIN)/python -m pytest -q -s -p no:cacheprovider $(foreach name,$(SANITIZED),tests/ops/test_$(name).py)
 
-# The suite, its tables and its pictures, into RESULTS. bench-quick: in three minutes on two cores, with smaller cases.
+# The suite, its tables and its pictures, into RESULTS. bench-quick: in three to six minutes on two cores, with smaller cases.
 RESULTS ?= benchmarks/results/latest
 bench-quick: ONLY := -m quick
 bench bench-quick: .venv/packages-test $(INSTALLED)

@@ -21,7 +21,7 @@ Step = Callable[[], object]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: part of the three-minute run (make bench-quick)")
+    config.addinivalue_line("markers", "quick: part of the short run (make bench-quick)")
     config.stash[REMEMBERED], config.stash[PREPARED] = {"memory": [], "not_run": []}, {}
 
 

@@ -20,7 +20,7 @@ MOST_CUBIC, MOST_ELEMENTS = 256, 2**25
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the table: an operator, a size and a dtype. quick: part of the three-minute run."""
+    """One row of the table: an operator, a size and a dtype. quick: part of the short run."""
 
     op: str
     size: tuple[int, ...]
