@@ -60,7 +60,7 @@ class Results:
         return self.rows.get((group, provider, value), (None,))[0]
 
     def ratio(self, group: str, slow: str, fast: str, value: Any = None) -> float | None:
-        """How many times the seconds of ``fast`` those of ``slow`` are."""
+        """The seconds of ``slow`` over those of ``fast``: the median of the turns' ratios."""
         if (group, slow, value) not in self.rows or (group, fast, value) not in self.rows:
             return None
         (slow_seconds, of_slow), (fast_seconds, of_fast) = self.rows[group, slow, value], self.rows[group, fast, value]

@@ -63,11 +63,15 @@ def _rows(kind: str, n: int, c: int) -> torch.Tensor:
 @pytest.mark.parametrize("n", [512, 4096])
 def test_angle_of_rows_of_either_kind(n: int, kind: str, provider: str, timed: Callable) -> None:
     """The angle loss with the gradient to the student alone: triplets a second."""
-    student, teacher = (_rows(k, n, c).to(DEVICE) for k, c in ((kind, 100), ("even", 101)))
-    student.requires_grad_()
 
-    def step() -> object:
-        with af.use_backend(provider):
-            return torch.autograd.grad(af.angle_loss(student, teacher), [student])
+    def prepare() -> tuple:
+        student, teacher = (_rows(k, n, c).to(DEVICE) for k, c in ((kind, 100), ("even", 101)))
+        student.requires_grad_()
 
-    timed(lambda: (step, {"triplets": n**3}), f"angle {n}x100, {kind} rows, one gradient", provider)
+        def step() -> object:
+            with af.use_backend(provider):
+                return torch.autograd.grad(af.angle_loss(student, teacher), [student])
+
+        return step, {"triplets": n**3}
+
+    timed(prepare, f"angle {n}x100, {kind} rows, one gradient", provider)

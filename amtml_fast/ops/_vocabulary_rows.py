@@ -84,9 +84,7 @@ def split_loss(
     settings = options, rule, len(teachers), [None if x is None else x.dtype for x in (student, *teachers, weights)]
     floats = weights, divergence.alpha, temperatures
     doubt = check_alike(function, vocabulary, student, settings, integers=[labels], floats=floats)
-    each, ce, stats = run(
-        SplitKD, any(needs), vocabulary, rule, student, weights, _kd.as_long(labels), temperatures, *teachers
-    )
+    each, ce, stats = run(SplitKD, any(needs), vocabulary, rule, student, weights, labels, temperatures, *teachers)
     return finished(vocabulary, each, ce, stats, weights, labels, options, divergence, need_stats, doubt)
 
 

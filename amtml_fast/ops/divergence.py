@@ -130,7 +130,7 @@ def divergence_loss(
     needs = needs_grad(student), needs_grad(weights), needs_grad(alpha)
     out = _kd.run(
         values, DivergenceKD, any(needs), student, weights, alpha,
-        (chosen, _kd.as_long(labels), temperatures, settings, needs, wide, need_stats, teachers), check=check_values,
+        (chosen, labels, temperatures, settings, needs, wide, need_stats, teachers), check=check_values,
     )  # fmt: skip
     if not need_stats:
         return out, None

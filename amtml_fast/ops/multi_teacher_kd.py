@@ -213,7 +213,6 @@ def _of_rows(
         weights = weights if weights.dtype == wide else weights.to(wide)
         weights = weights if weights.shape[0] == student.shape[0] else weights.expand(student.shape[0], -1)
     settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
-    labels = _kd.as_long(labels)
     return _kd.run(
         (name, labels, student.shape[1], options.ignore_index, None if need_terms else weights),
         MultiTeacherKD, any(needs), student, weights, (chosen, labels, settings, needs, wide, need_terms, teachers),

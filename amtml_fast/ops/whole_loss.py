@@ -62,7 +62,6 @@ def whole_loss(
         count = given if on_device else student.new_full((), float(given), dtype=torch.float64)  # no sync
     if chosen == "triton":  # the others check values themselves
         _kd.check_values(name, labels, student.shape[1], options.ignore_index, None)
-    labels = _kd.as_long(labels)
     return _kd.run(
         (name, labels, student.shape[1], options.ignore_index, None), WholeLoss, any(needs),
         *sources, student, labels, count, settings, *teachers,

@@ -278,8 +278,8 @@ AMTML_INLINE A maximum(const A* x, int64_t n) {
   return larger(folded<kLanes / 2>(most, larger), rest);
 }
 
-// An array that is not filled with zeros first, and starts at a cache line: no vector lies across two. (malloc hands
-// out small blocks again; where it has to align them it looks for new ones.)
+// An array that is not filled with zeros first, and starts at a cache line: no vector lies across two. It aligns
+// itself: malloc keeps small blocks for the next of their size, but cuts aligned ones out of larger memory each time.
 template <class T>
 class Buffer {
  public:
