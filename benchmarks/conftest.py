@@ -36,16 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=machine.clock))
         first.setdefault(_comparison(item), len(first))
-    items.sort(key=lambda item: (first[_comparison(item)], _parameters(item).get("turn", 0)))
-
-
-def _parameters(item: pytest.Item) -> dict[str, Any]:
-    return item.callspec.params if hasattr(item, "callspec") else {}
+    items.sort(key=lambda item: first[_comparison(item)])  # which leaves the turns of each in their order
 
 
 def _comparison(item: pytest.Item) -> tuple[str, str]:
     """What tests of several providers have in common."""
-    case = {name: value for name, value in _parameters(item).items() if name not in ("provider", "turn")}
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    case = {name: value for name, value in parameters.items() if name not in ("provider", "turn")}
     return item.nodeid.partition("[")[0], repr(sorted(case.items()))
 
 

@@ -127,13 +127,18 @@ def test_a_ratio_is_the_median_of_those_of_the_turns(tmp_path):
 
 def test_providers_are_timed_in_turn(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-q", "-m", "quick", "-p", "no:xdist"]
-    command += ["-k", "dual_softmax and not test_memory and (cpp or eager)", f"--benchmark-json={tmp_path / 'a.json'}"]
+    command += [
+        "-k",
+        "(dual_softmax or hint) and not test_memory and (cpp or eager)",
+        f"--benchmark-json={tmp_path / 'a.json'}",
+    ]
     # pytest-benchmark times nothing where it takes itself for a worker of pytest-xdist.
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     run = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:]
     rows = [row["extra_info"] for row in json.loads((tmp_path / "a.json").read_text())["benchmarks"]]
-    assert [(row["provider"], row["turn"]) for row in rows] == [(p, t) for t in range(3) for p in ("cpp", "eager")]
+    seen = [(row["op"], row["turn"], row["provider"]) for row in rows]
+    assert seen == [(op, t, p) for op in ("hint", "dual_softmax") for t in range(3) for p in ("cpp", "eager")]
     found = report.load([tmp_path / "a.json"])
     assert len(found.rows["dual_softmax 512x512 float32", "cpp", None][1]["turns"]) == 3
 
