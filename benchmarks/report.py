@@ -278,8 +278,8 @@ def steps(results: Results) -> str:
                 continue
             shares = measured[group, provider]
             cells = [f"{shares[part]:.1%}" if part in shares else "" for part in shown]
-            base = results.ratio(group, "a loop as published", provider)
-            rows.append([group, provider, f"{facts['images'] / seconds:,.1f}", ratio_text(base), *cells])
+            faster = ratio_text(results.ratio(group, "a loop as published", provider))
+            rows.append([group, provider, f"{facts['images'] / seconds:,.1f}", faster, *cells])
     return markdown_table(["training step", "by", "images/s", "vs published loop", *shown], rows)
 
 
@@ -317,9 +317,9 @@ def linear(results: Results) -> str:
     for group in (g for g in results.groups() if g.startswith("fused_linear_kd")):
         for provider in results.providers(group):
             seconds, facts = results.rows[group, provider, None]
-            products = results.ratio(group, provider, "products")
-            share = f"{products:.2f}" if products else ""
-            rows.append([group, provider, time_text(seconds), share, bytes_text(facts.get("extra_bytes"))])
+            share = results.ratio(group, provider, "products")
+            of_products = "" if share is None else f"{share:.2f}"
+            rows.append([group, provider, time_text(seconds), of_products, bytes_text(facts.get("extra_bytes"))])
     return markdown_table(["from hidden states", "by", "time", "of its products", "memory beside the inputs"], rows)
 
 

@@ -57,6 +57,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Half = torch::headeronly::Half;
 using BFloat16 = torch::headeronly::BFloat16;
+using Tensor5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 // Sizes or strides of a tensor. (As std::vectors they were every fifth memory block that a small loss asked for.)
 class Shape {
  public:
@@ -78,8 +81,6 @@ class Shape {
   int64_t sizes_[kMost] = {};
   size_t count_ = 0;
 };
-using Tensor5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-using Tensor8 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The dtype that sums, products and exponentials are made in.
 inline ScalarType wide_dtype(ScalarType a) { return a == ScalarType::Double ? a : ScalarType::Float; }
