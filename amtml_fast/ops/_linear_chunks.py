@@ -106,13 +106,15 @@ class Call:
                 return [(None, self.rows, everyone)]
             rows = valid.nonzero().squeeze(1)
             return [(rows, rows.shape[0], everyone)]
-        key = self.index if valid is None else torch.where(valid, self.index, len(everyone))
+        key = torch.where(self.index < len(everyone), self.index, -1)  # above all teachers stand the ignored rows
+        key = key if valid is None else torch.where(valid, key, len(everyone))
         key, order = key.sort(stable=True)
         starts = torch.searchsorted(
             key, torch.arange(len(everyone) + 2, dtype=key.dtype, device=key.device)
         ).tolist()  # the one sync
-        if starts[0] > 0 or starts[-1] < self.rows:
-            low, high = int(key[0]), int(key[-1])
+        if starts[0] > 0:
+            counted = self.index if valid is None else self.index[valid]
+            low, high = map(int, counted.aminmax())
             raise ValueError(f"{NAME}: teacher_index must be in [0, {len(everyone)}), got values in [{low}, {high}]")
         return [(order[a:b], b - a, [t]) for t, (a, b) in enumerate(itertools.pairwise(starts[:-1])) if b > a]
 

@@ -235,6 +235,23 @@ def test_routing(divergence):
 
 
 @cpu_only
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("wrong", [-1, 2, 3])
+def test_a_teacher_that_is_not_there_is_an_error_where_the_operator_itself_has_to_see_it(wrong, labels):
+    compiled = torch.compile(
+        fused_loss, fullgraph=True, backend="aot_eager"
+    )  # checks of values are not part of a graph
+    args = inputs("linear", "topk", weights=False, labels=labels)
+    index = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1, 0])
+    index[0] = wrong
+    assert not labels or args[4][0] != -100
+    with pytest.raises(
+        ValueError, match=rf"teacher_index must be in \[0, 2\), got values in \[{min(wrong, 0)}, {max(wrong, 1)}\]"
+    ):
+        compiled(*args, teacher_index=index)
+
+
+@cpu_only
 def test_only_the_products_of_routed_and_counted_rows_are_made(monkeypatch):
     made, product = [], _linear_chunks.Call.logits
 
