@@ -101,8 +101,9 @@ class AdaptiveKD(Objective):
         terms = {name: getattr(out, name) for name in TERMS}
         terms["kd"] = self.factor * out.kd
         if step.hidden:
-            ce = (1 - settings.alpha) * cross_entropy(step, settings)
-            loss, terms["ce"], terms["kd"] = loss + ce, ce.detach(), terms["kd"] + ce.detach()
+            ce = cross_entropy(step, settings)
+            share = (1 - settings.alpha) * ce
+            loss, terms["ce"], terms["kd"] = loss + share, ce.detach(), terms["kd"] + share.detach()
         if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
             weights = self.adapter(step.features) if settings.angle_trains_weights else out.weights
             mixed = mixed_targets(step.teacher_logits, weights, settings.temperature)
