@@ -22,7 +22,7 @@ GALLERY = 6  # images in the picture of the paper's Figure 4
 LITTLE, MUCH = 0.5, 1.5  # times the equal weight: what counts as little and as much
 
 
-def has_adapter(run: Run) -> bool:
+def learns_weights(run: Run) -> bool:
     """Whether the finished run has learned weights for its teachers: by an adapter, or fitted before the training."""
     recipe = run.read_record()["recipe"]
     method = METHODS.get(recipe["method"])

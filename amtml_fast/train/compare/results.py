@@ -24,11 +24,11 @@ from ..run.folder import Run
 from ..run.job import Job
 from ..run.versions import versions
 from ..teachers.frozen import Teachers
-from .answers import GALLERY, has_adapter, most_disputed, soft_targets, teacher_logits, weights_and_logits
+from .answers import GALLERY, learns_weights, most_disputed, soft_targets, teacher_logits, weights_and_logits
 
 RESULTS = {"test": "test_accuracy", "validation": "val_accuracy"}  # keys of result.json
 OURS = ("gated_kd", "amtml_kd")  # the first that is compared is what the others are compared with
-ADAPTERS = 5  # methods in the picture of the teacher weights
+SHOWN = 5  # methods in the picture of the teacher weights
 
 
 @dataclass(frozen=True)
@@ -294,21 +294,21 @@ def write_figures(
     if teachers is None or not weighted:
         return out
     ours, _ = ours_and_others(found.main)
-    adapters = [label for label in weighted if has_adapter(found.runs[label][0])]
-    adapters.sort(key=lambda label: label != ours.label)
+    learners = [label for label in weighted if learns_weights(found.runs[label][0])]
+    learners.sort(key=lambda label: label != ours.label)
     asked = teachers.only(teachers.names[: most(config)], hints=bool(teachers.channels))
-    first = sorted(weighted, key=lambda label: label not in adapters)[:ADAPTERS]  # learned weights before others
+    first = sorted(weighted, key=lambda label: label not in learners)[:SHOWN]  # learned weights before others
     out.draw("entropy", lambda path: curves.entropy({label: weighted[label] for label in first}, path, asked.names))
-    if not adapters:
+    if not learners:
         return out
-    adapted = next(job for job in jobs if job.folder == found.runs[adapters[0]][0].folder)
+    learner = next(job for job in jobs if job.folder == found.runs[learners[0]][0].folder)
 
     @functools.cache
     def examples() -> tuple[Any, ...]:
         """Images on which the teachers disagree, the class names, the soft targets, the weights and the labels."""
-        probs = soft_targets(teacher_logits(asked, data.val, data), adapted.config.loss.temperature)
+        probs = soft_targets(teacher_logits(asked, data.val, data), learner.config.loss.temperature)
         chosen = most_disputed(probs, data.val.labels)[:GALLERY]
-        weights = weights_and_logits(adapted, asked, data.val, data)[0][chosen]
+        weights = weights_and_logits(learner, asked, data.val, data)[0][chosen]
         images, labels = data.val.images[chosen].cpu().numpy(), data.val.labels[chosen].tolist()
         return images, list(data.classes), probs[chosen].numpy(), weights.numpy(), labels
 

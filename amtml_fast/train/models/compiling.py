@@ -14,27 +14,16 @@ MOST_NETWORKS = 64
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """A network that trains."""
-    _make_room()
-    network.compile(dynamic=False)
+    from torch._dynamo import config
 
-
-def compile_frozen(network: nn.Module) -> None:
-    """A network that never trains, to be called under `as_constants`."""
-    _make_room()
+    config.recompile_limit = max(config.recompile_limit, MOST_NETWORKS)
     network.compile(dynamic=False)
 
 
 def as_constants() -> AbstractContextManager[None]:
-    """Within it weights are constants of the code that is compiled without gradients. On the CPU that code then packs them
-    for its convolutions, and computes what follows each of these with it."""
+    """For calls of compiled networks that never train: within it weights are constants of the code that is compiled without
+    gradients. On the CPU that code then packs them for its convolutions, and computes what follows each of these with it."""
     # Not an option of compile(): the tracer looks at the global setting alone, and makes the weights inputs without it.
     from torch._inductor import config
 
     return config.patch(freezing=True)
-
-
-def _make_room() -> None:
-    from torch._dynamo import config
-
-    config.recompile_limit = max(config.recompile_limit, MOST_NETWORKS)

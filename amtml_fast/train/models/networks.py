@@ -74,7 +74,7 @@ class ResNet(nn.Module):
 
 
 class SmallCNN(nn.Module):
-    """Three 3x3 convolutions at width, 2*width and 4*width 2x2 max-pooling between, one linear layer."""
+    """Three 3x3 convolutions of width, 2 * width and 4 * width channels with 2x2 max-pooling between, one linear layer."""
 
     def __init__(self, num_classes: int, width: int, in_channels: int) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ import jinja2
 import numpy as np
 
 from ..compare import results
-from ..compare.answers import has_adapter
+from ..compare.answers import learns_weights
 from ..config.schema import ConfigError
 from ..figures import numbers, tables
 from ..files import write_atomic
@@ -58,8 +58,8 @@ def render(found: Gathered, images: Sequence[int] | None, display: Display) -> s
     weighted = {
         name: runs for name, runs in metrics.items() if any("entropy" in epoch for run in runs for epoch in run)
     }
-    adapters = {name: [run for run in runs if run.finished() and has_adapter(run)] for name, runs in shown.items()}
-    adapters = {name: runs for name, runs in adapters.items() if runs}
+    learners = {name: [run for run in runs if run.finished() and learns_weights(run)] for name, runs in shown.items()}
+    learners = {name: runs for name, runs in learners.items() if runs}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -77,8 +77,8 @@ def render(found: Gathered, images: Sequence[int] | None, display: Display) -> s
         main=main_table(found),
         sections=other_tables(found),
         curves=curves(metrics),
-        asked=page_images.sections(adapters, images, display),
-        weights=weights(weighted, shown, set(adapters)),
+        asked=page_images.sections(learners, images, display),
+        weights=weights(weighted, shown, set(learners)),
         bounds=(UNIFORM, ONE_HOT),
         time=time(shown),
         again=again(found),
@@ -192,7 +192,7 @@ def loss_terms(name: str, runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[
     return chart, "; ".join([*(["log scale"] if log else []), *left_out])
 
 
-def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set[str]) -> list[dict[str, Any]]:
+def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], learners: set[str]) -> list[dict[str, Any]]:
     """Entropy, mean weight and share of examples won by epoch, and what the trainer says about the last epoch."""
     out = []
     for name, runs in weighted.items():
@@ -215,7 +215,7 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], adapters: set
             equal = [Mark(1 / count, "equal")] if key == "weight_mean" else []
             words = f"{name}: {title.lower()} of each teacher by epoch, at the end {said}"
             charts.append((title, svg.lines(lines, words, limits=(0, 1), marks=equal)))
-        learned = name in adapters
+        learned = name in learners
         last = [run[-1] for run in runs if run]
         states = [collapsed(row, teachers) for row in last] if learned else []
         said = next((f"{sum(map(bool, states))} of {len(states)} runs: {state}" for state in states if state), "")

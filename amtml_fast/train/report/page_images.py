@@ -29,12 +29,12 @@ SHOWN = 5  # classes of an image
 Asked = dict[str, list[tuple[Job, Tensor, Tensor]]]  # method -> a run: its job, weights [N, T], student's logits [N, C]
 
 
-def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None, display: Display) -> dict[str, Any]:
+def sections(learners: Mapping[str, Sequence[Run]], images: Sequence[int] | None, display: Display) -> dict[str, Any]:
     """`images` and `classes`; or `missing`, the sentence that says why there are none."""
-    if not adapters:
+    if not learners:
         return {"missing": "No finished run here has learned weights for its teachers, so there are none to show."}
     try:
-        jobs = {name: [job_of_run(run) for run in runs] for name, runs in adapters.items()}
+        jobs = {name: [job_of_run(run) for run in runs] for name, runs in learners.items()}
         first = next(iter(jobs.values()))[0]
         same = {name: [job for job in each if alike(job, first)] for name, each in jobs.items()}
         data = load_data(first.config)
@@ -56,7 +56,7 @@ def sections(adapters: Mapping[str, Sequence[Run]], images: Sequence[int] | None
             for job in each:
                 asked.setdefault(name, []).append((job, *answers.weights_and_logits(job, teachers, data.test, data)))
                 bar.add(1)
-    left_out = [name for name in adapters if name not in asked]
+    left_out = [name for name in learners if name not in asked]
     return {
         "missing": "",
         "images": image_section(asked, logits, data, images),

@@ -17,7 +17,7 @@ from ..data.images import Batch, ImageData, Loader, random_stream
 from ..data.parts import known
 from ..files import RunError, sha256
 from ..models import zoo
-from ..models.compiling import as_constants, compile_frozen
+from ..models.compiling import as_constants, compile_in_place
 from ..models.evaluate import EVAL_BATCH, accuracy
 from ..models.features import FeatureExtractor
 from ..models.folding import fold
@@ -97,7 +97,7 @@ class Teachers:
         for name, model in zip(self.names, self.models, strict=True):
             if name not in self.fast:
                 self.fast[name] = faster(model, compiled=self.compiled)
-        with as_constants() if images.device.type == "cpu" else nullcontext():
+        with as_constants() if self.compiled and images.device.type == "cpu" else nullcontext():
             return self._outputs(images, [self.fast[name] for name in self.names])
 
     def _outputs(self, images: Tensor, teachers: Sequence[Callable[[Tensor], Any]]) -> Outputs:
@@ -159,7 +159,7 @@ def faster(model: FeatureExtractor, *, compiled: bool) -> FeatureExtractor:
     model = copy.deepcopy(model)
     fold(model.model)
     if compiled:
-        compile_frozen(model)
+        compile_in_place(model)
     return model
 
 
