@@ -146,7 +146,7 @@ class AMTMLLoss(nn.Module):
         chosen, sources = None, (None, None, None, None)
         if not gather:
             sources = self._sources(features, student, labels, len(teachers))
-            chosen = whole_loss.fused_by(student, *teachers, *sources)
+            chosen = whole_loss.fused_by(student, teachers, *sources)
         if chosen is not None:
             out = self._fused(chosen, student, teachers, labels, sources, num_items_in_batch)
         else:

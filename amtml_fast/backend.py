@@ -21,6 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter 
 # The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
 TRITON_FROM = 7  # the compute capability of an NVIDIA GPU
+MOST_TEACHERS, MOST_ENTRIES = 32, 8192  # CUDA kernels: of a row; entries are the classes that its top-k teachers name
 # The operators, and those that each backend has: the files in ops/ fill both.
 OPS: list[str] = []
 KERNELS: dict[str, list[str]] = {"cpp": [], "cuda": [], "triton": []}
@@ -169,11 +170,22 @@ def _why_not_dtypes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str 
     return None
 
 
-def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+def _why_not_sizes(name: str, teachers: int, entries: int) -> str | None:
+    """Why backend ``name`` does not take so many teachers, or entries of a row; None if it does."""
+    if name != "cuda":
+        return None
+    if teachers > MOST_TEACHERS:
+        return f"its kernels take at most {MOST_TEACHERS} teachers, got {teachers}"
+    if entries > MOST_ENTRIES:
+        return f"its kernels take at most {MOST_ENTRIES} classes a row from all teachers together, got {entries}"
+    return None
+
+
+def runs(op: str, first: torch.Tensor, *others: torch.Tensor | None, teachers: int = 1) -> str | None:
     """The compiled backend that runs ``op`` on these tensors, or None; the chosen one may lack a kernel for it."""
     if _active != "auto" and op not in KERNELS.get(_active, ()):
         return None
-    name = choose(op, first, *others)
+    name = choose(op, first, *others, teachers=teachers)
     return None if name == "reference" else name
 
 
@@ -187,7 +199,7 @@ def order(op: str, first: torch.Tensor) -> tuple[str, ...]:
     return ()
 
 
-def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
+def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None, teachers: int = 1, entries: int = 0) -> str:
     """The backend that runs ``op`` on these tensors: never ``auto``, raises if the chosen one cannot."""
     tensors, device_type = (first, *others), first.device.type
     plain = _needs_plain_torch(tensors)
@@ -196,9 +208,11 @@ def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None) -> str:
         if plain is None and not _is_exporting():
             for name in order(op, first):
                 if why_not(op, name, device_type, index) is None and _why_not_dtypes(name, tensors) is None:
-                    return name
+                    if _why_not_sizes(name, teachers, entries) is None:
+                        return name
         return "reference"
     reason = why_not(op, _active, device_type, index) or _why_not_dtypes(_active, tensors)
+    reason = reason or _why_not_sizes(_active, teachers, entries)
     reason = reason or (plain if _active != "reference" else None)
     if reason is not None:
         raise RuntimeError(f'{op}: backend "{_active}" cannot run here: {reason}. use_backend("reference") always runs')

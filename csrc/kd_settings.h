@@ -48,4 +48,8 @@ struct DivergenceSettings {
   }
 };
 
+// What the operators of topk_bucket hand one another; amtml_fast/ops/topk_bucket.py describes it.
+constexpr int64_t kNobody = -(int64_t{1} << 62);  // in the place of a class: the entry is of the bucket
+constexpr int kFound = 8;                         // numbers a row
+
 }  // namespace amtml

@@ -65,7 +65,7 @@ LEAST_MIXTURE: tl.constexpr = tl.constexpr(2.0**-120)  # of p and q, whose inver
 
 
 @triton.jit
-def _class_terms(p, q, log, difference, total, log_total, by_total, share, KIND: tl.constexpr):
+def _class_terms(p, q, log, difference, log_total, by_total, share, KIND: tl.constexpr):
     """What a class adds to D, r and a (but for a constant: see ``constants``). The two KLs need log(p / (total q)), which does
     not count where one side has no probability, p - total q, and log total and 1 / total, where total is the mass of p. share: of p
     and of q in the mixture m."""
@@ -181,7 +181,7 @@ def _to_mixture(
         log_tiny, shares = _log_of_tiny(halves, half, log_ratios, inverses, weights)
         log = tl.where(tiny, log_tiny - log_total, log)
         lost = tiny & (q != 0) & (log == -float("inf"))
-    value, r, a = _class_terms(p, q, log, difference, total, log_total, by_total, share, KIND)
+    value, r, a = _class_terms(p, q, log, difference, log_total, by_total, share, KIND)
     if KIND == "reverse_kl":
         r = tl.where(lost, q, r)
     if KIND == "forward_kl":
@@ -210,7 +210,7 @@ def to_each(e, half, inverse, halves, probs, weights, log_ratios, share, KIND: t
         log = p
         if (KIND == "forward_kl") | (KIND == "reverse_kl"):
             log = (halves[t] - half) * (2 * LN2) - log_ratios[t]
-        value, r, a = _class_terms(p, q, log, p - q, 1.0, 0.0, 1.0, share, KIND)
+        value, r, a = _class_terms(p, q, log, p - q, 0.0, 1.0, share, KIND)
         values = values + (value,)
         gone = (q != 0) & (log == -float("inf")) & (weights[t] != 0)
         if KIND == "reverse_kl":

@@ -36,8 +36,8 @@ def _load_indices(indices, rows, entries, start, ENTRIES: tl.constexpr):
     return entry, there, tl.load(indices + rows * entries + entry, mask=there, other=-1)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _bucket_mark_kernel(indices, bits, n, c, entries, words, ENTRIES: tl.constexpr):
+@triton.jit
+def _bucket_mark_kernel(indices, bits, c, entries, words, ENTRIES: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     for start in range(0, entries, ENTRIES):
         _, there, index = _load_indices(indices, row, entries, start, ENTRIES)
@@ -239,9 +239,7 @@ def _numbers(
 @kept
 def _mark(n: int, c: int, entries: int, words: int) -> Launch:
     block = min(ENTRIES, triton.next_power_of_2(entries))
-    return Launch(
-        _bucket_mark_kernel, (n,), n=n, c=c, entries=entries, words=words, ENTRIES=block, num_warps=1, **OPTIONS
-    )
+    return Launch(_bucket_mark_kernel, (n,), c=c, entries=entries, words=words, ENTRIES=block, num_warps=1, **OPTIONS)
 
 
 @kept

@@ -274,6 +274,11 @@ def asked(grad: Tensor | None, needed: bool) -> Tensor | None:
     return grad if needed else None
 
 
+def in_dtypes(ctx: Any, grads: Iterable[Any]) -> list[Tensor | None]:
+    """Each gradient in the dtype of its input, where it is needed."""
+    return [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
+
+
 def scaled(ctx: Any, grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
     """``grad * by`` of gradients that forward has saved, without a second buffer where no second backward can come."""
     if not may_overwrite_saved(ctx):

@@ -28,9 +28,14 @@ TOPK_SETTINGS = SETTINGS.replace("mode", "tail")
 def settings(options: KDOptions, labeled: bool) -> tuple:
     """The values of ``SETTINGS``."""
     temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing = options
-    ce_weight, kl_weight = (1.0 - alpha, float(alpha)) if labeled else (0.0, 1.0)
+    ce_weight, kl_weight = term_weights(alpha, labeled)
     kl_scale = float(temperature) ** 2 if t2_scale else 1.0
     return float(temperature), ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, float(label_smoothing)
+
+
+def term_weights(alpha: float, labeled: bool) -> tuple[float, float]:
+    """Of the cross-entropy and of the KL."""
+    return (1.0 - alpha, float(alpha)) if labeled else (0.0, 1.0)
 
 
 # --- checks of shapes and options
@@ -50,9 +55,10 @@ def check_logits(function: str, student_logits: Tensor) -> None:
 
 
 def one_a_teacher(
-    function: str, name: str, value: Tensor | Sequence[Tensor], student_logits: Tensor, stacked: str
+    function: str, name: str, value: Tensor | Sequence[Tensor], student_logits: Tensor, last: str
 ) -> list[Tensor]:
-    """One tensor per teacher, from a list or from one tensor of the shape ``stacked``."""
+    """One tensor per teacher, from a list or from one tensor; ``last``: the name of its last dimension."""
+    stacked = f"[T, N, {last}]" if student_logits.dim() == 2 else f"[T, B, S, {last}]"
     if isinstance(value, Tensor):
         if value.dim() != student_logits.dim() + 1:
             wanted = f"a list of tensors or one {stacked} tensor"

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from amtml_fast import checks
-from amtml_fast.ops._base import asked, empty, saved, scaled
+from amtml_fast.ops._base import asked, empty, in_dtypes, saved, scaled
 from amtml_fast.reference import wide_dtype
 
 
@@ -23,11 +23,6 @@ def check_sides(function: str, student: Tensor, teacher: Tensor) -> None:
 def scaled_sides(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
     """The gradients to both sides that forward has saved, for this gradient of the loss."""
     return in_dtypes(ctx, scaled(ctx, map(asked, saved(ctx), ctx.needs), grad_loss))
-
-
-def in_dtypes(ctx: Any, grads: Any) -> list[Tensor | None]:
-    """Each gradient in the dtype of its input, where it is needed."""
-    return [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
 
 
 def fake_grads(student: Tensor, teacher: Tensor, need_student: bool, need_teacher: bool) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,6 @@ from amtml_fast.ops._base import (
 )
 from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
 
-MOST_TEACHERS, MOST_ENTRIES = 32, 8192  # of a row, that the GPUs' kernel between the sweeps takes
-
 
 def sweep_settings(options: KDOptions, labeled: bool) -> tuple:
     """What `topk_bucket_fwd` and `topk_bucket_bwd` take of the options, but for ``in_float64``."""

@@ -48,12 +48,13 @@ def rule_of(
     wide: torch.dtype,
     needs: tuple[bool, bool],
     need_stats: bool,
+    teachers: int,
     student: Tensor,
     *others: Tensor | None,
 ) -> Rule:
-    """``others``: all other tensors with numbers, but for alpha."""
+    """``teachers``: of a row; ``others``: all other tensors with numbers, but for alpha."""
     labeled = labels is not None and (divergence.alpha is not None or options.alpha != 1)
-    chosen = backend.choose("divergence", student, *others, divergence.alpha)
+    chosen = backend.choose("divergence", student, *others, divergence.alpha, teachers=teachers)
     return Rule(
         divergence._replace(alpha=None, temperature=None), options.mode, float(options.temperature), options.ignore_index,
         float(options.label_smoothing), labeled, *needs, need_stats, wide, chosen,
@@ -80,7 +81,7 @@ def split_loss(
     divergence = divergence.in_dtype(wide)
     temperatures = divergence.temperature
     needs = needs_grad(student), needs_grad(weights)
-    rule = rule_of(options, divergence, labels, wide, needs, need_stats, student, weights, *teachers)
+    rule = rule_of(options, divergence, labels, wide, needs, need_stats, len(teachers), student, weights, *teachers)
     settings = options, rule, len(teachers), [None if x is None else x.dtype for x in (student, *teachers, weights)]
     floats = weights, divergence.alpha, temperatures
     doubt = check_alike(function, vocabulary, student, settings, integers=[labels], floats=floats)

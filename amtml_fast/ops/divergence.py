@@ -111,7 +111,7 @@ def divergence_loss(
     """The loss of checked rows [N, C], and with ``need_stats`` their statistics."""
     wide = wide_dtype(student, *teachers, weights)
     divergence = divergence.in_dtype(wide)
-    chosen = backend.choose("divergence", student, weights, divergence.alpha, *teachers)
+    chosen = backend.choose("divergence", student, weights, divergence.alpha, *teachers, teachers=len(teachers))
     values = _NAME, labels, options.ignore_index, divergence, student.shape[1], weights
     if chosen != "cpp":  # the C++ kernel checks values itself
         check_values(*values)
@@ -122,7 +122,7 @@ def divergence_loss(
     if weights is not None:
         weights = weights.to(wide).expand(student.shape[0], -1)
     alpha, temperatures = divergence.alpha, divergence.temperature
-    ce_weight, kl_weight = (1.0 - options.alpha, float(options.alpha)) if labels is not None else (0.0, 1.0)
+    ce_weight, kl_weight = _kd.term_weights(options.alpha, labels is not None)
     settings = (
         divergence.name, divergence.beta, options.mode, list(divergence.teacher_temperatures), float(options.temperature),
         options.t2_scale, ce_weight, kl_weight, options.reduction, options.ignore_index, float(options.label_smoothing),

@@ -17,6 +17,7 @@ from amtml_fast.ops import _kd
 from amtml_fast.ops._base import (
     define,
     first_order,
+    in_dtypes,
     kernels,
     may_overwrite_saved,
     needs_grad,
@@ -114,14 +115,15 @@ def fused_linear_kd_loss(
 
     Logits are float32 (float64 if an input is) for every dtype of the inputs, under autocast, too. On a GPU 16-bit hidden states
     and weight of the same dtype are multiplied as they are, and the gradient of the logits is rounded to that dtype before its
-    products; where the two differ, both are converted. On the CPU all products are float32.
+    products; where the two differ, both are converted. On the CPU all products are of the logits' dtype.
 
     On the CPU an ignored row costs nothing. On a GPU it costs as much as another, because to count them would be a sync; with
     ``teacher_index`` there is one sync a call, which counts both.
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU the values of
-            weights, labels, ``temperature`` and ``alpha`` are not looked at.
+            ``teacher_index`` are, a label out of range stops the CUDA kernel or makes its row NaN (Triton), and those of weights,
+            ``temperature`` and ``alpha`` are not looked at.
     """
     if splits(student_weight, 0) and replicated(student_hidden):
         parts = DTensors(NAME, process_group, "student_weight", student_weight)
@@ -171,7 +173,17 @@ def fused_linear_kd_loss(
     floating = [x for x in flat if x.is_floating_point()]
     wide = wide_dtype(student_hidden, student_weight, student_bias, weights, *floating)
     more = more.in_dtype(wide)
-    chosen = backend.choose("fused_linear_kd", student_hidden, student_weight, student_bias, weights, more.alpha, *flat)
+    numbers = reference.divergence_numbers(temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing)
+    row_kernel, at_once = _row_kernel(kinds, numbers, more, index, return_stats), 1 if index is not None else len(kinds)
+    given = (
+        [x.shape[-1] for x in flat if not x.is_floating_point()]
+        if row_kernel == "topk_kd" and vocabulary is None
+        else [0]
+    )
+    chosen = backend.choose(
+        "fused_linear_kd", student_hidden, student_weight, student_bias, weights, more.alpha, *flat,
+        teachers=at_once, entries=max(given) if at_once == 1 else sum(given),
+    )  # fmt: skip
     if chosen == "reference" and vocabulary is None:
         return reference.fused_linear_kd_loss(
             student_hidden, student_weight, teachers, teacher_weights, labels,
@@ -185,11 +197,10 @@ def fused_linear_kd_loss(
     weights = None if weights is None else weights.to(wide).expand(rows, -1)
     alphas, temperatures = more.alpha, more.temperature
     flat = [x.reshape(rows, x.shape[-1]) if row_wise else x for x, row_wise in zip(flat, of_rows(kinds))]
-    numbers = reference.divergence_numbers(temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing)
     row_reduction = reduction if num_items_in_batch is None else "sum"
-    ce_weight, kl_weight = (1.0 - numbers.alpha, float(numbers.alpha)) if labels is not None else (0.0, 1.0)
+    ce_weight, kl_weight = _kd.term_weights(numbers.alpha, labels is not None)
     settings = Settings(
-        chosen, _row_kernel(kinds, numbers, more, index, return_stats), more.name, more.beta, mode,
+        chosen, row_kernel, more.name, more.beta, mode,
         list(more.teacher_temperatures), float(numbers.temperature), t2_scale, ce_weight, kl_weight, row_reduction,
         ignore_index, float(label_smoothing), float(logit_scale), float(softcap or 0), chunk_size or 0, accumulate == "bf16",
     )  # fmt: skip
@@ -288,8 +299,7 @@ class FusedLinearKD(torch.autograd.Function):
             grads = torch.ops.amtml.fused_linear_kd_bwd.default(
                 grad_loss, *inputs, labels, index, temperatures, kept[8:], ctx.kinds, *ctx.settings, *ctx.needs
             )
-        made = [None if not needed else g.to(dtype) for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)]
-        return *made, *fixed
+        return *in_dtypes(ctx, grads), *fixed
 
 
 def _times(ctx: Any, grads: Sequence[Tensor | None], by: Tensor) -> list[Any]:

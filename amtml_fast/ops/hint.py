@@ -11,6 +11,7 @@ from amtml_fast.ops._base import (
     define,
     empty,
     first_order,
+    in_dtypes,
     kernels,
     needs_grad,
     operator,
@@ -119,7 +120,7 @@ class Hint(torch.autograd.Function):
     @first_order("hint_loss")
     def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         grads = scaled(ctx, map(asked, saved(ctx), ctx.needs), grad_loss)
-        return *(g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, ctx.needs)), None
+        return *in_dtypes(ctx, grads), None
 
 
 class HintMSE(torch.autograd.Function):

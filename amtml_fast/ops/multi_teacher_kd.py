@@ -57,7 +57,7 @@ def multi_teacher_kd_loss(
         q, p_t = softmax(student / temperature), softmax(teacher_t / teacher_temperature_t)
         D = D(sum_t w_t p_t, q)                             # mode "mixture": Eq 7
         D = sum_t w_t D(p_t, q)                             # mode "sum"
-        D = D(softmax(sum_t w_t teacher_t / temperature_t), q)    # mode "logits"
+        D = D(softmax(sum_t w_t teacher_t / teacher_temperature_t), q)    # mode "logits"
         loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * D
         loss = temperature**2 * D         # without labels: alpha plays no part
 
@@ -102,8 +102,9 @@ def multi_teacher_kd_loss(
     gradient 0 at that class. Gradients flow to ``student_logits``, ``teacher_weights`` and ``alpha``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU the values of
-            weights, labels, ``temperature`` and ``alpha`` are not looked at.
+        ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU a
+            label out of range stops the CUDA kernel or makes its row NaN (Triton); the values of weights, ``temperature`` and
+            ``alpha`` are not looked at.
     """
     name = "multi_teacher_kd_loss"
     if splits(student_logits, -1):
@@ -170,7 +171,7 @@ def check_arguments(
     """Rows, classes and the list of teachers of arguments that fit together."""
     _kd.check_logits(function, student_logits)
     wanted_shape, device = student_logits.shape, student_logits.device
-    teachers = _kd.one_a_teacher(function, "teacher_logits", teacher_logits, student_logits, "[T, N, C]")
+    teachers = _kd.one_a_teacher(function, "teacher_logits", teacher_logits, student_logits, "C")
     for i, teacher in enumerate(teachers):
         if (
             isinstance(teacher, Tensor)
@@ -202,7 +203,7 @@ def _of_rows(
     """The loss; with ``need_terms`` all of ``KDTerms``, whose loss and probabilities are differentiable."""
     name = "multi_teacher_kd_loss"
     _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
-    chosen = backend.choose("multi_teacher_kd", student, weights, *teachers)
+    chosen = backend.choose("multi_teacher_kd", student, weights, *teachers, teachers=len(teachers))
     if chosen != "cpp":  # the C++ kernel checks values itself
         _kd.check_values(name, labels, student.shape[1], options.ignore_index, None if need_terms else weights)
     if chosen == "reference":

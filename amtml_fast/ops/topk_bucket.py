@@ -16,8 +16,6 @@ from amtml_fast import backend, reference
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, save, saved
 from amtml_fast.ops._topk_bucket_kernels import (
-    MOST_ENTRIES,
-    MOST_TEACHERS,
     kernel_stats,
     one_pass_loss,
     sweep_settings,
@@ -130,7 +128,7 @@ def bucket_loss(
         stats = _stats(
             student, vocabulary, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy,
             of_outcomes(kl_rows(*(y.unsqueeze(2) for y in (outcomes, log_p, log_q))), sizes),
-            by_teacher(named.p, sizes), rough, valid, tau,
+            by_teacher(named.p, sizes), rough, valid,
         )  # fmt: skip
     return loss, _typed(stats, wide)
 
@@ -239,7 +237,7 @@ def _tail_rows(
         entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
         stats = _stats(
             student, vocabulary, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, rough,
-            valid, tau,
+            valid,
         )  # fmt: skip
     return loss, _typed(stats, wide)
 
@@ -250,7 +248,7 @@ def _classes(student: Tensor, vocabulary: Vocabulary | None) -> int:
 
 def _kernels_take(sizes: list[int]) -> bool:
     """Whether the GPUs' kernels of what is named take so many teachers and entries."""
-    return len(sizes) <= MOST_TEACHERS and sum(sizes) <= MOST_ENTRIES
+    return len(sizes) <= backend.MOST_TEACHERS and sum(sizes) <= backend.MOST_ENTRIES
 
 
 def _chosen(
@@ -332,7 +330,6 @@ def _stats(
     masses: Tensor,  # [N, T]
     w: Tensor,
     valid: Tensor,
-    tau: float,
 ) -> KDStats:
     classes, entries = _classes(student, vocabulary), named.heads.shape[1]
     if vocabulary is None:

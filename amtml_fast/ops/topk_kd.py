@@ -60,8 +60,8 @@ def topk_kd_loss(
         loss = (1 - alpha) * cross_entropy(student, labels) + alpha * temperature**2 * kl
         loss = temperature**2 * kl        # without labels: alpha plays no part
 
-    A row costs O(C + T k log(T k)), with ``tail="bucket"`` or ``return_stats`` O(C + T^2 k + T k log(T k)), and no dense teacher is
-    built. To make what a teacher stores from its logits [N, C]::
+    A row costs O(C + T^2 k), on a GPU a sort of its T k entries as well (CUDA) or their comparison with one another (Triton), and no
+    dense teacher is built. To make what a teacher stores from its logits [N, C]::
 
         top = (teacher_logits / temperature).log_softmax(-1).topk(k)
         log_probs, indices = top.values, top.indices
@@ -177,7 +177,7 @@ def topk_loss(
     values: tuple,
 ) -> Tensor:
     """The loss of checked rows, but for the tail "bucket"."""
-    chosen = backend.choose("topk_kd", student, weights, log_probs)
+    chosen = backend.choose("topk_kd", student, weights, log_probs, teachers=len(sizes), entries=sum(sizes))
     if chosen != "cpp":  # the C++ kernel checks values itself
         _kd.check_values(*values)
     if chosen == "reference":
@@ -208,8 +208,8 @@ def _check_arguments(
     vocabulary: Vocabulary | None,
 ) -> tuple[int, int, list[Tensor], list[Tensor]]:
     """Rows, classes, and of every teacher its classes and their log-probabilities."""
-    indices = _kd.one_a_teacher(function, "teacher_indices", teacher_indices, student_logits, "[T, N, k]")
-    log_probs = _kd.one_a_teacher(function, "teacher_log_probs", teacher_log_probs, student_logits, "[T, N, k]")
+    indices = _kd.one_a_teacher(function, "teacher_indices", teacher_indices, student_logits, "k")
+    log_probs = _kd.one_a_teacher(function, "teacher_log_probs", teacher_log_probs, student_logits, "k")
     if len(indices) != len(log_probs):
         raise ValueError(
             f"{function}: teacher_log_probs must hold {len(indices)} teachers like teacher_indices, got {len(log_probs)}"

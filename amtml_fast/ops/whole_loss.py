@@ -17,9 +17,9 @@ from amtml_fast.reference import KDOptions, wide_dtype
 operator("whole_loss")  # where it cannot run, AMTMLLoss is composed of the others
 
 
-def fused_by(student: Tensor, *others: Tensor | None) -> str | None:
+def fused_by(student: Tensor, teachers: Sequence[Tensor], *others: Tensor | None) -> str | None:
     """The backend that runs the whole loss as one node on these tensors, if any."""
-    return backend.runs("whole_loss", student, *others)
+    return backend.runs("whole_loss", student, *teachers, *others, teachers=len(teachers))
 
 
 def whole_loss(

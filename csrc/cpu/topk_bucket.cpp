@@ -16,8 +16,6 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int64_t kNobody = -(int64_t{1} << 62);
-constexpr int64_t kFound = 8;  // numbers a row; amtml_fast/ops/topk_bucket.py has their order
 
 struct Problem {
   int64_t rows, classes, entries;

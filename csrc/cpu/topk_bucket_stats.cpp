@@ -15,8 +15,6 @@ namespace amtml {
 namespace {
 
 constexpr char kOp[] = "topk_kd_loss";
-constexpr int64_t kNobody = -(int64_t{1} << 62);
-constexpr int64_t kFound = 8;  // numbers a row; amtml_fast/ops/topk_bucket.py has their order
 constexpr int64_t kStats = 4;  // numbers a row, but for the teachers' KLs; _topk_bucket_kernels.py has their order
 
 struct Problem {

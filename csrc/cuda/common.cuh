@@ -23,6 +23,8 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace amtml {
 
 constexpr int kWarp = 32;
+constexpr int kMaxTeachers = 32;  // of a row of logits or entries; amtml_fast/backend.py has this number, too
+constexpr int kMaxCluster = 8;    // blocks of a cluster that every GPU with clusters has room for
 
 // What is asked of a device once; each question costs the host about a microsecond. device.cu
 struct DeviceFacts {

@@ -15,7 +15,6 @@
 namespace amtml::gpu::divergences {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
-constexpr int kMaxTeachers = 32, kMaxCluster = 8;
 constexpr int kQueue = 2;              // teachers whose loads are under way at a time
 constexpr float kTinyMixture = 1e-30;  // below it log p is made of logarithms
 #ifdef AMTML_EMULATED_CUDA             // so that small rows are spread, too

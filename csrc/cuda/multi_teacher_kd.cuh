@@ -13,8 +13,6 @@
 
 namespace amtml::gpu {
 
-constexpr int kMaxTeachers = 32, kMaxCluster = 8;
-
 struct Problem : KDProblem {
   Rows teacher[kMaxTeachers];
   bool mixture;

@@ -28,7 +28,7 @@ constexpr int kKept = 2048;                     // up to so many pooled numbers 
 constexpr int kSpread = 512;                    // channels whose gradient one block writes
 constexpr int kSlice = 8, kTeachersAtOnce = 4;  // of the parameters' gradient: kSlice * kTeachersAtOnce is a warp
 constexpr int kExamplesAtOnce = 1024;           // up to so many, a block of the map's threads does for a slice
-constexpr int kMaxTeachers = 2048;              // 20 bytes of shared memory each
+constexpr int kMaxWeights = 2048;               // 20 bytes of shared memory each
 
 constexpr int64_t kMaxChannels = 65535 * kSpread;  // that many blocks has a grid along y
 
@@ -472,7 +472,7 @@ void check(const Tensor& features, const Tensor& theta, const Tensor& v) {
                   ": the CUDA kernels take fewer than 2^30 pixels");
   STD_TORCH_CHECK(features.size(1) <= kMaxChannels, kOp, ": the CUDA kernels take at most ", kMaxChannels,
                   " channels, got ", features.size(1));
-  STD_TORCH_CHECK(theta.size(0) <= kMaxTeachers, kOp, ": the CUDA kernels take at most ", kMaxTeachers, " teachers");
+  STD_TORCH_CHECK(theta.size(0) <= kMaxWeights, kOp, ": the CUDA kernels take at most ", kMaxWeights, " teachers");
 }
 
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }

@@ -6,8 +6,7 @@
 
 namespace amtml::gpu {
 
-constexpr int kMaxTeachers = 32;
-constexpr int64_t kMaxEntries = 8192;  // of a row
+constexpr int64_t kMaxEntries = 8192;  // of a row; amtml_fast/backend.py has this number, too
 // A class has 32 bits of a key, and int counts the classes that are -inf.
 constexpr int64_t kMaxClasses = (int64_t{1} << 31) - 1;
 

@@ -4,14 +4,13 @@
 // another.
 #pragma once
 
+#include "../kd_settings.h"
 #include "topk_entries.cuh"
 
 namespace amtml::gpu {
 
 constexpr int kNamedThreads = 256;  // at most, so that the places of a thread have a bit each
 static_assert(kMaxEntries / kNamedThreads <= 32);
-constexpr int64_t kNobody = -(int64_t{1} << 62);  // in the place of a class: the entry is of the bucket
-constexpr int kFound = 8;                         // numbers a row; amtml_fast/ops/topk_bucket.py has their order
 
 struct Named {
   EntryStarts start;

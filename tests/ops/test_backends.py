@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from backends import CHOSEN, cpu_only
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import amtml_fast as af
-from amtml_fast import backend
+from amtml_fast import backend, reference
+from amtml_fast.ops._vocabulary_rows import rule_of
+from amtml_fast.reference import KDOptions
 
 Z = torch.zeros(4, 5)
 
@@ -73,6 +76,63 @@ def test_a_gpu_without_code_in_the_library_falls_to_triton_and_then_to_the_refer
         assert status["cuda"].available == (reasons["cuda"] is None)
     finally:
         backend.why_not_gpu.cache_clear()
+
+
+@cpu_only
+@pytest.mark.parametrize("work", ["forward_kl", "jsd", "split", "topk", "fused", "fused topk", "routed", "whole"])
+def test_a_row_that_the_cuda_kernels_cannot_hold_goes_to_the_next_backend(monkeypatch, work):
+    """As it would be on a GPU: kernels called "cuda" are looked up by the tensors' device, so here they are the CPU's."""
+    monkeypatch.setattr(backend, "AUTO", (backend.Choice("cpu", None, 0, ("cuda", "cpp")),))
+    monkeypatch.setattr(backend, "DEVICES", {**backend.DEVICES, "cuda": ("cpu",)})
+    monkeypatch.setattr(backend, "HAS_CUDA", True)
+    monkeypatch.setattr(backend, "MOST_TEACHERS", 3)
+    monkeypatch.setattr(backend, "MOST_ENTRIES", 6)
+    taken, choose = [], backend.choose
+    monkeypatch.setattr(backend, "choose", lambda *args, **sizes: taken.append(choose(*args, **sizes)) or taken[-1])
+
+    def call(teachers, k):
+        kinds = [torch.randn(4, 5) for _ in range(teachers)]
+        tops = [x.log_softmax(1).topk(k) for x in kinds]
+        named = [af.TopKTeacher(top.indices, top.values) for top in tops]
+        hidden, weight = torch.randn(4, 2), torch.randn(5, 2)
+        if work == "topk":
+            af.topk_kd_loss(Z, [top.indices for top in tops], [top.values for top in tops], None)
+        elif work in ("fused topk", "routed"):
+            index = torch.arange(4) % teachers if work == "routed" else None
+            af.fused_linear_kd_loss(hidden, weight, named, teacher_index=index)
+        elif work == "fused":
+            af.fused_linear_kd_loss(hidden, weight, kinds)
+        elif work == "whole":
+            af.AMTMLLoss(af.TeacherAdapter(2, teachers))(Z, kinds, torch.arange(4), hidden)
+        elif work == "split":
+            options = KDOptions(2.0, 0.5, "mixture", "sum", True, -100, 0.0)
+            other = reference.divergence_of(2.0, 0.5, "jsd", None, None, teachers)
+            rule_of(options, other, None, Z.dtype, (False, False), False, teachers, Z, None, *kinds)
+        else:
+            af.multi_teacher_kd_loss(Z, kinds, None, divergence=work)
+        got = {*taken}
+        taken.clear()
+        return got
+
+    assert call(3, 2) == {"cuda"}
+    if work == "routed":  # a row has one teacher
+        assert call(4, 5) == {"cuda"}
+        monkeypatch.setattr(backend, "MOST_ENTRIES", 4)
+        assert call(4, 5) == {"cpp"}
+    else:
+        assert "cpp" in call(4, 1)
+        assert call(3, 3) == ({"cpp"} if "topk" in work else {"cuda"})
+        with af.use_backend("cuda"), pytest.raises(RuntimeError, match=r"at most 3 teachers, got 4.*always runs"):
+            call(4, 1)
+
+
+def test_the_sizes_are_those_of_the_cuda_kernels():
+    source = Path(af.__file__).parents[1] / "csrc" / "cuda"
+    if not source.is_dir():
+        pytest.skip("the package is installed without its sources")
+    most = re.search(r"kMaxTeachers = (\d+)", (source / "common.cuh").read_text())
+    entries = re.search(r"kMaxEntries = (\d+)", (source / "topk_entries.cuh").read_text())
+    assert (int(most[1]), int(entries[1])) == (backend.MOST_TEACHERS, backend.MOST_ENTRIES)
 
 
 @cpu_only
