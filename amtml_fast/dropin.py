@@ -8,7 +8,8 @@ Change the import and nothing else::
 Values and gradients are theirs to float32 rounding on ordinary inputs. Where theirs has a defect, the docstring says what
 happens here. Four things hold throughout. Teachers' logits are frozen: logits that require grad are an error, not a silently
 missing gradient. 16-bit inputs are computed in float32, under autocast, too, and the loss is float32. A class with a logit of
--inf counts 0. A batch of 0 gives 0, and so does a batch of 1 where there is nothing to compare (theirs are NaN).
+-inf in the teacher, or in both, counts 0 (both: theirs is NaN); in the student alone it makes the KL +inf, as in theirs. A
+batch of 0 gives 0, and so does a batch of 1 where there is nothing to compare (theirs are NaN).
 docs/dropin.md sets the conventions side by side.
 """
 

@@ -1,7 +1,7 @@
 """The equations of AMTML-KD in plain PyTorch: the oracle of every test and the backend of last resort.
 
-Equation numbers are those of Liu, Zhang, Wang, *Adaptive multi-teacher multi-level knowledge distillation* (2020);
-see docs/method.md. Each function has the name, signature and meaning of its namesake in ``amtml_fast``, takes any
+Equations are numbered as in docs/method.md, after Liu, Zhang, Wang, *Adaptive multi-teacher multi-level knowledge distillation*
+(2020). Each function has the name, signature and meaning of its namesake in ``amtml_fast``, takes any
 floating dtype (16-bit inputs are computed in float32), and can be differentiated any number of times. Arguments are
 taken as already checked: the checks live in ``amtml_fast.ops``.
 """

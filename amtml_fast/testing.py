@@ -1,4 +1,4 @@
-"""Every operator with a public function, once: how to make its inputs, what it must equal, the bytes it cannot avoid moving.
+"""Every operator that is not made of others, once: how to make its inputs, what it must equal, the bytes it cannot avoid moving.
 
 Tests and benchmarks both take their cases from here, so that nothing is timed which is not also checked.
 """

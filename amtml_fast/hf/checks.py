@@ -40,7 +40,7 @@ def check_arguments(
         given = args.label_smoothing_factor
         raise ValueError(f"{NAME}: args.label_smoothing_factor must be 0 (the loss has label_smoothing), got {given}")
     if kwargs.get("compute_loss_func") is not None:
-        raise ValueError(f"{NAME}: compute_loss_func must be None: the loss is `loss`")
+        raise ValueError(f"{NAME}: compute_loss_func must be None, got a function: the loss is `loss`")
     if kwargs.get("model_init") is not None:
         raise ValueError(f"{NAME}: model_init must be None, got a function: give the student as `model`")
     if tokenizers is None:

@@ -1,5 +1,6 @@
 """The operators, one a file: an operator's public function, its checks, its autograd.Function, and the schemas and fakes of
-the raw ops that its kernels implement. The kernels have the same name: csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu, kernels/<op>.py.
+the raw ops that its kernels implement. The kernels have the same name: csrc/cpu/<op>.cpp, csrc/cuda/<op>.cu, kernels/<op>.py
+(fused_linear_kd: C++ alone; on a GPU it runs the others' between products).
 """
 
 # ruff: noqa: F401

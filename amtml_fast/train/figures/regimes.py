@@ -33,7 +33,7 @@ def with_best_teacher(rows: Sequence[Row]) -> list[Row]:
 
 
 def accuracy_table(found: Found) -> Blocks:
-    """Methods x regimes: the best of each column bold, and every other that a paired t-test cannot tell from it."""
+    """Methods x regimes: the best of each column bold, and every other that a paired t-test finds level with it."""
     own = {regime: with_best_teacher(rows) for regime, rows in found.items()}
     labels = {row.method: row.label for rows in own.values() for row in rows}
     methods = [*(m for m in labels if m != ORACLE), *(m for m in labels if m == ORACLE)]
@@ -48,7 +48,7 @@ def accuracy_table(found: Found) -> Blocks:
     split = tables.split_of(next(iter(own.values()), []))
     caption = (
         f"{split} accuracy in percent, mean ± sample standard deviation over seeds. Bold: the best of each column, and what a paired "
-        "t-test over the seeds does not tell from it (p >= 0.05). The best single teacher is the one with the highest mean here. The "
+        "t-test over the seeds does not tell from it (p >= 0.05); where the seeds leave nothing to test, the best alone. The best single teacher is the one with the highest mean here. The "
         "oracle takes, for each image, the teacher that is most certain of the true label: a reference, no method."
     )
     return [Table(("Method", *own), lines), caption]
@@ -98,7 +98,7 @@ def one(rows: Sequence[Row], method: str) -> Row | None:
 
 
 def level_with_best(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether the row is the best that competes, or cannot be told from it."""
+    """Whether the row is the best that competes, or a test finds it level with the best."""
     if row.method == ORACLE or not math.isfinite(row.mean):
         return False
     best = tables.highest([other for other in rows if other.method != ORACLE])

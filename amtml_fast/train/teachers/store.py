@@ -50,8 +50,8 @@ class Storage:
 
     Those are kept as log-probabilities at temperature 1 in float16, with their classes, and the logarithm of the mass of
     the other classes in float32. They come back as log-probabilities [N, C], the mass spread evenly over those others:
-    at temperature 1 the logarithms of the k largest and of the total of the rest are right to 2^-11; the rest is
-    spread evenly, at other temperatures too.
+    at temperature 1 the logarithms of the k largest and of the total of the rest are right to 2^-11; at another
+    temperature the even share is tempered as well.
     """
 
     kind: str | int = "float32"
