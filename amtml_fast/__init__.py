@@ -23,7 +23,7 @@ from amtml_fast.losses import (
     TeacherAdapter,
     TopKKDLoss,
 )
-from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher
+from amtml_fast.terms import KDStats, LinearTeacher, TopKTeacher
 from amtml_fast.version import __version__
 
 __all__ = [

@@ -9,14 +9,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from amtml_fast import checks, reference
+from amtml_fast import checks
 from amtml_fast.losses import TeacherAdapter
 from amtml_fast.ops import whole_loss
 from amtml_fast.ops._kd import REDUCTIONS, as_long, check_num_items
 from amtml_fast.ops.angle import angle
 from amtml_fast.ops.multi_teacher_kd import MODES, check_arguments, multi_teacher_kd
 from amtml_fast.ops.teacher_weights import check_adapter
-from amtml_fast.reference import KDOptions
+from amtml_fast.terms import KDOptions, connected, over_items, times
 
 
 class AMTMLOutput(NamedTuple):
@@ -157,9 +157,9 @@ class AMTMLLoss(nn.Module):
         hint = self.hints(student_maps, teacher_maps)
         loss, kd, ce, kl, angle, _, regularizer, weights = out  # no _replace: torch.compile 2.11 cannot trace it
         if self.hint_weight != 0:
-            loss = loss + reference.times(hint, self.hint_weight)
+            loss = loss + times(hint, self.hint_weight)
         else:  # not 0 * infinity
-            loss = reference.connected(loss, *self.hints.parameters())
+            loss = connected(loss, *self.hints.parameters())
         return AMTMLOutput(loss, kd, ce, kl, angle, hint.detach(), regularizer, weights)
 
     def _sources(self, features: Any, student: Tensor, labels: Tensor | None, teachers: int) -> tuple[Any, ...]:
@@ -201,7 +201,7 @@ class AMTMLLoss(nn.Module):
             weights = sources[3].detach()
             if self.regularizer_weight != 0:
                 term = self._regularizer()
-                loss, regularizer = loss + reference.times(term, self.regularizer_weight), term.detach()
+                loss, regularizer = loss + times(term, self.regularizer_weight), term.detach()
         return AMTMLOutput(loss, kd, ce, kl, angle, hint, regularizer, weights)
 
     def _composed(
@@ -217,16 +217,16 @@ class AMTMLLoss(nn.Module):
         terms = multi_teacher_kd(student, teachers, weights, labels, self._kd_options(divisor))
         kd, ce, kl = terms.loss, terms.ce, terms.kl
         if divisor is not None:
-            kd, ce, kl = (reference.over_items(term, divisor) for term in (kd, ce, kl))
+            kd, ce, kl = (over_items(term, divisor) for term in (kd, ce, kl))
         loss = kd
         angle, hint, regularizer = kd.detach().new_zeros(3).unbind()
         if self.angle_weight != 0:
             row_mask = None if labels is None else labels != self.ignore_index
             angle = self._angle(terms.student_probs, terms.soft_targets, row_mask, gather)
-            loss = loss + reference.times(angle, self.angle_weight)
+            loss = loss + times(angle, self.angle_weight)
         if self.regularizer_weight != 0:
             regularizer = self._regularizer()
-            loss = loss + reference.times(regularizer, self.regularizer_weight)
+            loss = loss + times(regularizer, self.regularizer_weight)
         return AMTMLOutput(loss, *(t.detach() for t in (kd, ce, kl, angle, hint, regularizer, weights)))
 
     def _weights(self, features: Any, student: Tensor, labels: Tensor | None, teachers: int) -> Tensor:

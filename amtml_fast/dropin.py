@@ -26,7 +26,7 @@ from amtml_fast.dropin_language import *  # noqa: F403
 from amtml_fast.functional import angle_loss, hint_loss, multi_teacher_kd_loss, rkd_distance_loss, teacher_weights
 from amtml_fast.losses import parameter
 from amtml_fast.ops.hint import hint_mse
-from amtml_fast.reference import times, wide_dtype, without_autocast
+from amtml_fast.terms import times, wide_dtype, without_autocast
 
 __all__ = [
     "Adapter",

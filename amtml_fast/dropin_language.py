@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from amtml_fast import checks, reference
+from amtml_fast import checks
 from amtml_fast.functional import multi_teacher_kd_loss
+from amtml_fast.terms import times
 
 __all__ = [
     "ForwardKLLoss",
@@ -105,7 +106,7 @@ def _mixed(share: float, first: Callable[[], Tensor], second: Callable[[], Tenso
     """``share`` of the first and the rest of the second. One without weight counts nothing, even if it is infinite."""
     if share in (0, 1):
         return first() if share == 1 else second()
-    return reference.times(first(), share) + reference.times(second(), 1 - share)
+    return times(first(), share) + times(second(), 1 - share)
 
 
 # --- DistiLLM: the labels are no_model_batch["label"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amtml_fast import checks
-from amtml_fast.reference import wide_dtype, without_autocast
+from amtml_fast.terms import wide_dtype, without_autocast
 
 FLOOR = -10.0  # log-probabilities are cut off there: how certainly a class is out does not matter
 ITERATIONS = 60

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amtml_fast import checks, reference
+from amtml_fast import checks
 from amtml_fast.functional import (
     angle_loss,
     dual_softmax,
@@ -19,7 +19,7 @@ from amtml_fast.functional import (
     topk_kd_loss,
 )
 from amtml_fast.ops.teacher_weights import POOLS
-from amtml_fast.reference import LinearTeacher, TopKTeacher
+from amtml_fast.terms import LinearTeacher, TopKTeacher, wide_dtype
 
 MAPPINGS = ("best_high", "best_low", "random")
 
@@ -65,7 +65,7 @@ class TeacherAdapter(nn.Module):
 
     def regularizer(self) -> Tensor:
         """``|v|^2 + |theta|^2``, unweighted, in float32 (float64 if a parameter is)."""
-        wide = reference.wide_dtype(self.theta, self.v)
+        wide = wide_dtype(self.theta, self.v)
         return self.v.to(wide).square().sum() + self.theta.to(wide).square().sum()
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from amtml_fast.hf.output_layer import NAME, OutputLayer
 from amtml_fast.losses import TeacherAdapter
-from amtml_fast.reference import without_autocast
+from amtml_fast.terms import without_autocast
 
 
 class HiddenAdapter(TeacherAdapter):

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
-from amtml_fast.reference import LinearTeacher
+from amtml_fast.terms import LinearTeacher
 
 NAME = "DistillationTrainer"
 

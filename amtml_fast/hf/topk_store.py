@@ -21,7 +21,7 @@ from torch import Tensor
 from amtml_fast import checks
 from amtml_fast.file_lock import flock
 from amtml_fast.hf.output_layer import NAME, OutputLayer, device_of_inputs
-from amtml_fast.reference import TopKTeacher
+from amtml_fast.terms import TopKTeacher
 
 ROW = "distillation_row"  # of an example, and in a batch: which row of the training set it is
 _FACTS = "topk.json"

@@ -18,7 +18,7 @@ from amtml_fast.hf.checks import check_arguments, check_divergence, check_teache
 from amtml_fast.hf.output_layer import NAME, OutputLayer, gathered
 from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows, check_rows
 from amtml_fast.losses import FusedLinearKDLoss
-from amtml_fast.reference import KDStats, LinearTeacher, TopKTeacher, over_items
+from amtml_fast.terms import KDStats, LinearTeacher, TopKTeacher, over_items
 
 _ADAPTER = "teacher_adapter"
 _CHUNK = 1 << 24  # logits at a time where teachers are asked for the labels' probabilities

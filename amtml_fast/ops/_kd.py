@@ -1,6 +1,6 @@
 """What the distillation losses share (Eq 7-8): their options, and the checks of rows, labels and weights.
 
-The options are a ``reference.KDOptions``; ``SETTINGS`` is what the kernels take of them.
+The options are a ``KDOptions``; ``SETTINGS`` is what the kernels take of them.
 """
 
 import contextlib
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amtml_fast import checks, reference
+from amtml_fast import checks
 from amtml_fast.ops import _base
-from amtml_fast.reference import KDOptions, KDStats
+from amtml_fast.terms import KDOptions, KDStats, over_items
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -224,7 +224,7 @@ def per_item(
 ) -> Tensor:
     """The loss of rows as the caller asked for it; with ``num_items_in_batch`` it is their sum."""
     if num_items_in_batch is not None:
-        return reference.over_items(loss, num_items_in_batch)
+        return over_items(loss, num_items_in_batch)
     if reduction != "none":
         return loss
     if labels is not None and loss.requires_grad:

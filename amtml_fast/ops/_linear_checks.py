@@ -10,7 +10,7 @@ from amtml_fast import checks
 from amtml_fast.ops import _kd
 from amtml_fast.ops._linear_chunks import NAME, TENSORS
 from amtml_fast.ops._vocabulary import DTensors, Vocabulary
-from amtml_fast.reference import LinearTeacher, TopKTeacher
+from amtml_fast.terms import LinearTeacher, TopKTeacher
 
 
 def check_tensors(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from amtml_fast.ops._base import empty, kernels
-from amtml_fast.reference import wide_dtype
+from amtml_fast.terms import wide_dtype
 
 NAME = "fused_linear_kd_loss"
 TENSORS = {"logits": 1, "topk": 2, "linear": 2, "linear_bias": 3}  # kind of a teacher -> how many tensors it has

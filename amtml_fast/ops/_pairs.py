@@ -6,7 +6,7 @@ from torch import Tensor
 
 from amtml_fast import checks
 from amtml_fast.ops._base import asked, empty, in_dtypes, saved, scaled
-from amtml_fast.reference import wide_dtype
+from amtml_fast.terms import wide_dtype
 
 
 def check_sides(function: str, student: Tensor, teacher: Tensor) -> None:

@@ -19,7 +19,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
-from amtml_fast.reference import Divergence, KDOptions, KDStats, wide_dtype
+from amtml_fast.terms import Divergence, KDOptions, KDStats, wide_dtype
 
 
 def sweep_settings(options: KDOptions, labeled: bool) -> tuple:

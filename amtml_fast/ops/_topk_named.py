@@ -8,7 +8,8 @@ from torch import Tensor
 
 from amtml_fast.ops._base import kernels
 from amtml_fast.ops._vocabulary import Vocabulary
-from amtml_fast.reference import weighted, wide_dtype
+from amtml_fast.reference import weighted
+from amtml_fast.terms import wide_dtype
 
 NOBODY = -(2**62)  # in the place of a class that the support leaves out
 

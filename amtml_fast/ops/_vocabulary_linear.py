@@ -16,7 +16,7 @@ from amtml_fast.ops._linear_chunks import NAME, Call, Settings, put_rows
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_plain import Given, Rule
 from amtml_fast.ops._vocabulary_rows import Rows, finished, logit_grads, rows_of, rule_of, weight_grads
-from amtml_fast.reference import Divergence, KDOptions
+from amtml_fast.terms import Divergence, KDOptions
 
 
 def split_linear_loss(

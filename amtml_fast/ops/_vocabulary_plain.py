@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amtml_fast import reference
 from amtml_fast.ops._vocabulary import Vocabulary
-from amtml_fast.reference import Divergence
+from amtml_fast.terms import Divergence
 
 
 class Rule(NamedTuple):

@@ -24,7 +24,7 @@ from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_kernels import KernelBlock, rates_of
 from amtml_fast.ops._vocabulary_plain import Given, PlainBlock, Rule
 from amtml_fast.ops.divergence import check_values
-from amtml_fast.reference import Divergence, KDOptions, wide_dtype
+from amtml_fast.terms import Divergence, KDOptions, connected, of_counted_rows, wide_dtype
 
 # Of a block of plain PyTorch: on a CPU it is fastest where its logits, those of all teachers and a few more stay in the cache.
 _CPU_BYTES, _GPU_BYTES = 2**23, 2**28
@@ -123,12 +123,12 @@ def finished(
         ce if labels is not None else None, distance, valid, vocabulary.classes, options, divergence.alpha
     )[0]
     if rows == 0 or (labels is not None and options.alpha == 0):
-        loss = reference.connected(loss, each, ce, weights)
+        loss = connected(loss, each, ce, weights)
     if doubt is not None:
         loss = loss + doubt.to(loss.dtype)
     if not need_stats:
         return loss, None
-    return loss, reference.of_counted_rows(_kd.named_stats(stats), valid)
+    return loss, of_counted_rows(_kd.named_stats(stats), valid)
 
 
 class SplitKD(torch.autograd.Function):

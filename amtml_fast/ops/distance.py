@@ -9,7 +9,7 @@ from torch import Tensor
 from amtml_fast import backend, checks, reference
 from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, run, save
 from amtml_fast.ops._pairs import check_sides, fake_grads, scaled_sides
-from amtml_fast.reference import wide_dtype
+from amtml_fast.terms import wide_dtype
 
 REDUCTIONS = ("mean", "distinct", "sum")
 

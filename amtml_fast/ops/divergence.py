@@ -23,7 +23,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
-from amtml_fast.reference import DEFAULT_BETA, Divergence, KDOptions, wide_dtype
+from amtml_fast.terms import DEFAULT_BETA, Divergence, KDOptions, wide_dtype
 
 ALL_MODES = ("mixture", "sum", "logits")
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")

@@ -34,7 +34,16 @@ from amtml_fast.ops._linear_chunks import NAME, Call, Settings
 from amtml_fast.ops._vocabulary import DTensors, replicated, splits, vocabulary_of
 from amtml_fast.ops._vocabulary_linear import split_linear_loss
 from amtml_fast.ops.divergence import check_options, check_row_numbers, check_values
-from amtml_fast.reference import KDOptions, LinearTeacher, TopKTeacher, wide_dtype
+from amtml_fast.terms import (
+    Divergence,
+    KDOptions,
+    LinearTeacher,
+    TopKTeacher,
+    divergence_numbers,
+    divergence_of,
+    shaped_stats,
+    wide_dtype,
+)
 
 operator("fused_linear_kd")  # on the row kernels of each backend
 
@@ -165,7 +174,7 @@ def fused_linear_kd_loss(
     check_options(NAME, temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(kinds))
     check_row_numbers(NAME, like, temperature, alpha, labels, "student_hidden")
 
-    more = reference.divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(kinds))
+    more = divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(kinds))
     weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(kinds))
     labels, index = (None if x is None else _kd.as_long(x.reshape(rows)) for x in (labels, teacher_index))
     check_values(NAME, labels, ignore_index, more, classes, weights)
@@ -173,7 +182,7 @@ def fused_linear_kd_loss(
     floating = [x for x in flat if x.is_floating_point()]
     wide = wide_dtype(student_hidden, student_weight, student_bias, weights, *floating)
     more = more.in_dtype(wide)
-    numbers = reference.divergence_numbers(temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing)
+    numbers = divergence_numbers(temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing)
     row_kernel, at_once = _row_kernel(kinds, numbers, more, index, return_stats), 1 if index is not None else len(kinds)
     given = (
         [x.shape[-1] for x in flat if not x.is_floating_point()]
@@ -225,14 +234,14 @@ def fused_linear_kd_loss(
         else index.unsqueeze(1) == torch.arange(len(kinds), dtype=index.dtype, device=index.device)
     )
     weights = weights if routed is None else routed.to(wide)
-    return loss, reference.shaped_stats(reference.linear_stats(stats, teachers, weights, routed), leading)
+    return loss, shaped_stats(reference.linear_stats(stats, teachers, weights, routed), leading)
 
 
 # --- the call
 
 
 def _row_kernel(
-    kinds: list[str], options: KDOptions, divergence: reference.Divergence, index: Tensor | None, need_stats: bool
+    kinds: list[str], options: KDOptions, divergence: Divergence, index: Tensor | None, need_stats: bool
 ) -> str:
     """The operator whose kernels take the chunks: the most special one that can."""
     if need_stats or divergence.name != "forward_kl" or options.mode == "logits":

@@ -20,7 +20,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled,
 )
-from amtml_fast.reference import wide_dtype
+from amtml_fast.terms import wide_dtype
 
 LARGEST_FUSED_WEIGHT = 2**17  # beyond it torch's convolution is faster, which cuts the weight up as well
 

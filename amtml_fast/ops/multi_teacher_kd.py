@@ -25,7 +25,7 @@ from amtml_fast.ops._base import (
 from amtml_fast.ops._vocabulary import DTensors, splits, vocabulary_of
 from amtml_fast.ops._vocabulary_rows import split_loss
 from amtml_fast.ops.divergence import ALL_MODES, check_options, check_row_numbers, divergence_loss
-from amtml_fast.reference import KDOptions, KDTerms, wide_dtype
+from amtml_fast.terms import KDOptions, KDTerms, divergence_numbers, divergence_of, shaped_stats, wide_dtype
 
 MODES = ("mixture", "sum")  # of Eq 7-8
 
@@ -139,17 +139,15 @@ def multi_teacher_kd_loss(
         return _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
     check_options(name, temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers))
     check_row_numbers(name, student_logits, temperature, alpha, labels)
-    options = reference.divergence_numbers(
-        temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing
-    )
-    more = reference.divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
+    options = divergence_numbers(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
+    more = divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
     given = student, teachers, weights, labels, options, more
     if vocabulary is None:
         loss, stats = divergence_loss(*given, need_stats=return_stats)
     else:
         loss, stats = split_loss(name, vocabulary, *given, need_stats=return_stats)
     loss = _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
-    return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
+    return (loss, shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
 
 def multi_teacher_kd(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from amtml_fast import backend, checks, reference
 from amtml_fast.ops._base import asked, define, empty, first_order, kernels, needs_grad, operator, run, save, saved
-from amtml_fast.reference import wide_dtype
+from amtml_fast.terms import wide_dtype
 
 POOLS = ("max", "avg")
 

@@ -34,7 +34,8 @@ from amtml_fast.ops._topk_named import (
 )
 from amtml_fast.ops._vocabulary import IGNORED, NO_SECOND, Vocabulary
 from amtml_fast.ops._vocabulary_topk import absent_classes, grads_here, joined, plain_gradient, plain_sweep
-from amtml_fast.reference import Divergence, KDOptions, KDStats, kl_rows, weighted, wide_dtype
+from amtml_fast.reference import kl_rows, weighted
+from amtml_fast.terms import Divergence, KDOptions, KDStats, connected, of_counted_rows, wide_dtype
 
 operator("topk_bucket")
 
@@ -265,7 +266,7 @@ def _reduced(
     ce: Tensor | None, distance: Tensor, rows: _Rows, valid: Tensor, classes: int, options: KDOptions
 ) -> Tensor:
     loss = reference.reduced(ce, distance, valid, classes, options)[0]
-    return reference.connected(loss, rows.weights) if ce is not None and options.alpha == 0 else loss
+    return connected(loss, rows.weights) if ce is not None and options.alpha == 0 else loss
 
 
 def _given(
@@ -358,7 +359,7 @@ def _stats(
         weighted(w, masses).sum(1) / total.masked_fill(total == 0, 1),
         (of_student == largest).double(),
     )
-    return reference.of_counted_rows(stats, valid)
+    return of_counted_rows(stats, valid)
 
 
 def _typed(stats: KDStats, dtype: torch.dtype) -> KDStats:

@@ -24,7 +24,7 @@ from amtml_fast.ops._base import (
 from amtml_fast.ops._vocabulary import DTensors, Vocabulary, check_alike, splits, vocabulary_of
 from amtml_fast.ops.divergence import check_divergence
 from amtml_fast.ops.topk_bucket import bucket_loss, split_tail_loss, topk_stats
-from amtml_fast.reference import KDOptions, wide_dtype
+from amtml_fast.terms import KDOptions, divergence_of, shaped_stats, wide_dtype
 
 TAILS = ("renormalize", "ignore", "uniform", "bucket")
 
@@ -153,7 +153,7 @@ def topk_kd_loss(
             name, vocabulary, student, settings, integers=[labels, indices], floats=[log_probs, weights]
         )
     if tail == "bucket":
-        compared = reference.divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
+        compared = divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
         loss, stats = bucket_loss(*given, compared, support, values, vocabulary, need_stats=return_stats)
     elif vocabulary is not None:
         loss, stats = split_tail_loss(*given, values, vocabulary, need_stats=return_stats)
@@ -163,7 +163,7 @@ def topk_kd_loss(
         loss, stats = topk_loss(*given, values), None
     loss = loss if doubt is None else loss + doubt.to(loss.dtype)
     loss = _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
-    return (loss, reference.shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
+    return (loss, shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
 
 def topk_loss(

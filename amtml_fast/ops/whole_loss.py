@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from amtml_fast import backend, checks, reference
+from amtml_fast import backend, checks
 from amtml_fast.ops import _kd
 from amtml_fast.ops._base import asked, define, empty, first_order, kernels, needs_grad, operator, save, saved
 from amtml_fast.ops.angle import EPS
 from amtml_fast.ops.multi_teacher_kd import MODES
-from amtml_fast.reference import KDOptions, wide_dtype
+from amtml_fast.terms import KDOptions, item_count, wide_dtype
 
 operator("whole_loss")  # where it cannot run, AMTMLLoss is composed of the others
 
@@ -57,7 +57,7 @@ def whole_loss(
     )
     count = None
     if divisor is not None:
-        given = reference.item_count(divisor, torch.float64)
+        given = item_count(divisor, torch.float64)
         on_device = isinstance(given, Tensor) and given.device == student.device
         count = given if on_device else student.new_full((), float(given), dtype=torch.float64)  # no sync
     if chosen == "triton":  # the others check values themselves

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from amtml_fast import TeacherAdapter
 from amtml_fast.hf import DistillationTrainer
 from amtml_fast.hf.adapter import HiddenAdapter
-from amtml_fast.reference import LinearTeacher
+from amtml_fast.terms import LinearTeacher
 
 pytestmark = cpu_only
 

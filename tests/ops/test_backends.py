@@ -11,9 +11,9 @@ from backends import CHOSEN, cpu_only
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import amtml_fast as af
-from amtml_fast import backend, reference
+from amtml_fast import backend
 from amtml_fast.ops._vocabulary_rows import rule_of
-from amtml_fast.reference import KDOptions
+from amtml_fast.terms import KDOptions, divergence_of
 
 Z = torch.zeros(4, 5)
 
@@ -106,7 +106,7 @@ def test_a_row_that_the_cuda_kernels_cannot_hold_goes_to_the_next_backend(monkey
             af.AMTMLLoss(af.TeacherAdapter(2, teachers))(Z, kinds, torch.arange(4), hidden)
         elif work == "split":
             options = KDOptions(2.0, 0.5, "mixture", "sum", True, -100, 0.0)
-            other = reference.divergence_of(2.0, 0.5, "jsd", None, None, teachers)
+            other = divergence_of(2.0, 0.5, "jsd", None, None, teachers)
             rule_of(options, other, None, Z.dtype, (False, False), False, teachers, Z, None, *kinds)
         else:
             af.multi_teacher_kd_loss(Z, kinds, None, divergence=work)

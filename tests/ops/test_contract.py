@@ -12,7 +12,7 @@ import amtml_fast as af
 from amtml_fast import dropin
 from amtml_fast.ops.hint import hint_mse, hint_pool
 from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
-from amtml_fast.reference import KDOptions
+from amtml_fast.terms import KDOptions
 from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))

@@ -9,7 +9,7 @@ from amtml_fast import backend
 from amtml_fast.ops import _base
 from amtml_fast.ops.hint import hint_pool
 from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
-from amtml_fast.reference import KDOptions
+from amtml_fast.terms import KDOptions
 from amtml_fast.testing import CASES, convert, relative_error, tensors, value_and_grads
 
 GRID = [

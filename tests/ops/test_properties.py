@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import amtml_fast as af
 from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
-from amtml_fast.reference import DEFAULT_BETA
+from amtml_fast.terms import DEFAULT_BETA
 from amtml_fast.testing import CASES, convert, tensors, value_and_grads
 
 FUZZ = int(os.environ.get("AMTML_FUZZ", "0"))  # how many times as many cases, drawn anew

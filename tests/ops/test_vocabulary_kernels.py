@@ -14,7 +14,7 @@ from amtml_fast.ops._vocabulary import Vocabulary
 from amtml_fast.ops._vocabulary_kernels import KernelBlock
 from amtml_fast.ops._vocabulary_plain import Given
 from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
-from amtml_fast.reference import KDOptions, wide_dtype
+from amtml_fast.terms import Divergence, KDOptions, divergence_of, wide_dtype
 from amtml_fast.testing import relative_error
 
 N, T, P = 9, 3, 3
@@ -29,14 +29,12 @@ class Rows(NamedTuple):
     temperature: Tensor | None = None
 
 
-def made(
-    given: Rows, options: KDOptions, divergence: reference.Divergence, name: str, stats: bool, same: bool = False
-) -> tuple:
+def made(given: Rows, options: KDOptions, divergence: Divergence, name: str, stats: bool, same: bool = False) -> tuple:
     """Loss [N], gradients to student, weights and alpha (of the losses times 1, 2, ...), and statistics: of all parts together."""
     student, teachers, weights, labels, alpha, temperature = given
     wide, size = wide_dtype(student, *teachers, weights), student.shape[1] // P
     divergence = divergence._replace(alpha=alpha, temperature=temperature)
-    rule = split.rule_of(options, divergence, labels, wide, (True, weights is not None), stats, student)
+    rule = split.rule_of(options, divergence, labels, wide, (True, weights is not None), stats, len(teachers), student)
     assert rule.backend == name
     parts = [
         Given(Vocabulary(None, r, P, size), rule, *_cut(given, slice(r * size, (r + 1) * size)), labels, temperature)
@@ -71,8 +69,8 @@ def run_one_part(given: Rows, name: str, divergence: str, mode: str, taus: list[
     student, teachers, weights, labels, _, temperature = given
     rows = len(student)
     options = KDOptions(2.0, 0.5, mode, "none", True, -100, 0.1)
-    of = reference.divergence_of(2.0, 0.5, divergence, None, taus, len(teachers))
-    rule = split.rule_of(options, of, labels, torch.float32, (True, True), True, student)._replace(backend=name)
+    of = divergence_of(2.0, 0.5, divergence, None, taus, len(teachers))
+    rule = split.rule_of(options, of, labels, torch.float32, (True, True), True, len(teachers), student)._replace(backend=name)
     vocabulary = Vocabulary(None, 0, 2, student.shape[1])
     block = KernelBlock(Given(vocabulary, rule, student, teachers, weights, labels, temperature))
     normal = block.sums()
@@ -85,7 +83,7 @@ def _cut(given: Rows, at: slice) -> tuple:
     return given.student[:, at], [t[:, at] for t in given.teachers], given.weights
 
 
-def wanted(given: Rows, options: KDOptions, divergence: reference.Divergence, stats: bool) -> tuple:
+def wanted(given: Rows, options: KDOptions, divergence: Divergence, stats: bool) -> tuple:
     """The same by the reference in float64."""
     double = [None if x is None else x.double().requires_grad_() for x in (given.student, given.weights, given.alpha)]
     student, weights, alpha = double
@@ -118,7 +116,7 @@ def check(given: Rows, name: str, tolerance: float | None = None, stats: bool = 
     } | settings
     alpha, tau = 0.6 if given.labels is not None else 1.0, 2.0
     options = KDOptions(tau, alpha, values["mode"], "none", True, -100, values["label_smoothing"])
-    divergence = reference.divergence_of(tau, alpha, values["divergence"], None, values["teacher_temperature"], T)
+    divergence = divergence_of(tau, alpha, values["divergence"], None, values["teacher_temperature"], T)
     got = made(given, options, divergence, name, stats)
     want = wanted(given, options, divergence, stats)
     if tolerance is None:
@@ -203,7 +201,7 @@ def test_nan_stays_nan(fused: str, mode: str) -> None:
     given.student[6, 25] = torch.nan
     loss = made(
         given, KDOptions(2.0, 0.6, mode, "none", True, -100, 0.0),
-        reference.divergence_of(2.0, 0.6, "jsd", None, None, T), fused, False,
+        divergence_of(2.0, 0.6, "jsd", None, None, T), fused, False,
     )[0]  # fmt: skip
     assert loss.isnan().nonzero().flatten().tolist() == [6, 8]
 
@@ -244,7 +242,7 @@ def test_mixed_logits_of_sure_teachers(fused: str, divergence: str) -> None:
     given = given._replace(teachers=[30 * t for t in given.teachers], labels=None)
     given.student[3], given.teachers[1][3] = 1, 2
     options = KDOptions(2.0, 1.0, "logits", "none", True, -100, 0.0)
-    of = reference.divergence_of(2.0, 1.0, divergence, None, None, T)
+    of = divergence_of(2.0, 1.0, divergence, None, None, T)
     got, want = made(given, options, of, fused, True), wanted(given, options, of, True)
     student, weights = given.student.clone().requires_grad_(), given.weights.clone().requires_grad_()
     loss, _ = reference.divergence_loss(student, given.teachers, weights, None, options, of, need_stats=True)
@@ -267,7 +265,7 @@ def test_labels_that_only_leave_rows_out(fused: str, mode: str) -> None:
     """With all the weight on the teachers there is no cross-entropy."""
     given = drawn(torch.float32)
     options = KDOptions(2.0, 1.0, mode, "none", True, -100, 0.0)
-    of = reference.divergence_of(2.0, 1.0, "jsd", None, None, T)
+    of = divergence_of(2.0, 1.0, "jsd", None, None, T)
     got, want = made(given, options, of, fused, True, same=True), wanted(given, options, of, True)
     steps = torch.arange(1, N + 1, dtype=torch.float64, device=want[0].device).unsqueeze(1)
     compared(got[0], want[0], 1e-5, "loss")
@@ -282,7 +280,7 @@ def test_statistics_of_a_student_near_its_teachers(fused: str) -> None:
     given.student[3] = 1
     given = given._replace(teachers=[given.student + 1e-3 * torch.randn_like(given.student) for _ in range(T)])
     options = KDOptions(2.0, 0.6, "mixture", "none", True, -100, 0.0)
-    of = reference.divergence_of(2.0, 0.6, "forward_kl", None, None, T)
+    of = divergence_of(2.0, 0.6, "forward_kl", None, None, T)
     got, want = made(given, options, of, fused, True)[4], wanted(given, options, of, True)[4]
     assert (got.teacher_kl.double() - want.teacher_kl).abs().max() < 2e-7
 
