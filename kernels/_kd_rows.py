@@ -452,7 +452,7 @@ def plain_sweep(
     plain = used & (total > 0)
     factors = ()
     for t in tl.static_range(T):
-        plain = plain & (w[t] >= (LEAST_SHARE * total if SLOPES and MIXTURE else 0.0))
+        plain = plain & (w[t] >= (total * LEAST_SHARE if SLOPES and MIXTURE else 0.0))
         factors = factors + ((w[t] / total) * (s * inverses[t]),)
     of_kl = kl_grad * per_tau * scale
     of_ce = ce_grad / s1
