@@ -138,8 +138,8 @@ def divergence_loss(
     hide = ~valid.unsqueeze(1)
     compared = logits
     if divergence.alpha is not None:
-        # An infinite D counts nothing where alpha is 0: no gradient goes through it, or it would meet the 0.
-        holes = torch.stack([(x == -torch.inf).any(1) for x in (logits, *teachers)]).any(0)
+        # A D that is infinite or NaN counts nothing where alpha is 0: no gradient goes through it, or it would meet the 0.
+        holes = torch.stack([~x.isfinite().all(1) for x in (logits, *teachers)]).any(0)
         without = ((divergence.alpha == 0) & holes).unsqueeze(1)
         w, compared = (torch.where(without, x.detach(), x) for x in (w, logits))
     tau = logits.new_full((1, 1), options.temperature)
@@ -231,7 +231,7 @@ def mixed_logits(scaled: list[Tensor], w: Tensor) -> Tensor:
         weight, out = w[:, t, None], x == -torch.inf
         masked = masked | (out & (weight != 0))
         mixed = mixed + weighted(weight, x.masked_fill(out, 0))
-    return mixed.masked_fill(masked, -torch.inf)
+    return mixed.masked_fill(masked & ~mixed.isnan(), -torch.inf)
 
 
 def _kd_rows(

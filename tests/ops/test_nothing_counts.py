@@ -1,9 +1,11 @@
 """What counts nothing changes nothing: rows that are ignored, terms without weight, classes that are out, and no rows at all."""
 
+import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from backends import takes
 from torch import Tensor
 
@@ -176,23 +178,50 @@ def test_weights_of_an_ignored_row_may_be_anything(name: str, bad: float) -> Non
 
 @everywhere
 @LOSSES
-def test_all_the_weight_on_labels_leaves_teachers_a_gradient_of_0(name: str) -> None:
-    """Not None: who looks for parameters without a gradient finds none."""
+@pytest.mark.parametrize("row", ["ordinary", "NaN", "-inf"])
+def test_all_the_weight_on_labels_leaves_teachers_a_gradient_of_0(name: str, row: str) -> None:
+    """Whatever a row of theirs holds. Not None: who looks for parameters without a gradient finds none."""
     z = torch.randn(N, C, requires_grad=True)
     t = [torch.randn(N, C) for _ in range(T)]
     top = t[0].log_softmax(1).topk(3)
+    if row != "ordinary":
+        t[0][1] = top.values[1] = float(row)
     entries, w = ([top.indices] * T, [top.values] * T), torch.rand(N, T, requires_grad=True)
-    for reduction in ("batchmean", "none"):
-        options = {"alpha": 0.0, "reduction": reduction}
-        loss = {
-            "multi_teacher_kd": lambda o=options: af.multi_teacher_kd_loss(z, t, w, labels(), **o),
-            "divergence": lambda o=options: af.multi_teacher_kd_loss(z, t, w, labels(), divergence="jsd", **o),
-            "topk_kd": lambda o=options: af.topk_kd_loss(z, *entries, w, labels(), **o),
-            "topk_bucket": lambda o=options: af.topk_kd_loss(z, *entries, w, labels(), tail="bucket", **o),
-            "fused_linear_kd": lambda o=options: af.fused_linear_kd_loss(z, torch.eye(C), t, w, labels(), **o),
-        }[name]()
+    linear = [af.LinearTeacher(teacher, torch.eye(C)) for teacher in t]
+    calls = {
+        "multi_teacher_kd": lambda **o: af.multi_teacher_kd_loss(z, t, w, labels(), **o),
+        "divergence": lambda **o: af.multi_teacher_kd_loss(z, t, w, labels(), divergence="jsd", **o),
+        "topk_kd": lambda **o: af.topk_kd_loss(z, *entries, w, labels(), **o),
+        "topk_bucket": lambda **o: af.topk_kd_loss(z, *entries, w, labels(), tail="bucket", **o),
+        "fused_linear_kd": lambda **o: af.fused_linear_kd_loss(z, torch.eye(C), t, w, labels(), **o),
+        "linear teachers": lambda **o: af.fused_linear_kd_loss(z, torch.eye(C), linear, w, labels(), **o),
+    }
+    names = [name, "linear teachers"] if name == "fused_linear_kd" else [name]
+    everyone = [{"alpha": 0.0}]
+    if "topk" not in name:
+        everyone = [
+            {"alpha": alpha, "mode": mode} for mode in ("mixture", "sum", "logits") for alpha in (0.0, torch.zeros(N))
+        ]
+    for call, chosen, reduction in itertools.product(names, everyone, ("batchmean", "none")):
+        loss = calls[call](**chosen, reduction=reduction)
+        want = F.cross_entropy(z, labels(), reduction="none" if reduction == "none" else "mean")
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
         grads = torch.autograd.grad(loss.sum(), (z, w))
-        assert grads[0].abs().sum() > 0 and grads[1].shape == w.shape and (grads[1] == 0).all()
+        (right,) = torch.autograd.grad(want.sum(), z)
+        torch.testing.assert_close(grads[0], right, rtol=1e-5, atol=1e-6)
+        assert grads[1].shape == w.shape and (grads[1] == 0).all()
+
+
+@everywhere
+@pytest.mark.parametrize("row", ["NaN", "-inf"])
+def test_all_the_weight_on_labels_leaves_an_adapter_as_it_is(row: str) -> None:
+    student, teachers, features = torch.randn(N, C), [torch.randn(N, C) for _ in range(T)], torch.randn(N, D)
+    teachers[0][1] = float(row)
+    adapter = af.TeacherAdapter(D, T)
+    af.AMTMLLoss(adapter, alpha=0.0, angle_weight=0.0, regularizer_weight=0.0)(
+        student, teachers, labels(), features
+    ).loss.backward()
+    assert all((p.grad == 0).all() for p in adapter.parameters())
 
 
 @everywhere
