@@ -81,16 +81,16 @@ class AMTMLLoss(nn.Module):
             raise TypeError(f"{name}: hints must be a torch.nn.Module or None, got {type(hints).__name__}")
         checks.one_of(name, "reduction", reduction, [r for r in REDUCTIONS if r != "none"])
         checks.one_of(name, "mode", mode, MODES)
-        checks.number(name, "temperature", temperature, 0, math.inf, above=True)
+        checks.number(name, "temperature", temperature, *checks.POSITIVE)
         checks.number(name, "alpha", alpha, 0, 1)
-        checks.number(name, "delta", delta, 0, math.inf, above=True)
+        checks.number(name, "delta", delta, *checks.POSITIVE)
         checks.number(name, "label_smoothing", label_smoothing, 0, 1)
         for argument, weight in (
             ("angle_weight", angle_weight),
             ("hint_weight", hint_weight),
             ("regularizer_weight", regularizer_weight),
         ):
-            checks.number(name, argument, weight, 0, math.inf)
+            checks.number(name, argument, weight, *checks.NOT_NEGATIVE)
         if regularizer_weight != 0 and not callable(getattr(adapter, "regularizer", None)):
             raise TypeError(
                 f"{name}: adapter must have a regularizer() where regularizer_weight is not 0, "

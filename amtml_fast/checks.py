@@ -4,11 +4,12 @@ Messages read ``function: argument must be ..., got ...``. Checks of values look
 At small batches checks cost a noticeable share of a loss, so they test first and build the message only on failure.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+INT64 = 2**63  # the first int above what operators take
 
 
 def shape(t: Tensor) -> list[int]:
@@ -35,14 +36,18 @@ def one_of(function: str, name: str, value: object, allowed: Sequence[str]) -> N
         raise ValueError(f"{function}: {name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+# Bounds of numbers that have none of their own: a square of theirs is a float32 number.
+POSITIVE, NOT_NEGATIVE = (1e-18, 1e18), (0, 1e18)
+
+
 def number(function: str, name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    """A finite real in [low, high], or in (low, high] with ``above``."""
-    if type(value) is float and low <= value <= high and value < math.inf and not (above and value == low):
+    """A real in [low, high], or in (low, high] with ``above``."""
+    if type(value) is float and low <= value <= high and not (above and value == low):
         return
-    wanted = f"a number in {'(' if above else '['}{low}, {high}{')' if math.isinf(high) else ']'}"
+    wanted = f"a number in {'(' if above else '['}{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{function}: {name} must be {wanted}, got {value!r}")
-    if not low <= value <= high or value in (math.inf, -math.inf) or (above and value == low):  # NaN fails, too
+    if not low <= value <= high or (above and value == low):  # NaN fails, too
         raise ValueError(f"{function}: {name} must be {wanted}, got {value}")
 
 
@@ -66,6 +71,8 @@ def integers(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{function}: {name} must be an int64 or int32 tensor, got {got}")
+    if value.layout not in LAYOUTS:
+        raise TypeError(f"{function}: {name} must be a dense tensor, as to_dense() makes it, got {value.layout}")
 
 
 def values_are_free(t: Tensor) -> bool:

@@ -46,7 +46,7 @@ class TeacherAdapter(nn.Module):
             checks.count("TeacherAdapter", name, value)
         checks.one_of("TeacherAdapter", "pool", pool, POOLS)
         if init_scale is not None:
-            checks.number("TeacherAdapter", "init_scale", init_scale, 0, math.inf)
+            checks.number("TeacherAdapter", "init_scale", init_scale, *checks.NOT_NEGATIVE)
         self.pool, self.init_scale = pool, channels**-0.5 if init_scale is None else init_scale
         drawn = [
             torch.randn(size, dtype=torch.float32, device="cpu") for size in ((num_teachers, channels), (channels,))
@@ -418,8 +418,8 @@ def _hint_mapping(
         if len(scores) != num_teachers:
             raise ValueError(f"{name}: teacher_scores must have {num_teachers} values, got {len(scores)}")
         for t, score in enumerate(scores):
-            if score != score:  # NaN, by which nothing can be sorted
-                raise ValueError(f"{name}: teacher_scores[{t}] must be a number, got {score}")
+            if not hasattr(score, "__float__") or math.isnan(score):  # by which nothing can be sorted
+                raise ValueError(f"{name}: teacher_scores[{t}] must be a number, got {score!r}")
         order = sorted(range(num_teachers), key=lambda t: scores[t], reverse=mapping == "best_low")
     step = (len(groups) - 1) / max(num_teachers - 1, 1)  # spread over the groups, ends included
     places = (

@@ -64,7 +64,7 @@ def store_topk(
     layer = OutputLayer(teacher, "store_topk: teacher")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= layer.classes:
         raise ValueError(f"store_topk: k must be an int from 1 to {layer.classes}, got {k!r}")
-    checks.number("store_topk", "temperature", temperature, 0, math.inf, above=True)
+    checks.number("store_topk", "temperature", temperature, *checks.POSITIVE)
     for name, value in (("batch_size", batch_size), ("rows_per_file", rows_per_file)):
         checks.count("store_topk", name, value)
     if not hasattr(dataset, "__len__"):

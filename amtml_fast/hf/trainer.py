@@ -1,6 +1,5 @@
 """A ``transformers.Trainer`` whose student learns from several teachers, by hidden states: no model's logits are held."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ class DistillationTrainer(Trainer):
         loss = FusedLinearKDLoss(temperature=1.0, alpha=0.5) if loss is None else loss
         args = TrainingArguments() if args is None else args
         check_arguments(args, teachers, loss, weighting, teacher_tokenizers, kwargs)
-        checks.number(NAME, "adapter_learning_rate", adapter_learning_rate, 0, math.inf, above=True)
+        checks.number(NAME, "adapter_learning_rate", adapter_learning_rate, *checks.POSITIVE)
         self.output_layer = OutputLayer(model, f"{NAME}: model")
         self.sources = [
             t if isinstance(t, StoredTopK) else OutputLayer(t, f"{NAME}: teachers[{i}]") for i, t in enumerate(teachers)

@@ -42,7 +42,7 @@ def term_weights(alpha: float, labeled: bool) -> tuple[float, float]:
 
 
 def check_numbers(function: str, temperature: float, alpha: float, label_smoothing: float) -> None:
-    checks.number(function, "temperature", temperature, 0, math.inf, above=True)
+    checks.number(function, "temperature", temperature, *checks.POSITIVE)
     checks.number(function, "alpha", alpha, 0, 1)
     checks.number(function, "label_smoothing", label_smoothing, 0, 1)
 
@@ -110,6 +110,8 @@ def check_rows(
         checks.same_device(function, "labels", labels, student_name, student_logits)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
+    if not -checks.INT64 <= ignore_index < checks.INT64:
+        raise ValueError(f"{function}: ignore_index must be in [-2**63, 2**63), got {ignore_index}")
     return rows, classes
 
 
@@ -120,10 +122,12 @@ def check_num_items(function: str, num_items_in_batch: int | Tensor, reduction: 
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.dim() != 0:
             raise ValueError(f"{name} must be an int or a 0-d tensor, got {checks.shape(num_items_in_batch)}")
+        if num_items_in_batch.is_complex():
+            raise TypeError(f"{name} must be an int or a 0-d tensor of real numbers, got {num_items_in_batch.dtype}")
     elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
         raise TypeError(f"{name} must be an int or a 0-d tensor, got {num_items_in_batch!r}")
-    elif num_items_in_batch < (1 if labels is None else 0):
-        wanted = "positive without labels" if labels is None else "at least 0"
+    elif not (1 if labels is None else 0) <= num_items_in_batch < checks.INT64:
+        wanted = f"in [{'1' if labels is None else '0'}, 2**63){' without labels' if labels is None else ''}"
         raise ValueError(f"{name} must be {wanted}, got {num_items_in_batch}")
 
 

@@ -1,6 +1,5 @@
 """Triplet angle loss (Eq 9-10)."""
 
-import math
 from typing import Any
 
 import torch
@@ -53,8 +52,8 @@ def angle(
 ) -> Tensor:
     """``angle_loss`` of the rows where ``row_mask`` [N] bool is true; the others take no part. For ``AMTMLLoss``."""
     name = "angle_loss"
-    checks.number(name, "delta", delta, 0, math.inf, above=True)
-    checks.number(name, "eps", eps, 0, math.inf)
+    checks.number(name, "delta", delta, *checks.POSITIVE)
+    checks.number(name, "eps", eps, *checks.NOT_NEGATIVE)
     checks.one_of(name, "reduction", reduction, REDUCTIONS)
     chosen = backend.choose("angle", student, teacher)
     if chosen == "reference":

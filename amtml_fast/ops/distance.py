@@ -1,6 +1,5 @@
 """Distance loss of Relational Knowledge Distillation (Park et al. 2019, Eq 4-6)."""
 
-import math
 from typing import Any
 
 import torch
@@ -38,8 +37,8 @@ def rkd_distance_loss(
     """
     name = "rkd_distance_loss"
     check_sides(name, student, teacher)
-    checks.number(name, "delta", delta, 0, math.inf, above=True)
-    checks.number(name, "eps", eps, 0, math.inf)
+    checks.number(name, "delta", delta, *checks.POSITIVE)
+    checks.number(name, "eps", eps, *checks.NOT_NEGATIVE)
     checks.one_of(name, "reduction", reduction, REDUCTIONS)
     chosen = backend.choose("distance", student, teacher)
     if chosen == "reference":

@@ -55,9 +55,9 @@ def check_options(
             wanted = f"a number or {num_teachers} numbers, one for each teacher"
             raise ValueError(f"{function}: teacher_temperature must be {wanted}, got {len(teacher_temperature)}")
         for t, tau in enumerate(teacher_temperature):
-            checks.number(function, f"teacher_temperature[{t}]", tau, 0, math.inf, above=True)
+            checks.number(function, f"teacher_temperature[{t}]", tau, *checks.POSITIVE)
     else:
-        checks.number(function, "teacher_temperature", teacher_temperature, 0, math.inf, above=True)
+        checks.number(function, "teacher_temperature", teacher_temperature, *checks.POSITIVE)
 
 
 def check_divergence(function: str, divergence: str, beta: float | None) -> None:

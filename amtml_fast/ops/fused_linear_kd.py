@@ -162,9 +162,9 @@ def fused_linear_kd_loss(
     check_index(teacher_index, teacher_weights, like)
     checks.one_of(NAME, "reduction", reduction, _kd.REDUCTIONS)
     checks.one_of(NAME, "accumulate", accumulate, ACCUMULATE)
-    checks.number(NAME, "logit_scale", logit_scale, 0, math.inf, above=True)
+    checks.number(NAME, "logit_scale", logit_scale, *checks.POSITIVE)
     if softcap is not None:
-        checks.number(NAME, "softcap", softcap, 0, math.inf, above=True)
+        checks.number(NAME, "softcap", softcap, *checks.POSITIVE)
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
         raise TypeError(f"{NAME}: chunk_size must be an int >= 1 or None, got {chunk_size!r}")
     if chunk_size is not None and chunk_size < 1:
@@ -211,7 +211,7 @@ def fused_linear_kd_loss(
     settings = Settings(
         chosen, row_kernel, more.name, more.beta, mode,
         list(more.teacher_temperatures), float(numbers.temperature), t2_scale, ce_weight, kl_weight, row_reduction,
-        ignore_index, float(label_smoothing), float(logit_scale), float(softcap or 0), chunk_size or 0, accumulate == "bf16",
+        ignore_index, float(label_smoothing), float(logit_scale), float(softcap or 0), min(chunk_size or 0, checks.INT64 - 1), accumulate == "bf16",
     )  # fmt: skip
     if vocabulary is None:
         inputs = hidden, student_weight, student_bias, weights, alphas

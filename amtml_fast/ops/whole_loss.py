@@ -1,6 +1,5 @@
 """``AMTMLLoss`` without hints as one node of the graph: teacher weights, distillation, angle loss and regularizer (Eq 3)."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,7 +41,7 @@ def whole_loss(
     name = "AMTMLLoss"
     _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
     checks.one_of(name, "mode", options.mode, MODES)
-    checks.number(name, "delta", delta, 0, math.inf, above=True)
+    checks.number(name, "delta", delta, *checks.POSITIVE)
     needs = needs_grad(student), needs_grad(*sources)
     settings = Settings(
         chosen,

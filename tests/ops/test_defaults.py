@@ -1,6 +1,7 @@
 """No hidden inputs: torch's default dtype and device change no number."""
 
 import ast
+import re
 from functools import partial
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_a_count_of_0_for_rows_that_count_is_no_small_number(on):
         torch.randn(6, 5), [torch.randn(6, 5)], None, labels, num_items_in_batch=torch.tensor(0)
     )
     assert loss > 1e36
-    with pytest.raises(ValueError, match="num_items_in_batch must be positive without labels, got 0"):
+    with pytest.raises(ValueError, match=re.escape("num_items_in_batch must be in [1, 2**63) without labels, got 0")):
         af.multi_teacher_kd_loss(torch.randn(6, 5), [torch.randn(6, 5)], None, num_items_in_batch=0)
-    with pytest.raises(ValueError, match="num_items_in_batch must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=re.escape("num_items_in_batch must be in [0, 2**63), got -1")):
         af.multi_teacher_kd_loss(torch.randn(6, 5), [torch.randn(6, 5)], None, labels, num_items_in_batch=-1)

@@ -70,7 +70,9 @@ def run_one_part(given: Rows, name: str, divergence: str, mode: str, taus: list[
     rows = len(student)
     options = KDOptions(2.0, 0.5, mode, "none", True, -100, 0.1)
     of = divergence_of(2.0, 0.5, divergence, None, taus, len(teachers))
-    rule = split.rule_of(options, of, labels, torch.float32, (True, True), True, len(teachers), student)._replace(backend=name)
+    rule = split.rule_of(options, of, labels, torch.float32, (True, True), True, len(teachers), student)._replace(
+        backend=name
+    )
     vocabulary = Vocabulary(None, 0, 2, student.shape[1])
     block = KernelBlock(Given(vocabulary, rule, student, teachers, weights, labels, temperature))
     normal = block.sums()

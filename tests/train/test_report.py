@@ -430,6 +430,21 @@ def test_what_is_no_run_is_named(
     assert not (copied / "report.html").exists()
 
 
+@pytest.mark.parametrize("command", ["report", "eval"])
+@pytest.mark.parametrize("left", [(), ("student", "seed")], ids=["nothing", "some"])
+def test_a_record_that_is_not_a_runs_is_named(
+    copied: Path, capsys: pytest.CaptureFixture[str], command: str, left: tuple[str, ...]
+) -> None:
+    file = copied / "student-seed0" / "run.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({key: record[key] for key in left}))
+    status, out, err = call(capsys, command, str(file.parent))
+    assert status in (1, 2) and "Traceback" not in err + out
+    assert f"run.json must hold 'method' of a run, got {', '.join(left) or 'nothing'}; repair it" in " ".join(
+        err.split()
+    )
+
+
 def test_how_to_get_it_again() -> None:
     plain = gather.Gathered("digits", reading.load("digits"), True, [])
     assert gather.command(plain) == ("amtml-fast compare digits", False)

@@ -600,7 +600,7 @@ def test_the_finding_is_honest() -> None:
         ("loss.mode=mixtur", r"loss\.mode must be one of mixture, sum, got 'mixtur'; did you mean 'mixture'"),
         ("loss.mapping=best", r"loss\.mapping must be one of best_high"),
         ("loss.alpha=1.5", r"loss\.alpha must be in \[0, 1\], got 1\.5"),
-        ("loss.temperature=0", r"loss\.temperature must be above 0, got 0"),
+        ("loss.temperature=0", r"loss\.temperature must be in \[1e-18, 1e\+18\], got 0"),
         ("distill.schedule=onecyle", r"distill\.schedule must be one of .* did you mean 'onecycle'"),
         ("distill.epochs=0", r"distill\.epochs must be 1 or more, got 0"),
         ("compare.methods=[amtmlkd]", r"method must be one of .* did you mean 'amtml_kd'"),

@@ -48,7 +48,8 @@ def keys_of(schema: type) -> dict[str, Any]:
     return {KEYS_OF: schema}
 
 
-FINITE, NOT_NEGATIVE, POSITIVE = within(Range()), within(Range(0)), within(Range(0, above=True))
+# Of numbers without a bound of their own: a square of theirs is a float32 number.
+FINITE, NOT_NEGATIVE, POSITIVE = within(Range(-1e18, 1e18)), within(Range(0, 1e18)), within(Range(1e-18, 1e18))
 COUNT, SHARE, SEED = within(Range(1)), within(Range(0, 1)), within(Range(0, 2**63 - 1))
 PATH = {HOME: True}  # a file or a folder, in which ~ stands for the home folder
 

@@ -25,6 +25,14 @@ from ..progress import Display
 from . import processes
 
 FORMAT = "amtml-fast checkpoint 2"
+RECORDED = (
+    "method",
+    "label",
+    "student",
+    "seed",
+    "epochs",
+    "recipe",
+)  # keys of every run.json, of those that others ask for
 WEIGHTS = ("student.safetensors", "model.safetensors", "objective.safetensors")
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
 UNREADABLE = (
@@ -75,7 +83,14 @@ class Run:
             self.mark.touch()
 
     def read_record(self) -> dict[str, Any]:
-        return read_json(self.record)
+        record = read_json(self.record)
+        for key in RECORDED:
+            if key not in record:
+                wanted = "repair it or start the run over with --fresh"
+                raise RunError(
+                    f"{self.record} must hold {key!r} of a run, got {', '.join(record) or 'nothing'}; {wanted}"
+                )
+        return record
 
     def start(self, config_yaml: str, record: Mapping[str, Any]) -> None:
         if self.writes:
