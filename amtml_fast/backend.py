@@ -21,7 +21,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter 
 # The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
 TRITON_FROM = 7  # the compute capability of an NVIDIA GPU
-MOST_TEACHERS, MOST_ENTRIES = 32, 8192  # CUDA kernels: of a row; entries are the classes that its top-k teachers name
+# Of a row, on GPUs. Entries are the classes that its top-k teachers name. CUDA kernels have room for so many; Triton's, in which each
+# teacher has code of its own, take minutes to compile for more.
+MOST_TEACHERS, MOST_ENTRIES = 32, 8192
 # The operators, and those that each backend has: the files in ops/ fill both.
 OPS: list[str] = []
 KERNELS: dict[str, list[str]] = {"cpp": [], "cuda": [], "triton": []}
@@ -172,7 +174,7 @@ def _why_not_dtypes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str 
 
 def _why_not_sizes(name: str, teachers: int, entries: int) -> str | None:
     """Why backend ``name`` does not take so many teachers, or entries of a row; None if it does."""
-    if name != "cuda":
+    if name not in ("cuda", "triton"):
         return None
     if teachers > MOST_TEACHERS:
         return f"its kernels take at most {MOST_TEACHERS} teachers, got {teachers}"

@@ -80,7 +80,7 @@ def test_a_gpu_without_code_in_the_library_falls_to_triton_and_then_to_the_refer
 
 @cpu_only
 @pytest.mark.parametrize("work", ["forward_kl", "jsd", "split", "topk", "fused", "fused topk", "routed", "whole"])
-def test_a_row_that_the_cuda_kernels_cannot_hold_goes_to_the_next_backend(monkeypatch, work):
+def test_a_row_that_a_gpus_kernels_cannot_hold_goes_to_the_next_backend(monkeypatch, work):
     """As it would be on a GPU: kernels called "cuda" are looked up by the tensors' device, so here they are the CPU's."""
     monkeypatch.setattr(backend, "AUTO", (backend.Choice("cpu", None, 0, ("cuda", "cpp")),))
     monkeypatch.setattr(backend, "DEVICES", {**backend.DEVICES, "cuda": ("cpu",)})
@@ -133,6 +133,8 @@ def test_the_sizes_are_those_of_the_cuda_kernels():
     most = re.search(r"kMaxTeachers = (\d+)", (source / "common.cuh").read_text())
     entries = re.search(r"kMaxEntries = (\d+)", (source / "topk_entries.cuh").read_text())
     assert (int(most[1]), int(entries[1])) == (backend.MOST_TEACHERS, backend.MOST_ENTRIES)
+    for sizes in ((int(most[1]) + 1, 0), (1, int(entries[1]) + 1)):
+        assert [bool(backend._why_not_sizes(name, *sizes)) for name in backend.BACKENDS[1:]] == [False, True, True, False]
 
 
 @cpu_only

@@ -290,6 +290,8 @@ def test_any_number_of_entries(k, on):
     """One thread has several of them, one teacher or two name a class, some in any order."""
     if on == "reference":
         pytest.skip("it computes in float32")
+    if on == "triton" and CHOSEN != "gpu":
+        k = min(k, 1100)  # each entry is compared with each other: two minutes in the interpreter
     torch.manual_seed(7)
     student = torch.randn(3, 5000, requires_grad=True)
     tops = [torch.randn(3, 5000).log_softmax(1).topk(k) for _ in range(2)]
