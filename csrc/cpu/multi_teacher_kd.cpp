@@ -197,7 +197,8 @@ AMTML_INLINE double finish(Row<A>& row, int64_t label, const Wanted<A>& want) {
         const A* back = want.grad_p + start;
         sum += block_sum<A>(count, [&](int64_t c) __attribute__((always_inline)) { return back[c] * e_t[c]; });
       }
-      if (sum != 0) row.dot[t] += sum * row.of[t].by(k);  // a teacher without a softmax has no factor
+      // Where the KL has no weight, a teacher's NaN has none.
+      if (want.kl_grad != 0 || want.grad_p) row.dot[t] += sum * row.of[t].by(k);
     }
     if (want.soft_targets) std::copy_n(p, count, want.soft_targets + start);
     if (want.student_probs) {

@@ -92,9 +92,9 @@ def test_a_number_out_of_its_range_is_refused(tmp_path: Path, key: str) -> None:
     allowed = next(one for one in dataclasses.fields(owner) if one.name == name).metadata[fields.RANGE]
     bad = [".nan", ".inf", "-.inf"] if float in kinds(hint) else []
     if allowed.low != float("-inf"):
-        bad.append(str(allowed.low if allowed.above else allowed.low - 1))
+        bad.append(str(allowed.low if allowed.above else allowed.low - max(1, abs(allowed.low))))
     if allowed.high != float("inf"):
-        bad.append(str(allowed.high if allowed.below else allowed.high + 1))
+        bad.append(str(allowed.high if allowed.below else 2 * allowed.high))
     assert bad
     for value in bad:
         written = f"[{value}]" if list in (typing.get_origin(hint), typing.get_origin(fields.inner(hint))) else value
@@ -108,7 +108,8 @@ def _escaped(allowed: fields.Range) -> str:
 
 def test_ranges_say_what_they_are() -> None:
     assert [str(each[fields.RANGE]) for each in (fields.FINITE, fields.COUNT, fields.POSITIVE, fields.SHARE)] == [
-        "finite", "1 or more", "above 0", "in [0, 1]"]  # fmt: skip
+        "in [-1e+18, 1e+18]", "1 or more", "in [1e-18, 1e+18]", "in [0, 1]"]  # fmt: skip
+    assert str(fields.Range()) == "finite" and str(fields.Range(0, above=True)) == "above 0"
     inside = fields.Range(0, 1, above=True, below=True)
     assert str(inside) == "in (0, 1)" and 0 not in inside and 1 not in inside and 0.5 in inside
     assert 10**400 in fields.COUNT[fields.RANGE] and float("inf") not in fields.COUNT[fields.RANGE]

@@ -107,11 +107,13 @@ class Settings(nn.Module):
         return x
 
 
-def test_teachers_of_a_step_are_compiled_with_weights_that_are_constants() -> None:
+def test_teachers_of_a_step_are_compiled_with_weights_that_are_constants(monkeypatch: pytest.MonkeyPatch) -> None:
     """findings/inductor_freezing_option.sh: an option of torch.compile would not do."""
-    teachers = frozen.Teachers(["a"], [FeatureExtractor(Settings().eval(), {})], [0.0], [], [0])
-    teachers.run(torch.zeros(2, 3, 8, 8))  # which folding calls, too
-    assert Settings.seen[-1] == (True, False) and not torch._inductor.config.freezing
+    monkeypatch.setattr(frozen, "compile_in_place", lambda network: None)
+    for compiled in (True, False):
+        teachers = frozen.Teachers(["a"], [FeatureExtractor(Settings().eval(), {})], [0.0], [], [0], compiled=compiled)
+        teachers.run(torch.zeros(2, 3, 8, 8))  # which folding calls, too
+        assert Settings.seen[-1] == (compiled, False) and not torch._inductor.config.freezing
 
 
 def test_a_replayed_step_is_divided_like_the_last_that_was_not() -> None:

@@ -387,7 +387,7 @@ def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
 
 def test_a_last_step_that_diverges_is_no_finished_run(place: Place) -> None:
     """No loss comes after it: what the student says then is not finite."""
-    one_step = ["distill.batch_size=1152", "distill.schedule=constant", "distill.epochs=1", "distill.lr=1e38"]
+    one_step = ["distill.batch_size=1152", "distill.schedule=constant", "distill.epochs=1", "distill.lr=1e18"]
     with pytest.raises(Diverged, match=r"logits are not finite after epoch 1; try a lower learning rate"):
         place.train(*one_step, method="student")
     run = Run(place.folder / "small" / "student-seed0")

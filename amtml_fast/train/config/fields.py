@@ -50,7 +50,7 @@ def keys_of(schema: type) -> dict[str, Any]:
 
 # Of numbers without a bound of their own: a square of theirs is a float32 number.
 FINITE, NOT_NEGATIVE, POSITIVE = within(Range(-1e18, 1e18)), within(Range(0, 1e18)), within(Range(1e-18, 1e18))
-COUNT, SHARE, SEED = within(Range(1)), within(Range(0, 1)), within(Range(0, 2**63 - 1))
+WHOLE, COUNT, SHARE, SEED = within(Range(0)), within(Range(1)), within(Range(0, 1)), within(Range(0, 2**63 - 1))
 PATH = {HOME: True}  # a file or a folder, in which ~ stands for the home folder
 
 

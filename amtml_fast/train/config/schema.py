@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..names import pretrained
-from .fields import COUNT, FINITE, NOT_NEGATIVE, PATH, POSITIVE, SEED, SHARE, Range, keys_of, within
+from .fields import COUNT, FINITE, NOT_NEGATIVE, PATH, POSITIVE, SEED, SHARE, WHOLE, Range, keys_of, within
 
 TEACHERS = "teachers"  # the folder of a comparison's, or of what several share
 
@@ -64,7 +64,7 @@ class TrainConfig:
     schedule: str = "onecycle"
     warmup: float = field(default=0.0, metadata=NOT_NEGATIVE)  # epochs of linear warm-up; onecycle has its own
     # epochs after which `step` multiplies lr by gamma
-    milestones: list[int] = field(default_factory=list, metadata=NOT_NEGATIVE)
+    milestones: list[int] = field(default_factory=list, metadata=WHOLE)
     gamma: float = field(default=0.1, metadata=NOT_NEGATIVE)
 
 
@@ -74,7 +74,7 @@ class TeacherConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     hint: str | None = None  # dotted path of the module whose output is the hint map u_t
     # a specialist: trained on the images of these classes alone; null: on all
-    classes: list[int] | None = field(default=None, metadata=NOT_NEGATIVE)
+    classes: list[int] | None = field(default=None, metadata=WHOLE)
     domain: str | None = None  # trained on the images of this one of data.domains alone; null: of all
     shuffled_labels: bool = False  # trained on the labels of other images: a teacher that knows nothing
     # this teacher's overrides of `teach`
@@ -137,11 +137,11 @@ class LossConfig:
 @dataclass
 class StagesConfig:
     # the adapter is frozen after this many epochs; null: never
-    adapter_epochs: int | None = field(default=None, metadata=NOT_NEGATIVE)
+    adapter_epochs: int | None = field(default=None, metadata=WHOLE)
     # the adapter's own constant learning rate; null: the student's
     adapter_lr: float | None = field(default=None, metadata=NOT_NEGATIVE)
     # epochs after which it is multiplied by 0.1
-    adapter_milestones: list[int] = field(default_factory=list, metadata=NOT_NEGATIVE)
+    adapter_milestones: list[int] = field(default_factory=list, metadata=WHOLE)
 
 
 @dataclass
