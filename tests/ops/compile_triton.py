@@ -34,7 +34,7 @@ from amtml_fast import backend
 from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
 from amtml_fast.testing import CASES, value_and_grads
 
-EACH = 2  # compilers differ in kernels more than in a kernel's sizes, and each takes half a second
+EACH = 3  # compilers differ in kernels more than in a kernel's sizes, and each takes half a second
 
 
 def large_calls(part: int | None) -> Iterator[tuple[Any, tuple, dict]]:
