@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
@@ -35,7 +36,7 @@ class OutputLayer:
         layer = self.layer
         if getattr(config, "return_dict", True) is False:
             raise ValueError(f"{name} must have config.return_dict=True, got False")
-        self.logit_scale, self.softcap = _probe(model, layer, name)
+        self.logit_scale, self.softcap = _probe(model, layer, self.weight.detach(), self.bias, name)
 
     @property
     def layer(self) -> nn.Linear:
@@ -165,16 +166,25 @@ def gathered(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
+def rounding_of(x: Tensor) -> float:
+    """What a relative difference may be that is none."""
+    return max(torch.finfo(x.dtype).eps, 1e-3)
+
+
 @torch.no_grad()
-def _probe(model: Any, layer: nn.Linear, name: str) -> tuple[float, float | None]:
-    """The scale and the softcap that the model gives its logits. Its tokens are not to see later ones."""
+def _probe(model: Any, layer: nn.Linear, weight: Tensor, bias: Tensor | None, name: str) -> tuple[float, float | None]:
+    """The scale and the softcap that the model gives its logits. Its tokens are not to see later ones, and no hook may change what the
+    layer makes of its weight and bias: here the layer itself makes nothing."""
     small, large = 2.0**-7, 2.0**13
     probe = torch.linspace(-64, 64, layer.weight.shape[0], dtype=torch.float32, device="cpu")
     probe[0], probe[-1] = small, large
     hidden: list[Tensor] = []
+    hooked: list[bool] = []
 
     def replace(_: nn.Module, args: tuple, out: Tensor) -> Tensor:
         hidden.append(args[0])
+        made = F.linear(args[0], weight, bias)
+        hooked.append((out - made).norm().item() > rounding_of(out) * made.norm().item())
         return probe.to(out.device).expand(*out.shape[:-1], -1)
 
     handle = layer.register_forward_hook(replace)
@@ -185,9 +195,13 @@ def _probe(model: Any, layer: nn.Linear, name: str) -> tuple[float, float | None
     finally:
         handle.remove()
         model.train(training)
+    if hooked[0]:
+        raise ValueError(
+            f"{name} must have an output layer whose hooks leave its results as they are, got {type(model).__name__}, where a forward "
+            "hook changes them"
+        )
     one, other = hidden[0][:, 0].float()
-    rounding = max(torch.finfo(hidden[0].dtype).eps, 1e-3)
-    if (one - other).norm() > rounding * one.norm():
+    if (one - other).norm() > rounding_of(hidden[0]) * one.norm():
         raise TypeError(
             f"{name} must be a causal language model, got {type(model).__name__}, whose tokens see those after them"
         )

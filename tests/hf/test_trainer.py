@@ -177,6 +177,20 @@ def test_what_models_do_to_their_logits_is_found():
         OutputLayer(Odd(LlamaConfig(**small)), "teachers[1]")
 
 
+def test_hooks_of_the_output_layer():
+    """What they do to hidden states counts, and they may look at the result, but not change it: no result is made."""
+    watched, scaled, changed = llama(), llama(), llama()
+    seen = []
+    watched.lm_head.register_forward_hook(lambda layer, args, out: seen.append(out.shape))
+    scaled.lm_head.register_forward_pre_hook(lambda layer, args: (2 * args[0],))
+    changed.lm_head.register_forward_hook(lambda layer, args, out: out.index_fill(-1, torch.tensor([3]), -100.0))
+    for fine in (watched, scaled):
+        OutputLayer(fine, "model")
+    assert seen
+    with pytest.raises(ValueError, match=r"^teachers\[0\] must have an output layer whose hooks leave its results"):
+        OutputLayer(changed, "teachers[0]")
+
+
 def test_texts_packed_in_one_row_are_apart_for_teachers_too(tmp_path):
     student, teachers, data = llama(), [llama(24, 1), llama(8, 2)], examples(4)
     want, grads = one_step(trainer(tmp_path, student, teachers), student, collate(data))
