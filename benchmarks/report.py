@@ -324,18 +324,19 @@ def linear(results: Results) -> str:
 
 
 def report(results: Results) -> str:
+    """What was timed: sections without a row are left out, and so are their pictures."""
     parts = ["# Benchmarks", head(results), "Forward and backward together. Bold: slower than the baseline."]
-    parts += ["## Operators", operators(results), "![speed-up](speedup.png)", "![roofline](roofline.png)"]
-    parts += ["## Memory", memory(results), "![memory](memory.png)"]
-    parts += ["## Growth", scaling(results), "![growth](scaling.png)"]
-    for title, table in (
-        ("## Angle loss", triplets(results)),
-        ("## From hidden states", linear(results)),
-        ("## Overhead", overhead(results)),
-        ("## Training step", steps(results)),
+    for title, table, *images in (
+        ("Operators", operators(results), *(("speedup", "roofline") if beside_eager(results) else ())),
+        ("Memory", memory(results), "memory"),
+        ("Growth", scaling(results), "scaling"),
+        ("Angle loss", triplets(results)),
+        ("From hidden states", linear(results)),
+        ("Overhead", overhead(results)),
+        ("Training step", steps(results)),
     ):
         if table.count("\n") > 1:
-            parts += [title, table]
+            parts += [f"## {title}", table, *(f"![{image}]({image}.png)" for image in images)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -373,6 +374,10 @@ def _eager(results: Results, group: str) -> float:
 COLORS = {"cpp": "#1b6ca8", "cuda": "#1b6ca8", "triton": "#3aa66b", "eager": "#b8b8b8", "compile": "#e08b3e"}
 
 
+def beside_eager(results: Results) -> list[str]:
+    return [g for g in results.groups() if results.best(g) and results.seconds(g, "eager")]
+
+
 def pictures(results: Results, folder: Path) -> None:
     import matplotlib
 
@@ -381,13 +386,16 @@ def pictures(results: Results, folder: Path) -> None:
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
     plt.rcParams.update({"grid.color": "#dddddd", "axes.axisbelow": True, "figure.dpi": 130})
-    groups = [g for g in results.groups() if results.best(g) and results.seconds(g, "eager")]
-    for name, figure in (
-        ("speedup", speedup_picture(results, groups)),
-        ("roofline", roofline_picture(results, groups)),
-        ("scaling", scaling_picture(results)),
-        ("memory", memory_picture(results)),
+    groups = beside_eager(results)
+    for name, rows, draw in (
+        ("speedup", groups, lambda: speedup_picture(results, groups)),
+        ("roofline", groups, lambda: roofline_picture(results, groups)),
+        ("scaling", results.groups(axis=True), lambda: scaling_picture(results)),
+        ("memory", results.memory, lambda: memory_picture(results)),
     ):
+        if not rows:
+            continue
+        figure = draw()
         figure.tight_layout()
         figure.savefig(folder / f"{name}.png")
         plt.close(figure)

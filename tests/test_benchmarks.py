@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,22 @@ def test_a_legend_names_what_the_last_row_has_not(tmp_path, monkeypatch):
     figures = drawn(monkeypatch)
     report.pictures(report.load([path]), tmp_path)
     assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["vs eager", "vs compile"]
+
+
+def test_what_was_not_timed_has_no_section_and_no_picture(tmp_path):
+    results = report.load([write(tmp_path / "a.json")])
+    everything = report.report(results)
+    assert "## Memory" in everything and "## Growth" in everything
+    results.memory.clear()
+    results.rows = {key: row for key, row in results.rows.items() if key[2] is None}
+    text = report.report(results)
+    report.pictures(results, tmp_path)
+    assert "## Operators" in text and "## Memory" not in text and "## Growth" not in text
+    assert (
+        {path.stem for path in tmp_path.glob("*.png")}
+        == {"speedup", "roofline"}
+        == {*re.findall(r"\((\w+)\.png\)", text)}
+    )
 
 
 def test_a_roofline_leaves_out_what_has_no_count_of_bytes(tmp_path, monkeypatch):
