@@ -93,13 +93,14 @@ def load_weights(weights, rows, row_stride, stride, used, T: tl.constexpr):
 
 @triton.jit
 def mix_logits(xs, keep, weights, per_taus):
-    """sum_t w_t z_t / tau_t of a tile, -inf where a teacher with weight has it. One without counts nothing, NaN or not."""
+    """sum_t w_t z_t / tau_t of a tile, -inf where a teacher with weight has it and none has NaN. One without counts nothing."""
     out = tl.zeros(keep.shape, tl.float32)
     masked = ~keep
     for t in tl.static_range(len(xs)):
         masked = masked | ((xs[t] == -float("inf")) & (weights[t] != 0))
-        out += tl.where(weights[t] == 0, 0.0, weights[t] * (xs[t] * per_taus[t]))
-    return tl.where(masked, -float("inf"), out)
+        without = (weights[t] == 0) | (xs[t] == -float("inf"))
+        out += tl.where(without, 0.0, weights[t] * (xs[t] * per_taus[t]))
+    return tl.where(masked & (out == out), -float("inf"), out)
 
 
 @triton.jit

@@ -99,7 +99,9 @@ AMTML_INLINE void mix_logits(Row<A>& row, const Normal* of_all) {
     const double w = row.weight[t], by = row.of[t].per_tau;
     if (w == 0) continue;  // 0 times infinity, or NaN, is 0
 #pragma omp simd
-    for (int64_t c = 0; c < n; ++c) s[c] = x[c] == -infinity ? -infinity : s[c] + w * (x[c] * by);
+    for (int64_t c = 0; c < n; ++c) {  // NaN stays
+      s[c] = x[c] == -infinity && s[c] == s[c] ? -infinity : s[c] + w * (x[c] * by);
+    }
   }
   if (of_all) {
     top = of_all->maximum;

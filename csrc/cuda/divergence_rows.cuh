@@ -177,7 +177,9 @@ __device__ __forceinline__ void mix(const Scratch& s, int t, const float (&x)[kP
   const float w = s.weight[t], by = s.of[t + 1].per_tau;
   if (w == 0) return;  // 0 times infinity, or NaN, is 0
 #pragma unroll
-  for (int k = 0; k < kPack; ++k) mixed[k] = x[k] == -INFINITY ? x[k] : mixed[k] + w * (x[k] * by);
+  for (int k = 0; k < kPack; ++k) {  // NaN stays
+    mixed[k] = x[k] == -INFINITY && mixed[k] == mixed[k] ? x[k] : mixed[k] + w * (x[k] * by);
+  }
 }
 
 // --- the first sweep
