@@ -18,7 +18,7 @@ RANGE, HOME, KEYS_OF = "range", "home", "keys of"  # of a field's metadata
 class Range:
     """Finite numbers from `low` to `high`. above: `low` itself is left out; below: `high` is."""
 
-    low: float = -math.inf
+    low: float
     high: float = math.inf
     above: bool = False
     below: bool = False
@@ -33,9 +33,7 @@ class Range:
     def __str__(self) -> str:
         if math.isfinite(self.high):
             return f"in {'(' if self.above else '['}{self.low}, {self.high}{')' if self.below else ']'}"
-        if math.isfinite(self.low):
-            return f"above {self.low}" if self.above else f"{self.low} or more"
-        return "finite"
+        return f"{self.low} or more"
 
 
 def within(allowed: Range) -> dict[str, Any]:
@@ -73,8 +71,7 @@ def out_of_range(config: Any, key: str = "") -> str | None:
         allowed = one.metadata.get(RANGE)
         for each in value if isinstance(value, list) else [value]:
             if allowed is not None and each is not None and each not in allowed:
-                finite = " and finite" if each in (math.inf, -math.inf) else ""
-                return f"{name} must be {allowed}{finite}, got {each}"
+                return f"{name} must be {allowed}, got {each}"
     return None
 
 

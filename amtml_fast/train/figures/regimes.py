@@ -48,8 +48,8 @@ def accuracy_table(found: Found) -> Blocks:
     split = tables.split_of(next(iter(own.values()), []))
     caption = (
         f"{split} accuracy in percent, mean ± sample standard deviation over seeds. Bold: the best of each column, and what a paired "
-        "t-test over the seeds does not tell from it (p >= 0.05); where the seeds leave nothing to test, the best alone. The best single teacher is the one with the highest mean here. The "
-        "oracle takes, for each image, the teacher that is most certain of the true label: a reference, no method."
+        "t-test over the seeds does not tell from it (p >= 0.05); where the seeds leave nothing to test, the best alone. The "
+        "best single teacher is the one with the highest mean here. The oracle takes, for each image, the teacher that is most certain of the true label: a reference, no method."
     )
     return [Table(("Method", *own), lines), caption]
 

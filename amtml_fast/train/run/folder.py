@@ -25,14 +25,8 @@ from ..progress import Display
 from . import processes
 
 FORMAT = "amtml-fast checkpoint 2"
-RECORDED = (
-    "method",
-    "label",
-    "student",
-    "seed",
-    "epochs",
-    "recipe",
-)  # keys of every run.json, of those that others ask for
+# Of the keys of every run.json those that others ask for.
+RECORDED = ("method", "label", "student", "seed", "epochs", "recipe")
 WEIGHTS = ("student.safetensors", "model.safetensors", "objective.safetensors")
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
 UNREADABLE = (
