@@ -135,13 +135,13 @@ class OutputLayer:
         """What this frozen model has to say about the inputs, on ``device``; in eval mode, whoever has trained it in between."""
         if self.model.training:
             self.model.eval()
-        with torch.inference_mode(), self.catch() as caught, self._without_cache():
+        with torch.inference_mode(), self.catch() as caught, self.without_cache():
             self.model(**inputs)
         bias = None if self.bias is None else self.bias.detach().to(device)
         return LinearTeacher(caught[0].to(device), self.weight.detach().to(device), bias)
 
     @contextlib.contextmanager
-    def _without_cache(self) -> Iterator[None]:
+    def without_cache(self) -> Iterator[None]:
         """As Trainer has it for the student: with a cache, models do not keep the texts of a packed row apart."""
         config: Any = getattr(self.model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -206,7 +206,8 @@ def _file(
     for some, batch in batches:
         batch.pop("labels", None)
         batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        logits = layer.model(**batch).logits
+        with layer.without_cache():
+            logits = layer.model(**batch).logits
         mask = batch.get("attention_mask")
         for at, row in enumerate(some):
             own = logits[at] if mask is None else logits[at][mask[at] != 0]

@@ -208,3 +208,16 @@ def test_a_token_without_an_answer_has_no_infinite_loss(tmp_path):
     batch = next(iter(made.get_train_dataloader()))
     assert ((batch["attention_mask"][:, :-1] == 0) & (batch["labels"][:, 1:] != -100)).any()
     assert one_step(made, student, batch)[0].isfinite()
+
+
+def packed(given):
+    """Each example is two texts in one row, as some data sets are made."""
+    return dict(plain(given), position_ids=torch.cat([torch.arange(5), torch.arange(S - 5)]).expand(len(given), -1))
+
+
+def test_texts_packed_in_one_example_are_apart(tmp_path):
+    teacher, data = llama(24, 1), equal_lengths()
+    stored = store_topk(teacher, data, tmp_path / "top", k=C, data_collator=packed)
+    assert teacher.config.use_cache  # as it was
+    top, alone = stored[3], teacher(input_ids=data[3]["input_ids"][None, 5:]).logits[0].log_softmax(-1)
+    torch.testing.assert_close(top.log_probs[5:], alone.topk(C).values, rtol=2**-10, atol=1e-5)
