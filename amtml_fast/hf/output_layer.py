@@ -1,6 +1,7 @@
 """A causal language model's output layer, and the hidden states that reach it. No logits are made."""
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -82,6 +83,31 @@ class OutputLayer:
     def is_offloaded(self) -> bool:
         """Whether some of the model is elsewhere until accelerate's hooks load it."""
         return any(p.is_meta for p in self.model.parameters())
+
+    def moves_labels(self) -> bool:
+        """Whether the model's own loss compares a token's logits with the label after it, as most do. Decoders of encoder-decoders
+        (``BartForCausalLM``) compare them with the label of the same place, which their users have moved."""
+        given = inspect.signature(type(self.model).forward).parameters.values()
+        if not any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in given):
+            return True
+        probe = torch.linspace(0, 64, self.classes, dtype=torch.float32, device="cpu")
+        handle = self.layer.register_forward_hook(lambda _, args, out: probe.to(out).expand_as(out))
+        training, losses = self.model.training, []
+        try:
+            tokens = torch.zeros(1, 2, dtype=torch.int64, device=device_of_inputs(self.model))
+            for first in (0, self.classes - 1):  # the label of the first place, and no other one
+                labels = tokens.masked_fill(tokens == 0, -100)
+                labels[0, 0] = first
+                with torch.no_grad():
+                    output = self.model.eval()(input_ids=tokens, labels=labels)
+                if output.get("loss") is None:
+                    return True
+                losses.append(output["loss"].item())
+        finally:
+            handle.remove()
+            self.model.train(training)
+        apart = (output.logits.amax() - output.logits.amin()).item()
+        return not losses[0] - losses[1] > apart / 2  # NaN where no label counts
 
     def return_loss(self) -> None:
         """From now on the model returns what ``catch`` is given as its loss. It is made inside the model's forward, and this is

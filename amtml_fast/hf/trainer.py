@@ -47,6 +47,9 @@ class DistillationTrainer(Trainer):
         teacher_tokenizers: one for each teacher, or None. They are compared with ``processing_class``: all have to be one.
         kwargs: those of ``Trainer``.
 
+    Labels are those of the tokens themselves, or ``shift_labels`` those of the tokens after them. A student whose own loss does not move
+    labels, as the decoders of encoder-decoders (``BartForCausalLM``), is given ``labels`` that are moved already, as it is by transformers.
+
     Tokens with label -100 do not count. The loss is divided by the tokens of all batches of a step, on all processes, as
     transformers counts them. A mixture of experts that gives the loss of its routers (``output_router_logits=True``) has it added, by
     its own coefficient. ``evaluate`` gives the student's own loss, which is plain cross-entropy but for that.
@@ -102,6 +105,7 @@ class DistillationTrainer(Trainer):
         # Also one that does not learn now: DDP waits for each gradient that is required. And peft freezes what it finds.
         if isinstance(adapter, HiddenAdapter):
             adapter.requires_grad_(weighting == "adaptive")
+        self.moves_labels = self.output_layer.moves_labels()
         self.output_layer.return_loss()
         self._sums: Tensor | None = None
         self._summed_step = 0
@@ -197,7 +201,7 @@ class DistillationTrainer(Trainer):
         if (index is None) == (self.weighting == "routed"):
             wanted = "must have teacher_index" if index is None else "must not have teacher_index"
             raise ValueError(f'{NAME}: batches {wanted} with weighting "{self.weighting}", got {", ".join(inputs)}')
-        labels = _next_tokens(inputs)
+        labels = self._next_tokens(inputs)
         if index is not None and index.shape not in (labels.shape, labels.shape[:1]):
             wanted = f"[{len(labels)}] or {list(labels.shape)}, as their labels are"
             raise ValueError(f"{NAME}: batches must have teacher_index {wanted}, got {list(index.shape)}")
@@ -210,9 +214,15 @@ class DistillationTrainer(Trainer):
         """Those that the loss counts. Of GPT-2 transformers would count the first label of a row, too, and its older versions
         that of every model; new ones count ``shift_labels`` where a batch has them."""
         if all("labels" in batch for batch in batch_samples):
-            labels = [_next_tokens(batch) for batch in batch_samples]
+            labels = [self._next_tokens(batch) for batch in batch_samples]
             batch_samples = [dict(labels=of, shift_labels=of) for of in labels]
         return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _next_tokens(self, batch: dict) -> Tensor:
+        """Labels [B, S] of the tokens after these."""
+        if batch.get("shift_labels") is not None:
+            return batch["shift_labels"]
+        return F.pad(batch["labels"][:, 1:], (0, 1), value=-100) if self.moves_labels else batch["labels"]
 
     def _distillation(
         self, hidden: Tensor, inputs: dict, rows: Tensor | None, index: Tensor | None, labels: Tensor, count: Any
@@ -320,12 +330,6 @@ class DistillationTrainer(Trainer):
             logs = {**logs, **{name: value / count for name, value in zip(names, means)}}
             self._sums = None
         super().log(logs, *args, **kwargs)
-
-
-def _next_tokens(batch: dict) -> Tensor:
-    """Labels [B, S] of the tokens after these."""
-    labels = batch.get("shift_labels")
-    return F.pad(batch["labels"][:, 1:], (0, 1), value=-100) if labels is None else labels
 
 
 class _KeepRows:

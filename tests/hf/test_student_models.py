@@ -10,6 +10,8 @@ pytest.importorskip("transformers")
 from test_trainer import SIZES, TOKENS, C, assert_same, by_whole_logits, collate, examples, grads_of, llama, one_step
 from test_trainer import trainer as distillation
 from transformers import (
+    BartConfig,
+    BartForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     JetMoeConfig,
@@ -49,6 +51,45 @@ def test_the_first_label_of_gpt2_is_not_counted(tmp_path):
     assert_same(grads, right)
     plain = by_whole_logits(student, [teacher], batch, alpha=0.0).item()
     assert math.isclose(made.evaluate()["eval_loss"], plain, rel_tol=1e-5)
+
+
+def bart():
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, dropout=0.0)
+    return BartForCausalLM(BartConfig(vocab_size=C, **sizes, **TOKENS))
+
+
+def test_a_loss_that_does_not_move_labels_is_given_moved_ones(tmp_path):
+    """Of BART's decoder transformers says so; the first of the moved labels counts."""
+    student, teacher, data = bart(), llama(24, 1), examples(4)
+    batch = collate(data)
+    want = by_whole_logits(student, [teacher], batch)
+    want.backward()
+    right = grads_of(student)
+    student.zero_grad()
+    for example in data:
+        example["labels"] = torch.nn.functional.pad(example["labels"][1:], (0, 1), value=-100)
+    moved = collate(data)
+    made = distillation(tmp_path, student, [teacher], data, evaluated=data, per_device_eval_batch_size=4)
+    got, grads = one_step(made, student, moved)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    assert_same(grads, right)
+    plain = by_whole_logits(student, [teacher], batch, alpha=0.0).item()
+    assert math.isclose(made.evaluate()["eval_loss"], plain, rel_tol=1e-5)
+
+
+class Unlabeled(LlamaForCausalLM):
+    """Makes no loss: a student that is trained, but not evaluated."""
+
+    def forward(self, input_ids=None, attention_mask=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+
+def test_a_student_that_takes_no_labels(tmp_path):
+    student, teacher, batch = llama(kind=Unlabeled), llama(24, 1), collate(examples(4))
+    want = by_whole_logits(student, [teacher], batch)
+    got, _ = one_step(distillation(tmp_path, student, [teacher]), student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
 
 
 def mixtral(**options):
