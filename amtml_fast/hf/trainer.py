@@ -109,6 +109,7 @@ class DistillationTrainer(Trainer):
         self.output_layer.return_loss()
         self._sums: Tensor | None = None
         self._summed_step = 0
+        self._loaded_from: str | None = None
         super().__init__(model, args, **kwargs)
         self.student_takes_count = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # the loss does: it is divided by the tokens of all batches of a step
@@ -177,12 +178,32 @@ class DistillationTrainer(Trainer):
             set_model_state_dict(self.output_layer.model.teacher_adapter, {**load_file(path)}, options=whole)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._loaded_from = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_adapter(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
         self._load_adapter(self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Where transformers would only warn. It writes the experts of a mixture by their names on the Hub, and reads them by those
+        of the model (its issue 48805): they would stay as they are, beside all others of the checkpoint."""
+        own = dict(self.model.named_parameters())
+        missing = [name for name in load_result.missing_keys if name in own]
+        if missing and isinstance(self.model, PreTrainedModel):
+            whole, info = type(self.model).from_pretrained(
+                self._loaded_from, dtype=torch.float32, output_loading_info=True
+            )
+            found = dict(whole.named_parameters())
+            found = {name: found[name] for name in missing if name in found and name not in info["missing_keys"]}
+            self.model.load_state_dict(found, strict=False)
+            load_result = type(load_result)(
+                [name for name in load_result.missing_keys if name not in found],
+                [name for name in load_result.unexpected_keys if name in info["unexpected_keys"]],
+            )
+        super()._issue_warnings_after_load(load_result)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -106,6 +106,34 @@ def jetmoe():
     return JetMoeForCausalLM(JetMoeConfig(**sizes, **options, **TOKENS))
 
 
+def parameters(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "adaptive"])
+def test_the_experts_of_a_checkpoint_are_loaded(tmp_path, weighting, caplog):
+    """They have other names on the disk."""
+    teachers, ends = [llama(24, 1), llama(8, 2)], []
+    options = dict(weighting=weighting, max_steps=4, save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        student = mixtral()
+        torch.manual_seed(7)  # the adapter's
+        distillation(tmp_path, student, teachers, **options).train(resume_from_checkpoint=resume)
+        ends.append(parameters(student))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert not [record for record in caplog.records if "keys in the checkpoint" in record.getMessage()]
+
+    student = mixtral().bfloat16()
+    best = dict(eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, greater_is_better=False)
+    made = distillation(tmp_path / "best", student, teachers, evaluated=examples(4, seed=9), **best, **options)
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    kept = parameters(MixtralForCausalLM.from_pretrained(made.state.best_model_checkpoint))
+    assert any("experts" in name for name in kept)
+    now = parameters(student)
+    assert all(torch.equal(now[name], kept[name]) for name in kept)
+
+
 LABELS_ALONE = af.FusedLinearKDLoss(temperature=1.0, alpha=0.0)
 
 
