@@ -101,6 +101,15 @@ class DistillationTrainer(Trainer):
         self.weighting, self.adapter_learning_rate = weighting, adapter_learning_rate
         adapter = getattr(model, "teacher_adapter", None)
         if weighting == "adaptive":
+            given = (kwargs.get("optimizers") or (None, None))[0]
+            if (
+                adapter is None and given is not None
+            ):  # it was made before the adapter, whose weights would stay as they begin
+                raise ValueError(
+                    f'{NAME}: optimizers must be (None, None) with weighting "adaptive" and a model without adapter, got '
+                    f"{type(given).__name__}, which cannot have its parameters; set trainer.optimizer after this, or give "
+                    "optimizer_cls_and_kwargs"
+                )
             adapter = model.teacher_adapter = adapter_of(adapter, self.output_layer, len(self.sources))
         # Also one that does not learn now: DDP waits for each gradient that is required. And peft freezes what it finds.
         if isinstance(adapter, HiddenAdapter):

@@ -31,7 +31,11 @@ def trainer(folder, student, weighting="adaptive", teachers=None, **options):
     torch.manual_seed(0)
     ids = torch.randint(0, 40, (16, 12)).tolist()
     data = [{"input_ids": row, "labels": row} for row in ids]
-    own = {name: options.pop(name) for name in ("adapter_learning_rate", "optimizers") if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("adapter_learning_rate", "optimizers", "optimizer_cls_and_kwargs")
+        if name in options
+    }
     arguments = dict(
         max_steps=3, learning_rate=1e-4, weight_decay=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
         save_strategy="no", lr_scheduler_type="linear",
@@ -74,8 +78,22 @@ def test_rates_and_optimizers_that_are_given(tmp_path):
         trainer(tmp_path, llama(0), adapter_learning_rate=0)
     student = llama(0)
     given = torch.optim.SGD(student.parameters(), lr=0.5)
-    made = trainer(tmp_path, student, optimizers=(given, None))
-    assert made.create_optimizer() is given and len(given.param_groups) == 1
+    with pytest.raises(
+        ValueError, match=r"optimizers must be \(None, None\) .* got SGD, which cannot have its parameters"
+    ):
+        trainer(tmp_path, student, optimizers=(given, None))
+    assert not hasattr(student, "teacher_adapter")
+    trainer(tmp_path, student, "uniform", optimizers=(given, None)).train()  # which has no adapter
+    made = trainer(tmp_path, student)
+    made.optimizer = given = torch.optim.SGD(student.parameters(), lr=0.5)
+    before = student.teacher_adapter.theta.detach().clone()
+    made.train()
+    assert len(given.param_groups) == 1 and not torch.equal(student.teacher_adapter.theta, before)
+    again = trainer(tmp_path, student, optimizers=(given, None))  # the adapter is there, and the optimizer has it
+    assert again.create_optimizer() is given and len(given.param_groups) == 1
+    other = dict(optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.5}))
+    made = trainer(tmp_path, llama(0), **other)
+    assert made.create_optimizer().param_groups[-1]["lr"] == 1e-3
 
 
 def test_a_teacher_without_any_weight_leaves_the_gradient_finite(tmp_path):
