@@ -293,7 +293,7 @@ class DistillationTrainer(Trainer):
 
     def _adapter_loss(self, weights: Tensor, teachers: list, labels: Tensor, count: Any) -> Tensor:
         """``-log sum_t w_t p_t(label)``, by the tokens that count; 0 of a label that no teacher has."""
-        labels = labels.reshape(-1)
+        labels = labels.reshape(-1).long()
         given = torch.stack([self._log_probs_of_labels(teacher, labels) for teacher in teachers], 1)
         weights = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # the gradient of log(0) would be NaN
         counted = labels != -100

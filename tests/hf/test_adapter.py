@@ -96,6 +96,15 @@ def test_rates_and_optimizers_that_are_given(tmp_path):
     assert made.create_optimizer().param_groups[-1]["lr"] == 1e-3
 
 
+def test_labels_of_32_bits(tmp_path):
+    student = llama(0)
+    made = trainer(tmp_path, student)
+    labels = torch.tensor([3, 5, 7, -100, 5])
+    want, right = gradients(made, student, labels, [None, None])
+    got, grads = gradients(made, student, labels.int(), [None, None])
+    assert got == want and all(map(torch.equal, grads, right))
+
+
 def test_a_teacher_without_any_weight_leaves_the_gradient_finite(tmp_path):
     student = llama(0)
     made = trainer(tmp_path, student)
