@@ -120,6 +120,11 @@ class DistillationTrainer(Trainer):
         self._summed_step = 0
         self._loaded_from: str | None = None
         super().__init__(model, args, **kwargs)
+        config: Any = getattr(self.model, "config", None)
+        if hasattr(
+            config, "get_text_config"
+        ):  # of a model of texts and images; transformers sets that of the whole alone, which it ignores
+            config.get_text_config().use_cache = self.args.use_cache
         self.student_takes_count = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # the loss does: it is divided by the tokens of all batches of a step
         if stores:

@@ -10,6 +10,7 @@ from backends import cpu_only
 
 pytest.importorskip("transformers")
 from transformers import (
+    CLIPVisionConfig,
     CohereConfig,
     CohereForCausalLM,
     DataCollatorWithFlattening,
@@ -21,6 +22,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     TrainingArguments,
 )
 
@@ -191,8 +194,17 @@ def test_hooks_of_the_output_layer():
         OutputLayer(changed, "teachers[0]")
 
 
-def test_texts_packed_in_one_row_are_apart_for_teachers_too(tmp_path):
-    student, teachers, data = llama(), [llama(24, 1), llama(8, 2)], examples(4)
+def llava():
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    text = LlamaConfig(hidden_size=16, initializer_range=0.4, **SIZES, **TOKENS)
+    seen = CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=seen, text_config=text, image_token_id=C - 1))
+
+
+@pytest.mark.parametrize("make", [llama, llava])
+def test_texts_packed_in_one_row_are_apart_for_teachers_too(tmp_path, make):
+    student, teachers, data = make(), [llama(24, 1), llama(8, 2)], examples(4)
     want, grads = one_step(trainer(tmp_path, student, teachers), student, collate(data))
     student.zero_grad()
     rows = [{name: x.tolist() for name, x in example.items()} for example in data]
