@@ -112,22 +112,22 @@ class OutputLayer:
     def return_loss(self) -> None:
         """From now on the model returns what ``catch`` is given as its loss. It is made inside the model's forward, and this is
         called before anything wraps the model: what shares work out among processes has to see each use of a parameter."""
+        # Methods, so that the model can be pickled with them.
+        self.model.register_forward_pre_hook(self._without_count, with_kwargs=True)
+        self.model.register_forward_hook(self._with_loss)
 
-        def without_count(model: nn.Module, args: tuple, kwargs: dict) -> tuple:
-            if self._loss_of is not None:
-                kwargs.pop("num_items_in_batch", None)
-            return args, kwargs
+    def _without_count(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        if self._loss_of is not None:
+            kwargs.pop("num_items_in_batch", None)
+        return args, kwargs
 
-        def after(model: nn.Module, args: tuple, output: Any) -> Any:
-            if self._loss_of is not None:
-                loss, aux = self._loss_of(self._caught[-1]), output.get("aux_loss")
-                if isinstance(aux, Tensor):  # of a mixture of experts; without labels the model has not added it
-                    loss = loss + self._router_coefficient() * aux.to(loss.device)
-                output["loss"] = loss
-            return output
-
-        self.model.register_forward_pre_hook(without_count, with_kwargs=True)
-        self.model.register_forward_hook(after)
+    def _with_loss(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        if self._loss_of is not None:
+            loss, aux = self._loss_of(self._caught[-1]), output.get("aux_loss")
+            if isinstance(aux, Tensor):  # of a mixture of experts; without labels the model has not added it
+                loss = loss + self._router_coefficient() * aux.to(loss.device)
+            output["loss"] = loss
+        return output
 
     def _router_coefficient(self) -> float:
         """What the model multiplies the load-balancing loss of its routers by."""

@@ -1,5 +1,6 @@
 """DistillationTrainer against the loss of whole logits, and what a trainer promises: accumulation, processes, resuming."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -213,6 +214,20 @@ def test_texts_packed_in_one_row_are_apart_for_teachers_too(tmp_path, make):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
     assert_same(of_packed, grads)
     assert all(t.config.use_cache for t in teachers)  # as it was
+
+
+def test_a_student_can_be_pickled_and_copied(tmp_path):
+    """As a whole, also what a first trainer has left in it; and a copy may teach it."""
+    student, batch = llama(), collate(examples(4))
+    trainer(tmp_path, student, [llama(24, 1)]).train()
+    torch.save(student, tmp_path / "student.pt")
+    copies = torch.load(tmp_path / "student.pt", weights_only=False), copy.deepcopy(student)
+    for one in copies:
+        assert torch.equal(one(**batch).loss, student(**batch).loss)
+        want = by_whole_logits(student, [one], batch)
+        got, _ = one_step(trainer(tmp_path, student, [one]), student, batch)
+        torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+        student.zero_grad()
 
 
 def test_no_logits_are_made(tmp_path):
