@@ -159,12 +159,22 @@ class OutputLayer:
 
     def teach(self, inputs: Mapping[str, Any], device: torch.device) -> LinearTeacher:
         """What this frozen model has to say about the inputs, on ``device``; in eval mode, whoever has trained it in between."""
-        if self.model.training:
-            self.model.eval()
-        with torch.inference_mode(), self.catch() as caught, self.without_cache():
+        with torch.inference_mode(), self.catch() as caught, self.without_cache(), self._in_eval_mode():
             self.model(**inputs)
         bias = None if self.bias is None else self.bias.detach().to(device)
         return LinearTeacher(caught[0].to(device), self.weight.detach().to(device), bias)
+
+    @contextlib.contextmanager
+    def _in_eval_mode(self) -> Iterator[None]:
+        """Frozen layers may be the student's, too, which is in training, and goes on to its backward pass."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     @contextlib.contextmanager
     def without_cache(self) -> Iterator[None]:

@@ -5,7 +5,19 @@ import torch
 from backends import cpu_only
 
 pytest.importorskip("transformers")
-from test_trainer import SIZES, TOKENS, C, by_whole_logits, collate, examples, llama, one_step, trainer
+from test_trainer import (
+    SIZES,
+    TOKENS,
+    C,
+    assert_same,
+    by_whole_logits,
+    collate,
+    examples,
+    grads_of,
+    llama,
+    one_step,
+    trainer,
+)
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -202,6 +214,30 @@ def test_a_frozen_embedding_may_be_shared(tmp_path):
     want = by_whole_logits(student, [teacher], batch)
     got, _ = one_step(trainer(tmp_path, student, [teacher]), student, batch)
     torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_layers_may_be_shared_and_drop_nothing_of_the_teacher(tmp_path, checkpointing):
+    options = dict(num_hidden_layers=2, tie_word_embeddings=False, attention_dropout=0.5)
+    student, teacher, batch = llama(**options), llama(seed=1, **options), collate(examples(4))
+    student.model.layers[0] = teacher.model.layers[0].requires_grad_(False)
+    made = trainer(tmp_path, student, [teacher], gradient_checkpointing=checkpointing)
+    torch.manual_seed(2)
+    got, grads = one_step(made, student, batch)
+    assert student.model.layers[0].self_attn.training
+    student.zero_grad()
+    if checkpointing:
+        student.gradient_checkpointing_disable()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        right = teacher.eval()(**inputs).logits[:, :-1].reshape(-1, C)
+    torch.manual_seed(2)
+    logits = student.train()(**inputs).logits[:, :-1].reshape(-1, C)
+    labels = batch["labels"][:, 1:].reshape(-1)
+    want = af.reference.multi_teacher_kd_loss(logits, [right], None, labels, temperature=1.0, alpha=0.5)
+    want.backward()
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    assert_same(grads, grads_of(student))
 
 
 def test_models_that_return_tuples_are_named(tmp_path):
