@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amtml_fast import checks, dropin_language
+from amtml_fast import checks, dropin_language, dropin_liger
 from amtml_fast.dropin_language import *  # noqa: F403
+from amtml_fast.dropin_liger import *  # noqa: F403
 from amtml_fast.functional import angle_loss, hint_loss, multi_teacher_kd_loss, rkd_distance_loss, teacher_weights
 from amtml_fast.losses import parameter
 from amtml_fast.ops.hint import hint_mse
@@ -44,6 +45,7 @@ __all__ = [
     "kd_loss",
     "rkd_loss",
     *dropin_language.__all__,
+    *dropin_liger.__all__,
 ]
 
 

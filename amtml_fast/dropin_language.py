@@ -32,9 +32,16 @@ __all__ = [
 ]
 
 
-def _counted(function: str, name: str, labels: Tensor, student: Tensor, ignore_index: int = -100) -> Tensor:
+def counted(
+    function: str,
+    name: str,
+    labels: Tensor,
+    student: Tensor,
+    ignore_index: int = -100,
+    student_name: str = "the student's logits",
+) -> Tensor:
     """0 where a token counts, -100 where none does: the labels' values do not matter, and may be of another vocabulary."""
-    checks.tensor(function, "the student's logits", student)
+    checks.tensor(function, student_name, student)
     if not isinstance(labels, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(labels).__name__}")
     tokens, flat = student.shape[:-1], math.prod(student.shape[:-1])
@@ -59,7 +66,7 @@ def _over_tokens(
     count: int | Tensor | None = None,
     with_entropy: bool = False,
 ) -> Tensor:
-    """D(teacher, student). ``labels`` are those of ``_counted``. ``with_entropy`` adds the teacher's: a cross term."""
+    """D(teacher, student). ``labels`` are those of ``counted``. ``with_entropy`` adds the teacher's: a cross term."""
     out = multi_teacher_kd_loss(
         student, [teacher], None, labels, temperature=temperature, alpha=1.0, divergence=divergence, beta=beta,
         t2_scale=False, reduction=reduction, num_items_in_batch=count, return_stats=with_entropy,
@@ -71,6 +78,12 @@ def _over_tokens(
     if reduction == "batchmean" and labels is not None:
         entropy = entropy / (labels == 0).sum().clamp(min=1)
     return loss + entropy
+
+
+def divergence_at(function: str, beta: float) -> tuple[str, float | None]:
+    """What ``generalized_jsd_loss`` is at this beta: our name for it, and our beta."""
+    checks.number(function, "beta", beta, 0, 1)
+    return ("forward_kl", None) if beta == 0 else ("reverse_kl", None) if beta == 1 else ("jsd", beta)
 
 
 def generalized_jsd_loss(
@@ -88,16 +101,15 @@ def generalized_jsd_loss(
     ``"batchmean"`` divides by the tokens that count, or without labels by the first dimension; ``"mean"`` by tokens times
     classes; ``num_items_in_batch`` replaces either. ``"none"`` is an error: theirs has one number a class.
     """
-    checks.number("generalized_jsd_loss", "beta", beta, 0, 1)
+    divergence, share = divergence_at("generalized_jsd_loss", beta)
     checks.one_of("generalized_jsd_loss", "reduction", reduction, ("batchmean", "sum", "mean"))
-    divergence = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
     if labels is not None:
-        labels = _counted("generalized_jsd_loss", "labels", labels, student_logits)
+        labels = counted("generalized_jsd_loss", "labels", labels, student_logits)
     count = num_items_in_batch
     if count is None and reduction == "batchmean" and labels is None:
         count = max(len(student_logits), 1)
     return _over_tokens(
-        student_logits, teacher_logits, labels, divergence, beta if divergence == "jsd" else None,
+        student_logits, teacher_logits, labels, divergence, share,
         reduction=reduction if count is None else "batchmean", temperature=temperature, count=count,
     )  # fmt: skip
 
@@ -121,7 +133,7 @@ def _distillm(
     beta: float | None = None,
     with_entropy: bool = False,
 ) -> Tensor:
-    labels = _counted(function, 'no_model_batch["label"]', no_model_batch["label"], logits)
+    labels = counted(function, 'no_model_batch["label"]', no_model_batch["label"], logits)
     return _over_tokens(logits, teacher_logits, labels, divergence, beta, with_entropy=with_entropy)
 
 
@@ -197,7 +209,7 @@ class ForwardKLLoss(nn.Module):
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
         """``normalize``: divide by the tokens that count."""
-        labels = _counted(type(self).__name__, "labels", labels, student_logits, self.ignore_index)
+        labels = counted(type(self).__name__, "labels", labels, student_logits, self.ignore_index)
         return _over_tokens(
             student_logits, teacher_logits, labels, self.divergence, reduction="batchmean" if normalize else "sum",
             with_entropy=self.with_entropy,

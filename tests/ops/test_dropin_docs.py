@@ -55,12 +55,13 @@ def test_the_docs_say_how_the_libraries_define_other_divergences():
     d = functools.partial(af.multi_teacher_kd_loss, EXAMPLE["z"], [EXAMPLE["t"]], None, temperature=2.0, t2_scale=False)
     entropy = d(return_stats=True)[1].target_entropy.mean()
     scope = {"d": d, "H": entropy, "y": torch.zeros(2, dtype=torch.long, device="cpu")}
+    scope["I"] = torch.eye(3, dtype=torch.float64, device="cpu")
     rows = table(5, "| whose | call | what it is | here |")
     for whose, call, _, here, value in rows:
         for cell in (call, here):
             assert f"{float(eval(cell.strip('`'), {**SCOPE, **scope})):.4f}" == value, whose
     called = {row[1].strip("`").split("(")[0] for row in rows}
-    assert called == set(dropin.dropin_language.__all__)
+    assert called == {*dropin.dropin_language.__all__, *dropin.dropin_liger.__all__}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
