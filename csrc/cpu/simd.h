@@ -148,8 +148,8 @@ struct Lanes {
 // reduction, then a minimax polynomial of degree 6, which misses exp by 3e-9.
 template <int kScale = 0>
 AMTML_INLINE float exp_nonpositive(float x) {
-  constexpr float lowest = -88.0f - kScale * 0.693147181f,
-                  shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  // Adding 1.5 * 2^23 rounds to an integer, which then sits in the low bits; with the exponent's bias it is 2^n's.
+  constexpr float lowest = -88.0f - kScale * 0.693147181f, shift = 12582912.0f + 127 + kScale;
   const float y = x < lowest ? lowest : x;
   const float shifted = y * 1.44269504f + shift;
   const float n = shifted - shift;
@@ -163,7 +163,7 @@ AMTML_INLINE float exp_nonpositive(float x) {
   p = p * r + 1.0f;
   int32_t bits;
   std::memcpy(&bits, &shifted, 4);
-  bits = static_cast<int32_t>((static_cast<uint32_t>(bits) + 127u + kScale) << 23);  // 2^n: n sits in its low bits
+  bits = static_cast<int32_t>(static_cast<uint32_t>(bits) << 23);
   float scale;
   std::memcpy(&scale, &bits, 4);
   return p * scale;
