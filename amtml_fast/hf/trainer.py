@@ -102,9 +102,7 @@ class DistillationTrainer(Trainer):
         adapter = getattr(model, "teacher_adapter", None)
         if weighting == "adaptive":
             given = (kwargs.get("optimizers") or (None, None))[0]
-            if (
-                adapter is None and given is not None
-            ):  # it was made before the adapter, whose weights would stay as they begin
+            if adapter is None and given is not None:  # the adapter, not made yet, would stay as it begins
                 raise ValueError(
                     f'{NAME}: optimizers must be (None, None) with weighting "adaptive" and a model without adapter, got '
                     f"{type(given).__name__}, which cannot have its parameters; set trainer.optimizer after this, or give "
@@ -121,9 +119,8 @@ class DistillationTrainer(Trainer):
         self._loaded_from: str | None = None
         super().__init__(model, args, **kwargs)
         config: Any = getattr(self.model, "config", None)
-        if hasattr(
-            config, "get_text_config"
-        ):  # of a model of texts and images; transformers sets that of the whole alone, which it ignores
+        if hasattr(config, "get_text_config"):
+            # A model of texts and images reads this one; transformers has set that of the whole.
             config.get_text_config().use_cache = self.args.use_cache
         self.student_takes_count = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # the loss does: it is divided by the tokens of all batches of a step
