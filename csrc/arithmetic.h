@@ -104,6 +104,16 @@ AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, Mixtu
   }
 }
 
+// The a of a class where p = q. A constant in a adds nothing to the gradient of mixed logits, p a less p times its sum.
+// There this one is taken off: at high temperatures p is near q, and beside it the small differences would be rounded
+// away.
+template <class A>
+AMTML_SHARED A slope_of_equals(Divergence kind, MixtureShares<A> share) {
+  if (kind == Divergence::reverse_kl) return A(-1);
+  if (kind == Divergence::skew_kl) return share.q;
+  return kind == Divergence::skew_reverse_kl ? -share.p : A(0);
+}
+
 // What the terms leave out, of p with this mass and q with mass 1.
 template <class A>
 AMTML_SHARED A divergence_constant(Divergence kind, A mass, MixtureShares<A> share) {

@@ -282,8 +282,9 @@ AMTML_INLINE double compare(Row<A>& row, const Softmax<A>* target, A weight) {
     } else if (pr.set.mode == Mode::logits) {
       A* pa = row.pa.data() + start;
       const bool reverse = kind == Divergence::reverse_kl;  // a = -q / p may be too large for A there
+      const A equals = slope_of_equals(kind, shares_of<A>(kind, pr.set.beta));
 #pragma omp simd
-      for (int64_t c = 0; c < n; ++c) pa[c] = reverse ? -q[c] : if_mass(p[c], p[c] * a[c]);
+      for (int64_t c = 0; c < n; ++c) pa[c] = reverse ? p[c] - q[c] : if_mass(p[c], p[c] * (a[c] - equals));
     }
   }
   if (!pr.constants) return sum;

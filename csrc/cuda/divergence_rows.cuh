@@ -290,8 +290,8 @@ struct Log {
 };
 
 // Of the classes of a pack: returns the sum of their terms, adds q b times the weight, and makes `a`: p a of mixed
-// logits, else df/dp. The 1 that forward KL's leaves out changes nothing for logits, and write_row adds it to a
-// mixture's. The two KLs alone make logarithms of p and q.
+// logits, less the slope of equals, else df/dp. The 1 that forward KL's leaves out changes nothing for logits, and
+// write_row adds it to a mixture's. The two KLs alone make logarithms of p and q.
 template <Divergence kind, int kPack, class LogP, class LogQ>
 __device__ __forceinline__ float terms(const Problem& pr, float weight, const float (&p)[kPack],
                                        const float (&q)[kPack], const LogP& log_p, const LogQ& log_q,
@@ -306,9 +306,9 @@ __device__ __forceinline__ float terms(const Problem& pr, float weight, const fl
     sum += term.value;
     if (weight != 0) qb[k] += weight * term.qb;  // 0 * NaN is 0
     if constexpr (kReverse) {                    // a = -q / p may be too large for float32
-      a[k] = pr.logits() ? -q[k] : term.a;
+      a[k] = pr.logits() ? p[k] - q[k] : term.a;
     } else {
-      a[k] = pr.logits() ? if_mass(p[k], p[k] * term.a) : term.a;
+      a[k] = pr.logits() ? if_mass(p[k], p[k] * (term.a - slope_of_equals(kind, pr.share))) : term.a;
     }
   }
   return sum;

@@ -311,6 +311,24 @@ def test_student_that_equals_its_target_learns_nothing(divergence, mode, tempera
     assert grad.abs().max() <= 1e-6 * temperature
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_weights_of_mixed_logits_keep_their_digits_at_high_temperatures(divergence, on):
+    """Probabilities are close to one another there, and a teacher's largest logit is far from the others."""
+    g = torch.Generator("cpu").manual_seed(2)
+    student, *teachers = (
+        2 * torch.randn(3, 300, generator=g, device="cpu").to(torch.get_default_device()) for _ in range(3)
+    )
+    for teacher in teachers:
+        teacher[:, 3] += 20
+    weights = torch.tensor([[0.3, 0.7], [0.5, 0.5], [0.9, 0.1]], requires_grad=True)
+    options = {"divergence": divergence, "mode": "logits", "temperature": 100.0}
+    (got,) = torch.autograd.grad(af.multi_teacher_kd_loss(student, teachers, weights, **options), weights)
+    with af.use_backend("reference"):
+        exact = convert((student, teachers, weights), dtype=torch.float64)
+        (want,) = torch.autograd.grad(af.multi_teacher_kd_loss(*exact, **options), exact[2])
+    assert ((got - want).norm() / want.norm()).item() <= 1e-5
+
+
 def test_a_row_that_is_ignored_may_hold_anything():
     student, teachers, weights, labels, alpha, temperature = _problem()
     want = af.multi_teacher_kd_loss(
