@@ -196,7 +196,10 @@ def divergence_rows(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor,
         infinite = torch.zeros_like(q[..., 0]).masked_fill(lost.any(-1), torch.inf)
         return kl_rows(q.masked_fill(lost, 0), log_q, log_p) + infinite
     if name == "tvd":
-        return (p - q).abs().sum(-1) / 2
+        difference = p - q
+        # The sign of NaN is 0 to torch, and so would be the gradient of abs().
+        sign = difference.sign().masked_fill(difference.isnan(), torch.nan)
+        return (difference * sign).sum(-1) / 2
     share = 1 - beta if name == "skew_reverse_kl" else beta
     m = share * p + (1 - share) * q
     log_m = m.masked_fill(m == 0, 1).log()

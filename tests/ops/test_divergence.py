@@ -356,6 +356,7 @@ def test_nan_stays_in_its_row(divergence, mode):
     grads = torch.autograd.grad(rows, (student, weights), torch.ones_like(rows))
     others = torch.arange(N) != 2
     assert rows[2].isnan() and rows[others].isfinite().all() and all(g[others].isfinite().all() for g in grads)
+    assert grads[0][2].isnan().all()  # nor is it lost
     without = weights.detach().clone()
     without[:, 1] = 0
     rows = af.multi_teacher_kd_loss(student, teachers, without, divergence=divergence, mode=mode, reduction="none")
