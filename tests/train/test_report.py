@@ -458,6 +458,20 @@ def test_how_to_get_it_again() -> None:
     assert "out:" not in gather.shown_config(own.config)
 
 
+@pytest.mark.parametrize(
+    ("method", "number", "wanted"),
+    [("avg_mkd", 1, " --teachers 1"), ("avg_mkd", 2, " --teachers 2"), ("avg_mkd", 3, ""), ("okd-cnn-wide", 1, "")],
+)
+def test_how_to_get_a_run_again_names_its_teachers(tmp_path: Path, method: str, number: int, wanted: str) -> None:
+    settings = reading.load("digits", [f"out={tmp_path}"])
+    recipe = {"teachers": {teacher.name: "" for teacher in settings.teachers[:number]}}
+    run = Run(tmp_path / "digits" / "a-run")
+    record = {"method": method, "label": "", "student": "student", "seed": 0, "epochs": 1, "recipe": recipe}
+    run.start("", record)
+    gathered = gather.Gathered("a-run", settings, False, gather.grouped([run], settings))
+    assert gather.command(gathered) == (f"amtml-fast distill digits --method {method} --seed 0{wanted}", False)
+
+
 def test_how_to_get_it_again_has_no_values_of_a_runs_own_method(copied: Path) -> None:
     for folder in ("nasty-seed0", "student-seed0"):
         gathered = gather.gather([copied / folder])

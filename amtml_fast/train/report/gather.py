@@ -223,7 +223,8 @@ def command(gathered: Gathered) -> tuple[str, bool]:
     options = ["--method", record["method"], "--seed", str(record["seed"])]
     options += ["--student", record["student"]] if record["student"] != config.student.name else []
     number = teacher_count(record)
-    options += ["--teachers", str(number)] if number and number < len(config.teachers) and number > 1 else []
+    if number and number < len(config.teachers) and not gathered.groups[0].single:
+        options += ["--teachers", str(number)]
     return shlex.join(["amtml-fast", "distill", *source, *options]), not words
 
 
