@@ -391,6 +391,19 @@ def test_single_runs_side_by_side(compared: Path) -> None:
     assert "teacher a" in teacher.text and "amtml-fast teach" in teacher.text
 
 
+def test_runs_of_comparisons_of_one_name_are_told_apart(compared: Path, tmp_path: Path) -> None:
+    for place in ("x", "y"):
+        for run in ("amtml_kd-seed0", "avg_mkd-seed0"):
+            shutil.copytree(compared / run, tmp_path / place / "tiny" / run)
+    both = gather.gather([tmp_path / place / "tiny" / "avg_mkd-seed0" for place in ("x", "y")])
+    assert both.name == "x/tiny and y/tiny" and [*both.shown()] == ["AvgMKD (x/tiny)", "AvgMKD (y/tiny)"]
+    others = gather.gather([compared / "avg_mkd-seed0", tmp_path / "x" / "tiny" / "amtml_kd-seed0"])
+    assert [group.label for group in others.groups] == [
+        f"AvgMKD ({compared.parent.name}/tiny)",
+        "AMTML-KD (x/tiny)",
+    ]
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,20 @@ def gather(sources: Sequence[Path]) -> Gathered:
     runs = [Run(source.resolve()) for source in dict.fromkeys(sources)]
     config = config_of(runs[0])
     groups = grouped(runs, config)
-    places = sorted({group.runs[0].folder.parent.name for group in groups})
+    places = told_apart({group.runs[0].folder.parent for group in groups})
     if len(places) > 1:
-        groups = [replace(group, label=f"{group.label} ({group.runs[0].folder.parent.name})") for group in groups]
-    name = runs[0].folder.name if len(runs) == 1 else " and ".join(places)
+        groups = [replace(group, label=f"{group.label} ({places[group.runs[0].folder.parent]})") for group in groups]
+    name = runs[0].folder.name if len(runs) == 1 else " and ".join(sorted(places.values()))
     return completed(Gathered(name, config, False, groups), ended=False)
+
+
+def told_apart(folders: Collection[Path]) -> dict[Path, str]:
+    """Each folder's name, with as many of those above it as tell them apart: a label stands for one comparison."""
+    names, parts = dict[Path, str](), 0
+    while len({*names.values()}) < len(folders):
+        parts += 1
+        names = {folder: "/".join(folder.parts[-parts:]) for folder in folders}
+    return names
 
 
 def comparison(folder: Path) -> Gathered:
