@@ -39,7 +39,7 @@ from amtml_fast.train.compare.plan import plan
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import ConfigError, LossConfig
-from amtml_fast.train.files import read_json
+from amtml_fast.train.files import RunError, read_json
 from amtml_fast.train.progress import Display
 from amtml_fast.train.report import gather, page, page_trust, svg
 from amtml_fast.train.run.folder import Run
@@ -402,6 +402,15 @@ def test_runs_of_comparisons_of_one_name_are_told_apart(compared: Path, tmp_path
         f"AvgMKD ({compared.parent.name}/tiny)",
         "AMTML-KD (x/tiny)",
     ]
+
+
+def test_a_copy_of_a_run_is_no_further_seed(copied: Path) -> None:
+    shutil.copytree(copied / "avg_mkd-seed0", copied / "before")
+    with pytest.raises(
+        RunError, match=r"before and avg_mkd-seed0 are runs of AvgMKD with the same seed, 0, which counts once"
+    ):
+        gather.gather([copied / "before", copied / "avg_mkd-seed0", copied / "student-seed0"])
+    assert "before" in gather.gather([copied]).others  # a comparison knows its own
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,14 @@ def grouped(runs: Sequence[Run], config: Config) -> list[Group]:
         alone = method in single or method.startswith(f"{OKD}-")
         key = (run.folder.parent, student, number, method if student else label)
         groups.setdefault(key, Group(method, label, student, number, alone, [])).runs.append(run)
+    for group in groups.values():
+        for one, other in pairwise(group.runs):
+            if seed(one) == seed(other):
+                names = f"{one.folder.name} and {other.folder.name}"
+                raise RunError(
+                    f"report: {one.folder.parent}: {names} are runs of {group.label} with the same seed, {seed(one)}, which counts "
+                    "once; name one of them"
+                )
     first = {run.folder: i for i, run in enumerate(runs)}  # methods in the order in which they were given
     return sorted(groups.values(), key=lambda group: min(first[run.folder] for run in group.runs))
 
