@@ -95,6 +95,16 @@ def test_labels_are_hidden_by_each_students_seed(tmp_path: Path) -> None:
     assert (data.train.labels >= 0).all()  # a teacher's, and the next student's
 
 
+def test_labels_without_teachers_come_equally_often_in_a_set_sorted_by_class() -> None:
+    data = made(images=90)
+    ordered = replace(data, train=data.train.at(data.train.labels.argsort(stable=True)))
+    for share in (0.1, 0.4, 0.6, 0.9):
+        alone = parts.of_student(ordered, share, 0, alone=True).train
+        assert len(alone) == 90 and torch.bincount(alone.labels).tolist() == [30, 30, 30], share
+        times = torch.unique(alone.images.flatten(1), dim=0, return_counts=True)[1]
+        assert times.max() - times.min() <= 1, share
+
+
 def test_domains_go_round_and_a_teacher_sees_one() -> None:
     data = made()
     config = reading.parse({"data": {"domains": ["upright", "rotated", "inverted", "noisy"]}}, "a test")

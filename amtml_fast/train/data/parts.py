@@ -120,7 +120,15 @@ def of_student(data: ImageData, labeled: float | None, seed: int, *, alone: bool
         wanted = f"enough for a label of one class, of {len(train)} images"
         raise ConfigError(f"config: data.labeled_share must be {wanted}, got {labeled}")
     if alone:
-        return replace(data, train=train.at(places.repeat(-(-len(train) // len(places)))[: len(train)]))
+        return replace(data, train=train.at(repeated(places, len(train))))
     labels = ~train.labels
     labels[places] = train.labels[places]
     return replace(data, train=replace(train, labels=labels))
+
+
+def repeated(places: Tensor, count: int) -> Tensor:
+    """These places over and over, `count` in all. What is left of the last time is spread over all of them: a data set may be
+    sorted by class."""
+    rest = count % len(places)
+    spread = torch.arange(rest, dtype=torch.int64, device=places.device) * len(places) // max(1, rest)
+    return torch.cat([places.repeat(count // len(places)), places[spread]])
