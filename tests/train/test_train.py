@@ -427,6 +427,16 @@ def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureF
     assert warned("amtml_kd", "loss.init_scale=0.0").count("the teacher weights are uniform") == 1
 
 
+def test_of_one_teacher_no_weights_are_measured(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """An entropy of 0 was called a collapse there, with advice that no weight could follow."""
+    settings = place.load("distill.epochs=1", "name=single", f"teachers_folder={place.folder / 'small' / 'teachers'}")
+    data = load_data(settings)
+    for method in ("amtml_kd", "gated_kd"):
+        run = distill(settings, data, method, 0, Display(), teachers=1, resume=False, fresh=False)
+        assert not {"entropy", "weight_mean", "weight_won"} & set(run.read_metrics()[0]), method
+    assert "warning" not in capsys.readouterr().out
+
+
 # --- teachers ---------------------------------------------------------------------------------------------------------
 
 

@@ -40,9 +40,9 @@ class Sums:
         self._add("train_accuracy", (logits.argmax(1) == truth(labels)).sum())
         for name, value in {"loss": out.loss.detach(), **out.terms}.items():
             self._add(name, value.float() * n)
-        if out.weights is not None:
+        if out.weights is not None and out.weights.shape[-1] > 1:  # one teacher has all the weight: nothing to measure
             w = out.weights.float().reshape(-1, out.weights.shape[-1])
-            entropy = torch.special.entr(w).sum() / math.log(max(2, w.shape[1]))
+            entropy = torch.special.entr(w).sum() / math.log(w.shape[1])
             self._add("entropy", entropy)
             self._add("weight_mean", w.sum(0))
             self._add("weight_won", heaviest(w).sum(0))
