@@ -404,6 +404,16 @@ def test_runs_of_comparisons_of_one_name_are_told_apart(compared: Path, tmp_path
     ]
 
 
+def test_runs_that_differ_in_more_than_their_seed_are_no_seeds_alone(copied: Path) -> None:
+    first, second = copied / "avg_mkd-seed0", copied / "avg_mkd-seed1"
+    assert "not alike" not in read(copied).text and "not alike" not in read(first, second).text
+    record = read_json(second / "run.json")
+    record["recipe"]["train"] |= {"lr": 0.7, "epochs": 1}
+    edit(second, recipe=record["recipe"], data="others")
+    said = "The runs of AvgMKD are not alike (train.epochs, train.lr, the images): their mean and spread"
+    assert said in read(copied).text and said in read(first, second).text
+
+
 def test_a_copy_of_a_run_is_no_further_seed(copied: Path) -> None:
     shutil.copytree(copied / "avg_mkd-seed0", copied / "before")
     with pytest.raises(

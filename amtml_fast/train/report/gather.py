@@ -22,7 +22,7 @@ from ..figures.tables import Row
 from ..files import RunError, differences, read_json
 from ..methods.registry import OKD, known
 from ..run.folder import Run
-from ..run.job import Job, one_job
+from ..run.job import Job, one_job, with_networks
 
 WHERE = ("out", "name", "teachers_folder")  # keys of a configuration that say where a run is, not what
 
@@ -180,6 +180,7 @@ def completed(gathered: Gathered, ended: bool) -> Gathered:
     """Adds what tables can be made of. A comparison that has ended leaves out what did not finish on every seed; of one
     under way, and of single runs, the seeds count that all have finished, or else each its own, without paired tests."""
     groups = gathered.groups
+    gathered.notes += mixed(groups)
     gathered.unfinished = [run for run in gathered.runs if not run.finished()]
     done = [replace(group, runs=[run for run in group.runs if run.finished()]) for group in groups]
     if ended:
@@ -200,6 +201,30 @@ def completed(gathered: Gathered, ended: bool) -> Gathered:
         # Single runs are all there is to compare: none of them is aside from a plain case.
         gathered.found = found if gathered.comparison else replace(found, main=found.rows)
     return gathered
+
+
+def mixed(groups: Sequence[Group]) -> list[str]:
+    """A note for each group whose runs differ in more than their seed: `distill` puts runs of other settings into one folder."""
+    notes = []
+    for group in groups:
+        keys = dict.fromkeys(key for run in group.runs[1:] for key in other_than_seed(group.runs[0], run))
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            notes.append(
+                f"The runs of {group.label} are not alike ({', '.join([*keys][:3])}{more}): their mean and spread are not those of "
+                "seeds alone."
+            )
+    return notes
+
+
+def other_than_seed(one: Run, other: Run) -> list[str]:
+    """What differs between two runs of a method: keys of their recipes, and their data."""
+    records = one.read_record(), other.read_record()
+    known = [record["recipe"] for record in records]
+    recipes = [with_networks(known[0], known[1], one.config), with_networks(known[1], known[0], other.config)]
+    found = [key for key, _, _ in differences(*recipes) if key != "seed"]
+    data = {record["data"] for record in records if "data" in record}  # runs of earlier versions do not say
+    return found + (["the images"] if len(data) > 1 else [])
 
 
 def seed(run: Run) -> int:
