@@ -229,6 +229,19 @@ def test_the_title_of_the_entropy_says_what_is_seen(values, finding):
     assert finding in words(draw(curves._entropy, {"AMTML-KD": [run]}, None))
 
 
+def test_the_oracle_is_in_no_title():
+    """It knows every label, so it is shown and competes with nobody, as in the tables."""
+    runs = {
+        k: [[{"epoch": 1, "loss": 1.0, "val_accuracy": a}]] for k, a in {"A": 0.8, "B": 0.9, "oracle": 0.95}.items()
+    }
+    assert "B ends at 90.0 % validation accuracy, 10.0 points above A" in words(draw(curves._curves, runs))
+    best = [Row("oracle", "oracle", 1, [0.99, 0.98, 0.99], student="resnet8", teachers=count) for count in (1, 3)]
+    said = words(draw(charts._number_of_teachers, [*grid(), *best]))
+    assert "AMTML-KD is highest with every number of teachers" in said
+    titles = said.splitlines()
+    assert "oracle" in titles  # in the legend
+
+
 def test_no_mean_weight_is_cut_off():
     """A teacher that leads early and falls back stays inside the picture."""
     shares = [[0.5, 0.5], [0.98, 0.02], [0.6, 0.4]]

@@ -34,11 +34,12 @@ import numpy as np
 import torch
 
 from amtml_fast import cli
-from amtml_fast.train.compare import answers
+from amtml_fast.train.compare import answers, results
 from amtml_fast.train.compare.plan import plan
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import ConfigError, LossConfig
+from amtml_fast.train.figures import tables
 from amtml_fast.train.files import RunError, read_json
 from amtml_fast.train.progress import Display
 from amtml_fast.train.report import gather, page, page_trust, svg
@@ -387,6 +388,8 @@ def test_single_runs_side_by_side(compared: Path) -> None:
     assert "seed 1 is left out" in two.text and "one seed cannot tell that from chance" in two.text
     apart = read(compared / "amtml_kd-seed0", compared / "avg_mkd-seed1")
     assert "their seeds differ, so nothing is tested" in apart.text and "Paired tests" not in apart.text
+    rows = [tables.Row("oracle", "oracle", 1, [0.99]), *(tables.Row(name, name, 1, [0.8, 0.9]) for name in "ab")]
+    assert results.highest(rows).startswith("b has the highest mean of 2 (85.00 %")  # the oracle is none of them
     teacher = read(compared / "teachers" / "a")
     assert "teacher a" in teacher.text and "amtml-fast teach" in teacher.text
 

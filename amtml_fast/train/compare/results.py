@@ -146,9 +146,7 @@ def highest(rows: Sequence[Row]) -> str:
     main, rest = ours_and_others(rows)
     best = tables.highest([main, *rest])
     others = "their seeds differ, so nothing is tested"
-    return (
-        f"{best.label} has the highest mean of {len(rows)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
-    )
+    return f"{best.label} has the highest mean of {1 + len(rest)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
 
 
 def ours_and_others(rows: Sequence[Row]) -> tuple[Row, list[Row]]:

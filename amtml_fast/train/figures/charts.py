@@ -177,7 +177,7 @@ def _legend(axes: Axes, lines: Sequence[Sequence[tuple[float, str, str]]]) -> No
 def _groups_finding(panels: dict[str, list[Row]]) -> str:
     """Who is highest in how many of the groups, and in how many by more than the seeds' standard deviations."""
     groups = [
-        [row for row in own if row.teachers in (count, None) and math.isfinite(row.mean)]
+        [row for row in own if row.teachers in (count, None) and math.isfinite(row.mean) and row.method != ORACLE]
         for own in panels.values()
         for count in _counts(own)
     ]

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from . import drawing, numbers
 from .drawing import FAINT, INK, METHODS, OTHERS
 from .numbers import Array
+from .tables import ORACLE
 
 Histories = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # label -> runs (one a seed) -> epochs (metrics.jsonl)
 CROWD = 4  # of more curves the names do not fit beside both panels
@@ -138,7 +139,8 @@ def _beside(label: str, last: float) -> str:
 def _curves_finding(accuracies: Mapping[str, Array]) -> str:
     """What the right panel shows, in words: who ends highest, and whether the seeds' ranges tell it from the next."""
     last = {label: numbers.last(values) for label, values in accuracies.items()}
-    ranked = sorted((label for label in last if last[label].size), key=lambda label: -last[label].mean())
+    told = [label for label in last if label != ORACLE] or [*last]  # what competes
+    ranked = sorted((label for label in told if last[label].size), key=lambda label: -last[label].mean())
     if not ranked:
         return "Training loss per epoch"
     first, best = numbers.short(ranked[0], 30), last[ranked[0]]
