@@ -330,6 +330,16 @@ def test_a_planned_run_that_is_not_there_is_named(copied: Path) -> None:
     assert "1 other run in the folder, not part of this comparison extra-seed7" in text
 
 
+def test_runs_without_their_metrics_keep_their_results(copied: Path) -> None:
+    """What to say was: fmean requires at least one data point."""
+    for run in copied.glob("avg_mkd-seed*"):
+        (run / "metrics.jsonl").unlink()
+    accuracies = [read_json(run / "result.json")["test_accuracy"] for run in copied.glob("avg_mkd-seed*")]
+    assert f"AvgMKD {100 * statistics.fmean(accuracies):.2f} ±" in re.sub(r" best ", " ", read(copied).text)
+    found = gather.gather([copied]).found
+    assert found is not None and next(row for row in found.rows if row.method == "avg_mkd").seconds_per_epoch is None
+
+
 def test_without_teachers_the_page_says_so(copied: Path) -> None:
     shutil.rmtree(copied / "teachers")
     reader = read(copied)

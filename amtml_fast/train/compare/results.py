@@ -103,12 +103,13 @@ def row(method: str, label: str, runs: list[Run], split: str) -> Row:
     """A line of the table from finished runs, in the order of the seeds."""
     records = [run.read_record() for run in runs]
     peaks = [record["peak_memory"] for record in records if record["peak_memory"]]
+    seconds = [epoch["seconds"] for run in runs for epoch in run.read_metrics()]
     return Row(
         method=method,
         label=label,
         parameters=records[0]["parameters"],
         accuracies=[read_json(run.result)[RESULTS[split]] for run in runs],
-        seconds_per_epoch=fmean(epoch["seconds"] for run in runs for epoch in run.read_metrics()),
+        seconds_per_epoch=fmean(seconds) if seconds else None,  # of runs whose metrics.jsonl was removed
         peak_memory=min(peaks, default=None),
         split=split,
     )
