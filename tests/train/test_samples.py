@@ -138,6 +138,12 @@ def test_from_datasets_takes_the_datasets_own_class_names():
     images = [torch.zeros(1, 4, 4)] * 4
     assert from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("x", "y", "z")
     assert from_datasets(pairs(*images), pairs(*images)).classes == ("0", "1")
+    for classes, kind in ((2, "int"), ("ab", "str"), (len, "builtin_function_or_method")):
+        Named.classes = classes
+        with pytest.raises(
+            TypeError, match=f"classes: must be the classes' names in the order of the labels, got {kind}"
+        ):
+            from_datasets(Named(pairs(*images)), pairs(*images))
     Named.classes = [7, 8]  # as some data sets have them
     assert from_datasets(Named(pairs(*images)), pairs(*images)).classes == ("7", "8")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -145,7 +145,10 @@ def from_datasets(
         wanted, got = list(train_images.shape[1:]), list(test_images.shape[1:])
         raise ValueError(f"test: images must be {wanted} like those of train, got {got}")
     count = int(max(train_labels.max(), test_labels.max())) + 1
-    names = tuple(map(str, classes if classes is not None else getattr(train, "classes", range(count))))
+    given = classes if classes is not None else getattr(train, "classes", range(count))
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"classes: must be the classes' names in the order of the labels, got {type(given).__name__}")
+    names = tuple(map(str, given))
     if len(names) < count:
         raise ValueError(
             f"classes: must name at least {count} classes (the largest label is {count - 1}), got {len(names)}"
