@@ -449,7 +449,10 @@ def test_okds_mean_is_over_the_first_teachers(tmp_path: Path) -> None:
     row = Row
     main = [row(f"okd-{name}", name, 10, [value, value + 0.1]) for name, value in (("a", 0.3), ("b", 0.5), ("c", 0.7))]
     found = results.Found(main, main, [], [], "", {})
+    assert settings.compare.teachers == [2, 3]
     means = results.okd_means(settings, found)
+    settings.compare.teachers += [3]  # asked for twice it is one column
+    assert results.okd_means(settings, found) == means
     assert [(r.teachers, r.accuracies) for r in means] == [
         (2, pytest.approx([0.4, 0.5])),
         (3, pytest.approx([0.5, 0.6])),

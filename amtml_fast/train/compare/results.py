@@ -193,7 +193,7 @@ def okd_means(config: Config, found: Found) -> list[Row]:
     names = [f"{OKD}-{teacher.name}" for teacher in config.teachers]
     single = {row.method: row for row in found.main if is_okd(row)}
     rows = []
-    for number in config.compare.teachers or [len(names)]:
+    for number in tables.unique(config.compare.teachers) or [len(names)]:
         if number and set(names[:number]) <= set(single):
             accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
             parameters = single[names[0]].parameters
