@@ -17,7 +17,7 @@ for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklear
     pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
 import torch
-from method_step import CHANNELS, TEACHER_CHANNELS, C, N, T, kl, make_config, make_step, objective, seen
+from method_step import CHANNELS, TEACHER_CHANNELS, C, N, Peer, T, kl, make_config, make_step, objective, seen
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -217,6 +217,24 @@ def test_an_example_whose_label_is_hidden_learns_from_the_teachers_alone(name: s
         assert (mine[~known].abs().sum(1) > 0).all()
     else:  # hints alone
         assert (mine[~known] == 0).all()
+
+
+class WidePeer(Peer):
+    """Its parameters and logits are in float64."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images.double())
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].teachers == "all"])
+def test_a_student_may_have_logits_in_float64(name: str) -> None:
+    step = seen(METHODS[name])
+    wide = step._replace(logits=step.logits.detach().double().requires_grad_(), student=WidePeer().double())
+    made = objective(name)
+    made.fit(step.teacher_logits, step.labels)
+    for one in (made.train(), made):  # mmkd keeps images in the first step
+        loss = one(wide).loss
+        assert loss.isfinite() and torch.autograd.grad(loss, wide.logits)[0].dtype == torch.float64
 
 
 def test_what_an_example_without_a_label_adds() -> None:

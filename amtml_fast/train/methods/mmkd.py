@@ -62,7 +62,7 @@ class MetaWeightedKD(Objective):
 
     def weights(self, teacher_logits: list[Tensor], logits: Tensor) -> Tensor:
         """[N, T]."""
-        seen = log_probabilities([*teacher_logits, logits]).flatten(1)
+        seen = log_probabilities([*teacher_logits, logits.float()]).flatten(1)  # of a student in float64, too
         return cast(Tensor, self.network(seen).float().softmax(1))
 
     def meta_loss(self, student: nn.Module) -> Tensor:
