@@ -39,10 +39,11 @@ from amtml_fast.train.compare.plan import plan
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import ConfigError, LossConfig
+from amtml_fast.train.data.images import ImageData, ImageSet
 from amtml_fast.train.figures import tables
 from amtml_fast.train.files import RunError, read_json
 from amtml_fast.train.progress import Display
-from amtml_fast.train.report import gather, page, page_trust, svg
+from amtml_fast.train.report import gather, page, page_images, page_trust, svg
 from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import one_job
 from amtml_fast.train.run.prepare import load_data, load_teachers
@@ -229,6 +230,19 @@ def test_trust_is_in_who_is_right_and_how_surely() -> None:
     assert page_trust.calibration_error(sure, said) == pytest.approx(0.15, abs=1e-6)
     curve = page_trust.reliability(sure, said)
     assert curve[-1] == pytest.approx(0.8) and np.isnan(curve[:-1]).all()
+
+
+def test_a_class_without_test_images_is_left_out() -> None:
+    labels = torch.tensor([0, 2, 2, 0])
+    split = ImageSet(torch.zeros(4, 1, 4, 4, dtype=torch.uint8), labels)
+    data = ImageData("made", split, split, split, ("x", "absent", "z"), (0.5,), (0.2,))
+    logits = torch.eye(3)[torch.tensor([[0, 2], [2, 2], [0, 2], [0, 0]])]  # [4, 2, 3]
+    weights = torch.tensor([[0.7, 0.3]]).expand(4, 2)
+    found = page_images.class_section({"m": [(None, weights, None)]}, logits, data)  # type: ignore[list-item]
+    for lines in (found["accuracy"], found["methods"][0]["lines"]):
+        assert [line["class"] for line in lines] == ["x", "z"]
+        assert all(math.isfinite(x) for line in lines for cell in line["cells"] for x in cell[:2])
+    assert (found["known"], found["shown"], found["classes"]) == (2, 2, 3)
 
 
 def test_images_are_what_was_asked_for(compared: Path) -> None:

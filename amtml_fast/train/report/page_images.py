@@ -157,7 +157,8 @@ def class_section(asked: Asked, logits: Tensor, data: ImageData) -> dict[str, An
     accuracy = answers.by_class(right, labels, count)  # [classes, T]
     known = accuracy.isfinite().all(1)
     spread = torch.where(known, accuracy.amax(1) - accuracy.amin(1), -1.0)
-    shown = sorted(spread.argsort(descending=True, stable=True)[:CLASSES].tolist())
+    most = min(CLASSES, int(known.sum()))  # a class may have no test image
+    shown = sorted(spread.argsort(descending=True, stable=True)[:most].tolist())
     best = accuracy >= accuracy.amax(1, keepdim=True)
     methods = []
     for name, runs in asked.items():
