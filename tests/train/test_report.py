@@ -224,6 +224,8 @@ def test_trust_is_in_who_is_right_and_how_surely() -> None:
     assert (found["disputed"], found["total"], found["fair"]) == (2, 4, "0.50")
     first, second = found["methods"]
     assert (first["on_right"], first["accuracy"]) == ("0.85", "75.0") and second["on_right"] == "0.15"
+    alike = page_trust.section({"good": [good]}, logits[:, :1].expand(-1, 2, -1), labels)  # nothing is disputed
+    assert alike["fair"] is None and alike["methods"][0]["on_right"] is None
     assert 'aria-label="good: how often' in first["chart"] and 'd=""' in first["chart"]  # no bin has enough images
     sure = torch.tensor([[0.95, 0.05]]).expand(100, 2)
     said = torch.tensor([0] * 80 + [1] * 20)

@@ -26,7 +26,7 @@ def section(runs: dict[str, list[Tensor]], logits: Tensor, labels: Tensor) -> di
     return {
         "disputed": int(disputed.sum()),
         "total": len(labels),
-        "fair": f"{right[disputed].float().mean():.2f}" if disputed.any() else "-",
+        "fair": f"{right[disputed].float().mean():.2f}" if disputed.any() else None,
         "equal": f"{100 * accuracy(equal, labels):.1f}",
         "equal_error": f"{100 * calibration_error(equal, labels):.1f}",
         "methods": methods,
@@ -38,7 +38,7 @@ def one(
 ) -> dict[str, Any]:
     """A method's numbers, means over its runs, and its picture."""
     mixed = [mixture(probs, w) for w in weights]
-    on_right = [(w * right)[disputed].sum(1).mean().item() if disputed.any() else float("nan") for w in weights]
+    on_right = [(w * right)[disputed].sum(1).mean().item() for w in weights]
     curves = [svg.Line("equal weights", reliability(equal, labels)[None], "c0")]
     curves.append(svg.Line("weighted", np.stack([reliability(each, labels) for each in mixed]), "c1"))
     hit, error = np.mean([accuracy(m, labels) for m in mixed]), np.mean([calibration_error(m, labels) for m in mixed])
@@ -46,7 +46,7 @@ def one(
     return {
         "name": name,
         "runs": len(weights),
-        "on_right": f"{np.mean(on_right):.2f}",
+        "on_right": f"{np.mean(on_right):.2f}" if disputed.any() else None,
         "accuracy": f"{100 * hit:.1f}",
         "error": f"{100 * error:.1f}",
         "chart": svg.reliability(curves, words),
