@@ -220,9 +220,9 @@ def mixed(groups: Sequence[Group]) -> list[str]:
 def other_than_seed(one: Run, other: Run) -> list[str]:
     """What differs between two runs of a method: keys of their recipes, and their data."""
     records = one.read_record(), other.read_record()
-    known = [record["recipe"] for record in records]
-    recipes = [with_networks(known[0], known[1], one.config), with_networks(known[1], known[0], other.config)]
-    found = [key for key, _, _ in differences(*recipes) if key != "seed"]
+    first, second = (record["recipe"] for record in records)
+    there, here = with_networks(first, second, one.config), with_networks(second, first, other.config)
+    found = [key for key, _, _ in differences(there, here) if key != "seed"]
     data = {record["data"] for record in records if "data" in record}  # runs of earlier versions do not say
     return found + (["the images"] if len(data) > 1 else [])
 
