@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from backends import cpu_only
-
-pytest.importorskip("transformers")
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from amtml_fast import TeacherAdapter

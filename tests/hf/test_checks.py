@@ -3,8 +3,6 @@
 import pytest
 import torch
 from backends import cpu_only
-
-pytest.importorskip("transformers")
 from test_trainer import (
     SIZES,
     TOKENS,

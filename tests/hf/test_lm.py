@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
 from transformers import TrainingArguments, default_data_collator

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from backends import cpu_only
-
-pytest.importorskip("transformers")
 from test_trainer import S, collate, examples, llama, trainer
 from transformers import TrainerCallback
 

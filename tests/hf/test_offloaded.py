@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from backends import cpu_only
-
-pytest.importorskip("transformers")
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from backends import cpu_only
 from test_trainer import assert_same, collate, examples, llama, one_step, trainer
 from transformers import LlamaForCausalLM
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from backends import cpu_only
 
-pytest.importorskip("transformers")
 pytest.importorskip("peft")
 import peft
 from safetensors.torch import load_file

@@ -6,8 +6,6 @@ import sys
 import pytest
 import torch
 from backends import cpu_only
-
-pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 from test_student_models import gpt2
 from test_trainer import C, S, assert_same, collate, examples, llama, one_step, trainer

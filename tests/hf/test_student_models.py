@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 from backends import cpu_only
-
-pytest.importorskip("transformers")
 from test_trainer import SIZES, TOKENS, C, assert_same, by_whole_logits, collate, examples, grads_of, llama, one_step
 from test_trainer import trainer as distillation
 from transformers import (

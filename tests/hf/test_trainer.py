@@ -8,8 +8,6 @@ import sys
 import pytest
 import torch
 from backends import cpu_only
-
-pytest.importorskip("transformers")
 from transformers import (
     CLIPVisionConfig,
     CohereConfig,

@@ -1,4 +1,4 @@
-"""Shared by the trainer's tests."""
+"""Shared by the trainer's tests. Nothing here imports the trainer before it is known that its packages are installed."""
 
 import atexit
 import gc
@@ -7,7 +7,15 @@ import multiprocessing
 
 import pytest
 
+TRAIN = "accelerate sklearn scipy omegaconf typer rich matplotlib tensorboard safetensors PIL jinja2".split()
+
 atexit.register(gc.unfreeze)  # nanobind would call what is frozen leaked
+
+
+def pytest_collect_file():
+    """Without the extra the folder is skipped, not one file of it imported."""
+    for package in TRAIN:
+        pytest.importorskip(package, reason='the trainer needs pip install "amtml-fast[train]"')
 
 
 @pytest.fixture(autouse=True)

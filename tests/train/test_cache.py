@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The teacher cache: what is looked up is what the teachers say, whoever wrote it and whatever happened to it since."""
 
 from __future__ import annotations
@@ -17,10 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file

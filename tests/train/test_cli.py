@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The command line, end to end on the embedded digits."""
 
 from __future__ import annotations
@@ -16,10 +15,6 @@ from pathlib import Path
 import pytest
 
 from amtml_fast import __version__, backends, cli
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 from amtml_fast.train.figures import curves
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Comparisons: what is planned, side by side or one after another, stopped and grown, and what they report."""
 
 from __future__ import annotations
@@ -13,12 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import psutil
+import pytest
 import torch
 from small_run import QUIET, Running, wait_for
 

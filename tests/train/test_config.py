@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """How a configuration is read: ranges of numbers, text as it is written, paths; what it refuses, and in which words."""
 
 from __future__ import annotations
@@ -10,9 +9,6 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
-
-for extra in ("omegaconf", "yaml", "accelerate"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
 
 from amtml_fast.train.compare.plan import checked
 from amtml_fast.train.config import fields, reading, yaml_text

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """What the engine chooses by itself: the layout of images and maps, the precision, how teachers run."""
 
 from __future__ import annotations
@@ -6,10 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 import torch._inductor.config
 from small_run import Place

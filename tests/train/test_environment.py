@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """What the environment says: ranks and devices, which are its business, and settings, which are the configuration's."""
 
 from __future__ import annotations
@@ -7,10 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 from small_run import QUIET, Place, metrics
 
 from amtml_fast.train.config import environment

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """What may happen to a training: killed at any moment, a full disk, a machine wanted back, a process that dies.
 
 AMTML_SOAK=20 (make soak): that many runs killed at random moments.
@@ -19,12 +18,8 @@ import time
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
-import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import psutil
+import pytest
 import torch
 from recorder import Recorder
 from small_run import FORKS, QUIET, Place, in_two, interrupt_after, metrics, own_weights, tensors, wait_for_epochs

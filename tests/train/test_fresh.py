@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """--fresh starts all over, and a stop in between leaves to redo what it had not come to."""
 
 from __future__ import annotations
@@ -8,10 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 from small_run import Place
 
 from amtml_fast import cli

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The training step as a graph, through a stand-in for CUDA's (recorder.py): the same bits as without, from the same code."""
 
 from __future__ import annotations
@@ -7,10 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import recorder
 import torch
 from recorder import Operators, Recorder, Uncapturable

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The training methods: each objective against its formula in plain PyTorch, and what a configuration can make of them."""
 
 from __future__ import annotations
@@ -12,10 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 from method_step import CHANNELS, TEACHER_CHANNELS, C, N, Peer, T, kl, make_config, make_step, objective, seen
 from torch import Tensor

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Names of runs, methods, teachers and classes are drawn and printed as they are, whatever they hold."""
 
 from __future__ import annotations
@@ -9,10 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-for extra in ("rich", "matplotlib", "jinja2", "markdown_it"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 from markdown_it import MarkdownIt
 from rich.console import Console
 

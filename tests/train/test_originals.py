@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The methods against what their authors published, written out here, and the figures of docs/method.md's table."""
 
 from __future__ import annotations
@@ -6,10 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "sklearn"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 from method_step import T, kl, make_step, objective, seen
 from sklearn.svm import OneClassSVM

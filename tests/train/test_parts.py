@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Who trains on what: shares of the images, hidden labels, domains, teachers that know little, and several configurations in a file."""
 
 from __future__ import annotations
@@ -7,10 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 from small_run import QUIET
 

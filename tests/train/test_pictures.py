@@ -6,8 +6,6 @@ import math
 import matplotlib
 import numpy as np
 import pytest
-
-pytest.importorskip("rich")
 from figure_rows import grid
 from matplotlib.axis import Tick
 from matplotlib.figure import Figure

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Every method with maps of every kind: it trains a step, or one line says before anything is trained what it wants."""
 
 from __future__ import annotations
@@ -8,10 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 
 from amtml_fast.train.config import reading

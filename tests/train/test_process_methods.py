@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Two processes, and two rounds of accumulation, against one: the loss of every method, and its gradients, from halves of a batch."""
 
 from __future__ import annotations
@@ -8,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 import torch.distributed as dist
 from method_step import N, T, objective, seen

@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The page of `amtml-fast report`, about a real comparison: what it says, what it says when something is missing, and
 what a browser makes of it."""
 
@@ -15,22 +14,8 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-
-for extra in (
-    "accelerate",
-    "omegaconf",
-    "typer",
-    "rich",
-    "safetensors",
-    "sklearn",
-    "matplotlib",
-    "tensorboard",
-    "jinja2",
-):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import numpy as np
+import pytest
 import torch
 
 from amtml_fast import cli

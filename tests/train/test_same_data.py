@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """A folder holds one run: of one recipe and of one set of images. What starts over leaves nothing of the old one to go on from."""
 
 from __future__ import annotations
@@ -7,10 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 from small_run import QUIET, Place
 
 from amtml_fast.train.config.schema import ConfigError

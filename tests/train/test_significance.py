@@ -4,8 +4,6 @@ import math
 import statistics
 
 import pytest
-
-pytest.importorskip("rich")
 from figure_rows import cells, rows
 from scipy import stats
 

@@ -1,13 +1,8 @@
-# ruff: noqa: E402
 """What a student's network may do: overwrite its own maps, leave parameters out, name a group as it likes; and what it may not."""
 
 from __future__ import annotations
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 from safetensors.torch import save_file
 from small_run import PLAIN, QUIET, Place, assert_near, in_two, metrics, own_weights, tensors

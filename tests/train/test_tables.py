@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
-pytest.importorskip("rich")
 from figure_rows import cells, grid, rows, teachers
 from rich.console import Console
 

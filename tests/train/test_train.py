@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """The trainer: runs that can be killed, resumed, split over processes and repeated, and what they leave behind."""
 
 from __future__ import annotations
@@ -11,10 +10,6 @@ import signal
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "sklearn", "matplotlib", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 from safetensors.torch import load_file, save_file
 from small_run import (

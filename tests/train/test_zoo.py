@@ -1,4 +1,3 @@
-# ruff: noqa: E402
 """Pretrained networks of other libraries as teachers: stand-ins for the libraries, and the libraries where they are."""
 
 from __future__ import annotations
@@ -10,10 +9,6 @@ import types
 from pathlib import Path
 
 import pytest
-
-for extra in ("accelerate", "omegaconf", "typer", "rich", "safetensors", "tensorboard"):
-    pytest.importorskip(extra, reason='needs pip install "amtml-fast[train]"')
-
 import torch
 from safetensors.torch import save_file
 from torch import nn
