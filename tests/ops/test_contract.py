@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 from backends import CHOSEN, DEVICE, cpu_only, in_memory_of_the_cpu, takes
+from parallel import on_threads
 from test_values import _kd
 
 import amtml_fast as af
@@ -251,14 +252,8 @@ def _all_of_hint(student_map, teacher_map, weight):
 def test_same_bits_from_one_thread_and_from_several(case):
     """Work is cut the same way however many threads share it."""
     function = case.function if case.op != "hint" else _all_of_hint
-    threads, runs = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            with af.use_backend("cpp"):
-                runs.append(value_and_grads(function, case.inputs(*case.parallel)))
-    finally:
-        torch.set_num_threads(threads)
+    with af.use_backend("cpp"):
+        runs = on_threads((1, 2, 3), lambda: value_and_grads(function, case.inputs(*case.parallel)))
     for value, grads in runs[1:]:
         assert torch.equal(value, runs[0][0])
         assert all(torch.equal(a, b) for a, b in zip(grads, runs[0][1]))

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from backends import CHOSEN, DEVICE, FUSED, cpu_only, run_on
+from parallel import on_threads
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import amtml_fast as af
@@ -396,15 +397,14 @@ def test_products_of_few_rows(dtype):
 def test_any_number_of_threads_gives_the_same_bits():
     rows, width, classes = 40, 64, 9000
     hidden, weight = randn(rows, width).requires_grad_(), randn(classes, width).requires_grad_()
-    teachers, seen, before = [af.LinearTeacher(randn(rows, 8), randn(classes, 8))], [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            loss = af.fused_linear_kd_loss(hidden, weight, teachers, chunk_size=17)
-            seen.append((loss, *torch.autograd.grad(loss, (hidden, weight))))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(x, y) for others in seen[1:] for x, y in zip(others, seen[0]))
+    teachers = [af.LinearTeacher(randn(rows, 8), randn(classes, 8))]
+
+    def run():
+        loss = af.fused_linear_kd_loss(hidden, weight, teachers, chunk_size=17)
+        return loss, *torch.autograd.grad(loss, (hidden, weight))
+
+    first, *others = on_threads((1, 2, 3), run)
+    assert all(torch.equal(x, y) for other in others for x, y in zip(other, first))
 
 
 # --- promises

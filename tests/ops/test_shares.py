@@ -3,6 +3,7 @@
 import pytest
 import torch
 from backends import cpu_only
+from parallel import on_threads
 
 import amtml_fast as af
 from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
@@ -22,15 +23,8 @@ SIZES = {
 def test_every_share_is_taken_once(op):
     case = CASES[op]
     args = case.inputs(*SIZES[op])
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            with af.use_backend("cpp"):
-                runs.append(value_and_grads(case.function, args))
-    finally:
-        torch.set_num_threads(threads)
+    with af.use_backend("cpp"):
+        runs = on_threads((1, 2, 3), lambda: value_and_grads(case.function, args))
     want, want_grads = value_and_grads(case.reference, convert(args, dtype=torch.float64))
     assert relative_error(runs[0][0], want) <= 1e-6
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(runs[0][1], want_grads))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import cpu_only
+from parallel import in_processes
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -26,7 +27,6 @@ from vocabulary_parts import (
     dense,
     error,
     found,
-    in_four_processes,
     linear,
     part_of,
     shifted,
@@ -402,7 +402,7 @@ pytestmark = cpu_only
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return in_four_processes(_calls, tmp_path_factory.mktemp("four"))
+    return in_processes(4, _calls, tmp_path_factory.mktemp("four"))
 
 
 def of_all(four: list[dict], name: str) -> Any:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from backends import cpu_only
+from parallel import in_processes
 from torch import Tensor
 from vocabulary_parts import (
     Built,
@@ -23,7 +24,6 @@ from vocabulary_parts import (
     dense,
     error,
     found,
-    in_four_processes,
     linear,
     part_of,
     shifted,
@@ -218,7 +218,7 @@ pytestmark = cpu_only
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    return in_four_processes(_cases, tmp_path_factory.mktemp("four"))
+    return in_processes(4, _cases, tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("name", CASES)

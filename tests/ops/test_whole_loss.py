@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from backends import CHOSEN, cpu_only, in_memory_of_the_cpu, takes
+from parallel import on_threads
 
 import amtml_fast as af
 from amtml_fast.ops import whole_loss
@@ -207,14 +208,9 @@ def test_nan_comes_out_where_nan_goes_in():
 
 @cpu_only
 def test_same_bits_twice_and_from_any_number_of_threads():
-    problem, threads, runs = _problem(n=300, c=40, plane=(8, 8)), torch.get_num_threads(), []
+    problem = _problem(n=300, c=40, plane=(8, 8))
     loss = af.AMTMLLoss(af.TeacherAdapter(D, 3), angle_trains_weights=True)
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            runs.append(_run(loss, problem))
-    finally:
-        torch.set_num_threads(threads)
+    runs = on_threads((1, 1, 2, 3), lambda: _run(loss, problem))
     for out, grads in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip((*out, *grads), (*runs[0][0], *runs[0][1])))
 

@@ -1,12 +1,9 @@
-"""Losses of a whole vocabulary and of a part of it, from the same numbers, and the four processes that share one."""
+"""Losses of a whole vocabulary and of a part of it, from the same numbers."""
 
-import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import amtml_fast as af
@@ -186,23 +183,3 @@ def widened(build: Callable[[Cut], Built]) -> Callable[[Cut], Built]:
         return {name: x.double() for name, x in leaves.items()}, loss
 
     return wide
-
-
-# --- the processes
-
-
-def _process(rank: int, work: Callable[[int], dict], folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
-    torch.save(work(rank), f"{folder}/{rank}")
-    dist.destroy_process_group()
-
-
-def in_four_processes(work: Callable[[int], dict], folder: Path) -> list[dict]:
-    """What ``work``, a function of a test's module, makes of the rank in each of four processes that are a group."""
-    # Forked from a process that has imported the slow modules once.
-    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "amtml_fast"])
-    torch.multiprocessing.start_processes(_process, (work, str(folder)), nprocs=4, start_method="forkserver")
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(4)]

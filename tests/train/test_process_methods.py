@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from method_step import N, T, objective, seen
+from parallel import in_processes
 from torch import Tensor
 
 from amtml_fast.train.data.parts import IGNORED
@@ -73,19 +73,13 @@ def outcome(case: str, hidden: bool, rows: slice, processes: int) -> dict[str, T
     return found | {f"rows of {key}": x.grad for key, x in inputs.items() if x.grad is not None}
 
 
-def _process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {(case, hidden): outcome(case, hidden, HALVES[rank], 2) for case in CASES for hidden in (False, True)}
-    torch.save(found, f"{folder}/{rank}")
-    dist.destroy_process_group()
+def outcomes(rank: int) -> dict[tuple[str, bool], dict[str, Tensor]]:
+    return {(case, hidden): outcome(case, hidden, HALVES[rank], 2) for case in CASES for hidden in (False, True)}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
+    return in_processes(2, outcomes, tmp_path_factory.mktemp("two"))
 
 
 def differences(first: dict[str, Tensor], second: dict[str, Tensor], want: dict[str, Tensor]) -> list[str]:

@@ -1,14 +1,14 @@
 """Two processes against one: the loss in a loop of one's own, under DDP and FSDP2, with batches split unevenly."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
+from parallel import in_processes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import amtml_fast as af
+from amtml_fast.train.run.processes import same_buffers, shard
 
 ROWS, CLASSES, TEACHERS, STEPS = 12, 7, 3, 3
 # How many of each step's rows the first process has; the last batch is a smaller one.
@@ -78,11 +78,7 @@ def start(gather: bool | str) -> Net:
     return Net(gather)
 
 
-def _process(rank: int, folder: str) -> None:
-    from amtml_fast.train.run.processes import same_buffers, shard
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def outcomes(rank: int) -> dict:
     found = {}
     for split in SPLITS:
         for gather in (True, "even") if split == "even" else (True,):
@@ -99,15 +95,12 @@ def _process(rank: int, folder: str) -> None:
     norm = nn.BatchNorm1d(2)
     norm(torch.full((4, 2), float(rank)))
     same_buffers(norm)
-    torch.save({"found": found, "refused": refused, "buffers": norm.state_dict()}, f"{folder}/{rank}")
-    dist.destroy_process_group()
+    return {"found": found, "refused": refused, "buffers": norm.state_dict()}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_process, (str(folder),), nprocs=2)
-    return [torch.load(Path(folder) / str(rank), weights_only=True) for rank in range(2)]
+    return in_processes(2, outcomes, tmp_path_factory.mktemp("two"))
 
 
 @pytest.mark.parametrize(
