@@ -1,6 +1,7 @@
 """The same work in several processes that are a group, and on several numbers of threads."""
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ def _process(rank: int, count: int, work: Callable[[int], Any], folder: str) -> 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # memory is filled with NaN, as in conftest.py
     torch.utils.deterministic.fill_uninitialized_memory = True
+    names = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")  # as torchrun sets them
+    os.environ.update({name: str(x) for x, of in zip((rank, count), names) for name in of})
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     torch.save(work(rank), f"{folder}/{rank}")
     dist.destroy_process_group()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from backends import cpu_only
-from test_trainer import S, collate, examples, llama, trainer
+from tiny_models import S, collate, examples, llama, trainer
 from transformers import TrainerCallback
 
 pytestmark = cpu_only

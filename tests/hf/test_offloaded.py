@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from backends import cpu_only
-from test_trainer import assert_same, collate, examples, llama, one_step, trainer
+from tiny_models import assert_same, collate, examples, llama, one_step, trainer
 from transformers import LlamaForCausalLM
 
 from amtml_fast.hf import store_topk

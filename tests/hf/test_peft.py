@@ -1,8 +1,7 @@
 """Students that peft has wrapped: gradients, the adapter of teachers in their checkpoints, what cannot be learned."""
 
 import math
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +9,19 @@ from backends import cpu_only
 
 pytest.importorskip("peft")
 import peft
+from accelerate.state import AcceleratorState, DistributedType
+from parallel import in_processes
 from safetensors.torch import load_file
-from test_trainer import assert_same, by_whole_logits, collate, examples, grads_of, llama, one_step, trainer
+from tiny_models import (
+    assert_same,
+    assert_step_of_whole_logits,
+    by_whole_logits,
+    collate,
+    ends_of,
+    examples,
+    llama,
+    trainer,
+)
 
 pytestmark = [cpu_only, pytest.mark.filterwarnings("ignore:.*tie_word_embeddings|.*is_gradient_checkpointing")]
 
@@ -38,23 +48,16 @@ def wrapped(targets=("q_proj", "v_proj"), saved=None, tied=False, model=None):
     ids=["attention", "embedding", "output layer", "both"],
 )
 def test_loss_and_gradients_are_those_of_whole_logits(tmp_path, options, tied):
-    student, teachers, batch = wrapped(**options, tied=tied), [llama(24, 1), llama(8, 2)], collate(examples(4))
-    want = by_whole_logits(student, teachers, batch)
-    want.backward()
-    right = grads_of(student)
-    student.zero_grad()
-    got, grads = one_step(trainer(tmp_path, student, teachers), student, batch)
-    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    student, teachers = wrapped(**options, tied=tied), [llama(24, 1), llama(8, 2)]
+    made = trainer(tmp_path, student, teachers)
+    grads = assert_step_of_whole_logits(made, student, teachers, collate(examples(4)))
     assert any("lora_A" in name for name in grads)
     assert any("lm_head" in name for name in grads) == ("lm_head" in (options.get("saved") or ()))
-    assert_same(grads, right)
 
 
 def test_a_teacher_may_be_one(tmp_path):
-    student, teacher, batch = llama(), wrapped(saved=["lm_head"]), collate(examples(4))
-    want = by_whole_logits(student, [teacher], batch)
-    got, _ = one_step(trainer(tmp_path, student, [teacher]), student, batch)
-    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    student, teacher = llama(), wrapped(saved=["lm_head"])
+    assert_step_of_whole_logits(trainer(tmp_path, student, [teacher]), student, [teacher], collate(examples(4)))
 
 
 def test_evaluation_is_plain_cross_entropy(tmp_path):
@@ -73,9 +76,9 @@ def test_a_resumed_training_has_the_same_bits(tmp_path, saved):
     def run(folder, resume=None):
         student = wrapped(saved=saved)
         made = trainer(folder, student, [llama(*t) for t in TEACHERS], **SAVING)
-        starts = {n: p.detach().clone() for n, p in student.named_parameters()}
+        starts = ends_of(student)
         made.train(resume_from_checkpoint=resume)
-        return starts, {n: p.detach().clone() for n, p in student.named_parameters()}
+        return starts, ends_of(student)
 
     starts, whole = run(tmp_path / "a")
     _, resumed = run(tmp_path / "b", str(tmp_path / "a" / "checkpoint-2"))
@@ -92,40 +95,6 @@ def test_a_resumed_training_has_the_same_bits(tmp_path, saved):
         run(tmp_path / "c", str(tmp_path / "a" / "checkpoint-2"))
 
 
-SHARDED = """
-import os
-import sys
-sys.path[:0] = [{tests!r}, {here!r}]
-from test_peft import *
-import torch.distributed as dist
-from accelerate.state import AcceleratorState, DistributedType
-
-init = AcceleratorState.__init__
-
-
-def on_a_cpu(self, *args, fsdp_plugin=None, **options):  # where accelerate has no FSDP
-    init(self, *args, fsdp_plugin=fsdp_plugin, **options)
-    self.fsdp_plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
-
-
-AcceleratorState.__init__ = on_a_cpu
-AcceleratorState.distributed_type = property(lambda self: DistributedType.FSDP, lambda self, kind: None)
-
-for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
-    config = dict(version=2, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type=kind)
-    _, whole = one_or_two_processes({folder!r} + "/" + kind, 2, fsdp=True, fsdp_config=config)
-    _, resumed = one_or_two_processes(
-        {folder!r} + "/again", 2, {folder!r} + "/" + kind + "/checkpoint-2", fsdp=True, fsdp_config=config
-    )
-    assert all(torch.equal(whole[n], resumed[n]) for n in whole), kind
-    if dist.get_rank() == 0:
-        torch.save(whole, {folder!r} + "/" + kind + ".pt")
-dist.barrier()
-dist.destroy_process_group()
-os._exit(0)
-"""
-
-
 def one_or_two_processes(folder, batch_size, resume=None, **options):
     student = wrapped()
     torch.manual_seed(7)  # the adapter's
@@ -137,16 +106,34 @@ def one_or_two_processes(folder, batch_size, resume=None, **options):
     return made, {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in ends.items()}
 
 
-def test_sharded_trainings_keep_the_adapter(tmp_path, request):
-    tests = request.config.rootpath / "tests"
-    script = tmp_path / "two.py"
-    script.write_text(SHARDED.format(tests=str(tests), here=str(tests / "hf"), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
+KINDS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
+
+
+def sharded(folder, rank):
+    """Parameters after a training, in each of two processes, that was resumed to the same bits."""
+    init = AcceleratorState.__init__
+
+    def on_a_cpu(self, *args, fsdp_plugin=None, **options):  # where accelerate has no FSDP
+        init(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        self.fsdp_plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+
+    AcceleratorState.__init__ = on_a_cpu
+    AcceleratorState.distributed_type = property(lambda self: DistributedType.FSDP, lambda self, kind: None)
+    ends = {}
+    for kind in KINDS:
+        config = dict(version=2, transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type=kind)
+        options = dict(fsdp=True, fsdp_config=config)
+        _, ends[kind] = one_or_two_processes(folder / kind, 2, **options)
+        _, resumed = one_or_two_processes(folder / "again", 2, str(folder / kind / "checkpoint-2"), **options)
+        assert all(torch.equal(ends[kind][n], resumed[n]) for n in resumed), kind
+    return ends
+
+
+def test_sharded_trainings_keep_the_adapter(tmp_path):
+    ends, _ = in_processes(2, partial(sharded, tmp_path), tmp_path)
     made, want = one_or_two_processes(tmp_path / "one", 4)
-    for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
-        assert_same(torch.load(tmp_path / f"{kind}.pt"), want, 1e-4)
+    for kind in KINDS:
+        assert_same(ends[kind], want, 1e-4)
         kept = load_file(tmp_path / kind / "checkpoint-4" / "teacher_adapter.safetensors")
         assert_same(kept, made.output_layer.model.teacher_adapter.state_dict(), 1e-4)
 
@@ -208,22 +195,14 @@ def test_the_output_layer_is_the_one_of_the_active_adapter(tmp_path):
     for adapter in ("other", "without", "default"):
         student.set_adapter(adapter)
         student.zero_grad()
-        want = by_whole_logits(student, teachers, batch)
-        want.backward()
-        right = grads_of(student)
-        student.zero_grad()
-        got, grads = one_step(made, student, batch)
-        torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
-        assert_same(grads, right)
+        assert_step_of_whole_logits(made, student, teachers, batch)
 
 
 def test_a_teacher_whose_adapter_is_off_is_its_base(tmp_path):
     student, teacher, batch = llama(), wrapped(saved=["lm_head"]), collate(examples(4))
     made = trainer(tmp_path, student, [teacher])
     with teacher.disable_adapter():
-        want = by_whole_logits(student, [teacher], batch)
-        got, _ = one_step(made, student, batch)
-    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+        assert_step_of_whole_logits(made, student, [teacher], batch)
 
 
 def test_trained_tokens_of_a_tied_embedding_are_named(tmp_path):
@@ -231,10 +210,9 @@ def test_trained_tokens_of_a_tied_embedding_are_named(tmp_path):
     message = "with peft's TrainableTokensWrapper; trainable_token_indices .* tie_word_embeddings"
     with pytest.raises(TypeError, match=message):
         trainer(tmp_path, peft.get_peft_model(llama(), config), [llama(24, 1)])
-    student, batch = peft.get_peft_model(llama(tie_word_embeddings=False), config), collate(examples(4))
-    want = by_whole_logits(student, [llama(24, 1)], batch)
-    got, grads = one_step(trainer(tmp_path, student, [llama(24, 1)]), student, batch)
-    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    student, teachers = peft.get_peft_model(llama(tie_word_embeddings=False), config), [llama(24, 1)]
+    made = trainer(tmp_path, student, teachers)
+    grads = assert_step_of_whole_logits(made, student, teachers, collate(examples(4)))
     assert any("trainable_tokens" in name for name in grads)
 
 

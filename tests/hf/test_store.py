@@ -1,18 +1,19 @@
 """What ``store_topk`` keeps: teaches as the teacher does, goes on where it was killed, and is noticed where it does not fit."""
 
-import subprocess
-import sys
+import time
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from backends import cpu_only
+from parallel import in_processes
 from safetensors.torch import load_file, save_file
-from test_student_models import gpt2
-from test_trainer import C, S, assert_same, collate, examples, llama, one_step, trainer
+from tiny_models import C, S, assert_same, collate, examples, gpt2, llama, one_step, trainer
 from transformers import DataCollatorWithFlattening
 
 import amtml_fast as af
-from amtml_fast.hf import StoredTopK, store_topk
+from amtml_fast.hf import StoredTopK, store_topk, topk_store
 
 pytestmark = cpu_only
 
@@ -113,35 +114,22 @@ def test_a_store_without_checksums_is_read_and_finished(tmp_path):
     assert all(all(map(torch.equal, again[i], whole[i])) for i in range(8))
 
 
-TWO = """
-import os, pathlib, sys, time
-sys.path[:0] = [{tests!r}, {here!r}]
-from test_store import *
-from amtml_fast.hf import topk_store
+def write_at_once(folder, rank):
+    def slowly(tensors, path):
+        (folder / f"made-{path.parent.name}-{path.name}-{rank}").touch()
+        save_file(tensors, path)
+        time.sleep(0.01)  # so that the other one is here, too
 
-def slowly(tensors, path):
-    (folder / f"made-{{path.parent.name}}-{{path.name}}").touch()
-    save_file(tensors, path)
-    time.sleep(0.01)  # so that the other one is here, too
-
-topk_store.save_file = slowly
-folder, child = pathlib.Path({folder!r}), os.fork()
-teacher, data, end = llama(24, 1), equal_lengths(), time.monotonic() + 30
-for trial in range(3):
-    (folder / f"{{trial}}{{child == 0}}").touch()
-    while len(list(folder.glob(f"{{trial}}[TF]*"))) < 2:  # both begin at once
-        assert time.monotonic() < end, "the other process has died"
-    stored = store_topk(teacher, data, folder / f"top{{trial}}", k=4, rows_per_file=1, data_collator=collate)
-    assert len(stored) == 8
-assert child == 0 or os.waitpid(child, 0)[1] == 0
-"""
+    topk_store.save_file = slowly
+    teacher, data = llama(24, 1), equal_lengths()
+    for trial in range(3):
+        dist.barrier()
+        stored = store_topk(teacher, data, folder / f"top{trial}", k=4, rows_per_file=1, data_collator=collate)
+        assert len(stored) == 8
 
 
-def test_two_processes_may_write_one_store(tmp_path, request):
-    tests = request.config.rootpath / "tests"
-    script = TWO.format(tests=str(tests), here=str(tests / "hf"), folder=str(tmp_path))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
+def test_two_processes_may_write_one_store(tmp_path):
+    in_processes(2, partial(write_at_once, tmp_path), tmp_path)
     whole = store_topk(llama(24, 1), equal_lengths(), tmp_path / "one", k=4, rows_per_file=1, data_collator=collate)
     for trial in range(3):
         made = StoredTopK(tmp_path / f"top{trial}")

@@ -2,12 +2,30 @@
 
 import copy
 import math
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 import torch
 from backends import cpu_only
+from parallel import in_processes
+from tiny_models import (
+    SIZES,
+    TOKENS,
+    C,
+    S,
+    assert_same,
+    assert_step_of_whole_logits,
+    by_whole_logits,
+    collate,
+    ends_of,
+    examples,
+    grads_of,
+    llama,
+    one_step,
+    trainer,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     CLIPVisionConfig,
     CohereConfig,
@@ -23,115 +41,18 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    TrainingArguments,
 )
 
-import amtml_fast as af
-from amtml_fast.hf import DistillationTrainer, store_topk
+from amtml_fast.hf import store_topk
 from amtml_fast.hf.output_layer import OutputLayer
 
 pytestmark = cpu_only
-C, S = 40, 12
-SIZES = dict(vocab_size=C, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
-
-
-def llama(hidden=16, seed=0, kind=LlamaForCausalLM, **options):
-    torch.manual_seed(seed)
-    return kind(
-        LlamaConfig(
-            hidden_size=hidden, initializer_range=0.4, **{**SIZES, **TOKENS, "tie_word_embeddings": True, **options}
-        )
-    )
-
-
-def examples(rows=8, seed=0):
-    """Of different lengths; the first tokens of some have no label."""
-    random = torch.Generator().manual_seed(seed)
-    made = []
-    for i in range(rows):
-        ids = torch.randint(3, C, (S - i % 4,), generator=random)
-        labels = ids.clone()
-        labels[: i % 3] = -100
-        made.append(dict(input_ids=ids, labels=labels))
-    return made
-
-
-def collate(given, left=False):
-    batch = {}
-    for name, fill in (("input_ids", 0), ("labels", -100), ("attention_mask", 0)):
-        rows = []
-        for example in given:
-            row = example[name] if name in example else torch.ones_like(example["input_ids"])
-            pad = S - len(row)
-            rows.append(torch.nn.functional.pad(row, (pad, 0) if left else (0, pad), value=fill))
-        batch[name] = torch.stack(rows)
-    if "teacher_index" in given[0]:
-        batch["teacher_index"] = torch.tensor([e["teacher_index"] for e in given])
-    return batch
-
-
-def trainer(folder, student, teachers, data=None, evaluated=None, collator=collate, **options):
-    arguments = dict(
-        per_device_train_batch_size=4, max_steps=2, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True,
-        disable_tqdm=True, save_strategy="no", seed=3, max_grad_norm=0,
-    )  # fmt: skip
-    names = {
-        "weighting", "adapter_learning_rate", "loss", "teacher_tokenizers", "processing_class", "compute_loss_func", "model_init",
-    } & set(options)  # fmt: skip
-    own = {name: options.pop(name) for name in names}
-    args = TrainingArguments(str(folder), **{**arguments, **options})
-    return DistillationTrainer(
-        student,
-        args,
-        teachers=teachers,
-        train_dataset=data or examples(),
-        eval_dataset=evaluated,
-        data_collator=collator,
-        **own,
-    )
-
-
-def by_whole_logits(student, teachers, batch, weights=None, **options):
-    """The loss of tokens [B * (S - 1)], of logits as the models give them."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    z, *ts = (m(**inputs).logits[:, :-1].reshape(-1, C) for m in (student, *teachers))
-    ts = [t.detach() for t in ts]
-    labels = batch["labels"][:, 1:].reshape(-1)
-    options = {"temperature": 1.0, "alpha": 0.5, **options}
-    return af.reference.multi_teacher_kd_loss(z, ts, weights, labels, **options)
-
-
-def grads_of(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(got, want, tolerance=1e-5):
-    assert set(got) == set(want)
-    for name in want:
-        assert (got[name] - want[name]).norm() <= tolerance * want[name].norm() + 1e-9, name
-
-
-def one_step(made, student, batch):
-    """The gradients of one batch, as training_step makes them."""
-    made.create_optimizer()
-    loss = made.training_step(
-        made.model_wrapped, dict(batch), made._get_num_items_in_batch([batch], torch.device("cpu"))
-    )
-    return loss, grads_of(student)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradients_are_those_of_whole_logits(tmp_path, tied):
     student, teachers = llama(tie_word_embeddings=tied), [llama(24, 1), llama(8, 2, tie_word_embeddings=False)]
-    batch = collate(examples(4))
-    want = by_whole_logits(student, teachers, batch)
-    want.backward()
-    right = grads_of(student)
-    student.zero_grad()
-    got, grads = one_step(trainer(tmp_path, student, teachers), student, batch)
-    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
-    assert_same(grads, right)
+    assert_step_of_whole_logits(trainer(tmp_path, student, teachers), student, teachers, collate(examples(4)))
     assert not any(p.requires_grad or p.grad is not None for t in teachers for p in t.parameters())
     assert not any(t.training for t in teachers) and student.training
 
@@ -148,10 +69,8 @@ def test_a_teacher_put_into_training_mode_teaches_in_eval_mode(tmp_path):
 def test_teachers_whose_logits_are_scaled_otherwise(tmp_path):
     torch.manual_seed(1)
     cohere = CohereForCausalLM(CohereConfig(hidden_size=16, logit_scale=0.25, initializer_range=0.5, **SIZES, **TOKENS))
-    student, batch = llama(), collate(examples(4))
-    want = by_whole_logits(student, [cohere], batch)
-    got, _ = one_step(trainer(tmp_path, student, [cohere]), student, batch)
-    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+    student = llama()
+    assert_step_of_whole_logits(trainer(tmp_path, student, [cohere]), student, [cohere], collate(examples(4)))
 
 
 def test_what_models_do_to_their_logits_is_found():
@@ -307,7 +226,7 @@ def weights_after(tmp_path, kind, **options):
     torch.manual_seed(7)  # the adapter's
     made = trainer(tmp_path, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", **options)
     made.train()
-    return {name: p.detach().clone() for name, p in student.named_parameters()}
+    return ends_of(student)
 
 
 @pytest.mark.parametrize("kind", [LlamaForCausalLM, Strict])
@@ -318,57 +237,38 @@ def test_accumulated_batches_count_by_their_tokens(tmp_path, kind):
     assert_same(parts, whole)
 
 
-PROCESSES = """
-import os
-import sys
-sys.path[:0] = [{tests!r}, {here!r}]
-from test_trainer import *
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.device_mesh import init_device_mesh
-
-student = llama()
-made = two_processes_or_one({folder!r}, student, 2)
-assert made.accelerator.num_processes == 2
-made.train()  # which wraps the student in DDP
-ends = {{name: p.detach() for name, p in student.named_parameters()}}
-
-student, mesh = llama(), init_device_mesh("cpu", (2,))
-made = two_processes_or_one({folder!r}, student, 2)
-fully_shard(student.model.layers[0], mesh=mesh)
-fully_shard(student, mesh=mesh)
-batch, rank = collate(examples(4)), dist.get_rank()
-for step in range(2):  # the second after the layers were gathered and given back once
-    student.zero_grad()
-    half = {{name: x[2 * rank : 2 * rank + 2] for name, x in batch.items()}}
-    made.compute_loss(student.train(), half, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum()).backward()
-grads = {{name: p.grad.full_tensor() for name, p in student.named_parameters()}}
-if rank == 0:
-    torch.save((ends, grads), {folder!r} + "/two.pt")
-dist.barrier()  # nobody leaves while the other one works
-dist.destroy_process_group()
-os._exit(0)  # a thread of gloo was once still there when the interpreter ended, which aborted it
-"""
-
-
 def two_processes_or_one(folder, student, batch_size):
     torch.manual_seed(7)  # the adapter's
     options = dict(optim="sgd", learning_rate=0.1, per_device_train_batch_size=batch_size)
     return trainer(folder, student, [llama(24, 1), llama(8, 2)], weighting="adaptive", **options)
 
 
-def test_two_processes_are_one_in_ddp_and_fsdp2(tmp_path, request):
-    tests = request.config.rootpath / "tests"
-    script = tmp_path / "two.py"
-    script.write_text(PROCESSES.format(tests=str(tests), here=str(tests / "hf"), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
-    ends, grads = torch.load(tmp_path / "two.pt")
+def in_ddp_and_fsdp2(folder, rank):
+    """Parameters after a training in DDP, and gradients of a step in FSDP2, of one of two processes."""
+    student = llama()
+    made = two_processes_or_one(folder, student, 2)
+    assert made.accelerator.num_processes == 2
+    made.train()  # which wraps the student in DDP
+    ends = ends_of(student)
+
+    student, mesh = llama(), init_device_mesh("cpu", (2,))
+    made = two_processes_or_one(folder, student, 2)
+    fully_shard(student.model.layers[0], mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    batch = collate(examples(4))
+    half = {name: x[2 * rank : 2 * rank + 2] for name, x in batch.items()}
+    for _ in range(2):  # the second after the layers were gathered and given back once
+        student.zero_grad()
+        made.compute_loss(student.train(), half, num_items_in_batch=(batch["labels"][:, 1:] != -100).sum()).backward()
+    return ends, {name: p.grad.full_tensor() for name, p in student.named_parameters()}
+
+
+def test_two_processes_are_one_in_ddp_and_fsdp2(tmp_path):
+    (ends, grads), _ = in_processes(2, partial(in_ddp_and_fsdp2, tmp_path), tmp_path)
     student = llama()
     one = two_processes_or_one(tmp_path, student, 4)
     one.train()
-    assert_same(ends, {name: p.detach() for name, p in student.named_parameters()})
+    assert_same(ends, ends_of(student))
     student = llama()
     _, want = one_step(two_processes_or_one(tmp_path, student, 4), student, collate(examples(4)))
     assert_same(grads, want)
@@ -381,7 +281,7 @@ def test_a_resumed_training_has_the_same_bits(tmp_path):
         if resume == 0:  # stops in the middle
             made.args.max_steps, made.args.num_train_epochs = 2, 1
         made.train(resume_from_checkpoint=resume or None)
-        return {n: p.detach().clone() for n, p in student.named_parameters()}
+        return ends_of(student)
 
     saving = dict(save_strategy="steps", save_steps=2, lr_scheduler_type="constant")
     whole = run(tmp_path / "a", **saving)
