@@ -78,7 +78,7 @@ def _resources(binary: Path, *kinds: str) -> dict[str, dict[str, int]]:
     return used
 
 
-@pytest.mark.parametrize(("part", "capability"), enumerate(SHARED_BYTES), ids=map(str, SHARED_BYTES))
+@pytest.mark.parametrize(("part", "capability"), list(enumerate(SHARED_BYTES)), ids=map(str, SHARED_BYTES))
 def test_triton_kernels_compile_and_do_not_spill(part, capability, tmp_path):
     command = [sys.executable, COMPILE, str(capability), tmp_path, *([] if ALL else [str(part)])]
     run = subprocess.run(command, capture_output=True, text=True)

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from backends import CHOSEN, takes
+from test_operator_parts import FAKED, TRACED
 
 import amtml_fast as af
 from amtml_fast import backend, reference
@@ -15,8 +16,6 @@ GROUPS = {"low": 4, "mid": 5, "high": D}
 
 
 pytestmark = pytest.mark.usefixtures("on")
-FAKED = "test_schema", "test_faketensor"  # of torch.library.opcheck
-TRACED = *FAKED, "test_autograd_registration", "test_aot_dispatch_dynamic"
 
 
 def _batch():

@@ -317,7 +317,6 @@ def test_16_bit_gradients_do_not_underflow_under_a_loss_scale(fused):
 
 
 @cpu_only
-@pytest.mark.slow
 def test_no_teacher_is_made_dense():
     """Peak memory of a child process: the student's gradient, and little beside it. Eight dense teachers would be 400 MB."""
     code = """
