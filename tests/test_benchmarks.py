@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -62,23 +63,32 @@ def write(path, scale=1.0, commit="a" * 40):
     return path
 
 
+@contextmanager
+def changed(path):
+    """The file's content, to be changed."""
+    data = json.loads(path.read_text())
+    yield data
+    path.write_text(json.dumps(data))
+
+
+def suite(*options):
+    """The short run of the operators, with these options."""
+    command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-q", "-m", "quick"]
+    # pytest-benchmark times nothing where it takes itself for a worker of pytest-xdist.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    return subprocess.run(
+        [*command, "-p", "no:xdist", "-p", "no:cacheprovider", *options],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+
+
 def test_every_operator_runs_in_the_suite():
     quick = [w for w in WORKLOADS if w.quick]
     assert {w.op for w in quick} >= set(CASES)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks/test_ops.py",
-        "-m",
-        "quick",
-        "-k",
-        "cpp",
-        "--benchmark-disable",
-    ]
-    run = subprocess.run(
-        [*command, "-q", "-p", "no:xdist", "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True
-    )
+    run = suite("-k", "cpp", "--benchmark-disable")
     assert run.returncode == 0 and f"{len(quick)} passed" in run.stdout, run.stdout[-3000:]
 
 
@@ -102,23 +112,23 @@ def test_tables_hold_what_was_measured_and_what_was_not(tmp_path):
 
 def test_a_row_that_was_not_run_says_why(tmp_path):
     path = write(tmp_path / "a.json")
-    data = json.loads(path.read_text())
-    data["benchmarks"] = [
-        r for r in data["benchmarks"] if r["extra_info"].get("value") != 512 or r["extra_info"]["provider"] != "eager"
-    ]
-    path.write_text(json.dumps(data))
+    with changed(path) as data:
+        data["benchmarks"] = [
+            row
+            for row in data["benchmarks"]
+            if (row["extra_info"]["provider"], row["extra_info"].get("value")) != ("eager", 512)
+        ]
     assert "| N = 512 | 6.4 ms | 262 kB | would take about 99 GB |  |" in report.report(report.load([path]))
 
 
 def test_a_ratio_is_the_median_of_those_of_the_turns(tmp_path):
     """While the first turn was timed the machine was at half its speed, and got fast between the two of the last one."""
     path, group = write(tmp_path / "a.json"), "angle 128x100 float32"
-    data = json.loads(path.read_text())
     turns = {"cpp": (2e-3, 1e-3, 2e-3), "eager": (8e-2, 4e-2, 4e-2)}
-    rows = [
-        result(group, p, s, op="angle", bytes=1e6, flops=1e9, turn=t) for p in turns for t, s in enumerate(turns[p])
-    ]
-    path.write_text(json.dumps({**data, "benchmarks": rows}))
+    with changed(path) as data:
+        data["benchmarks"] = [
+            result(group, p, s, op="angle", bytes=1e6, flops=1e9, turn=t) for p in turns for t, s in enumerate(turns[p])
+        ]
     found = report.load([path])
     assert found.seconds(group, "cpp") == 2e-3 and found.seconds(group, "eager") == 4e-2
     assert report.ratios(found, group) == ["40x", ""]
@@ -127,15 +137,8 @@ def test_a_ratio_is_the_median_of_those_of_the_turns(tmp_path):
 
 
 def test_providers_are_timed_in_turn(tmp_path):
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_ops.py", "-q", "-m", "quick", "-p", "no:xdist"]
-    command += [
-        "-k",
-        "(dual_softmax or hint) and not test_memory and (cpp or eager)",
-        f"--benchmark-json={tmp_path / 'a.json'}",
-    ]
-    # pytest-benchmark times nothing where it takes itself for a worker of pytest-xdist.
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    run = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, env=env, capture_output=True, text=True)
+    chosen = "(dual_softmax or hint) and not test_memory and (cpp or eager)"
+    run = suite("-k", chosen, f"--benchmark-json={tmp_path / 'a.json'}")
     assert run.returncode == 0, run.stdout[-3000:]
     rows = [row["extra_info"] for row in json.loads((tmp_path / "a.json").read_text())["benchmarks"]]
     seen = [(row["op"], row["turn"], row["provider"]) for row in rows]
@@ -152,15 +155,14 @@ def test_of_several_files_the_last_counts(tmp_path):
 def test_ratios_are_of_one_run(tmp_path):
     """A later file without eager: no ratio of ours in one run to eager in another, and no reason from the earlier one."""
     paths = [write(tmp_path / "a.json"), write(tmp_path / "b.json", scale=3)]
-    data = json.loads(paths[1].read_text())
-    data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] != "eager"]
-    data["limits"], data["not_run"] = {"bytes_per_s": 2e10, "flops_per_s": 1e12}, []
-    paths[1].write_text(json.dumps(data))
+    with changed(paths[1]) as data:
+        data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] != "eager"]
+        data["limits"], data["not_run"] = {"bytes_per_s": 2e10, "flops_per_s": 1e12}, []
     found = report.load(paths)
     assert found.seconds("angle 128x100 float32", "eager") is None and not found.not_run
     assert report.ratios(found, "angle 128x100 float32") == ["", "**0.17x**"]
-    data["benchmarks"] = [row for row in data["benchmarks"] if row["group"].startswith("step")]
-    paths[1].write_text(json.dumps(data))
+    with changed(paths[1]) as data:
+        data["benchmarks"] = [row for row in data["benchmarks"] if row["group"].startswith("step")]
     found = report.load(paths)
     assert found.share("angle 128x100 float32", "cpp") == (0.25, "flops")  # of the machine as it was in that run
     assert "In the last run, a copy moved 20.0 GB/s" in report.head(found)
@@ -168,9 +170,8 @@ def test_ratios_are_of_one_run(tmp_path):
 
 def test_files_of_several_machines_are_no_report(tmp_path, capsys):
     paths = [write(tmp_path / "a.json"), write(tmp_path / "b.json")]
-    data = json.loads(paths[1].read_text())
-    data["machine"]["name"] = "Another processor"
-    paths[1].write_text(json.dumps(data))
+    with changed(paths[1]) as data:
+        data["machine"]["name"] = "Another processor"
     with pytest.raises(SystemExit):
         report.main([str(path) for path in paths])
     assert "all files must be of one machine, got" in capsys.readouterr().err
@@ -207,10 +208,10 @@ def test_no_words_of_a_picture_overlap(tmp_path, monkeypatch):
 
 def test_a_legend_names_what_the_last_row_has_not(tmp_path, monkeypatch):
     path = write(tmp_path / "a.json")
-    data = json.loads(path.read_text())
-    last = [dict(row, group="angle 999x100 float32") for row in data["benchmarks"][:2]]  # not compiled
-    data["benchmarks"] += last
-    path.write_text(json.dumps(data))
+    with changed(path) as data:
+        data["benchmarks"] += [
+            dict(row, group="angle 999x100 float32") for row in data["benchmarks"][:2]
+        ]  # not compiled
     figures = drawn(monkeypatch)
     report.pictures(report.load([path]), tmp_path)
     assert [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()] == ["vs eager", "vs compile"]
@@ -234,9 +235,8 @@ def test_what_was_not_timed_has_no_section_and_no_picture(tmp_path):
 
 def test_a_roofline_leaves_out_what_has_no_count_of_bytes(tmp_path, monkeypatch):
     path = write(tmp_path / "a.json")
-    data = json.loads(path.read_text())
-    data["benchmarks"].append(result("fused_linear_kd 8x4x9x1 float32", "eager", 9e-3, flops=1e6))
-    path.write_text(json.dumps(data))
+    with changed(path) as data:
+        data["benchmarks"].append(result("fused_linear_kd 8x4x9x1 float32", "eager", 9e-3, flops=1e6))
     figures = drawn(monkeypatch)
     report.pictures(report.load([path]), tmp_path)
     named = [{text.get_text() for text in (*f.axes[0].texts, *f.axes[0].get_yticklabels())} for f in figures[:2]]
@@ -253,9 +253,8 @@ def test_compare_goes_by_ratios_and_fails_on_a_loss(tmp_path, capsys):
 
 def test_compare_of_nothing_is_no_success(tmp_path, capsys):
     before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json")
-    data = json.loads(after.read_text())
-    data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] != "eager"]
-    after.write_text(json.dumps(data))
+    with changed(after) as data:
+        data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] != "eager"]
     with pytest.raises(SystemExit):
         report.main(["--compare", str(before), str(after)])
     assert "b.json: it has no row of ours, with eager, that" in capsys.readouterr().err
@@ -263,10 +262,9 @@ def test_compare_of_nothing_is_no_success(tmp_path, capsys):
 
 def test_compare_fails_where_a_row_of_ours_is_missing(tmp_path, capsys):
     before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json")
-    data = json.loads(after.read_text())
-    ours = next(row for row in data["benchmarks"] if row["extra_info"]["provider"] == "cpp")
-    data["benchmarks"].remove(ours)
-    after.write_text(json.dumps(data))
+    with changed(after) as data:
+        ours = next(row for row in data["benchmarks"] if row["extra_info"]["provider"] == "cpp")
+        data["benchmarks"].remove(ours)
     assert report.main(["--compare", str(before), str(after)]) == 1
     row = next(line for line in capsys.readouterr().out.splitlines() if "MISSING" in line)
     assert ours["group"] in row and "cpp" in row
@@ -275,10 +273,9 @@ def test_compare_fails_where_a_row_of_ours_is_missing(tmp_path, capsys):
 
 def test_a_row_that_was_timed_once_is_no_median(tmp_path):
     path = write(tmp_path / "a.json")
-    data = json.loads(path.read_text())
     assert "timed once" not in report.head(report.load([path]))
-    data["benchmarks"][0]["stats"]["rounds"] = 1
-    path.write_text(json.dumps(data))
+    with changed(path) as data:
+        data["benchmarks"][0]["stats"]["rounds"] = 1
     assert f"Long ones, 1 of {len(data['benchmarks'])} rows, were timed once." in report.head(report.load([path]))
 
 
@@ -323,9 +320,8 @@ def test_what_the_readme_says_of_a_gpu_comes_from_the_committed_results():
 def test_the_readme_names_the_peers_that_compute_the_same(tmp_path):
     """Eager is the reference, which minds more than a user's own line would: what such a line takes stands beside it."""
     path = write(tmp_path / "a.json")
-    data = json.loads(path.read_text())
-    data["benchmarks"].append(result("angle 128x100 float32", "F.angle", 8e-3))
-    path.write_text(json.dumps(data))
+    with changed(path) as data:
+        data["benchmarks"].append(result("angle 128x100 float32", "F.angle", 8e-3))
     said = report.readme(report.load([path]), "folder")
     assert "| angle 128x100 float32 | 1 ms | 40x | **0.50x** | F.angle 8.0x |" in said and "reference.py" in said
 
