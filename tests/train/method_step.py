@@ -56,9 +56,14 @@ def make_config(**loss: object) -> Config:
     )
 
 
+def count_of(method: Method) -> int:
+    """The teachers that it is given of T."""
+    return 1 if method.teachers == "best" or method.teacher is not None else T
+
+
 def objective(
     method: str | Method,
-    teachers: int = T,
+    teachers: int | None = None,
     seed: int = 0,
     hidden_labels: bool = False,
     processes: int = 1,
@@ -69,6 +74,7 @@ def objective(
     whole = make_config(**loss)
     made = chosen(whole, [method])[0] if isinstance(method, str) else method
     settings = reading.changed(whole, made.settings(whole), "a test")
+    teachers = teachers or count_of(made)
     context = Context(
         loss=types.SimpleNamespace(**made.loss(settings)),  # type: ignore[arg-type]
         classes=C,
@@ -88,9 +94,7 @@ def objective(
 
 def seen(method: Method) -> Step:
     """The step with what the trainer gives to this method."""
-    one = method.teachers == "best" or method.teacher is not None
-    count = 0 if method.teachers == "none" else 1 if one else T
-    step = make_step(teachers=count)
+    step = make_step(teachers=0 if method.teachers == "none" else count_of(method))
     return step if method.hints(LossConfig()) else step._replace(teacher_maps=[])
 
 

@@ -34,9 +34,7 @@ from amtml_fast.train.methods.registry import METHODS, chosen, known
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_the_student_and_its_own_parts(name: str) -> None:
-    method = METHODS[name]
-    one = method.teachers == "best"
-    made, step = objective(name, teachers=1 if one else T), seen(method)
+    made, step = objective(name), seen(METHODS[name])
     out = made(step)
     out.loss.backward()
     assert out.loss.ndim == 0 and out.loss.isfinite()
@@ -54,11 +52,10 @@ def test_every_method_trains_the_student_and_its_own_parts(name: str) -> None:
 def test_every_objective_and_all_its_parts_return_tensors_or_tuples(name: str) -> None:
     """FSDP2 looks for the tensors of an output in tuples, lists and dicts. What it does not find trains nothing, and no
     error says so: an object of a class of one's own; on torch 2.11 a dataclass, too."""
-    method = METHODS[name]
-    made, seen_types = objective(name, teachers=1 if method.teachers == "best" else T), set()
+    made, seen_types = objective(name), set()
     for part in made.modules():
         part.register_forward_hook(lambda module, args, output: seen_types.add(type(output)))
-    out = made(seen(method))
+    out = made(seen(METHODS[name]))
     assert StepLoss in seen_types and all(issubclass(kind, Tensor | tuple) for kind in seen_types), seen_types
     assert any(leaf is out.loss for leaf in tree_leaves(out))
 
@@ -192,12 +189,12 @@ WITHOUT_TEACHERS = [name for name, method in METHODS.items() if not method.needs
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in (*WITHOUT_TEACHERS, "oracle")])
 def test_an_example_whose_label_is_hidden_learns_from_the_teachers_alone(name: str) -> None:
     method = METHODS[name]
-    step, one = seen(method), method.teachers == "best"
+    step = seen(method)
     known = torch.arange(N) % 3 == 0
     hidden = step._replace(labels=step.labels.where(known, -100), truth=step.labels, hidden=True)
 
     def gradient(step: Step) -> Tensor:
-        made = objective(name, teachers=1 if one else T, hidden_labels=True)
+        made = objective(name, hidden_labels=True)
         made.fit(step.teacher_logits, step.labels)
         loss = made(step).loss
         assert loss.isfinite()
@@ -251,9 +248,8 @@ def test_what_an_example_without_a_label_adds() -> None:
 
 def test_with_hidden_labels_the_loss_is_the_same_where_none_is_hidden() -> None:
     for name in ("avg_mkd", "gated_kd", "ca_mkd", "eb_kd", "aekd", "amtml_kd", "amtml_label_weights", "fitnet"):
-        method = METHODS[name]
-        teachers, step = 1 if method.teachers == "best" else T, seen(method)
-        plain, could = (objective(name, teachers=teachers, hidden_labels=hidden) for hidden in (False, True))
+        step = seen(METHODS[name])
+        plain, could = (objective(name, hidden_labels=hidden) for hidden in (False, True))
         want, got = plain(step), could(step._replace(hidden=True, truth=step.labels))
         torch.testing.assert_close(got.loss, want.loss, msg=name)
         assert set(got.terms) == set(want.terms)
@@ -484,7 +480,7 @@ def test_fitnet_at_and_rkd() -> None:
         step.features,
         F.adaptive_avg_pool2d(step.teacher_maps[0], 2),
     )
-    made = objective("fitnet", teachers=1, fitnet_weight=3.0)
+    made = objective("fitnet", fitnet_weight=3.0)
     (weight,) = made.parameters()
     want = ce + 3 * (u - F.conv2d(v, weight[:, :, None, None])).square().mean()
     torch.testing.assert_close(made(step).loss, want)
@@ -494,11 +490,11 @@ def test_fitnet_at_and_rkd() -> None:
         return a / a.norm(dim=1, keepdim=True)
 
     want = ce + 7 * (attention(v) - attention(step.teacher_maps[0])).square().mean()
-    torch.testing.assert_close(objective("at", teachers=1, at_weight=7.0)(step).loss, want)
+    torch.testing.assert_close(objective("at", at_weight=7.0)(step).loss, want)
 
     student, teacher = v.mean((2, 3)), step.teacher_maps[0].mean((2, 3))
     want = ce + 25 * reference.rkd_distance_loss(student, teacher) + 50 * reference.angle_loss(student, teacher)
-    torch.testing.assert_close(objective("rkd", teachers=1)(step).loss, want)
+    torch.testing.assert_close(objective("rkd")(step).loss, want)
 
 
 # --- AMTML-KD and its options -----------------------------------------------------------------------------------------
@@ -543,8 +539,7 @@ def test_the_angle_on_logits_trains_the_weights_too_where_asked() -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_student_that_diverged_shows_in_the_loss(name: str) -> None:
     """And raises nothing: the trainer stops that run, and the others go on."""
-    method = METHODS[name]
-    made, step = objective(name, teachers=1 if method.teachers == "best" else T), seen(method)
+    made, step = objective(name), seen(METHODS[name])
     out = made(step._replace(logits=step.logits * float("nan")))
     assert not out.loss.isfinite()
 

@@ -113,8 +113,8 @@ def differences() -> dict[str, tuple[Tensor, Tensor]]:
         "AEKD": (theirs_aekd(step), objective("aekd")(step).weights[0]),
         "AEKD, `aekd_gradients: rows`, `aekd_bound: 1`": (theirs_aekd(step), rows(step).weights[0]),
         "AEKD, the same batch 40 times": (theirs_aekd_solver(many), objective("aekd")(many).weights[0]),
-        "AT": (theirs_at(v, u), objective("at", teachers=1)(step).terms["attention"]),
-        "RKD, one example": (theirs_rkd_distance(*pooled), objective("rkd", teachers=1)(one).terms["distance"]),
+        "AT": (theirs_at(v, u), objective("at")(step).terms["attention"]),
+        "RKD, one example": (theirs_rkd_distance(*pooled), objective("rkd")(one).terms["distance"]),
         "KL, no example": (nothing, objective("okd-t0", alpha=1.0)(none).loss),
     }
 
@@ -152,7 +152,7 @@ def test_half_an_alpha_has_half_of_the_authors_cross_entropy_and_kl() -> None:
 def test_at_with_maps_of_one_size_is_the_authors_loss() -> None:
     step = seen(METHODS["at"])
     step = step._replace(teacher_maps=[step.teacher_maps[0][:, :, :2, :2]])
-    ours = objective("at", teachers=1)(step).terms["attention"]
+    ours = objective("at")(step).terms["attention"]
     torch.testing.assert_close(ours, theirs_at(step.features, step.teacher_maps[0]).detach())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_step import N, T, objective, seen
+from method_step import N, objective, seen
 from parallel import in_processes
 from torch import Tensor
 
@@ -61,7 +61,7 @@ def outcome(case: str, hidden: bool, rows: slice, processes: int) -> dict[str, T
     name, loss = CASES[case]
     method = METHODS[name]
     step = whole_step(method, hidden)
-    made = objective(method, len(step.teacher_logits) or T, 0, step.hidden, processes, **loss)
+    made = objective(method, hidden_labels=step.hidden, processes=processes, **loss)
     if method.fits:
         made.fit(step.teacher_logits, step.labels)
     mine = part(step, rows)
