@@ -575,14 +575,20 @@ class Settings(NamedTuple):
     def is_mean(self) -> bool:
         return self.reduction in ("mean", "batchmean")
 
+    def kl_divisor(self, c: int) -> float:
+        """For ``add_rows``: what divides the KL beside the number of rows; 0 stands for sums."""
+        return {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[self.reduction]
 
-def counts_of(labels: Tensor, ignore_index: int) -> Tensor:
-    """What a kernel counts the rows by: their labels, or of many rows partial counts."""
+
+def counts_of(labels: Tensor | None, of: Settings) -> Tensor | None:
+    """What a kernel counts the rows of a mean by: their labels, or of many rows partial counts; None if it need not."""
+    if labels is None or not of.is_mean():
+        return None
     n = labels.shape[0]
     if n <= INLINE:
         return labels
     parts = labels.new_empty(triton.cdiv(n, SPAN), dtype=torch.int32)
-    _count_rows_launch(n, labels.stride(0), ignore_index)(labels, parts)
+    _count_rows_launch(n, labels.stride(0), of.ignore_index)(labels, parts)
     return parts
 
 
@@ -596,28 +602,35 @@ def count_numbers(n: int, count_rows: bool) -> dict:
     return dict(num_counts=n, COUNT=kind, COUNT_BLOCK=max(256, triton.next_power_of_2(n)))
 
 
-def row_numbers(at: Any, of: Settings, count_rows: bool) -> dict:
-    """What the kernels of rows have in common, of a layout with n, c, stride, weight_strides and label_stride."""
+def loss_numbers(at: Any, of: Settings, count_rows: bool) -> dict:
+    """What all kernels of rows have in common, of a layout with n, c, weight_strides and label_stride."""
     check_count("student_logits", at.c, "classes")
     labeled, weight_strides = at.label_stride is not None, at.weight_strides or (0, 0)
     rows = max(at.n, 1) if of.is_mean() and not labeled else 1
-    log2_e = math.log2(math.e)
     return dict(
         n=at.n,
         c=at.c,
-        stride=at.stride,
         weight_stride=weight_strides[0],
         weight_along=weight_strides[1],
         label_stride=at.label_stride or 0,
         ignore_index=of.ignore_index,
-        rate=0.5 * log2_e / of.temperature,
-        rate1=None if not labeled or of.temperature == 1 else log2_e,
-        per_tau=1 / of.temperature,
         ce_grad=of.ce_weight / rows,
         kl_grad=of.kl_weight * of.kl_scale / (rows * at.c if of.reduction == "mean" else rows),
         smoothing=float(of.label_smoothing),
-        even=of.label_smoothing / at.c,
         **count_numbers(at.n, count_rows),
+    )
+
+
+def row_numbers(at: Any, of: Settings, count_rows: bool) -> dict:
+    """And those that read the student's logits, in a layout that has their stride, too."""
+    log2_e = math.log2(math.e)
+    return dict(
+        **loss_numbers(at, of, count_rows),
+        stride=at.stride,
+        rate=0.5 * log2_e / of.temperature,
+        rate1=None if at.label_stride is None or of.temperature == 1 else log2_e,
+        per_tau=1 / of.temperature,
+        even=of.label_smoothing / at.c,
     )
 
 
@@ -633,7 +646,7 @@ def _add_rows_kernel(
 ):
     """Sums of values [3, n] (CE, KL, rows that count) by SPAN rows into parts [3, programs], or at last the losses.
 
-    classes divides the KL; 0 stands for sums instead of means.
+    classes is ``Settings.kl_divisor``.
     """
     rows = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
     ce_sum = tl.sum(tl.load(values + rows, mask=rows < n, other=0.0).to(tl.float64), axis=0)

@@ -38,7 +38,6 @@ from ._kd_rows import (
     add_rows,
     counts_of,
     cross_entropy,
-    dense,
     find_rows,
     folded,
     inverses_of,
@@ -57,7 +56,7 @@ from ._kd_rows import (
     student_grad,
 )
 from ._launch import Launch, kept
-from .multi_teacher_kd import Layout, layout, tiles
+from .multi_teacher_kd import Layout, laid_out, tiles
 
 RATE: tl.constexpr = tl.constexpr(0.5 * math.log2(math.e))  # at a temperature of 1
 LEAST: tl.constexpr = tl.constexpr(1e-30)  # of a mixture of teachers whose logarithm is taken from itself
@@ -584,21 +583,27 @@ def shares_of(divergence: str, beta: float) -> tuple[float, float]:
 
 
 class Options(NamedTuple):
-    """What multi_teacher_kd has not; strides are None where there is no tensor."""
+    """What multi_teacher_kd has not."""
 
     divergence: str
     beta: float
     teacher_temperatures: tuple[float, ...]
     t2_scale: bool
-    alpha_stride: int | None
-    temperature_stride: int | None
 
 
 @kept
-def _launch(at: Layout, of: Settings, more: Options, count_rows: bool, loss_stride: int) -> Launch:
+def _launch(
+    at: Layout,
+    of: Settings,
+    more: Options,
+    alpha_stride: int | None,
+    temperature_stride: int | None,
+    count_rows: bool,
+    loss_stride: int,
+) -> Launch:
     align = alignment(at.c, at.stride, *at.teacher_strides)
     numbers = row_numbers(at, of._replace(ce_weight=1.0, kl_weight=1.0, kl_scale=1.0), count_rows)
-    if at.label_stride is not None and (more.temperature_stride is not None or more.divergence == "reverse_kl"):
+    if at.label_stride is not None and (temperature_stride is not None or more.divergence == "reverse_kl"):
         # Apart from q, of which a row's temperature or a lost class leaves nothing.
         numbers["rate1"] = math.log2(math.e)
     taus = more.teacher_temperatures
@@ -613,8 +618,8 @@ def _launch(at: Layout, of: Settings, more: Options, count_rows: bool, loss_stri
         **shape,
         teacher_strides=at.teacher_strides,
         loss_stride=loss_stride,
-        alpha_stride=more.alpha_stride or 0,
-        temperature_stride=more.temperature_stride or 0,
+        alpha_stride=alpha_stride or 0,
+        temperature_stride=temperature_stride or 0,
         teacher_rates=tuple(0.5 * math.log2(math.e) / tau for tau in taus) or None,
         teacher_per_taus=tuple(1 / tau for tau in taus) or None,
         share=shares_of(more.divergence, more.beta),
@@ -644,15 +649,18 @@ def _run(
     grads: list[Tensor | None],
     stats: Tensor | None,
 ) -> None:
-    student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
-    count_rows = settings.is_mean() and labels is not None and any(g is not None for g in grads)
-    more = more._replace(
-        alpha_stride=None if alphas is None else alphas.stride(0),
-        temperature_stride=None if temperatures is None else temperatures.stride(0),
+    at, student, dense_teachers = laid_out(student, teachers, weights, labels)
+    counts = counts_of(labels, settings) if any(g is not None for g in grads) else None
+    launch = _launch(
+        at,
+        settings,
+        more,
+        None if alphas is None else alphas.stride(0),
+        None if temperatures is None else temperatures.stride(0),
+        counts is not None,
+        grad_loss.stride(0) if grad_loss is not None and grad_loss.dim() else 0,
     )
-    loss_stride = grad_loss.stride(0) if grad_loss is not None and grad_loss.dim() else 0
-    at = layout(student, dense_teachers, weights, labels)
-    _launch(at, settings, more, count_rows, loss_stride)(
+    launch(
         grad_loss,
         student,
         dense_teachers,
@@ -660,7 +668,7 @@ def _run(
         labels,
         alphas,
         temperatures,
-        counts_of(labels, settings.ignore_index) if count_rows and labels is not None else None,
+        counts,
         *rows,
         *grads,
         stats,
@@ -705,13 +713,12 @@ def divergence_fwd(
     else:
         kl_scale = temperature**2 if t2_scale else 1.0
         settings = Settings(temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing)
-        more = Options(divergence, beta, tuple(teacher_temperatures), t2_scale, None, None)
+        more = Options(divergence, beta, tuple(teacher_temperatures), t2_scale)
         values = None if none else make(3, n)
         rows = (None, None, loss) if values is None else values.unbind()
         _run(None, student, teachers, weights, labels, alphas, temperatures, settings, more, rows, grads, stats)
         if values is not None:
-            classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
-            add_rows(values, [loss, None, None], 1.0, 1.0, classes)
+            add_rows(values, [loss, None, None], 1.0, 1.0, settings.kl_divisor(c))
     return loss, *(make(0) if x is None else x for x in (*grads, stats))
 
 
@@ -749,7 +756,7 @@ def divergence_bwd(
     if n and any(g is not None for g in grads):
         kl_scale = temperature**2 if t2_scale else 1.0
         settings = Settings(temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing)
-        more = Options(divergence, beta, tuple(teacher_temperatures), t2_scale, None, None)
+        more = Options(divergence, beta, tuple(teacher_temperatures), t2_scale)
         rows = (None, None, None)
         _run(grad_loss, student, teachers, weights, labels, alphas, temperatures, settings, more, rows, grads, None)
     nothing = student.new_empty

@@ -26,7 +26,6 @@ from ._common import OPTIONS, aligned, alignment, check_count
 from ._kd_rows import (
     LONG_WARPS,
     add,
-    dense,
     folded,
     inverses_of,
     load,
@@ -48,7 +47,7 @@ from .divergence import (
     to_each,
     write_grad,
 )
-from .multi_teacher_kd import LONG_NUMBERS, Layout, layout, power_of_2_below
+from .multi_teacher_kd import LONG_NUMBERS, Layout, laid_out, power_of_2_below
 
 IGNORED: tl.constexpr = tl.constexpr(-1)
 
@@ -466,13 +465,9 @@ def _grad_launch(
 def _given(
     student: Tensor, teachers: list[Tensor], weights: Tensor | None, labels: Tensor | None, temperatures: Tensor | None
 ) -> tuple[Layout, int | None, tuple]:
-    student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
+    at, student, dense_teachers = laid_out(student, teachers, weights, labels)
     stride = None if temperatures is None else temperatures.stride(0)
-    return (
-        layout(student, dense_teachers, weights, labels),
-        stride,
-        (student, dense_teachers, weights, labels, temperatures),
-    )
+    return at, stride, (student, dense_teachers, weights, labels, temperatures)
 
 
 def divergence_part_sums(

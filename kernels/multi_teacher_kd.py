@@ -330,16 +330,21 @@ class Layout(NamedTuple):
     itemsize: int  # the largest of the logits
 
 
-def layout(student: Tensor, teachers: tuple[Tensor, ...], weights: Tensor | None, labels: Tensor | None) -> Layout:
-    return Layout(
+def laid_out(
+    student: Tensor, teachers: list[Tensor], weights: Tensor | None, labels: Tensor | None
+) -> tuple[Layout, Tensor, tuple[Tensor, ...]]:
+    """The layout, and student and teachers as kernels read them."""
+    student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
+    at = Layout(
         student.shape[0],
         student.shape[1],
         student.stride(0),
-        tuple([t.stride(0) for t in teachers]),
+        tuple([t.stride(0) for t in dense_teachers]),
         None if weights is None else weights.stride(),
         None if labels is None else labels.stride(0),
         max([t.element_size() for t in (student, *teachers)]),
     )
+    return at, student, dense_teachers
 
 
 def _numbers(at: Layout, of: Settings, count_rows: bool) -> dict:
@@ -423,8 +428,7 @@ def multi_teacher_kd_fwd(
         student, teachers, weights, labels, settings, rows, need_student_grad, need_weights_grad, need_probs
     )
     if n and not none:
-        classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
-        add_rows(sums, values, float(ce_weight), float(kl_weight), classes)
+        add_rows(sums, values, float(ce_weight), float(kl_weight), settings.kl_divisor(c))
     nothing = values[0].new_empty
     return (
         *values,
@@ -456,22 +460,10 @@ def forward_rows(
     grad = student.new_empty(n, c) if need_student_grad else None
     slopes = make(n, count) if need_weights_grad else None
     if n:
-        student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
-        count_rows = (need_student_grad or need_weights_grad) and settings.is_mean() and labels is not None
-        at = layout(student, dense_teachers, weights, labels)
-        _forward_launch(at, settings, count_rows)(
-            student,
-            dense_teachers,
-            weights,
-            labels,
-            counts_of(labels, settings.ignore_index) if count_rows and labels is not None else None,
-            stats,
-            *rows,
-            probs,
-            targets,
-            grad,
-            slopes,
-        )
+        at, student, dense_teachers = laid_out(student, teachers, weights, labels)
+        counts = counts_of(labels, settings) if need_student_grad or need_weights_grad else None
+        launch = _forward_launch(at, settings, counts is not None)
+        launch(student, dense_teachers, weights, labels, counts, stats, *rows, probs, targets, grad, slopes)
     return probs, targets, stats, grad, slopes
 
 
@@ -551,9 +543,9 @@ def backward(
     need_student, need_weights = grad.numel() > 0, slopes.numel() > 0
     if not (need_student or need_weights):
         return
-    student, dense_teachers = dense(student), tuple([dense(t) for t in teachers])
+    at, student, dense_teachers = laid_out(student, teachers, weights, labels)
     launch = _backward_launch(
-        layout(student, dense_teachers, weights, labels),
+        at,
         settings,
         grad_loss.stride(0) if grad_loss.dim() else 0,
         0 if back_q is None else back_q.stride(0),
@@ -568,7 +560,7 @@ def backward(
         dense_teachers,
         weights,
         labels,
-        None if labels is None or not settings.is_mean() else counts_of(labels, settings.ignore_index),
+        counts_of(labels, settings),
         stats,
         grad if need_student else None,
         slopes if need_weights else None,

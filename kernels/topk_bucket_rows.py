@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import OPTIONS
-from ._kd_rows import Settings, add_rows, counts_of, find_rows, load_weights, per_row, row_numbers, weighted
+from ._kd_rows import Settings, add_rows, counts_of, find_rows, load_weights, loss_numbers, per_row, weighted
 from ._launch import Launch, kept
 from .topk_kd import PAIRS, Layout, starts_of
 
@@ -316,18 +316,21 @@ def _bucket_rows_kernel(
 # --- launchers
 
 
+def entry_numbers(sizes: tuple[int, ...]) -> dict:
+    """Numbers of a kernel that compares all entries of a row, and options of its launch."""
+    entries = triton.next_power_of_2(sum(sizes))
+    warps = min(8, max(1, entries // 128))
+    chunk = max(1, PAIRS * warps // entries)
+    return dict(starts=starts_of(sizes), ENTRIES=entries, CHUNK=chunk, num_warps=warps, **OPTIONS)
+
+
 @kept
 def _launch(at: Layout, of: Settings, divergence: str, beta: float, count_rows: bool) -> Launch:
-    entries = triton.next_power_of_2(sum(at.sizes))
-    warps = min(8, max(1, entries // 128))
-    numbers = row_numbers(at, of, count_rows)
-    for name in ("stride", "rate", "rate1", "per_tau", "even"):
-        del numbers[name]
     return Launch(
         _bucket_rows_kernel,
         (at.n,),
-        **numbers,
-        starts=starts_of(at.sizes),
+        **loss_numbers(at, of, count_rows),
+        **entry_numbers(at.sizes),
         tau=float(of.temperature),
         beta=float(beta),
         ce_weight=float(of.ce_weight),
@@ -338,10 +341,6 @@ def _launch(at: Layout, of: Settings, divergence: str, beta: float, count_rows: 
         SMOOTH=of.label_smoothing != 0,
         NONE=of.reduction == "none",
         UNIT=of.temperature == 1,
-        ENTRIES=entries,
-        CHUNK=max(1, PAIRS * warps // entries),
-        num_warps=warps,
-        **OPTIONS,
     )
 
 
@@ -383,7 +382,7 @@ def topk_bucket_rows(
         None if weights is None else weights.stride(),
         None if labels is None else labels.stride(0),
     )
-    counts = counts_of(labels, ignore_index) if settings.is_mean() and labels is not None else None
+    counts = counts_of(labels, settings)
     values = log_probs.new_empty(3, n)
     ce_rows, kl_rows, last = values.unbind()
     _launch(layout, settings, divergence, beta, counts is not None)(
@@ -391,6 +390,5 @@ def topk_bucket_rows(
         of_named, heads, of_weights, ce_rows, kl_rows, loss if none else last,
     )  # fmt: skip
     if not none:
-        classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
-        add_rows(values, [loss, None, None], float(ce_weight), float(kl_weight), classes)
+        add_rows(values, [loss, None, None], float(ce_weight), float(kl_weight), settings.kl_divisor(c))
     return loss, of_sums, of_named, heads, of_weights

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS
 from ._kd_rows import find_rows, load_weights
 from ._launch import Launch, kept
 from .topk_bucket_rows import (
     NOBODY,
+    entry_numbers,
     find_outside,
     find_rest,
     log_mass_of,
@@ -31,7 +31,6 @@ from .topk_bucket_rows import (
     row_sum,
     unnamed_mass,
 )
-from .topk_kd import PAIRS, starts_of
 
 NONE: tl.constexpr = tl.constexpr(1 << 62)  # no class
 
@@ -188,12 +187,10 @@ def _launch(
     ignore_index: int,
     tail: str,
 ) -> Launch:
-    entries = triton.next_power_of_2(sum(sizes))
-    warps = min(8, max(1, entries // 128))
     return Launch(
         _bucket_stats_kernel,
         (n,),
-        starts=starts_of(sizes),
+        **entry_numbers(sizes),
         n=n,
         c=c,
         weight_stride=weight_strides[0],
@@ -202,10 +199,6 @@ def _launch(
         ignore_index=ignore_index,
         tau=float(temperature),
         TAIL=tail,
-        ENTRIES=entries,
-        CHUNK=max(1, PAIRS * warps // entries),
-        num_warps=warps,
-        **OPTIONS,
     )
 
 

@@ -307,9 +307,7 @@ def _run(
         None if weights is None else weights.stride(),
         None if labels is None else labels.stride(0),
     )
-    counts = (
-        counts_of(labels, settings.ignore_index) if need_grad and settings.is_mean() and labels is not None else None
-    )
+    counts = counts_of(labels, settings) if need_grad else None
     loss_stride = grad_loss.stride(0) if grad_loss is not None and settings.reduction == "none" else 0
     launch = _launch(layout, settings, counts is not None, loss_stride)
     launch(grad_loss, student, indices.contiguous(), log_probs.contiguous(), weights, labels, counts, *outputs)
@@ -365,8 +363,7 @@ def topk_kd_fwd(
         slopes if need_weights_grad else None,
     )
     if not none:
-        classes = {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction]
-        add_rows(values, [loss, None, None], float(ce_weight), float(kl_weight), classes)
+        add_rows(values, [loss, None, None], float(ce_weight), float(kl_weight), settings.kl_divisor(c))
     return loss, stats, grad, slopes
 
 

@@ -166,7 +166,7 @@ def whole_loss_fwd(
     launch = _terms_launch(
         values.shape[1],
         *(0 if t is None else t.numel() for t in factors),
-        {"sum": 0.0, "batchmean": 1.0, "mean": float(c)}[reduction],
+        settings.kl_divisor(c),
         settings,
         angle_weight,
         regularizer_weight,
