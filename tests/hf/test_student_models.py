@@ -23,7 +23,6 @@ from tiny_models import trainer as distillation
 from transformers import (
     BartConfig,
     BartForCausalLM,
-    GPT2LMHeadModel,
     JetMoeConfig,
     JetMoeForCausalLM,
     LlamaForCausalLM,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from amtml_fast import cli
 from amtml_fast.train.compare.plan import checked
 from amtml_fast.train.config import reading
 from amtml_fast.train.config.schema import Config
+from amtml_fast.train.files import read_json
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import tasks, trainer
 from amtml_fast.train.run.folder import Run
@@ -249,6 +251,15 @@ PLAIN = [
     "distill.epochs=1",
     "distill.lr=0.05",
 ]
+
+
+def assert_equal(one: Run, two: Run) -> None:
+    """Two finished runs: the same tensors, metrics and result, bit for bit."""
+    assert one.finished() and two.finished()
+    assert metrics(one) == metrics(two) and read_json(one.result) == read_json(two.result)
+    found, expected = tensors(one), tensors(two)
+    assert found.keys() == expected.keys()
+    assert not [key for key, value in found.items() if not torch.equal(value, expected[key])]
 
 
 def assert_near(one: Run, two: Run, tolerance: float = 1e-5) -> None:

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_run import QUIET, ROOT
 from torch import Tensor
 
 from amtml_fast import file_lock
@@ -37,8 +38,6 @@ from amtml_fast.train.teachers.fill import stores, use_cache
 from amtml_fast.train.teachers.frozen import Outputs, Teachers
 from amtml_fast.train.teachers.store import CacheError, Storage, Store, locked, no_room
 
-ROOT = Path(__file__).resolve().parents[2]
-QUIET = Display(quiet=True)
 YAML = """
 name: small
 data: {name: digits, val_fraction: 0.15}

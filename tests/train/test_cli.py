@@ -13,11 +13,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+from small_run import ROOT
 
 from amtml_fast import __version__, backends, cli
 from amtml_fast.train.figures import curves
 
-ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["teach.epochs=1", "teachers.1.train.epochs=1", "distill.epochs=2", "compare.seeds=[0,1]", "compare.workers=1"]
 SHORT += ["engine.threads=1"]
 

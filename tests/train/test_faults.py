@@ -22,11 +22,20 @@ import psutil
 import pytest
 import torch
 from recorder import Recorder
-from small_run import FORKS, QUIET, Place, in_two, interrupt_after, metrics, own_weights, tensors, wait_for_epochs
+from small_run import (
+    FORKS,
+    QUIET,
+    Place,
+    assert_equal,
+    in_two,
+    interrupt_after,
+    own_weights,
+    wait_for_epochs,
+)
 
 from amtml_fast import cli
 from amtml_fast.train import lock
-from amtml_fast.train.files import RunError, read_json
+from amtml_fast.train.files import RunError
 from amtml_fast.train.progress import Display
 from amtml_fast.train.run import timing, trainer
 from amtml_fast.train.run.distiller import Distiller, make_distiller
@@ -39,14 +48,6 @@ from amtml_fast.train.run.tasks import evaluate, teach
 SOAK = int(os.environ.get("AMTML_SOAK", "1"))
 STEPS = 9  # an epoch
 INTERVAL = 4  # steps between checkpoints
-
-
-def assert_equal(run: Run, unbroken: Run) -> None:
-    """Bit for bit."""
-    assert run.finished() and metrics(run) == metrics(unbroken)
-    expected = tensors(unbroken)
-    assert all(torch.equal(value, expected[key]) for key, value in tensors(run).items())
-    assert read_json(run.result) == read_json(unbroken.result)
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------

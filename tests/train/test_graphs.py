@@ -9,7 +9,7 @@ import pytest
 import recorder
 import torch
 from recorder import Operators, Recorder, Uncapturable
-from small_run import Place, metrics, own_weights, tensors
+from small_run import Place, assert_equal, own_weights
 from torch import Tensor, nn
 
 from amtml_fast.train.config.schema import ConfigError
@@ -39,13 +39,6 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
 
     monkeypatch.setitem(graphs.CAPTURES, "cpu", make)
     return made
-
-
-def assert_equal(one: Run, two: Run) -> None:
-    """Bit for bit."""
-    assert metrics(one) == metrics(two)
-    expected = tensors(two)
-    assert all(torch.equal(value, expected[key]) for key, value in tensors(one).items())
 
 
 # --- trainings ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from method_step import CHANNELS, TEACHER_CHANNELS, C, N, Peer, T, kl, make_config, make_step, objective, seen
+from small_run import ROOT
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -636,14 +637,12 @@ print([name for name, method in METHODS.items() if "another_weight" in method.lo
 
 
 def test_a_new_key_is_in_no_recipe_before_its_method_declares_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", NEW_KEY], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2]
-    )
+    done = subprocess.run([sys.executable, "-c", NEW_KEY], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr
 
 
 def test_the_method_that_contributing_shows_works() -> None:
-    text = (Path(__file__).resolve().parents[2] / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     module = types.ModuleType("amtml_fast.train.methods.shown")
     module.__package__ = "amtml_fast.train.methods"
     exec(text.split("```python\n")[1].split("```")[0], module.__dict__)

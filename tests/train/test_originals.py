@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from method_step import T, kl, make_step, objective, seen
 from sklearn.svm import OneClassSVM
+from small_run import ROOT
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -126,7 +125,7 @@ def figure(value: Tensor) -> str:
 
 
 def test_the_table_of_differences_has_the_figures() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text()
+    text = (ROOT / "docs" / "method.md").read_text()
     table = text.split("## Where we differ from the originals")[1].split("\n## ")[0]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     written = {row[0]: row[-2:] for row in cells[2:] if row[-1]}

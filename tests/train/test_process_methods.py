@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from method_step import N, objective, seen
 from parallel import in_processes
+from small_run import ROOT
 from torch import Tensor
 
 from amtml_fast.train.data.parts import IGNORED
@@ -108,7 +108,7 @@ def rounds_differ(case: str, hidden: bool) -> bool:
 
 
 def test_rounds_of_accumulation_differ_from_one_only_where_the_documentation_says_so() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text()
+    text = (ROOT / "docs" / "training.md").read_text()
     said = re.search(r"- \*\*Rounds of accumulation\*\*.*?(?=\n- )", text, re.DOTALL)
     assert said is not None
     always, hidden = (set(re.findall("`([a-z_]+)`", part)) for part in said[0].split("labels are hidden"))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_run import QUIET, ROOT
 
 from amtml_fast import cli
 from amtml_fast.train.compare import answers, results
@@ -27,13 +28,11 @@ from amtml_fast.train.config.schema import ConfigError, LossConfig
 from amtml_fast.train.data.images import ImageData, ImageSet
 from amtml_fast.train.figures import tables
 from amtml_fast.train.files import RunError, read_json
-from amtml_fast.train.progress import Display
 from amtml_fast.train.report import gather, page, page_images, page_trust, svg
 from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import one_job
 from amtml_fast.train.run.prepare import load_data, load_teachers
 
-QUIET = Display(quiet=True)
 NASTY = """<script>alert("1")</script> & 'co' {{ 7 * 7 }}"""
 YAML = f"""
 name: tiny
@@ -582,7 +581,7 @@ def test_ticks_are_round(low: float, high: float, want: list[float]) -> None:
 
 
 def test_the_template_is_packaged() -> None:
-    settings = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    settings = (ROOT / "pyproject.toml").read_text()
     (pattern,) = re.findall(r'"amtml_fast\.train\.report" = \["(.+)"\]', settings)
     assert [path.name for path in Path(page.__file__).parent.glob(pattern)] == ["page.html.j2"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from small_run import PLAIN, QUIET, Place, assert_near, in_two, metrics, own_weights, tensors
+from small_run import PLAIN, QUIET, Place, assert_equal, assert_near, in_two, own_weights
 
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.data.images import Loader
@@ -102,12 +102,6 @@ def nets(place: Place) -> Place:
 
 def args(**args: object) -> str:
     return f"student.args={args}".replace("'", "").lower()
-
-
-def assert_equal(one: Run, two: Run) -> None:
-    assert metrics(one) == metrics(two)
-    expected, found = tensors(one), tensors(two)
-    assert found.keys() == expected.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 # --- maps that are overwritten ------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from small_run import (
     YAML,
     Place,
     Running,
+    assert_equal,
     assert_near,
     in_two,
     interrupt_after,
@@ -67,11 +68,7 @@ def test_a_killed_and_resumed_run_equals_an_unbroken_one(place: Place) -> None:
     for name in (".checkpoint.pt.ab12_xyz", ".student.safetensors.00000000", ".notes"):  # unfinished; a user's
         (killed.folder / name).touch()
     resumed = place.train(epochs, *own_weights(place), resume=True)
-    assert resumed.finished() and metrics(resumed) == metrics(unbroken)
-    expected = tensors(unbroken)
-    for key, value in tensors(resumed).items():
-        assert torch.equal(value, expected[key]), key
-    assert read_json(resumed.result) == read_json(unbroken.result)
+    assert_equal(resumed, unbroken)
     assert [path.name for path in killed.folder.iterdir() if path.name.startswith(".")] == [".notes"]
 
 
@@ -145,8 +142,7 @@ def test_random_layers_resume_too(place: Place, monkeypatch: pytest.MonkeyPatch)
             place.train(*random, method="student")
     torch.rand(7)
     resumed = place.train(*random, method="student", resume=True)
-    assert metrics(resumed) == metrics(unbroken)
-    assert all(torch.equal(value, tensors(unbroken)[key]) for key, value in tensors(resumed).items())
+    assert_equal(resumed, unbroken)
 
 
 def test_mmkd_resumes_with_the_images_it_keeps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +153,8 @@ def test_mmkd_resumes_with_the_images_it_keeps(place: Place, monkeypatch: pytest
         with pytest.raises(Interrupted):
             place.train(*hidden, method="mmkd")
     resumed = place.train(*hidden, method="mmkd", resume=True)
-    assert metrics(resumed) == metrics(unbroken)
+    assert_equal(resumed, unbroken)
     assert tensors(unbroken)["objective.images"].any()
-    assert all(torch.equal(value, tensors(unbroken)[key]) for key, value in tensors(resumed).items())
 
 
 class Evil:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_run import QUIET
 from torch import nn
 
 from amtml_fast.train.config import reading
@@ -20,13 +21,11 @@ from amtml_fast.train.data.images import ImageData, ImageSet, Loader
 from amtml_fast.train.files import RunError
 from amtml_fast.train.models import networks, zoo
 from amtml_fast.train.models.features import FeatureExtractor
-from amtml_fast.train.progress import Display
 from amtml_fast.train.run.prepare import load_data
 from amtml_fast.train.run.tasks import distill, teach
 from amtml_fast.train.teachers import frozen
 from amtml_fast.train.teachers.frozen import fingerprint, weights_file
 
-QUIET = Display(quiet=True)
 CIFAR = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
