@@ -11,6 +11,7 @@ export PYTHONDONTWRITEBYTECODE =
 # other's when it is through.
 pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(or $(JOBS),$(1)) --dist worksteal
 OPERATORS := tests/ops
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu)
 QUICK := ops readme readers image_folders samples loader models methods report imports
 
 # CUDA kernels are compiled where a GPU will run them, and for tests wherever nvcc is found. AMTML_BUILD_CUDA=0 or 1 decides.
@@ -119,7 +120,6 @@ sanitize: $(TESTABLE)
 RESULTS ?= benchmarks/results/latest
 bench-quick: ONLY := -m quick
 bench bench-quick: .venv/packages-test $(INSTALLED)
-	$(BIN)/pip install -q pytest-benchmark matplotlib
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks $(ONLY) -v -p no:cacheprovider -p no:xdist --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/results.json
 	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json
@@ -137,7 +137,7 @@ dist: $(TESTABLE)  # sdist and abi3 wheel, installed into an empty environment a
 lint: .venv/packages-test
 	$(BIN)/pip install -q ruff mypy clang-format pre-commit
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) tests/cuda_emulator/*.h tests/cuda_emulator/*.cpp
 
 # Packages in two sizes and kernels in three. The larger stands for the smaller: after `make test`, `make train` has nothing to do.
 # Packages are byte-compiled when they are imported: a run imports a quarter of torch.
@@ -154,7 +154,7 @@ lint: .venv/packages-test
 	@AMTML_BUILD_EXT=0 $(BIN)/pip install -q --no-compile --no-build-isolation -e ".[test,hf]" "peft>=0.21"
 	@touch $@
 
-.venv/kernels .venv/kernels-cuda-9.0 .venv/kernels-cuda: setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cuh csrc/cuda/*.cu) | .venv/packages
+.venv/kernels .venv/kernels-cuda-9.0 .venv/kernels-cuda: setup.py $(SOURCES) | .venv/packages
 	@echo "make: compiling the kernels: about $(if $(findstring cuda,$@),two to four minutes on two cores (with CUDA),a minute on two cores (without CUDA))"
 	@rm -f .venv/kernels-cuda .venv/kernels-cuda-9.0
 	@$(if $(findstring 9.0,$@),TORCH_CUDA_ARCH_LIST=$(or $(TORCH_CUDA_ARCH_LIST),9.0)) AMTML_BUILD_CUDA=$(if $(findstring cuda,$@),1,0) $(BIN)/python setup.py -q build_ext --inplace --force

@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
-OURS = ("cpp", "cuda", "triton", "our losses")
+OURS = ("cpp", "cuda", "triton")
 FEWEST_BYTES = 1e5  # less is pages of the system, not what was asked for
-BASE = ("eager", "the same with plain losses")
 
 
 @dataclass
@@ -562,10 +561,10 @@ def compare(before: Results, after: Results, most: float) -> tuple[str, bool]:
     one file has are left out."""
     rows, fine = [], True
     for group, provider, value in before.rows:
-        base = next((b for b in BASE if (group, b, value) in after.rows and (group, b, value) in before.rows), None)
-        if provider not in OURS or base is None:
+        eager = group, "eager", value
+        if provider not in OURS or eager not in before.rows or eager not in after.rows:
             continue
-        old, new = (run.ratio(group, base, provider, value) for run in (before, after))
+        old, new = (run.ratio(group, "eager", provider, value) for run in (before, after))
         ratio, change, kept = "-", "MISSING", False
         if old and new:
             lost = old / new - 1

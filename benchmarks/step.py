@@ -31,10 +31,9 @@ from amtml_fast.train.run import graphs
 from amtml_fast.train.run.trainer import Trainer
 
 from . import machine
-from .test_step import PUBLISHED, SMALL, Setting, Switches
+from .test_step import PAPER, PUBLISHED, SMALL, Setting, Switches
 
 STEPS = 12  # of a check
-PAPER = "a loop as published"
 # By batch, what matters most first: compiling the published loop takes most of the time.
 ROWS: list[tuple[int, str, Switches | str | None]] = [
     *((batch, "the trainer", Switches()) for batch in (128, 1024)),
