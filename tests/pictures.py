@@ -2,7 +2,7 @@
 
 from itertools import combinations
 
-from matplotlib.axes import Axes
+from matplotlib.axis import Tick
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -15,10 +15,24 @@ def drawn(monkeypatch) -> list[Figure]:
     return figures
 
 
+def shown_texts(figure: Figure) -> list[Text]:
+    """Every text that is drawn; a tick that lies outside of its axis has a label, too."""
+    hidden: set[Text] = set()
+    for axes in figure.axes:
+        if not axes.get_visible():
+            hidden.update(axes.findobj(Text))
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            outside = [tick for tick in axis.findobj(Tick) if not low <= tick.get_loc() <= high]
+            hidden.update(label for tick in outside for label in (tick.label1, tick.label2))
+    texts = [text for text in figure.findobj(Text) if text not in hidden]
+    return [text for text in texts if text.get_visible() and text.get_text().strip()]
+
+
 def unreadable(figure: Figure) -> list[str]:
     FigureCanvasAgg(figure).draw()
-    texts = [*figure.texts, *(text for axes in figure.axes if axes.get_visible() for text in words(axes))]
-    boxes = [(t.get_text(), Text.get_window_extent(t)) for t in texts]  # of an annotation without its arrow
+    # Of an annotation without its arrow.
+    boxes = [(text.get_text(), Text.get_window_extent(text)) for text in shown_texts(figure)]
     edge = figure.bbox
     wrong = [
         f"{name!r} is cut off"
@@ -30,14 +44,3 @@ def unreadable(figure: Figure) -> list[str]:
         if wide > 2 and high > 2:  # boxes are a little larger than their letters
             wrong.append(f"{one!r} and {other!r} overlap")
     return wrong
-
-
-def words(axes: Axes) -> list[Text]:
-    """What the axes show; a tick that lies outside of them has a label, too."""
-    outside = []
-    for axis in (axes.xaxis, axes.yaxis):
-        low, high = sorted(axis.get_view_interval())
-        ticks = (*axis.get_major_ticks(), *axis.get_minor_ticks())
-        outside += [tick.label1 for tick in ticks if not low <= tick.get_loc() <= high]
-    found = axes.findobj(lambda artist: isinstance(artist, Text) and artist.get_text().strip())
-    return [text for text in found if text.get_visible() and not any(text is label for label in outside)]

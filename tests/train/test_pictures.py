@@ -1,16 +1,14 @@
 """Pictures of a comparison: what they show, and no two texts of one meeting."""
 
-import itertools
 import math
 
 import matplotlib
 import numpy as np
 import pytest
 from figure_rows import grid
-from matplotlib.axis import Tick
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from matplotlib.text import Text
+from pictures import shown_texts, unreadable
 
 from amtml_fast.train.figures import charts, curves, drawing, numbers
 from amtml_fast.train.figures.tables import Row
@@ -75,18 +73,6 @@ def draw(build, *args) -> Figure:
     return figure
 
 
-def shown_texts(figure: Figure) -> list[Text]:
-    """Every text that is drawn: tick labels outside their axis are not."""
-    hidden = set()
-    for axes in figure.axes:
-        for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-            for tick in axis.findobj(Tick):
-                if not min(low, high) <= tick.get_loc() <= max(low, high):
-                    hidden |= {tick.label1, tick.label2}
-    texts = [text for text in figure.findobj(Text) if text not in hidden]
-    return [text for text in texts if text.get_visible() and text.get_text().strip()]
-
-
 def words(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in shown_texts(figure))
 
@@ -121,15 +107,7 @@ def words(figure: Figure) -> str:
 )
 def test_no_two_texts_meet_and_none_leaves_the_picture(build, args):
     figure = draw(build, *args)
-    boxes = [(t.get_text(), Text.get_window_extent(t)) for t in shown_texts(figure)]
-    for (text, box), (other, box2) in itertools.combinations(boxes, 2):
-        wide = min(box.x1, box2.x1) - max(box.x0, box2.x0)
-        high = min(box.y1, box2.y1) - max(box.y0, box2.y0)
-        assert wide < 1 or high < 4, f"{text!r} lies over {other!r}"  # boxes hold empty room above and below letters
-    whole = figure.bbox
-    for text, box in boxes:
-        inside = box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0 and box.y1 <= whole.y1
-        assert inside, f"{text!r} leaves the picture"
+    assert unreadable(figure) == []
     assert min(t.get_fontsize() for t in shown_texts(figure)) >= 8
 
 
