@@ -1,4 +1,4 @@
-"""How a configuration is read: ranges of numbers, text as it is written, paths; what it refuses, and in which words."""
+"""How a configuration is read: ranges of numbers, text as it is written, paths, overrides; what it refuses, and in which words."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from small_run import ROOT, YAML, Place
 
-from amtml_fast.train.compare.plan import checked
+from amtml_fast.train.compare.plan import checked, plan
 from amtml_fast.train.config import fields, reading, yaml_text
 from amtml_fast.train.config.schema import Config, ConfigError, File, VariantConfig
+from amtml_fast.train.models.features import FeatureExtractor
+from amtml_fast.train.models.networks import build
 
 WHOLE = """
 name: small
@@ -272,3 +275,137 @@ def test_a_variant_can_be_made_on_the_command_line(tmp_path: Path, overrides: li
     assert ("mine" in loaded.variants) == ("variants={" not in overrides[0])
     with pytest.raises(ConfigError, match=r"variants\.new\.lost: no such key"):
         load(tmp_path, WHOLE, "variants.new={method: amtml_kd, lost: 1}")
+
+
+# --- files, overrides and packaged configurations ---------------------------------------------------------------------
+
+
+def test_an_explicit_key_beats_the_preset(place: Place) -> None:
+    assert reading.load(place.yaml, ["preset=two_stage", "stages.adapter_epochs=3"]).stages.adapter_epochs == 3
+    place.yaml.write_text(YAML + "stages: {adapter_epochs: 2}\n")
+    assert reading.load(place.yaml, ["preset=two_stage"]).stages.adapter_epochs == 2
+
+
+def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
+    settings = reading.load(
+        place.yaml, ["student.args={depth: 20}", "distill={lr: 0.5}", "teachers.0.model={args: {}}"]
+    )
+    assert settings.student.args == {"depth": 20}
+    assert settings.distill.lr == 0.5 and settings.distill.epochs == 4
+    assert settings.teachers[0].model.factory == "small_cnn"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.epohcs=3", r"distill\.epohcs: no such key; did you mean 'distill\.epochs'"),
+        ("distil.epochs=3", r"distil: no such key; did you mean 'distill'"),
+        ("teachers.0.nme=x", r"teachers\.0\.nme: no such key; did you mean 'teachers\.name'"),
+        ("teachers.0.train.epohcs=3", r"teachers\.a\.train\.epohcs: no such key; did you mean 'epochs'"),
+        ("distill.epochs=many", r"distill\.epochs must be int: Value 'many'"),
+        ("stages.adapter_epochs=x", r"stages\.adapter_epochs must be int or null"),
+        ("data.augment=maybe", r"data\.augment must be bool"),
+        ("distill=3", r"distill must be a mapping of keys"),
+        ("compare.seeds=3", r"compare\.seeds must be list\[int\]"),
+        ("teachers.7.name=x", r"teachers\.7"),
+        (
+            "preset=two_stag",
+            r"preset must be one of default, two_stage, paper_code, got 'two_stag'; did you mean 'two_stage'",
+        ),
+        ("loss.mode=mixtur", r"loss\.mode must be one of mixture, sum, got 'mixtur'; did you mean 'mixture'"),
+        ("loss.mapping=best", r"loss\.mapping must be one of best_high"),
+        ("loss.alpha=1.5", r"loss\.alpha must be in \[0, 1\], got 1\.5"),
+        ("loss.temperature=0", r"loss\.temperature must be in \[1e-18, 1e\+18\], got 0"),
+        ("distill.schedule=onecyle", r"distill\.schedule must be one of .* did you mean 'onecycle'"),
+        ("distill.epochs=0", r"distill\.epochs must be 1 or more, got 0"),
+        ("compare.methods=[amtmlkd]", r"method must be one of .* did you mean 'amtml_kd'"),
+        ("teachers.1.name=a", r"teachers\.name must be unique names"),
+        ("distill", r"an override must be key=value, got 'distill'"),
+        ("cache_teachers=never", r"cache_teachers: no such key; did you mean 'cache\.teachers'"),
+        ("cache.teachers=maybe", r"cache\.teachers must be one of auto, always, never, got 'maybe'"),
+        ("cache.logits=float61", r"cache\.logits must be float32, float16 or a number k of 1 or more, got 'float61'"),
+        ("cache.logits=0", r"cache\.logits must be .*, got 0"),
+        ("cache.hints=3", r"cache\.hints must be one of float32, float16, never, got '3'"),
+        ("data.views=4", r"data\.views must be null with data\.augment=false, got 4"),
+    ],
+)
+def test_config_errors_name_the_key_and_the_nearest(place: Place, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked(reading.load(place.yaml, [override]))
+
+
+def test_config_errors_of_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"packaged name \(cifar10, .*\); did you mean 'digits'"):
+        reading.load("digit")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("distill: {epochs: [")
+    with pytest.raises(ConfigError, match=r"bad\.yaml is not readable YAML"):
+        reading.load(bad)
+    bad.write_text("distill: {epoch: 3}")
+    with pytest.raises(ConfigError, match=r"distill\.epoch: no such key; did you mean 'distill\.epochs'.*bad\.yaml"):
+        reading.load(bad)
+
+
+def test_a_config_survives_its_own_yaml(place: Place) -> None:
+    settings = place.load("loss.mapping={a: high, b: low}", "engine.mixed_precision=no", "distill.lr=3e-2")
+    (place.folder / "again.yaml").write_text(reading.to_yaml(settings))
+    assert reading.load(place.folder / "again.yaml") == settings
+    assert settings.distill.lr == 0.03 and settings.engine.mixed_precision == "no"
+
+
+PACKAGED = ("digits", "fashion_mnist", "cifar10", "cifar100", "tiny_imagenet")
+SPECIALISTS = ("digits_specialists", "fashion_mnist_specialists")
+REGIMES = [f"regimes:{Path(config.name).name}" for config in reading.load_all("regimes")]
+
+
+@pytest.mark.parametrize("name", [*PACKAGED, *SPECIALISTS, *(f"{name}_fast" for name in PACKAGED), *REGIMES])
+def test_packaged_configs_load(name: str) -> None:
+    settings = reading.load(name)
+    assert settings.name == name.replace(":", "/") and len(settings.teachers) >= 3
+    assert len({str(teacher) for teacher in settings.teachers}) == len(settings.teachers)
+    engine = settings.engine
+    fast = engine.compile and engine.channels_last and engine.mixed_precision == "bf16"
+    assert fast == name.endswith("_fast")
+    if fast:
+        slow = reading.load(name.removesuffix("_fast"))
+        assert settings.distill.epochs < slow.distill.epochs and settings.distill.batch_size > slow.distill.batch_size
+        assert [teacher.name for teacher in settings.teachers] == [teacher.name for teacher in slow.teachers]
+    # Every student offers what every method asks for, and every job has a folder of its own.
+    assert plan(settings)
+    assert reading.packaged() == sorted([*PACKAGED, *SPECIALISTS, *(f"{each}_fast" for each in PACKAGED), "regimes"])
+
+
+@pytest.mark.parametrize(("name", "classes", "column"), [("cifar10", 10, 0), ("cifar100", 100, 1)])
+def test_the_papers_networks(name: str, classes: int, column: int) -> None:
+    """The paper's parameter counts, for 10 and for 100 classes."""
+    settings, paper = reading.load(name), {
+        "resnet20": (269_722, 275_572),
+        "resnet32": (464_154, 470_004),
+        "resnet44": (658_586, 664_436),
+        "resnet56": (853_018, 858_868),
+        "resnet110": (1_727_962, 1_733_812),
+        "resnet8": (68_050, 71_020),
+        "resnet15": (116_882, 119_852),
+        "resnet16": (151_634, 154_604),
+    }  # fmt: skip
+    networks = {teacher.name: (teacher.model.factory, teacher.model.args) for teacher in settings.teachers}
+    students = (settings.student, *settings.compare.students)
+    networks |= {student.name: (student.factory, student.args) for student in students}
+    for network, counts in paper.items():
+        factory, args = networks[network]
+        model = build(factory, args, num_classes=classes, in_channels=3)
+        assert sum(p.numel() for p in model.parameters()) == counts[column], network
+        if network in {student.name for student in students}:
+            student = next(each for each in students if each.name == network)
+            FeatureExtractor(model, {"features": student.features or "", **student.groups})
+    train = settings.distill
+    assert (train.epochs, train.batch_size, train.milestones, train.lr) == (200, 128, [100, 150], 0.1)
+
+
+def test_the_readmes_comparison_can_be_planned(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text((ROOT / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+    settings = reading.load(path)
+    labels = {job.method.label for job in plan(settings)}
+    assert {"student alone", "OKD from resnet110", "AMTML-KD, authors' code", "AMTML-KD, softer"} <= labels
+    assert settings.compare.split == "validation" and settings.compare.teachers == [2, 3]
