@@ -201,15 +201,15 @@ class DistillationTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Where transformers would only warn. It writes the experts of a mixture by their names on the Hub, and reads them by those
         of the model (its issue 48805): they would stay as they are, beside all others of the checkpoint."""
-        own = dict(self.model.named_parameters())
+        model: Any = self.model
+        own = dict(model.named_parameters())
         missing = [name for name in load_result.missing_keys if name in own]
-        if missing and isinstance(self.model, PreTrainedModel):
-            whole, info = type(self.model).from_pretrained(
-                self._loaded_from, dtype=torch.float32, output_loading_info=True
-            )
+        if missing and isinstance(model, PreTrainedModel):
+            read: Any = type(model).from_pretrained  # with the flag it returns two things
+            whole, info = read(self._loaded_from, dtype=torch.float32, output_loading_info=True)
             found = dict(whole.named_parameters())
             found = {name: found[name] for name in missing if name in found and name not in info["missing_keys"]}
-            self.model.load_state_dict(found, strict=False)
+            model.load_state_dict(found, strict=False)
             load_result = type(load_result)(
                 [name for name in load_result.missing_keys if name not in found],
                 [name for name in load_result.unexpected_keys if name in info["unexpected_keys"]],
