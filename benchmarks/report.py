@@ -7,8 +7,8 @@
 
 A row that was timed in several turns is the median of their medians, and a ratio the median of the turns' ratios.
 Several files of one machine are one report: of groups that both have, the later file's count, so that every ratio is of one run.
---compare divides every time by that of eager PyTorch in the same file, and exits with 1 if that ratio grew by more than the given
-share anywhere, or if AFTER lacks a row of ours whose eager one it has.
+--compare divides every time by that of eager PyTorch in the same file, a step's by that of the published loop, and exits with 1 if that
+ratio grew by more than the given share anywhere, or if AFTER lacks a row of ours whose divisor it has.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 BEGIN, END = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 OURS = ("cpp", "cuda", "triton")
+PUBLISHED = "a loop as published"  # the other rows of a training step are the trainer's
 FEWEST_BYTES = 1e5  # less is pages of the system, not what was asked for
 
 
@@ -277,7 +278,7 @@ def steps(results: Results) -> str:
                 continue
             shares = measured[group, provider]
             cells = [f"{shares[part]:.1%}" if part in shares else "" for part in shown]
-            faster = ratio_text(results.ratio(group, "a loop as published", provider))
+            faster = ratio_text(results.ratio(group, PUBLISHED, provider))
             rows.append([group, provider, f"{facts['images'] / seconds:,.1f}", faster, *cells])
     return markdown_table(["training step", "by", "images/s", "vs published loop", *shown], rows)
 
@@ -557,14 +558,16 @@ def names_apart(axes: Any, dots: Sequence[tuple[float, float, str]]) -> None:
 
 
 def compare(before: Results, after: Results, most: float) -> tuple[str, bool]:
-    """A table of ours over eager in both, and whether nothing lost more than ``most`` or is missing. Rows whose eager one only
-    one file has are left out."""
+    """A table of ours over eager, or over the published loop, in both, and whether nothing lost more than ``most`` or is missing.
+    Rows whose divisor only one file has are left out."""
     rows, fine = [], True
     for group, provider, value in before.rows:
-        eager = group, "eager", value
-        if provider not in OURS or eager not in before.rows or eager not in after.rows:
+        a_step = group.startswith("step")
+        plain = PUBLISHED if a_step else "eager"
+        ours = provider != PUBLISHED if a_step else provider in OURS
+        if not ours or any((group, plain, value) not in run.rows for run in (before, after)):
             continue
-        old, new = (run.ratio(group, "eager", provider, value) for run in (before, after))
+        old, new = (run.ratio(group, plain, provider, value) for run in (before, after))
         ratio, change, kept = "-", "MISSING", False
         if old and new:
             lost = old / new - 1
@@ -573,7 +576,7 @@ def compare(before: Results, after: Results, most: float) -> tuple[str, bool]:
         fine &= kept
         case = group if value is None else f"{group}, {value}"
         rows.append([case, provider, ratio_text(old), ratio, change])
-    header = ["case", "provider", f"{before.commit}: vs eager", f"{after.commit}: vs eager", "time against eager"]
+    header = ["case", "provider", f"{before.commit}: vs plain", f"{after.commit}: vs plain", "time against plain"]
     return markdown_table(header, rows), fine
 
 
@@ -595,7 +598,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before, after = load(options.compare[:1]), load(options.compare[1:])
         table, fine = compare(before, after, options.most)
         if table.count("\n") == 1:
-            parser.error(f"{options.compare[1]}: it has no row of ours, with eager, that {options.compare[0]} has, too")
+            lacking = "row of ours, with eager or the published loop,"
+            parser.error(f"{options.compare[1]}: it has no {lacking} that {options.compare[0]} has, too")
         print(table)
         return 0 if fine else 1
     try:

@@ -251,13 +251,25 @@ def test_compare_goes_by_ratios_and_fails_on_a_loss(tmp_path, capsys):
     assert report.main(["--compare", str(after), str(before)]) == 0
 
 
+def test_compare_sees_a_slower_training_step(tmp_path, capsys):
+    before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json")
+    with changed(after) as data:
+        next(row for row in data["benchmarks"] if row["extra_info"]["provider"] == "the trainer")["stats"]["median"] = (
+            0.75
+        )
+    assert report.main(["--compare", str(before), str(after)]) == 1
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "LOST" in line]
+    assert row == "| step, small | the trainer | 2.0x | 1.3x | +50% LOST |"
+
+
 def test_compare_of_nothing_is_no_success(tmp_path, capsys):
     before, after = write(tmp_path / "a.json"), write(tmp_path / "b.json")
     with changed(after) as data:
-        data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] != "eager"]
+        divisors = "eager", "a loop as published"
+        data["benchmarks"] = [row for row in data["benchmarks"] if row["extra_info"]["provider"] not in divisors]
     with pytest.raises(SystemExit):
         report.main(["--compare", str(before), str(after)])
-    assert "b.json: it has no row of ours, with eager, that" in capsys.readouterr().err
+    assert "b.json: it has no row of ours, with eager or the published loop, that" in capsys.readouterr().err
 
 
 def test_compare_fails_where_a_row_of_ours_is_missing(tmp_path, capsys):

@@ -200,6 +200,16 @@ def test_what_is_no_whole_label_is_named(label, error, message):
 
 
 ZERO = torch.zeros(1, 4, 4)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(pairs(ZERO))
+
+    def __len__(self):
+        return 1
+
+
 BAD_DATASETS = [
     ([], ValueError, "train must have at least one sample, got none"),
     (pairs(ZERO, ZERO[:, :3]), ValueError, r"train\[1\]: images must be of one size, \[1, 4, 4\] .*got \[1, 3, 4\]"),
@@ -212,6 +222,12 @@ BAD_DATASETS = [
         ValueError,
         r"train\[0\]: an array must have its channels last, got \[3, 6, 8\]",
     ),
+    (
+        iter(pairs(ZERO)),
+        TypeError,
+        r"train must be a Dataset with a length and an index \(no stream\), got list_iterator",
+    ),
+    (Stream(), TypeError, r"train must be a Dataset with a length and an index \(no stream\), got Stream"),
     ([(ZERO, 0, 1)], TypeError, r"train\[0\] must be a pair \(image, label\), got tuple of 3"),
     ([{"image": ZERO, "label": 0}], TypeError, r"train\[0\] must be a pair \(image, label\), got dict"),
     (pairs(np.zeros((6, 8), np.uint16)), TypeError, r"train\[0\]: an image must be uint8, .* got uint16"),

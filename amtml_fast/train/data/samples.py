@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 MOST_CHANNELS = 4  # an axis is taken for that of the channels by mistake where another one is as short as this
 
@@ -21,6 +22,10 @@ def read_dataset(dataset: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
     have one channel, all others three), or what numpy can read as a uint8 array [H, W, C] or [H, W]. A label is a whole
     number of whatever type. `what` opens the error message ("train").
     """
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"{what} must be a Dataset with a length and an index (no stream), got {type(dataset).__name__}"
+        )
     images: list[np.ndarray] = []
     labels: list[int] = []
     for i in range(len(dataset)):
