@@ -340,7 +340,7 @@ class Loader:
 
 
 def drawn_seed(*numbers: int) -> int:
-    """One seed from several numbers, as good as unrelated to that of any others."""
+    """One seed from several numbers, as good as unrelated to that of others. Zeros at the end do not count: (s, e) is (s, e, 0, 0)."""
     entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return int(entropy) >> 1  # 63 bits: a seed is a signed integer
 
