@@ -73,29 +73,32 @@ def check_divergence(function: str, divergence: str, beta: float | None) -> None
         raise ValueError(f'{function}: beta must be None with divergence "{divergence}", got {beta!r}')
 
 
-def check_row_numbers(
+def row_numbers(
     function: str,
     student: Tensor,
     temperature: float | Tensor,
     alpha: float | Tensor,
     labels: Tensor | None,
     student_name: str = "student_logits",
-) -> None:
-    """``alpha`` and ``temperature`` where they are tensors, one number a row."""
+) -> tuple[float | Tensor, float | Tensor]:
+    """``temperature`` and ``alpha``; where they are tensors, one number a row, also of one for all rows."""
     leading = student.shape[:-1]
+    rows, found = math.prod(leading), []
     for name, value in (("temperature", temperature), ("alpha", alpha)):
-        if not isinstance(value, Tensor):
-            continue
-        checks.tensor(function, name, value)
-        if value.shape not in (leading, (math.prod(leading),)):
-            raise ValueError(f"{function}: {name} must be a number or {list(leading)}, got {checks.shape(value)}")
-        checks.same_device(function, name, value, student_name, student)
+        if isinstance(value, Tensor):
+            checks.tensor(function, name, value)
+            if value.shape not in ((), leading, (rows,)):
+                raise ValueError(f"{function}: {name} must be a number or {list(leading)}, got {checks.shape(value)}")
+            checks.same_device(function, name, value, student_name, student)
+            value = value.expand(rows) if value.dim() == 0 else value
+        found.append(value)
     if isinstance(temperature, Tensor) and temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{function}: temperature must be detached (it gets no gradient), got one that requires grad")
     if isinstance(alpha, Tensor) and labels is None:
         raise ValueError(
             f"{function}: alpha must be a number without labels (it has no cross-entropy to weigh), got a tensor"
         )
+    return found[0], found[1]
 
 
 def divergence_loss(

@@ -33,7 +33,7 @@ from amtml_fast.ops._linear_checks import check_classes, check_index, check_tens
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings
 from amtml_fast.ops._vocabulary import DTensors, replicated, splits, vocabulary_of
 from amtml_fast.ops._vocabulary_linear import split_linear_loss
-from amtml_fast.ops.divergence import check_options, check_row_numbers, check_values
+from amtml_fast.ops.divergence import check_options, check_values, row_numbers
 from amtml_fast.terms import (
     Divergence,
     KDOptions,
@@ -172,7 +172,7 @@ def fused_linear_kd_loss(
     if num_items_in_batch is not None:
         _kd.check_num_items(NAME, num_items_in_batch, reduction, labels)
     check_options(NAME, temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(kinds))
-    check_row_numbers(NAME, like, temperature, alpha, labels, "student_hidden")
+    temperature, alpha = row_numbers(NAME, like, temperature, alpha, labels, "student_hidden")
 
     more = divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(kinds))
     weights = None if teacher_weights is None else teacher_weights.reshape(-1, len(kinds))

@@ -24,7 +24,7 @@ from amtml_fast.ops._base import (
 )
 from amtml_fast.ops._vocabulary import DTensors, splits, vocabulary_of
 from amtml_fast.ops._vocabulary_rows import split_loss
-from amtml_fast.ops.divergence import ALL_MODES, check_options, check_row_numbers, divergence_loss
+from amtml_fast.ops.divergence import ALL_MODES, check_options, divergence_loss, row_numbers
 from amtml_fast.terms import KDOptions, KDTerms, divergence_numbers, divergence_of, shaped_stats, wide_dtype
 
 MODES = ("mixture", "sum")  # of Eq 7-8
@@ -69,8 +69,9 @@ def multi_teacher_kd_loss(
             Finite and not negative; need not sum to 1. "jsd" and the skewed divergences are divergences only where they
             do, or in mode "logits".
         labels: [N] or [B, S] integer classes, or None.
-        temperature: > 0; or one for each row, [N] or [B, S], which gets no gradient.
-        alpha: share of D in [0, 1]; or, with labels, one for each row, [N] or [B, S], whose gradient is exact.
+        temperature: > 0; or a tensor, one for each row, [N] or [B, S], or [] for all, which gets no gradient.
+        alpha: share of D in [0, 1]; or, with labels, a tensor, one for each row, [N] or [B, S], or [] for all, whose gradient is
+            exact.
         mode: how teachers are combined, see above. ``"mixture"`` and ``"sum"`` have the same student gradient for
             ``"forward_kl"`` where the weights sum to 1.
         reduction: ``"none"`` (one value a row, shaped like ``labels``), ``"sum"``, ``"batchmean"`` (divided by the rows
@@ -138,7 +139,7 @@ def multi_teacher_kd_loss(
         loss = _of_rows(student, teachers, weights, labels, options, need_terms=False)
         return _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
     check_options(name, temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(teachers))
-    check_row_numbers(name, student_logits, temperature, alpha, labels)
+    temperature, alpha = row_numbers(name, student_logits, temperature, alpha, labels)
     options = divergence_numbers(temperature, alpha, mode, row_reduction, t2_scale, ignore_index, label_smoothing)
     more = divergence_of(temperature, alpha, divergence, beta, teacher_temperature, len(teachers))
     given = student, teachers, weights, labels, options, more

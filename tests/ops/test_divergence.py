@@ -118,6 +118,30 @@ def test_alpha_by_row_is_reduced_as_the_loss_is(reduction):
     torch.testing.assert_close(torch.autograd.grad(got, alpha)[0], (kl - ce).detach())
 
 
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_one_number_for_all_rows_may_be_a_tensor(reduction):
+    """A learned or scheduled alpha: its gradient is the sum over rows. Hidden states take it, too."""
+    student, teachers, weights, labels, *_ = _problem()
+    layer = torch.eye(C, dtype=student.dtype)
+
+    def logits(**options):
+        return af.multi_teacher_kd_loss(student, teachers, weights, labels, reduction=reduction, **options)
+
+    def hidden(**options):
+        return af.fused_linear_kd_loss(student, layer, teachers, weights, labels, reduction=reduction, **options)
+
+    for loss in (logits, hidden):
+        one = torch.tensor(0.3, requires_grad=True)
+        each = torch.full((N,), 0.3, requires_grad=True)
+        tau = torch.tensor(2.0)
+        got, want = loss(alpha=one, temperature=tau), loss(alpha=each, temperature=tau.expand(N))
+        assert torch.equal(got, want)
+        torch.testing.assert_close(got, loss(alpha=0.3, temperature=2.0), rtol=1e-5, atol=1e-6)
+        (slope,), (slopes,) = (torch.autograd.grad(x.sum(), a) for x, a in ((got, one), (want, each)))
+        torch.testing.assert_close(slope, slopes.sum())
+        assert slope.shape == () and slope != 0
+
+
 def test_three_dimensions_and_a_count_of_items():
     student, teachers, weights, labels, alpha, temperature = _problem()
     options = dict(divergence="reverse_kl", return_stats=True)
