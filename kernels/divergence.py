@@ -218,13 +218,14 @@ def to_each(e, half, inverse, halves, probs, weights, log_ratios, share, KIND: t
         all_r += tl.where(weights[t] == 0, 0.0, weights[t] * r)
         if LOGITS:
             # Less the a of p = q: it adds nothing, and beside it the small differences would be rounded away.
-            if KIND == "skew_kl":
-                a -= share[1]
-            elif KIND == "skew_reverse_kl":
-                a += share[0]
-            pa = tl.where(p == 0, 0.0, p * a)
-            if KIND == "reverse_kl":
-                pa = tl.where(gone, 0.0, p - q)
+            if KIND == "reverse_kl":  # p is 0 where its logarithm is infinite
+                pa = p - tl.where(log == -float("inf"), 0.0, q)
+            else:
+                if KIND == "skew_kl":
+                    a -= share[1]
+                elif KIND == "skew_reverse_kl":
+                    a += share[0]
+                pa = tl.where(p == 0, 0.0, p * a)
             terms = terms + (pa,)
     return values, all_r, terms, lost
 
