@@ -114,7 +114,7 @@ def multi_teacher_kd(
     for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
         mixture = mixture + weighted(w[:, t, None], p.exp())
     if options.mode == "mixture":
-        kl = _mixture_kl(mixture, log_q)
+        kl = kl_of_probs(mixture, log_q)
     else:
         kl = torch.stack([weighted(w[:, t], kl_rows(p.exp(), p, log_q)) for t, p in enumerate(log_p)]).sum(0)
     kl = kl * (temperature**2 if options.t2_scale else 1)
@@ -202,7 +202,7 @@ def divergence_rows(divergence: Divergence, p: Tensor, log_p: Tensor, q: Tensor,
         return (difference * sign).sum(-1) / 2
     share = 1 - beta if name == "skew_reverse_kl" else beta
     m = share * p + (1 - share) * q
-    log_m = m.masked_fill(m == 0, 1).log()
+    log_m = log_or_0(m)
     if name == "skew_kl":
         return kl_rows(p, log_p, log_m)
     if name == "skew_reverse_kl":
@@ -224,7 +224,7 @@ def mixed_probs(log_p: list[Tensor], w: Tensor) -> tuple[Tensor, Tensor]:
     shares = [weighted(w[:, t, None], torch.stack([p.exp(), (p - most).exp()])) for t, p in enumerate(log_p)]
     mixture, share = torch.stack(shares).sum(0)
     none = share == 0
-    return mixture, (most + share.masked_fill(none, 1).log()).masked_fill(none, -torch.inf)
+    return mixture, (most + log_or_0(share)).masked_fill(none, -torch.inf)
 
 
 def mixed_logits(scaled: list[Tensor], w: Tensor) -> Tensor:
@@ -259,10 +259,6 @@ def _kd_rows(
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
     value = value.masked_fill((weight == 0) & ~value.isfinite(), 0)
     return (weight * value).masked_fill(value == 0, 0)  # or an infinite gradient would meet the 0
-
-
-def _mixture_kl(mixture: Tensor, log_q: Tensor) -> Tensor:
-    return kl_rows(mixture, mixture.masked_fill(mixture == 0, 1).log(), log_q)
 
 
 def _kd_reduced(
@@ -327,6 +323,16 @@ def kl_rows(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """``sum_c p (log p - log q)`` where a class with p = 0 counts 0, in value and gradient."""
     empty = p == 0
     return (p * (log_p.masked_fill(empty, 0) - log_q.masked_fill(empty, 0))).sum(-1)
+
+
+def kl_of_probs(p: Tensor, log_q: Tensor) -> Tensor:
+    """``kl_rows`` of probabilities whose logarithms are not at hand."""
+    return kl_rows(p, log_or_0(p), log_q)
+
+
+def log_or_0(p: Tensor) -> Tensor:
+    """The logarithm; 0, without a gradient, where p is 0."""
+    return p.masked_fill(p == 0, 1).log()
 
 
 def topk_kd_loss(
@@ -395,11 +401,11 @@ def topk_kd(
         given.append(_dense_probs(*hidden, z.shape[1], tail))
         mixture = mixture + weighted(w[:, t, None], given[t])
     log_q = (z / temperature).log_softmax(-1)
-    kl = _mixture_kl(mixture, log_q) * (temperature**2 if options.t2_scale else 1)
+    kl = kl_of_probs(mixture, log_q) * (temperature**2 if options.t2_scale else 1)
     loss = _kd_reduced(z, w, kl, valid, labels, options)[0]
     if not need_stats:
         return loss, None
-    kls = [_mixture_kl(p, log_q) for p in given]
+    kls = [kl_of_probs(p, log_q) for p in given]
     return loss, _topk_stats(log_q, mixture, kls, [p.to(dtype).exp().sum(-1) for p in log_probs], w, valid)
 
 
@@ -435,7 +441,7 @@ def topk_bucket(
         rest = (-torch.expm1(log_p.double().logsumexp(-1))).clamp(min=0).to(dtype) + given.masked_fill(named, 0).sum(-1)
         rest = rest.masked_fill(named.all(-1), 0)
         p = torch.cat([p, rest.unsqueeze(1)], 1)
-        outcomes.append((p, p.masked_fill(p == 0, 1).log().masked_fill(p == 0, -torch.inf), named))
+        outcomes.append((p, log_or_0(p).masked_fill(p == 0, -torch.inf), named))
         masses.append(p[:, :-1].sum(-1))
         gone = torch.where(named, p[:, :-1] == 0, (rest == 0).unsqueeze(1)) & (z != -torch.inf)
         lost = lost | (gone & (w[:, t, None] != 0))
@@ -468,7 +474,7 @@ def _topk_stats(
     kept = torch.stack([weighted(w[:, t], mass) for t, mass in enumerate(masses)]).sum(0)
     stats = KDStats(
         -kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)),
-        -_mixture_kl(target, torch.zeros_like(target)),
+        -kl_of_probs(target, torch.zeros_like(target)),
         torch.stack(kls, 1),
         kept / total.masked_fill(total == 0, 1),
         (log_q.argmax(1) == target[:, : log_q.shape[1]].argmax(1)).to(log_q.dtype),
