@@ -19,6 +19,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
+from amtml_fast.ops._topk_named import TopkInputs
 from amtml_fast.terms import Divergence, KDOptions, KDStats, wide_dtype
 
 
@@ -34,24 +35,15 @@ def sweep_settings(options: KDOptions, labeled: bool) -> tuple:
 # --- the CPU's
 
 
-def one_pass_loss(
-    student: Tensor,
-    indices: Tensor,
-    kept: Tensor | None,
-    log_probs: Tensor,
-    sizes: list[int],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    options: KDOptions,
-    divergence: Divergence,
-    values: tuple,
-) -> Tensor:
-    wide = wide_dtype(student, log_probs, weights)
+def one_pass_loss(given: TopkInputs, kept: Tensor | None, divergence: Divergence) -> Tensor:
+    """``kept``: the entries that are not of the bucket; None: all."""
+    student, indices, log_probs, sizes, weights, labels, options, _ = given
+    wide = given.wide
     weights = None if weights is None else weights.to(wide).expand(len(student), -1)
     needs = needs_grad(student), needs_grad(weights)
     settings = *_kd.settings(options, labels is not None), divergence.name, divergence.beta
     return _kd.run(
-        values, TopkBucketLoss, any(needs), student, weights,
+        given.values, TopkBucketLoss, any(needs), student, weights,
         (labels, indices, kept, log_probs, sizes, settings, needs, wide),
     )  # fmt: skip
 
@@ -110,19 +102,10 @@ def _(grad_loss, student, indices, kept, log_probs, sizes, weights, labels, *set
 
 
 def swept_loss(
-    chosen: str,
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    sizes: list[int],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    options: KDOptions,
-    divergence: Divergence,
-    *,
-    need_stats: bool,
+    chosen: str, given: TopkInputs, divergence: Divergence, *, need_stats: bool
 ) -> tuple[Tensor, KDStats | None]:
     """The loss on a GPU, and with ``need_stats`` the statistics. Indices of NOBODY are of the bucket."""
+    student, indices, log_probs, sizes, weights, labels, options, _ = given
     weights = None if weights is None else weights.float().expand(len(student), -1)
     needs = needs_grad(student), needs_grad(weights)
     settings = *_kd.settings(options, labels is not None), divergence.name, divergence.beta
@@ -193,18 +176,10 @@ def _(found, z, student, indices, log_probs, sizes, weights, labels, *settings):
 
 
 @torch.no_grad()
-def kernel_stats(
-    chosen: str,
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    sizes: list[int],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    options: KDOptions,
-) -> KDStats:
+def kernel_stats(chosen: str, given: TopkInputs) -> KDStats:
     """Those of all tails. Indices of NOBODY are of the bucket."""
-    wide = wide_dtype(student, log_probs, weights)
+    student, indices, log_probs, sizes, weights, labels, options, _ = given
+    wide = given.wide
     weights = None if weights is None else weights.to(wide).expand(len(student), -1)
     temperature, ignore_index, in_float64 = float(options.temperature), options.ignore_index, wide == torch.float64
     raw: Any = kernels(chosen)

@@ -1,5 +1,4 @@
-"""What the teachers of ``topk_bucket`` name: of rows [N, K] of entries, those of all teachers side by side, which count, and for
-whom."""
+"""What top-k teachers name: of rows [N, K] of entries, those of all teachers side by side, which count, and for whom."""
 
 from typing import NamedTuple
 
@@ -9,9 +8,42 @@ from torch import Tensor
 from amtml_fast.ops._base import kernels
 from amtml_fast.ops._vocabulary import Vocabulary
 from amtml_fast.reference import weighted
-from amtml_fast.terms import wide_dtype
+from amtml_fast.terms import KDOptions, wide_dtype
 
 NOBODY = -(2**62)  # in the place of a class that the support leaves out
+
+
+class TopkInputs(NamedTuple):
+    """Checked rows, and what their teachers name."""
+
+    student: Tensor  # [N, C]; in a split vocabulary the classes of this process
+    indices: Tensor  # [N, K] int64; NOBODY where the support leaves one out
+    log_probs: Tensor  # [N, K]
+    sizes: list[int]  # of each teacher its k: K in all
+    weights: Tensor | None  # [N, T], [1, T]
+    labels: Tensor | None  # [N]
+    options: KDOptions  # whose mode is the tail
+    vocabulary: Vocabulary | None  # None: all classes are here
+
+    @property
+    def classes(self) -> int:
+        """Of all processes together."""
+        return self.student.shape[1] if self.vocabulary is None else self.vocabulary.classes
+
+    @property
+    def wide(self) -> torch.dtype:
+        return wide_dtype(self.student, self.log_probs, self.weights)
+
+    @property
+    def values(self) -> tuple:
+        """What ``_kd.check_values`` takes."""
+        support = self.indices, self.sizes
+        return "topk_kd_loss", self.labels, self.classes, self.options.ignore_index, self.weights, support
+
+    def apart(self) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None, KDOptions]:
+        """What the reference takes: the teachers' entries in lists."""
+        indices, log_probs = (list(x.split(self.sizes, 1)) for x in (self.indices, self.log_probs))
+        return self.student, indices, log_probs, self.weights, self.labels, self.options
 
 
 class Named(NamedTuple):
@@ -25,11 +57,10 @@ class Named(NamedTuple):
     named: list[Tensor]  # of each teacher [N, K]: at a head, whether it names that class
 
 
-def kept_entries(
-    chosen: str, student: Tensor, indices: Tensor, sizes: list[int], vocabulary: Vocabulary | None
-) -> Tensor:
+def kept_entries(chosen: str, given: TopkInputs) -> Tensor:
     """Which entries are among the student's k largest; of equal logits the first classes are."""
-    z, most = student.detach(), max(sizes)
+    indices, sizes, vocabulary = given.indices, given.sizes, given.vocabulary
+    z, most = given.student.detach(), max(sizes)
     largest = z.topk(min(most, z.shape[1]), dim=1).values
     if vocabulary is not None:
         largest = vocabulary.gathered(largest).movedim(0, 1).flatten(1).topk(most, dim=1).values.to(z.dtype)

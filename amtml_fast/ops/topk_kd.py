@@ -21,6 +21,7 @@ from amtml_fast.ops._base import (
     saved,
     scaled_rows,
 )
+from amtml_fast.ops._topk_named import TopkInputs
 from amtml_fast.ops._vocabulary import DTensors, Vocabulary, check_alike, splits, vocabulary_of
 from amtml_fast.ops.divergence import check_divergence
 from amtml_fast.ops.topk_bucket import bucket_loss, split_tail_loss, topk_stats
@@ -142,9 +143,7 @@ def topk_kd_loss(
     labels = None if labels is None else _kd.as_long(labels.reshape(rows))
     row_reduction = reduction if num_items_in_batch is None else "sum"
     options = KDOptions(temperature, alpha, tail, row_reduction, t2_scale, ignore_index, label_smoothing)
-    all_classes = classes if vocabulary is None else vocabulary.classes
-    values = name, labels, all_classes, ignore_index, weights, (indices, sizes)
-    given = student, indices, log_probs, sizes, weights, labels, options
+    given = TopkInputs(student, indices, log_probs, sizes, weights, labels, options, vocabulary)
     doubt = None
     if vocabulary is not None:
         needs = needs_grad(student), needs_grad(weights)
@@ -154,36 +153,26 @@ def topk_kd_loss(
         )
     if tail == "bucket":
         compared = divergence_of(temperature, alpha, divergence, beta, None, len(sizes))
-        loss, stats = bucket_loss(*given, compared, support, values, vocabulary, need_stats=return_stats)
+        loss, stats = bucket_loss(given, compared, support, need_stats=return_stats)
     elif vocabulary is not None:
-        loss, stats = split_tail_loss(*given, values, vocabulary, need_stats=return_stats)
-    elif return_stats:
-        loss, stats = topk_loss(*given, values), topk_stats(*given, values)
+        loss, stats = split_tail_loss(given, need_stats=return_stats)
     else:
-        loss, stats = topk_loss(*given, values), None
+        loss, stats = topk_loss(given), topk_stats(given) if return_stats else None
     loss = loss if doubt is None else loss + doubt.to(loss.dtype)
     loss = _kd.per_item(loss, student_logits, labels, reduction, ignore_index, num_items_in_batch)
     return (loss, shaped_stats(stats, student_logits.shape[:-1])) if return_stats else loss
 
 
-def topk_loss(
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    sizes: list[int],
-    weights: Tensor | None,
-    labels: Tensor | None,
-    options: KDOptions,
-    values: tuple,
-) -> Tensor:
-    """The loss of checked rows, but for the tail "bucket"."""
+def topk_loss(given: TopkInputs) -> Tensor:
+    """The loss, but for the tail "bucket" and a split vocabulary."""
+    student, indices, log_probs, sizes, weights, labels, options, _ = given
+    values = given.values
     chosen = backend.choose("topk_kd", student, weights, log_probs, teachers=len(sizes), entries=sum(sizes))
     if chosen != "cpp":  # the C++ kernel checks values itself
         _kd.check_values(*values)
     if chosen == "reference":
-        apart = list(indices.split(sizes, 1)), list(log_probs.split(sizes, 1))
-        return reference.topk_kd(student, *apart, weights, labels, options, need_stats=False)[0]
-    wide = wide_dtype(student, log_probs, weights)
+        return reference.topk_kd(*given.apart(), need_stats=False)[0]
+    wide = given.wide
     weights = None if weights is None else weights.to(wide).expand(student.shape[0], -1)
     settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
     return _kd.run(
