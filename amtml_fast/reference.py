@@ -107,9 +107,7 @@ def multi_teacher_kd(
     valid, z, w = _kd_rows(student, weights, len(teachers), labels, options.ignore_index, dtype)
     hide = ~valid.unsqueeze(1)
     log_q = (z / temperature).log_softmax(-1)
-    log_p = [(t.to(dtype).masked_fill(hide, 0) / temperature).log_softmax(-1) for t in teachers]
-    # Without weight a teacher counts nothing, even one that has no softmax.
-    log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
+    log_p = with_weight([(t.to(dtype).masked_fill(hide, 0) / temperature).log_softmax(-1) for t in teachers], w)
     mixture = torch.zeros_like(z)
     for t, p in enumerate(log_p):  # Eq 7: probabilities are mixed
         mixture = mixture + weighted(w[:, t, None], p.exp())
@@ -147,8 +145,7 @@ def divergence_loss(
         tau = divergence.temperature.to(dtype).unsqueeze(1).masked_fill(hide, 1)  # [N, 1]
     of_teachers: Sequence[Any] = divergence.teacher_temperatures or (tau,) * len(teachers)
     scaled = [t.to(dtype).masked_fill(hide, 0) / by for t, by in zip(teachers, of_teachers)]
-    log_p = [x.log_softmax(-1) for x in scaled]
-    log_p = [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
+    log_p = with_weight([x.log_softmax(-1) for x in scaled], w)
 
     # What the student is compared with: weight, probabilities and their logarithms.
     mixture = w.new_ones(w.shape[0]), *mixed_probs(log_p, w)
@@ -177,8 +174,8 @@ def divergence_loss(
         return loss, None
     _, target, log = mixture if options.mode == "sum" else targets[0]
     stats = KDStats(
-        -kl_rows(q, log_q, torch.zeros_like(q)),
-        -kl_rows(target, log, torch.zeros_like(q)),
+        entropy_rows(q, log_q),
+        entropy_rows(target, log),
         torch.stack([kl_rows(p.exp(), p, log_q) for p in log_p], 1),
         (w.sum(1) > 0).to(dtype),
         (q.argmax(1) == target.argmax(1)).to(dtype),
@@ -256,6 +253,11 @@ def _kd_rows(
     return valid, z, weights.to(dtype).expand(rows, -1).masked_fill(hide, 0)
 
 
+def with_weight(log_p: Sequence[Tensor], w: Tensor) -> list[Tensor]:
+    """Without weight a teacher counts nothing, even one that has no softmax."""
+    return [p.masked_fill((w[:, t, None] == 0) & p.isnan(), -torch.inf) for t, p in enumerate(log_p)]
+
+
 def weighted(weight: Tensor, value: Tensor) -> Tensor:
     value = value.masked_fill((weight == 0) & ~value.isfinite(), 0)
     return (weight * value).masked_fill(value == 0, 0)  # or an infinite gradient would meet the 0
@@ -328,6 +330,10 @@ def kl_rows(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 def kl_of_probs(p: Tensor, log_q: Tensor) -> Tensor:
     """``kl_rows`` of probabilities whose logarithms are not at hand."""
     return kl_rows(p, log_or_0(p), log_q)
+
+
+def entropy_rows(p: Tensor, log_p: Tensor) -> Tensor:
+    return -kl_rows(p, log_p, torch.zeros_like(p))
 
 
 def log_or_0(p: Tensor) -> Tensor:
@@ -470,16 +476,20 @@ def _topk_stats(
     log_q: Tensor, target: Tensor, kls: list[Tensor], masses: list[Tensor], w: Tensor, valid: Tensor
 ) -> KDStats:
     """``KDStats`` of teachers that give some classes: [N, C] or, with what they do not give, [N, C + 1] probabilities."""
-    total = w.sum(1)
-    kept = torch.stack([weighted(w[:, t], mass) for t, mass in enumerate(masses)]).sum(0)
     stats = KDStats(
-        -kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)),
-        -kl_of_probs(target, torch.zeros_like(target)),
+        entropy_rows(log_q.exp(), log_q),
+        entropy_rows(target, log_or_0(target)),
         torch.stack(kls, 1),
-        kept / total.masked_fill(total == 0, 1),
+        _weighted_mean(w, masses),
         (log_q.argmax(1) == target[:, : log_q.shape[1]].argmax(1)).to(log_q.dtype),
     )
     return of_counted_rows(stats, valid)
+
+
+def _weighted_mean(w: Tensor, values: list[Tensor]) -> Tensor:
+    """[N or 1, T], T x [N] -> [N]; 0 without weight."""
+    total = w.sum(1)
+    return torch.stack([weighted(w[:, t], x) for t, x in enumerate(values)]).sum(0) / total.masked_fill(total == 0, 1)
 
 
 def _dense_probs(index: Tensor, log_p: Tensor, classes: int, tail: str) -> Tensor:
@@ -606,10 +616,7 @@ def linear_stats(
         for t in teachers
     ]
     w = kept.new_ones(1, len(teachers)) if weights is None else weights.detach().to(kept.dtype)
-    total = w.sum(1)
-    share = torch.stack([weighted(w[:, t], m) for t, m in enumerate(mass)]).sum(0)
-    share = share / total.masked_fill(total == 0, 1)
-    return stats._replace(retained_mass=share.masked_fill(kept == 0, 0))
+    return stats._replace(retained_mass=_weighted_mean(w, mass).masked_fill(kept == 0, 0))
 
 
 def angle_loss(

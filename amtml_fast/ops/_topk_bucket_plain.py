@@ -195,7 +195,7 @@ def _cross_entropy(rows: _Rows, named: Named, valid: Tensor, options: KDOptions)
 
 
 def _entropy(p: Tensor) -> Tensor:
-    return -reference.kl_of_probs(p, torch.zeros_like(p))
+    return reference.entropy_rows(p, reference.log_or_0(p))
 
 
 def _even_kl(u: Tensor, count: Tensor, log_q: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _stats(
     largest = places.masked_fill(~is_largest, classes).amin(1)
     total = w.sum(1)
     stats = KDStats(
-        -kl_rows(log_q.exp(), log_q, torch.zeros_like(log_q)) - of_others,
+        reference.entropy_rows(log_q.exp(), log_q) - of_others,
         target_entropy,
         kls,
         weighted(w, masses).sum(1) / total.masked_fill(total == 0, 1),

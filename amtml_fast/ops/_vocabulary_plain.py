@@ -87,9 +87,8 @@ class PlainBlock:
         normal = normal.to(self.rule.wide)
         found = [(x - normal[:, i, :1]) - normal[:, i, 1:] for i, x in enumerate(self.softmaxes())]
         first = 1 + self.rule.labeled
-        for t in range(len(self.scaled)):  # without weight a teacher counts nothing, even one that has no softmax
-            p = found[first + t]
-            found[first + t] = p.masked_fill((self.w[:, t, None] == 0) & p.isnan(), -torch.inf)
+        teachers = slice(first, first + len(self.scaled))
+        found[teachers] = reference.with_weight(found[teachers], self.w)
         return found
 
     def targets(self, logs: list[Tensor], w: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -152,8 +151,7 @@ class PlainBlock:
             p, log = logs[-1].exp(), logs[-1]
         else:
             p, log = reference.mixed_probs(log_p, self.w)
-        none = torch.zeros_like(q)
-        out["entropies"] = torch.stack([-reference.kl_rows(x, y, none) for x, y in ((q, log_q), (p, log))], 1)
+        out["entropies"] = torch.stack([reference.entropy_rows(q, log_q), reference.entropy_rows(p, log)], 1)
         out["kls"] = torch.stack([reference.kl_rows(x.exp(), x, log_q) for x in log_p], 1)
         for name, x in (("q_top", q), ("p_top", p)):
             top = x.max(1)
