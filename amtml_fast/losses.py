@@ -72,7 +72,16 @@ class TeacherAdapter(nn.Module):
         return f"channels={self.theta.shape[1]}, num_teachers={self.theta.shape[0]}, pool={self.pool!r}"
 
 
-class MultiTeacherKDLoss(nn.Module):
+class _KDModule(nn.Module):
+    """The keywords of a function, ``options``, which its module form keeps."""
+
+    options: dict[str, Any]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class MultiTeacherKDLoss(_KDModule):
     """Module form of ``multi_teacher_kd_loss``: same keywords, same meaning. ``forward`` takes ``alpha`` and ``temperature`` of
     this batch, where they are one number a row."""
 
@@ -92,7 +101,7 @@ class MultiTeacherKDLoss(nn.Module):
         process_group: Any = None,
     ):
         super().__init__()
-        self.options: dict[str, Any] = dict(
+        self.options = dict(
             temperature=temperature,
             alpha=alpha,
             mode=mode,
@@ -126,11 +135,8 @@ class MultiTeacherKDLoss(nn.Module):
             student_logits, teacher_logits, teacher_weights, labels, num_items_in_batch=num_items_in_batch, **options
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
-
-class TopKKDLoss(nn.Module):
+class TopKKDLoss(_KDModule):
     """Module form of ``topk_kd_loss``: same keywords, same meaning."""
 
     def __init__(
@@ -149,7 +155,7 @@ class TopKKDLoss(nn.Module):
         process_group: Any = None,
     ):
         super().__init__()
-        self.options: dict[str, Any] = dict(
+        self.options = dict(
             temperature=temperature,
             alpha=alpha,
             reduction=reduction,
@@ -183,11 +189,8 @@ class TopKKDLoss(nn.Module):
             **self.options,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
-
-class FusedLinearKDLoss(nn.Module):
+class FusedLinearKDLoss(_KDModule):
     """Module form of ``fused_linear_kd_loss``: same keywords, same meaning. It holds no weights: ``forward`` takes the student's
     output layer, and ``alpha`` and ``temperature`` of this batch, where they are one number a row."""
 
@@ -211,7 +214,7 @@ class FusedLinearKDLoss(nn.Module):
         process_group: Any = None,
     ):
         super().__init__()
-        self.options: dict[str, Any] = dict(
+        self.options = dict(
             temperature=temperature,
             alpha=alpha,
             mode=mode,
@@ -258,36 +261,28 @@ class FusedLinearKDLoss(nn.Module):
             **options,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
-
-class AngleLoss(nn.Module):
-    """Module form of ``angle_loss``."""
-
+class _PairLoss(nn.Module):
     def __init__(self, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12):
         super().__init__()
         self.delta, self.reduction, self.eps = delta, reduction, eps
+
+    def extra_repr(self) -> str:
+        return f"delta={self.delta}, reduction={self.reduction!r}, eps={self.eps}"
+
+
+class AngleLoss(_PairLoss):
+    """Module form of ``angle_loss``."""
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return angle_loss(student, teacher, delta=self.delta, reduction=self.reduction, eps=self.eps)
 
-    def extra_repr(self) -> str:
-        return f"delta={self.delta}, reduction={self.reduction!r}, eps={self.eps}"
 
-
-class RKDDistanceLoss(nn.Module):
+class RKDDistanceLoss(_PairLoss):
     """Module form of ``rkd_distance_loss``."""
-
-    def __init__(self, delta: float = 1.0, reduction: str = "mean", eps: float = 1e-12):
-        super().__init__()
-        self.delta, self.reduction, self.eps = delta, reduction, eps
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return rkd_distance_loss(student, teacher, delta=self.delta, reduction=self.reduction, eps=self.eps)
-
-    def extra_repr(self) -> str:
-        return f"delta={self.delta}, reduction={self.reduction!r}, eps={self.eps}"
 
 
 class DualSoftmax(nn.Module):
