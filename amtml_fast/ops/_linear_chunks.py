@@ -42,6 +42,18 @@ class Settings(NamedTuple):
     narrow_sum: bool  # accumulate="bf16"
 
 
+class Outputs(NamedTuple):
+    """What the raw ops give; what nobody asks for is empty."""
+
+    loss: Tensor  # scalar, or [N] for "none"
+    grad_hidden: Tensor
+    grad_weight: Tensor
+    grad_bias: Tensor
+    grad_weights: Tensor  # [N, T]
+    grad_alpha: Tensor  # [N]
+    stats: Tensor  # [N, 4 + T]
+
+
 _MIB = 2**20
 CPU_BYTES, GPU_BYTES = 56 * _MIB, 1024 * _MIB  # of a chunk's logits
 BLOCK = 4 * _MIB  # bytes of a weight that are converted at a time
@@ -83,17 +95,15 @@ class Call:
         self.on_cpu = _reads_free(hidden)
         self.buffers: dict[str, Tensor] = {}
 
-    def outputs(self) -> tuple[Tensor, ...]:
-        """Loss, gradients and statistics, not filled in."""
+    def outputs(self) -> Outputs:
+        """Not filled in."""
         n, t, set, wide, like = self.rows, len(self.kinds), self.set, self.wide, self.hidden
         sum_dtype = torch.bfloat16 if set.narrow_sum else wide
         shapes = self.hidden.shape, self.weight.shape, (self.classes,), (n, t), (n,)
         dtypes = wide, sum_dtype, wide, wide, wide
-        return (
-            like.new_empty((n,) if set.reduction == "none" else (), dtype=wide),
-            *(empty(like, *each) for each in zip(self.needs, shapes, dtypes)),
-            empty(like, self.need_stats, (n, 4 + t), wide),
-        )
+        loss = like.new_empty((n,) if set.reduction == "none" else (), dtype=wide)
+        grads = [empty(like, *each) for each in zip(self.needs, shapes, dtypes)]
+        return Outputs._make([loss, *grads, empty(like, self.need_stats, (n, 4 + t), wide)])
 
     # --- rows
 
@@ -233,7 +243,7 @@ class Call:
             grad.mul_(by)
         if need_bias:
             at_once = scale * (HALF_SCALE if narrow and hidden.dtype == torch.float16 else 1.0)
-            self.grad_bias.addmv_(grad.t(), ones.expand(grad.shape[0]), beta=0.0 if first else 1.0, alpha=at_once)
+            self.out.grad_bias.addmv_(grad.t(), ones.expand(grad.shape[0]), beta=0.0 if first else 1.0, alpha=at_once)
         if need_weight:
             self.add_weight_grad(rounded if narrow else grad, hidden, scale, 0.0 if first else 1.0)
         if not need_hidden:
@@ -252,7 +262,7 @@ class Call:
         return out
 
     def add_weight_grad(self, grad: Tensor, hidden: Tensor, scale: float, beta: float) -> None:
-        out, narrow = self.grad_weight, grad.dtype != self.wide
+        out, narrow = self.out.grad_weight, grad.dtype != self.wide
         if self.own_products and out.dtype == self.wide:
             torch.ops.amtml.fused_linear_kd_grad_weight_.default(out, grad, hidden, scale, beta != 0)
             return
@@ -318,32 +328,31 @@ class Call:
             return self.run_chunks()
 
     def run_chunks(self) -> tuple[Tensor, ...]:
-        set, outputs = self.set, self.outputs()
-        _, grad_hidden, self.grad_weight, self.grad_bias, grad_weights, grad_alpha, stats = outputs
+        out = self.out = self.outputs()
         segments = self.segments()
         losses = self.hidden.new_zeros(self.rows, dtype=self.wide)
         if sum(count for _, count, _ in segments) < self.rows:
-            for x in (grad_hidden, grad_weights, grad_alpha, stats):
+            for x in (out.grad_hidden, out.grad_weights, out.grad_alpha, out.stats):
                 x.zero_()
         elif self.index is not None:
-            for x in (grad_weights, stats):  # a row's other teachers
+            for x in (out.grad_weights, out.stats):  # a row's other teachers
                 x.zero_()
         divisor = self.divisor(segments)
         first = True
         for rows, only in self.chunks(segments, any(self.needs[:3])):
-            self.chunk(rows, only, divisor, first, losses, grad_hidden, grad_weights, grad_alpha, stats)
+            self.chunk(rows, only, divisor, first, losses)
             first = False
         if first:  # no row counts
-            for x in (self.grad_weight, self.grad_bias):
+            for x in (out.grad_weight, out.grad_bias):
                 x.zero_()
         if divisor is not None and self.late(divisor):
-            for x in (grad_hidden, self.grad_weight, self.grad_bias):
+            for x in (out.grad_hidden, out.grad_weight, out.grad_bias):
                 x.div_(divisor)
-        if set.reduction == "none":
+        if self.set.reduction == "none":
             loss = losses
         else:
             loss = losses.sum() if divisor is None else losses.sum() / divisor
-        return loss, grad_hidden, self.grad_weight, self.grad_bias, grad_weights, grad_alpha, stats
+        return loss, *out[1:]
 
     def divisor(self, segments: list[tuple[Tensor | None, int, list[int]]]) -> float | Tensor | None:
         """Of the sum over rows: the rows that count, a number wherever it is known without a sync."""
@@ -359,18 +368,10 @@ class Call:
         return half and isinstance(divisor, Tensor) and self.set.reduction == "batchmean"
 
     def chunk(
-        self,
-        rows: Tensor | slice,
-        only: list[int],
-        divisor: float | Tensor | None,
-        first: bool,
-        losses: Tensor,
-        grad_hidden: Tensor,
-        grad_weights: Tensor,
-        grad_alpha: Tensor,
-        stats: Tensor,
+        self, rows: Tensor | slice, only: list[int], divisor: float | Tensor | None, first: bool, losses: Tensor
     ) -> None:
-        set, take = self.set, self.take
+        """Puts what these rows give into ``losses`` and ``out``."""
+        set, take, out = self.set, self.take, self.out
         need_student, (need_weights, need_alpha) = any(self.needs[:3]), self.needs[3:]
         labels = None if self.labels is None else take(self.labels, rows)
         keep, hidden, student = self.student(rows, labels)
@@ -378,16 +379,7 @@ class Call:
         # "mean" divides D by the classes, and by the rows of this chunk, which is taken back.
         mean = set.reduction == "mean"
         loss, grad, made_weights, made_alpha, made_stats = self.row_kernel(
-            student,
-            only,
-            rows,
-            weights,
-            labels,
-            keep,
-            "mean" if mean else "none",
-            need_student,
-            need_weights,
-            need_alpha,
+            student, only, rows, weights, labels, keep, "mean" if mean else "none"
         )
         by: Any = 1.0 if divisor is None else 1.0 / divisor
         if mean:
@@ -399,14 +391,14 @@ class Call:
         put_rows(losses, rows, loss)
         if self.need_stats:
             if self.index is None:
-                put_rows(stats, rows, made_stats)
+                put_rows(out.stats, rows, made_stats)
             else:
-                put_rows(stats[:, :4], rows, made_stats[:, :4])
-                put_rows(stats[:, 4 + only[0]], rows, made_stats[:, 4])
+                put_rows(out.stats[:, :4], rows, made_stats[:, :4])
+                put_rows(out.stats[:, 4 + only[0]], rows, made_stats[:, 4])
         if need_weights:
-            put_rows(grad_weights, rows, made_weights * by)
+            put_rows(out.grad_weights, rows, made_weights * by)
         if need_alpha:
-            put_rows(grad_alpha, rows, made_alpha * (by.squeeze(1) if self.grad_loss is not None else by))
+            put_rows(out.grad_alpha, rows, made_alpha * (by.squeeze(1) if self.grad_loss is not None else by))
         if not need_student:
             return
         if set.softcap:
@@ -417,7 +409,7 @@ class Call:
         scale = set.logit_scale * (1.0 if on_device else by)
         made = self.add_grads(grad, hidden, by if on_device else None, scale, first)
         if made is not None:
-            put_rows(grad_hidden, rows, made)
+            put_rows(out.grad_hidden, rows, made)
 
     def row_kernel(
         self,
@@ -428,12 +420,10 @@ class Call:
         labels: Tensor | None,
         keep: Tensor | None,
         reduction: str,
-        need_student: bool,
-        need_weights: bool,
-        need_alpha: bool,
     ) -> tuple[Tensor, ...]:
         """Losses of the rows (or their mean), and the gradients to logits, weights and alpha and the statistics, or empty ones."""
         set, ops, none = self.set, kernels(self.set.backend), student.new_empty(0)
+        need_student, (need_weights, need_alpha) = any(self.needs[:3]), self.needs[3:]
         shared = reduction, set.ignore_index, set.label_smoothing
         kl_scale = set.temperature**2 if set.t2_scale else 1.0
         eq8 = set.temperature, set.ce_weight, set.kl_weight, kl_scale

@@ -52,26 +52,14 @@ def split_linear_loss(
         integers=[labels, index, *(x for x in shared if not x.is_floating_point())],
         floats=[hidden, weights, divergence.alpha, temperatures, [x for x in shared if x.is_floating_point()]],
     )  # fmt: skip
-    each, ce, stats = run(
-        SplitLinearKD,
-        any(needs),
-        vocabulary,
-        rule,
-        settings,
-        kinds,
-        needs,
-        *inputs,
-        labels,
-        index,
-        temperatures,
-        *teachers,
-    )
+    given = *inputs, labels, index, temperatures, *teachers
+    each, ce, stats = run(SplitLinearKD, any(needs), vocabulary, rule, settings, kinds, needs, *given)
     return finished(vocabulary, each, ce, stats, weights, labels, options, divergence, need_stats, doubt)
 
 
 class SplitLinearKD(torch.autograd.Function):
     """``each``, ``ce`` and ``stats`` of ``Rows``. ``needs``: a gradient to the hidden states, the weight, the bias and the
-    teachers' weights."""
+    teachers' weights; ``given``: the tensors of ``SplitCall``."""
 
     @staticmethod
     def forward(
@@ -81,16 +69,8 @@ class SplitLinearKD(torch.autograd.Function):
         settings: Settings,
         kinds: list[str],
         needs: tuple[bool, ...],
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weights: Tensor | None,
-        labels: Tensor | None,
-        index: Tensor | None,
-        temperatures: Tensor | None,
-        *teachers: Tensor,
+        *given: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        given: Any = hidden, weight, bias, weights, labels, index, temperatures, *teachers
         ctx.fixed = vocabulary, rule, settings, kinds, needs
         rows = SplitCall(*ctx.fixed, *given).rows_found()
         ctx.mark_non_differentiable(rows.stats)
@@ -180,8 +160,9 @@ class SplitCall(Call):
 
     def gradients(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor) -> list[Tensor]:
         """To the hidden states, the weight and the bias; what nobody asks for is empty."""
-        _, grad_hidden, self.grad_weight, self.grad_bias, *_ = self.outputs()
-        for x in (grad_hidden, self.grad_weight, self.grad_bias):
+        self.out = self.outputs()
+        grads = [self.out.grad_hidden, self.out.grad_weight, self.out.grad_bias]
+        for x in grads:
             x.zero_()
         by = None
         if self.narrow and self.hidden.dtype == torch.float16:  # which would round small gradients to 0
@@ -197,10 +178,9 @@ class SplitCall(Call):
             made = self.add_grads(grad, hidden, None, self.set.logit_scale, first)
             first = False
             if made is not None:
-                put_rows(grad_hidden, rows, made)
-        grads = [grad_hidden, self.grad_weight, self.grad_bias]
+                put_rows(self.out.grad_hidden, rows, made)
         if by is not None:
             for x in grads:
                 x.mul_(by)
-        self.vocabulary.summed_(grad_hidden)
+        self.vocabulary.summed_(self.out.grad_hidden)
         return grads

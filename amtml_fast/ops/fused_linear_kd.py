@@ -136,19 +136,13 @@ def fused_linear_kd_loss(
     """
     if splits(student_weight, 0) and replicated(student_hidden):
         parts = DTensors(NAME, process_group, "student_weight", student_weight)
-        student_hidden, teacher_weights, labels, teacher_index, temperature, alpha, num_items_in_batch = map(
-            parts.whole,
-            (
-                "student_hidden",
-                "teacher_weights",
-                "labels",
-                "teacher_index",
-                "temperature",
-                "alpha",
-                "num_items_in_batch",
-            ),
-            (student_hidden, teacher_weights, labels, teacher_index, temperature, alpha, num_items_in_batch),
-        )
+        student_hidden = parts.whole("student_hidden", student_hidden)
+        teacher_weights = parts.whole("teacher_weights", teacher_weights)
+        labels = parts.whole("labels", labels)
+        teacher_index = parts.whole("teacher_index", teacher_index)
+        temperature = parts.whole("temperature", temperature)
+        alpha = parts.whole("alpha", alpha)
+        num_items_in_batch = parts.whole("num_items_in_batch", num_items_in_batch)
         student_weight = parts.part("student_weight", student_weight, 0)
         student_bias = parts.part("student_bias", student_bias, 0)
         teachers, process_group = parts_of_teachers(parts, teachers), parts.group
@@ -348,7 +342,7 @@ def _backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, ...]:
-    return Call(None, *args).outputs()
+    return tuple(Call(None, *args).outputs())
 
 
 def _fake_backward(grad_loss: Tensor, *args: Any) -> tuple[Tensor, ...]:
