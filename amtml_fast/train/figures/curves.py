@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from . import drawing, numbers
 from .drawing import FAINT, INK, METHODS, OTHERS
-from .numbers import Array
+from .numbers import ONE_HOT, UNIFORM, Array
 from .tables import ORACLE
 
 Histories = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # label -> runs (one a seed) -> epochs (metrics.jsonl)
@@ -177,7 +177,7 @@ def _lines(
         color = METHODS[i % len(METHODS)]
         band: Any = {"color": color, "alpha": 0.18 if len(shown) <= CROWD else 0.09, "lw": 0}
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), **band)
-        axes.plot(epochs, mean, color=color, lw=1.8, marker="os^Dv"[i % 5], markevery=[-1], ms=4.5)
+        axes.plot(epochs, mean, color=color, lw=1.8, **drawing.end_marker(i))
         if text is not None:
             ends.append((float(epochs[-1]), float(mean[-1]), text(label, mean[-1]), color))
     drawing.epoch_axis(axes)
@@ -353,8 +353,7 @@ def _entropy_lines(axes: Axes, values: Array) -> None:
         keep = np.isfinite(run)
         if keep.any():
             epochs, color, last = np.flatnonzero(keep) + 1, METHODS[(seed + 1) % len(METHODS)], run[keep][-1]
-            style: Any = {"color": color, "lw": 1.6, "marker": "os^Dv"[seed % 5], "markevery": [-1], "ms": 4.5}
-            axes.plot(epochs, run[keep], clip_on=False, **style)
+            axes.plot(epochs, run[keep], color=color, lw=1.6, clip_on=False, **drawing.end_marker(seed))
             ends.append((float(epochs[-1]), float(last), f"run {seed + 1}: {numbers.fine(last)}", color))
     axes.set_ylim(drawing.floor(float(np.nanmin(values))), 1)
     drawing.epoch_axis(axes)
@@ -362,14 +361,14 @@ def _entropy_lines(axes: Axes, values: Array) -> None:
 
 
 def _entropy_finding(series: Mapping[str, Array]) -> str:
-    """Which of uniform, one-hot or between the last epoch shows; the bounds are the trainer's collapse warnings."""
+    """Which of uniform, one-hot or between the last epoch shows."""
     last = np.concatenate([numbers.last(values) for values in series.values()])
     low, high = numbers.fine(last.min()), numbers.fine(last.max())
     said = low if low == high else f"{low} to {high}"
-    if last.min() > 0.999:
-        return "The weights collapsed to equal: last entropy above 0.999"
-    if last.max() < 0.01:
-        return "The weights collapsed to one teacher an image: last entropy below 0.01"
+    if last.min() > UNIFORM:
+        return f"The weights collapsed to equal: last entropy above {UNIFORM}"
+    if last.max() < ONE_HOT:
+        return f"The weights collapsed to one teacher an image: last entropy below {ONE_HOT}"
     near = ", close to equal" if last.min() > 0.9 else ", close to one teacher an image" if last.max() < 0.1 else ""
     return f"The teacher weights end at entropy {said}{near}"
 
@@ -392,7 +391,7 @@ def _teacher_lines(
         mean = np.nanmean(values, axis=0)
         highest = max(highest, float(np.nanmax(values)))
         axes.fill_between(epochs, np.nanmin(values, axis=0), np.nanmax(values, axis=0), color=color, alpha=0.2, lw=0)
-        axes.plot(epochs, mean, color=color, lw=1.8, marker="os^Dv"[t % 5], markevery=[-1], ms=4.5)
+        axes.plot(epochs, mean, color=color, lw=1.8, **drawing.end_marker(t))
         text = numbers.two(mean[-1])
         if teacher_names is not None:
             text = f"{drawing.wrap(teacher_names[t] if teacher_names else f'teacher {t + 1}', 13, 2)}\n{text}"

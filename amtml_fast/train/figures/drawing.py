@@ -157,6 +157,11 @@ def starts_at(axes: Axes, unit: str) -> str:
     return f"axis starts at {start:.1f} {unit}" if start >= 1 else ""
 
 
+def end_marker(i: int) -> dict[str, Any]:
+    """How the i-th line is drawn to mark its last point."""
+    return {"marker": "os^Dv"[i % 5], "markevery": [-1], "ms": 4.5}
+
+
 def end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]], left: float = 1.07) -> None:
     """Write each (x, y, text, color) right of the axes (at their fraction `left`), moved apart where they'd overlap."""
     if not ends:

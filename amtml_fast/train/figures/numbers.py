@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# Mean normalized entropy of the teacher weights beyond which they have stopped telling examples apart.
+UNIFORM, ONE_HOT = 0.999, 0.01
 
 
 def series(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[Array, Array]:

@@ -48,7 +48,7 @@ def accuracy_table(found: Found) -> Blocks:
     split = tables.split_of(next(iter(own.values()), []))
     caption = (
         f"{split} accuracy in percent, mean ± sample standard deviation over seeds. Bold: the best of each column, and what a paired "
-        "t-test over the seeds does not tell from it (p >= 0.05); where the seeds leave nothing to test, the best alone. The "
+        f"t-test over the seeds does not tell from it (p >= {LEVEL}); where the seeds leave nothing to test, the best alone. The "
         "best single teacher is the one with the highest mean here. The oracle takes, for each image, the teacher that is most certain of the true label: a reference, no method."
     )
     return [Table(("Method", *own), lines), caption]
@@ -86,10 +86,13 @@ def gain_table(found: Found, method: str) -> Blocks:
         "Oracle over the student alone",
         f"{label} over it",
         "Share",
-        "Methods beaten (p < 0.05)",
-        "Behind (p < 0.05)",
+        f"Methods beaten (p < {LEVEL})",
+        f"Behind (p < {LEVEL})",
     )
-    caption = "Differences in points of accuracy. Each count is of single tests, the student alone among them: of twenty that compare equals, one shows p < 0.05."
+    caption = (
+        "Differences in points of accuracy. Each count is of single tests, the student alone among them: of twenty that compare "
+        f"equals, one shows p < {LEVEL}."
+    )
     return [Table(header, lines), caption]
 
 

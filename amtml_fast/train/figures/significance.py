@@ -84,7 +84,7 @@ def paired_tests(main: Row, others: Sequence[Row]) -> Blocks:
     if not lines:
         return []
     header = ("Difference", f"{main.split.capitalize()} accuracy", "95 % interval", "Paired t-test")
-    caption = "Each line is one test by itself; of twenty that compare equals, one shows p < 0.05 by chance."
+    caption = f"Each line is one test by itself; of twenty that compare equals, one shows p < {LEVEL} by chance."
     return [Table(header, lines), caption]
 
 

@@ -19,10 +19,11 @@ from ..compare import results
 from ..compare.answers import learns_weights
 from ..config.schema import ConfigError
 from ..figures import numbers, tables
+from ..figures.numbers import ONE_HOT, UNIFORM
 from ..files import write_atomic
 from ..progress import Display
 from ..run.folder import Run
-from ..run.metrics import ONE_HOT, UNIFORM, collapsed
+from ..run.metrics import collapsed
 from ..run.timing import PARTS
 from . import page_images, svg
 from .gather import Gathered, command, gather, seed, shown_config
@@ -198,7 +199,7 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], learners: set
     for name, runs in weighted.items():
         teachers = next(run.read_record()["teachers"] for run in shown[name])
         entropy = numbers.series(runs, "entropy")[1]
-        marks = [Mark(UNIFORM, "above 0.999: uniform"), Mark(ONE_HOT, "below 0.01: one teacher has all")]
+        marks = [Mark(UNIFORM, f"above {UNIFORM}: uniform"), Mark(ONE_HOT, f"below {ONE_HOT}: one teacher has all")]
         words = f"{name}: normalized entropy of the weights by epoch, at the end {numbers.last(entropy).mean():.3f}"
         charts = [
             ("Entropy", svg.lines([Line("", entropy, "c1")], words, limits=(0, 1), marks=marks, thin=True, digits=3))

@@ -11,10 +11,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.parts import truth
+from ..figures.numbers import ONE_HOT, UNIFORM
 from ..methods.base import StepLoss, heaviest
 
-# Mean normalized entropy of the teacher weights beyond which the adapter has stopped telling examples apart.
-UNIFORM, ONE_HOT = 0.999, 0.01
 EXAMPLES = "examples"
 
 
@@ -75,11 +74,11 @@ def collapsed(row: Mapping[str, Any], teachers: Sequence[str]) -> str | None:
         return None
     if entropy > UNIFORM:
         return (
-            "the teacher weights are uniform (normalized entropy above 0.999); "
+            f"the teacher weights are uniform (normalized entropy above {UNIFORM}); "
             "if that lasts, try a smaller loss.regularizer_weight or a larger loss.init_scale"
         )
     share, name = max(zip(row["weight_won"], teachers, strict=True))
     return (
-        f"one teacher has all the weight (normalized entropy below 0.01), {name} on {100 * share:.0f} % of the examples; "
+        f"one teacher has all the weight (normalized entropy below {ONE_HOT}), {name} on {100 * share:.0f} % of the examples; "
         "if that lasts, try a larger loss.regularizer_weight, a smaller loss.init_scale, or loss.adapter_label_weight=1"
     )
