@@ -20,7 +20,7 @@ from amtml_fast.ops._topk_named import (
     of_outcomes,
     to_heads,
 )
-from amtml_fast.ops._vocabulary import IGNORED, NO_SECOND, Vocabulary
+from amtml_fast.ops._vocabulary import IGNORED, NO_SECOND, Vocabulary, largest_here
 from amtml_fast.ops._vocabulary_topk import absent_classes, grads_here, joined, plain_gradient, plain_sweep
 from amtml_fast.reference import kl_rows, weighted
 from amtml_fast.terms import Divergence, KDOptions, KDStats, connected, of_counted_rows
@@ -221,8 +221,7 @@ def _stats(
     if given.vocabulary is None:
         of_student = given.student.detach().argmax(1)
     else:
-        top = given.student.detach().max(1)
-        told = given.vocabulary.gathered(torch.stack([top.values.double(), top.indices.double()], 1))
+        told = given.vocabulary.gathered(largest_here(given.student.detach()))
         of_student = given.vocabulary.first_largest(told)
     log_q = log_q[:, :entries].masked_fill(~named.heads, _EMPTY)
     log_others = rows.sums[:, 0] - log_sum.squeeze(1)  # q of all that nobody names

@@ -74,6 +74,12 @@ class Vocabulary(NamedTuple):
         return (rank * self.size + places.gather(0, rank).long()).squeeze(0)
 
 
+def largest_here(x: Tensor) -> Tensor:
+    """What each process tells for ``first_largest`` of its classes [N, C / P]: [N, 2] float64."""
+    top = x.max(1)
+    return torch.stack([top.values.double(), top.indices.double()], 1)
+
+
 def vocabulary_of(function: str, process_group: Any, size: int) -> Vocabulary | None:
     """The part of a process that holds so many classes; None where no other process holds any."""
     if process_group is None:

@@ -110,8 +110,9 @@ _ROWS = "Tensor student, Tensor[] teachers, Tensor? weights, Tensor? labels, Ten
 _DIVERGENCE = "Tensor normal, str divergence, float beta, str mode, float[] teacher_temperatures, float temperature"
 
 
-def _softmaxes(teachers: list[Tensor], mode: str, labeled: bool) -> int:
-    return 1 + labeled + len(teachers) + (mode == "logits")
+def softmaxes(teachers: int, mode: str, labeled: bool) -> int:
+    """How many a row has."""
+    return 1 + labeled + teachers + (mode == "logits")
 
 
 # [N, S, 2] float64: maximum, and sum of exponentials beside it, of these classes
@@ -121,7 +122,7 @@ def _softmaxes(teachers: list[Tensor], mode: str, labeled: bool) -> int:
     triton="divergence_part",
 )
 def _(student, teachers, weights, labels, temperatures, mode, teacher_temperatures, temperature, labeled):
-    return student.new_empty(student.shape[0], _softmaxes(teachers, mode, labeled), 2, dtype=torch.float64)
+    return student.new_empty(student.shape[0], softmaxes(len(teachers), mode, labeled), 2, dtype=torch.float64)
 
 
 # [N, K] float64, the shares of these classes; constants: with what is added to the sums of all classes once

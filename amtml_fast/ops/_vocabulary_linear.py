@@ -14,6 +14,7 @@ from amtml_fast.ops._base import first_order, needs_grad, run, save, saved
 from amtml_fast.ops._linear_checks import of_rows
 from amtml_fast.ops._linear_chunks import NAME, Call, Settings, put_rows
 from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
+from amtml_fast.ops._vocabulary_kernels import softmaxes
 from amtml_fast.ops._vocabulary_plain import Given, Rule
 from amtml_fast.ops._vocabulary_rows import Rows, finished, logit_grads, rows_of, rule_of, weight_grads
 from amtml_fast.terms import Divergence, KDOptions
@@ -138,12 +139,11 @@ class SplitCall(Call):
         n, count, rule, new = self.rows, len(self.kinds), self.rule, self.hidden.new_zeros
         together = 1 if self.index is not None else count
         columns = together if rule.mode == "sum" else 1
-        softmaxes = 1 + rule.labeled + together + (rule.mode == "logits")
         out = Rows(
             new(n, columns, dtype=self.wide),
             new(n if rule.labeled else 0, dtype=self.wide),
             new((n, 4 + count) if rule.need_stats else 0, dtype=self.wide),
-            new(n, softmaxes, 2, dtype=torch.float64),
+            new(n, softmaxes(together, rule.mode, rule.labeled), 2, dtype=torch.float64),
             new((n, columns) if rule.need_student else 0, dtype=self.wide),
             new((n, count) if rule.need_weights and rule.mode != "sum" else 0, dtype=self.wide),
         )

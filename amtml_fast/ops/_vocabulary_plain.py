@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from amtml_fast import reference
-from amtml_fast.ops._vocabulary import Vocabulary
+from amtml_fast.ops._vocabulary import Vocabulary, largest_here
 from amtml_fast.terms import Divergence
 
 
@@ -65,6 +65,8 @@ class PlainBlock:
         if weights is None:
             weights = self.z.new_full((1, count), 1 / count)
         self.w = weights.expand(rows, -1).masked_fill(hide, 0)
+        first = 1 + rule.labeled
+        self.teachers = slice(first, first + count)  # of the softmaxes
 
     def softmaxes(self) -> list[Tensor]:
         """Their logits: of the student at its temperature and, for the cross-entropy, at 1, of the teachers and of what mode
@@ -86,15 +88,12 @@ class PlainBlock:
         """The logarithms of the softmaxes over all classes."""
         normal = normal.to(self.rule.wide)
         found = [(x - normal[:, i, :1]) - normal[:, i, 1:] for i, x in enumerate(self.softmaxes())]
-        first = 1 + self.rule.labeled
-        teachers = slice(first, first + len(self.scaled))
-        found[teachers] = reference.with_weight(found[teachers], self.w)
+        found[self.teachers] = reference.with_weight(found[self.teachers], self.w)
         return found
 
     def targets(self, logs: list[Tensor], w: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """What the student is compared with: weight, probabilities and their logarithms."""
-        first, ones = 1 + self.rule.labeled, w.new_ones(len(w))
-        log_p = logs[first : first + len(self.scaled)]
+        ones, log_p = w.new_ones(len(w)), logs[self.teachers]
         if self.rule.mode == "mixture":
             return [(ones, *reference.mixed_probs(log_p, w))]
         if self.rule.mode == "logits":
@@ -129,8 +128,8 @@ class PlainBlock:
         if of_weights and rule.mode == "mixture":
             out["weights"] = made[-1]
         elif of_weights:  # beside the largest logit of each teacher, which changes nothing, the sums keep their digits
-            a, p, first = made[-1], logs[-1].detach().exp(), 1 + rule.labeled
-            tops = normal[:, first:, 0].to(rule.wide)
+            a, p = made[-1], logs[-1].detach().exp()
+            tops = normal[:, self.teachers, 0].to(rule.wide)
             tops = tops.masked_fill(~tops.isfinite(), 0)
             given = [x.masked_fill(x == -torch.inf, 0) for x in self.scaled]
             given = [x.masked_fill((self.w[:, t, None] == 0) & ~x.isfinite(), 0) for t, x in enumerate(given)]
@@ -145,8 +144,8 @@ class PlainBlock:
         return out
 
     def add_stats(self, out: dict[str, Tensor], logs: list[Tensor]) -> None:
-        first, log_q = 1 + self.rule.labeled, logs[0]
-        q, log_p = log_q.exp(), logs[first : first + len(self.scaled)]
+        log_q, log_p = logs[0], logs[self.teachers]
+        q = log_q.exp()
         if self.rule.mode == "logits":
             p, log = logs[-1].exp(), logs[-1]
         else:
@@ -154,8 +153,7 @@ class PlainBlock:
         out["entropies"] = torch.stack([reference.entropy_rows(q, log_q), reference.entropy_rows(p, log)], 1)
         out["kls"] = torch.stack([reference.kl_rows(x.exp(), x, log_q) for x in log_p], 1)
         for name, x in (("q_top", q), ("p_top", p)):
-            top = x.max(1)
-            out[name] = torch.stack([top.values.double(), top.indices.double()], 1)
+            out[name] = largest_here(x)
 
     def gradient(self, normal: Tensor, totals: Tensor, of_each: Tensor, of_ce: Tensor) -> Tensor:
         """To the logits, from the gradients to ``each`` and ``ce``."""
@@ -170,7 +168,7 @@ class PlainBlock:
             out.add_(made)
         out = out.sub_(q * (of_each * totals).sum(1, keepdim=True)).div_(self.tau)
         if rule.divergence.name == "reverse_kl":  # a class that no target has makes it infinite, and gets no gradient
-            out.masked_fill_(reference.lost_classes([(w, p, log) for w, p, log in targets], self.z), 0)
+            out.masked_fill_(reference.lost_classes(targets, self.z), 0)
         if rule.labeled:
             add_ce_gradient(self.given, logs[1], of_ce, out)
         return out.masked_fill_(self.hide | (self.z == -torch.inf), 0)
