@@ -31,5 +31,8 @@ SUM = replace(
 )
 
 
+OKD = "okd"  # stands for one method a teacher, okd-<teacher>
+
+
 def of_one_teacher(teacher: str) -> Method:
-    return replace(METHOD, base=METHOD.name, name=f"okd-{teacher}", label=f"OKD from {teacher}", teacher=teacher)
+    return replace(METHOD, base=METHOD.name, name=f"{OKD}-{teacher}", label=f"OKD from {teacher}", teacher=teacher)

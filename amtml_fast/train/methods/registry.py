@@ -12,6 +12,7 @@ from typing import Any
 from ..config.schema import Config, ConfigError, LossConfig, VariantConfig
 from ..names import nearest
 from . import aekd, amtml_kd, at, avg_mkd, ca_mkd, dml, eb_kd, fitnet, gated_kd, mmkd, mtkd_rl, oracle, rkd, student
+from .avg_mkd import OKD
 from .base import Method
 
 METHODS: dict[str, Method] = {
@@ -38,7 +39,6 @@ METHODS: dict[str, Method] = {
     )
 }
 NAMES = tuple(key.name for key in fields(LossConfig))
-OKD = "okd"  # stands for one method a teacher, okd-<teacher>
 
 
 def known(config: Config) -> dict[str, Method]:

@@ -148,16 +148,11 @@ def teacher_job(config: Config, teacher: TeacherConfig) -> Job:
 
 
 def student_job(
-    config: Config,
-    method: str | Method,
-    seed: int,
-    *,
-    student: StudentConfig | None = None,
-    teachers: int | None = None,
+    config: Config, method: str, seed: int, *, student: StudentConfig | None = None, teachers: int | None = None
 ) -> Job:
     """Training a student by a method, from the first `teachers` teachers (None: all of them)."""
     student = student or config.student
-    chosen = one_method(config, method) if isinstance(method, str) else method
+    chosen = one_method(config, method)
     return job_of(config, applied(config, chosen, student), chosen, seed, student, teachers)
 
 
