@@ -44,7 +44,7 @@ def plain_bucket(
 ) -> tuple[Tensor, Any]:
     """The loss with the tail "bucket", and the statistics. ``kept``: the entries that are not of the bucket; None: all."""
     sizes, tau = given.sizes, given.options.temperature
-    valid, log_p, rough = _counted(given)
+    valid, log_p, fixed = _counted(given)
     p = log_p.exp()
     named = named_entries(given.indices, kept, p, sizes, valid)
     rows = _sweep(chosen, given, named, need_stats)
@@ -57,8 +57,8 @@ def plain_bucket(
 
     x, outside = rows.z / tau, rows.sums[:, :1]
     if divergence.name == "reverse_kl":  # an outcome that a teacher has not makes it infinite, and gets no gradient
-        gone = (rest == 0) & (rough != 0)
-        lost = lost_entries(named, gone, (rough != 0), sizes)
+        gone = (rest == 0) & (fixed != 0)
+        lost = lost_entries(named, gone, fixed != 0, sizes)
         x = torch.where(lost, x.detach(), x)
         outside = torch.where(gone.any(1, keepdim=True), outside.detach(), outside)
     log_sum, log_q = _log_q(x, outside, named)
@@ -67,18 +67,18 @@ def plain_bucket(
     log_q = torch.cat([log_q, *_log_rests(x, outside, log_sum, named)], 1)
     # Every outcome as a row of its own, then added up by teacher.
     each = reference.divergence_rows(divergence, *(y.unsqueeze(2) for y in (outcomes, log_p, log_q.exp(), log_q)))
-    distance = weighted(_weights(rows, rough, valid), of_outcomes(each, sizes)).sum(1)
+    distance = weighted(_weights(rows, fixed, valid), of_outcomes(each, sizes)).sum(1)
     loss = _reduced(distance, given, rows, named, valid)
     if not need_stats:
         return loss, None
     with torch.no_grad():
-        target = at_heads(named, sizes, rough, torch.zeros_like(rough))
-        mixed_rest = weighted(rough, rest).sum(1, keepdim=True)
+        target = at_heads(named, sizes, fixed, torch.zeros_like(fixed))
+        mixed_rest = weighted(fixed, rest).sum(1, keepdim=True)
         entropy = _entropy(torch.cat([target.masked_fill(~named.heads, 0), mixed_rest], 1))
         kls = of_outcomes(kl_rows(*(y.unsqueeze(2) for y in (outcomes, log_p, log_q))), sizes)
         stats = _stats(
             given, rows, named, log_sum, log_q, target, torch.zeros_like(mixed_rest), entropy, kls, by_teacher(named.p, sizes),
-            rough, valid,
+            fixed, valid,
         )  # fmt: skip
     return loss, stats
 
@@ -86,7 +86,7 @@ def plain_bucket(
 def plain_tail(chosen: str, given: TopkInputs, *, need_stats: bool) -> tuple[Any, Any]:
     """The loss with another tail, which is made in a split vocabulary only, and the statistics."""
     sizes, tau, classes, tail = given.sizes, given.options.temperature, given.classes, given.options.mode
-    valid, log_p, rough = _counted(given)
+    valid, log_p, fixed = _counted(given)
     p = log_p.exp()
     mass = by_teacher(p, sizes)
     if tail == "renormalize":
@@ -102,7 +102,7 @@ def plain_tail(chosen: str, given: TopkInputs, *, need_stats: bool) -> tuple[Any
     others = classes - named.heads.sum(1)  # that nobody names
     loss = None
     if given.vocabulary is not None:
-        w = _weights(rows, rough, valid)
+        w = _weights(rows, fixed, valid)
         target = at_heads(named, sizes, w, share).masked_fill(~named.heads, 0)
         kl = reference.kl_of_probs(target, log_q)
         if tail == "uniform":
@@ -120,11 +120,11 @@ def plain_tail(chosen: str, given: TopkInputs, *, need_stats: bool) -> tuple[Any
                 outside = log_q.masked_fill(~named.heads | named.named[t], 0).sum(1) + below
                 kl = kl + _even_kl(share[:, t], unnamed[:, t], outside)
             kls.append(kl)
-        target = at_heads(named, sizes, rough, share)
-        outside = weighted(rough, share).sum(1, keepdim=True)
+        target = at_heads(named, sizes, fixed, share)
+        outside = weighted(fixed, share).sum(1, keepdim=True)
         entropy = _entropy(target.masked_fill(~named.heads, 0)) + others * _entropy(outside)
         stats = _stats(
-            given, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, rough, valid
+            given, rows, named, log_sum, log_q, target, outside, entropy, torch.stack(kls, 1), mass, fixed, valid
         )
     return loss, stats
 
@@ -142,9 +142,9 @@ def _counted(given: TopkInputs) -> tuple[Tensor, Tensor, Tensor]:
     return valid, log_p.masked_fill(of_entries, _EMPTY), w
 
 
-def _weights(rows: _Rows, rough: Tensor, valid: Tensor) -> Tensor:
-    """[N, T], those that have a gradient."""
-    return rough if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
+def _weights(rows: _Rows, fixed: Tensor, valid: Tensor) -> Tensor:
+    """[N, T] with their gradient; ``fixed`` where none were given."""
+    return fixed if rows.weights is None else rows.weights.double().masked_fill(~valid.unsqueeze(1), 0)
 
 
 def _reduced(distance: Tensor, given: TopkInputs, rows: _Rows, named: Named, valid: Tensor) -> Tensor:

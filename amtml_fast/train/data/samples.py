@@ -16,12 +16,8 @@ MOST_CHANNELS = 4  # an axis is taken for that of the channels by mistake where 
 
 
 def read_dataset(dataset: Any, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """A Dataset of (image, label) pairs as images [N, C, H, W] uint8 and labels [N] int64.
-
-    An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of the same shape in [0, 1], a PIL image (gray ones
-    have one channel, all others three), or what numpy can read as a uint8 array [H, W, C] or [H, W]. A label is a whole
-    number of whatever type. `what` opens the error message ("train").
-    """
+    """A Dataset of (image, label) pairs as images [N, C, H, W] uint8 and labels [N] int64; `images.from_datasets` says what a pair
+    may be. `what` opens the error message ("train")."""
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"{what} must be a Dataset with a length and an index (no stream), got {type(dataset).__name__}"
