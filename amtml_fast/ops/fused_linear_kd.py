@@ -178,14 +178,12 @@ def fused_linear_kd_loss(
     more = more.in_dtype(wide)
     numbers = divergence_numbers(temperature, alpha, mode, reduction, t2_scale, ignore_index, label_smoothing)
     row_kernel, at_once = _row_kernel(kinds, numbers, more, index, return_stats), 1 if index is not None else len(kinds)
-    given = (
-        [x.shape[-1] for x in flat if not x.is_floating_point()]
-        if row_kernel == "topk_kd" and vocabulary is None
-        else [0]
-    )
+    ks = [0]  # of teachers whose entries a row kernel takes
+    if row_kernel == "topk_kd" and vocabulary is None:
+        ks = [x.shape[-1] for x in flat if not x.is_floating_point()]
     chosen = backend.choose(
         "fused_linear_kd", student_hidden, student_weight, student_bias, weights, more.alpha, *flat,
-        teachers=at_once, entries=max(given) if at_once == 1 else sum(given),
+        teachers=at_once, entries=max(ks) if at_once == 1 else sum(ks),
     )  # fmt: skip
     if chosen == "reference" and vocabulary is None:
         return reference.fused_linear_kd_loss(
@@ -222,12 +220,10 @@ def fused_linear_kd_loss(
     loss = _kd.per_item(loss, like, labels, reduction, ignore_index, num_items_in_batch)
     if stats is None:
         return loss
-    routed = (
-        None
-        if index is None
-        else index.unsqueeze(1) == torch.arange(len(kinds), dtype=index.dtype, device=index.device)
-    )
-    weights = weights if routed is None else routed.to(wide)
+    routed = None
+    if index is not None:
+        routed = index.unsqueeze(1) == torch.arange(len(kinds), dtype=index.dtype, device=index.device)
+        weights = routed.to(wide)
     return loss, shaped_stats(reference.linear_stats(stats, teachers, weights, routed), leading)
 
 
