@@ -27,7 +27,7 @@ from amtml_fast.dropin_liger import *  # noqa: F403
 from amtml_fast.functional import angle_loss, hint_loss, multi_teacher_kd_loss, rkd_distance_loss, teacher_weights
 from amtml_fast.losses import parameter
 from amtml_fast.ops.hint import hint_mse
-from amtml_fast.terms import times, wide_dtype, without_autocast
+from amtml_fast.terms import times, wide_dtype
 
 __all__ = [
     "Adapter",
@@ -286,8 +286,7 @@ class FitNet(nn.Module):
                 f"FitNet: teacher must have the height and width of student {list(student.shape)} or 1 x 1, "
                 f"got {list(teacher.shape)}"
             )
-        with without_autocast(student):  # which would narrow a wide convolution
-            return hint_loss(student, teacher, self.transform.weight.flatten(1), normalize=True)
+        return hint_loss(student, teacher, self.transform.weight.flatten(1), normalize=True)
 
 
 class Adapter(nn.Module):

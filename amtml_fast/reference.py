@@ -706,9 +706,10 @@ def hint_pool(feature_map: Tensor, height: int, width: int, normalize: bool) -> 
 
 
 def hint_conv(pooled: Tensor, weight: Tensor) -> Tensor:
-    """``F_t``: torch's own 1x1 convolution, in at least float32 (which autocast may narrow)."""
+    """``F_t``: torch's own 1x1 convolution, in at least float32."""
     dtype = wide_dtype(pooled, weight)
-    return F.conv2d(pooled.to(dtype), weight.to(dtype)[:, :, None, None])
+    with without_autocast(pooled):  # autocast would run it in 16 bits
+        return F.conv2d(pooled.to(dtype), weight.to(dtype)[:, :, None, None])
 
 
 def hint_mse(prediction: Tensor, target: Tensor) -> Tensor:

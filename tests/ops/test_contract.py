@@ -273,6 +273,18 @@ def test_mixed_dtypes_and_autocast(on):
     assert relative_error(angle, exact) <= 1e-6
 
 
+@pytest.mark.parametrize("channels", [3, 384])  # the CPU's own kernel, and torch's convolution
+def test_autocast_does_not_narrow_a_hint(channels, on):
+    maps = [torch.randn(2, channels, 2, 3, requires_grad=True) for _ in range(2)]
+    given = *maps, (torch.randn(channels, channels) * channels**-0.5).requires_grad_()
+    exact = tuple(x.detach().double().requires_grad_() for x in given)
+    want, want_grads = value_and_grads(af.reference.hint_loss, exact)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got, grads = value_and_grads(af.hint_loss, given)
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loss_inside_a_checkpoint(dtype, fused):
     """A checkpoint gives each saved tensor only once."""
