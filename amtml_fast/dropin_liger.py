@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from amtml_fast import checks
 from amtml_fast.dropin_language import counted, divergence_at
 from amtml_fast.functional import fused_linear_kd_loss
-from amtml_fast.terms import LinearTeacher, times
+from amtml_fast.terms import LinearTeacher, connected, times
 
 __all__ = ["LigerFusedLinearJSD", "LigerFusedLinearJSDLoss"]
 
 
 def _frozen(*tensors: Any) -> LinearTeacher:
     return LinearTeacher(*(x.detach() if isinstance(x, Tensor) else x for x in tensors))
+
+
+def _weighed(loss: Tensor, weight: float) -> Tensor:
+    """A loss of weight 0 is 0, infinite or not, and its gradients are."""
+    return times(loss, weight) if weight != 0 else connected(loss.new_zeros(()), loss)
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -48,14 +53,12 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ):
         super().__init__()
-        name = type(self).__name__
-        checks.number(name, "weight_hard_loss", weight_hard_loss, *checks.NOT_NEGATIVE)
-        checks.number(name, "weight_soft_loss", weight_soft_loss, *checks.NOT_NEGATIVE)
-        checks.number(name, "beta", beta, 0, 1)
-        checks.number(name, "temperature", temperature, *checks.POSITIVE)
+        checks.number(type(self).__name__, "beta", beta, 0, 1)
+        checks.number(type(self).__name__, "temperature", temperature, *checks.POSITIVE)
         self.weight_hard_loss, self.weight_soft_loss, self.beta = weight_hard_loss, weight_soft_loss, beta
         self.ignore_index, self.temperature, self.compiled = ignore_index, temperature, compiled
         self.chunk_size, self.return_soft_hard_loss = chunk_size, return_soft_hard_loss
+        self._check_weights()
 
     def forward(
         self,
@@ -68,8 +71,12 @@ class LigerFusedLinearJSDLoss(nn.Module):
         teacher_bias: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Inputs [tokens, H] and [tokens, H_t], weights [C, H] and [C, H_t], biases [C], labels [tokens]."""
+        name = type(self).__name__
+        if not isinstance(true_labels, Tensor):  # without labels there would be no cross-entropy
+            raise TypeError(f"{name}: true_labels must be a tensor, got {type(true_labels).__name__}")
+        self._check_weights()  # they may have been set since
         teacher = _frozen(teacher_input, teacher_weight, teacher_bias)
-        divergence, beta = divergence_at(type(self).__name__, self.beta)
+        divergence, beta = divergence_at(name, self.beta)
 
         def share(alpha: float) -> Tensor:
             return fused_linear_kd_loss(
@@ -81,9 +88,13 @@ class LigerFusedLinearJSDLoss(nn.Module):
         hard_weight, soft_weight = self.weight_hard_loss, self.weight_soft_loss
         if self.return_soft_hard_loss:
             soft, hard = share(1.0), share(0.0)
-            return times(hard, hard_weight) + times(soft, soft_weight), soft, hard
+            return _weighed(hard, hard_weight) + _weighed(soft, soft_weight), soft, hard
         total = hard_weight + soft_weight
-        return times(share(soft_weight / total if total else 0.0), total)
+        return _weighed(share(soft_weight / total if total else 0.0), total)
+
+    def _check_weights(self) -> None:
+        for name in ("weight_hard_loss", "weight_soft_loss"):
+            checks.number(type(self).__name__, name, getattr(self, name), *checks.NOT_NEGATIVE)
 
 
 class LigerFusedLinearJSD(nn.Module):

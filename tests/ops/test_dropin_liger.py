@@ -58,6 +58,22 @@ def test_the_chunked_loss_is_theirs(beta, weights):
         assert_same(got, of, x)
 
 
+@pytest.mark.parametrize("parts", [False, True])
+def test_an_infinite_part_without_weight_counts_nothing(parts):
+    x, labels = example()
+    with torch.no_grad():
+        x["b"][labels[1]] = x["teacher_b"][labels[1]] = -torch.inf  # a label that neither side has
+    given = x["h"], x["w"], x["teacher_h"], x["teacher_w"], labels, x["b"], x["teacher_b"]
+    want = dropin.LigerFusedLinearJSDLoss(0, 1)(*given)
+    assert want.isfinite()
+    for weights, wanted in (((0, 1), want), ((0, 0), 0 * want)):
+        loss = dropin.LigerFusedLinearJSDLoss(*weights, return_soft_hard_loss=parts)(*given)
+        if parts:
+            loss, soft, hard = loss
+            assert soft == want and hard == torch.inf
+        assert_same(loss, wanted, x)
+
+
 @pytest.mark.parametrize("beta", [0, 0.3, 1])
 def test_the_other_loss_is_theirs(beta):
     x, labels = example()
@@ -99,6 +115,15 @@ def test_settings_that_do_not_fit_are_named(make, wanted):
         make()
 
 
+@pytest.mark.parametrize("attribute", ["weight_hard_loss", "weight_soft_loss"])
+def test_weights_changed_later_are_checked_too(attribute):
+    x, labels = example()
+    loss = dropin.LigerFusedLinearJSDLoss(1.0, 1.0)
+    setattr(loss, attribute, -1.0)  # the two add up to 0, which stood for no loss at all
+    with pytest.raises(ValueError, match=f"LigerFusedLinearJSDLoss: {attribute} must be .*, got -1.0"):
+        loss(x["h"], x["w"], x["teacher_h"], x["teacher_w"], labels)
+
+
 def test_inputs_that_do_not_fit_are_named():
     x, labels = example()
     given = x["h"], x["w"], x["teacher_h"], x["teacher_w"]
@@ -108,3 +133,5 @@ def test_inputs_that_do_not_fit_are_named():
         dropin.LigerFusedLinearJSDLoss()(x["h"], x["w"][1:], *given[2:], labels)
     with pytest.raises(TypeError, match=r"teachers\[0\].hidden must be a tensor, got NoneType"):
         dropin.LigerFusedLinearJSDLoss()(x["h"], x["w"], None, x["teacher_w"], labels)
+    with pytest.raises(TypeError, match="LigerFusedLinearJSDLoss: true_labels must be a tensor, got NoneType"):
+        dropin.LigerFusedLinearJSDLoss()(*given, None)
