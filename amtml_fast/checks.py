@@ -16,6 +16,14 @@ def shape(t: Tensor) -> list[int]:
     return list(t.shape)
 
 
+def is_any(size: torch.Size, allowed: Sequence[Sequence[int]]) -> bool:
+    """``size in allowed``, one by one: in compiled code ``in`` takes a number that is symbolic for another than its equal."""
+    for wanted in allowed:
+        if size == torch.Size(wanted):
+            return True
+    return False
+
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = (torch.strided, torch.jagged)
 

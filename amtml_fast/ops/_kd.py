@@ -98,8 +98,8 @@ def check_rows(
         allowed = [(num_teachers,), (rows, num_teachers)]
         if len(wanted_shape) == 3:
             allowed.append((*wanted_shape[:2], num_teachers))
-        if teacher_weights.shape not in allowed:
-            wanted = f"{' or '.join(str(list(w)) for w in allowed)} for {num_teachers} teachers"
+        if not checks.is_any(teacher_weights.shape, allowed):
+            wanted = f"{' or '.join(f'{list(w)}' for w in allowed)} for {num_teachers} teachers"
             raise ValueError(f"{function}: teacher_weights must be {wanted}, got {checks.shape(teacher_weights)}")
         checks.same_device(function, "teacher_weights", teacher_weights, student_name, student_logits)
     if labels is not None:

@@ -133,8 +133,9 @@ def _check_of_rows(name: str, value: Tensor, leading: torch.Size, last: str, hid
 
 
 def _check_leading(name: str, value: Tensor, leading: torch.Size, last: str) -> None:
-    if value.dim() < 2 or value.shape[:-1] not in (leading, (math.prod(leading),)) or value.shape[-1] < 1:
-        wanted = ", ".join(map(str, leading))
+    fits = value.dim() >= 2 and checks.is_any(value.shape[:-1], (leading, (math.prod(leading),)))
+    if not fits or value.shape[-1] < 1:
+        wanted = ", ".join(f"{n}" for n in leading)
         raise ValueError(f"{NAME}: {name} must be [{wanted}, {last}] like student_hidden, got {checks.shape(value)}")
 
 
@@ -145,7 +146,7 @@ def check_index(index: Tensor | None, weights: Tensor | None, like: Tensor) -> N
         raise ValueError(f"{NAME}: teacher_weights must be None with teacher_index, got {checks.shape(weights)}")
     checks.integers(NAME, "teacher_index", index)
     leading = like.shape[:-1]
-    if index.shape not in (leading, (math.prod(leading),)):
+    if not checks.is_any(index.shape, (leading, (math.prod(leading),))):
         wanted = f"{list(leading)} like student_hidden"
         raise ValueError(f"{NAME}: teacher_index must be {wanted}, got {checks.shape(index)}")
     checks.same_device(NAME, "teacher_index", index, "student_hidden", like)

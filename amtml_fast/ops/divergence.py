@@ -87,7 +87,7 @@ def row_numbers(
     for name, value in (("temperature", temperature), ("alpha", alpha)):
         if isinstance(value, Tensor):
             checks.tensor(function, name, value)
-            if value.shape not in ((), leading, (rows,)):
+            if not checks.is_any(value.shape, ((), leading, (rows,))):
                 raise ValueError(f"{function}: {name} must be a number or {list(leading)}, got {checks.shape(value)}")
             checks.same_device(function, name, value, student_name, student)
             value = value.expand(rows) if value.dim() == 0 else value

@@ -209,7 +209,7 @@ def _check_arguments(
         name, of_probs = f"teacher_indices[{t}]", f"teacher_log_probs[{t}]"
         checks.integers(function, name, index)
         if list(index.shape[:-1]) != leading or not 1 <= index.shape[-1] <= classes:
-            wanted = ", ".join(map(str, leading))
+            wanted = ", ".join(f"{n}" for n in leading)
             raise ValueError(
                 f"{function}: {name} must be [{wanted}, k] with 1 <= k <= {classes}, got {checks.shape(index)}"
             )

@@ -273,6 +273,30 @@ def test_mixed_dtypes_and_autocast(on):
     assert relative_error(angle, exact) <= 1e-6
 
 
+def _of_symbolic_rows():
+    """Losses, each with which of its inputs have a number of rows that compiled code knows only as a symbol."""
+    n, c, d = 8, 6, 5
+    z, t, h, w = (torch.randn(size) for size in ((n, c), (n, c), (n, d), (c, d)))
+    weights, temperature = torch.rand(n, 1), torch.rand(n) + 1
+    top, index = t.log_softmax(1).topk(2), torch.zeros(n, dtype=torch.long)
+    teachers = {"linear": af.LinearTeacher(h, w), "logits": t, "topk": af.TopKTeacher(top.indices, top.values)}
+    for kind, teacher in teachers.items():
+        yield kind, lambda h, teacher=teacher: af.fused_linear_kd_loss(h, w, [teacher]), (h.clone(),)
+    yield "index", lambda h, t: af.fused_linear_kd_loss(h, w, [t], teacher_index=index), (h, t)
+    yield "temperature", lambda z, t: af.multi_teacher_kd_loss(z, [t], None, temperature=temperature), (z, t)
+    yield "weights", lambda z, t: af.multi_teacher_kd_loss(z, [t], weights), (z, t)
+
+
+@pytest.mark.parametrize("name", ["linear", "logits", "topk", "index", "temperature", "weights"])
+def test_compiled_code_takes_equal_sizes_of_which_one_is_symbolic(name):
+    loss, given = {name: case for name, *case in _of_symbolic_rows()}[name]
+    want = loss(*given)
+    torch._dynamo.reset()
+    for x in given:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="eager")(*given), want)
+
+
 @pytest.mark.parametrize("channels", [3, 384])  # the CPU's own kernel, and torch's convolution
 def test_autocast_does_not_narrow_a_hint(channels, on):
     maps = [torch.randn(2, channels, 2, 3, requires_grad=True) for _ in range(2)]
