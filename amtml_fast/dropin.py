@@ -329,12 +329,17 @@ class Adapter(nn.Module):
         Three of their notebooks call ``eval()`` before stage one, so that theta and W are never regularized: LR_adaptive_KD,
         LR_adaptive_Hint and adaptive_FitNet_teacher-level.
         """
-        y, targets = self._logits_and_targets(y, weighted_logits)
+        y, targets = self._logits_and_targets(y, labels, weighted_logits)
         return self._regularized(_kd_of_mixture((y / T).log_softmax(1), y, labels, targets, T, alpha))
 
-    def _logits_and_targets(self, y: Tensor, weighted_logits: Tensor) -> tuple[Tensor, Tensor]:
+    def _logits_and_targets(self, y: Tensor, labels: Tensor, weighted_logits: Tensor) -> tuple[Tensor, Tensor]:
         name = f"{type(self).__name__}.loss"
         _two_dimensional(name, "y", y)
+        if not isinstance(labels, Tensor) or labels.is_floating_point():  # of probabilities the mean would be another
+            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"{name}: labels must be integer classes, got {got}")
+        if labels.shape != y.shape[:1]:
+            raise ValueError(f"{name}: labels must be {[len(y)]} like y, got {checks.shape(labels)}")
         targets = _spread(name, "weighted_logits", weighted_logits, y.shape)
         y = y.to(wide_dtype(y, targets))
         return y.masked_fill(y == -math.inf, -math.inf), targets.to(y.dtype)  # no gradient flows into a masked class
@@ -357,6 +362,7 @@ def _kd_of_mixture(log_q: Tensor, logits: Tensor, labels: Tensor, targets: Tenso
         kl = (targets * (targets.masked_fill(empty, 1).log() - log_q.masked_fill(empty, 0))).sum()
         value = value + kl * (2.0 * alpha * T * T / max(log_q.numel(), 1))
     if alpha != 1:
+        labels = labels.long()  # which is what torch's cross-entropy takes
         used = (labels != -100).sum().clamp(min=1)
         value = value + F.cross_entropy(logits, labels, reduction="sum") / used * (1.0 - alpha)
     return value
@@ -385,7 +391,7 @@ class LearningAdapter(Adapter):
         Both take log_softmax(y / T) for the student and the probabilities ``weighted_logits``, as a constant, for the
         teacher. Coordinates of masked classes are 0 there.
         """
-        y, targets = self._logits_and_targets(y, weighted_logits)
+        y, targets = self._logits_and_targets(y, labels, weighted_logits)
         log_q = (y / T).log_softmax(1)
         rows = log_q.masked_fill(y == -math.inf, 0)
         relations = angle_loss(rows, targets.detach()) + rkd_distance_loss(rows, targets.detach(), eps=1e-6)

@@ -326,6 +326,18 @@ def test_the_adapters_loss_broadcasts_one_soft_target():
     torch.testing.assert_close(ours.loss(S, labels, SOFT[0, 0]), ours.loss(S, labels, SOFT[0, 0].expand(N, C)))
 
 
+@pytest.mark.parametrize("kind", [dropin.Adapter, dropin.MixtureAdapter, dropin.LearningAdapter])
+def test_the_adapters_loss_takes_integer_labels_alone(kind):
+    ours, labels, soft = kind([None], MAP_S.shape).eval(), torch.arange(N) % C, SOFT[:, 0]
+    want = ours.loss(S, labels, soft)
+    for dtype in (torch.uint8, torch.int32):
+        assert ours.loss(S, labels.to(dtype), soft) == want
+    with pytest.raises(TypeError, match=f"{kind.__name__}.loss: labels must be integer classes, got torch.float32"):
+        ours.loss(S, F.one_hot(labels, C).float(), soft)  # their mean was over N * C
+    with pytest.raises(ValueError, match=rf"{kind.__name__}.loss: labels must be \[{N}\] like y, got \[{N - 1}\]"):
+        ours.loss(S, labels[1:], soft)
+
+
 def test_teachers_that_require_grad_are_refused_or_constant():
     teacher = T.clone().requires_grad_()
     for loss in (dropin.DistillKL(4), lambda s, t: dropin.kd_loss(s, t, 4), lambda s, t: dropin.kd_loss(s, t, 4, True)):
