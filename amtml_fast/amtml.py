@@ -19,6 +19,9 @@ from amtml_fast.ops.teacher_weights import check_adapter
 from amtml_fast.terms import KDOptions, connected, over_items, times
 
 
+REDUCTIONS_OF_ALL = [r for r in REDUCTIONS if r != "none"]  # the terms beside kd have no value of a row
+
+
 class AMTMLOutput(NamedTuple):
     """All but ``loss`` are detached; ce, kl (temperature**2 KL), angle, hint and regularizer are unweighted."""
 
@@ -79,31 +82,23 @@ class AMTMLLoss(nn.Module):
             raise TypeError(f"{name}: adapter must be a torch.nn.Module, got {type(adapter).__name__}")
         if hints is not None and not isinstance(hints, nn.Module):
             raise TypeError(f"{name}: hints must be a torch.nn.Module or None, got {type(hints).__name__}")
-        checks.one_of(name, "reduction", reduction, [r for r in REDUCTIONS if r != "none"])
         checks.one_of(name, "mode", mode, MODES)
         checks.number(name, "temperature", temperature, *checks.POSITIVE)
         checks.number(name, "alpha", alpha, 0, 1)
         checks.number(name, "delta", delta, *checks.POSITIVE)
         checks.number(name, "label_smoothing", label_smoothing, 0, 1)
-        for argument, weight in (
-            ("angle_weight", angle_weight),
-            ("hint_weight", hint_weight),
-            ("regularizer_weight", regularizer_weight),
-        ):
-            checks.number(name, argument, weight, *checks.NOT_NEGATIVE)
         if regularizer_weight != 0 and not callable(getattr(adapter, "regularizer", None)):
             raise TypeError(
                 f"{name}: adapter must have a regularizer() where regularizer_weight is not 0, "
                 f"got {type(adapter).__name__} and {regularizer_weight}"
             )
-        if gather_angle not in (False, True, "even"):
-            raise ValueError(f"{name}: gather_angle must be False, True or 'even', got {gather_angle!r}")
         self.adapter: Any = adapter
         self.hints: Any = hints
         self.temperature, self.alpha, self.mode, self.reduction = temperature, alpha, mode, reduction
         self.angle_weight, self.hint_weight, self.regularizer_weight = angle_weight, hint_weight, regularizer_weight
         self.delta, self.angle_trains_weights, self.gather_angle = delta, angle_trains_weights, gather_angle
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self._check_settings()
 
     def forward(
         self,
@@ -128,6 +123,7 @@ class AMTMLLoss(nn.Module):
                 f"got hints={'none' if self.hints is None else 'given'}, student_maps={'given' if given[0] else None}, "
                 f"teacher_maps={'given' if given[1] else None}"
             )
+        self._check_settings()  # they may have been set since
         gather = (
             bool(self.gather_angle)
             and self.angle_weight != 0
@@ -161,6 +157,16 @@ class AMTMLLoss(nn.Module):
         else:  # not 0 * infinity
             loss = connected(loss, *self.hints.parameters())
         return AMTMLOutput(loss, kd, ce, kl, angle, hint.detach(), regularizer, weights)
+
+    def _check_settings(self) -> None:
+        """Of those that no operator checks."""
+        name = "AMTMLLoss"
+        checks.one_of(name, "reduction", self.reduction, REDUCTIONS_OF_ALL)
+        checks.number(name, "angle_weight", self.angle_weight, *checks.NOT_NEGATIVE)
+        checks.number(name, "hint_weight", self.hint_weight, *checks.NOT_NEGATIVE)
+        checks.number(name, "regularizer_weight", self.regularizer_weight, *checks.NOT_NEGATIVE)
+        if self.gather_angle not in (False, True, "even"):
+            raise ValueError(f"{name}: gather_angle must be False, True or 'even', got {self.gather_angle!r}")
 
     def _sources(self, features: Any, student: Tensor, labels: Tensor | None, teachers: int) -> tuple[Any, ...]:
         """What ``whole_loss`` makes the weights of: features, theta and v, or the weights of an adapter that has to be called."""

@@ -375,7 +375,21 @@ def test_an_adapter_may_weigh_tokens_and_is_checked():
         loss(**flat)
 
 
-@pytest.mark.parametrize(("attribute", "value"), [("temperature", 0.0), ("alpha", 2.0), ("delta", -1.0), ("mode", "x")])
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("temperature", 0.0),
+        ("alpha", 2.0),
+        ("delta", -1.0),
+        ("mode", "x"),
+        ("reduction", "none"),
+        ("reduction", "x"),
+        ("angle_weight", -1.0),
+        ("hint_weight", -1.0),
+        ("regularizer_weight", float("nan")),
+        ("gather_angle", "x"),
+    ],
+)
 def test_settings_changed_later_are_checked_too(attribute, value):
     loss = af.AMTMLLoss(af.TeacherAdapter(D, T))
     setattr(loss, attribute, value)
