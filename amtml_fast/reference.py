@@ -639,7 +639,7 @@ def angle(
     dtype = wide_dtype(student, teacher)
     with without_autocast(student):  # autocast would run the inner products in 16 bits
         cosines = [_cosines(x.to(dtype), row_mask, eps) for x in (student, teacher)]
-    per_vertex = F.huber_loss(cosines[0], cosines[1], delta=delta, reduction="none").sum((1, 2))  # [N]
+    per_vertex = _huber(cosines[0] - cosines[1], delta).sum((1, 2))  # [N]
     n = student.shape[0] if row_mask is None else row_mask.sum()
     if reduction == "none":
         return per_vertex / _at_least_one(n**2)
@@ -665,6 +665,12 @@ def _cosines(x: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
     return torch.bmm(edge, edge.transpose(1, 2))
 
 
+def _huber(difference: Tensor, delta: float) -> Tensor:
+    """Of each element. (The gradient of torch's own has no derivative in forward mode.)"""
+    clamped = difference.clamp(-delta, delta)
+    return clamped * (difference - 0.5 * clamped)
+
+
 def _at_least_one(count: int | Tensor) -> int | Tensor:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
 
@@ -675,7 +681,7 @@ def rkd_distance_loss(
     """RKD's distance loss: distances over their mean, compared pair by pair. student, teacher [N, C] -> scalar."""
     dtype = wide_dtype(student, teacher)
     psi = [_normalized_distances(x.to(dtype), eps) for x in (student, teacher)]
-    total = F.huber_loss(psi[0], psi[1], delta=delta, reduction="sum")
+    total = _huber(psi[0] - psi[1], delta).sum()
     n = student.shape[0]
     return total / {"mean": max(n**2, 1), "distinct": max(n * (n - 1), 1), "sum": 1}[reduction]
 

@@ -91,6 +91,18 @@ def test_transforms_are_right_under_auto(make, compiled):
         torch.testing.assert_close(run(x), want[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@cpu_only
+@pytest.mark.parametrize("make", FUNCTIONS.values(), ids=list(FUNCTIONS))
+def test_forward_over_reverse_is_the_second_derivative(make):
+    f, x = make()
+    direction, leaf = torch.randn_like(x), x.clone().requires_grad_()
+    with af.use_backend("reference"):
+        (first,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
+        (want,) = torch.autograd.grad((first * direction).sum(), leaf)
+    got = torch.func.jvp(torch.func.grad(f), (x,), (direction,))[1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 @either
 @pytest.mark.parametrize("make", FUNCTIONS.values(), ids=list(FUNCTIONS))
 def test_a_named_backend_refuses_transforms(make, compiled, fused):
