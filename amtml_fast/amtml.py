@@ -18,7 +18,6 @@ from amtml_fast.ops.multi_teacher_kd import MODES, check_arguments, multi_teache
 from amtml_fast.ops.teacher_weights import check_adapter
 from amtml_fast.terms import KDOptions, connected, over_items, times
 
-
 REDUCTIONS_OF_ALL = [r for r in REDUCTIONS if r != "none"]  # the terms beside kd have no value of a row
 
 
