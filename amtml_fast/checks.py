@@ -17,7 +17,8 @@ def shape(t: Tensor) -> list[int]:
 
 
 def is_any(size: torch.Size, allowed: Sequence[Sequence[int]]) -> bool:
-    """``size in allowed``, one by one: in compiled code ``in`` takes a number that is symbolic for another than its equal."""
+    """``size in allowed``, one by one: in compiled code ``in`` takes a number that is symbolic for another than its equal
+    (findings/compiled_in_of_sizes.sh)."""
     for wanted in allowed:
         if size == torch.Size(wanted):
             return True
