@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# torch.compile: `6 in (x.shape[0],)` is False where x.shape[0] is 6, once that size is a symbol.
+# torch.compile: `6 in x.shape` is False where x.shape is (6, 3), once that size is a symbol.
 #
 # Packages: torch 2.13.0 (CPU build). Seen there, and checked by this script:
-#   A function is compiled for x [4, 3] and called with [5, 3], so that the first size becomes a symbol. `w.shape[0] in (x.shape[0],)`, with
-#   a fixed w of 6 rows, is then False for x [6, 3], too, with every backend, without an error, a warning or a new compilation: the code takes
-#   the other branch than Python does. The same with a list, with `not in`, and with whole shapes: `w.shape in ((x.shape[0], 3),)`, which
-#   is how shapes are often checked.
+#   A function is compiled for x [4, 3] and called with [5, 3], so that the first size becomes a symbol. `6 in x.shape` is then False for
+#   x [6, 3], too, with every backend, without an error, a warning or a new compilation: the code takes the other branch than Python does. The
+#   same with tuples and lists of such sizes, with `not in`, and with whole shapes: `w.shape in ((x.shape[0], 3),)` of a fixed w, which is how
+#   shapes are often checked.
 #   Right are ==, also inside of any(), a set, and `in` where the symbol stands on the left: x.shape[0] in (6, 8).
 # Printed: for each condition, its values for 4, 5 and 6 rows, compiled and in Python.
 set -euo pipefail
@@ -19,6 +19,7 @@ import torch
 
 w = torch.ones(6, 3)
 WRONG = {
+    "6 in x.shape": lambda x: 6 in x.shape,
     "w.shape[0] in (x.shape[0],)": lambda x: w.shape[0] in (x.shape[0],),
     "w.shape in ((x.shape[0], 3),)": lambda x: w.shape in ((x.shape[0], 3),),
     "w.shape in [x.shape]": lambda x: w.shape in [x.shape],
