@@ -164,16 +164,12 @@ def faster(model: FeatureExtractor, *, compiled: bool) -> FeatureExtractor:
 
 
 def weights_file(config: Config, teacher: TeacherConfig) -> Path | None:
-    """The teacher's own weights if the configuration names some, None if a library has them, else what `teach` writes.
-    RunError where there is no such file."""
-    given = teacher.model.weights
-    if given is None and teacher.model.brings_weights:
+    """The teacher's own weights if the configuration names some, None if a library has them, else what `teach` writes."""
+    if teacher.model.weights is not None:
+        return Path(teacher.model.weights)
+    if teacher.model.brings_weights:
         return None
-    path = config.teacher_folder(teacher.name) / "model.safetensors" if given is None else Path(given)
-    if not path.is_file():
-        what = "there is no such file" if given else "it is not trained yet; run `amtml-fast teach` first"
-        raise RunError(f"teacher {teacher.name!r}: looked for {path}: {what}")
-    return path
+    return config.teacher_folder(teacher.name) / "model.safetensors"
 
 
 def fingerprint(config: Config) -> dict[str, str]:
@@ -181,9 +177,16 @@ def fingerprint(config: Config) -> dict[str, str]:
     found = {}
     for teacher in config.teachers:
         path, model = weights_file(config, teacher), teacher.model
+        if path is not None and not path.is_file():
+            raise RunError(missing(teacher, path))
         digest = sha256(path) if path is not None else zoo.fingerprint(model.factory, model.args)
         found[teacher.name] = digest if model.mean is None else f"{digest}, mean {model.mean}, std {model.std}"
     return found
+
+
+def missing(teacher: TeacherConfig, path: Path) -> str:
+    what = "there is no such file" if teacher.model.weights else "it is not trained yet; run `amtml-fast teach` first"
+    return f"teacher {teacher.name!r}: looked for {path}: {what}"
 
 
 def load(config: Config, data: ImageData, *, hints: bool) -> Teachers:
@@ -232,6 +235,8 @@ def _model(config: Config, teacher: TeacherConfig, data: ImageData) -> nn.Module
     """The teacher's net with its weights, made to take the data's images where it was trained on images normalized by
     other statistics: those of the configuration, or those that a net with weights from elsewhere carries itself."""
     path, own = weights_file(config, teacher), teacher.model
+    if path is not None and not path.is_file():
+        raise RunError(missing(teacher, path))
     classes = data.num_classes
     model = build(own.factory, dict(own.args), num_classes=classes, in_channels=data.in_channels, weights=path)
     if own.mean is not None and own.std is not None:
