@@ -132,7 +132,7 @@ class OutputLayer:
     def _router_coefficient(self) -> float:
         """What the model multiplies the load-balancing loss of its routers by."""
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        for owner in (model, model.config.get_text_config()):
+        for owner in (model, text_config(model)):
             for name in ("router_aux_loss_coef", "aux_loss_coef"):
                 if getattr(owner, name, None) is not None:
                     return getattr(owner, name)
@@ -179,8 +179,7 @@ class OutputLayer:
     @contextlib.contextmanager
     def without_cache(self) -> Iterator[None]:
         """As Trainer has it for the student: with a cache, models do not keep the texts of a packed row apart."""
-        config: Any = getattr(self.model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config = text_config(self.model)
         before = getattr(config, "use_cache", None)
         if before is not None:
             config.use_cache = False
@@ -189,6 +188,12 @@ class OutputLayer:
         finally:
             if before is not None:
                 config.use_cache = before
+
+
+def text_config(model: Any) -> Any:
+    """The configuration that the language model reads, or None: of a model of texts and images that of its texts."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def device_of_inputs(model: Any) -> torch.device:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from amtml_fast import checks
 from amtml_fast.hf.adapter import HiddenAdapter, adapter_of
 from amtml_fast.hf.checks import check_arguments, check_divergence, check_teachers
-from amtml_fast.hf.output_layer import NAME, OutputLayer, gathered
+from amtml_fast.hf.output_layer import NAME, OutputLayer, gathered, text_config
 from amtml_fast.hf.topk_store import ROW, StoredTopK, WithRows, check_rows
 from amtml_fast.losses import FusedLinearKDLoss
 from amtml_fast.terms import KDStats, LinearTeacher, TopKTeacher, over_items
@@ -118,10 +118,10 @@ class DistillationTrainer(Trainer):
         self._summed_step = 0
         self._loaded_from: str | None = None
         super().__init__(model, args, **kwargs)
-        config: Any = getattr(self.model, "config", None)
-        if hasattr(config, "get_text_config"):
+        config = text_config(self.model)
+        if hasattr(config, "use_cache"):
             # A model of texts and images reads this one; transformers has set that of the whole.
-            config.get_text_config().use_cache = self.args.use_cache
+            config.use_cache = self.args.use_cache
         self.student_takes_count = self.model_accepts_loss_kwargs
         self.model_accepts_loss_kwargs = True  # the loss does: it is divided by the tokens of all batches of a step
         if stores:
