@@ -25,7 +25,7 @@ from typing import Any
 
 BEGIN, END = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
 OURS = ("cpp", "cuda", "triton")
-PUBLISHED = "a loop as published"  # the other rows of a training step are the trainer's
+PAPER = "a loop as published"  # the other rows of a training step are the trainer's
 FEWEST_BYTES = 1e5  # less is pages of the system, not what was asked for
 
 
@@ -278,7 +278,7 @@ def steps(results: Results) -> str:
                 continue
             shares = measured[group, provider]
             cells = [f"{shares[part]:.1%}" if part in shares else "" for part in shown]
-            faster = ratio_text(results.ratio(group, PUBLISHED, provider))
+            faster = ratio_text(results.ratio(group, PAPER, provider))
             rows.append([group, provider, f"{facts['images'] / seconds:,.1f}", faster, *cells])
     return markdown_table(["training step", "by", "images/s", "vs published loop", *shown], rows)
 
@@ -563,8 +563,8 @@ def compare(before: Results, after: Results, most: float) -> tuple[str, bool]:
     rows, fine = [], True
     for group, provider, value in before.rows:
         a_step = group.startswith("step")
-        plain = PUBLISHED if a_step else "eager"
-        ours = provider != PUBLISHED if a_step else provider in OURS
+        plain = PAPER if a_step else "eager"
+        ours = provider != PAPER if a_step else provider in OURS
         if not ours or any((group, plain, value) not in run.rows for run in (before, after)):
             continue
         old, new = (run.ratio(group, plain, provider, value) for run in (before, after))
