@@ -22,7 +22,7 @@ kernels = .venv/kernels$(if $(filter 1,$(or $(AMTML_BUILD_CUDA),$(if $(1),1,0)))
 INSTALLED := .venv/packages $(call kernels,$(GPU))
 TESTABLE := .venv/packages-test $(call kernels,$(NVCC),$(if $(GPU)$(AMTML_CUBINS),,-9.0))
 
-.PHONY: gpu-kit train lm check test test-zoo oldest triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
+.PHONY: gpu-kit train lm check test test-zoo oldest clang triton emulated gpu soak fuzz sanitize lint bench bench-quick dist clean
 train: $(INSTALLED)
 	@echo "make: training 6 teachers and 40 students on real 8x8 digits: about a minute on two cores"
 	$(BIN)/amtml-fast compare digits digits_specialists
@@ -104,14 +104,27 @@ soak: $(TESTABLE)  # trainings killed at random moments, AMTML_SOAK of them, and
 fuzz: $(TESTABLE)  # the property tests on newly drawn cases, AMTML_FUZZ times as many
 	AMTML_FUZZ=$(or $(AMTML_FUZZ),20) $(BIN)/python -m pytest tests/ops/test_properties.py
 
-# The operators' tests on an extension built with the address and undefined-behavior sanitizers, in a copy of the tree. With -s,
-# so that a sanitizer's report is seen.
+# A copy of the tree, build/NAME, with an extension of its own, built with these settings.
+comma := ,
+define build_copy
+	rm -rf build/$(1) && mkdir -p build/$(1)
+	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/$(1)/ && rm -rf build/$(1)/amtml_fast/*.so
+	rm -rf build/$(1)/amtml_fast/kernels && cp -r kernels build/$(1)/amtml_fast/
+	cd build/$(1) && AMTML_BUILD_CUDA=0 $(2) ../../$(BIN)/python setup.py -q build_ext --inplace
+endef
+
+# The operators' tests on an extension that Clang has built: macOS has no other compiler. CLANG=clang-19 for another one.
+CLANG ?= clang
+clang: $(TESTABLE)
+	$(call build_copy,clang,CC=$(CLANG) CXX=$(subst clang,clang++,$(CLANG)))
+	cd build/clang && OMP_NUM_THREADS=1 ../../$(BIN)/python -m pytest -q -n $(or $(JOBS),2) $(or $(TESTS),$(OPERATORS)) \
+	  --ignore=tests/ops/test_cubins.py
+
+# The operators' tests on an extension built with the address and undefined-behavior sanitizers. With -s, so that a sanitizer's
+# report is seen.
 SANITIZED := ops chunks divergence topk topk_bucket fused_linear losses whole_loss vocabulary_kernels properties
 sanitize: $(TESTABLE)
-	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/sanitize/ && rm -f build/sanitize/amtml_fast/*.so
-	cd build/sanitize && AMTML_BUILD_CUDA=0 CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1" \
-	  ../../$(BIN)/python setup.py -q build_ext --inplace
+	$(call build_copy,sanitize,CFLAGS="-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -g1")
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ../../$(BIN)/python -m pytest -q -s -p no:cacheprovider $(foreach name,$(SANITIZED),tests/ops/test_$(name).py)

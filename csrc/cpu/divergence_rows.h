@@ -92,7 +92,7 @@ template <class A>
 AMTML_INLINE void mix_logits(Row<A>& row, const Normal* of_all) {
   const int64_t n = row.problem.classes;
   constexpr double infinity = std::numeric_limits<double>::infinity();
-  double *s = row.mixed_exactly.data(), top = -infinity;
+  double* s = row.mixed_exactly.data();
   std::fill_n(s, n, 0.0);
   for (int64_t t = 0; t < row.problem.teachers; ++t) {
     const A* x = row.of[t].x;
@@ -103,12 +103,7 @@ AMTML_INLINE void mix_logits(Row<A>& row, const Normal* of_all) {
       s[c] = x[c] == -infinity && s[c] == s[c] ? -infinity : s[c] + w * (x[c] * by);
     }
   }
-  if (of_all) {
-    top = of_all->maximum;
-  } else {
-#pragma omp simd reduction(max : top)
-    for (int64_t c = 0; c < n; ++c) top = s[c] > top ? s[c] : top;
-  }
+  const double top = of_all ? of_all->maximum : maximum(s, n);
   row.taken_off = top - top == 0 ? top : 0;
   A* out = row.mixed_logits.data();
 #pragma omp simd

@@ -36,7 +36,7 @@ AMTML_INLINE void multiply(int64_t depth, const float* a, int64_t a_pitch, const
   for (int64_t k = 0; k < depth; ++k, b += kVectors * kLanes, a += kByRow ? 1 : a_pitch) {
     typename V::type x[kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) x[v] = V::at(b + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) x[v] = V::load(b + v * kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < kTile<kLanes>; ++r) {
 #pragma GCC unroll 2
@@ -88,7 +88,7 @@ AMTML_INLINE void multiply_unit(int64_t depth, const float* a, int64_t a_pitch, 
 #pragma GCC unroll 12
     for (int r = 0; r < kTile<kLanes>; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) V::at(to + ((start + r) * kVectors + v) * kLanes) = sums[r][v];
+      for (int v = 0; v < kVectors; ++v) V::store(to + ((start + r) * kVectors + v) * kLanes, sums[r][v]);
     }
   }
 }

@@ -99,7 +99,8 @@ struct Side {
       std::fill(&distance[i * stride + n], &distance[i * stride] + stride, 0.0);
       std::fill(&r[i * stride + n], &r[i * stride] + stride, A(0));
     }
-    double nearest_row = range.nearest, farthest_row = range.farthest;
+    alignas(64) double low[kCount], high[kCount];  // of the pairs so far, in each lane
+    std::fill_n(low, kCount, range.nearest), std::fill_n(high, kCount, range.farthest);
     int nans = 0;
     for (int64_t j0 = i0 / kCount * kCount; j0 < n; j0 += kCount) {
       typename V::type sums[kRows][kVectors] = {};
@@ -107,7 +108,7 @@ struct Side {
       for (int64_t c = 0; c < width; ++c, ++a, b += stride) {
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
-          const typename V::type other = V::at(b + v * kDoubles);
+          const typename V::type other = V::load(b + v * kDoubles);
 #pragma GCC unroll 8
           for (int row = 0; row < kRows; ++row) {
             const typename V::type difference = a[row * pitch] - other;
@@ -134,18 +135,17 @@ struct Side {
           distance[(j0 + l) * stride + i] = sum[row][l];
           r[(j0 + l) * stride + i] = inverse[row][l];
         }
-#pragma omp simd reduction(min : nearest_row) reduction(max : farthest_row) reduction(+ : nans)
+#pragma omp simd reduction(+ : nans)
         for (int64_t l = 0; l < kCount; ++l) {
           const bool regular = inverse[row][l] != 0 && l >= first && l < last;
-          const double low = regular ? sum[row][l] : std::numeric_limits<double>::infinity();
-          const double high = regular ? sum[row][l] : 0;
-          nearest_row = low < nearest_row ? low : nearest_row;
-          farthest_row = high > farthest_row ? high : farthest_row;
-          nans += high != high;
+          const double d = sum[row][l];
+          low[l] = regular && d < low[l] ? d : low[l];
+          high[l] = regular && d > high[l] ? d : high[l];
+          nans += regular && d != d;
         }
       }
     }
-    range = {nearest_row, farthest_row, range.nan || nans > 0};
+    range = {*std::min_element(low, low + kCount), *std::max_element(high, high + kCount), range.nan || nans > 0};
   }
 
   // Some are too short beside others for their difference to be known. Not where one is infinite or NaN.
@@ -232,7 +232,7 @@ Tensor grad_rows(const Tensor& like, const std::vector<int64_t>& kept, const Sid
             const double* b = side.x.data() + j * side.pitch + c0;
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) {
-              const typename V::type other = V::at(b + v * kDoubles);
+              const typename V::type other = V::load(b + v * kDoubles);
 #pragma GCC unroll 8
               for (int row = 0; row < kRows; ++row) sum[row][v] += weight[row * next + j] * (own[row][v] - other);
             }

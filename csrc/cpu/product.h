@@ -21,13 +21,13 @@ AMTML_INLINE void add_tile(int64_t depth, const Factor<A>& a, const A* b, int64_
 #pragma GCC unroll 8
   for (int r = 0; r < kProductRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kProductVectors; ++v) sums[r][v] = V::at(c + r * c_pitch + v * kLanes);
+    for (int v = 0; v < kProductVectors; ++v) sums[r][v] = V::load(c + r * c_pitch + v * kLanes);
   }
   const A* from = a.data;
   for (int64_t k = 0; k < depth; ++k, from += a.column_stride, b += b_pitch) {
 #pragma GCC unroll 8
     for (int v = 0; v < kProductVectors; ++v) {
-      const typename V::type x = V::at(b + v * kLanes);
+      const typename V::type x = V::load(b + v * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kProductRows; ++r) sums[r][v] += from[r * a.row_stride] * x;
     }
@@ -35,7 +35,7 @@ AMTML_INLINE void add_tile(int64_t depth, const Factor<A>& a, const A* b, int64_
 #pragma GCC unroll 8
   for (int r = 0; r < kProductRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kProductVectors; ++v) V::at(c + r * c_pitch + v * kLanes) = sums[r][v];
+    for (int v = 0; v < kProductVectors; ++v) V::store(c + r * c_pitch + v * kLanes, sums[r][v]);
   }
 }
 

@@ -78,13 +78,17 @@ void vectorized(const Body& body) {
 }
 #endif
 
-// kCount numbers in one register, for sums that a plain loop would keep in memory; `at` is those that start at x.
+// kCount numbers in one register, for sums that a plain loop would keep in memory. They are copied from and to any
+// place: a reference to a vector says that it is aligned, and Clang 14 forgets an attribute that says otherwise.
 template <class A, int kCount>
 struct Vector {
   typedef A type __attribute__((vector_size(kCount * sizeof(A))));
-  typedef A loaded __attribute__((vector_size(kCount * sizeof(A)), aligned(alignof(A)), may_alias));
-  static AMTML_INLINE const loaded& at(const A* x) { return *reinterpret_cast<const loaded*>(x); }
-  static AMTML_INLINE loaded& at(A* x) { return *reinterpret_cast<loaded*>(x); }
+  static AMTML_INLINE type load(const A* x) {
+    type v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
+  }
+  static AMTML_INLINE void store(A* x, const type& v) { std::memcpy(x, &v, sizeof v); }
 };
 
 // kCount numbers in kParts registers: floats in one, and as many doubles beside them in two. GCC keeps vectors that are
@@ -97,7 +101,7 @@ struct Lanes {
 
   static AMTML_INLINE Lanes load(const T* x) {
     Lanes out;
-    for (int p = 0; p < kParts; ++p) out.part[p] = V::at(x + p * kEach);
+    for (int p = 0; p < kParts; ++p) out.part[p] = V::load(x + p * kEach);
     return out;
   }
   static AMTML_INLINE Lanes all(T x) {
@@ -106,7 +110,7 @@ struct Lanes {
     return out;
   }
   AMTML_INLINE void add_to(T* x) const {
-    for (int p = 0; p < kParts; ++p) V::at(x + p * kEach) += part[p];
+    for (int p = 0; p < kParts; ++p) V::store(x + p * kEach, V::load(x + p * kEach) + part[p]);
   }
   friend AMTML_INLINE Lanes operator+(Lanes a, const Lanes& b) {
     for (int p = 0; p < kParts; ++p) a.part[p] += b.part[p];
@@ -137,7 +141,7 @@ struct Lanes {
   AMTML_INLINE Lanes<U, kCount, kInto> to() const {
     alignas(64) T from[kCount];
     alignas(64) U into[kCount];
-    for (int p = 0; p < kParts; ++p) V::at(from + p * kEach) = part[p];
+    for (int p = 0; p < kParts; ++p) V::store(from + p * kEach, part[p]);
 #pragma omp simd
     for (int l = 0; l < kCount; ++l) into[l] = static_cast<U>(from[l]);
     return Lanes<U, kCount, kInto>::load(into);
@@ -203,7 +207,8 @@ AMTML_INLINE float log_positive(float x) {
 }
 AMTML_INLINE double log_positive(double x) { return std::log(x); }
 
-// x[0] op x[1] op ... of 2 kHalf numbers, half by half.
+// x[0] op x[1] op ... of 2 kHalf numbers, half by half. (Not by the clause `reduction(max : x)`: Clang begins it with
+// the lowest finite number, which would be the largest of many -inf.)
 template <int kHalf, class T, class F>
 AMTML_INLINE T folded(T* x, const F& op) {
   if constexpr (kHalf > 0) {
@@ -248,7 +253,7 @@ AMTML_INLINE double block_sum(int64_t n, const F& term, const Between& between =
     }
     alignas(64) double t[kLanes / 2];
     alignas(32) double rest[4] = {};
-    Total::V::at(t) = total.part[0] + total.part[1];
+    Total::V::store(t, total.part[0] + total.part[1]);
     int64_t i = whole;
     for (; i + 4 <= n; i += 4) {
 #pragma omp simd
@@ -261,11 +266,18 @@ AMTML_INLINE double block_sum(int64_t n, const F& term, const Between& between =
   }
 }
 
+struct Larger {
+  template <class A>
+  AMTML_INLINE A operator()(A a, A b) const {
+    return b > a ? b : a;
+  }
+};
+
 // The largest of n numbers, NaN left out; -inf where there is none.
 template <class A>
 AMTML_INLINE A maximum(const A* x, int64_t n) {
   constexpr int kLanes = 64 / sizeof(A);
-  const auto larger = [](A a, A b) __attribute__((always_inline)) { return b > a ? b : a; };
+  constexpr Larger larger;
   alignas(64) A most[kLanes];
   for (int l = 0; l < kLanes; ++l) most[l] = -std::numeric_limits<A>::infinity();
   const int64_t whole = n / kLanes * kLanes;

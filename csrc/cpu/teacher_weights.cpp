@@ -98,20 +98,20 @@ AMTML_INLINE int64_t first_maximum(const A* plane, int64_t pixels) {
     return at;
   };
   if (pixels < kLanes) return scalar();
-  Values best = Vector<A, kLanes>::at(plane);
+  Values best = Vector<A, kLanes>::load(plane);
   Places nan = best != best;
   auto take = [&](int64_t p) __attribute__((always_inline)) {
-    const Values value = Vector<A, kLanes>::at(plane + p);
+    const Values value = Vector<A, kLanes>::load(plane + p);
     best = value > best ? value : best;
     nan |= value != value;
   };
   int64_t last = kLanes;
   for (; last + kLanes <= pixels; last += kLanes) take(last);
   if (last < pixels) take(pixels - kLanes);
-  A highest = -std::numeric_limits<A>::infinity();
+  alignas(64) A each[kLanes];
+  Vector<A, kLanes>::store(each, best);
+  const A highest = folded<kLanes / 2>(each, Larger());
   Place any = 0;
-#pragma omp simd reduction(max : highest)
-  for (int l = 0; l < kLanes; ++l) highest = best[l] > highest ? best[l] : highest;
 #pragma omp simd reduction(| : any)
   for (int l = 0; l < kLanes; ++l) any |= nan[l];
   if (any) return scalar();
@@ -119,7 +119,7 @@ AMTML_INLINE int64_t first_maximum(const A* plane, int64_t pixels) {
   for (int l = 0; l < kLanes; ++l) lane[l] = l, at[l] = std::numeric_limits<int32_t>::max();
   auto find = [&](int64_t p) __attribute__((always_inline)) {
     const Places place = lane + static_cast<Place>(p);
-    const Values value = Vector<A, kLanes>::at(plane + p);
+    const Values value = Vector<A, kLanes>::load(plane + p);
     at = value == highest ? place : at;
   };
   if (last < pixels) find(pixels - kLanes);
