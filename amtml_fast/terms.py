@@ -146,6 +146,8 @@ def connected(loss: Tensor, *inputs: Tensor | None) -> Tensor:
     """The loss, with a gradient of exactly 0 to inputs that count nothing in it."""
     for x in inputs:
         if x is not None and x.requires_grad:
+            if hasattr(x, "to_local") and not hasattr(loss, "to_local"):
+                x = x.to_local()  # a parameter is this process' shard where FSDP has not gathered it
             loss = loss + x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0).sum().to(loss.dtype)
     return loss
 

@@ -326,3 +326,19 @@ def test_fsdp_of_an_adapter_leaves_value_and_gradients_alone(sharded, mesh):
             out.loss.backward()
         for a, b in zip(plain.parameters(), loss.parameters()):
             torch.testing.assert_close(b.grad.full_tensor(), a.grad)
+
+
+@cpu_only
+def test_hints_without_weight_that_fsdp_shards(mesh):
+    """Outside of their forward they hold shards, and the loss is an ordinary tensor all the same."""
+    hints = af.MultiGroupHintLoss({"last": 4}, [3], mapping={0: "last"})
+    loss = af.AMTMLLoss(af.TeacherAdapter(4, 1), hints, hint_weight=0.0)
+    fully_shard(hints, mesh=mesh)
+    fully_shard(loss, mesh=mesh)  # the outermost unit alone keeps what it has gathered
+    features = torch.randn(6, 4, 2, 2, requires_grad=True)
+    batch = torch.randn(6, 5, requires_grad=True), [torch.randn(6, 5)], torch.arange(6) % 5, features
+    out = loss(*batch, {"last": features}, [torch.randn(6, 3, 2, 2)])
+    assert type(out.loss) is torch.Tensor
+    out.loss.backward()
+    assert batch[0].grad.norm() > 0
+    assert (hints.transforms["0"].grad.full_tensor() == 0).all()
