@@ -85,10 +85,11 @@ def integers(function: str, name: str, value: object) -> None:
 
 
 def values_are_free(t: Tensor) -> bool:
-    """Whether reading the values of ``t`` costs no sync: a real CPU tensor outside of tracing and transforms."""
+    """Whether reading the values of ``t`` costs no sync: a real CPU tensor outside of tracing and transforms. A subclass is one
+    unless it has a dispatch of its own, as fake tensors and those that are made of others do."""
     return (
         not torch.compiler.is_compiling()
         and t.device.type == "cpu"
         and not torch._C._are_functorch_transforms_active()
-        and type(t) in (Tensor, torch.nn.Parameter)
+        and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
     )

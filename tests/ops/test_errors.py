@@ -203,3 +203,17 @@ def test_compiled_code_still_refuses_wrong_values():
     for wrong in (-W, W * torch.nan, W * torch.inf):
         with pytest.raises(RuntimeError, match="teacher_weights must be finite and not negative"):
             compiled(Z, T2, wrong, Y)
+
+
+class _Tagged(torch.Tensor):
+    """As of a library of data sets: a tensor with a class of its own."""
+
+
+@cpu_only
+def test_values_of_a_subclass_are_checked_too(on):
+    for wrong, message in (
+        ((Z, T2, W, (Y + 5).as_subclass(_Tagged)), r"labels\[0\] must be in \[0, 5\)"),
+        ((Z, T2, (-W).as_subclass(_Tagged), Y), "teacher_weights must be finite and not negative"),
+    ):
+        with pytest.raises(ValueError, match=f"^multi_teacher_kd_loss: {message}"):
+            af.multi_teacher_kd_loss(*wrong)
