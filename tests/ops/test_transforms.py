@@ -10,6 +10,7 @@ from backends import CHOSEN, cpu_only
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import amtml_fast as af
 from amtml_fast.testing import CASES, convert, value_and_grads
@@ -207,6 +208,19 @@ def test_an_exported_program_takes_any_number_of_rows(backend):
         program = torch.export.export(_Exported(everything), batch(8), dynamic_shapes=((rows,) * 3,), strict=False)
         other = batch(5)
         torch.testing.assert_close(program.module()(*other), everything(*other), rtol=1e-4, atol=1e-6)
+
+
+@cpu_only
+@each_case
+def test_make_fx_traces_forward_and_backward(case, on):
+    """On real tensors, of which none may be read meanwhile."""
+    args, others = (case.inputs(*case.small, seed=seed) for seed in (0, 1))
+
+    def step(*args):
+        out = case.function(*args)
+        return out, torch.autograd.grad(out.square().sum(), args[0])
+
+    torch.testing.assert_close(make_fx(step)(*args)(*others), step(*others), rtol=1e-4, atol=1e-6)
 
 
 # --- several incoming gradients at once
