@@ -111,6 +111,9 @@ class AMTMLLoss(nn.Module):
     ) -> AMTMLOutput:
         """Logits [N, C] (or [B, S, C]) and T teachers' like it, labels [N], features [N, d, H, W] or [N, d].
 
+        ``num_items_in_batch`` divides the kd term alone; the others count in full in every call. docs/training.md shows what to
+        give and what to divide under gradient accumulation and on several processes.
+
         Raises:
             ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then.
         """

@@ -1,10 +1,12 @@
 """The modules, and AMTMLLoss: Eq 3 put together from the float64 reference."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
-from backends import CHOSEN, takes
+import torch.distributed as dist
+from backends import CHOSEN, cpu_only, takes
 from test_operator_parts import FAKED, TRACED
 
 import amtml_fast as af
@@ -109,6 +111,36 @@ def test_num_items_in_batch_splits_a_batch_exactly():
         part = {k: [t[rows] for t in v] if isinstance(v, list) else v[rows] for k, v in batch.items()}
         parts = parts + loss(**part, num_items_in_batch=items).loss
     torch.testing.assert_close(parts, whole)
+
+
+@cpu_only
+def test_the_loop_of_training_md_accumulates_what_one_batch_gives(tmp_path):
+    """Uneven numbers of labels in rounds of the same size, with every term but the angle loss, which sees one round."""
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    block = text[text.index("In your own loop") :].split("```")[1].removeprefix("python")
+    loss = af.AMTMLLoss(af.TeacherAdapter(D, T), _hints(), angle_weight=0.0, regularizer_weight=0.5)
+    batch = _batch()
+    batch["labels"][1:5] = -100
+    leaves = [batch["student_logits"], batch["features"], *loss.parameters()]
+    want = torch.autograd.grad(loss(**batch).loss, leaves)
+
+    def rows(x, part):
+        if isinstance(x, dict):
+            return {name: rows(v, part) for name, v in x.items()}
+        return [v[part] for v in x] if isinstance(x, list) else x[part]
+
+    def model(part, labels, taught, num_items_in_batch):
+        given = {name: rows(x, part) for name, x in batch.items() if name != "teacher_logits"}
+        return loss(teacher_logits=taught, num_items_in_batch=num_items_in_batch, **given)
+
+    parts = slice(0, N // 2), slice(N // 2, N)
+    rounds = [(part, batch["labels"][part], rows(batch["teacher_logits"], part)) for part in parts]
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        exec(block, {"model": model, "rounds": rounds, "dist": dist})
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close([x.grad for x in leaves], list(want))
 
 
 def test_three_dimensional_logits():
