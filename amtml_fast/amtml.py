@@ -245,6 +245,7 @@ class AMTMLLoss(nn.Module):
         weights = weights.flatten(0, 1) if weights.dim() == 3 else weights
         _check_weights(tuple(weights.shape), student.shape[0], teachers)
         checks.same_device("AMTMLLoss", "the adapter's weights", weights, "student_logits", student)
+        _check_not_negative(weights, labels, self.ignore_index)
         return weights
 
     def _regularizer(self) -> Tensor:
@@ -291,6 +292,18 @@ def _check_weights(got: tuple[int, ...], rows: int, teachers: int) -> None:
     if got != (rows, teachers):
         wanted = f"[{rows}, {teachers}] for {rows} rows and {teachers} teachers"
         raise ValueError(f"AMTMLLoss: the adapter's weights must be {wanted}, got {list(got)}")
+
+
+def _check_not_negative(weights: Tensor, labels: Tensor | None, ignore_index: int) -> None:
+    """The values of an adapter's weights [N, T], in rows that count. NaN is left: it shows in the loss."""
+    if not checks.values_are_free(weights):
+        return
+    bad = weights.detach() < 0
+    if labels is not None:
+        bad &= (labels != ignore_index).unsqueeze(1)
+    if bad.any():
+        got = float(weights.detach()[bad][0])
+        raise ValueError(f"AMTMLLoss: the adapter's weights must not be negative, as a softmax makes them, got {got}")
 
 
 def _is_plain(adapter: nn.Module) -> bool:

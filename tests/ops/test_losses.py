@@ -407,6 +407,22 @@ def test_an_adapter_may_weigh_tokens_and_is_checked():
         loss(**flat)
 
 
+@cpu_only
+def test_negative_weights_of_an_adapter_are_refused():
+    """As of scores without a softmax; the loss of them would be a number. An ignored row may hold any."""
+    loss, batch = af.AMTMLLoss(torch.nn.Identity(), regularizer_weight=0.0), _plain_batch()
+    weights = torch.full((N, T), 1 / T)
+    weights[2] = -1
+    want = loss(**{**batch, "features": weights}).loss
+    weights[2] = 1
+    torch.testing.assert_close(loss(**{**batch, "features": weights}).loss, want)
+    weights[3, 1] = -0.25
+    with pytest.raises(ValueError, match=r"AMTMLLoss: the adapter.s weights must not be negative.* got -0\.25"):
+        loss(**{**batch, "features": weights})
+    weights[3, 1] = torch.nan
+    assert loss(**{**batch, "features": weights}).loss.isnan()
+
+
 @pytest.mark.parametrize(
     ("attribute", "value"),
     [
