@@ -152,7 +152,7 @@ class AMTMLLoss(nn.Module):
             out = self._composed(student, teachers, labels, weights, num_items_in_batch, gather)
         if self.hints is None:
             return out
-        hint = self.hints(student_maps, teacher_maps)
+        hint = _scalar("the hints' loss", self.hints(student_maps, teacher_maps))
         loss, kd, ce, kl, angle, _, regularizer, weights = out  # no _replace: torch.compile 2.11 cannot trace it
         if self.hint_weight != 0:
             loss = loss + times(hint, self.hint_weight)
@@ -250,7 +250,7 @@ class AMTMLLoss(nn.Module):
 
     def _regularizer(self) -> Tensor:
         """Of an adapter that is called. One that FSDP has sharded adds up shards here, outside of its forward."""
-        term = self.adapter.regularizer()
+        term = _scalar("the adapter's regularizer()", self.adapter.regularizer())
         return term.full_tensor() if hasattr(term, "full_tensor") else term
 
     def _kd_options(self, divisor: int | Tensor | None) -> KDOptions:
@@ -285,6 +285,14 @@ def _without_nan(features: Any, ignored: Tensor) -> Any:
             hide = ignored.reshape(*features.shape[:leading], *(1,) * (features.dim() - leading))
             return features.masked_fill(hide & ~features.isfinite(), 0)
     return features
+
+
+def _scalar(name: str, value: Any) -> Tensor:
+    """A term that a module of the caller's has made."""
+    checks.tensor("AMTMLLoss", name, value)
+    if value.dim() != 0:
+        raise ValueError(f"AMTMLLoss: {name} must be a scalar, got {checks.shape(value)}")
+    return value
 
 
 def _check_weights(got: tuple[int, ...], rows: int, teachers: int) -> None:

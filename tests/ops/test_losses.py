@@ -407,6 +407,37 @@ def test_an_adapter_may_weigh_tokens_and_is_checked():
         loss(**flat)
 
 
+class _Constant(torch.nn.Module):
+    """An adapter or hints whose term is a constant of any kind."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, features, maps=None):
+        return torch.full((len(features), T), 1 / T) if maps is None else self.value
+
+    def regularizer(self):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, "must be a tensor, got float"),
+        (torch.tensor(2), "must be float32, .* got torch.int64"),  # of which 1e-3 would be 0
+        (torch.ones(3), r"must be a scalar, got \[3\]"),
+    ],
+)
+def test_terms_of_other_modules_are_scalars_or_named(value, message):
+    batch = _batch()
+    maps = {name: batch.pop(name) for name in ("student_maps", "teacher_maps")}
+    with pytest.raises((TypeError, ValueError), match=r"AMTMLLoss: the adapter's regularizer\(\) " + message):
+        af.AMTMLLoss(_Constant(value))(**batch)
+    with pytest.raises((TypeError, ValueError), match="AMTMLLoss: the hints' loss " + message):
+        af.AMTMLLoss(_Constant(torch.zeros(())), _Constant(value))(**batch, **maps)
+
+
 @cpu_only
 def test_negative_weights_of_an_adapter_are_refused():
     """As of scores without a softmax; the loss of them would be a number. An ignored row may hold any."""
