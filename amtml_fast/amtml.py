@@ -266,7 +266,9 @@ class AMTMLLoss(nn.Module):
             even = self.gather_angle == "even"
             counts = [len(student_probs)] * dist.get_world_size() if even else _rows_everywhere(student_probs, row_mask)
             student_probs, soft_targets = (GatherRows.apply(x, counts) for x in (student_probs, soft_targets))
-            row_mask = None if row_mask is None else GatherRows.apply(row_mask, counts)
+            if row_mask is not None:
+                # As numbers: compiled code gathers bool as int64 (findings/compiled_gather_of_bool.sh).
+                row_mask = GatherRows.apply(row_mask.to(torch.uint8), counts) != 0
         return angle(student_probs, soft_targets, row_mask, delta=self.delta)
 
     def extra_repr(self) -> str:
