@@ -263,6 +263,14 @@ class MatchLogits(nn.Module):
         return multi_teacher_kd_loss(logit_s, logit_t_list, weights, temperature=self.T, mode="sum")
 
 
+class _Transform(nn.Conv2d):
+    """FitNet's convolution. Whoever calls ``reset_parameters`` of all modules, as after ``to_empty()``, gets its numbers, not torch's."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # theirs draws these, too
+        nn.init.uniform_(self.weight, -0.005, 0.005)
+
+
 class FitNet(nn.Module):
     """The AMTML authors' hint: channel-normalized maps, a 1x1 convolution without bias on the student's, mean square.
 
@@ -273,8 +281,7 @@ class FitNet(nn.Module):
     def __init__(self, in_feature: int, out_feature: int):
         super().__init__()
         self.in_feature, self.out_feature = in_feature, out_feature
-        self.transform = nn.Conv2d(in_feature, out_feature, 1, bias=False, dtype=torch.float32)
-        nn.init.uniform_(self.transform.weight, -0.005, 0.005)
+        self.transform = _Transform(in_feature, out_feature, 1, bias=False, dtype=torch.float32)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         if student.dim() == 2:
@@ -309,11 +316,20 @@ class Adapter(nn.Module):
 
     def __init__(self, teacher_models: Sequence[Any], pool_size: Sequence[int]):
         super().__init__()
-        generator = torch.Generator().manual_seed(1)  # the CPU's, as theirs: the same numbers on every device
-        sizes = (len(teacher_models), pool_size[1]), (pool_size[1], 1)
-        drawn = [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in sizes]
-        self.theta, self.W = map(parameter, drawn)
+        self.theta, self.W = map(parameter, self._drawn(len(teacher_models), pool_size[1]))
         self.val = False
+
+    @staticmethod
+    def _drawn(teachers: int, channels: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)  # the CPU's, as theirs: the same numbers on every device
+        sizes = (teachers, channels), (channels, 1)
+        return [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in sizes]
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The numbers of the start, where they are: after ``to_empty()`` their memory holds anything."""
+        for p, start in zip((self.theta, self.W), self._drawn(*self.theta.shape)):
+            p.copy_(start)
 
     def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:
         """Weights [N, T]. ``te_logits_list`` plays no part, in theirs neither."""

@@ -46,6 +46,11 @@ class TeacherGate(nn.Module):
             for name, size in sizes.items():
                 self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device="cpu"))
 
+    def reset_parameters(self) -> None:
+        """As before ``fit``, where they are: after ``to_empty()`` their memory holds anything."""
+        for buffer in (self.mean, self.scale, self.weight, self.bias):
+            buffer.zero_()
+
     def fit(
         self, teacher_logits: Tensor | Sequence[Tensor], labels: Tensor, *, ignore_index: int = -100
     ) -> TeacherGate:
