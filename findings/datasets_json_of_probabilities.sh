@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# datasets: Dataset.to_json writes a probability below 5e-11 as 0, and a logit of -inf as null, which training reads as NaN.
+#
+# Packages: datasets 5.2.0, torch 2.13.0 (CPU build). Seen there, and checked by this script:
+#   to_json goes through pandas, whose to_json keeps ten decimals unless it is told otherwise: ten places behind the point, not ten digits. So of
+#   a teacher's stored probabilities the small ones are 0 in the file (log gives -inf), and those near them keep a digit or two. -inf, the
+#   logit of a masked class, becomes null, and so does NaN. Read back with the format "torch" null is NaN: softmax of the row is NaN.
+#   double_precision=15 is the most that can be asked for, and moves the limit to 5e-16. No warning in any case.
+#   to_parquet keeps every bit of all of these. json.dumps does, too.
+# Printed: the row, and what comes back by each way.
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install -q torch==2.13.0 datasets==5.2.0 numpy
+cd "$folder"
+export HF_HOME="$folder/cache" HF_DATASETS_DISABLE_PROGRESS_BARS=1
+cat > see.py <<'PY'
+import json
+import math
+
+import torch
+from datasets import Dataset
+
+row = {"probs": [0.75, 0.25 - 3e-11 - 2.53e-9, 2.53e-9, 3e-11], "logits": [1.5, 0.0, -2.0, -math.inf]}
+stored = Dataset.from_dict({name: [value] for name, value in row.items()})
+ways = {}
+for name, options in (("to_json", {}), ("to_json with 15", {"double_precision": 15})):
+    stored.to_json("file.jsonl", **options)
+    print(open("file.jsonl").read().strip())
+    ways[name] = Dataset.from_json("file.jsonl", cache_dir=f"cache/{len(ways)}")
+stored.to_parquet("file.parquet")
+ways["to_parquet"] = Dataset.from_parquet("file.parquet", cache_dir="cache/parquet")
+print("given:", row)
+for name, data in ways.items():
+    logits = data.with_format("torch")[0]["logits"]
+    print(f"{name}: probs {data[0]['probs']}, softmax of the logits {[round(x, 4) for x in logits.softmax(0).tolist()]}")
+plain, longer, parquet = ways.values()
+assert plain[0]["probs"][3] == 0 and plain[0]["probs"][2] != row["probs"][2], "behavior has changed"
+assert longer[0]["probs"][3] > 0, "behavior has changed"
+for data in (plain, longer):
+    assert data[0]["logits"][3] is None and data.with_format("torch")[0]["logits"].softmax(0).isnan().all(), "behavior has changed"
+assert parquet[0] == row and json.loads(json.dumps(row)) == row, "behavior has changed"
+assert parquet.with_format("torch")[0]["logits"].softmax(0).isfinite().all(), "behavior has changed"
+PY
+venv/bin/python see.py
