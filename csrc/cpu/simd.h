@@ -79,7 +79,8 @@ void vectorized(const Body& body) {
 #endif
 
 // kCount numbers in one register, for sums that a plain loop would keep in memory. They are copied from and to any
-// place: a reference to a vector says that it is aligned, and Clang 14 forgets an attribute that says otherwise.
+// place: a reference to a vector says that it is aligned, and older Clang (16) forgets an attribute that says
+// otherwise.
 template <class A, int kCount>
 struct Vector {
   typedef A type __attribute__((vector_size(kCount * sizeof(A))));
