@@ -86,6 +86,7 @@ class AMTMLLoss(nn.Module):
         checks.number(name, "alpha", alpha, 0, 1)
         checks.number(name, "delta", delta, *checks.POSITIVE)
         checks.number(name, "label_smoothing", label_smoothing, 0, 1)
+        checks.ignore_index(name, ignore_index)
         if regularizer_weight != 0 and not callable(getattr(adapter, "regularizer", None)):
             raise TypeError(
                 f"{name}: adapter must have a regularizer() where regularizer_weight is not 0, "

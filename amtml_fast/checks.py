@@ -66,6 +66,14 @@ def count(function: str, name: str, value: object) -> None:
         raise ValueError(f"{function}: {name} must be an int >= 1, got {value!r}")
 
 
+def ignore_index(function: str, value: object) -> None:
+    """An int that labels can hold."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{function}: ignore_index must be an int, got {value!r}")
+    if not -INT64 <= value < INT64:
+        raise ValueError(f"{function}: ignore_index must be in [-2**63, 2**63), got {value}")
+
+
 def same_device(function: str, name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{function}: {name} must be on {like.device} like {like_name}, got {value.device}")

@@ -41,6 +41,7 @@ def counted(
     student_name: str = "the student's logits",
 ) -> Tensor:
     """0 where a token counts, -100 where none does: the labels' values do not matter, and may be of another vocabulary."""
+    checks.ignore_index(function, ignore_index)
     checks.tensor(function, student_name, student)
     if not isinstance(labels, Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(labels).__name__}")
@@ -205,6 +206,7 @@ class ForwardKLLoss(nn.Module):
 
     def __init__(self, ignore_index: int = -100):
         super().__init__()
+        checks.ignore_index(type(self).__name__, ignore_index)
         self.ignore_index = ignore_index
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, normalize: bool = True) -> Tensor:
@@ -228,6 +230,7 @@ class SymmetricKLLoss(nn.Module):
     def __init__(self, sym_kd_ratio: float = 0.5, ignore_index: int = -100):
         super().__init__()
         checks.number("SymmetricKLLoss", "sym_kd_ratio", sym_kd_ratio, 0, 1)
+        checks.ignore_index("SymmetricKLLoss", ignore_index)
         self.ignore_index, self.sym_kd_ratio = ignore_index, sym_kd_ratio
         self.fkl, self.rkl = ForwardKLLoss(ignore_index), ReverseKLLoss(ignore_index)
 

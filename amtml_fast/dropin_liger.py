@@ -54,6 +54,7 @@ class LigerFusedLinearJSDLoss(nn.Module):
     ):
         super().__init__()
         checks.number(type(self).__name__, "beta", beta, 0, 1)
+        checks.ignore_index(type(self).__name__, ignore_index)
         checks.number(type(self).__name__, "temperature", temperature, *checks.POSITIVE)
         self.weight_hard_loss, self.weight_soft_loss, self.beta = weight_hard_loss, weight_soft_loss, beta
         self.ignore_index, self.temperature, self.compiled = ignore_index, temperature, compiled
@@ -112,6 +113,7 @@ class LigerFusedLinearJSD(nn.Module):
     ):
         super().__init__()
         checks.number(type(self).__name__, "jsd_beta", jsd_beta, 0, 1)
+        checks.ignore_index(type(self).__name__, ignore_index)
         checks.number(type(self).__name__, "temperature", temperature, *checks.POSITIVE)
         self.jsd_beta, self.ignore_index = jsd_beta, ignore_index
         self.temperature, self.accum_dtype = temperature, accum_dtype

@@ -66,8 +66,7 @@ class TeacherGate(nn.Module):
         checks.integers(name, "labels", labels)
         if labels.shape != given[0].shape[:1]:
             raise ValueError(f"{name}: labels must be {[len(given[0])]} like the logits, got {checks.shape(labels)}")
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r}")
+        checks.ignore_index(name, ignore_index)
         with torch.inference_mode(False), torch.no_grad():
             logits = [z.detach().to("cpu", torch.float64, copy=True) for z in given]  # no inference tensors
             labels = labels.detach().to("cpu", torch.int64, copy=True)

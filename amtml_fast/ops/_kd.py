@@ -108,10 +108,7 @@ def check_rows(
             wanted = f"{list(wanted_shape[:-1])} like {student_name}"
             raise ValueError(f"{function}: labels must be {wanted}, got {checks.shape(labels)}")
         checks.same_device(function, "labels", labels, student_name, student_logits)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{function}: ignore_index must be an int, got {ignore_index!r}")
-    if not -checks.INT64 <= ignore_index < checks.INT64:
-        raise ValueError(f"{function}: ignore_index must be in [-2**63, 2**63), got {ignore_index}")
+    checks.ignore_index(function, ignore_index)
     return rows, classes
 
 

@@ -10,6 +10,7 @@ import torch
 from backends import CHOSEN, cpu_only
 
 import amtml_fast as af
+from amtml_fast import dropin
 
 Z, T2, W = torch.zeros(4, 5), [torch.zeros(4, 5)] * 2, torch.full((4, 2), 0.5)
 Y = torch.zeros(4, dtype=torch.long)
@@ -88,6 +89,37 @@ BAD = [  # one call a line
 def test_bad_input_is_named(on, call, message):
     with pytest.raises((ValueError, TypeError, RuntimeError, IndexError), match=message):
         call()
+
+
+# Each public call that takes ignore_index: the losses of theirs as they are made, ours as modules when they are called.
+IGNORING = {
+    "multi_teacher_kd_loss": lambda i: af.multi_teacher_kd_loss(Z, T2, W, Y, ignore_index=i),
+    "topk_kd_loss": lambda i: af.topk_kd_loss(Z, [Y[:, None]], [Z[:, :1]], None, Y, ignore_index=i),
+    "fused_linear_kd_loss": lambda i: af.fused_linear_kd_loss(Z[:, :3], torch.zeros(5, 3), T2, None, Y, ignore_index=i),
+    "TeacherGate.fit": lambda i: af.TeacherGate(2, 5).fit(T2, Y, ignore_index=i),
+    "AMTMLLoss": lambda i: af.AMTMLLoss(af.TeacherAdapter(3, 2), ignore_index=i),
+    "LigerFusedLinearJSDLoss": lambda i: dropin.LigerFusedLinearJSDLoss(ignore_index=i),
+    "LigerFusedLinearJSD": lambda i: dropin.LigerFusedLinearJSD(ignore_index=i),
+    "ForwardKLLoss": lambda i: dropin.ForwardKLLoss(i),
+    "ReverseKLLoss": lambda i: dropin.ReverseKLLoss(i),
+    "SymmetricKLLoss": lambda i: dropin.SymmetricKLLoss(ignore_index=i),
+}
+
+
+@cpu_only
+@pytest.mark.parametrize("function", IGNORING)
+@pytest.mark.parametrize("wrong", [2.5, -100.0, True, "a", None, torch.tensor(-100)], ids=repr)
+def test_an_ignore_index_that_is_no_int_is_named(function, wrong):
+    with pytest.raises(TypeError, match=re.escape(f"{function}: ignore_index must be an int, got {wrong!r}")):
+        IGNORING[function](wrong)
+
+
+@cpu_only
+def test_an_ignore_index_that_is_set_later_is_looked_at_again():
+    loss = dropin.ForwardKLLoss()
+    loss.ignore_index = 2.5
+    with pytest.raises(TypeError, match="ForwardKLLoss: ignore_index must be an int, got 2.5"):
+        loss(Z, Z, Y)
 
 
 @pytest.mark.skipif(CHOSEN == "gpu", reason="the same checks, on tensors of the CPU")
