@@ -137,7 +137,7 @@ class AMTMLLoss(nn.Module):
         rows, classes, teachers = check_arguments(name, student_logits, teacher_logits, None, labels, self.ignore_index)
         labels = as_long(labels)
         if num_items_in_batch is not None:
-            check_num_items(name, num_items_in_batch, self.reduction, labels)
+            check_num_items(name, num_items_in_batch, self.reduction, labels, self.ignore_index)
         student = student_logits
         if student.dim() != 2:
             student, teachers = student.reshape(rows, classes), [t.reshape(rows, classes) for t in teachers]

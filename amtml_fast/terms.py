@@ -130,7 +130,8 @@ def over_items(total: Tensor, num_items_in_batch: int | Tensor) -> Tensor:
 
 
 def item_count(num_items_in_batch: int | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """The divisor. A count of 0 becomes a tiny number: a sum of 0 then gives 0, and any other an absurdly large loss."""
+    """The divisor. A count of 0 becomes a tiny number: a sum of 0 then gives 0, and any other an absurdly large loss, where
+    `check_num_items` could not look."""
     tiny = torch.finfo(torch.float32).tiny
     if isinstance(num_items_in_batch, Tensor):
         return num_items_in_batch.to(dtype).clamp(min=tiny)

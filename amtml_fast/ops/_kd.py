@@ -112,8 +112,11 @@ def check_rows(
     return rows, classes
 
 
-def check_num_items(function: str, num_items_in_batch: int | Tensor, reduction: str, labels: Tensor | None) -> None:
-    name = f"{function}: num_items_in_batch"
+def check_num_items(
+    function: str, num_items_in_batch: int | Tensor, reduction: str, labels: Tensor | None, ignore_index: int
+) -> None:
+    """The values of tensors only where looking costs no sync."""
+    name, count = f"{function}: num_items_in_batch", num_items_in_batch
     if reduction != "batchmean":
         raise ValueError(f'{name} must be None with a reduction other than "batchmean", got reduction "{reduction}"')
     if isinstance(num_items_in_batch, Tensor):
@@ -121,11 +124,22 @@ def check_num_items(function: str, num_items_in_batch: int | Tensor, reduction: 
             raise ValueError(f"{name} must be an int or a 0-d tensor, got {checks.shape(num_items_in_batch)}")
         if num_items_in_batch.is_complex():
             raise TypeError(f"{name} must be an int or a 0-d tensor of real numbers, got {num_items_in_batch.dtype}")
+        if not checks.values_are_free(num_items_in_batch):
+            return
+        count = num_items_in_batch.item()
+        if not 0 <= count < math.inf:  # NaN fails, too
+            raise ValueError(f"{name} must be finite and not negative, got {count}")
     elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
         raise TypeError(f"{name} must be an int or a 0-d tensor, got {num_items_in_batch!r}")
     elif not (1 if labels is None else 0) <= num_items_in_batch < checks.INT64:
         wanted = f"in [{'1' if labels is None else '0'}, 2**63){' without labels' if labels is None else ''}"
         raise ValueError(f"{name} must be {wanted}, got {num_items_in_batch}")
+    if count != 0:
+        return
+    if labels is None:
+        raise ValueError(f"{name} must be above 0 without labels, got {count}")
+    if checks.values_are_free(labels) and (counted := int((as_long(labels) != ignore_index).sum())):
+        raise ValueError(f"{name} must be above 0 where a label is not ignored, got {count} with {counted} such labels")
 
 
 # --- checks of values: only where looking costs no device sync. The C++ kernels check values themselves.

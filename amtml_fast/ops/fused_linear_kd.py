@@ -164,7 +164,7 @@ def fused_linear_kd_loss(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"{NAME}: chunk_size must be an int >= 1 or None, got {chunk_size}")
     if num_items_in_batch is not None:
-        _kd.check_num_items(NAME, num_items_in_batch, reduction, labels)
+        _kd.check_num_items(NAME, num_items_in_batch, reduction, labels, ignore_index)
     check_options(NAME, temperature, alpha, mode, label_smoothing, divergence, beta, teacher_temperature, len(kinds))
     temperature, alpha = row_numbers(NAME, like, temperature, alpha, labels, "student_hidden")
 

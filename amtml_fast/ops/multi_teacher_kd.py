@@ -80,7 +80,8 @@ def multi_teacher_kd_loss(
         ignore_index: rows with this label count 0 in value, gradient and denominator.
         label_smoothing: of the cross-entropy, in [0, 1].
         num_items_in_batch: replaces the denominator of ``"batchmean"`` (gradient accumulation, data parallel): an int or
-            a 0-d tensor of any dtype. It may be 0 where every row is ignored; the loss is 0 then.
+            a 0-d tensor of any dtype. It may be 0 where every row is ignored; the loss is 0 then. Where rows count, 0 is an
+            error; on a GPU and in compiled code, which do not look at values, the loss is then 1e36 or more, or inf.
         divergence: D(p, q), with KL(a || b) = sum_c a_c log(a_c / b_c) and ``b`` for ``beta``:
 
             - ``"forward_kl"``: KL(p || q), Eq 8. ``"reverse_kl"``: KL(q || p).
@@ -124,7 +125,7 @@ def multi_teacher_kd_loss(
     checks.one_of(name, "mode", mode, ALL_MODES)
     checks.one_of(name, "reduction", reduction, _kd.REDUCTIONS)
     if num_items_in_batch is not None:
-        _kd.check_num_items(name, num_items_in_batch, reduction, labels)
+        _kd.check_num_items(name, num_items_in_batch, reduction, labels, ignore_index)
     student, weights = student_logits, teacher_weights
     if weights is not None and weights.dim() != 2:
         weights = weights.reshape(-1, len(teachers))

@@ -133,7 +133,7 @@ def topk_kd_loss(
                 )
     _kd.check_numbers(name, temperature, alpha, label_smoothing)
     if num_items_in_batch is not None:
-        _kd.check_num_items(name, num_items_in_batch, reduction, labels)
+        _kd.check_num_items(name, num_items_in_batch, reduction, labels, ignore_index)
     student = student_logits.reshape(rows, classes)
     sizes = [index.shape[-1] for index in given_indices]
     # Side by side in one tensor: beside the student's rows they are small.

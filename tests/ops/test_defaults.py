@@ -164,13 +164,45 @@ def test_no_rows_that_count_and_a_count_of_0_are_0(count, on):
             assert grad is None or grad.count_nonzero() == 0, name
 
 
-def test_a_count_of_0_for_rows_that_count_is_no_small_number(on):
-    labels = torch.arange(6) % 5
-    loss = af.multi_teacher_kd_loss(
-        torch.randn(6, 5), [torch.randn(6, 5)], None, labels, num_items_in_batch=torch.tensor(0)
-    )
-    assert loss > 1e36
-    with pytest.raises(ValueError, match=re.escape("num_items_in_batch must be in [1, 2**63) without labels, got 0")):
-        af.multi_teacher_kd_loss(torch.randn(6, 5), [torch.randn(6, 5)], None, num_items_in_batch=0)
+@pytest.mark.parametrize("count", [0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
+def test_a_count_of_0_is_an_error_where_rows_count(count, on):
+    labels = torch.tensor([-100, 1, 2, -100, 0, 3], dtype=torch.int32)
+    student, teachers = torch.randn(6, 5), [torch.randn(6, 5)]
+    top = [t.log_softmax(-1).topk(2) for t in teachers]
+    losses = {
+        "multi_teacher_kd_loss": lambda labels: af.multi_teacher_kd_loss(
+            student, teachers, None, labels, num_items_in_batch=count
+        ),
+        "topk_kd_loss": lambda labels: af.topk_kd_loss(
+            student, [t.indices for t in top], [t.values for t in top], None, labels, num_items_in_batch=count
+        ),
+        "fused_linear_kd_loss": lambda labels: af.fused_linear_kd_loss(
+            student, torch.randn(5, 5), teachers, None, labels, num_items_in_batch=count
+        ),
+        "AMTMLLoss": lambda labels: af.AMTMLLoss(af.TeacherAdapter(4, 1))(
+            student, teachers, labels, torch.randn(6, 4), num_items_in_batch=count
+        ),
+        "multi_teacher_kd_loss: num": lambda labels: dropin.generalized_jsd_loss(
+            student, teachers[0], labels, num_items_in_batch=count
+        ),
+    }
+    for name, loss in losses.items():
+        with pytest.raises(ValueError, match=f"{name}.* must be above 0 where .* got {count}.* with 4 such labels"):
+            loss(labels)
+        with pytest.raises(
+            ValueError, match=r"num_items_in_batch must be (in \[1, 2\*\*63\)|above 0) without labels, got 0"
+        ):
+            loss(None)
+
+
+@cpu_only
+def test_a_count_of_0_for_rows_that_count_is_no_small_number():
+    """Where values cannot be looked at."""
+    labels, count = torch.arange(6) % 5, torch.tensor(0)
+
+    def loss(student):
+        return af.multi_teacher_kd_loss(student, [torch.ones(6, 5)], None, labels, num_items_in_batch=count)
+
+    assert torch.func.vmap(loss)(torch.randn(1, 6, 5)) > 1e36
     with pytest.raises(ValueError, match=re.escape("num_items_in_batch must be in [0, 2**63), got -1")):
         af.multi_teacher_kd_loss(torch.randn(6, 5), [torch.randn(6, 5)], None, labels, num_items_in_batch=-1)

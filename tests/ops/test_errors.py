@@ -42,6 +42,8 @@ BAD = [  # one call a line
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, label_smoothing=-0.1), "label_smoothing must be a number"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, reduction="sum", num_items_in_batch=3), "num_items_in_batch must be None"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, num_items_in_batch=0), r"num_items_in_batch must be in \[1, 2\*\*63\) without labels, got 0"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y, num_items_in_batch=torch.tensor(-1.0)), "num_items_in_batch must be finite and not negative, got -1.0"),
+    (lambda: af.multi_teacher_kd_loss(Z, T2, W, Y, num_items_in_batch=torch.tensor(torch.nan)), "num_items_in_batch must be finite and not negative, got nan"),
     (lambda: af.multi_teacher_kd_loss(Z.to("meta"), T2, W), "must be on meta like student_logits, got cpu"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, temperature=1e200), r"temperature must be a number in \[1e-18, 1e\+18\], got 1e\+200"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W, temperature=10**400), r"temperature must be a number in \[1e-18, 1e\+18\], got 1000"),
