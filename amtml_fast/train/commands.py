@@ -27,6 +27,7 @@ from .config.yaml_text import INT
 from .files import RunError, read_json
 from .progress import Display
 from .run.folder import Run
+from .run.job import name_parts, one_method, run_name, teacher_count
 from .run.timing import shares
 
 if TYPE_CHECKING:
@@ -270,12 +271,14 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
         return config.teacher_folder(teacher) if config.teachers_folder else place / "teachers" / teacher
     if run.exists() and method is None and seed is None:
         return run.folder
-    middle = "-"
-    if record.get("student"):  # what stands between is the student and the number of teachers
-        middle = run.folder.name.removeprefix(record["method"]).removesuffix(f"seed{record['seed']}")
-    method = method or (record["method"] if record.get("student") else DEFAULT_METHOD)
-    seed = (record["seed"] if record.get("student") else config.seed) if seed is None else seed
-    return place / f"{method}{middle}seed{seed}"
+    student, number = config.student.name, None
+    method_there, seed_there = DEFAULT_METHOD, config.seed
+    if record.get("student"):
+        student, method_there, seed_there = record["student"], record["method"], record["seed"]
+        if one_method(config, method_there).teacher is None:  # one teacher by name says nothing about how many
+            number = teacher_count(record)
+    parts = name_parts(config, one_method(config, method or method_there), student, number)
+    return place / run_name(parts, seed_there if seed is None else seed)
 
 
 def say_one_process(display: Display) -> None:

@@ -13,10 +13,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from small_run import ROOT
+from small_run import ROOT, Place
 
 from amtml_fast import __version__, backends, cli
+from amtml_fast.train.commands import find_run
 from amtml_fast.train.figures import curves
+from amtml_fast.train.run.folder import Run
+from amtml_fast.train.run.job import student_job
 
 SHORT = ["teach.epochs=1", "teachers.1.train.epochs=1", "distill.epochs=2", "compare.seeds=[0,1]", "compare.workers=1"]
 SHORT += ["engine.threads=1"]
@@ -153,6 +156,38 @@ def test_eval_measures_what_is_named(compared: tuple[Path, str], capsys: pytest.
     for words in (["--teacher=x"], ["--teacher=resnet8", "--method=student"], ["--teacher=resnet8", "--seed=0"]):
         status, _, err = call(capsys, "eval", run, *words)
         assert status == 2 and err.startswith("error: --teacher must be one of cnn-wide, cnn-narrow, resnet8, without")
+
+
+def test_eval_finds_what_the_number_of_teachers_and_the_student_make_of_a_name(place: Place) -> None:
+    """What the method asks for is in its name, not what the named run asks for."""
+    config = place.load(
+        "compare.students=[{name: wide, factory: small_cnn, features: block3}]", "variants={mine: {method: okd-b}}"
+    )
+    methods = ("avg_mkd", "ca_mkd", "dml", "student", "okd-a", "mine")
+    jobs = [
+        student_job(config, name, 0, student=student, teachers=number)
+        for name in methods
+        for student in (config.student, *config.compare.students)
+        for number in (1, None)
+    ]
+    for job in jobs:
+        peers = {"peers": len(job.teachers)} if job.method.peers else {}
+        recipe = {"teachers": dict.fromkeys(job.teachers)} if job.method.needs_teachers else peers
+        record = {
+            "method": job.method.name,
+            "label": "",
+            "student": job.student,
+            "seed": 0,
+            "epochs": 1,
+            "recipe": recipe,
+        }
+        Run(job.folder).start("", record)
+    for job in jobs:
+        known = job.method.teacher is None and (job.method.needs_teachers or job.method.peers)
+        for name in methods:
+            student = next(s for s in (config.student, *config.compare.students) if s.name == job.student)
+            wanted = student_job(config, name, 1, student=student, teachers=len(job.teachers) if known else None)
+            assert find_run(str(job.folder), config, name, 1, None) == wanted.folder, (job.folder.name, name)
 
 
 OWN = """

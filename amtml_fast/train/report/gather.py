@@ -22,7 +22,7 @@ from ..figures.tables import Row
 from ..files import RunError, differences, read_json
 from ..methods.registry import OKD, known
 from ..run.folder import Run
-from ..run.job import Job, one_job, with_networks
+from ..run.job import Job, one_job, teacher_count, with_networks
 
 WHERE = ("out", "name", "teachers_folder")  # keys of a configuration that say where a run is, not what
 
@@ -145,12 +145,6 @@ def job_of_run(run: Run) -> Job:
     number = None if record["method"].startswith(f"{OKD}-") else teacher_count(record)
     job = one_job(config_of(run), record["method"], record["seed"], record["student"], number)
     return replace(job, folder=run.folder)
-
-
-def teacher_count(record: dict[str, Any]) -> int | None:
-    """How many teachers, or peers in their place, the run learned from; None: from none."""
-    recipe = record["recipe"]
-    return len(recipe["teachers"]) if recipe.get("teachers") else recipe.get("peers") or None
 
 
 def grouped(runs: Sequence[Run], config: Config) -> list[Group]:

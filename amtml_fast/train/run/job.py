@@ -178,20 +178,14 @@ def job_of(
     asked: Config, config: Config, chosen: Method, seed: int, student: StudentConfig, teachers: int | None
 ) -> Job:
     """The same, with the configuration that has the method's own values in it."""
-    names = [teacher.name for teacher in config.teachers[:teachers]]
-    # What differs from the plain case is in the folder's name, so that a comparison can grow and keep what it has.
-    parts = [chosen.name]
-    parts += [student.name] if student.name != config.student.name else []
-    if chosen.teacher is not None:
-        names = [chosen.teacher]
-    elif len(names) < len(config.teachers) and (chosen.needs_teachers or chosen.peers):
-        parts.append(f"{len(names)}teachers")
+    names = [teacher.name for teacher in config.teachers[:teachers]] if chosen.teacher is None else [chosen.teacher]
+    parts = name_parts(config, chosen, student.name, teachers)
     features, groups = asked_maps(student, chosen, config)
     config = with_mapping(config, chosen, student, names)
     return Job(
         asked=asked,
         config=config,
-        folder=config.folder / "-".join([*parts, f"seed{seed}"]),
+        folder=config.folder / run_name(parts, seed),
         title=", ".join([chosen.label, *parts[1:], f"seed {seed}"]),
         method=chosen,
         seed=seed,
@@ -204,6 +198,26 @@ def job_of(
         teachers=tuple(names),
         student=student.name,
     )
+
+
+def name_parts(config: Config, method: Method, student: str, teachers: int | None) -> list[str]:
+    """The method, and what differs from the plain case: in a folder's name, so that a comparison can grow and keep what it has."""
+    parts = [method.name]
+    parts += [student] if student != config.student.name else []
+    if method.teacher is None and (method.needs_teachers or method.peers):
+        number = len(config.teachers[:teachers])
+        parts += [f"{number}teachers"] if number < len(config.teachers) else []
+    return parts
+
+
+def run_name(parts: Sequence[str], seed: int) -> str:
+    return "-".join([*parts, f"seed{seed}"])
+
+
+def teacher_count(record: Mapping[str, Any]) -> int | None:
+    """How many teachers, or peers in their place, the run of this record learned from; None: from none."""
+    recipe = record["recipe"]
+    return len(recipe["teachers"]) if recipe.get("teachers") else recipe.get("peers") or None
 
 
 def applied(config: Config, method: Method, student: StudentConfig) -> Config:
