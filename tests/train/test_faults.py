@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import io
 import multiprocessing
 import os
 import random
@@ -22,6 +23,7 @@ import psutil
 import pytest
 import torch
 from recorder import Recorder
+from rich.console import Console
 from small_run import (
     FORKS,
     QUIET,
@@ -29,6 +31,7 @@ from small_run import (
     assert_equal,
     in_two,
     interrupt_after,
+    metrics,
     own_weights,
     wait_for_epochs,
 )
@@ -37,13 +40,14 @@ from amtml_fast import cli
 from amtml_fast.train import lock
 from amtml_fast.train.files import RunError
 from amtml_fast.train.progress import Display
+from amtml_fast.train.report import gather, page
 from amtml_fast.train.run import timing, trainer
 from amtml_fast.train.run.distiller import Distiller, make_distiller
 from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import student_job
 from amtml_fast.train.run.prepare import load_data
 from amtml_fast.train.run.stop import Interrupted
-from amtml_fast.train.run.tasks import evaluate, teach
+from amtml_fast.train.run.tasks import distill, evaluate, teach
 
 SOAK = int(os.environ.get("AMTML_SOAK", "1"))
 STEPS = 9  # an epoch
@@ -126,6 +130,44 @@ def test_checkpoints_within_an_epoch(place: Place, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(trainer.Trainer, "save", noted)
     place.train("distill.epochs=2", f"engine.checkpoint_steps={INTERVAL}")
     assert saved == [(0, 4), (0, 8), (1, 0), (1, 4), (1, 8), (2, 0)]
+
+
+def test_what_can_be_read_of_a_damaged_metrics_file_is_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["distill.epochs=6", *own_weights(place)]
+    unbroken = place.train(*settings, "name=unbroken")
+    with monkeypatch.context() as patch:
+        interrupt_after(4, patch)
+        with pytest.raises(Interrupted):
+            place.train(*settings)
+    run = Run(place.folder / "small" / "amtml_kd-seed0")
+    first, second, third, fourth = run.metrics.read_bytes().splitlines(keepends=True)
+    torn = third[:40] + b"\n", third[:40] + fourth, b"\x00\xff\n" + fourth, b"[3]\n" + fourth
+    for lines, kept in zip(torn, ([1, 2], [1, 2], [1, 2, 4], [1, 2, 4]), strict=True):
+        run.metrics.write_bytes(first + second + lines)
+        assert [row["epoch"] for row in run.read_metrics() if "loss" in row] == kept
+        assert [row["epoch"] for row in run.read_metrics()] == [*range(1, kept[-1] + 1)]  # a curve goes by places
+    config, said = place.load(*settings), io.StringIO()
+    distill(config, load_data(config), "amtml_kd", 0, Display(Console(file=said)), resume=True, fresh=False)
+    assert "no row can be read of epoch 3; curves and times will be of the others" in said.getvalue()
+    found, wanted = metrics(run), metrics(unbroken)
+    assert found == [*wanted[:2], {"epoch": 3}, *wanted[3:]]
+    record = run.read_record()
+    seconds = [row["seconds"] for row in run.read_metrics() if row["epoch"] != 3]
+    assert record["seconds_per_step"] == pytest.approx(sum(seconds) / 5 / STEPS)
+    (note,) = [note for note in gather.gather([run.folder]).notes if "metrics.jsonl" in note]
+    assert (
+        note
+        == "amtml_kd-seed0/metrics.jsonl has no row that can be read of epoch 3: curves and times are of the others."
+    )
+
+
+def test_without_any_metrics_a_run_goes_on_and_is_reported(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = place.train("distill.epochs=2")
+    for path in (run.metrics, run.result):  # which is made again from the checkpoint
+        path.unlink()
+    place.train("distill.epochs=2")
+    assert run.finished() and run.read_record()["seconds_per_step"] > 0
+    assert page.write([run.folder]).is_file()
 
 
 # --- a stop within an epoch ---------------------------------------------------------------------------------------------

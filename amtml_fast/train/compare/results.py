@@ -103,7 +103,7 @@ def row(method: str, label: str, runs: list[Run], split: str) -> Row:
     """A line of the table from finished runs, in the order of the seeds."""
     records = [run.read_record() for run in runs]
     peaks = [record["peak_memory"] for record in records if record["peak_memory"]]
-    seconds = [epoch["seconds"] for run in runs for epoch in run.read_metrics()]
+    seconds = [epoch["seconds"] for run in runs for epoch in run.read_metrics() if "seconds" in epoch]
     return Row(
         method=method,
         label=label,
@@ -289,7 +289,7 @@ def write_figures(
     if any(len({row.teachers for row in numbers if row.method == name}) > 1 for name in {r.method for r in numbers}):
         several = [*numbers, *okd_means(config, found)]
         out.draw("number_of_teachers", lambda path: charts.number_of_teachers(several, path))
-    weighted = {k: v for k, v in histories.items() if all("entropy" in epoch for run in v for epoch in run)}
+    weighted = {k: v for k, v in histories.items() if any("entropy" in epoch for run in v for epoch in run)}
     if teachers is None or not weighted:
         return out
     ours, _ = ours_and_others(found.main)

@@ -21,7 +21,7 @@ from ..config.schema import TEACHERS, Config, ConfigError, to_dict
 from ..figures.tables import Row
 from ..files import RunError, differences, read_json
 from ..methods.registry import OKD, known
-from ..run.folder import Run
+from ..run.folder import Run, some
 from ..run.job import Job, one_job, teacher_count, with_networks
 
 WHERE = ("out", "name", "teachers_folder")  # keys of a configuration that say where a run is, not what
@@ -175,6 +175,12 @@ def completed(gathered: Gathered, ended: bool) -> Gathered:
     under way, and of single runs, the seeds count that all have finished, or else each its own, without paired tests."""
     groups = gathered.groups
     gathered.notes += mixed(groups)
+    lost = {run.folder.name: run.lost_epochs() for run in gathered.runs}
+    gathered.notes += [
+        f"{name}/metrics.jsonl has no row that can be read of epoch {some(epochs)}: curves and times are of the others."
+        for name, epochs in lost.items()
+        if epochs
+    ]
     gathered.unfinished = [run for run in gathered.runs if not run.finished()]
     done = [replace(group, runs=[run for run in group.runs if run.finished()]) for group in groups]
     if ended:

@@ -232,6 +232,7 @@ def time(shown: Mapping[str, Sequence[Run]]) -> dict[str, Any] | None:
     steps: dict[str, dict[str, float]] = {}
     for name, runs in shown.items():
         records = [run.read_record() for run in runs if run.finished()]
+        records = [record for record in records if record["step_seconds"]]  # of those that had a row of metrics.jsonl
         if records:
             parts = {part: fmean(record["step_seconds"][part] for record in records) for part in PARTS}
             named = sum(parts.values())

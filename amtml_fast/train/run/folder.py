@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,21 +111,27 @@ class Run:
         if self.writes:
             append(self.metrics, json.dumps(row) + "\n")
 
-    def cut_metrics(self, epochs: int) -> None:
-        """Drops the rows after `epochs`: a run killed between metrics and checkpoint repeats that epoch."""
+    def cut_metrics(self, epochs: int) -> list[int]:
+        """Drops the rows after `epochs`: a run killed between metrics and checkpoint repeats that epoch. Returns the epochs
+        before that have no row which can be read."""
+        rows = {row["epoch"]: row for row in self.read_metrics() if row["epoch"] <= epochs and len(row) > 1}
         if self.writes:
-            rows = [row for row in self.read_metrics() if row["epoch"] <= epochs]
-            write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            write_atomic(self.metrics, "".join(json.dumps(row) + "\n" for row in rows.values()).encode())
+        return [epoch for epoch in range(1, epochs + 1) if epoch not in rows]
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One dict per epoch; a last line cut short by a kill is left out."""
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """One dict per epoch up to the last one that can be read; an epoch before it that cannot has its number alone."""
+        rows: dict[int, dict[str, Any]] = {}
+        text = self.metrics.read_text(encoding="utf-8", errors="replace") if self.metrics.is_file() else ""
+        for line in text.splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # cut short by a kill, or damaged
+                row = json.loads(line)
+                rows[operator.index(row["epoch"])] = row
+        return [rows.get(epoch, {"epoch": epoch}) for epoch in range(1, max(rows, default=0) + 1)]
+
+    def lost_epochs(self) -> list[int]:
+        """Those of `read_metrics` that have their number alone."""
+        return [row["epoch"] for row in self.read_metrics() if len(row) == 1]
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         if self.writes:
@@ -166,6 +173,12 @@ class Run:
             files += [*self.folder.glob("tensorboard/**/events.out.tfevents.*"), self.record, self.mark]
             for path in files:
                 path.unlink(missing_ok=True)
+
+
+def some(epochs: Sequence[int]) -> str:
+    """The first of them, for a message."""
+    more = f" and {len(epochs) - 3} more" if len(epochs) > 3 else ""
+    return ", ".join(map(str, epochs[:3])) + more
 
 
 @contextmanager

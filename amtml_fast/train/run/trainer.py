@@ -25,7 +25,7 @@ from ..teachers import frozen
 from ..teachers.frozen import Teachers
 from . import graphs, preflight, processes
 from .distiller import make_distiller, teachers_of
-from .folder import Diverged, Run, alone
+from .folder import Diverged, Run, alone, some
 from .job import Job, with_networks
 from .memory import PeakMemory
 from .metrics import collapsed
@@ -277,7 +277,10 @@ class Trainer:
             ) from None
         if not self.accelerator.is_main_process:  # the sums of all processes count once
             self.partial = {name: torch.zeros_like(value) for name, value in self.partial.items()}
-        self.run.cut_metrics(self.done)
+        if lost := self.run.cut_metrics(self.done):
+            self.display.warn(
+                f"{self.run.metrics}: no row can be read of epoch {some(lost)}; curves and times will be of the others"
+            )
 
     def save(self) -> None:
         """The checkpoint: all that the steps to come depend on. Every process takes part, the first one writes."""
@@ -431,10 +434,11 @@ class Trainer:
         if rest := {name.removeprefix(objective): x for name, x in state.items() if name.startswith(objective)}:
             self.run.write_tensors("objective.safetensors", rest)
         self.run.write_json(self.run.result, result)
-        rows, steps = self.run.read_metrics(), self.steps * self.job.train.epochs
+        rows = [row for row in self.run.read_metrics() if "seconds" in row]
+        seconds = sum(row["seconds"] for row in rows) / len(rows) if rows else self.seconds / self.job.train.epochs
         self.record |= {
             "seconds_total": self.seconds,
-            "seconds_per_step": sum(row["seconds"] for row in rows) / steps,
+            "seconds_per_step": seconds / self.steps,
             "step_seconds": step_seconds(rows),
             "peak_memory": peak,
             "finished": True,
