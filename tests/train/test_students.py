@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_run import PLAIN, QUIET, Place, assert_equal, assert_near, in_two, own_weights
 
 from amtml_fast.train.compare.session import compare
 from amtml_fast.train.data.images import Loader
 from amtml_fast.train.models.networks import build
+from amtml_fast.train.progress import Display
 from amtml_fast.train.run.folder import Run
 from amtml_fast.train.run.job import student_job
 from amtml_fast.train.run.prepare import load_data
+from amtml_fast.train.run.tasks import distill
 from amtml_fast.train.teachers import frozen
 
 NETS = '''
@@ -227,3 +229,34 @@ def test_a_lazy_layer_is_named_before_anything_is_trained(nets: Place) -> None:
     ):
         nets.train(*own, method="dml")
     assert nets.train(*own, "student.args={run: true}", method="dml").finished()
+
+
+# --- one of a teacher's own kind ------------------------------------------------------------------------------------------
+
+
+def test_a_student_that_starts_as_a_teacher_did_is_that_teacher_and_a_line_says_so(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Teacher t trains with seed + t: the first one with 0 here, the second with 1."""
+    twin = ["student.args={width: 6}", "distill={epochs: 1, batch_size: 128}", "compare.methods=[student]"]
+    twin += ["compare.students=[{name: narrow, factory: small_cnn, args: {width: 4}}]", "compare.seeds=[0,1,2]"]
+    line = "the same network from the same first weights: "
+    settings = place.load(*twin)
+    compare(settings, Display())
+    said = capsys.readouterr().out
+    assert (
+        f"{line}student with seed 0 and teacher a; narrow with seed 1 and teacher b; another seed starts elsewhere"
+        in said
+    )
+    for name, student in (("a", "student-seed0"), ("b", "student-narrow-seed1")):
+        found = [load_file(file) for file in sorted((place.folder / "small").glob(f"*/{name}/model.safetensors"))]
+        found += [load_file(place.folder / "small" / student / "student.safetensors")]
+        assert len(found) == 2 and all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+    data = load_data(settings)
+    for seed, says in ((0, True), (5, False)):
+        distill(settings, data, "avg_mkd", seed, Display(), resume=False, fresh=False)
+        assert (line in capsys.readouterr().out) == says
+    start = str(place.folder / "small" / "teachers" / "a" / "model.safetensors")
+    own = [*twin, f"student.weights={start}", *own_weights(place)]
+    distill(place.load(*own, "name=own"), data, "student", 0, Display(), resume=False, fresh=False)
+    assert line not in capsys.readouterr().out  # both start from elsewhere

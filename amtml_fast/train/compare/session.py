@@ -17,7 +17,7 @@ from ..progress import Display
 from ..run import preflight
 from ..run.folder import Diverged, alone
 from ..run.job import need_hints, teacher_job
-from ..run.prepare import load_data, load_teachers, make_accelerator, say_choices
+from ..run.prepare import load_data, load_teachers, make_accelerator, say_choices, say_twins
 from ..run.stop import how_many, says_when_stopped
 from ..run.tasks import say_result
 from ..run.trainer import finished, start_over, train
@@ -112,6 +112,7 @@ def compare(config: Config, display: Display, *, fresh: Sequence[Config] = ()) -
     began = time.perf_counter()
     session = Session(config, display)
     session.check()
+    say_twins(config, session.jobs[DISTILL], display)
     start_over([job for each in fresh for job in chain(*Session(each, display).jobs.values())], display)
     accelerator = make_accelerator(config.engine, config.folder)
     with ExitStack() as stack:

@@ -18,7 +18,7 @@ from ..models.layout import channels_last
 from ..progress import Display
 from ..teachers import fill, frozen
 from .folder import Run
-from .job import Job, need_hints, networks
+from .job import Job, need_hints, networks, teacher_job
 from .stop import Stop
 
 
@@ -95,6 +95,25 @@ def say_choices(config: Config, data: images.ImageData, display: Display) -> Non
         last = str(channels_last(config.engine.channels_last, shown.shape)).lower()
         precision = config.engine.mixed_precision
         display.say(f"engine.precision=auto on {where}: mixed_precision={precision}, channels_last={last}")
+
+
+def say_twins(config: Config, jobs: Sequence[Job], display: Display) -> None:
+    """In one line which students start as a teacher did: trained alone by its recipe, such a student is that teacher."""
+    same: dict[tuple[str, str], list[int]] = {}
+    for teacher in config.teachers if jobs else []:
+        first = teacher_job(config, teacher)
+        for job in jobs:
+            alike = (job.factory, job.args, job.seed, job.weights) == (first.factory, first.args, first.seed, None)
+            seeds = same.setdefault((job.student, teacher.name), [])
+            if alike and not teacher.model.brings_weights and job.seed not in seeds:
+                seeds.append(job.seed)
+    said = [
+        f"{student} with seed {', '.join(map(str, seeds))} and teacher {teacher}"
+        for (student, teacher), seeds in same.items()
+        if seeds
+    ]
+    if said:
+        display.say(f"the same network from the same first weights: {'; '.join(said)}; another seed starts elsewhere")
 
 
 def load_teachers(

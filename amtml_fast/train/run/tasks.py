@@ -16,7 +16,7 @@ from ..teachers import frozen
 from . import preflight
 from .folder import Run
 from .job import Job, one_job, teacher_job
-from .prepare import load_teachers, same_data, say_choices
+from .prepare import load_teachers, same_data, say_choices, say_twins
 from .stop import how_many, says_when_stopped
 from .timing import shares
 from .trainer import start_over, train
@@ -58,6 +58,7 @@ def distill(
     say_choices(config, data, display)
     preflight.places(config)
     job = one_job(config, method, seed, student, teachers)
+    say_twins(config, [job], display)
     return train(job, data, load_teachers(config, data, [job], display), display, resume=resume, fresh=fresh)
 
 
