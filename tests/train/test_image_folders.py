@@ -61,6 +61,32 @@ def test_image_folder_reads_every_image_at_any_depth(folder, tmp_path_factory):
     assert loaded.test.labels.tolist() == [0, 1, 1]
 
 
+@pytest.mark.parametrize("target", [".", "../..", "../dog"])
+def test_a_link_that_leads_back_is_named(folder, target):
+    """Its images counted 40 times, and behind .. those of other classes, too."""
+    save_image(folder / "train" / "cat" / "deep" / "5.png", 0)
+    if target == "../dog":
+        (folder / "train" / "dog" / "back").symlink_to("../cat/deep")
+        load("image_folder", folder)  # no harm, unless that leads back
+        target = "../../dog"
+    (folder / "train" / "cat" / "deep" / "link").symlink_to(target)
+    with pytest.raises(
+        ValueError, match=r"link.*: a link must not lead back to a folder above it, got one to .*/train/"
+    ):
+        load("image_folder", folder)
+
+
+def test_an_image_of_a_size_that_cannot_be_is_named(folder):
+    """Pillow's error for it is of a class of its own."""
+    file = folder / "train" / "cat" / "5.bmp"
+    save_image(file, 0)
+    content = bytearray(file.read_bytes())
+    content[18:26] = 2 * (100_000).to_bytes(4, "little")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"5\.bmp: not a readable image \(Image size \(10000000000 pixels\)"):
+        load("image_folder", folder)
+
+
 def test_image_folder_leaves_hidden_folders_and_files_out(folder):
     wanted = load("image_folder", folder)
     save_image(folder / "train" / ".ipynb_checkpoints" / "0.png", 0)

@@ -276,8 +276,13 @@ def _class_images(folder: Path, classes: Sequence[str]) -> tuple[list[Path], np.
 
 
 def _images_below(folder: Path) -> Iterator[Path]:
-    """At any depth, through links too, as torchvision's ImageFolder."""
+    """At any depth, through links too, as torchvision's ImageFolder, but for links that lead back: there would be no end."""
+    ways: dict[str, tuple[str, ...]] = {}  # where a folder really is, and all above it
     for inner, folders, files in os.walk(folder, onerror=_unreadable, followlinks=True):
+        place, above = os.path.realpath(inner), ways.get(os.path.dirname(inner), ())
+        if place in above:
+            raise ValueError(f"{inner}: a link must not lead back to a folder above it, got one to {place}")
+        ways[inner] = (*above, place)
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(inner, name) for name in files if _is_image(name))
 
@@ -330,7 +335,7 @@ def _decode(files: Sequence[Path]) -> np.ndarray:
         try:
             with Image.open(file) as image:
                 return np.asarray(eight_bits(image).convert("RGB"))  # [H, W, 3]
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a broken file
+        except Exception as error:  # PIL has errors of its own, such as for a size that cannot be
             raise ValueError(f"{file}: not a readable image ({error})") from error
 
     height, width, _ = pixels(files[0]).shape

@@ -68,7 +68,7 @@ def _to_uint8(image: Any, what: str) -> np.ndarray:
     elif hasattr(image, "getbands"):
         try:
             array = np.asarray(eight_bits(image))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of PIL, which reads the file here
             raise ValueError(f"{what}: not a readable image ({error})") from error
     else:
         array = np.asarray(image)
