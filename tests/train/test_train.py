@@ -26,6 +26,7 @@ from small_run import (
     tensors,
     wait_for_epochs,
 )
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
 
 from amtml_fast.train.compare import results
@@ -208,6 +209,29 @@ def test_a_row_of_metrics_that_the_disk_does_not_take(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match=r"metrics\.jsonl: No space left on device: 13 bytes to write, [\d,]+ free"):
         run.add_metrics({"epoch": 2})
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's own thread
+@pytest.mark.parametrize("part", ["write", "flush", "close"])
+def test_a_full_disk_under_tensorboards_files_ends_no_training(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    """An error in the thread that writes them, at the start, and at the end; the start's was followed by a traceback."""
+    real, calls = getattr(RecordWriter, part), 0
+
+    def full(self: RecordWriter, *data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if part != "write" or calls > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, *data)
+
+    monkeypatch.setattr(RecordWriter, part, full)
+    config = place.load("distill.epochs=3")
+    run = distill(config, load_data(config), "student", 0, Display(), resume=False, fresh=False)
+    said = capsys.readouterr().out
+    assert calls and run.finished() and len(run.read_metrics()) == 3
+    assert f"warning: {run.folder}/tensorboard: No space left on device: TensorBoard's curves end here" in said
 
 
 def test_an_unfinished_run_is_neither_continued_nor_lost_unasked(place: Place, stopped: Run) -> None:

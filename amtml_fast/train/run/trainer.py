@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,8 @@ def train(
                 ) from None
             finally:
                 # Not end_training(): it would also end the process group, which the next run needs.
-                for tracker in accelerator.trackers:
-                    tracker.finish()
+                for tracker in [*accelerator.trackers]:
+                    trainer.tensorboard(tracker.finish)
                 accelerator.free_memory()
     accelerator.wait_for_everyone()
     return run
@@ -308,7 +309,8 @@ class Trainer:
             more = f" and {self.step} steps" if self.step else ""
             self.display.say(f"{job.title}: continuing after epoch {self.done} of {job.train.epochs}{more}")
         # Without purge_step, TensorBoard would show the epoch that a kill cut short twice.
-        self.accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": self.done + 1}})
+        options = {"tensorboard": {"purge_step": self.done + 1}}
+        self.tensorboard(lambda: self.accelerator.init_trackers("tensorboard", init_kwargs=options))
         with self.display.bar(job.title, self.steps * size * job.train.epochs) as bar:
             bar.add((self.done * self.steps + self.step) * size)
             for epoch in range(self.done + 1, job.train.epochs + 1):
@@ -318,12 +320,23 @@ class Trainer:
                 row["val_accuracy"] = self.accuracy(self.data.val, epoch)
                 self.seconds += time.perf_counter() - began
                 self.run.add_metrics(row)
-                self.accelerator.log({k: v for k, v in row.items() if isinstance(v, float)}, step=epoch)
+                numbers = {k: v for k, v in row.items() if isinstance(v, float)}
+                self.tensorboard(functools.partial(self.accelerator.log, numbers, step=epoch))
                 self.done, self.step, self.partial, self.before = epoch, 0, {}, 0.0
                 self.save()
                 if self.asked(stop):
                     raise KeyboardInterrupt
                 bar.note(f"epoch {epoch}/{job.train.epochs}, validation {100 * row['val_accuracy']:.1f} %")
+
+    def tensorboard(self, act: Callable[[], object]) -> None:
+        """What its files do not take costs the rest of its curves, no training: metrics.jsonl has the same numbers."""
+        try:
+            act()
+        except OSError as error:
+            self.accelerator.trackers.clear()
+            self.display.warn(
+                f"{self.run.folder / 'tensorboard'}: {error.strerror or error}: TensorBoard's curves end here"
+            )
 
     def epoch(self, epoch: int, bar: Bar, stop: Stop) -> dict[str, Any]:
         """One pass over the training split; returns its row of metrics.jsonl without the validation accuracy."""
