@@ -102,6 +102,9 @@ def zoo(tmp_path, monkeypatch):
         "def plain(hidden):\n    seen.append(hidden)\n    return nn.Linear(hidden, 2)\n"
         "def anything(**kwargs):\n    seen.append(kwargs)\n    return nn.Identity()\n"
         "def nothing():\n    return 3\n"
+        "body = nn.Linear(5, 5)\n"
+        "def with_body(num_classes):\n    return nn.Sequential(body, nn.ReLU(), nn.Linear(5, num_classes))\n"
+        "def whole():\n    return body\n"
     )
     (tmp_path / "zoo_with_a_hole.py").write_text("import not_installed_anywhere\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -114,6 +117,17 @@ def test_build_by_import_path_passes_only_what_the_signature_takes(zoo):
     assert isinstance(model, nn.Linear)
     networks.build("zoo_of_tests:anything", {"a": 1}, num_classes=7, in_channels=1)
     assert sys.modules["zoo_of_tests"].seen == [3, {"num_classes": 7, "a": 1}]
+
+
+@pytest.mark.parametrize("factory, got", [("whole", "Linear"), ("with_body", "0")])
+def test_a_network_that_was_made_before_is_refused(zoo, factory, got):
+    """A student began with what the one before it had learned, or with a teacher that went on learning."""
+    first = networks.build(f"zoo_of_tests:{factory}", num_classes=7, in_channels=1)
+    wanted = f"zoo_of_tests:{factory} must make a new network each time, got {got} of an earlier one"
+    with pytest.raises(ValueError, match=wanted):
+        networks.build(f"zoo_of_tests:{factory}", num_classes=7, in_channels=1)
+    first.requires_grad_(False)  # a part that does not learn may be shared
+    networks.build("zoo_of_tests:with_body", num_classes=7, in_channels=1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ that is a strided identity whose new channels are zeros, so that a shortcut has 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch.nn.parameter import is_lazy
 from ..names import import_factory, near_names, pretrained
 from . import zoo
 
+# The parts that train of all networks that `build` has made and that are still there.
+_MADE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # what DDP and torch.compile put in front of a model's own names
 
 
@@ -188,6 +191,13 @@ def build(
             f"model.factory: {factory} must make a network whose parameters all have a shape, got {lazy} of a lazy layer: let the "
             "factory run it once, on images of zeros"
         )
+    parts = {p: name for name, p in model.named_modules() if any(x.requires_grad for x in p.parameters(recurse=False))}
+    if known := [name for part, name in parts.items() if part in _MADE]:
+        got = known[0] or type(model).__name__
+        raise ValueError(
+            f"model.factory: {factory} must make a new network each time, got {got} of an earlier one, with all that it has learned since"
+        )
+    _MADE.update(parts)
     if weights is not None:
         load_weights(model, weights)
     return model
