@@ -292,7 +292,26 @@ def test_mappings_are_replaced_and_sections_merged(place: Place) -> None:
     )
     assert settings.student.args == {"depth": 20}
     assert settings.distill.lr == 0.5 and settings.distill.epochs == 4
-    assert settings.teachers[0].model.factory == "small_cnn"
+    assert settings.teachers[0].model.factory == "small_cnn" and settings.teachers[0].model.args == {}
+    student = "student={factory: resnet, args: {depth: 8}, features: stage3, groups: {only: stage3}}"
+    settings = reading.load(place.yaml, [student, "loss={mapping: {a: only}}", "preset=paper_code"])
+    assert settings.student.args == {"depth": 8} and settings.student.groups == {"only": "stage3"}
+    assert settings.student.name == "student" and settings.loss.mapping == {"a": "only"}
+
+
+def test_another_network_over_a_base_takes_nothing_of_the_bases_arguments(place: Place) -> None:
+    """A resnet over a small CNN of width 2 was a resnet of width 2, with the layer groups of both."""
+    student = "{factory: resnet, args: {depth: 8}, features: stage3, groups: {only: stage3}}"
+    mine = place.folder / "mine.yaml"
+    mapped = "loss: {alpha: 0.5, mapping: {a: only}}"
+    mine.write_text(f"base: small.yaml\npreset: paper_code\nstudent: {student}\n{mapped}\n")
+    several = place.folder / "several.yaml"
+    several.write_text(f"base: small.yaml\nregimes:\n  one: {{student: {student}, {mapped}}}\n  two: {{}}\n")
+    for settings in (reading.load(mine), reading.load(f"{several}:one")):
+        assert settings.student.args == {"depth": 8} and settings.student.groups == {"only": "stage3"}
+        assert settings.student.name == "student" and settings.distill.epochs == 4  # of the base
+        assert settings.loss.mapping == {"a": "only"} and settings.loss.alpha == 0.5
+    assert reading.load(f"{several}:two").student.args == {"width": 2}
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def load_all(source: str | Path, overrides: Iterable[str] = ()) -> list[Config]:
     overrides = [word for word in overrides if word.partition("=")[0].strip() != "name"]
     found = []
     for one in regimes if chosen is None else [chosen]:
-        whole = OmegaConf.merge(written, regimes[one] or {}, {"name": f"{name}/{one}"})
+        whole = _over(written, OmegaConf.merge(regimes[one] or {}, {"name": f"{name}/{one}"}))
         config = _finished(whole, overrides, f"{path}:{one}")
         if config.teachers_folder is None:
             config.teachers_folder = str(config.folder.parent / TEACHERS)
@@ -138,7 +138,27 @@ def _read(path: Path, inner: tuple[Path, ...] = ()) -> Any:
         return written
     base = str(written.pop("base"))
     beside = path.parent / base
-    return OmegaConf.merge(_read(beside if beside.is_file() else find(base), (*inner, path)), written)
+    return _over(_read(beside if beside.is_file() else find(base), (*inner, path)), written)
+
+
+def _over(lower: Any, upper: Any) -> Any:
+    """Sections are merged. A mapping of free keys (args, groups, loss.mapping) is replaced whole: those of another network do not
+    count."""
+    merged = OmegaConf.merge(lower, upper)
+    _replace(merged, OmegaConf.to_container(upper) if OmegaConf.is_config(upper) else upper, Config)
+    return merged
+
+
+def _replace(merged: Any, written: Any, schema: type, key: str = "") -> None:
+    """Puts the mappings of free keys of what is written for a section of this class in the place of those at `key` in `merged`."""
+    for one in dataclasses.fields(schema):
+        value, hint = written.get(one.name), fields.hints(schema)[one.name]
+        if not isinstance(value, Mapping):
+            continue
+        if dataclasses.is_dataclass(hint):
+            _replace(merged, value, typing.cast(type, hint), f"{key}{one.name}.")
+        elif fields.KEYS_OF not in one.metadata and not any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+            OmegaConf.update(merged, f"{key}{one.name}", dict(value), merge=False)
 
 
 def to_yaml(config: Config) -> str:
@@ -176,14 +196,14 @@ def _schema() -> Any:
 
 def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: str) -> Config:
     with errors(Config, "", source):
-        merged = OmegaConf.merge(_schema(), preset, written)
+        merged = _over(OmegaConf.merge(_schema(), preset), written)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"config: an override must be key=value, got {override!r}")
         with errors(Config, "", f"the override {override!r}"):
             try:
-                # A mapping of free keys (args, groups) is replaced whole; a section (distill={...}) is merged into.
+                # As in `_over`: a mapping of free keys is replaced whole; a section (distill={...}) is merged into.
                 hint, free = (fields.hint_at(Config, key.strip(), free=free) for free in (False, True))
                 new = yaml_text.value(value, free, key.strip())
                 if isinstance(new, list) and dataclasses.is_dataclass(fields.inner(hint)):
@@ -193,6 +213,8 @@ def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: s
                     new = {name: OmegaConf.merge(OmegaConf.structured(section), one) for name, one in new.items()}
                 _make_sections(merged, key.strip())
                 OmegaConf.update(merged, key.strip(), new, merge=dataclasses.is_dataclass(hint))
+                if isinstance(new, dict) and dataclasses.is_dataclass(hint):
+                    _replace(merged, new, typing.cast(type, hint), f"{key.strip()}.")
             except (IndexError, TypeError, ValueError) as error:
                 if isinstance(error, (OmegaConfBaseException, yaml_text.Ambiguous)):
                     raise
