@@ -24,7 +24,7 @@ from .config.fields import RANGE, SEED
 from .config.reading import changed, load, load_all
 from .config.schema import Config, ConfigError
 from .config.yaml_text import INT
-from .files import RunError, read_json
+from .files import RunError
 from .progress import Display
 from .run.folder import Run
 from .run.job import name_parts, one_method, run_name, teacher_count
@@ -302,7 +302,7 @@ def positions(images: str | None) -> list[int] | None:
 
 
 def show_result(run: Run, display: Display) -> None:
-    result, record = read_json(run.result), run.read_record()
+    result, record = run.read_result(), run.read_record()
     display.say(
         f"{record['label']}, seed {record['seed']}: validation {100 * result['val_accuracy']:.2f} %, "
         f"test {100 * result['test_accuracy']:.2f} %"

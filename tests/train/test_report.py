@@ -354,6 +354,27 @@ def test_teachers_trained_anew_are_not_taken_for_the_old_ones(copied: Path) -> N
     assert "The weights of b on disk are not those that the students learned from." in read(copied).text
 
 
+@pytest.mark.parametrize("name", ["student.safetensors", "objective.safetensors"])
+@pytest.mark.parametrize("kept", [100, None], ids=["cut", "removed"])
+def test_weights_that_cannot_be_read_cost_the_images_alone(copied: Path, name: str, kept: int | None) -> None:
+    file = copied / "amtml_kd-seed1" / name
+    whole = file.read_bytes()
+    file.unlink()
+    if kept is not None:
+        file.write_bytes(whole[:kept])
+    text = read(copied).text
+    assert text.count("What teachers and students say about images cannot be shown here") == 3 and name in text
+
+
+def test_a_result_without_its_figures_is_named(copied: Path) -> None:
+    file = copied / "student-seed0" / "result.json"
+    file.write_text('{"test_accuracy": 0.5}')
+    with pytest.raises(
+        RunError, match=r"student-seed0/result\.json must hold 'val_accuracy' of a run, got test_accuracy; "
+    ):
+        read(copied)
+
+
 def test_without_an_adapter_the_page_says_so(compared: Path) -> None:
     reader = read(compared / "avg_mkd-seed0", compared / "student-seed0")
     assert "No finished run here has learned weights" in reader.text

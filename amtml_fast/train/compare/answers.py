@@ -6,13 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..data.images import ImageData, ImageSet, Loader
 from ..methods.base import mixture
 from ..methods.registry import METHODS
 from ..models.evaluate import EVAL_BATCH
+from ..models.networks import load_weights
 from ..run.distiller import make_distiller, teachers_of
 from ..run.folder import Run
 from ..run.job import FEATURES, Job
@@ -45,8 +45,8 @@ def weights_and_logits(job: Job, teachers: Teachers, split: ImageSet, data: Imag
     """The weights [N, T] without a look at labels, and the student's logits [N, C], of a finished run that has learned some."""
     own = teachers_of(job, teachers)
     distiller = make_distiller(job, data, own)
-    distiller.student.model.load_state_dict(load_file(job.folder / job.file))
-    distiller.objective.load_state_dict(load_file(job.folder / "objective.safetensors"))
+    load_weights(distiller.student.model, job.folder / job.file)
+    load_weights(distiller.objective, job.folder / "objective.safetensors")
     distiller.to(split.images.device).eval()
     weights, logits = [], []
     for batch in Loader(split, data, EVAL_BATCH):

@@ -16,7 +16,7 @@ from ..data.images import ImageData
 from ..figures import charts, curves, regimes, significance, tables
 from ..figures.markdown import escaped, paragraph, render
 from ..figures.tables import ORACLE, Blocks, Network, Row
-from ..files import RunError, read_json, write_atomic
+from ..files import RunError, write_atomic
 from ..methods.registry import OKD
 from ..models.evaluate import accuracy
 from ..progress import Display
@@ -108,7 +108,7 @@ def row(method: str, label: str, runs: list[Run], split: str) -> Row:
         method=method,
         label=label,
         parameters=records[0]["parameters"],
-        accuracies=[read_json(run.result)[RESULTS[split]] for run in runs],
+        accuracies=[run.read_result()[RESULTS[split]] for run in runs],
         seconds_per_epoch=fmean(seconds) if seconds else None,  # of runs whose metrics.jsonl was removed
         peak_memory=min(peaks, default=None),
         split=split,

@@ -26,6 +26,8 @@ from .gather import job_of_run
 
 CLASSES = 24  # more do not fit a table that one can read
 SHOWN = 5  # classes of an image
+UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, OSError, ImportError)
+CANNOT = "What teachers and students say about images cannot be shown here: {}."
 Asked = dict[str, list[tuple[Job, Tensor, Tensor]]]  # method -> a run: its job, weights [N, T], student's logits [N, C]
 
 
@@ -40,22 +42,24 @@ def sections(learners: Mapping[str, Sequence[Run]], images: Sequence[int] | None
         data = load_data(first.config)
         teachers = frozen.load(first.config, data, hints=need_hints([job for each in same.values() for job in each]))
         unknown = strangers(first)
-    except (RuntimeError, ValueError, TypeError, LookupError, OSError, ImportError) as error:
-        return {
-            "missing": f"What teachers and students say about images cannot be shown here: {str(error).rstrip('.')}."
-        }
+    except UNREADABLE as error:
+        return {"missing": CANNOT.format(str(error).rstrip("."))}
     if unknown:
         return {"missing": f"The weights of {', '.join(unknown)} on disk are not those that the students learned from."}
     if images and max(images) >= len(data.test):
         raise ConfigError(f"--images must be in 0 to {len(data.test) - 1} (the test split), got {max(images)}")
     teachers = teachers.only(first.teachers, hints=bool(teachers.channels))
     asked: Asked = {}
-    with display.bar("test images", sum(map(len, same.values())), "runs") as bar:
-        logits = answers.teacher_logits(teachers, data.test, data)
-        for name, each in same.items():
-            for job in each:
-                asked.setdefault(name, []).append((job, *answers.weights_and_logits(job, teachers, data.test, data)))
-                bar.add(1)
+    try:
+        with display.bar("test images", sum(map(len, same.values())), "runs") as bar:
+            logits = answers.teacher_logits(teachers, data.test, data)
+            for name, each in same.items():
+                for job in each:
+                    said = answers.weights_and_logits(job, teachers, data.test, data)
+                    asked.setdefault(name, []).append((job, *said))
+                    bar.add(1)
+    except UNREADABLE as error:  # a student's file
+        return {"missing": CANNOT.format(str(error).rstrip("."))}
     left_out = [name for name in learners if name not in asked]
     return {
         "missing": "",

@@ -28,6 +28,7 @@ from . import processes
 FORMAT = "amtml-fast checkpoint 2"
 # Of the keys of every run.json those that others ask for.
 RECORDED = ("method", "label", "student", "seed", "epochs", "recipe")
+MEASURED = ("val_accuracy", "test_accuracy")  # the keys of result.json
 WEIGHTS = ("student.safetensors", "model.safetensors", "objective.safetensors")
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
 UNREADABLE = (
@@ -78,14 +79,10 @@ class Run:
             self.mark.touch()
 
     def read_record(self) -> dict[str, Any]:
-        record = read_json(self.record)
-        for key in RECORDED:
-            if key not in record:
-                wanted = "repair it or start the run over with --fresh"
-                raise RunError(
-                    f"{self.record} must hold {key!r} of a run, got {', '.join(record) or 'nothing'}; {wanted}"
-                )
-        return record
+        return _read(self.record, RECORDED)
+
+    def read_result(self) -> dict[str, Any]:
+        return _read(self.result, MEASURED)
 
     def start(self, config_yaml: str, record: Mapping[str, Any]) -> None:
         if self.writes:
@@ -173,6 +170,16 @@ class Run:
             files += [*self.folder.glob("tensorboard/**/events.out.tfevents.*"), self.record, self.mark]
             for path in files:
                 path.unlink(missing_ok=True)
+
+
+def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A run's JSON that has these keys."""
+    found = read_json(path)
+    for key in keys:
+        if key not in found:
+            wanted = "repair it or start the run over with --fresh"
+            raise RunError(f"{path} must hold {key!r} of a run, got {', '.join(found) or 'nothing'}; {wanted}")
+    return found
 
 
 def some(epochs: Sequence[int]) -> str:

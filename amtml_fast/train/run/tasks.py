@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ..config.schema import Config
 from ..data.images import ImageData
-from ..files import read_json
 from ..models.evaluate import accuracy
 from ..models.features import FeatureExtractor
 from ..models.networks import build
@@ -100,7 +99,7 @@ def evaluate(
 
 
 def say_result(job: Job, run: Run, display: Display) -> None:
-    result = read_json(run.result)
+    result = run.read_result()
     validation = "" if job.student else f"validation {100 * result['val_accuracy']:.2f} %, "
     time = shares(run.read_record()["step_seconds"])
     display.say(f"{job.title}: {validation}test {100 * result['test_accuracy']:.2f} %; {time}")
