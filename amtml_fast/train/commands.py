@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -77,6 +77,7 @@ def teach(
     with friendly() as display:
         settings = checked(load(config, overrides or []))
         say_one_process(display)
+        say_elsewhere(config, settings, overrides or [], display)
         from .run import tasks
         from .run.prepare import load_data
 
@@ -106,6 +107,7 @@ def distill(
     with friendly("--resume") as display:
         settings = checked(load(config, overrides or []))
         say_one_process(display)
+        say_elsewhere(config, settings, overrides or [], display)
         from .run import tasks
         from .run.prepare import load_data
 
@@ -175,6 +177,8 @@ def compare(
             raise ConfigError(f"config: name must differ between comparisons, got {twice} twice")
         check_shared(asked)
         say_one_process(display)
+        for source, file in zip((config, *more), files, strict=True):
+            say_elsewhere(source, file[0], overrides, display)
         from .compare import results, session
         from .run.stop import says_when_stopped
 
@@ -290,6 +294,16 @@ def say_one_process(display: Display) -> None:
             "accelerate launch was asked for several processes and started one; for several on the CPU: "
             "torchrun --nproc-per-node N -m amtml_fast ... engine.device=cpu"
         )
+
+
+def say_elsewhere(source: str, config: Config, overrides: Sequence[str], display: Display) -> None:
+    """A run's own folder says where its runs go: to where it was, if it was moved, or seen from another working directory."""
+    run = Run(Path(source))
+    if not run.exists() or {word.partition("=")[0].strip() for word in overrides} & {"out", "name", "teachers_folder"}:
+        return
+    there = config.folder if run.read_record()["student"] else config.teacher_folder(run.folder.name).parent
+    if run.folder.resolve().parent != there.resolve():
+        display.warn(f"{source} is not where its config.yaml puts runs: this goes to {there}, or where out=... says")
 
 
 def positions(images: str | None) -> list[int] | None:

@@ -7,13 +7,14 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from small_run import ROOT, Place
+from small_run import ROOT, Place, own_weights
 
 from amtml_fast import __version__, backends, cli
 from amtml_fast.train.commands import find_run
@@ -188,6 +189,28 @@ def test_eval_finds_what_the_number_of_teachers_and_the_student_make_of_a_name(p
             student = next(s for s in (config.student, *config.compare.students) if s.name == job.student)
             wanted = student_job(config, name, 1, student=student, teachers=len(job.teachers) if known else None)
             assert find_run(str(job.folder), config, name, 1, None) == wanted.folder, (job.folder.name, name)
+
+
+def test_a_run_that_was_moved_is_not_continued_unsaid(
+    place: Place, taught: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["distill.epochs=1", *own_weights(place)]
+    run = place.train(*settings, method="student")
+    line = "is not where its config.yaml puts runs: this goes to"
+    words = ["distill", "--method=student"]
+    status, out, _ = call(capsys, *words, str(run.folder))
+    assert status == 0 and line not in out
+    moved = place.folder / "elsewhere" / "small" / "student-seed0"
+    shutil.copytree(run.folder, moved)
+    status, out, _ = call(capsys, *words, str(moved))
+    assert status == 0 and f"warning: {moved} {line} {run.folder.parent}, or where out=... says" in out
+    status, out, _ = call(capsys, *words, str(moved), f"out={moved.parent.parent}")
+    assert status == 0 and line not in out and str(moved / "student.safetensors") in out
+    for folder, said in ((taught, False), (place.folder, True)):  # the latter is a copy
+        status, out, _ = call(capsys, "teach", str(folder / "small" / "teachers" / "a"))
+        assert status == 0 and (line in out) == said
+    status, out, _ = call(capsys, "compare", str(moved), "compare.methods=[student]", "compare.seeds=[0]")
+    assert status == 0 and line in out
 
 
 OWN = """
