@@ -162,10 +162,32 @@ LABELS = [
 LABELS += [torch.tensor(2, dtype=torch.int16), torch.tensor([[2.0]]), torch.tensor(2.0, requires_grad=True)]
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "got"),
+    [
+        ([1, 2, 1, 2], [1, 2], "2, got none of 0"),
+        ([0, 0, 2, 2], [0], "2, got none of 1"),
+        ([0, 1, 0, 1], [3], "3, got none of 2"),
+        ([0, 0, 10**12, 10**12], [0], "1000000000000, got none of 1"),
+    ],
+)
+def test_labels_that_leave_a_class_without_a_training_image_are_named(train, test, got):
+    """Those from 1 on made a class more, and numbers that are no labels as many as memory takes."""
+
+    def of(labels):
+        return pairs(*(ZERO for _ in labels), labels=labels)
+
+    with pytest.raises(ValueError, match=rf"^train: labels must be 0, 1, \.\.\. up to the largest, {got}; where"):
+        from_datasets(of(train), of(test))
+    if max(train) < 4:
+        assert from_datasets(of(train), of(test), classes=list("abcd")).num_classes == 4
+
+
 @pytest.mark.parametrize("label", LABELS, ids=repr)
 def test_a_whole_label_of_any_type_is_taken(label):
     images = [torch.zeros(1, 4, 4)] * 2
-    assert from_datasets([(x, label) for x in images], [(images[0], label)]).test.labels.tolist() == [2]
+    loaded = from_datasets([(x, label) for x in images], [(images[0], label)], classes="a b c".split())
+    assert loaded.test.labels.tolist() == [2]
 
 
 def test_labels_may_be_true_and_false():

@@ -137,7 +137,7 @@ def from_datasets(
     An image is a uint8 tensor [C, H, W] or [H, W], a float tensor of that shape in [0, 1], a PIL image (gray ones have
     one channel, all others three), or a uint8 array [H, W, C] or [H, W]; a label is a whole number. No random transform
     belongs into the Datasets: augmentation is the Loader's.
-    classes: the names; None takes `train.classes`, and the numbers if it has none.
+    classes: the names; None takes `train.classes`, and the numbers if it has none: then each has to have a training image.
     """
     train_images, train_labels = read_dataset(train, "train")
     test_images, test_labels = read_dataset(test, "test")
@@ -145,7 +145,16 @@ def from_datasets(
         wanted, got = list(train_images.shape[1:]), list(test_images.shape[1:])
         raise ValueError(f"test: images must be {wanted} like those of train, got {got}")
     count = int(max(train_labels.max(), test_labels.max())) + 1
-    given = classes if classes is not None else getattr(train, "classes", range(count))
+    given = classes if classes is not None else getattr(train, "classes", None)
+    if given is None:  # labels from 1 on, or numbers of something else, would make classes that nothing is in
+        seen = np.unique(train_labels)
+        if len(seen) != count:
+            lacking = next((i for i, label in enumerate(seen) if i != label), len(seen))
+            raise ValueError(
+                f"train: labels must be 0, 1, ... up to the largest, {count - 1}, got none of {lacking}; where that is meant, "
+                "train.classes names all classes"
+            )
+        given = range(count)
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"classes: must be the classes' names in the order of the labels, got {type(given).__name__}")
     names = tuple(map(str, given))
