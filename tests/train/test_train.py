@@ -25,6 +25,7 @@ from small_run import (
     own_weights,
     tensors,
     wait_for_epochs,
+    weights,
 )
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import nn
@@ -421,6 +422,25 @@ def test_collapse_warnings_name_the_remedy(place: Place, capsys: pytest.CaptureF
     # Equal weights that are not learned are no collapse; those of an adapter that starts at zero are, and it says so once.
     assert "warning" not in warned("eb_kd") and "warning" not in warned("amtml_no_adapter")
     assert warned("amtml_kd", "loss.init_scale=0.0").count("the teacher weights are uniform") == 1
+
+
+def test_a_teacher_from_elsewhere_that_does_no_better_than_chance_is_named(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its classes may be in another order, which nothing else tells."""
+    (_, file), _ = weights(place)
+    state = load_file(file)
+    turned = {key: value.roll(3, 0) if key.startswith("fc.") else value for key, value in state.items()}
+    save_file(turned, place.folder / "turned.safetensors")
+    for name, said in ((str(file), False), (str(place.folder / "turned.safetensors"), True)):
+        config = place.load(f"teachers.0.model.weights={name}", "cache.teachers=never")
+        load_teachers(config, load_data(config), [student_job(config, "avg_mkd", 0)], Display())
+        out = capsys.readouterr().out
+        assert ("warning: teacher a is right on" in out) == said
+        assert "teacher b" not in out  # which was trained here, for one epoch
+    assert (
+        "% of the validation images, as by chance: are its classes in this order (0, 1, 2, ...), and its images" in out
+    )
 
 
 def test_of_one_teacher_no_weights_are_measured(place: Place, capsys: pytest.CaptureFixture[str]) -> None:

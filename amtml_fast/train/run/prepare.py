@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -116,6 +117,12 @@ def say_twins(config: Config, jobs: Sequence[Job], display: Display) -> None:
         display.say(f"the same network from the same first weights: {'; '.join(said)}; another seed starts elsewhere")
 
 
+def by_chance(data: images.ImageData) -> float:
+    """What guessing gets on the validation images, and a standard deviation."""
+    share = 1 / data.num_classes
+    return share + math.sqrt(share * (1 - share) / len(data.val))
+
+
 def load_teachers(
     config: Config, data: images.ImageData, jobs: Sequence[Job], display: Display
 ) -> frozen.Teachers | None:
@@ -131,6 +138,12 @@ def load_teachers(
     accelerator = make_accelerator(config.engine, config.folder)
     with accelerator.main_process_first():  # of several processes one downloads
         teachers = frozen.load(config, data, hints=need_hints(jobs))
+    for teacher, score in zip(config.teachers, teachers.scores, strict=True):
+        if teacher.model.brings_weights and score <= by_chance(data):
+            display.warn(
+                f"teacher {teacher.name} is right on {100 * score:.1f} % of the validation images, as by chance: are its classes in "
+                f"this order ({', '.join(data.classes[:3])}, ...), and its images normalized by its own mean and std?"
+            )
     if config.cache.hints != "never" or not all(job.method.hints(job.config.loss) for job in jobs):
         with Stop(accelerator.num_processes) as stop:
             fill.use_cache(config, teachers, data, display, stop.check)
