@@ -116,7 +116,8 @@ def check_num_items(
     function: str, num_items_in_batch: int | Tensor, reduction: str, labels: Tensor | None, ignore_index: int
 ) -> None:
     """The values of tensors only where looking costs no sync."""
-    name, count = f"{function}: num_items_in_batch", num_items_in_batch
+    name = f"{function}: num_items_in_batch"
+    count: float | Tensor = num_items_in_batch
     if reduction != "batchmean":
         raise ValueError(f'{name} must be None with a reduction other than "batchmean", got reduction "{reduction}"')
     if isinstance(num_items_in_batch, Tensor):
@@ -138,7 +139,7 @@ def check_num_items(
         return
     if labels is None:
         raise ValueError(f"{name} must be above 0 without labels, got {count}")
-    if checks.values_are_free(labels) and (counted := int((as_long(labels) != ignore_index).sum())):
+    if checks.values_are_free(labels) and (counted := int((labels.long() != ignore_index).sum())):
         raise ValueError(f"{name} must be above 0 where a label is not ignored, got {count} with {counted} such labels")
 
 
