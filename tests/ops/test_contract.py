@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 
 import pytest
 import torch
@@ -203,8 +204,10 @@ def test_calls_leave_no_memory_behind(case):
         gc.collect()
         return in_use().uordblks
 
-    calls, before = 200, after(100)
-    assert after(calls) - before < 16 * calls
+    calls, sizes = 200, [after(100)]
+    sizes += [after(calls), after(calls)]
+    # The interpreter takes more once in a while (3.10 does); what is lost with a call is lost with every one.
+    assert min(b - a for a, b in itertools.pairwise(sizes)) < 16 * calls
 
 
 def _on_meta(args):
