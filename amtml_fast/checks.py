@@ -26,7 +26,6 @@ def is_any(size: torch.Size, allowed: Sequence[Sequence[int]]) -> bool:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-LAYOUTS = (torch.strided, torch.jagged)
 
 
 def tensor(function: str, name: str, value: object) -> Tensor:
@@ -35,9 +34,14 @@ def tensor(function: str, name: str, value: object) -> Tensor:
         raise TypeError(f"{function}: {name} must be a tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{function}: {name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
-    if value.layout not in LAYOUTS:
-        raise TypeError(f"{function}: {name} must be a dense tensor, as to_dense() makes it, got {value.layout}")
+    _dense(function, name, value)
     return value
+
+
+def _dense(function: str, name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided:
+        way = "values() gives" if value.layout is torch.jagged else "to_dense() makes"
+        raise TypeError(f"{function}: {name} must be a dense tensor, as {way} it, got {value.layout}")
 
 
 def one_of(function: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -88,8 +92,7 @@ def integers(function: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
         got = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{function}: {name} must be an int64 or int32 tensor, got {got}")
-    if value.layout not in LAYOUTS:
-        raise TypeError(f"{function}: {name} must be a dense tensor, as to_dense() makes it, got {value.layout}")
+    _dense(function, name, value)
 
 
 def values_are_free(t: Tensor) -> bool:

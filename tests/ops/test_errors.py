@@ -74,6 +74,7 @@ BAD = [  # one call a line
     (lambda: af.dual_softmax(Z, 0, 2), "dim2 must be in"),
     (lambda: af.dual_softmax(Z, mode="sum"), "mode must be one of sequential"),
     (lambda: af.dual_softmax(Z.to_sparse()), "scores must be a dense tensor, as to_dense.. makes it, got torch.sparse_coo"),
+    (lambda: af.dual_softmax(torch.nested.nested_tensor([Z, Z[:2]], layout=torch.jagged)), "scores must be a dense tensor, as values.. gives it, got torch.jagged"),
     (lambda: af.multi_teacher_kd_loss(Z.to_sparse_csr(), T2, W), "student_logits must be a dense tensor"),
     (lambda: af.multi_teacher_kd_loss(Z, [Z, Z.to_sparse()], W), r"teacher_logits\[1\] must be a dense tensor"),
     (lambda: af.multi_teacher_kd_loss(Z, T2, W.to_sparse()), "teacher_weights must be a dense tensor"),
