@@ -103,5 +103,5 @@ def values_are_free(t: Tensor) -> bool:
         and t.device.type == "cpu"
         and not torch._C._are_functorch_transforms_active()
         and type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
-        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+        and not torch._C._len_torch_dispatch_stack()  # whoever traces or watches, as make_fx does
     )
