@@ -103,6 +103,7 @@ def extension() -> dict:
     headers = Path(torch.__file__).parents[1]  # error messages name files, not where they were at the builder's
     hidden = ["-fvisibility=hidden", f"-ffile-prefix-map={Path.cwd()}/=", f"-ffile-prefix-map={headers}/="]
     flags = ["-O3", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno"]
+    # Clang's list of loops that it leaves scalar is not for users.
     flags += ["-fno-trapping-math", "-Wno-psabi", "-Wno-pass-failed", *hidden]
     sources = ["csrc/module.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     # Python's own flags ask for debugging information: most of the library, and a quarter of the build's time.

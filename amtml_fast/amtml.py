@@ -314,7 +314,7 @@ def _check_not_negative(weights: Tensor, labels: Tensor | None, ignore_index: in
         bad &= (labels != ignore_index).unsqueeze(1)
     if bad.any():
         got = float(weights.detach()[bad][0])
-        raise ValueError(f"AMTMLLoss: the adapter's weights must not be negative, as a softmax makes them, got {got}")
+        raise ValueError(f"AMTMLLoss: the adapter's weights must be 0 or more, such as those of a softmax, got {got}")
 
 
 def _is_plain(adapter: nn.Module) -> bool:

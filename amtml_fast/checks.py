@@ -39,9 +39,10 @@ def tensor(function: str, name: str, value: object) -> Tensor:
 
 
 def _dense(function: str, name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise TypeError(f"{function}: {name} must be a dense tensor, as to_padded_tensor() makes it, got a nested one")
     if value.layout is not torch.strided:
-        way = "values() gives" if value.layout is torch.jagged else "to_dense() makes"
-        raise TypeError(f"{function}: {name} must be a dense tensor, as {way} it, got {value.layout}")
+        raise TypeError(f"{function}: {name} must be a dense tensor, as to_dense() makes it, got {value.layout}")
 
 
 def one_of(function: str, name: str, value: object, allowed: Sequence[str]) -> None:
@@ -96,8 +97,8 @@ def integers(function: str, name: str, value: object) -> None:
 
 
 def values_are_free(t: Tensor) -> bool:
-    """Whether reading the values of ``t`` costs no sync: a real CPU tensor outside of tracing and transforms. A subclass is one
-    unless it has a dispatch of its own, as fake tensors and those that are made of others do."""
+    """Whether reading the values of ``t`` costs no sync: an ordinary CPU tensor, or a subclass that keeps torch's own dispatch, outside
+    of tracing and transforms. Fake tensors, DTensors and the like have their own."""
     return (
         not torch.compiler.is_compiling()
         and t.device.type == "cpu"

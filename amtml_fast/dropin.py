@@ -328,7 +328,12 @@ class Adapter(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The numbers of the start, where they are: after ``to_empty()`` their memory holds anything."""
+        p: Any
         for p, start in zip((self.theta, self.W), self._drawn(*self.theta.shape)):
+            if hasattr(p, "device_mesh"):  # FSDP2 has sharded it
+                from torch.distributed.tensor import distribute_tensor  # imported late: it takes a second
+
+                start = distribute_tensor(start, p.device_mesh, p.placements)
             p.copy_(start)
 
     def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:

@@ -283,7 +283,7 @@ def scaled(ctx: Any, grads: Iterable[Tensor | None], by: Tensor) -> list[Any]:
     """``grad * by`` of gradients that forward has saved, without a second buffer where no second backward can come."""
     if not may_overwrite_saved(ctx):
         return [None if g is None else g * by for g in grads]
-    # Whoever traces or watches is to see a product, and not that a value is read.
+    # Whoever traces or watches is to see the product; a value that is read would be a constant.
     if type(by) is Tensor and by.dim() == 0 and by.is_cpu and not _dispatch_modes() and by.item() == 1:
         return list(grads)
     return [None if g is None else g.mul_(by) for g in grads]

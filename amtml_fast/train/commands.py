@@ -301,9 +301,15 @@ def say_elsewhere(source: str, config: Config, overrides: Sequence[str], display
     run = Run(Path(source))
     if not run.exists() or {word.partition("=")[0].strip() for word in overrides} & {"out", "name", "teachers_folder"}:
         return
-    there = config.folder if run.read_record()["student"] else config.teacher_folder(run.folder.name).parent
+    try:
+        student = run.read_record()["student"]
+    except RunError:  # it cannot be read; whoever needs it says so
+        return
+    there = config.folder if student else config.teacher_folder(run.folder.name).parent
     if run.folder.resolve().parent != there.resolve():
-        display.warn(f"{source} is not where its config.yaml puts runs: this goes to {there}, or where out=... says")
+        display.warn(
+            f"{source} is not where its config.yaml puts runs. This command writes to {there}; out=... chooses another place"
+        )
 
 
 def positions(images: str | None) -> list[int] | None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import amtml_fast as af
+from amtml_fast import dropin
 from amtml_fast.testing import CASES, convert, value_and_grads
 
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -356,3 +357,15 @@ def test_hints_without_weight_that_fsdp_shards(mesh):
     out.loss.backward()
     assert batch[0].grad.norm() > 0
     assert (hints.transforms["0"].grad.full_tensor() == 0).all()
+
+
+@cpu_only
+@pytest.mark.parametrize("make", [dropin.Adapter, dropin.MixtureAdapter])
+def test_an_adapter_sharded_on_meta_starts_as_the_others(make, mesh):
+    with torch.device("meta"):
+        adapter = make([None, None], (6, 4))
+    fully_shard(adapter, mesh=mesh)
+    adapter.to_empty(device="cpu")
+    adapter.reset_parameters()
+    found = {name: p.full_tensor() for name, p in adapter.named_parameters()}
+    torch.testing.assert_close(found, dict(make([None, None], (6, 4)).named_parameters()), rtol=0, atol=0)

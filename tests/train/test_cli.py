@@ -196,14 +196,14 @@ def test_a_run_that_was_moved_is_not_continued_unsaid(
 ) -> None:
     settings = ["distill.epochs=1", *own_weights(place)]
     run = place.train(*settings, method="student")
-    line = "is not where its config.yaml puts runs: this goes to"
+    line = "is not where its config.yaml puts runs. This command writes to"
     words = ["distill", "--method=student"]
     status, out, _ = call(capsys, *words, str(run.folder))
     assert status == 0 and line not in out
     moved = place.folder / "elsewhere" / "small" / "student-seed0"
     shutil.copytree(run.folder, moved)
     status, out, _ = call(capsys, *words, str(moved))
-    assert status == 0 and f"warning: {moved} {line} {run.folder.parent}, or where out=... says" in out
+    assert status == 0 and f"warning: {moved} {line} {run.folder.parent}; out=... chooses another place" in out
     status, out, _ = call(capsys, *words, str(moved), f"out={moved.parent.parent}")
     assert status == 0 and line not in out and str(moved / "student.safetensors") in out
     for folder, said in ((taught, False), (place.folder, True)):  # the latter is a copy
@@ -211,6 +211,9 @@ def test_a_run_that_was_moved_is_not_continued_unsaid(
         assert status == 0 and (line in out) == said
     status, out, _ = call(capsys, "compare", str(moved), "compare.methods=[student]", "compare.seeds=[0]")
     assert status == 0 and line in out
+    run.record.write_text("{")
+    status, out, _ = call(capsys, *words, str(run.folder), "--fresh")  # which replaces it
+    assert status == 0 and line not in out
 
 
 OWN = """

@@ -314,6 +314,16 @@ def test_another_network_over_a_base_takes_nothing_of_the_bases_arguments(place:
     assert reading.load(f"{several}:two").student.args == {"width": 2}
 
 
+def test_variants_and_regimes_of_a_base_are_replaced_as_their_place_is(place: Place) -> None:
+    lower, upper = place.folder / "lower.yaml", place.folder / "upper.yaml"
+    text = "variants: {{mine: {{method: amtml_kd, loss: {{mapping: {{{}}}}}}}}}\nregimes: {{one: {{student: {{args: {{{}}}}}}}}}\n"
+    lower.write_text("base: small.yaml\n" + text.format("a: b", "width: 3"))
+    upper.write_text("base: lower.yaml\n" + text.format("x: y", "depth: 8"))
+    settings = reading.load(f"{upper}:one")
+    assert settings.variants["mine"].loss["mapping"] == {"x": "y"}
+    assert settings.student.args == {"depth": 8}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -146,6 +146,10 @@ def test_what_can_be_read_of_a_damaged_metrics_file_is_kept(place: Place, monkey
         run.metrics.write_bytes(first + second + lines)
         assert [row["epoch"] for row in run.read_metrics() if "loss" in row] == kept
         assert [row["epoch"] for row in run.read_metrics()] == [*range(1, kept[-1] + 1)]  # a curve goes by places
+        for number in (b"true", b"0", b"-1", b"2.5", b"30000000"):
+            run.metrics.write_bytes(first + second + b'{"epoch": ' + number + b', "loss": 1.0}\n')
+            assert [row["epoch"] for row in run.read_metrics() if "loss" in row] == [1, 2]
+        run.metrics.write_bytes(first + second + lines)
     config, said = place.load(*settings), io.StringIO()
     distill(config, load_data(config), "amtml_kd", 0, Display(Console(file=said)), resume=True, fresh=False)
     assert "no row can be read of epoch 3; curves and times will be of the others" in said.getvalue()
@@ -154,6 +158,7 @@ def test_what_can_be_read_of_a_damaged_metrics_file_is_kept(place: Place, monkey
     record = run.read_record()
     seconds = [row["seconds"] for row in run.read_metrics() if row["epoch"] != 3]
     assert record["seconds_per_step"] == pytest.approx(sum(seconds) / 5 / STEPS)
+    assert page.write([run.folder]).is_file()
     (note,) = [note for note in gather.gather([run.folder]).notes if "metrics.jsonl" in note]
     assert (
         note
@@ -161,12 +166,13 @@ def test_what_can_be_read_of_a_damaged_metrics_file_is_kept(place: Place, monkey
     )
 
 
-def test_without_any_metrics_a_run_goes_on_and_is_reported(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_any_metrics_a_run_goes_on_and_is_reported(place: Place) -> None:
     run = place.train("distill.epochs=2")
     for path in (run.metrics, run.result):  # which is made again from the checkpoint
         path.unlink()
     place.train("distill.epochs=2")
     assert run.finished() and run.read_record()["seconds_per_step"] > 0
+    assert timing.shares(run.read_record()["step_seconds"]) == "no times of steps were kept"
     assert page.write([run.folder]).is_file()
 
 

@@ -439,7 +439,8 @@ def test_a_teacher_from_elsewhere_that_does_no_better_than_chance_is_named(
         assert ("warning: teacher a is right on" in out) == said
         assert "teacher b" not in out  # which was trained here, for one epoch
     assert (
-        "% of the validation images, as by chance: are its classes in this order (0, 1, 2, ...), and its images" in out
+        "% of the validation images, no better than guessing. Are its classes in this order (0, 1, 2, ...), and are its images"
+        in out
     )
 
 

@@ -145,7 +145,7 @@ def _over(lower: Any, upper: Any) -> Any:
     """Sections are merged. A mapping of free keys (args, groups, loss.mapping) is replaced whole: those of another network do not
     count."""
     merged = OmegaConf.merge(lower, upper)
-    _replace(merged, OmegaConf.to_container(upper) if OmegaConf.is_config(upper) else upper, Config)
+    _replace(merged, OmegaConf.to_container(upper) if OmegaConf.is_config(upper) else upper, File)
     return merged
 
 
@@ -155,9 +155,15 @@ def _replace(merged: Any, written: Any, schema: type, key: str = "") -> None:
         value, hint = written.get(one.name), fields.hints(schema)[one.name]
         if not isinstance(value, Mapping):
             continue
-        if dataclasses.is_dataclass(hint):
-            _replace(merged, value, typing.cast(type, hint), f"{key}{one.name}.")
-        elif fields.KEYS_OF not in one.metadata and not any(map(dataclasses.is_dataclass, typing.get_args(hint))):
+        section = one.metadata.get(fields.KEYS_OF, hint)
+        of_each = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else None
+        if dataclasses.is_dataclass(section):
+            _replace(merged, value, typing.cast(type, section), f"{key}{one.name}.")
+        elif dataclasses.is_dataclass(of_each):  # variants and regimes, by their names
+            for name, each in value.items():
+                if isinstance(each, Mapping):
+                    _replace(merged, each, typing.cast(type, of_each), f"{key}{one.name}.{name}.")
+        else:
             OmegaConf.update(merged, f"{key}{one.name}", dict(value), merge=False)
 
 

@@ -151,8 +151,8 @@ def from_datasets(
         if len(seen) != count:
             lacking = next((i for i, label in enumerate(seen) if i != label), len(seen))
             raise ValueError(
-                f"train: labels must be 0, 1, ... up to the largest, {count - 1}, got none of {lacking}; where that is meant, "
-                "train.classes names all classes"
+                f"train: each class up to the largest label of train and test, {count - 1}, must have an image, got none of class "
+                f"{lacking}; if that is intended, name all classes in train.classes"
             )
         given = range(count)
     if isinstance(given, str) or not isinstance(given, Iterable):

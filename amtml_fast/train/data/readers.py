@@ -335,6 +335,8 @@ def _decode(files: Sequence[Path]) -> np.ndarray:
         try:
             with Image.open(file) as image:
                 return np.asarray(eight_bits(image).convert("RGB"))  # [H, W, 3]
+        except MemoryError:
+            raise
         except Exception as error:  # PIL has errors of its own, such as for a size that cannot be
             raise ValueError(f"{file}: not a readable image ({error})") from error
 

@@ -68,6 +68,8 @@ def _to_uint8(image: Any, what: str) -> np.ndarray:
     elif hasattr(image, "getbands"):
         try:
             array = np.asarray(eight_bits(image))
+        except MemoryError:
+            raise
         except Exception as error:  # of PIL, which reads the file here
             raise ValueError(f"{what}: not a readable image ({error})") from error
     else:

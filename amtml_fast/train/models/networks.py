@@ -191,13 +191,13 @@ def build(
             f"model.factory: {factory} must make a network whose parameters all have a shape, got {lazy} of a lazy layer: let the "
             "factory run it once, on images of zeros"
         )
-    parts = {p: name for name, p in model.named_modules() if any(x.requires_grad for x in p.parameters(recurse=False))}
-    if known := [name for part, name in parts.items() if part in _MADE]:
-        got = known[0] or type(model).__name__
+    parts = dict(model.named_modules())
+    if known := [name or "all of it" for name, part in parts.items() if part in _MADE]:
         raise ValueError(
-            f"model.factory: {factory} must make a new network each time, got {got} of an earlier one, with all that it has learned since"
+            f"model.factory: {factory} must make a new network each time, got one with a part of an earlier one ({known[0]}), and all "
+            "that it has learned since"
         )
-    _MADE.update(parts)
+    _MADE.update(p for p in parts.values() if any(x.requires_grad for x in p.parameters(recurse=False)))
     if weights is not None:
         load_weights(model, weights)
     return model

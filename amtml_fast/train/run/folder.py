@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import operator
 import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from . import processes
 FORMAT = "amtml-fast checkpoint 2"
 # Of the keys of every run.json those that others ask for.
 RECORDED = ("method", "label", "student", "seed", "epochs", "recipe")
+MOST_EPOCHS = 10**6
 MEASURED = ("val_accuracy", "test_accuracy")  # the keys of result.json
 WEIGHTS = ("student.safetensors", "model.safetensors", "objective.safetensors")
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
@@ -123,7 +123,8 @@ class Run:
         for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):  # cut short by a kill, or damaged
                 row = json.loads(line)
-                rows[operator.index(row["epoch"])] = row
+                if type(row["epoch"]) is int and 0 < row["epoch"] <= MOST_EPOCHS:  # a damaged number may be any
+                    rows[row["epoch"]] = row
         return [rows.get(epoch, {"epoch": epoch}) for epoch in range(1, max(rows, default=0) + 1)]
 
     def lost_epochs(self) -> list[int]:

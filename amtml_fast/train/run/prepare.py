@@ -117,6 +117,9 @@ def say_twins(config: Config, jobs: Sequence[Job], display: Display) -> None:
         display.say(f"the same network from the same first weights: {'; '.join(said)}; another seed starts elsewhere")
 
 
+ENOUGH = 30  # images, to tell knowledge from chance
+
+
 def by_chance(data: images.ImageData) -> float:
     """What guessing gets on the validation images, and a standard deviation."""
     share = 1 / data.num_classes
@@ -139,10 +142,10 @@ def load_teachers(
     with accelerator.main_process_first():  # of several processes one downloads
         teachers = frozen.load(config, data, hints=need_hints(jobs))
     for teacher, score in zip(config.teachers, teachers.scores, strict=True):
-        if teacher.model.brings_weights and score <= by_chance(data):
+        if teacher.model.brings_weights and len(data.val) >= ENOUGH and score <= by_chance(data) < 1:
             display.warn(
-                f"teacher {teacher.name} is right on {100 * score:.1f} % of the validation images, as by chance: are its classes in "
-                f"this order ({', '.join(data.classes[:3])}, ...), and its images normalized by its own mean and std?"
+                f"teacher {teacher.name} is right on {100 * score:.1f} % of the validation images, no better than guessing. Are its "
+                f"classes in this order ({', '.join(data.classes[:3])}, ...), and are its images normalized by its own mean and std?"
             )
     if config.cache.hints != "never" or not all(job.method.hints(job.config.loss) for job in jobs):
         with Stop(accelerator.num_processes) as stop:

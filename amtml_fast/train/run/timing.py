@@ -97,6 +97,8 @@ class StepTimer:
 def shares(seconds: Mapping[str, float]) -> str:
     """`12.3 ms a step: data 1 %, teachers 60 %, ...`, for a step's parts in seconds."""
     whole = sum(seconds.values())
+    if not whole:
+        return "no times of steps were kept"
     parts = ", ".join(f"{part} {percent(value / whole)}" for part, value in seconds.items())
     return f"{1000 * whole:.1f} ms a step: {parts}"
 
