@@ -30,6 +30,11 @@ assert seen[torch.float16] == (float("inf"), 0, 0), "behavior has changed"
 for dtype in (torch.bfloat16, torch.float32):
     whole = (seen[dtype][1] ** 2 + seen[dtype][2] ** 2) ** 0.5
     assert abs(whole - 1) < 0.02 and seen[dtype][2] > 0.5, "behavior has changed"
+infinite = torch.nn.Parameter(torch.zeros(3))
+infinite.grad = torch.tensor([1.0, float("inf"), 1.0])
+clip_grad_norm_([infinite], 1.0)
+print("with a gradient that is inf:", infinite.grad.tolist())
+assert infinite.grad.isnan().tolist() == [False, True, False], "behavior has changed"
 try:
     large = torch.nn.Parameter(torch.zeros(1_000_000, dtype=torch.float16))
     large.grad = torch.full_like(large, 70.0)

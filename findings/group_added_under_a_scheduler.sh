@@ -2,12 +2,12 @@
 # torch: a group of parameters that is added during LinearLR's warm-up ends with several times the learning rate that it was given.
 #
 # Packages: torch 2.13.0 (CPU build). Seen there, and checked by this script:
-#   optimizer.add_param_group is there for layers that join later, as a projector does, or blocks that are unfrozen one after the other. What a
-#   scheduler made before makes of the new group differs. LinearLR multiplies each group's rate by the ratio of two factors, so it takes the
+#   optimizer.add_param_group is there for layers that join later, as a projector does, or blocks that are unfrozen one after the other.
+#   Schedulers that already exist treat the new group differently. LinearLR multiplies each group's rate by the ratio of two factors, so it takes the
 #   rate of 1 as one that has the steps until now behind it: a group that joins after one of ten steps of a warm-up from 0.1 ends at 5.3, and
 #   one that joins when the warm-up is over stays at 1. CosineAnnealingLR and PolynomialLR do the same downwards and end at 0 for all.
 #   StepLR and ExponentialLR lower it by the steps that are left. LambdaLR raises ValueError at its next step, SequentialLR at its next
-#   milestone, OneCycleLR KeyError.
+#   milestone. OneCycleLR raises KeyError at its next step.
 #   Right for LinearLR is to add the group with its rate times the first group's lr / initial_lr, and with its own initial_lr.
 # Printed: for each scheduler the rates of both groups, whose given rate is 1, after ten steps, the second joined after one, or the error.
 set -euo pipefail
@@ -34,7 +34,7 @@ def rates(make, joins, scaled=False):
             optimizer.step()
             scheduler.step()
     except (ValueError, KeyError) as error:
-        return type(error).__name__
+        return f"{type(error).__name__} at step {step + 1}"
     return [round(group["lr"], 3) for group in optimizer.param_groups]
 
 
@@ -51,9 +51,9 @@ others = {
     "PolynomialLR": (lambda o: kinds.PolynomialLR(o, 10), [0.0, 0.0]),
     "ExponentialLR": (lambda o: kinds.ExponentialLR(o, 0.5), [0.001, 0.002]),
     "StepLR": (lambda o: kinds.StepLR(o, 2, 0.5), [0.031, 0.031]),
-    "LambdaLR": (lambda o: kinds.LambdaLR(o, lambda step: 1 / (1 + step)), "ValueError"),
-    "SequentialLR": (lambda o: kinds.SequentialLR(o, [warm(o, 3), kinds.CosineAnnealingLR(o, 7)], [3]), "ValueError"),
-    "OneCycleLR": (lambda o: kinds.OneCycleLR(o, 1.0, total_steps=20), "KeyError"),
+    "LambdaLR": (lambda o: kinds.LambdaLR(o, lambda step: 1 / (1 + step)), "ValueError at step 2"),
+    "SequentialLR": (lambda o: kinds.SequentialLR(o, [warm(o, 3), kinds.CosineAnnealingLR(o, 7)], [3]), "ValueError at step 3"),
+    "OneCycleLR": (lambda o: kinds.OneCycleLR(o, 1.0, total_steps=20), "KeyError at step 2"),
 }
 for name, (make, expected) in others.items():
     print(name, rates(make, 1))

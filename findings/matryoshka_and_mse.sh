@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# sentence-transformers: MSELoss inside MatryoshkaLoss does not teach lengths: ten times the teacher is as good as the teacher.
+# sentence-transformers: MSELoss inside MatryoshkaLoss does not teach lengths.
 #
 # Packages: sentence-transformers 6.2.0, transformers 5.24.0, torch 2.13.0 (CPU build). Seen there, and checked by this script:
-#   MatryoshkaLoss cuts the student's embeddings to each dimension and makes them unit vectors, also at the full dimension. Of teacher's
-#   embeddings, given as labels, it cuts and does not normalize. So MSELoss compares a unit vector with one of another length: a student that
-#   is its teacher has a loss, ten times the teacher has the same one, and neither has a gradient. What is trained is the direction, each text
-#   weighted by the length of the teacher's cut embedding: shorter cuts count less. MatryoshkaLoss of the full dimension alone is not MSELoss.
+#   MatryoshkaLoss cuts the student's embeddings to each dimension and makes them unit vectors, also at the full dimension. It cuts the
+#   teacher's embeddings, given as labels, but does not normalize them. So MSELoss compares a unit vector with one of another length: a student
+#   that is its teacher has a loss, ten times the teacher has the same one, and neither has a gradient. What is trained is the direction.
+#   MatryoshkaLoss of the full dimension alone is not MSELoss.
 #   That holds for a teacher of unit vectors, too, at each dimension but the full one. A reported loss has a floor that is no fault of the student.
 #   EmbedDistillLoss with the cosine, which knows no lengths, is 0 for a copy in all cases.
 # Printed: for a teacher with and without unit vectors, loss and gradient's norm of a copy of it and of ten times the copy.
