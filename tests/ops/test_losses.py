@@ -448,7 +448,9 @@ def test_negative_weights_of_an_adapter_are_refused():
     weights[2] = 1
     torch.testing.assert_close(loss(**{**batch, "features": weights}).loss, want)
     weights[3, 1] = -0.25
-    with pytest.raises(ValueError, match=r"AMTMLLoss: the adapter.s weights must not be negative.* got -0\.25"):
+    with pytest.raises(
+        ValueError, match=r"AMTMLLoss: the adapter.s weights must be 0 or more, such as those of a softmax, got -0\.25"
+    ):
         loss(**{**batch, "features": weights})
     weights[3, 1] = torch.nan
     assert loss(**{**batch, "features": weights}).loss.isnan()
