@@ -108,7 +108,7 @@ fuzz: $(TESTABLE)  # the property tests on newly drawn cases, AMTML_FUZZ times a
 comma := ,
 define build_copy
 	rm -rf build/$(1) && mkdir -p build/$(1)
-	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/$(1)/ && rm -rf build/$(1)/amtml_fast/*.so
+	cp -r amtml_fast csrc tests docs setup.py pyproject.toml README.md build/$(1)/ && rm -f build/$(1)/amtml_fast/*.so
 	rm -rf build/$(1)/amtml_fast/kernels && cp -r kernels build/$(1)/amtml_fast/
 	cd build/$(1) && AMTML_BUILD_CUDA=0 $(2) ../../$(BIN)/python setup.py -q build_ext --inplace
 endef

@@ -26,9 +26,19 @@ from .gather import job_of_run
 
 CLASSES = 24  # more do not fit a table that one can read
 SHOWN = 5  # classes of an image
-UNREADABLE = (RuntimeError, ValueError, TypeError, LookupError, OSError, ImportError)
-CANNOT = "What teachers and students say about images cannot be shown here: {}."
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    OSError,
+    ImportError,
+)  # of data or weights that are not there
 Asked = dict[str, list[tuple[Job, Tensor, Tensor]]]  # method -> a run: its job, weights [N, T], student's logits [N, C]
+
+
+def missing(error: Exception) -> dict[str, Any]:
+    return {"missing": f"What teachers and students say about images cannot be shown here: {str(error).rstrip('.')}."}
 
 
 def sections(learners: Mapping[str, Sequence[Run]], images: Sequence[int] | None, display: Display) -> dict[str, Any]:
@@ -42,8 +52,8 @@ def sections(learners: Mapping[str, Sequence[Run]], images: Sequence[int] | None
         data = load_data(first.config)
         teachers = frozen.load(first.config, data, hints=need_hints([job for each in same.values() for job in each]))
         unknown = strangers(first)
-    except UNREADABLE as error:
-        return {"missing": CANNOT.format(str(error).rstrip("."))}
+    except FAILURES as error:
+        return missing(error)
     if unknown:
         return {"missing": f"The weights of {', '.join(unknown)} on disk are not those that the students learned from."}
     if images and max(images) >= len(data.test):
@@ -58,8 +68,8 @@ def sections(learners: Mapping[str, Sequence[Run]], images: Sequence[int] | None
                     said = answers.weights_and_logits(job, teachers, data.test, data)
                     asked.setdefault(name, []).append((job, *said))
                     bar.add(1)
-    except UNREADABLE as error:  # a student's file
-        return {"missing": CANNOT.format(str(error).rstrip("."))}
+    except FAILURES as error:  # a student's file
+        return missing(error)
     left_out = [name for name in learners if name not in asked]
     return {
         "missing": "",

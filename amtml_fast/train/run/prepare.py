@@ -22,6 +22,8 @@ from .folder import Run
 from .job import Job, need_hints, networks, teacher_job
 from .stop import Stop
 
+ENOUGH = 30  # validation images, to tell a teacher that knows nothing from bad luck
+
 
 def make_accelerator(engine: EngineConfig, folder: Path) -> Accelerator:
     """Accelerate's engine: device, processes (accelerate launch, torchrun), mixed precision, TensorBoard."""
@@ -115,9 +117,6 @@ def say_twins(config: Config, jobs: Sequence[Job], display: Display) -> None:
     ]
     if said:
         display.say(f"the same network from the same first weights: {'; '.join(said)}; another seed starts elsewhere")
-
-
-ENOUGH = 30  # images, to tell knowledge from chance
 
 
 def by_chance(data: images.ImageData) -> float:
