@@ -370,7 +370,7 @@ def test_a_result_without_its_figures_is_named(copied: Path) -> None:
     file = copied / "student-seed0" / "result.json"
     file.write_text('{"test_accuracy": 0.5}')
     with pytest.raises(
-        RunError, match=r"student-seed0/result\.json must hold 'val_accuracy' of a run, got test_accuracy; "
+        RunError, match=r"student-seed0/result\.json must hold 'val_accuracy' of a run \(float\), got test_accuracy; "
     ):
         read(copied)
 
@@ -506,7 +506,19 @@ def test_a_record_that_is_not_a_runs_is_named(
     file.write_text(json.dumps({key: record[key] for key in left}))
     status, out, err = call(capsys, command, str(file.parent))
     assert status in (1, 2) and "Traceback" not in err + out
-    assert f"run.json must hold 'method' of a run, got {', '.join(left) or 'nothing'}; repair it" in " ".join(
+    got = ", ".join(left) or "nothing"
+    assert f"run.json must hold 'method' of a run (str), got {got}; repair it" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(("key", "value"), [("recipe", None), ("seed", "0"), ("label", 3)])
+def test_a_value_of_a_record_that_is_not_a_runs_is_named(
+    copied: Path, capsys: pytest.CaptureFixture[str], key: str, value: object
+) -> None:
+    file = copied / "student-seed0" / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    status, out, err = call(capsys, "report", str(file.parent))
+    assert status in (1, 2) and "Traceback" not in err + out
+    assert f"run.json must hold '{key}' of a run" in " ".join(err.split()) and f"got {key}={value!r}" in " ".join(
         err.split()
     )
 

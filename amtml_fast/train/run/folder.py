@@ -26,9 +26,9 @@ from . import processes
 
 FORMAT = "amtml-fast checkpoint 2"
 # Of the keys of every run.json those that others ask for.
-RECORDED = ("method", "label", "student", "seed", "epochs", "recipe")
+RECORDED = {"method": str, "label": str, "student": str, "seed": int, "epochs": int, "recipe": dict}
 MOST_EPOCHS = 10**6
-MEASURED = ("val_accuracy", "test_accuracy")  # the keys of result.json
+MEASURED = {"val_accuracy": float, "test_accuracy": float}  # the keys of result.json
 WEIGHTS = ("student.safetensors", "model.safetensors", "objective.safetensors")
 # What torch.load raises for files that are cut short, of another format, or would run code (weights_only refuses).
 UNREADABLE = (
@@ -173,13 +173,14 @@ class Run:
                 path.unlink(missing_ok=True)
 
 
-def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """A run's JSON that has these keys."""
+def _read(path: Path, keys: Mapping[str, type]) -> dict[str, Any]:
+    """A run's JSON that has these keys, of these types."""
     found = read_json(path)
-    for key in keys:
-        if key not in found:
+    for key, kind in keys.items():
+        if type(found.get(key)) is not kind:
+            got = f"{key}={found[key]!r}" if key in found else ", ".join(found) or "nothing"
             wanted = "repair it or start the run over with --fresh"
-            raise RunError(f"{path} must hold {key!r} of a run, got {', '.join(found) or 'nothing'}; {wanted}")
+            raise RunError(f"{path} must hold {key!r} of a run ({kind.__name__}), got {got}; {wanted}")
     return found
 
 
