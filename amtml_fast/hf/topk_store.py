@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import time
 import uuid
 import zlib
@@ -133,6 +134,8 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     begun = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.begun")
     try:
         write(begun)
+        with begun.open("rb+") as file:  # on the disk before it has its name: a machine that stops leaves no empty file
+            os.fsync(file.fileno())
         begun.replace(path)
     except FileNotFoundError:
         if not path.exists():  # else another process has finished, and removed what is left

@@ -1,7 +1,9 @@
 """What ``store_topk`` keeps: teaches as the teacher does, goes on where it was killed, and is noticed where it does not fit."""
 
+import os
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,6 +152,19 @@ def test_what_a_killed_call_has_begun_does_not_stay(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         store_topk(llama(24, 1), equal_lengths(), tmp_path / "killed", k=4, data_collator=fails)
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["topk.json"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, replace = [], Path.replace
+    monkeypatch.setattr("os.fsync", lambda handle: flushed.append(os.fstat(handle).st_ino))
+
+    def named(begun, target):
+        assert begun.stat().st_ino in flushed
+        return replace(begun, target)
+
+    monkeypatch.setattr(Path, "replace", named)
+    store_topk(llama(24, 1), equal_lengths(), tmp_path, k=4, data_collator=collate)
+    assert len(flushed) == 2  # what it was made of, and the classes
 
 
 def plain(given):
