@@ -17,33 +17,33 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from amtml_fast import checks, dropin_language, dropin_liger
+from amtml_fast import checks, dropin_amtml, dropin_language, dropin_liger
+from amtml_fast.dropin_amtml import *  # noqa: F403
+from amtml_fast.dropin_amtml import spread, two_dimensional
 from amtml_fast.dropin_language import *  # noqa: F403
 from amtml_fast.dropin_liger import *  # noqa: F403
-from amtml_fast.functional import angle_loss, hint_loss, multi_teacher_kd_loss, rkd_distance_loss, teacher_weights
-from amtml_fast.losses import parameter
+from amtml_fast.functional import angle_loss, multi_teacher_kd_loss, rkd_distance_loss, topk_kd_loss
 from amtml_fast.ops.hint import hint_mse
-from amtml_fast.terms import times, wide_dtype
+from amtml_fast.terms import times, weighed, wide_dtype
 
 __all__ = [
-    "Adapter",
     "AngleWiseRKD",
+    "DKDLoss",
     "DistanceWiseRKD",
     "DistillKL",
-    "FitNet",
     "HintLoss",
-    "LearningAdapter",
+    "KLDivergence",
     "MatchLogits",
-    "MixtureAdapter",
     "RKDLoss",
     "RKdAngle",
     "RkdDistance",
+    "dkd_loss",
     "kd_loss",
     "rkd_loss",
+    *dropin_amtml.__all__,
     *dropin_language.__all__,
     *dropin_liger.__all__,
 ]
@@ -64,20 +64,6 @@ def _class_rows(function: str, student_name: str, student: Tensor, teacher_name:
         )
     checks.same_shape(function, teacher_name, teacher, student_name, student)
     return [z.movedim(1, -1).flatten(0, -2) for z in (student, teacher)]
-
-
-def _two_dimensional(function: str, name: str, logits: Tensor, where: str = "") -> None:
-    checks.tensor(function, name, logits)
-    if logits.dim() != 2:
-        raise ValueError(f"{function}: {name} must be [N, C]{where}, got {checks.shape(logits)}")
-
-
-def _spread(function: str, name: str, value: Tensor, size: Sequence[int]) -> Tensor:
-    """``value`` broadcast to ``size``, made wide first: the gradients of what it stands for are summed before they are rounded."""
-    checks.tensor(function, name, value)
-    if value.dim() > len(size) or any(v not in (1, s) for v, s in zip(reversed(value.shape), reversed(size))):
-        raise ValueError(f"{function}: {name} must be {list(size)} or broadcast to it, got {checks.shape(value)}")
-    return value.to(wide_dtype(value)).expand(*size)
 
 
 class RKdAngle(nn.Module):
@@ -119,12 +105,17 @@ class DistillKL(nn.Module):
 
     def forward(self, y_s: Tensor, y_t: Tensor, is_ca: bool = False, unreduce: bool = False) -> Tensor:
         if is_ca or unreduce:
-            _two_dimensional("DistillKL", "y_s", y_s, " with is_ca or unreduce")
+            two_dimensional("DistillKL", "y_s", y_s, " with is_ca or unreduce")
         student, teacher = _class_rows("DistillKL", "y_s", y_s, "y_t", y_t)
         reduction = "none" if is_ca or unreduce else "batchmean"
         loss = multi_teacher_kd_loss(student, [teacher], None, temperature=self.T, reduction=reduction)
-        positions = math.prod(y_s.shape[2:])
-        return loss if positions == 1 else times(loss, positions)  # from the mean over rows to the mean over examples
+        return _over_examples(loss, y_s)
+
+
+def _over_examples(loss: Tensor, logits: Tensor) -> Tensor:
+    """The mean over examples, from that over rows, of logits [N, C, ...]."""
+    positions = math.prod(logits.shape[2:])
+    return loss if positions == 1 else times(loss, positions)
 
 
 class RKDLoss(nn.Module):
@@ -243,6 +234,112 @@ def _normalized(student: Tensor, teacher: Tensor, with_l2_norm: bool) -> tuple[T
     return F.normalize(student.to(wide_dtype(student))), F.normalize(teacher.to(wide_dtype(teacher)))
 
 
+class KLDivergence(nn.Module):
+    """MMRazor's ``T^2 KL(p_t || p_s)`` times ``loss_weight``, the classes in dimension 1, teacher side constant.
+
+    Args:
+        tau: temperature.
+        reduction: ``"batchmean"``: the sum over everything by the length of the batch, as ``DistillKL``; ``"sum"``; ``"mean"``: by
+            the number of logits. Theirs also has ``"none"``, one number a class.
+        loss_weight: a factor.
+        teacher_detach: True, with which theirs has no gradient to the teacher either.
+    """
+
+    def __init__(
+        self, tau: float = 1.0, reduction: str = "batchmean", loss_weight: float = 1.0, teacher_detach: bool = True
+    ):
+        super().__init__()
+        checks.one_of("KLDivergence", "reduction", reduction, ("batchmean", "sum", "mean"))
+        if not teacher_detach:
+            raise ValueError(
+                f"KLDivergence: teacher_detach must be True (teachers are frozen here), got {teacher_detach}"
+            )
+        self.tau, self.reduction, self.loss_weight, self.teacher_detach = tau, reduction, loss_weight, teacher_detach
+
+    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
+        student, teacher = _class_rows("KLDivergence", "preds_S", preds_S, "preds_T", preds_T)
+        loss = multi_teacher_kd_loss(student, [teacher.detach()], None, temperature=self.tau, reduction=self.reduction)
+        loss = _over_examples(loss, preds_S) if self.reduction == "batchmean" else loss
+        return times(loss, self.loss_weight)
+
+
+def dkd_loss(
+    logits_student: Tensor,
+    logits_teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    logit_stand: bool = False,
+) -> Tensor:
+    """mdistiller's decoupled loss (Zhao et al. 2022): ``T^2 (alpha TCKD + beta NCKD)``, mean over the rows of logits [N, C].
+
+    TCKD is the KL between (target, all others together), NCKD that between the others alone. Theirs takes the logarithm of the
+    student's share of the others after the softmax, where it may have underflowed to 0: the loss is infinite then, its gradient NaN. Here
+    no digits are lost. A part without weight counts nothing, even if it is infinite. ``logit_stand``: as in ``kd_loss``.
+    """
+    if logit_stand:
+        logits_student, logits_teacher = (_standardized(z) for z in (logits_student, logits_teacher))
+    names = "logits_student", "logits_teacher", "target"
+    return _decoupled("dkd_loss", names, logits_student, logits_teacher, target, alpha, beta, temperature, "batchmean")
+
+
+class DKDLoss(nn.Module):
+    """MMRazor's decoupled loss: ``dkd_loss`` times ``loss_weight``.
+
+    ``reduction``: ``"batchmean"`` or ``"sum"``. Theirs gives the sum for ``"mean"`` and ``"none"``, too.
+    """
+
+    def __init__(
+        self,
+        tau: float = 1.0,
+        alpha: float = 1.0,
+        beta: float = 1.0,
+        reduction: str = "batchmean",
+        loss_weight: float = 1.0,
+    ):
+        super().__init__()
+        checks.one_of("DKDLoss", "reduction", reduction, ("batchmean", "sum"))
+        self.tau, self.alpha, self.beta, self.reduction, self.loss_weight = tau, alpha, beta, reduction, loss_weight
+
+    def forward(self, preds_S: Tensor, preds_T: Tensor, gt_labels: Tensor) -> Tensor:
+        names = "preds_S", "preds_T", "gt_labels"
+        loss = _decoupled(
+            "DKDLoss", names, preds_S, preds_T, gt_labels, self.alpha, self.beta, self.tau, self.reduction
+        )
+        return times(loss, self.loss_weight)
+
+
+def _decoupled(
+    function: str,
+    names: tuple[str, str, str],
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    alpha: float,
+    beta: float,
+    temperature: float,
+    reduction: str,
+) -> Tensor:
+    two_dimensional(function, names[0], student)
+    checks.tensor(function, names[1], teacher)
+    checks.same_shape(function, names[1], teacher, names[0], student)
+    checks.integers(function, names[2], target)
+    if target.numel() != len(student):
+        raise ValueError(f"{function}: {names[2]} must be {[len(student)]}, got {checks.shape(target)}")
+    if checks.values_are_free(target):
+        wrong = target[(target < 0) | (target >= student.shape[1])]
+        if len(wrong):
+            raise ValueError(f"{function}: {names[2]} must be in [0, {student.shape[1]}), got {int(wrong[0])}")
+    wide = wide_dtype(student, teacher)
+    student, teacher, target = student.to(wide), teacher.to(wide), target.reshape(-1, 1).long()
+    others = [z.scatter(1, target, -math.inf) for z in (student, teacher)]
+    nckd = multi_teacher_kd_loss(others[0], others[1:], None, temperature=temperature, reduction=reduction)
+    log_p = (teacher / temperature).log_softmax(1).gather(1, target)
+    tckd = topk_kd_loss(student, [target], [log_p], None, temperature=temperature, tail="bucket", reduction=reduction)
+    return weighed(tckd, alpha) + weighed(nckd, beta)
+
+
 class MatchLogits(nn.Module):
     """MMKD's weighted sum of per-teacher KLs: ``mean_i sum_t w_it T^2 KL(p_t || p_s)``, our mode ``"sum"``.
 
@@ -258,162 +355,6 @@ class MatchLogits(nn.Module):
         self.T = getattr(opt, "kd_T", opt)
 
     def forward(self, logit_s: Tensor, logit_t_list: Sequence[Tensor], logits_weight: Tensor) -> Tensor:
-        _two_dimensional("MatchLogits", "logit_s", logit_s)
-        weights = _spread("MatchLogits", "logits_weight", logits_weight, (len(logit_s), len(logit_t_list)))
+        two_dimensional("MatchLogits", "logit_s", logit_s)
+        weights = spread("MatchLogits", "logits_weight", logits_weight, (len(logit_s), len(logit_t_list)))
         return multi_teacher_kd_loss(logit_s, logit_t_list, weights, temperature=self.T, mode="sum")
-
-
-class _Transform(nn.Conv2d):
-    """FitNet's convolution. Whoever calls ``reset_parameters`` of all modules, as after ``to_empty()``, gets its numbers, not torch's."""
-
-    def reset_parameters(self) -> None:
-        super().reset_parameters()  # theirs draws these, too
-        nn.init.uniform_(self.weight, -0.005, 0.005)
-
-
-class FitNet(nn.Module):
-    """The AMTML authors' hint: channel-normalized maps, a 1x1 convolution without bias on the student's, mean square.
-
-    A teacher map of one pixel is compared with every pixel of the student's, as theirs does by broadcasting. Their
-    script forgets to give ``transform`` to an optimizer; it is an ordinary parameter here as there.
-    """
-
-    def __init__(self, in_feature: int, out_feature: int):
-        super().__init__()
-        self.in_feature, self.out_feature = in_feature, out_feature
-        self.transform = _Transform(in_feature, out_feature, 1, bias=False, dtype=torch.float32)
-
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        if student.dim() == 2:
-            student, teacher = student[:, :, None, None], teacher[:, :, None, None]
-        if teacher.shape[2:] == (1, 1):
-            teacher = teacher.expand(-1, -1, *student.shape[2:])
-        if student.shape[2:] != teacher.shape[2:]:
-            raise ValueError(
-                f"FitNet: teacher must have the height and width of student {list(student.shape)} or 1 x 1, "
-                f"got {list(teacher.shape)}"
-            )
-        return hint_loss(student, teacher, self.transform.weight.flatten(1), normalize=True)
-
-
-class Adapter(nn.Module):
-    """The AMTML authors' adapter: weights of the teachers from the student's last map, and the loss of stage one.
-
-    Their six notebooks have three adapters under this one name:
-
-    - ``Adapter``, whose ``forward`` gives the weights: LR_adaptive_Hint and adaptive_FitNet_teacher-level.
-    - ``MixtureAdapter``, whose ``forward`` gives the mixed soft targets: LR_adaptive_KD, LR_adaptive_AT, LR_adaptive_triplets.
-    - ``LearningAdapter``, with another ``loss``: LR_adaptive_learning.
-
-    Args:
-        teacher_models: as many as there are teachers.
-        pool_size: shape [N, d, H, W] of the student's last map.
-
-    ``theta`` [T, d] and ``W`` [d, 1] start as N(0, 1), with which the weights are nearly one-hot from the first step
-    (``amtml_fast.TeacherAdapter`` starts smaller). ``forward`` runs on the fused kernel. ``loss`` takes soft targets that
-    are mixed already, so it is plain PyTorch: ``amtml_fast.AMTMLLoss`` is the fused form of the whole.
-    """
-
-    def __init__(self, teacher_models: Sequence[Any], pool_size: Sequence[int]):
-        super().__init__()
-        self.theta, self.W = map(parameter, self._drawn(len(teacher_models), pool_size[1]))
-        self.val = False
-
-    @staticmethod
-    def _drawn(teachers: int, channels: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(1)  # the CPU's, as theirs: the same numbers on every device
-        sizes = (teachers, channels), (channels, 1)
-        return [torch.randn(size, generator=generator, dtype=torch.float32, device="cpu") for size in sizes]
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The numbers of the start, where they are: after ``to_empty()`` their memory holds anything."""
-        p: Any
-        for p, start in zip((self.theta, self.W), self._drawn(*self.theta.shape)):
-            if hasattr(p, "device_mesh"):  # FSDP2 has sharded it
-                from torch.distributed.tensor import distribute_tensor  # imported late: it takes a second
-
-                start = distribute_tensor(start, p.device_mesh, p.placements)
-            p.copy_(start)
-
-    def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:
-        """Weights [N, T]. ``te_logits_list`` plays no part, in theirs neither."""
-        return teacher_weights(conv_map, self.theta, self.W.squeeze(1))
-
-    def loss(self, y: Tensor, labels: Tensor, weighted_logits: Tensor, T: float = 10.0, alpha: float = 0.7) -> Tensor:
-        """``2 alpha T^2 * mean over N C of the KL terms + (1 - alpha) CE``, and 0.1 (|W|^2 + |theta|^2) before ``eval()``.
-
-        ``weighted_logits`` [N, C], or what broadcasts to it, are, in spite of their name, mixed probabilities. Note the mean
-        over N * C: the effective weight of the KL falls with the number of classes. A class that all teachers give
-        probability 0 counts 0, with gradient 0 (theirs is NaN for ``theta``).
-
-        Three of their notebooks call ``eval()`` before stage one, so that theta and W are never regularized: LR_adaptive_KD,
-        LR_adaptive_Hint and adaptive_FitNet_teacher-level.
-        """
-        y, targets = self._logits_and_targets(y, labels, weighted_logits)
-        return self._regularized(_kd_of_mixture((y / T).log_softmax(1), y, labels, targets, T, alpha))
-
-    def _logits_and_targets(self, y: Tensor, labels: Tensor, weighted_logits: Tensor) -> tuple[Tensor, Tensor]:
-        name = f"{type(self).__name__}.loss"
-        _two_dimensional(name, "y", y)
-        if not isinstance(labels, Tensor) or labels.is_floating_point():  # of probabilities the mean would be another
-            got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"{name}: labels must be integer classes, got {got}")
-        if labels.shape != y.shape[:1]:
-            raise ValueError(f"{name}: labels must be {[len(y)]} like y, got {checks.shape(labels)}")
-        targets = _spread(name, "weighted_logits", weighted_logits, y.shape)
-        y = y.to(wide_dtype(y, targets))
-        return y.masked_fill(y == -math.inf, -math.inf), targets.to(y.dtype)  # no gradient flows into a masked class
-
-    def _regularized(self, value: Tensor) -> Tensor:
-        if self.val:
-            return value
-        return value + 0.1 * sum(p.to(value.dtype).square().sum() for p in (self.W, self.theta))
-
-    def train(self, mode: bool = True) -> "Adapter":
-        self.val = not mode
-        return super().train(mode)
-
-
-def _kd_of_mixture(log_q: Tensor, logits: Tensor, labels: Tensor, targets: Tensor, T: float, alpha: float) -> Tensor:
-    """``2 alpha T^2 * mean over N C of targets (log targets - log_q) + (1 - alpha) CE(logits, labels)``."""
-    value = log_q.new_zeros(())
-    if alpha != 0:  # not 0 * kl: that is NaN where kl is infinite
-        empty = targets == 0
-        kl = (targets * (targets.masked_fill(empty, 1).log() - log_q.masked_fill(empty, 0))).sum()
-        value = value + kl * (2.0 * alpha * T * T / max(log_q.numel(), 1))
-    if alpha != 1:
-        labels = labels.long()  # which is what torch's cross-entropy takes
-        used = (labels != -100).sum().clamp(min=1)
-        value = value + F.cross_entropy(logits, labels, reduction="sum") / used * (1.0 - alpha)
-    return value
-
-
-class MixtureAdapter(Adapter):
-    """The adapter of the authors' LR_adaptive_KD, LR_adaptive_AT and LR_adaptive_triplets notebooks; see ``Adapter``."""
-
-    def forward(self, conv_map: Tensor, te_logits_list: Any = None) -> Tensor:
-        """The mixture [N, C] of ``te_logits_list`` [N, T, C], which are, in spite of their name, soft targets."""
-        name = "MixtureAdapter"
-        checks.tensor(name, "te_logits_list", te_logits_list)
-        if te_logits_list.dim() != 3 or te_logits_list.shape[:2] != (len(conv_map), len(self.theta)):
-            raise ValueError(
-                f"{name}: te_logits_list must be [{len(conv_map)}, {len(self.theta)}, C], got {checks.shape(te_logits_list)}"
-            )
-        return (super().forward(conv_map).unsqueeze(2) * te_logits_list).sum(1)
-
-
-class LearningAdapter(Adapter):
-    """The adapter of the authors' LR_adaptive_learning notebook; see ``Adapter``. ``forward`` gives the weights."""
-
-    def loss(self, y: Tensor, labels: Tensor, weighted_logits: Tensor, T: float = 10.0, alpha: float = 0.7) -> Tensor:
-        """``Adapter.loss`` with the cross-entropy at temperature T, and the angle and the distance loss (weight 1 each).
-
-        Both take log_softmax(y / T) for the student and the probabilities ``weighted_logits``, as a constant, for the
-        teacher. Coordinates of masked classes are 0 there.
-        """
-        y, targets = self._logits_and_targets(y, labels, weighted_logits)
-        log_q = (y / T).log_softmax(1)
-        rows = log_q.masked_fill(y == -math.inf, 0)
-        relations = angle_loss(rows, targets.detach()) + rkd_distance_loss(rows, targets.detach(), eps=1e-6)
-        return self._regularized(_kd_of_mixture(log_q, log_q, labels, targets, T, alpha) + relations)

@@ -1,32 +1,40 @@
 """The distillation losses of libraries for language models, under their names. ``amtml_fast.dropin`` passes them on.
 
 ``amtml_fast.multi_teacher_kd_loss`` has the same divergences with several teachers, weights by token and labels. None of these
-multiplies by T^2. Logits are [B, S, C] or [tokens, C], labels [B, S] or flat. Tokens whose label is -100 count nothing; the
-others' mean is the loss. Four things differ from theirs: 16-bit logits are computed in float32; where no token counts, the loss
+but ModelOpt's multiplies by T^2. Logits are [B, S, C] or [tokens, C], labels [B, S] or flat. Tokens whose label is -100 count
+nothing; the others' mean is the loss, in DistillKit their sum. Four things differ from theirs: 16-bit logits are computed in float32; where no token counts, the loss
 is 0 (DistiLLM's and TRL's ``"mean"`` are NaN); a class that only one side has (a logit of -inf) adds what the formula says,
-where DistiLLM and torchtune leave it out; and a teacher that requires grad is an error, where theirs have a gradient to it.
+where DistiLLM and torchtune leave it out; and a teacher that requires grad is an error, where theirs have a gradient to it (ModelOpt's
+and ``sparse_kl_div`` have none).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amtml_fast import checks
-from amtml_fast.functional import multi_teacher_kd_loss
-from amtml_fast.terms import times
+from amtml_fast.functional import multi_teacher_kd_loss, topk_kd_loss
+from amtml_fast.terms import times, wide_dtype
 
 __all__ = [
     "ForwardKLLoss",
+    "ForwardKLWithChunkedOutputLoss",
+    "LogitsDistillationLoss",
     "ReverseKLLoss",
+    "ReverseKLWithChunkedOutputLoss",
     "SymmetricKLLoss",
+    "SymmetricKLWithChunkedOutputLoss",
+    "dense_kl_div",
     "forward_kl",
     "generalized_jsd_loss",
     "js_distance",
     "reverse_kl",
     "skewed_forward_kl",
     "skewed_reverse_kl",
+    "sparse_kl_div",
     "symmetric_kl",
     "tv_distance",
 ]
@@ -238,3 +246,153 @@ class SymmetricKLLoss(nn.Module):
         """``normalize``: divide by the tokens that count."""
         given = student_logits, teacher_logits, labels, normalize
         return _mixed(self.sym_kd_ratio, lambda: self.fkl(*given), lambda: self.rkl(*given))
+
+
+class _OverChunks(nn.Module):
+    """torchtune's: one of its losses over logits that come in chunks, lists of [B, S / chunks, C]. Labels [B, S]."""
+
+    def __init__(self, loss: nn.Module, num_output_chunks: int, ignore_index: int):
+        super().__init__()
+        checks.count(type(self).__name__, "num_output_chunks", num_output_chunks)
+        self.num_output_chunks, self.ignore_index = num_output_chunks, ignore_index
+        self._loss = loss
+
+    def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+        name = type(self).__name__
+        if not isinstance(labels, Tensor) or labels.dim() != 2:
+            got = checks.shape(labels) if isinstance(labels, Tensor) else type(labels).__name__
+            raise ValueError(f"{name}: labels must be [B, S], got {got}")
+        chunks = labels.chunk(self.num_output_chunks, 1)
+        for argument, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            given = None if isinstance(logits, Tensor) else len(logits)
+            if given != len(chunks):  # theirs leaves out those that are too many
+                found = "a tensor" if given is None else given
+                raise ValueError(f"{name}: {argument} must be {len(chunks)} chunks like those of labels, got {found}")
+        sums = [self._loss(*given, normalize=False) for given in zip(student_logits, teacher_logits, chunks)]
+        return torch.stack(sums).sum() / (labels != self.ignore_index).sum().clamp(min=1)
+
+
+class ForwardKLWithChunkedOutputLoss(_OverChunks):
+    """torchtune's: ``ForwardKLLoss`` of chunks, which need no other memory here than the logits themselves."""
+
+    def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100):
+        super().__init__(ForwardKLLoss(ignore_index), num_output_chunks, ignore_index)
+
+
+class ReverseKLWithChunkedOutputLoss(_OverChunks):
+    """torchtune's: ``ReverseKLLoss`` of chunks."""
+
+    def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100):
+        super().__init__(ReverseKLLoss(ignore_index), num_output_chunks, ignore_index)
+
+
+class SymmetricKLWithChunkedOutputLoss(_OverChunks):
+    """torchtune's: ``SymmetricKLLoss`` of chunks."""
+
+    def __init__(self, num_output_chunks: int = 8, sym_kd_ratio: float = 0.5, ignore_index: int = -100):
+        super().__init__(SymmetricKLLoss(sym_kd_ratio, ignore_index), num_output_chunks, ignore_index)
+        self.sym_kd_ratio = sym_kd_ratio
+
+
+# --- ModelOpt
+
+
+class LogitsDistillationLoss(nn.modules.loss._Loss):
+    """ModelOpt's (0.47): T^2 KL(t || s) of logits [..., C], teacher side constant.
+
+    ``reduction``: ``"mean"`` by the number of logits, ``"batchmean"`` by the first dimension, ``"sum"``, or ``"none"``, one value a
+    token [...]. In 0.39 ``"batchmean"`` was the default, divided by the tokens.
+    """
+
+    def __init__(self, temperature: float = 1.0, reduction: str = "mean"):
+        checks.one_of("LogitsDistillationLoss", "reduction", reduction, ("mean", "batchmean", "sum", "none"))
+        super().__init__()
+        self._temperature, self._reduction = temperature, reduction
+
+    def forward(self, logits_s: Tensor, logits_t: Tensor) -> Tensor:
+        name = "LogitsDistillationLoss"
+        checks.tensor(name, "logits_s", logits_s)
+        checks.tensor(name, "logits_t", logits_t)
+        if logits_s.dim() < 2:
+            raise ValueError(f"{name}: logits_s must be [..., C], got {checks.shape(logits_s)}")
+        checks.same_shape(name, "logits_t", logits_t, "logits_s", logits_s)
+        student, teacher = logits_s.flatten(0, -2), logits_t.detach().flatten(0, -2)
+        reduction = "sum" if self._reduction == "batchmean" else self._reduction
+        loss = multi_teacher_kd_loss(student, [teacher], None, temperature=self._temperature, reduction=reduction)
+        if self._reduction == "batchmean":
+            return times(loss, 1 / max(len(logits_s), 1))
+        return loss.view(logits_s.shape[:-1]) if reduction == "none" else loss
+
+
+# --- DistillKit: sums over tokens
+
+
+def dense_kl_div(logits: Tensor, target_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """DistillKit's: the sum of KL(t || s) over the tokens of ``mask`` [B, S] or [B, S, 1], which may hold weights; no T^2."""
+    labels, weights = _masked("dense_kl_div", logits, mask)
+    loss = multi_teacher_kd_loss(
+        logits, [target_logits], None, labels, temperature=temperature, alpha=1.0, t2_scale=False, reduction="none"
+    )
+    return loss.sum() if weights is None else (loss.flatten() * weights).sum()
+
+
+def sparse_kl_div(
+    logits: Tensor,
+    target_ids: Tensor,
+    target_values: Tensor,
+    mask: Tensor | None = None,
+    eps: float = 1e-6,
+    missing: Any = "zero",
+    log_target: bool = True,
+    temperature: float = 1.0,
+    target_generation_temperature: float = 1.0,
+    student_generation_temperature: float = 1.0,
+    chunk_length: int | None = None,
+) -> Tensor:
+    """DistillKit's: the sum of KL(t || s) over the tokens of ``mask``, from a teacher's k classes [B, S, k], which are constant; no T^2.
+
+    Args:
+        missing: theirs, or its value: ``"zero"``, our ``tail="renormalize"``, or ``"symmetric_uniform"``, our ``tail="bucket"``.
+        log_target: ``target_values`` are log-probabilities; else logits, with ``"zero"`` only.
+        temperature: of the loss. Log-probabilities of another (``target_generation_temperature``) are converted as theirs are: with
+            ``"symmetric_uniform"`` the mass that is left counts as one class.
+        eps, chunk_length: play no part. The bucket is exact, where theirs clamps its mass at ``eps``; and there is nothing to chunk.
+    """
+    name = "sparse_kl_div"
+    missing = getattr(missing, "value", missing)
+    checks.one_of(name, "missing", missing, ("zero", "symmetric_uniform"))
+    if missing != "zero" and not log_target:
+        raise ValueError(f'{name}: missing must be "zero" with log_target=False, got "{missing}"')
+    for argument, value in (
+        ("temperature", temperature),
+        ("target_generation_temperature", target_generation_temperature),
+        ("student_generation_temperature", student_generation_temperature),
+    ):
+        checks.number(name, argument, value, *checks.POSITIVE)
+    checks.tensor(name, "target_values", target_values)
+    labels, weights = _masked(name, logits, mask)
+    power = target_generation_temperature / temperature
+    log_probs = target_values.detach().to(wide_dtype(target_values))
+    if missing == "zero":
+        log_probs = (log_probs * power).log_softmax(-1)
+    elif power != 1:
+        left = torch.log1p(-log_probs.exp().sum(-1, keepdim=True).clamp(max=1))  # the logarithm of what is left
+        log_probs = torch.cat([log_probs, left], -1).mul(power).log_softmax(-1)[..., :-1]
+    loss = topk_kd_loss(
+        logits, [target_ids], [log_probs], None, labels, temperature=temperature / student_generation_temperature,
+        alpha=1.0, t2_scale=False, reduction="none", tail="renormalize" if missing == "zero" else "bucket",
+    )  # fmt: skip
+    return loss.sum() if weights is None else (loss.flatten() * weights).sum()
+
+
+def _masked(function: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Labels that leave out the tokens where the mask is 0, and the mask of each row where it may hold weights."""
+    checks.tensor(function, "logits", logits)
+    if mask is None:
+        return None, None
+    tokens = logits.shape[:-1]
+    if not isinstance(mask, Tensor) or not checks.is_any(mask.shape, [tokens, (*tokens, 1)]):
+        got = checks.shape(mask) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{function}: mask must be {list(tokens)} or {[*tokens, 1]}, got {got}")
+    mask = mask.reshape(tokens)
+    return torch.where(mask == 0, -100, 0), mask.flatten() if mask.is_floating_point() else None

@@ -15,18 +15,13 @@ from torch import Tensor, nn
 from amtml_fast import checks
 from amtml_fast.dropin_language import counted, divergence_at
 from amtml_fast.functional import fused_linear_kd_loss
-from amtml_fast.terms import LinearTeacher, connected, times
+from amtml_fast.terms import LinearTeacher, weighed
 
 __all__ = ["LigerFusedLinearJSD", "LigerFusedLinearJSDLoss"]
 
 
 def _frozen(*tensors: Any) -> LinearTeacher:
     return LinearTeacher(*(x.detach() if isinstance(x, Tensor) else x for x in tensors))
-
-
-def _weighed(loss: Tensor, weight: float) -> Tensor:
-    """A loss of weight 0 is 0, infinite or not, and its gradients are."""
-    return times(loss, weight) if weight != 0 else connected(loss.new_zeros(()), loss)
 
 
 class LigerFusedLinearJSDLoss(nn.Module):
@@ -89,9 +84,9 @@ class LigerFusedLinearJSDLoss(nn.Module):
         hard_weight, soft_weight = self.weight_hard_loss, self.weight_soft_loss
         if self.return_soft_hard_loss:
             soft, hard = share(1.0), share(0.0)
-            return _weighed(hard, hard_weight) + _weighed(soft, soft_weight), soft, hard
+            return weighed(hard, hard_weight) + weighed(soft, soft_weight), soft, hard
         total = hard_weight + soft_weight
-        return _weighed(share(soft_weight / total if total else 0.0), total)
+        return weighed(share(soft_weight / total if total else 0.0), total)
 
     def _check_weights(self) -> None:
         for name in ("weight_hard_loss", "weight_soft_loss"):

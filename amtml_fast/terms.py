@@ -153,6 +153,11 @@ def connected(loss: Tensor, *inputs: Tensor | None) -> Tensor:
     return loss
 
 
+def weighed(loss: Tensor, weight: float) -> Tensor:
+    """``loss * weight``. A loss of weight 0 is 0, infinite or not, and its gradients are."""
+    return times(loss, weight) if weight != 0 else connected(loss.new_zeros(()), loss)
+
+
 def shaped_stats(stats: KDStats, leading: Sequence[int]) -> KDStats:
     """The numbers of rows in the shape of the student's logits."""
     return KDStats(*(x.reshape(*leading, *x.shape[1:]) for x in stats))

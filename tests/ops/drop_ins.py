@@ -48,6 +48,22 @@ def over_positions(student, teacher, T):
     return kl_terms(student, teacher, T).sum(1).mean()
 
 
+def decoupled(student, teacher, target, alpha, beta, T):
+    """The KL of (target, the others together) and that of the others alone, summed over rows."""
+    log_q, log_p = F.log_softmax(student / T, 1), F.log_softmax(teacher / T, 1)
+    one = F.one_hot(target, student.shape[1]).bool()
+
+    def pair(log):
+        return torch.stack([log[one], log[~one].view(len(log), -1).logsumexp(1)], 1)
+
+    def others(logits):
+        return F.log_softmax(logits[~one].view(len(logits), -1) / T, 1)
+
+    parts = (pair(log_q), pair(log_p)), (others(student), others(teacher))
+    tckd, nckd = (F.kl_div(q, p, reduction="sum", log_target=True) for q, p in parts)
+    return T**2 * (alpha * tckd + beta * nckd)
+
+
 def over_teachers(student, teachers, weights, T):
     """MMKD's: weights are whatever broadcasts to [N, T]."""
     return (weights * torch.stack([kl_terms(student, t, T).sum(-1) for t in teachers], 1)).sum(-1).mean()
@@ -144,6 +160,9 @@ ADAPTED = MAP_S, leaf(4, 3), leaf(3, 1)  # map, theta, W
 SOFT = torch.stack([draw(N, C + i)[:, :C].softmax(1) for i in range(4)], 1)  # [N, 4, C]
 
 
+TARGET = torch.arange(N, device="cpu") % C
+
+
 def relations(distance, angle):
     return lambda s, t: (
         distance * plain_distance(s.flatten(1), t.flatten(1)) + angle * plain_angle(s.flatten(1), t.flatten(1))
@@ -206,6 +225,28 @@ KINDS = {
         dropin.DistanceWiseRKD(),
         lambda s, t: 25 * plain_distance(F.normalize(s), F.normalize(t)),
         (S, T.clone().requires_grad_()),
+    ),
+    "KLDivergence": (dropin.KLDivergence(4, loss_weight=3), lambda s, t: 3 * over_examples(s, t, 4), (S, T)),
+    "KLDivergence-pixels": (dropin.KLDivergence(4), lambda s, t: over_examples(s, t, 4), (PIXELS_S, PIXELS_T)),
+    "KLDivergence-mean": (
+        dropin.KLDivergence(2, "mean"),
+        lambda s, t: kl_terms(s, t, 2).sum() / max(s.numel(), 1),
+        (TOKENS_S, TOKENS_T),
+    ),
+    "dkd_loss": (
+        lambda s, t, y: dropin.dkd_loss(s, t, y, 1.0, 8.0, 4.0),
+        lambda s, t, y: decoupled(s, t, y, 1, 8, 4) / len(s),
+        (S, T, TARGET),
+    ),
+    "dkd_loss-standardized": (
+        lambda s, t, y: dropin.dkd_loss(s, t, y, 2, 0.5, 2, True),
+        lambda s, t, y: decoupled(standardized(s), standardized(t), y, 2, 0.5, 2) / len(s),
+        (S, T, TARGET),
+    ),
+    "DKDLoss": (
+        dropin.DKDLoss(2.0, 0.5, 3.0, "sum", 0.25),
+        lambda s, t, y: 0.25 * decoupled(s, t, y, 0.5, 3, 2),
+        (S, T, TARGET),
     ),
     "MatchLogits": (
         dropin.MatchLogits(SimpleNamespace(kd_T=4)),

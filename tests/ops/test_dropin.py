@@ -11,6 +11,7 @@ from drop_ins import (
     KINDS,
     MAP_S,
     SOFT,
+    TARGET,
     TOKENS_S,
     TOKENS_T,
     C,
@@ -18,6 +19,7 @@ from drop_ins import (
     S,
     T,
     converted,
+    decoupled,
     draw,
     exactly,
     gradients,
@@ -136,6 +138,18 @@ def test_a_batch_of_none_or_one(name, length, on):
             r"FitNet: teacher must have the height and width of student",
         ),
         (lambda: dropin.HintLoss()(S, T[:, :1]), r"HintLoss: f_t must be \[12, 9\] like f_s, got \[12, 1\]"),
+        (
+            lambda: dropin.KLDivergence(reduction="none"),
+            r"KLDivergence: reduction must be one of batchmean, sum, mean, got 'none'",
+        ),
+        (lambda: dropin.KLDivergence(teacher_detach=False), r"KLDivergence: teacher_detach must be True .* got False"),
+        (lambda: dropin.DKDLoss(reduction="mean"), r"DKDLoss: reduction must be one of batchmean, sum, got 'mean'"),
+        (lambda: dropin.DKDLoss()(TOKENS_S, TOKENS_T, TARGET), r"DKDLoss: preds_S must be \[N, C\], got \[12, 9, 7\]"),
+        (lambda: dropin.DKDLoss()(S, T[:1], TARGET), r"DKDLoss: preds_T must be \[12, 9\] like preds_S, got \[1, 9\]"),
+        (lambda: dropin.dkd_loss(S, T, TARGET[:3], 1, 8, 4), r"dkd_loss: target must be \[12\], got \[3\]"),
+        (lambda: dropin.dkd_loss(S, T, TARGET + 1, 1, 8, 4), r"dkd_loss: target must be in \[0, 9\), got 9"),
+        (lambda: dropin.dkd_loss(S, T, TARGET - 100, 1, 8, 4), r"dkd_loss: target must be in \[0, 9\), got -100"),
+        (lambda: dropin.dkd_loss(S, S, TARGET, 1, 8, 4), r"teacher_logits\[0\] must be detached"),
     ],
 )
 def test_what_would_differ_from_theirs_is_refused(call, message):
@@ -172,6 +186,25 @@ def test_match_logits_refuses_other_weights(size):
 
 
 # --- where the originals are NaN
+
+
+def test_the_decoupled_loss_loses_nothing_where_the_student_is_sure(on):
+    """Beside a logit of 200 the softmax of the others is 0 in float32: theirs is infinite, its gradient NaN."""
+    student = (S.detach() + 200 * F.one_hot(TARGET, C)).requires_grad_()
+    want, (want_grad,) = gradients(lambda s, t: decoupled(s, t, TARGET, 1, 8, 1) / N, exactly((student, T)))
+    args = converted((student, T, TARGET), lambda a: a.to(DEVICE))
+    got, (grad,) = gradients(lambda s, t, y: dropin.dkd_loss(s, t, y, 1.0, 8.0, 1.0), args)
+    assert want > 10 and relative_error(got, want) < 1e-6 and relative_error(grad, want_grad) < 1e-5
+
+
+def test_an_infinite_part_of_the_decoupled_loss_without_weight_counts_nothing(on):
+    student, teacher = converted((S, T), lambda a: a.to(DEVICE))
+    with torch.no_grad():
+        student[torch.arange(N), TARGET] = -math.inf
+    target = TARGET.to(DEVICE)
+    assert dropin.dkd_loss(student, teacher, target, 1.0, 8.0, 1.0) == math.inf
+    got, (grad,) = gradients(lambda s, t, y: dropin.dkd_loss(s, t, y, 0.0, 8.0, 1.0), (student, teacher, target))
+    assert got.isfinite() and got > 0 and grad.isfinite().all() and grad.norm() > 0
 
 
 def without(z, c):

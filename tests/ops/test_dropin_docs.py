@@ -5,6 +5,7 @@ import functools
 import itertools
 import pathlib
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_the_docs_say_how_the_libraries_define_other_divergences():
         for cell in (call, here):
             assert f"{float(eval(cell.strip('`'), {**SCOPE, **scope})):.4f}" == value, whose
     called = {row[1].strip("`").split("(")[0] for row in rows}
-    assert called == {*dropin.dropin_language.__all__, *dropin.dropin_liger.__all__}
+    assert called == {*dropin.dropin_language.__all__, *dropin.dropin_liger.__all__} - {"LogitsDistillationLoss"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -117,6 +118,19 @@ CALLS = {
 }
 
 
+# The others: without labels, or with labels of another form.
+OTHERS = {
+    "dense_kl_div": lambda z, t, y: dropin.dense_kl_div(z, t, y != -100),
+    "sparse_kl_div": lambda z, t, y: dropin.sparse_kl_div(z, *t.topk(3)[::-1], y != -100, log_target=False),
+    "LogitsDistillationLoss": lambda z, t, y: dropin.LogitsDistillationLoss()(z, t),
+    **{
+        name: lambda z, t, y, name=name: getattr(dropin, name)(2)(z.chunk(2, 1), t.chunk(2, 1), y)
+        for name in dropin.dropin_language.__all__
+        if name.endswith("WithChunkedOutputLoss")
+    },
+}
+
+
 def example_of_tokens():
     g = torch.Generator().manual_seed(0)
     z, t = (torch.randn(2, 5, 7, generator=g, device="cpu") for _ in range(2))
@@ -124,17 +138,133 @@ def example_of_tokens():
 
 
 def test_every_language_loss_is_called_here():
-    assert CALLS.keys() == set(dropin.dropin_language.__all__)
+    assert {*CALLS, *OTHERS} == set(dropin.dropin_language.__all__)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", sorted({*CALLS, *OTHERS} - {"LogitsDistillationLoss", "sparse_kl_div"}))
 def test_language_losses_refuse_a_teacher_that_requires_grad(name):
     """Theirs have a gradient to it: without one here it would be missing silently."""
     z, t, y = example_of_tokens()
+    call = {**CALLS, **OTHERS}[name]
     with pytest.raises(ValueError, match="must be detached"):
-        CALLS[name](z, t.requires_grad_(), y)
+        call(z, t.requires_grad_(), y)
     with torch.no_grad():
-        CALLS[name](z, t, y)
+        call(z, t, y)
+
+
+@pytest.mark.parametrize("name", ["LogitsDistillationLoss", "sparse_kl_div"])
+def test_a_teacher_is_constant_where_it_is_in_theirs(name):
+    z, t, y = example_of_tokens()
+    loss = OTHERS[name](z.requires_grad_(), t.requires_grad_(), y)
+    loss.sum().backward()
+    assert z.grad.norm() > 0 and t.grad is None and loss == OTHERS[name](z, t.detach(), y)
+
+
+def assert_same(got, want, z, tolerance=1e-9):
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    (grad,), (right,) = (torch.autograd.grad(x.sum(), z, retain_graph=True) for x in (got, want))
+    torch.testing.assert_close(grad, right, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("plain", ["ForwardKL", "ReverseKL", "SymmetricKL"])
+def test_torchtunes_losses_of_chunks_are_those_of_the_whole(plain, chunks):
+    z, t, y = (x.double() if x.is_floating_point() else x for x in example_of_tokens())
+    y[0, 1:4] = 7
+    z.requires_grad_()
+    loss = getattr(dropin, f"{plain}WithChunkedOutputLoss")(num_output_chunks=chunks, ignore_index=7)
+    assert (loss.num_output_chunks, loss.ignore_index) == (chunks, 7) and not loss.state_dict()
+    given = z.chunk(chunks, 1), list(t.chunk(chunks, 1)), y
+    assert_same(loss(*given), getattr(dropin, f"{plain}Loss")(ignore_index=7)(z, t, y), z)
+    nothing = loss(*given[:2], torch.full_like(y, 7))
+    nothing.backward()
+    assert nothing == 0 and (z.grad == 0).all()
+    for wrong, message in (
+        ((given[0], t, y), f"teacher_logits must be {chunks} chunks like those of labels, got a tensor"),
+        ((given[0][1:], given[1], y), f"student_logits must be {chunks} chunks .* got {chunks - 1}"),
+        ((*given[:2], y.flatten()), r"labels must be \[B, S\], got \[10\]"),
+    ):
+        with pytest.raises(ValueError, match=f"{plain}WithChunkedOutputLoss: {message}"):
+            loss(*wrong)
+
+
+@pytest.mark.parametrize("size", [(4, 7), (2, 5, 7), (2, 3, 2, 7)], ids=str)
+def test_modelopts_loss_is_theirs(size):
+    g = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(size, generator=g, dtype=torch.float64, device="cpu") for _ in range(2))
+    terms = 9 * F.kl_div(F.log_softmax(z.requires_grad_() / 3, -1), F.softmax(t / 3, -1), reduction="none")
+    for reduction, want in (
+        ("mean", terms.mean()),
+        ("batchmean", terms.sum() / size[0]),
+        ("sum", terms.sum()),
+        ("none", terms.sum(-1)),
+    ):
+        assert_same(dropin.LogitsDistillationLoss(3.0, reduction)(z, t), want, z)
+    assert isinstance(dropin.LogitsDistillationLoss(), torch.nn.modules.loss._Loss)
+    with pytest.raises(ValueError, match=r"LogitsDistillationLoss: reduction must be one of mean, .*, got 'max'"):
+        dropin.LogitsDistillationLoss(reduction="max")
+    with pytest.raises(ValueError, match=r"LogitsDistillationLoss: logits_t must be \[.*\] like logits_s"):
+        dropin.LogitsDistillationLoss()(z, t[..., :6])
+
+
+MASKS = {
+    "none": None,
+    "bool": torch.tensor([[True, True, False, True, True], [False, True, True, True, True]]),
+    "int, 3-D": torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]])[..., None],
+    "weights": torch.tensor([[1, 0.5, 0, 2, 1], [0, 1, 1, 3, 1]]),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_distillkits_losses_are_theirs(mask):
+    """Sums over the tokens of the mask, times what it holds; a token that it leaves out may hold anything."""
+    z, t, _ = (x.double() if x.is_floating_point() else x for x in example_of_tokens())
+    mask = MASKS[mask]
+    weights = torch.ones(2, 5, dtype=torch.float64, device="cpu") if mask is None else mask.reshape(2, 5).double()
+    z.requires_grad_()
+    garbled = torch.where(weights[..., None] == 0, torch.nan, z)
+
+    def kl(log_p, log_q):
+        return ((log_p.exp() * (log_p - log_q)).sum(-1) * weights).sum()
+
+    want = kl((t / 3).log_softmax(-1), (z / 3).log_softmax(-1))
+    assert_same(dropin.dense_kl_div(garbled, t, mask, 3.0), want, z)
+
+    ids, values = t.topk(3).indices, 0.5 * t.log_softmax(-1).topk(3).values - 1  # with mass left
+    for made_at, at, student_at in ((1, 1, 1), (2, 3, 1), (1.5, 0.5, 2)):
+        log_q = (z * student_at / at).log_softmax(-1).gather(-1, ids)
+        options = dict(temperature=at, target_generation_temperature=made_at, student_generation_temperature=student_at)
+        for log_target in (True, False):
+            got = dropin.sparse_kl_div(garbled, ids, values, mask, log_target=log_target, **options)
+            assert_same(got, kl((values * made_at / at).log_softmax(-1), log_q), z)
+        both = [torch.cat([x, torch.log1p(-x.exp().sum(-1, keepdim=True))], -1) for x in (values, log_q)]
+        want = kl((both[0] * made_at / at).log_softmax(-1), both[1])
+        for missing in ("symmetric_uniform", SimpleNamespace(value="symmetric_uniform")):
+            assert_same(dropin.sparse_kl_div(garbled, ids, values, mask, missing=missing, **options), want, z)
+
+
+def test_distillkits_losses_name_what_is_wrong():
+    z, t, _ = example_of_tokens()
+    given = z, t.topk(3).indices, t.topk(3).values
+    for call, message in (
+        (
+            lambda: dropin.sparse_kl_div(*given, missing="uniform"),
+            "missing must be one of zero, symmetric_uniform, got 'uniform'",
+        ),
+        (
+            lambda: dropin.sparse_kl_div(*given, missing="symmetric_uniform", log_target=False),
+            'missing must be "zero" with log_target=False, got "symmetric_uniform"',
+        ),
+        (lambda: dropin.sparse_kl_div(*given, torch.ones(2, 4)), r"mask must be \[2, 5\] or \[2, 5, 1\], got \[2, 4\]"),
+        (lambda: dropin.dense_kl_div(z, t, [1]), r"mask must be \[2, 5\] or \[2, 5, 1\], got list"),
+        (lambda: dropin.sparse_kl_div(*given, temperature=0.0), r"temperature must be a number in"),
+        (
+            lambda: dropin.sparse_kl_div(*given, target_generation_temperature=-1.0),
+            r"target_generation_temperature must be",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"_kl_div: {message}"):
+            call()
 
 
 @pytest.mark.parametrize("name", CALLS)
