@@ -38,7 +38,9 @@ def give_up(reason: object) -> None:
         )
     print(f"\n*** amtml_fast: built WITHOUT its C++ extension ({reason}).", file=sys.stderr)
     print("*** It will run on the slow reference backend. Install torch and a C++ compiler, then", file=sys.stderr)
-    print("*** pip install --no-build-isolation --force-reinstall --no-deps amtml-fast\n", file=sys.stderr)
+    print(
+        "*** pip install --no-build-isolation --force-reinstall --no-deps .   (in its source folder)\n", file=sys.stderr
+    )
 
 
 def cuda_home() -> str | None:

@@ -55,7 +55,7 @@ class TeacherGate(nn.Module):
         self, teacher_logits: Tensor | Sequence[Tensor], labels: Tensor, *, ignore_index: int = -100
     ) -> TeacherGate:
         """T teachers' logits [N, C] and labels [N] of examples, ``ignore_index`` where a label is not known: such rows
-        only say how the logits are distributed. In float64 on the CPU, in under a second for 8,000 labels of three teachers
+        only say how the logits are distributed. In float64 on the CPU, in about a second for 8,000 labels of three teachers
         and ten classes. Returns itself.
 
         Raises:

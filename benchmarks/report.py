@@ -358,7 +358,7 @@ def readme(results: Results, folder: str) -> str:
         head(results),
         markdown_table(["forward + backward", "ours", "vs eager", "vs torch.compile", "vs others"], rows),
         "Eager, and what torch.compile compiles, is `amtml_fast/reference.py`: plain PyTorch that minds masks, ignored rows and "
-        "zeros. A short form is `benchmarks/short_forms.py`: the few lines that one writes without a library, and that mind none of it.",
+        "zeros. A short form is `benchmarks/short_forms.py`: the few lines that one writes without a library, and that handle none of these.",
         f"![Speed-up of every operator over eager PyTorch and torch.compile]({folder}/speedup.png)",
         f"[The whole report]({folder}/report.md): all sizes, memory, growth with N, C and T, rooflines.",
     ])  # fmt: skip

@@ -41,11 +41,17 @@ app = typer.Typer(
 )
 
 Source = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A YAML file, a run folder, or a packaged name (digits).")
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, a run folder, or a packaged name (digits; regimes:few of several)."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as distill.epochs=5.")
 ]
+
+
+SPLITS = {"train": "train", "validation": "val", "val": "val", "test": "test"}  # as options have them, and ImageData
 
 
 def integer(text: str) -> int:
@@ -136,20 +142,20 @@ def evaluate(
     ] = None,
     seed: Annotated[int | None, typer.Option(parser=seed_of, metavar="INTEGER", help="Which seed's student.")] = None,
     teacher: Annotated[str | None, typer.Option(help="A teacher's name, to measure it instead.")] = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Accuracy of a trained student or teacher. CONFIG may be the run's own folder, or that of one beside it."""
     with friendly() as display:
         settings = checked(load(config, overrides or []))
-        if split not in ("train", "val", "test"):
-            raise ConfigError(f"--split must be one of train, val, test, got {split!r}")
+        if split not in SPLITS:
+            raise ConfigError(f"--split must be one of train, validation, test, got {split!r}")
         from .run import tasks
         from .run.prepare import load_data
 
         data = load_data(settings)
         folder = find_run(config, settings, method, seed, teacher)
-        file, accuracy = tasks.evaluate(settings, data, folder, split, teacher)
-        images = len(getattr(data, split).labels)
+        file, accuracy = tasks.evaluate(settings, data, folder, SPLITS[split], teacher)
+        images = len(getattr(data, SPLITS[split]).labels)
         display.say(f"{split} accuracy {100 * accuracy:.2f} % on {images} images of {data.name} ({file})")
 
 

@@ -107,8 +107,9 @@ def test_eval_prints_the_accuracy(compared: tuple[Path, str], capsys: pytest.Cap
         status, out, _ = call(capsys, *words)
         assert status == 0 and expected in out
     teacher = json.loads((folder / "teachers" / "resnet8" / "result.json").read_text())
-    status, out, _ = call(capsys, "eval", "digits", f"out={folder.parent}", "--teacher=resnet8", "--split=val")
-    assert status == 0 and f"val accuracy {100 * teacher['val_accuracy']:.2f} %" in out
+    for split in ("validation", "val"):
+        status, out, _ = call(capsys, "eval", "digits", f"out={folder.parent}", "--teacher=resnet8", f"--split={split}")
+        assert status == 0 and f"{split} accuracy {100 * teacher['val_accuracy']:.2f} %" in out
 
 
 def test_teach_and_distill_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -448,7 +449,7 @@ def test_numbers_of_options_are_read_as_those_of_keys(capsys: pytest.CaptureFixt
         (["distill", "digits", "--student=wide"], 2, "--student must be one of student, got 'wide'"),
         (["distill", "digits", "--teachers=4"], 2, "--teachers must be in 1 to 3, got 4"),
         (["methods", "digts"], 2, "did you mean 'digits'?"),
-        (["eval", "digits", "--split=tst"], 2, "--split must be one of train, val, test"),
+        (["eval", "digits", "--split=tst"], 2, "--split must be one of train, validation, test"),
         (["eval", "digits"], 1, "no such run; train it first"),
         (["teach", "digits", "teachers=[]"], 2, "teachers must hold at least one"),
         (["teach", "digits", "data.name=mnist"], 1, "mnist"),

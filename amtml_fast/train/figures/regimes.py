@@ -49,7 +49,7 @@ def accuracy_table(found: Found) -> Blocks:
     caption = (
         f"{split} accuracy in percent, mean ± sample standard deviation over seeds. Bold: the best of each column, and what a paired "
         f"t-test over the seeds does not tell from it (p >= {LEVEL}); where the seeds leave nothing to test, the best alone. The "
-        "best single teacher is the one with the highest mean here. The oracle takes, for each image, the teacher that is most certain of the true label: a reference, no method."
+        "best single teacher is the student that learns from it alone, with the highest mean here. The oracle takes, for each image, the teacher that is most certain of the true label: a reference, no method."
     )
     return [Table(("Method", *own), lines), caption]
 
