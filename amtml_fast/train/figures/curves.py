@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike
 
 from . import drawing, numbers
 from .drawing import FAINT, INK, METHODS, OTHERS
-from .numbers import ONE_HOT, UNIFORM, Array
+from .numbers import ONE_HOT, UNIFORM, Array, Runs
 from .tables import ORACLE
 
-Histories = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # label -> runs (one a seed) -> epochs (metrics.jsonl)
+Histories = Mapping[str, Runs]  # by label
 CROWD = 4  # of more curves the names do not fit beside both panels
 
 
@@ -88,8 +88,8 @@ def entropy(histories: Histories, path: str | Path, teacher_names: Sequence[str]
 
 def _curves(histories: Histories) -> Figure:
     seeds = max((len(runs) for runs in histories.values()), default=0)
-    accuracies = {label: 100 * numbers.series(runs, "val_accuracy")[1] for label, runs in histories.items()}
-    losses = {label: numbers.series(runs, "loss")[1] for label, runs in histories.items()}
+    accuracies = {label: 100 * numbers.series(runs, "val_accuracy") for label, runs in histories.items()}
+    losses = {label: numbers.series(runs, "loss") for label, runs in histories.items()}
     if not any(np.isfinite(values).any() for values in (*losses.values(), *accuracies.values())):
         raise ValueError("curves: histories must hold epochs with 'loss' or 'val_accuracy', found none")
     crowded = len(histories) > CROWD  # then the names stand at the right panel only, one below the other
@@ -325,7 +325,7 @@ def _weight_bars(axes: Axes, shares: Array, colors: Sequence[str]) -> None:
 
 
 def _entropy(histories: Histories, teacher_names: Sequence[str] | None) -> Figure:
-    series = {label: numbers.series(runs, "entropy")[1] for label, runs in histories.items()}
+    series = {label: numbers.series(runs, "entropy") for label, runs in histories.items()}
     series = {label: values for label, values in series.items() if np.isfinite(values).any()}
     if not series:
         raise ValueError(f"entropy: no epoch with an 'entropy' in the histories of {list(histories)}")
@@ -378,14 +378,11 @@ def _entropy_scale(axes: Axes) -> str:
     return "1 = all equal, " + (f"axis starts at {start:g}" if start else "0 = one teacher an image")
 
 
-def _teacher_lines(
-    axes: Axes, runs: Sequence[Sequence[Mapping[str, Any]]], key: str, teacher_names: Sequence[str] | None
-) -> None:
+def _teacher_lines(axes: Axes, runs: Runs, key: str, teacher_names: Sequence[str] | None) -> None:
     """A line a teacher of a metric that holds one number a teacher, its value and name (None: no name) at its end."""
-    count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
+    teachers = numbers.of_teachers(runs, key)
     ends, highest = [], 0.0
-    for t in range(count):
-        values = numbers.of_teacher(runs, key, t)
+    for t, values in enumerate(teachers):
         keep, color = np.isfinite(values).any(axis=0), drawing.teacher_color(t)
         epochs, values = np.flatnonzero(keep) + 1, values[:, keep]
         mean = np.nanmean(values, axis=0)
@@ -396,8 +393,8 @@ def _teacher_lines(
         if teacher_names is not None:
             text = f"{drawing.wrap(teacher_names[t] if teacher_names else f'teacher {t + 1}', 13, 2)}\n{text}"
         ends.append((float(epochs[-1]), float(mean[-1]), text, color))
-    if count:
+    if teachers:
         axes.set_ylim(0, min(1.12 * highest, 1.02) or 1)
-        axes.axhline(1 / count, color=FAINT, lw=0.9, ls=(0, (4, 3)), zorder=1)
+        axes.axhline(1 / len(teachers), color=FAINT, lw=0.9, ls=(0, (4, 3)), zorder=1)
     drawing.epoch_axis(axes)
     drawing.end_labels(axes, ends)

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Runs = Sequence[Sequence[Mapping[str, Any]]]  # the epochs of each seed, as metrics.jsonl has them
 # Mean normalized entropy of the teacher weights beyond which they have stopped telling examples apart.
 UNIFORM, ONE_HOT = 0.999, 0.01
 
 
-def series(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> tuple[Array, Array]:
-    """(epochs [E], values [seeds, E]) of a metric; NaN where a run is shorter or has none."""
-    values = stack([[epoch.get(key) for epoch in run] for run in runs])
-    return np.arange(1, values.shape[1] + 1), values
+def series(runs: Runs, key: str) -> Array:
+    """[seeds, epochs] of a metric; NaN where a run is shorter or has none."""
+    return stack([[epoch.get(key) for epoch in run] for run in runs])
 
 
-def of_teacher(runs: Sequence[Sequence[Mapping[str, Any]]], key: str, t: int) -> Array:
-    """One teacher's [seeds, epochs] of a metric that holds a number a teacher."""
-    return stack([[epoch[key][t] if key in epoch else None for epoch in run] for run in runs])
+def of_teachers(runs: Runs, key: str) -> list[Array]:
+    """[seeds, epochs] of each teacher, of a metric that holds a number a teacher."""
+    count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
+    return [stack([[epoch[key][t] if key in epoch else None for epoch in run] for run in runs]) for t in range(count)]
 
 
 def stack(rows: Sequence[Sequence[Any]]) -> Array:

@@ -150,7 +150,7 @@ def other_tables(found: Gathered) -> list[tuple[str, tables.Blocks]]:
 
 def curves(metrics: Metrics) -> dict[str, Any] | None:
     """Validation accuracy of each method before all others, and its loss with the terms."""
-    accuracies = {name: 100 * numbers.series(runs, "val_accuracy")[1] for name, runs in metrics.items()}
+    accuracies = {name: 100 * numbers.series(runs, "val_accuracy") for name, runs in metrics.items()}
     accuracies = {name: values for name, values in accuracies.items() if np.isfinite(values).any()}
     if not accuracies:
         return None
@@ -174,11 +174,11 @@ def curves(metrics: Metrics) -> dict[str, Any] | None:
     }
 
 
-def loss_terms(name: str, runs: Sequence[Sequence[Mapping[str, Any]]]) -> tuple[Any, str]:
+def loss_terms(name: str, runs: numbers.Runs) -> tuple[Any, str]:
     """The chart of a method's loss and its terms, and what it leaves out."""
     known = (key for run in runs for epoch in run for key, value in epoch.items() if isinstance(value, (int, float)))
     keys = dict.fromkeys(key for key in known if key not in NO_TERMS)
-    series = {key: numbers.series(runs, key)[1] for key in ["loss", *keys]}
+    series = {key: numbers.series(runs, key) for key in ["loss", *keys]}
     zero = [key for key, values in series.items() if not (np.isfinite(values) & (values != 0)).any()]
     series = {key: values for key, values in series.items() if key not in zero}
     if len(series) == 2 and np.allclose(series["loss"], [*series.values()][1], equal_nan=True):
@@ -198,22 +198,19 @@ def weights(weighted: Metrics, shown: Mapping[str, Sequence[Run]], learners: set
     out = []
     for name, runs in weighted.items():
         teachers = next(run.read_record()["teachers"] for run in shown[name])
-        entropy = numbers.series(runs, "entropy")[1]
+        entropy = numbers.series(runs, "entropy")
         marks = [Mark(UNIFORM, f"above {UNIFORM}: uniform"), Mark(ONE_HOT, f"below {ONE_HOT}: one teacher has all")]
         words = f"{name}: normalized entropy of the weights by epoch, at the end {numbers.last(entropy).mean():.3f}"
         charts = [
             ("Entropy", svg.lines([Line("", entropy, "c1")], words, limits=(0, 1), marks=marks, thin=True, digits=3))
         ]
         for key, title in (("weight_mean", "Mean weight"), ("weight_won", "Share of examples won")):
-            count = max((len(epoch[key]) for run in runs for epoch in run if key in epoch), default=0)
-            names = [teachers[t] if t < len(teachers) else f"teacher {t + 1}" for t in range(count)]
-            lines = [
-                Line(numbers.short(each, 14), numbers.of_teacher(runs, key, t), COLORS[t % len(COLORS)])
-                for t, each in enumerate(names)
-            ]
+            values = numbers.of_teachers(runs, key)
+            names = [teachers[t] if t < len(teachers) else f"teacher {t + 1}" for t in range(len(values))]
+            lines = [Line(numbers.short(each, 14), values[t], COLORS[t % len(COLORS)]) for t, each in enumerate(names)]
             ends = [(each, numbers.last(line.values)) for each, line in zip(names, lines, strict=True)]
             said = ", ".join(f"{each} {last.mean():.2f}" for each, last in ends if last.size)
-            equal = [Mark(1 / count, "equal")] if key == "weight_mean" else []
+            equal = [Mark(1 / len(values), "equal")] if key == "weight_mean" else []
             words = f"{name}: {title.lower()} of each teacher by epoch, at the end {said}"
             charts.append((title, svg.lines(lines, words, limits=(0, 1), marks=equal)))
         learned = name in learners
