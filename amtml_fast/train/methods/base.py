@@ -178,6 +178,11 @@ def mixture(probs: Tensor, weights: Tensor) -> Tensor:
     return (probs * weights.unsqueeze(-1)).sum(1)
 
 
+def of_label(log_p: Tensor, labels: Tensor) -> Tensor:
+    """[N, T]: what log_p [N, T, C] holds for each example's label [N]."""
+    return log_p.gather(2, labels[:, None, None].expand(-1, log_p.shape[1], 1))[..., 0]
+
+
 def heaviest(weights: Tensor) -> Tensor:
     """[N, T]: 1 at the largest of the weights [N, T], shared where several are equal: of equal weights nobody leads."""
     most = (weights == weights.amax(1, keepdim=True)).float()

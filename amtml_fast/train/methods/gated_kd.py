@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...gate import TeacherGate, log_probabilities
 from ..data.parts import IGNORED
-from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss, of_label
 
 
 class GatedKD(Objective):
@@ -41,8 +41,7 @@ class GatedKD(Objective):
 def responsibilities(log_gate: Tensor, log_p: Tensor, labels: Tensor) -> Tensor:
     """[N, T]: of log g [N, T] where the label is not known, else how probable it is that teacher t said it."""
     known = labels != IGNORED
-    at = labels.where(known, 0)[:, None, None].expand(-1, log_p.shape[1], 1)
-    right = log_p.gather(2, at)[..., 0]
+    right = of_label(log_p, labels.where(known, 0))
     return torch.softmax(log_gate + right.where(known[:, None], 0), -1)
 
 

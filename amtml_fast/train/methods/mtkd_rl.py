@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ...gate import log_probabilities
 from ..data.parts import IGNORED
-from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss, average, divergences, mean_of_known
+from .base import KD, Context, KDLoss, Method, Objective, Step, StepLoss, average, divergences, mean_of_known, of_label
 from .ca_mkd import confidence_weights
 
 WIDTH = 128  # of the agent, as in the authors' code
@@ -52,8 +52,7 @@ class ReinforcedKD(Objective):
         log_p = log_probabilities(step.teacher_logits)
         state = [log_p.flatten(1), gaps]
         if self.sees_labels:
-            at = step.labels[:, None, None].expand(-1, log_p.shape[1], 1)
-            state.append(-log_p.gather(2, at)[..., 0])
+            state.append(-of_label(log_p, step.labels))
         own = self.agent(torch.cat(state, 1)).float().softmax(1)
         confident = confidence_weights(step.teacher_logits, step.labels)
         return torch.stack([own, confident, gaps.softmax(1)], -1) @ self.shares.softmax(0)
