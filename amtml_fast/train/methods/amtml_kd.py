@@ -104,15 +104,17 @@ class AdaptiveKD(Objective):
             ce = cross_entropy(step, settings)
             share = (1 - settings.alpha) * ce
             loss, terms["ce"], terms["kd"] = loss + share, ce.detach(), terms["kd"] + share.detach()
-        if (settings.angle_on == "logits" and settings.angle_weight != 0) or settings.distance_weight != 0:
+        on_logits = settings.angle_on == "logits"
+        has_angle, has_distance = on_logits and settings.angle_weight != 0, settings.distance_weight != 0
+        if has_angle or has_distance:
             weights = self.adapter(step.features) if settings.angle_trains_weights else out.weights
             mixed = mixed_targets(step.teacher_logits, weights, settings.temperature)
-            student = step.logits if settings.angle_on == "logits" else (step.logits / settings.temperature).softmax(-1)
+            student = step.logits if on_logits else (step.logits / settings.temperature).softmax(-1)
             student, mixed = (all_rows(rows, self.processes) for rows in (student, mixed))
-            if settings.angle_on == "logits" and settings.angle_weight != 0:
+            if has_angle:
                 angle = angle_loss(student, mixed, delta=settings.delta)
                 loss, terms["angle"] = loss + settings.angle_weight * angle, angle.detach()
-            if settings.distance_weight != 0:
+            if has_distance:
                 distance = rkd_distance_loss(student, mixed)
                 loss, terms["distance"] = loss + settings.distance_weight * distance, distance.detach()
         if settings.adapter_label_weight != 0:
@@ -205,8 +207,8 @@ METHOD = Method(
 
 
 def ablation(name: str, label: str, **loss: Any) -> Method:
-    settings = lambda config: {"loss": loss}  # noqa: E731
-    return replace(METHOD, base=METHOD.name, name=f"amtml_{name}", label=f"AMTML-KD, {label}", settings=settings)
+    label = f"AMTML-KD, {label}"
+    return replace(METHOD, base=METHOD.name, name=f"amtml_{name}", label=label, settings=lambda config: {"loss": loss})
 
 
 ABLATIONS = (
