@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..config.checks import check_names
-from ..config.reading import changed
 from ..config.schema import Config, ConfigError
 from ..files import differences
 from ..methods import registry
@@ -19,7 +18,7 @@ def checked(config: Config) -> Config:
     asked = config.compare
     compared = registry.chosen(config, asked.methods)
     for method in registry.chosen(config, dict.fromkeys([*asked.methods, *config.variants])):
-        epochs = changed(config, method.settings(config), f"the method {method.name}").distill.epochs
+        epochs = applied(config, method, config.student).distill.epochs
         if method in compared and epochs != config.distill.epochs:
             raise ConfigError(
                 f"config: {method.name} must train the same {config.distill.epochs} epochs as all, got {epochs}"

@@ -177,7 +177,7 @@ def one_method(config: Config, name: str) -> Method:
 def job_of(
     asked: Config, config: Config, chosen: Method, seed: int, student: StudentConfig, teachers: int | None
 ) -> Job:
-    """The same, with the configuration that has the method's own values in it."""
+    """Training a student by a method. asked: the configuration as it is written; config: `applied`, with the method's values."""
     names = [teacher.name for teacher in config.teachers[:teachers]] if chosen.teacher is None else [chosen.teacher]
     parts = name_parts(config, chosen, student.name, teachers)
     features, groups = asked_maps(student, chosen, config)
@@ -222,8 +222,7 @@ def teacher_count(record: Mapping[str, Any]) -> int | None:
 
 def applied(config: Config, method: Method, student: StudentConfig) -> Config:
     """The configuration with the method's own values for this student in it."""
-    settings = method.settings(replace(config, student=student))
-    return changed(config, settings, f"the method {method.name}") if settings else config
+    return changed(config, method.settings(replace(config, student=student)), f"the method {method.name}")
 
 
 def asked_maps(student: StudentConfig, method: Method, config: Config) -> tuple[str | None, dict[str, str]]:
