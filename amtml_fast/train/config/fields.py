@@ -90,6 +90,11 @@ def inner(hint: Any) -> Any:
     return hint
 
 
+def required(hint: Any) -> Any:
+    """The annotation without its null."""
+    return inner(hint) if optional(hint) else hint
+
+
 def keys(schema: type) -> list[str]:
     """Every valid dotted key of a configuration class; list positions are left out."""
     names: list[str] = []
@@ -107,7 +112,7 @@ def hint_at(schema: type, key: str, *, free: bool = False) -> Any:
     """
     hint: Any = schema
     for part in re.sub(r"\[(\w+)\]", r".\1", key).split("."):
-        hint = inner(hint) if optional(hint) else hint
+        hint = required(hint)
         if part.isdigit() and typing.get_origin(hint) is list:
             hint = inner(hint)
         else:
@@ -130,7 +135,7 @@ def wanted(schema: type, key: str) -> str:
     if hint is Any:
         return ""
     null = " or null" if optional(hint) else ""
-    hint = inner(hint) if optional(hint) else hint
+    hint = required(hint)
     if typing.get_origin(hint) is None and isinstance(hint, type):
         name = "a mapping of keys" if dataclasses.is_dataclass(hint) else hint.__name__
     else:

@@ -209,24 +209,28 @@ def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: s
             raise ConfigError(f"config: an override must be key=value, got {override!r}")
         with errors(Config, "", f"the override {override!r}"):
             try:
-                # As in `_over`: a mapping of free keys is replaced whole; a section (distill={...}) is merged into.
-                hint, free = (fields.hint_at(Config, key.strip(), free=free) for free in (False, True))
-                new = yaml_text.value(value, free, key.strip())
-                if isinstance(new, list) and dataclasses.is_dataclass(fields.inner(hint)):
-                    new = [OmegaConf.merge(OmegaConf.structured(fields.inner(hint)), item) for item in new]
-                section = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
-                if isinstance(new, dict) and dataclasses.is_dataclass(section):
-                    new = {name: OmegaConf.merge(OmegaConf.structured(section), one) for name, one in new.items()}
-                _make_sections(merged, key.strip())
-                OmegaConf.update(merged, key.strip(), new, merge=dataclasses.is_dataclass(hint))
-                if isinstance(new, dict) and dataclasses.is_dataclass(hint):
-                    _replace(merged, new, typing.cast(type, hint), f"{key.strip()}.")
+                _set(merged, key.strip(), value)
             except (IndexError, TypeError, ValueError) as error:
                 if isinstance(error, (OmegaConfBaseException, yaml_text.Ambiguous)):
                     raise
                 raise ConfigError(f"config: {key}: {error} (in the override {override!r})") from None
     with errors(Config, "", source):
         return typing.cast(Config, OmegaConf.to_object(merged))
+
+
+def _set(merged: Any, key: str, value: str) -> None:
+    """As in `_over`: a mapping of free keys is replaced whole; a section (distill={...}) is merged into."""
+    hint = fields.hint_at(Config, key)
+    new = yaml_text.value(value, fields.hint_at(Config, key, free=True), key)
+    if isinstance(new, list) and dataclasses.is_dataclass(fields.inner(hint)):
+        new = [OmegaConf.merge(OmegaConf.structured(fields.inner(hint)), item) for item in new]
+    section = typing.get_args(hint)[1] if typing.get_origin(hint) is dict else None
+    if isinstance(new, dict) and dataclasses.is_dataclass(section):
+        new = {name: OmegaConf.merge(OmegaConf.structured(section), one) for name, one in new.items()}
+    _make_sections(merged, key)
+    OmegaConf.update(merged, key, new, merge=dataclasses.is_dataclass(hint))
+    if isinstance(new, dict) and dataclasses.is_dataclass(hint):
+        _replace(merged, new, typing.cast(type, hint), f"{key}.")
 
 
 def _expand(config: Config) -> None:

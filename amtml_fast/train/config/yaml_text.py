@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .fields import below, inner, optional
+from .fields import below, inner, required
 
 NULLS = ("", "~", "null", "Null", "NULL")
 TAG = "tag:yaml.org,2002:"
@@ -68,7 +68,7 @@ def value(text: str, hint: Any, key: str) -> Any:
     text = text.strip()
     if text in NULLS:
         return None
-    if _of(hint) is str and text[0] not in "'\"":
+    if required(hint) is str and text[0] not in "'\"":
         return text
     try:
         return read(f"{key}: {text}", dict[str, hint])[key]
@@ -76,13 +76,9 @@ def value(text: str, hint: Any, key: str) -> Any:
         return text
 
 
-def _of(hint: Any) -> Any:
-    return inner(hint) if optional(hint) else hint
-
-
 def _typed(node: yaml.Node, hint: Any, key: str) -> yaml.Node:
     """The node, with the tags that the types ask for; a copy, for anchors may stand at keys of several types."""
-    hint = _of(hint)
+    hint = required(hint)
     if isinstance(node, yaml.MappingNode):
         return yaml.MappingNode(node.tag, _pairs(node, hint, key), node.start_mark, node.end_mark)
     if isinstance(node, yaml.SequenceNode):
