@@ -6,12 +6,12 @@ import functools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ..config.schema import Config, to_dict
+from ..config.schema import Config
 from ..data.images import ImageData
 from ..figures import charts, curves, regimes, significance, tables
 from ..figures.markdown import escaped, paragraph, render
@@ -228,7 +228,7 @@ def write_tables(config: Config, found: Found, seconds: float) -> list[Path]:
         "seeds": config.compare.seeds,
         "seconds": seconds,
         "versions": versions(),
-        "config": to_dict(config),
+        "config": asdict(config),
     }
     title = f"# {escaped(config.name)}: {config.distill.epochs} epochs, seeds {', '.join(map(str, config.compare.seeds))}\n\n"
     contents = {

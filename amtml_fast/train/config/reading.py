@@ -115,7 +115,7 @@ def _finished(written: Any, overrides: list[str], path: str) -> Config:
 
 
 def parse(written: Mapping[str, Any], source: str) -> Config:
-    """The configuration that `to_dict` made a mapping of; `source` is named in errors."""
+    """The configuration that `asdict` made a mapping of; `source` is named in errors."""
     config = _merge({}, written, [], source)
     _expand(config)
     check_values(config)

@@ -1,6 +1,5 @@
 """The trainer's configuration: dataclasses with defaults, one a section of the YAML file."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -239,8 +238,3 @@ class File(Config):
     base: str | None = None  # another file, over which this one is read
     # several configurations, by name: what each says over the rest of the file. They share their teachers.
     regimes: dict[str, Config] = field(default_factory=dict)
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain containers, for JSON."""
-    return dataclasses.asdict(config)

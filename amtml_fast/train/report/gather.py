@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..compare import results
 from ..compare.plan import checked, plan
 from ..compare.results import Found, Group
 from ..config.reading import load, packaged, parse
-from ..config.schema import TEACHERS, Config, ConfigError, to_dict
+from ..config.schema import TEACHERS, Config, ConfigError
 from ..figures.tables import Row
 from ..files import RunError, differences, read_json
 from ..methods.registry import OKD, known
@@ -239,7 +238,7 @@ def teacher_rows(config: Config) -> list[Row]:
     """The teachers' lines: from results.json, which also has those that brought their weights, or else from their runs."""
     file = config.folder / "results.json"
     if file.is_file():
-        names = {one.name for one in dataclasses.fields(Row)}
+        names = {one.name for one in fields(Row)}
         records = [record for record in read_json(file).get("rows", []) if record.get("role") == "teacher"]
         return [Row(**{key: value for key, value in record.items() if key in names}) for record in records]
     runs = {teacher.name: Run(config.teacher_folder(teacher.name)) for teacher in config.teachers}
@@ -249,7 +248,7 @@ def teacher_rows(config: Config) -> list[Row]:
 def shown_config(config: Config) -> str:
     """The configuration as YAML, without the place on the machine that ran it."""
     return OmegaConf.to_yaml(
-        OmegaConf.create({k: v for k, v in to_dict(config).items() if k not in ("out", "teachers_folder")})
+        OmegaConf.create({k: v for k, v in asdict(config).items() if k not in ("out", "teachers_folder")})
     )
 
 
@@ -283,7 +282,7 @@ def overrides_of(config: Config) -> list[str]:
         return []
 
     def what(one: Config) -> dict[str, Any]:
-        return {key: value for key, value in to_dict(one).items() if key not in WHERE}
+        return {key: value for key, value in asdict(one).items() if key not in WHERE}
 
     changes = differences(what(plain), what(config))
     words = [f"{key}={here if isinstance(here, str) else json.dumps(here)}" for key, _, here in changes]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import environment
 from ..config.checks import teacher_train
 from ..config.reading import changed, load
-from ..config.schema import Config, ConfigError, StudentConfig, TeacherConfig, TrainConfig, to_dict
+from ..config.schema import Config, ConfigError, StudentConfig, TeacherConfig, TrainConfig
 from ..files import sha256
 from ..methods import registry
 from ..methods.base import Method
@@ -65,14 +65,14 @@ class Job:
     def recipe(self) -> dict[str, Any]:
         """Everything that decides the result: a folder made by another recipe is neither skipped nor resumed."""
         config, method = self.config, self.method
-        engine = to_dict(config.engine)
+        engine = asdict(config.engine)
         recipe: dict[str, Any] = {
             "data": self.data_recipe(),
             "split_seed": config.seed,
             "classes": self.teacher.classes if self.teacher else None,
             "model": {"factory": self.factory, "args": self.args},
             "start": sha256(Path(self.weights)) if self.weights else None,
-            "train": to_dict(self.train),
+            "train": asdict(self.train),
             "loss": {k: v for k, v in method.loss(config).items() if k not in LATER or v is not None},
             "engine": {k: engine[k] for k in ("mixed_precision", "gradient_accumulation_steps")},
             "method": method.base or method.name,
@@ -93,7 +93,7 @@ class Job:
             if method.hints(config.loss):
                 recipe["hints"] = {t.name: t.hint for t in config.teachers if t.name in self.teachers}
             if "adapter" in method.reads:
-                recipe["stages"] = to_dict(config.stages)
+                recipe["stages"] = asdict(config.stages)
         if (teacher := self.teacher) is not None and (teacher.domain is not None or teacher.shuffled_labels):
             recipe |= {"domain": teacher.domain, "shuffled_labels": teacher.shuffled_labels}
         if precision := environment.precision():
@@ -103,7 +103,7 @@ class Job:
         return json.loads(json.dumps(recipe))  # as it comes back from run.json
 
     def data_recipe(self) -> dict[str, Any]:
-        data, shares = to_dict(self.config.data), (*SHARES, *STUDENT_SHARES)
+        data, shares = asdict(self.config.data), (*SHARES, *STUDENT_SHARES)
         asked = shares if self.student else SHARES
         kept = {k: v for k, v in data.items() if k not in (*NOT_IN_RECIPE, *shares)}
         return kept | {k: data[k] for k in asked if data[k] not in (None, [])} | self.fixed_views()
