@@ -22,7 +22,7 @@ from ..version import __version__
 from .compare.plan import check_shared, checked
 from .config.fields import RANGE, SEED
 from .config.reading import changed, load, load_all
-from .config.schema import Config, ConfigError
+from .config.schema import TEACHERS, Config, ConfigError
 from .config.yaml_text import INT
 from .files import RunError
 from .progress import Display
@@ -278,7 +278,7 @@ def find_run(source: str, config: Config, method: str | None, seed: int | None, 
             raise ConfigError(
                 f"--teacher must be one of {', '.join(names) or '(none)'}, without another choice, got {got}"
             )
-        return config.teacher_folder(teacher) if config.teachers_folder else place / "teachers" / teacher
+        return config.teacher_folder(teacher) if config.teachers_folder else place / TEACHERS / teacher
     if run.exists() and method is None and seed is None:
         return run.folder
     student, number = config.student.name, None

@@ -6,18 +6,19 @@ from typing import Any
 from .schema import Config
 
 
+def scaled(config: Config, epoch: int) -> int:
+    """An epoch of the authors' 280, in a training of this configuration's length."""
+    return max(1, round(config.distill.epochs * epoch / 280))
+
+
 def two_stage(config: Config) -> dict[str, Any]:
     """Adapter and student together, then the adapter frozen: after 80 of 280 epochs with the authors."""
-    return {"stages": {"adapter_epochs": max(1, round(config.distill.epochs * 80 / 280))}}
+    return {"stages": {"adapter_epochs": scaled(config, 80)}}
 
 
 def paper_code(config: Config) -> dict[str, Any]:
     """What the authors' notebooks do, as far as it differs; docs/method.md has the list. 280 epochs with them, of which
     80 train the adapter; other numbers of epochs are scaled."""
-
-    def scaled(epoch: int) -> int:
-        return max(1, round(config.distill.epochs * epoch / 280))
-
     groups = list(config.student.groups)
     return {
         "loss": {
@@ -39,9 +40,9 @@ def paper_code(config: Config) -> dict[str, Any]:
             "mapping": {t.name: g for t, g in list(zip(config.teachers, groups, strict=False))[:2]} or "best_high",
         },
         "stages": {
-            "adapter_epochs": scaled(80),
+            "adapter_epochs": scaled(config, 80),
             "adapter_lr": 0.1,
-            "adapter_milestones": [scaled(40), scaled(50)],
+            "adapter_milestones": [scaled(config, 40), scaled(config, 50)],
         },
         "distill": {
             "optimizer": "sgd",
@@ -51,7 +52,7 @@ def paper_code(config: Config) -> dict[str, Any]:
             "weight_decay": 5e-4,
             "schedule": "step",
             "warmup": 0.0,
-            "milestones": [scaled(180), scaled(230)],
+            "milestones": [scaled(config, 180), scaled(config, 230)],
             "gamma": 0.1,
         },
     }

@@ -174,9 +174,8 @@ class EngineConfig:
     # auto | true | false: on a GPU the whole step is one CUDA graph; auto: where that is possible, else as much as is
     cuda_graphs: Any = "auto"
     fsdp: bool = False  # several processes share parameters and optimizer state (FSDP2); false: each has all (DDP)
-    channels_last: Any = (
-        "auto"  # auto | true | false: channels adjacent in memory; auto: for images of 16 x 16 and more
-    )
+    # auto | true | false: channels adjacent in memory; auto: for images of 16 x 16 and more
+    channels_last: Any = "auto"
     # a checkpoint after so many steps of an epoch, too; null: after each epoch
     checkpoint_steps: int | None = field(default=None, metadata=COUNT)
     device: str = "auto"  # auto | cpu

@@ -94,10 +94,11 @@ def told_apart(folders: Collection[Path]) -> dict[Path, str]:
 def comparison(folder: Path) -> Gathered:
     """The runs that results.json says belong to the comparison; until it is there, those that are planned."""
     folder = folder.resolve()
-    ended = (folder / "results.json").is_file()
+    file = folder / "results.json"
+    ended = file.is_file()
     runs, notes = runs_in(folder), list[str]()
     if ended:
-        config = checked(parse(read_json(folder / "results.json")["config"], str(folder / "results.json")))
+        config = checked(parse(read_json(file)["config"], str(file)))
         config = rebased(replace(config, out=str(folder.parent), name=folder.name), folder)
     else:
         config = config_of(runs[0])
@@ -126,7 +127,7 @@ def config_of(run: Run) -> Config:
         raise ConfigError(f"config: there is no {run.config.name} in {run.folder.name}")
     config = checked(load(run.config))
     base = run.folder.parent if run.read_record()["student"] else run.folder.parent.parent
-    if not run.read_record()["student"] or (base / "teachers").is_dir() or not config.folder.is_dir():
+    if not run.read_record()["student"] or (base / TEACHERS).is_dir() or not config.folder.is_dir():
         config = replace(config, out=str(base.parent), name=base.name)
     return rebased(config, base)
 
