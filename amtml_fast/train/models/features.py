@@ -53,7 +53,11 @@ class FeatureExtractor(nn.Module):
     def forward(self, x: Tensor) -> tuple[Any, dict[str, Tensor]]:
         output, features = self._run(x)
         if not torch.compiler.is_compiling() and (overwritten := self._overwritten(features)):
-            raise RuntimeError(self._is_overwritten(overwritten[0]))
+            name = overwritten[0]
+            raise RuntimeError(
+                f"features: the output of {name}={self.paths[name]!r} is overwritten by a later layer, but was not when the "
+                "network was probed: call probe(x) again as it runs here, or name a module behind the one that overwrites it"
+            )
         return output, features
 
     def probe(self, x: Tensor, *, training: bool = False) -> tuple[Any, dict[str, Tensor]]:
@@ -76,19 +80,16 @@ class FeatureExtractor(nn.Module):
             if name not in self._caught:
                 raise RuntimeError(self._did_not_run(name))
             if not isinstance(self._caught[name], Tensor):
-                raise TypeError(self._no_tensor(name))
+                kind = type(self._caught[name]).__name__
+                raise TypeError(
+                    f"features: the module at {name}={self.paths[name]!r} must return one tensor, got {kind}"
+                )
             features[name] = self._caught[name]
         self._caught.clear()  # hold no graph longer than the caller does
         return output, features
 
     def _overwritten(self, features: Mapping[str, Tensor]) -> list[str]:
         return [name for name, version in self._versions.items() if features[name]._version != version]
-
-    def _is_overwritten(self, name: str) -> str:
-        return (
-            f"features: the output of {name}={self.paths[name]!r} is overwritten by a later layer, but was not when the "
-            "network was probed: call probe(x) again as it runs here, or name a module behind the one that overwrites it"
-        )
 
     def _did_not_run(self, name: str) -> str:
         path = self.paths[name]
@@ -98,10 +99,6 @@ class FeatureExtractor(nn.Module):
             f"that torch.compile made it would not be seen: compile the extractor instead); "
             f"near names: {near_names(path, others)}"
         )
-
-    def _no_tensor(self, name: str) -> str:
-        kind = type(self._caught[name]).__name__
-        return f"features: the module at {name}={self.paths[name]!r} must return one tensor, got {kind}"
 
 
 def _catch(
