@@ -297,14 +297,10 @@ class Loader:
         return None if self.views is None else 1 + (self.epoch - 1) % self.views
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.batches()
-
-    def batches(self, first: int = 0) -> Iterator[Batch]:
-        """The epoch's batches from number `first` on."""
-        return (self.batch(draws.places, draws.flips, draws.offsets) for draws in self.draws(first))
+        return (self.batch(draws.places, draws.flips, draws.offsets) for draws in self.draws())
 
     def draws(self, first: int = 0) -> Iterator[Draws]:
-        """What `batch` makes them of: views of tensors that were drawn for the whole epoch."""
+        """What the batches from number `first` on are made of: views of tensors that were drawn for the whole epoch."""
         drawn = self._draws()
         for number in range(first, len(self)):
             rows = self._rows(number)
@@ -315,7 +311,8 @@ class Loader:
         images = self.split.images[index]
         if self.augment:
             images = flip_and_crop(images, flips, offsets)
-        return Batch(index, self._normalize(images), self.split.labels[index], self.view)
+        images = images.to(torch.float32).mul_(self._scale).add_(self._shift)
+        return Batch(index, images, self.split.labels[index], self.view)
 
     def _rows(self, number: int) -> slice:
         """The part of the epoch's order that is this rank's share of batch `number`."""
@@ -343,9 +340,6 @@ class Loader:
             flips, offsets = flips[order], offsets[order]
         device = self.split.images.device
         return Draws(order.to(device), flips.to(device), offsets.to(device), order)
-
-    def _normalize(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
 
 def drawn_seed(*numbers: int) -> int:
