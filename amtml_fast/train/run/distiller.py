@@ -41,9 +41,10 @@ class Distiller(nn.Module):
             # Views, whose gradients are from the losses alone: a map's own is whole only after the layers behind it.
             logits, maps = logits.view_as(logits), {name: x.view_as(x) for name, x in maps.items()}
         self._mark("student")
-        features, groups = maps.get(FEATURES, Step._field_defaults["features"]), by_group(maps)
-        step = Step(logits, groups, labels, teacher_logits, teacher_maps, images, features)
+        step = Step(logits, by_group(maps), labels, teacher_logits, teacher_maps, images)
         step = step._replace(progress=self.progress, student=self.student.model)
+        if FEATURES in maps:
+            step = step._replace(features=maps[FEATURES])
         if self.hidden_labels:
             step = step._replace(labels=parts.known(labels), hidden=True, truth=parts.truth(labels))
         out = self.objective(step)

@@ -87,6 +87,6 @@ def anyone(accelerator: Accelerator, asked: bool) -> bool:
     return bool(accelerator.reduce(flag, reduction="sum").item())
 
 
-def lost(error: BaseException) -> bool:
+def lost(error: RuntimeError) -> bool:
     """Whether the error says that another process has gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in LOST))
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in LOST)

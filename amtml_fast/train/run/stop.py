@@ -18,7 +18,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, job: Job, done: int, step: int = 0) -> None:
         more = f" and {step} steps of the next one" if step else ""
         super().__init__(f"{job.title}: stopped; {done} of {job.train.epochs} epochs{more} are safe in {job.folder}")
-        self.job, self.done, self.step = job, done, step
 
 
 @contextmanager

@@ -201,7 +201,7 @@ class Trainer:
         if engine.compile:
             for network in (module.student, *module.objective.peers):
                 compile_in_place(network)
-        self._place(module)
+        self._place()
         self.whole_step.capture(engine.cuda_graphs, job.title, display)
         self.seconds, self.before = 0.0, 0.0  # in all, and in the epoch that a stop cut short
         self.record: dict[str, Any] = {
@@ -221,17 +221,17 @@ class Trainer:
             "finished": False,
         }
 
-    def _place(self, module: nn.Module) -> None:
-        """The module as it is called, and its optimizer: as they are, or for several processes by DDP or FSDP2."""
+    def _place(self) -> None:
+        """Prepares the module as it is called, and its optimizer: as they are, or for several processes by DDP or FSDP2."""
         engine, accelerator = self.job.config.engine, self.accelerator
         self.model: nn.Module
         on_device = accelerator.num_processes == 1 and accelerator.device.type in graphs.CAPTURES
         if engine.fsdp and accelerator.num_processes > 1:
-            self.model = processes.shard(module, accelerator.device)
+            self.model = processes.shard(self.bare, accelerator.device)
             self.optimizer = accelerator.prepare(make_optimizer(self.job.train, self.bare))
         else:
             optimizer = make_optimizer(self.job.train, self.bare, on_device=on_device)
-            self.model, self.optimizer = accelerator.prepare(module, optimizer)
+            self.model, self.optimizer = accelerator.prepare(self.bare, optimizer)
         self.whole_step.trains(self.model, self.optimizer, rates_on_device=on_device)
 
     def _loader(self, accumulation: int) -> Loader:
@@ -254,7 +254,8 @@ class Trainer:
         self.run.remove_unfinished()
         state = self.run.load_checkpoint()
         if state is None:
-            self.run.cut_metrics(0) if self.run.metrics.is_file() else None
+            if self.run.metrics.is_file():
+                self.run.cut_metrics(0)
             return
         of = {name: self.record[name] for name in ("recipe", "data")}
         known = dict(state.get("of", of))
@@ -361,10 +362,9 @@ class Trainer:
             self.learn(list(itertools.islice(draws, rounds)), rates, frozen_adapter)
             bar.add(job.train.batch_size)
             self.step = step + 1
-            stopping = self.step < self.steps and (self.step % self.agree_every == 0) and self.asked(stop)
-            if stopping or (
-                engine.checkpoint_steps and self.step % engine.checkpoint_steps == 0 and self.step < self.steps
-            ):
+            inside = self.step < self.steps  # the end of the epoch saves, and may stop, by itself
+            stopping = inside and self.step % self.agree_every == 0 and self.asked(stop)
+            if stopping or (inside and engine.checkpoint_steps and self.step % engine.checkpoint_steps == 0):
                 self.partial = sums.reduced(self.accelerator)
                 self.before = before + time.perf_counter() - began
                 self.save()
