@@ -32,13 +32,13 @@ class PeakMemory:
         give_back()
         try:
             CLEAR.write_text("5")  # the high-water mark of this process starts again at what it holds now
-            self.before = own("VmRSS:")
+            self.before = held("VmRSS:")
         except OSError:
             pass  # not Linux
 
     def read(self) -> int | None:
         cuda = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self.device) if cuda else own("VmHWM:")
+        peak = torch.cuda.max_memory_allocated(self.device) if cuda else held("VmHWM:")
         return None if self.before is None or peak is None else max(0, peak - self.before)
 
 
@@ -50,13 +50,13 @@ def give_back() -> None:
         pass  # not glibc
 
 
-def own(field: str) -> int | None:
+def held(field: str) -> int | None:
     """Bytes in a line of this process's status, less those of mapped files."""
-    whole, mapped = process(field), process("RssFile:")
+    whole, mapped = status(field), status("RssFile:")
     return None if whole is None else whole - (mapped or 0)
 
 
-def process(field: str) -> int | None:
+def status(field: str) -> int | None:
     """Bytes in a line of this process's status."""
     try:
         lines = STATUS.read_text().splitlines()

@@ -23,6 +23,7 @@ class Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.totals, self.examples = device, dict[str, Tensor](), 0
+        self.dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
     def start(self, before: Mapping[str, Tensor] | None = None) -> None:
         """A new epoch. `before`: what `reduced` gave when a stop cut it short; for one of several processes."""
@@ -47,16 +48,15 @@ class Sums:
             self._add("weight_won", heaviest(w).sum(0))
 
     def _add(self, name: str, value: Tensor) -> None:
-        value = value.double() if self.device.type != "mps" else value.float()
+        value = value.to(self.dtype)
         if name not in self.totals:
             self.totals[name] = torch.zeros_like(value)
         self.totals[name] += value
 
     def reduced(self, accelerator: Accelerator) -> dict[str, Tensor]:
         """The sums over all processes, on the CPU; one transfer."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        totals = {**self.totals, EXAMPLES: torch.tensor(self.examples, dtype=dtype, device=self.device)}
-        flat = torch.cat([value.reshape(-1).to(dtype) for value in totals.values()])
+        totals = {**self.totals, EXAMPLES: torch.tensor(self.examples, dtype=self.dtype, device=self.device)}
+        flat = torch.cat([value.reshape(-1) for value in totals.values()])
         parts = accelerator.reduce(flat, reduction="sum").cpu().split([value.numel() for value in totals.values()])
         return {name: part.reshape(value.shape) for (name, value), part in zip(totals.items(), parts, strict=True)}
 
