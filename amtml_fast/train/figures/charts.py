@@ -153,7 +153,8 @@ def _legend_rows(colors: dict[str, str]) -> list[list[tuple[float, str, str]]]:
     """Lines of (inches from the left, name, color), broken where the next name would not fit."""
     lines: list[list[tuple[float, str, str]]] = [[]]
     x = 0.0
-    for name, color in ((numbers.short(name, 40), color) for name, color in colors.items()):
+    for label, color in colors.items():
+        name = numbers.short(label, 40)
         needs = 0.2 + TextPath((0, 0), name, size=8.5).get_extents().width / 72 + 0.22
         if lines[-1] and x + needs > LEGEND_WIDE + 0.22:
             lines.append([])
@@ -218,12 +219,10 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
     known = [math.isfinite(row.mean) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: (not known[i], -rows[i].mean if known[i] else 0.0))
     told = [i for i in order if rows[i].method != ORACLE] or order  # what competes
-    labels = [drawing.wrap(names(rows)[i], 34, 2) for i in order]
-    lines = max(label.count("\n") + 1 for label in labels)
-    step, left = (
-        0.12 + 0.14 * lines,
-        0.3 + drawing.text_inches([line for label in labels for line in label.split("\n")]),
-    )
+    named = names(rows)
+    labels = [drawing.wrap(named[i], 34, 2) for i in order]
+    step = 0.12 + 0.14 * max(label.count("\n") + 1 for label in labels)
+    left = 0.3 + drawing.text_inches([line for label in labels for line in label.split("\n")])
     figure = Figure(figsize=(8, 0.75 + step * len(rows) + 0.55))
     axes = drawing.panel(figure, left, 0.75, 8 - left - 1.25, step * len(rows))
     for y, i in enumerate(order):
@@ -239,7 +238,7 @@ def _accuracies(rows: Sequence[Row]) -> Figure:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.margins(x=0.04)
-    drawing.headline(figure, _accuracies_finding([rows[i] for i in told], [names(rows)[i] for i in told]), _dots(rows))
+    drawing.headline(figure, _accuracies_finding([rows[i] for i in told], [named[i] for i in told]), _dots(rows))
     return figure
 
 

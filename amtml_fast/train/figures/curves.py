@@ -220,11 +220,8 @@ def _soft_targets(
         if i < count:
             parts, colors, ink = probs[i : i + 1], [drawing.teacher_color(i)], drawing.dark(drawing.teacher_color(i))
         else:
-            parts, colors, ink = (
-                (equal, adaptive)[i - count],
-                [drawing.teacher_color(t) for t in range(count)],
-                drawing.dark(INK),
-            )
+            parts, ink = (equal, adaptive)[i - count], drawing.dark(INK)
+            colors = [drawing.teacher_color(t) for t in range(count)]
         drawing.bars(axes, parts[:, order], colors, top, order.index(label), names if i == 0 else None)
         drawing.above(axes, title, below, ink)
     figure.text(

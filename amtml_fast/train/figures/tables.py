@@ -322,8 +322,8 @@ def _methods(
 
 def _best_of_columns(corner: str, heads: Sequence[str], lines: Sequence[tuple[str, Sequence[Row | None]]]) -> Table:
     """The best of each column bold where there is something to beat."""
-    columns = [[cells[i] for _, cells in lines if cells[i] is not None] for i in range(len(heads))]
-    best = [_best([row for row in column if row is not None]) if len(column) > 1 else None for column in columns]
+    columns = [[row for _, cells in lines if (row := cells[i]) is not None] for i in range(len(heads))]
+    best = [_best(column) if len(column) > 1 else None for column in columns]
     body = [
         (name, *("-" if row is None else _bold(accuracy(row), _printed(row) == best[i]) for i, row in enumerate(cells)))
         for name, cells in lines
@@ -344,7 +344,7 @@ def _section(tables: Sequence[tuple[str, Table]], rows: Sequence[Row]) -> Blocks
 
 
 def accuracy(row: Row) -> str:
-    return f"{100 * row.mean:.2f}" + ("" if row.std is None else f" ± {100 * row.std:.2f}")
+    return _printed(row) + ("" if row.std is None else f" ± {100 * row.std:.2f}")
 
 
 def sample_std(values: Sequence[float]) -> float | None:
@@ -395,7 +395,7 @@ def _printed(row: Row) -> str:
 def _best(rows: Sequence[Row]) -> str | None:
     """The best mean as it is printed, so that equal-looking means are bold together; None if there is none."""
     finite = [row for row in rows if math.isfinite(row.mean) and row.method != ORACLE]
-    return _printed(max(finite, key=lambda row: row.mean)) if finite else None
+    return _printed(highest(finite)) if finite else None
 
 
 def _caption(rows: Sequence[Row]) -> str:
