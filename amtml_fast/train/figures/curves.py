@@ -197,7 +197,7 @@ def _soft_targets(
 ) -> Figure:
     probs, shares = np.asarray(teacher_probs, float), np.asarray(weights, float)  # [T, C], [T]
     count, label = len(teacher_names), int(label)
-    drawing.check("soft_targets", probs.shape, (count, len(class_names)), shares.shape, (count,))
+    _check_shapes("soft_targets", probs.shape, (count, len(class_names)), shares.shape, (count,))
     equal, adaptive = probs / count, probs * shares[:, None]  # each teacher's share of a mixture, [T, C]
     order = list(range(len(class_names)))
     if len(order) > 12:
@@ -238,6 +238,15 @@ def _soft_targets(
     return figure
 
 
+def _check_shapes(
+    name: str, probs: tuple[int, ...], want: tuple[int, ...], weights: tuple[int, ...], want_w: tuple[int, ...]
+) -> None:
+    if probs != want:
+        raise ValueError(f"{name}: teacher_probs must be {list(want)} (teachers by classes last), got {list(probs)}")
+    if weights != want_w:
+        raise ValueError(f"{name}: weights must be {list(want_w)}, got {list(weights)}")
+
+
 # --- gallery of weights -----------------------------------------------------------------------------------------------
 
 
@@ -252,7 +261,7 @@ def _weights_gallery(
     probs, shares = np.asarray(teacher_probs, float), np.asarray(weights, float)  # [n, T, C], [n, T]
     pictures, truth = np.asarray(images), [int(label) for label in np.asarray(labels)]
     n, count = len(truth), len(teacher_names)
-    drawing.check("weights_gallery", probs.shape, (n, count, len(class_names)), shares.shape, (n, count))
+    _check_shapes("weights_gallery", probs.shape, (n, count, len(class_names)), shares.shape, (n, count))
     if not n or len(pictures) != n:
         raise ValueError(
             f"weights_gallery: images must be as many as labels and at least one, got {len(pictures)} and {n}"

@@ -197,15 +197,6 @@ def floor(low: float) -> float:
     return max((start for start in (0, 0.5, 0.8, 0.9, 0.95, 0.99) if start < low - 0.1 * (1 - low)), default=0)
 
 
-def check(
-    name: str, probs: tuple[int, ...], want: tuple[int, ...], weights: tuple[int, ...], want_w: tuple[int, ...]
-) -> None:
-    if probs != want:
-        raise ValueError(f"{name}: teacher_probs must be {list(want)} (teachers by classes last), got {list(probs)}")
-    if weights != want_w:
-        raise ValueError(f"{name}: weights must be {list(want_w)}, got {list(weights)}")
-
-
 def teacher_color(t: int) -> str:
     return TEACHERS[t % len(TEACHERS)]
 
