@@ -79,8 +79,7 @@ def summary(config: Config, groups: Sequence[Group], teachers: list[Row], *, pai
     """What these groups of finished runs and these teachers say. paired: all are over the same seeds."""
     rows, main, runs = [], [], dict[str, list[Run]]()
     for group in groups:
-        line = row(group.method, group.label, group.runs, config.compare.split)
-        line = replace(line, student=group.student, teachers=group.teachers)
+        line = row(group.method, group.label, group.runs, config.compare.split, group.student, group.teachers)
         rows.append(line)
         if is_plain(config, group):
             main.append(line)
@@ -99,7 +98,7 @@ def most(config: Config) -> int:
     return max(config.compare.teachers or [len(config.teachers)])
 
 
-def row(method: str, label: str, runs: list[Run], split: str) -> Row:
+def row(method: str, label: str, runs: list[Run], split: str, student: str = "", teachers: int | None = None) -> Row:
     """A line of the table from finished runs, in the order of the seeds."""
     records = [run.read_record() for run in runs]
     peaks = [record["peak_memory"] for record in records if record["peak_memory"]]
@@ -111,6 +110,8 @@ def row(method: str, label: str, runs: list[Run], split: str) -> Row:
         accuracies=[run.read_result()[RESULTS[split]] for run in runs],
         seconds_per_epoch=fmean(seconds) if seconds else None,  # of runs whose metrics.jsonl was removed
         peak_memory=min(peaks, default=None),
+        student=student,
+        teachers=teachers,
         split=split,
     )
 
@@ -170,18 +171,20 @@ def sections(config: Config, found: Found) -> dict[str, Blocks]:
     alone = {row.student: row.mean for row in found.rows if row.method == "student"}
     networks += [Network(name, "student", size, alone.get(name)) for name, size in sizes.items()]
     named = config.loss.mapping == "best_high" and config.loss.hint_weight != 0  # what the names of by_mapping say
-    by_number = [row for row in found.rows if row.student == config.student.name and not is_okd(row)] + okd_means(
-        config, found
-    )
     found_tables: dict[str, Blocks] = {
         "Accuracy": tables.comparison(found.main, found.teachers),
         "Paired tests": significance.paired_tests(*ours_and_others(found.main)) if found.main and found.paired else [],
         "Networks": tables.networks(networks, config.compare.split),
-        "Number of teachers": tables.by_teachers(by_number),
+        "Number of teachers": tables.by_teachers([*by_number(config, found), *okd_means(config, found)]),
         "Students": tables.by_student([row for row in found.rows if row.teachers in (most(config), None)]),
         "Mapping of teachers to layer groups": tables.by_mapping(found.main) if named else [],
     }
     return {title: blocks for title, blocks in found_tables.items() if blocks}
+
+
+def by_number(config: Config, found: Found) -> list[Row]:
+    """The rows of the configuration's student; not OKD's, whose teachers differ at the same number."""
+    return [row for row in found.rows if row.student == config.student.name and not is_okd(row)]
 
 
 def is_okd(row: Row) -> bool:
@@ -285,7 +288,7 @@ def write_figures(
     out.draw("curves", lambda path: curves.curves(histories, path))
     if len(found.main) > 1:
         out.draw("accuracies", lambda path: charts.accuracies(found.main, path))
-    numbers = [row for row in found.rows if row.student == config.student.name and not is_okd(row)]
+    numbers = by_number(config, found)
     if any(len({row.teachers for row in numbers if row.method == name}) > 1 for name in {r.method for r in numbers}):
         several = [*numbers, *okd_means(config, found)]
         out.draw("number_of_teachers", lambda path: charts.number_of_teachers(several, path))

@@ -127,7 +127,7 @@ def compare(config: Config, display: Display, *, fresh: Sequence[Config] = ()) -
         found = results.collect(config, jobs, teachers, data)
         files, failed = list[Path](), dict[str, str]()
         if accelerator.is_main_process:
-            files += results.write_tables(config, found, time.perf_counter() - began)
+            files = results.write_tables(config, found, time.perf_counter() - began)
             pictures = results.write_figures(config, found, jobs, teachers, data)
-            files, failed = [*files, *pictures.files], pictures.failed
+            files, failed = files + pictures.files, pictures.failed
         return Outcome(found, files, time.perf_counter() - began, failed)
