@@ -65,31 +65,8 @@ def check_values(config: Config) -> None:
     _check_train("distill", config.distill)
     check_names("teachers.name", [teacher.name for teacher in config.teachers])
     for teacher in config.teachers:
-        _check_train(f"teachers.{teacher.name}.train", teacher_train(config, teacher))
-        _check_statistics(f"teachers.{teacher.name}.model", teacher.model)
-        if teacher.model.brings_weights and (teacher.domain is not None or teacher.shuffled_labels):
-            raise ConfigError(
-                f"config: teachers.{teacher.name} must be trained here for domain and shuffled_labels, got one that brings its weights"
-            )
-        if teacher.domain is not None and teacher.domain not in config.data.domains:
-            known = ", ".join(config.data.domains) or "(none)"
-            raise ConfigError(
-                f"config: teachers.{teacher.name}.domain must be one of data.domains, {known}, got {teacher.domain!r}"
-            )
-    loss = config.loss
-    if config.data.labeled_share is not None and loss.alpha == 0.0:
-        raise ConfigError(
-            "config: loss.alpha must be above 0 with data.labeled_share (images without a label learn from the teachers alone), "
-            "got 0.0"
-        )
-    if loss.adapter == "learned" and not loss.kl_trains_weights:
-        if loss.adapter_label_weight == 0.0:
-            raise ConfigError("config: loss.adapter_label_weight must be above 0 with kl_trains_weights=false, got 0.0")
-        if loss.angle_trains_weights:
-            raise ConfigError(
-                "config: loss.angle_trains_weights must be false with kl_trains_weights=false, got true: the weights would "
-                "be fixed for the angle loss, too"
-            )
+        _check_teacher(config, teacher)
+    _check_loss(config)
     engine = config.engine
     if engine.cuda_graphs is True and engine.device == "cpu":
         raise ConfigError("config: engine.cuda_graphs must be auto or false with engine.device=cpu, got true")
@@ -109,6 +86,36 @@ def check_names(key: str, names: list[str]) -> None:
     for name in names:
         if not re.fullmatch(r"\w[\w.-]*", name) or names.count(name) > 1:
             raise ConfigError(f"config: {key} must be unique names of letters, digits, ., - and _, got {names}")
+
+
+def _check_teacher(config: Config, teacher: TeacherConfig) -> None:
+    where = f"teachers.{teacher.name}"
+    _check_train(f"{where}.train", teacher_train(config, teacher))
+    _check_statistics(f"{where}.model", teacher.model)
+    if teacher.model.brings_weights and (teacher.domain is not None or teacher.shuffled_labels):
+        raise ConfigError(
+            f"config: {where} must be trained here for domain and shuffled_labels, got one that brings its weights"
+        )
+    if teacher.domain is not None and teacher.domain not in config.data.domains:
+        known = ", ".join(config.data.domains) or "(none)"
+        raise ConfigError(f"config: {where}.domain must be one of data.domains, {known}, got {teacher.domain!r}")
+
+
+def _check_loss(config: Config) -> None:
+    loss = config.loss
+    if config.data.labeled_share is not None and loss.alpha == 0.0:
+        raise ConfigError(
+            "config: loss.alpha must be above 0 with data.labeled_share (images without a label learn from the teachers alone), "
+            "got 0.0"
+        )
+    if loss.adapter == "learned" and not loss.kl_trains_weights:
+        if loss.adapter_label_weight == 0.0:
+            raise ConfigError("config: loss.adapter_label_weight must be above 0 with kl_trains_weights=false, got 0.0")
+        if loss.angle_trains_weights:
+            raise ConfigError(
+                "config: loss.angle_trains_weights must be false with kl_trains_weights=false, got true: the weights would "
+                "be fixed for the angle loss, too"
+            )
 
 
 def _check_statistics(where: str, model: ModelConfig) -> None:
