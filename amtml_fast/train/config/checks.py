@@ -3,8 +3,8 @@
 import re
 import typing
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -39,9 +39,7 @@ def check_values(config: Config) -> None:
     if out := fields.out_of_range(config):
         raise ConfigError(f"config: {out}")
     for key, choices in CHOICES.items():
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = attrgetter(key)(config)
         if value not in choices:
             raise ConfigError(bad_choice(key, value, choices))
     _check_place(config.name)
