@@ -6,7 +6,8 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,28 +80,14 @@ def train(
             accelerator.wait_for_everyone()
         with Stop(accelerator.num_processes) as stop:
             try:
-                trainer.restore()
-                run.start(to_yaml(job.asked), trainer.record)
-                trainer.fit(stop)
-                trainer.finish(memory.read())
-                stop.check()
+                with explained(job, accelerator.num_processes):
+                    trainer.restore()
+                    run.start(to_yaml(job.asked), trainer.record)
+                    trainer.fit(stop)
+                    trainer.finish(memory.read())
+                    stop.check()
             except KeyboardInterrupt:
                 raise Interrupted(job, *trainer.saved) from None
-            except RuntimeError as error:
-                if accelerator.num_processes == 1:
-                    raise
-                if "finished reduction" in str(error):  # DDP waited for gradients that did not come
-                    raise RunError(
-                        f"{job.title}: a step leaves parameters out that the first one used, which several processes do not "
-                        "train alike: train it on one"
-                    ) from error
-                if not processes.lost(error):
-                    raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise RunError(
-                    f"{job.title}: another of the {accelerator.num_processes} processes has gone ({reason}). What was saved last "
-                    f"in {job.folder} is whole, and the same command (without --fresh) goes on from there."
-                ) from None
             finally:
                 # Not end_training(): it would also end the process group, which the next run needs.
                 for tracker in [*accelerator.trackers]:
@@ -108,6 +95,28 @@ def train(
                 accelerator.free_memory()
     accelerator.wait_for_everyone()
     return run
+
+
+@contextmanager
+def explained(job: Job, count: int) -> Iterator[None]:
+    """What only happens among several processes, as a RunError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count == 1:
+            raise
+        if "finished reduction" in str(error):  # DDP waited for gradients that did not come
+            raise RunError(
+                f"{job.title}: a step leaves parameters out that the first one used, which several processes do not "
+                "train alike: train it on one"
+            ) from error
+        if not processes.lost(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise RunError(
+            f"{job.title}: another of the {count} processes has gone ({reason}). What was saved last "
+            f"in {job.folder} is whole, and the same command (without --fresh) goes on from there."
+        ) from None
 
 
 def start_over(jobs: Sequence[Job], display: Display) -> None:
