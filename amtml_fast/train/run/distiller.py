@@ -66,7 +66,7 @@ def make_distiller(job: Job, data: ImageData, teachers: Teachers | None, process
     classes, channels = data.num_classes, data.in_channels
 
     def new(weights: str | None = None) -> nn.Module:
-        return build(job.factory, dict(job.args), num_classes=classes, in_channels=channels, weights=weights)
+        return build(job.factory, job.args, num_classes=classes, in_channels=channels, weights=weights)
 
     # Without teachers a student sees no example whose label is hidden.
     hidden = bool(job.student) and job.method.needs_teachers and job.config.data.labeled_share is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.schema import Config, ConfigError, TeacherConfig
 from ..data.images import Batch, ImageData, Loader, random_stream
@@ -172,21 +172,25 @@ def weights_file(config: Config, teacher: TeacherConfig) -> Path | None:
     return config.teacher_folder(teacher.name) / "model.safetensors"
 
 
+def existing_weights(config: Config, teacher: TeacherConfig) -> Path | None:
+    """The same file; RunError where it is not there."""
+    path = weights_file(config, teacher)
+    if path is not None and not path.is_file():
+        what = (
+            "there is no such file" if teacher.model.weights else "it is not trained yet; run `amtml-fast teach` first"
+        )
+        raise RunError(f"teacher {teacher.name!r}: looked for {path}: {what}")
+    return path
+
+
 def fingerprint(config: Config) -> dict[str, str]:
     """SHA-256 of each teacher's weights, and its own input statistics: what a distilled student depends on."""
     found = {}
     for teacher in config.teachers:
-        path, model = weights_file(config, teacher), teacher.model
-        if path is not None and not path.is_file():
-            raise RunError(missing(teacher, path))
+        path, model = existing_weights(config, teacher), teacher.model
         digest = sha256(path) if path is not None else zoo.fingerprint(model.factory, model.args)
         found[teacher.name] = digest if model.mean is None else f"{digest}, mean {model.mean}, std {model.std}"
     return found
-
-
-def missing(teacher: TeacherConfig, path: Path) -> str:
-    what = "there is no such file" if teacher.model.weights else "it is not trained yet; run `amtml-fast teach` first"
-    return f"teacher {teacher.name!r}: looked for {path}: {what}"
 
 
 def load(config: Config, data: ImageData, *, hints: bool) -> Teachers:
@@ -222,28 +226,17 @@ def check(config: Config, data: ImageData, *, hints: bool) -> None:
 def extractor(
     config: Config, teacher: TeacherConfig, data: ImageData, *, hints: bool, untrained: bool = False
 ) -> FeatureExtractor:
-    """The teacher's net; untrained: one that `teach` trains has random weights."""
+    """The teacher's net with its weights; untrained: one that `teach` trains has random ones. It is made to take the data's
+    images where it was trained on images normalized by other statistics: those of the configuration, or those that a net
+    with weights from elsewhere carries itself."""
     own = teacher.model
-    if untrained and not own.brings_weights:
-        model = build(own.factory, dict(own.args), num_classes=data.num_classes, in_channels=data.in_channels)
-    else:
-        model = _model(config, teacher, data)
-    return FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
-
-
-def _model(config: Config, teacher: TeacherConfig, data: ImageData) -> nn.Module:
-    """The teacher's net with its weights, made to take the data's images where it was trained on images normalized by
-    other statistics: those of the configuration, or those that a net with weights from elsewhere carries itself."""
-    path, own = weights_file(config, teacher), teacher.model
-    if path is not None and not path.is_file():
-        raise RunError(missing(teacher, path))
-    classes = data.num_classes
-    model = build(own.factory, dict(own.args), num_classes=classes, in_channels=data.in_channels, weights=path)
+    path = None if untrained and not own.brings_weights else existing_weights(config, teacher)
+    model = build(own.factory, own.args, num_classes=data.num_classes, in_channels=data.in_channels, weights=path)
     if own.mean is not None and own.std is not None:
         zoo.renormalize(model, (data.mean, data.std), (own.mean, own.std))
     elif own.brings_weights and (said := zoo.statistics(model)) is not None:
         zoo.renormalize(model, (data.mean, data.std), said)
-    return model
+    return FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
 
 
 def teacher_maps(model: FeatureExtractor, name: str, data: ImageData) -> dict[str, Tensor]:
