@@ -83,10 +83,13 @@ def in_domains(split: ImageSet, domains: Sequence[str]) -> ImageSet:
 
 def part(split: ImageSet, share: float | None, seeds: Sequence[int]) -> ImageSet:
     """This share of every class, in the split's order."""
-    if share is None:
-        return split
+    return split if share is None else split.at(drawn_places(split, share, seeds))
+
+
+def drawn_places(split: ImageSet, share: float, seeds: Sequence[int]) -> Tensor:
+    """The places of this share of every class, ascending."""
     chosen, _ = stratified(split.labels.cpu().numpy(), share, seeds)
-    return split.at(torch.from_numpy(chosen).to(split.labels.device))
+    return torch.from_numpy(chosen).to(split.labels.device)
 
 
 def of_teacher(data: ImageData, teacher: TeacherConfig, domains: Sequence[str], seed: int) -> ImageData:
@@ -113,9 +116,7 @@ def of_student(data: ImageData, labeled: float | None, seed: int, *, alone: bool
     learn from the other images: those with a label, over and over, make an epoch as long."""
     if labeled is None:
         return data
-    train = data.train
-    chosen, _ = stratified(train.labels.cpu().numpy(), labeled, (seed, LABELS))
-    places = torch.from_numpy(chosen).to(train.labels.device)
+    train, places = data.train, drawn_places(data.train, labeled, (seed, LABELS))
     if len(places) == 0:
         wanted = f"enough for a label of one class, of {len(train)} images"
         raise ConfigError(f"config: data.labeled_share must be {wanted}, got {labeled}")
