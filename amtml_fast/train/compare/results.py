@@ -84,7 +84,7 @@ def summary(config: Config, groups: Sequence[Group], teachers: list[Row], *, pai
         if is_plain(config, group):
             main.append(line)
             runs[line.label] = group.runs
-    sentence = finding(main or rows) if paired else highest(main or rows)
+    sentence = finding(main or rows) if paired else untested(main or rows)
     return Found(rows, main, teachers, [], sentence, runs, paired)
 
 
@@ -143,12 +143,12 @@ def finding(rows: Sequence[Row]) -> str:
     return f"{main.label} ({100 * main.mean:.2f} %) {'; it '.join(parts)}."
 
 
-def highest(rows: Sequence[Row]) -> str:
+def untested(rows: Sequence[Row]) -> str:
     """The same for rows over different seeds, which no paired test can compare."""
     main, rest = ours_and_others(rows)
     best = tables.highest([main, *rest])
-    others = "their seeds differ, so nothing is tested"
-    return f"{best.label} has the highest mean of {1 + len(rest)} ({100 * best.mean:.2f} % on the {best.split} set); {others}."
+    where = f"{100 * best.mean:.2f} % on the {best.split} set"
+    return f"{best.label} has the highest mean of {1 + len(rest)} ({where}); their seeds differ, so nothing is tested."
 
 
 def ours_and_others(rows: Sequence[Row]) -> tuple[Row, list[Row]]:
