@@ -199,13 +199,8 @@ def okd_means(config: Config, found: Found) -> list[Row]:
     for number in tables.unique(config.compare.teachers) or [len(names)]:
         if number and set(names[:number]) <= set(single):
             accuracies = [fmean(column) for column in zip(*(single[n].accuracies for n in names[:number]), strict=True)]
-            parameters = single[names[0]].parameters
-            rows.append(
-                Row(
-                    OKD, "OKD (mean)", parameters, accuracies,
-                    student=config.student.name, teachers=number, split=config.compare.split,
-                )
-            )  # fmt: skip
+            size, student, split = single[names[0]].parameters, config.student.name, config.compare.split
+            rows.append(Row(OKD, "OKD (mean)", size, accuracies, student=student, teachers=number, split=split))
     return rows
 
 

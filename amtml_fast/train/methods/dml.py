@@ -20,7 +20,7 @@ class MutualLearning(Objective):
         # Half of each, so twice the loss below is CE + KL.
         self.kd = MultiTeacherKDLoss(
             temperature=1.0, alpha=0.5, mode="sum", label_smoothing=context.loss.label_smoothing
-        )  # fmt: skip
+        )
 
     def forward(self, step: Step) -> StepLoss:
         logits = [step.logits, *(peer(step.images) for peer in self.peers)]

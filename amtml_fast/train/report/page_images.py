@@ -26,14 +26,8 @@ from .gather import job_of_run
 
 CLASSES = 24  # more do not fit a table that one can read
 SHOWN = 5  # classes of an image
-FAILURES = (
-    RuntimeError,
-    ValueError,
-    TypeError,
-    LookupError,
-    OSError,
-    ImportError,
-)  # of data or weights that are not there
+# Of data or weights that are not there.
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError, OSError, ImportError)
 Asked = dict[str, list[tuple[Job, Tensor, Tensor]]]  # method -> a run: its job, weights [N, T], student's logits [N, C]
 
 
