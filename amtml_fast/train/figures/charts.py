@@ -18,7 +18,7 @@ from matplotlib.textpath import TextPath
 
 from . import drawing, numbers
 from .drawing import BLUE, GREEN, INK, ORANGE, PURPLE, SKY, VERMILLION
-from .tables import ORACLE, Row, accuracy, count_of, names, split_of, unique
+from .tables import ORACLE, Row, accuracy, count_of, names, split_of, teacher_counts, unique
 
 BARS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, "#8a8a8a", "#F0E442")
 LEGEND_ROW, LEGEND_WIDE = 0.19, 7.6  # inches
@@ -44,12 +44,12 @@ def accuracies(rows: Sequence[Row], path: str | Path) -> None:
 
 def _number_of_teachers(rows: Sequence[Row]) -> Figure:
     panels = {student: _several(rows, student) for student in unique(row.student for row in rows)}
-    panels = {student: own for student, own in panels.items() if _counts(own)}
+    panels = {student: own for student, own in panels.items() if teacher_counts(own)}
     if not panels:
-        found = [count_of(count) for count in _counts(rows)]
+        found = [count_of(count) for count in teacher_counts(rows)]
         raise ValueError(f"number_of_teachers: rows must hold a method with two numbers of teachers, got {found}")
     drawn = [row for own in panels.values() for row in own]
-    methods = _shown(drawn, groups=max(len(_counts(own)) for own in panels.values()))
+    methods = _shown(drawn, groups=max(len(teacher_counts(own)) for own in panels.values()))
     colors = dict(zip(methods, reversed(BARS[: len(methods)]), strict=True))  # the last, often one's own, is blue
 
     entries = _legend_rows({methods[method]: colors[method] for method in methods})
@@ -75,12 +75,8 @@ def _number_of_teachers(rows: Sequence[Row]) -> Figure:
 def _several(rows: Sequence[Row], student: str) -> list[Row]:
     """A student's rows without teachers, and those of the methods that ran with several numbers of them."""
     own = [row for row in rows if row.student == student]
-    ran = {row.method: _counts([other for other in own if other.method == row.method]) for row in own}
+    ran = {row.method: teacher_counts([other for other in own if other.method == row.method]) for row in own}
     return [row for row in own if row.teachers is None or len(ran[row.method]) > 1]
-
-
-def _counts(rows: Sequence[Row]) -> list[int]:
-    return sorted({row.teachers for row in rows if row.teachers is not None})
 
 
 def _shown(rows: Sequence[Row], groups: int) -> dict[str, str]:
@@ -97,7 +93,7 @@ def _shown(rows: Sequence[Row], groups: int) -> dict[str, str]:
 
 def _groups(axes: Axes, rows: Sequence[Row], colors: dict[str, str]) -> float:
     """The bars of one student; returns where its axis starts."""
-    counts = _counts(rows)
+    counts = teacher_counts(rows)
     start, high = _limits(rows)
     wide, tall = drawing.size_inches(axes)
     inches = min(0.84 * wide / len(counts) / len(colors), 0.62)  # of one bar with its gap
@@ -180,7 +176,7 @@ def _groups_finding(panels: dict[str, list[Row]]) -> str:
     groups = [
         [row for row in own if row.teachers in (count, None) and math.isfinite(row.mean) and row.method != ORACLE]
         for own in panels.values()
-        for count in _counts(own)
+        for count in teacher_counts(own)
     ]
     wins, clear = Counter[str](), Counter[str]()
     for group in groups:

@@ -229,7 +229,7 @@ def by_teachers(rows: Sequence[Row]) -> Blocks:
     students = unique(row.student for row in rows)
     for student in students:
         own = [row for row in rows if row.student == student]
-        counts = sorted({row.teachers for row in own if row.teachers is not None})
+        counts = teacher_counts(own)
         if len(counts) > 1:
             lines = _methods(own, counts, lambda row: row.teachers)
             table = _best_of_columns("Method", [count_of(count) for count in counts], lines)
@@ -243,7 +243,7 @@ def by_student(rows: Sequence[Row]) -> Blocks:
     A method without teachers stands in every table. Raises ValueError for two rows of one cell.
     """
     tables = []
-    counts: list[int | None] = [*sorted({row.teachers for row in rows if row.teachers is not None})]
+    counts: list[int | None] = [*teacher_counts(rows)]
     for count in counts or [None]:
         students = unique(row.student for row in rows if row.teachers == count)
         if len(students) > 1:
@@ -286,6 +286,11 @@ def highest(rows: Sequence[Row]) -> Row:
 
 def count_of(teachers: int | None) -> str:
     return "no teacher" if teachers is None else f"{teachers} teacher{'' if teachers == 1 else 's'}"
+
+
+def teacher_counts(rows: Sequence[Row]) -> list[int]:
+    """The numbers of teachers, ascending; of rows with any."""
+    return sorted({row.teachers for row in rows if row.teachers is not None})
 
 
 def split_of(rows: Sequence[Row]) -> str:
