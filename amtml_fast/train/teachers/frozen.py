@@ -250,10 +250,7 @@ def teacher_maps(model: FeatureExtractor, name: str, data: ImageData) -> dict[st
 def assemble(names: Sequence[str], models: Sequence[FeatureExtractor], data: ImageData) -> Teachers:
     """Teachers from ready extractors: checks their class count and measures them on the validation split."""
     parameters = [sum(p.numel() for p in model.parameters()) for model in models]
-    teachers = Teachers(list(names), list(models), [], [], parameters)
     hints = [teacher_maps(model, name, data) for name, model in zip(names, models, strict=True)]
-    teachers.channels = [int(x.shape[1]) for caught in hints for x in caught.values()]
-    teachers.scores = [
-        accuracy(model, data.val, data, f"teacher {name!r}") for name, model in zip(names, models, strict=True)
-    ]
-    return teachers
+    channels = [int(x.shape[1]) for caught in hints for x in caught.values()]
+    scores = [accuracy(model, data.val, data, f"teacher {name!r}") for name, model in zip(names, models, strict=True)]
+    return Teachers(list(names), list(models), scores, channels, parameters)
