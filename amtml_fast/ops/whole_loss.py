@@ -59,12 +59,10 @@ def whole_loss(
         given = item_count(divisor, torch.float64)
         on_device = isinstance(given, Tensor) and given.device == student.device
         count = given if on_device else student.new_full((), float(given), dtype=torch.float64)  # no sync
+    values = name, labels, student.shape[1], options.ignore_index, None
     if chosen == "triton":  # the others check values themselves
-        _kd.check_values(name, labels, student.shape[1], options.ignore_index, None)
-    return _kd.run(
-        (name, labels, student.shape[1], options.ignore_index, None), WholeLoss, any(needs),
-        *sources, student, labels, count, settings, *teachers,
-    )  # fmt: skip
+        _kd.check_values(*values)
+    return _kd.run(values, WholeLoss, any(needs), *sources, student, labels, count, settings, *teachers)
 
 
 class Settings(NamedTuple):
