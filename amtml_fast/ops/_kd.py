@@ -255,10 +255,9 @@ def named_stats(stats: Tensor) -> KDStats:
 
 
 def fake_grads(
-    student: Tensor, num_teachers: int, wide: torch.dtype, need_student: bool, need_weights: bool
-) -> tuple[Tensor, Tensor]:
-    """What backward kernels return, for fakes."""
-    return (
-        _base.empty(student, need_student, student.shape, student.dtype),
-        _base.empty(student, need_weights, (student.shape[0], num_teachers), wide),
-    )
+    student: Tensor, num_teachers: int, made: torch.dtype, wide: torch.dtype, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """For fakes: the gradients to the student, in the dtype ``made``, to the weights and, where ``needs`` has a third, to alpha."""
+    n = student.shape[0]
+    outputs = (student.shape, made), ((n, num_teachers), wide), ((n,), wide)
+    return tuple(_base.empty(student, needed, shape, dtype) for needed, (shape, dtype) in zip(needs, outputs))

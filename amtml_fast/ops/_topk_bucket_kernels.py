@@ -94,7 +94,7 @@ def _(grad_loss, student, indices, kept, log_probs, sizes, weights, labels, *set
     wide = wide_dtype(student, log_probs, weights)
     return (
         student.new_empty((n,) if reduction == "none" else (), dtype=wide),
-        *_kd.fake_grads(student, len(sizes), wide, *settings[-2:]),
+        *_kd.fake_grads(student, len(sizes), student.dtype, wide, settings[-2:]),
     )
 
 

@@ -216,29 +216,18 @@ _INPUTS = (
 )
 
 
-def _fake_grads(
-    student: Tensor, num_teachers: int, wide: torch.dtype, made: torch.dtype, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = student.shape[0]
-    return (
-        empty(student, needs[0], student.shape, made),
-        empty(student, needs[1], (n, num_teachers), wide),
-        empty(student, needs[2], (n,), wide),
-    )
-
-
 # loss (scalar, or [N] for "none"), grad_student, grad_weights, grad_alpha, statistics [N, 4 + T]
 @define(
     "divergence_fwd",
     f"({_INPUTS}, bool need_statistics) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _(student, teachers, weights, labels, alphas, temperatures, *settings):
-    reduction, needs = settings[8], settings[-4:]
+    reduction, needs, need_stats = settings[8], settings[-4:-1], settings[-1]
     wide, n = wide_dtype(student, *teachers, weights), student.shape[0]
     return (
         student.new_empty((n,) if reduction == "none" else (), dtype=wide),
-        *_fake_grads(student, len(teachers), wide, wide, needs),
-        empty(student, needs[3], (n, 4 + len(teachers)), wide),
+        *_kd.fake_grads(student, len(teachers), wide, wide, needs),
+        empty(student, need_stats, (n, 4 + len(teachers)), wide),
     )
 
 
@@ -248,4 +237,4 @@ def _(student, teachers, weights, labels, alphas, temperatures, *settings):
 )
 def _(grad_loss, student, teachers, weights, labels, alphas, temperatures, *settings):
     wide = wide_dtype(student, *teachers, weights)
-    return _fake_grads(student, len(teachers), wide, student.dtype, settings[-3:])
+    return _kd.fake_grads(student, len(teachers), student.dtype, wide, settings[-3:])

@@ -291,17 +291,14 @@ def _rescaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     "bool need_weights_grad, bool need_probs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _(student, teachers, weights, labels, *settings):
-    reduction = settings[5]
-    need_student_grad, need_weights_grad, need_probs = settings[-3:]
+    reduction, needs, need_probs = settings[5], settings[-3:-1], settings[-1]
     wide = wide_dtype(student, *teachers, weights)
     n, c = student.shape
     value = [student.new_empty((n,) if reduction == "none" else (), dtype=wide) for _ in range(3)]
     probs = [empty(student, need_probs, (n, c), wide) for _ in range(2)]
     stats = student.new_empty(n, 3 + 2 * len(teachers), dtype=wide)
-    made = torch.bfloat16 if need_student_grad and student.dtype == torch.bfloat16 else wide
-    grad_student = empty(student, need_student_grad, (n, c), made)
-    grad_weights = empty(student, need_weights_grad, (n, len(teachers)), wide)
-    return *value, *probs, stats, grad_student, grad_weights
+    made = torch.bfloat16 if needs[0] and student.dtype == torch.bfloat16 else wide
+    return *value, *probs, stats, *_kd.fake_grads(student, len(teachers), made, wide, needs)
 
 
 @define(
@@ -311,7 +308,7 @@ def _(student, teachers, weights, labels, *settings):
     "-> (Tensor, Tensor)",
 )
 def _(grad_loss, grad_probs, grad_targets, student, teachers, weights, labels, stats, *settings):
-    return _kd.fake_grads(student, len(teachers), stats.dtype, *settings[-2:])
+    return _kd.fake_grads(student, len(teachers), student.dtype, stats.dtype, settings[-2:])
 
 
 # Rescales, in place, the gradients that forward made for an incoming gradient of 1 (bfloat16 student, and weights) to

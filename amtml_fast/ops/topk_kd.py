@@ -11,7 +11,6 @@ from amtml_fast.ops import _kd
 from amtml_fast.ops._base import (
     asked,
     define,
-    empty,
     first_order,
     kernels,
     needs_grad,
@@ -261,13 +260,11 @@ class TopkKD(torch.autograd.Function):
 )
 def _(student, indices, log_probs, sizes, weights, labels, *settings):
     reduction = settings[5]
-    need_student_grad, need_weights_grad = settings[-2:]
     wide, n = wide_dtype(student, log_probs, weights), student.shape[0]
     return (
         student.new_empty((n,) if reduction == "none" else (), dtype=wide),
         student.new_empty(n, 3, dtype=wide),
-        empty(student, need_student_grad, student.shape, wide),
-        empty(student, need_weights_grad, (n, len(sizes)), wide),
+        *_kd.fake_grads(student, len(sizes), wide, wide, settings[-2:]),
     )
 
 
@@ -278,4 +275,4 @@ def _(student, indices, log_probs, sizes, weights, labels, *settings):
     "-> (Tensor, Tensor)",
 )
 def _(grad_loss, student, indices, log_probs, sizes, weights, labels, stats, *settings):
-    return _kd.fake_grads(student, len(sizes), stats.dtype, *settings[-2:])
+    return _kd.fake_grads(student, len(sizes), student.dtype, stats.dtype, settings[-2:])
