@@ -29,11 +29,11 @@ CPU_ONLY: set[str] = set()
 GPU_ONLY: set[str] = set()
 
 
-def operator(stem: str, backends: tuple[str, ...] = ("cpp", "cuda", "triton")) -> None:
-    """Registers an operator, and the backends that have a kernel for it."""
+def operator(stem: str) -> None:
+    """Registers an operator, for which every backend has kernels."""
     backend.OPS.append(stem)
-    for name in backends:
-        backend.KERNELS[name].append(stem)
+    for ops in backend.KERNELS.values():
+        ops.append(stem)
 
 
 def define(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from amtml_fast import backend, checks, reference
-from amtml_fast.ops._base import define, first_order, kernels, needs_grad, operator, run, save, saved
-from amtml_fast.ops._pairs import check_sides, fake_grads, in_dtypes, scaled_sides
+from amtml_fast.ops._base import define, first_order, in_dtypes, kernels, needs_grad, operator, run, save, saved
+from amtml_fast.ops._pairs import check_sides, fake_grads, scaled_sides
 from amtml_fast.terms import wide_dtype
 
 REDUCTIONS = ("mean", "distinct", "sum", "none")
