@@ -49,7 +49,6 @@ def whole_loss(
         max_pool,
         float(angle_weight),
         float(delta),
-        EPS,
         angle_trains_weights,
         float(regularizer_weight),
         needs,
@@ -73,7 +72,6 @@ class Settings(NamedTuple):
     max_pool: bool
     angle_weight: float
     delta: float
-    eps: float
     angle_trains_weights: bool
     regularizer_weight: float
     needs: tuple[bool, bool]  # a gradient to the student, and to whatever makes the weights
@@ -100,11 +98,9 @@ class WholeLoss(torch.autograd.Function):
         settings: Settings,
         *teachers: Tensor,
     ) -> tuple[Tensor, ...]:
-        chosen, kd, max_pool, angle_weight, delta, eps, trains, regularizer_weight, (need_student, need_weights) = (
-            settings
-        )
+        chosen, kd, max_pool, angle_weight, delta, trains, regularizer_weight, (need_student, need_weights) = settings
         loss, terms, made, *saved = kernels(chosen).whole_loss_fwd.default(
-            features, theta, v, weights, student, teachers, labels, divisor, *kd, max_pool, angle_weight, delta, eps,
+            features, theta, v, weights, student, teachers, labels, divisor, *kd, max_pool, angle_weight, delta, EPS,
             regularizer_weight, need_student, need_weights and trains,
         )  # fmt: skip
         ctx.settings = settings
@@ -121,7 +117,7 @@ class WholeLoss(torch.autograd.Function):
             return None, None, None, None, None, *fixed
         features, theta, v, weights, student, labels, divisor, *rest = saved(ctx)
         pooled, index, stats, grad_probs, grad_targets, *teachers = rest
-        chosen, kd, max_pool, angle_weight, _, _, _, regularizer_weight, (need_student, need_weights) = ctx.settings
+        chosen, kd, max_pool, angle_weight, _, _, regularizer_weight, (need_student, need_weights) = ctx.settings
         need_features, need_theta, need_v = ctx.needs_input_grad[:3]
         grads = kernels(chosen).whole_loss_bwd.default(
             grad, features, theta, v, weights, pooled, index, student, teachers, labels, stats, grad_probs,
