@@ -22,6 +22,7 @@ from amtml_fast.terms import (
     LinearTeacher,
     TopKTeacher,
     connected,
+    counted_rows,
     divergence_numbers,
     divergence_of,
     of_counted_rows,
@@ -244,7 +245,7 @@ def _kd_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows count, the student's logits [N, C] and the weights [N, T], 0 in a row that does not."""
     rows = student.shape[0]
-    valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
+    valid = counted_rows(student, rows, labels, ignore_index)
     hide = ~valid.unsqueeze(1)
     z = student.to(dtype).masked_fill(hide, 0)  # an ignored row gives 0 whatever it holds, NaN included
     z = z.masked_fill(z == -torch.inf, -torch.inf)  # same values, but no gradient flows into a masked class
@@ -535,7 +536,7 @@ def fused_linear_kd_loss(
     rows, leading = math.prod(student_hidden.shape[:-1]), student_hidden.shape[:-1]
     dtype = wide_dtype(student_hidden, student_weight, student_bias, *flat_teachers(teachers), teacher_weights)
     labels = None if labels is None else labels.reshape(rows)
-    valid = student_hidden.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
+    valid = counted_rows(student_hidden, rows, labels, ignore_index)
 
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         hidden = hidden.reshape(rows, hidden.shape[-1]).to(dtype).masked_fill(~valid.unsqueeze(1), 0)

@@ -143,6 +143,11 @@ def times(x: Tensor, factor: float) -> Tensor:
     return x * x.new_full((), factor)
 
 
+def counted_rows(like: Tensor, rows: int, labels: Tensor | None, ignore_index: int) -> Tensor:
+    """Which rows count, [N] on the device of ``like``: those whose label is not ignored, or all without labels."""
+    return like.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
+
+
 def connected(loss: Tensor, *inputs: Tensor | None) -> Tensor:
     """The loss, with a gradient of exactly 0 to inputs that count nothing in it."""
     for x in inputs:

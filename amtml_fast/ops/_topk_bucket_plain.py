@@ -23,7 +23,7 @@ from amtml_fast.ops._topk_named import (
 from amtml_fast.ops._vocabulary import IGNORED, NO_SECOND, Vocabulary, largest_here
 from amtml_fast.ops._vocabulary_topk import absent_classes, grads_here, joined, plain_gradient, plain_sweep
 from amtml_fast.reference import kl_rows, weighted
-from amtml_fast.terms import Divergence, KDOptions, KDStats, connected, of_counted_rows
+from amtml_fast.terms import Divergence, KDOptions, KDStats, connected, counted_rows, of_counted_rows
 
 _EMPTY = -torch.inf
 
@@ -133,7 +133,7 @@ def _counted(given: TopkInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows count; and, in float64, detached, and without NaN where it counts nothing, log-probabilities and weights."""
     weights, labels, sizes = given.weights, given.labels, given.sizes
     rows, teachers = len(given.student), len(sizes)
-    valid = given.student.new_ones(rows, dtype=torch.bool) if labels is None else labels != given.options.ignore_index
+    valid = counted_rows(given.student, rows, labels, given.options.ignore_index)
     w = valid.new_full((1, teachers), 1 / teachers, dtype=torch.float64) if weights is None else weights.detach()
     w = w.double().expand(rows, -1).masked_fill(~valid.unsqueeze(1), 0)
     log_p = given.log_probs.detach().double()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from amtml_fast import reference
 from amtml_fast.ops._vocabulary import Vocabulary, largest_here
-from amtml_fast.terms import Divergence
+from amtml_fast.terms import Divergence, counted_rows
 
 
 class Rule(NamedTuple):
@@ -53,8 +53,7 @@ class PlainBlock:
         _, rule, student, teachers, weights, labels, temperatures = given
         self.given, self.rule = given, rule
         rows, count, wide = student.shape[0], len(teachers), rule.wide
-        valid = student.new_ones(rows, dtype=torch.bool) if labels is None else labels != rule.ignore_index
-        self.hide = hide = ~valid.unsqueeze(1)
+        self.hide = hide = ~counted_rows(student, rows, labels, rule.ignore_index).unsqueeze(1)
         self.z = student.to(wide).masked_fill(hide, 0)
         self.tau: Any = rule.temperature
         if temperatures is not None:

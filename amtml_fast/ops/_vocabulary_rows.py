@@ -24,7 +24,7 @@ from amtml_fast.ops._vocabulary import NO_SECOND, Vocabulary, check_alike
 from amtml_fast.ops._vocabulary_kernels import KernelBlock, rates_of
 from amtml_fast.ops._vocabulary_plain import Given, PlainBlock, Rule
 from amtml_fast.ops.divergence import check_values
-from amtml_fast.terms import Divergence, KDOptions, connected, of_counted_rows, wide_dtype
+from amtml_fast.terms import Divergence, KDOptions, connected, counted_rows, of_counted_rows, wide_dtype
 
 # Of a block of plain PyTorch: on a CPU it is fastest where its logits, those of all teachers and a few more stay in the cache.
 _CPU_BYTES, _GPU_BYTES = 2**23, 2**28
@@ -103,7 +103,7 @@ def finished(
 ) -> tuple[Tensor, Any]:
     """The loss of what ``Rows`` holds, on all processes the same."""
     rows, columns = each.shape
-    valid = each.new_ones(rows, dtype=torch.bool) if labels is None else labels != options.ignore_index
+    valid = counted_rows(each, rows, labels, options.ignore_index)
     distance = each[:, 0]
     if options.mode == "sum" and (columns > 1 or weights is not None):
         w = each.new_full((1, columns), 1 / columns) if weights is None else weights
