@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from amtml_fast import checks
 from amtml_fast.hf.output_layer import NAME, OutputLayer
 from amtml_fast.hf.topk_store import StoredTopK
 from amtml_fast.losses import FusedLinearKDLoss
@@ -28,8 +29,7 @@ def check_arguments(
             raise ValueError(
                 f"{NAME}: loss must have {name}={value!r}, which the trainer sets, got {loss.options[name]!r}"
             )
-    if weighting not in WEIGHTING:
-        raise ValueError(f"{NAME}: weighting must be one of {', '.join(WEIGHTING)}, got {weighting!r}")
+    checks.one_of(NAME, "weighting", weighting, WEIGHTING)
     if weighting == "routed" and len(teachers) == 1:
         raise ValueError(f'{NAME}: teachers must be two or more with weighting "routed", got 1')
     if args.n_gpu > 1:
