@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amtml_fast import checks
+from amtml_fast.ops._kd import check_labels
 from amtml_fast.terms import wide_dtype, without_autocast
 
 FLOOR = -10.0  # log-probabilities are cut off there: how certainly a class is out does not matter
@@ -70,22 +71,17 @@ class TeacherGate(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             logits = [z.detach().to("cpu", torch.float64, copy=True) for z in given]  # no inference tensors
             labels = labels.detach().to("cpu", torch.int64, copy=True)
-            known = labels != ignore_index
-            bad = known & ((labels < 0) | (labels >= self.classes))
-            if bad.any():
-                row = int(bad.nonzero()[0, 0])
-                wanted = f"in [0, {self.classes}) or ignore_index {ignore_index}"
-                raise ValueError(f"{name}: labels[{row}] must be {wanted}, got {int(labels[row])}")
+            check_labels(name, labels, self.classes, ignore_index)
             log_p = log_probabilities(logits)  # [N, T, C]
             if not log_p.isfinite().all():
                 row, t, _ = (~log_p.isfinite()).nonzero()[0].tolist()
                 raise ValueError(f"{name}: teacher_logits[{t}] must give probabilities, got NaN for row {row}")
-            self._fit(log_p, labels, known)
+            self._fit(log_p, labels, labels != ignore_index)
         return self
 
     def _fit(self, log_p: Tensor, labels: Tensor, known: Tensor) -> None:
         u = log_p.flatten(1)
-        mean = u.mean(0) if len(u) else torch.zeros_like(self.mean, dtype=u.dtype, device=u.device)
+        mean = u.mean(0) if len(u) else u.new_zeros(u.shape[1])
         spread = u.std(0, correction=0) if len(u) else torch.ones_like(mean)
         # What is nearly the same for all examples tells none apart, and is not blown up.
         scale = 1 / spread.clamp_min(1e-3)
@@ -110,7 +106,6 @@ class TeacherGate(nn.Module):
             return torch.log_softmax(u @ self.weight.to(u.dtype).T + self.bias, -1)
 
     def _checked(self, name: str, teacher_logits: Tensor | Sequence[Tensor]) -> list[Tensor]:
-        wanted = f"{self.num_teachers} of [N, {self.classes}]"
         given = (
             teacher_logits.unbind() if isinstance(teacher_logits, Tensor) and teacher_logits.dim() else teacher_logits
         )
@@ -120,6 +115,7 @@ class TeacherGate(nn.Module):
         logits = [checks.tensor(name, f"teacher_logits[{t}]", z) for t, z in enumerate(given)]
         shapes = [list(z.shape) for z in logits]
         if len(logits) != self.num_teachers or any(len(s) != 2 or s != [shapes[0][0], self.classes] for s in shapes):
+            wanted = f"{self.num_teachers} of [N, {self.classes}]"
             raise ValueError(f"{name}: teacher_logits must be {wanted}, got {shapes}")
         return logits
 

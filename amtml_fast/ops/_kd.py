@@ -156,14 +156,14 @@ def check_values(
 ) -> None:
     """``support``: the classes that the teachers give, [N, K], and how many of them each does."""
     if labels is not None and checks.values_are_free(labels):
-        _check_labels(function, labels, classes, ignore_index)
+        check_labels(function, labels, classes, ignore_index)
     if weights is not None and checks.values_are_free(weights):
         _check_weights(function, weights, labels, ignore_index)
     if support is not None and checks.values_are_free(support[0]):
         _check_support(function, *support, labels, classes, ignore_index)
 
 
-def _check_labels(function: str, labels: Tensor, classes: int, ignore_index: int) -> None:
+def check_labels(function: str, labels: Tensor, classes: int, ignore_index: int) -> None:
     if labels.numel() == 0:
         return
     low, high = labels.aminmax()
