@@ -226,7 +226,7 @@ class DTensors:
             return [self.whole(f"{name}[{i}]", y) for i, y in enumerate(x)]
         if not _is_dtensor(x):
             return x
-        if x.device_mesh != self.mesh or not all(p.is_replicate() for p in x.placements):
+        if x.device_mesh != self.mesh or not replicated(x):
             wanted = f"a plain tensor, or a DTensor with placement Replicate() on the mesh of {self.name}"
             raise ValueError(f"{self.function}: {name} must be {wanted}, got {x.placements} on {x.device_mesh}")
         return x.to_local(grad_placements=x.placements)

@@ -43,7 +43,7 @@ def split_linear_loss(
     needs = tuple(needs_grad(x) for x in inputs)
     rule = rule_of(
         options, divergence, labels, wide, (any(needs[:3]), needs[3]), need_stats, 1 if index is not None else len(kinds),
-        hidden, *inputs[1:], *teachers,
+        *inputs, *teachers,
     )  # fmt: skip
     settings = settings._replace(row_kernel="divergence", reduction="none")
     shared = [x for x, same in zip(teachers, of_rows(kinds, logits=False)) if same]  # all processes have them alike
