@@ -48,16 +48,15 @@ class TeacherAdapter(nn.Module):
         if init_scale is not None:
             checks.number("TeacherAdapter", "init_scale", init_scale, *checks.NOT_NEGATIVE)
         self.pool, self.init_scale = pool, channels**-0.5 if init_scale is None else init_scale
-        drawn = [
-            torch.randn(size, dtype=torch.float32, device="cpu") for size in ((num_teachers, channels), (channels,))
-        ]
-        self.theta, self.v = (parameter(start * self.init_scale) for start in drawn)
+        sizes = (num_teachers, channels), (channels,)
+        drawn = [torch.randn(size, dtype=torch.float32, device="cpu") * self.init_scale for size in sizes]
+        self.theta, self.v = map(parameter, drawn)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws ``theta`` and ``v`` anew, where they are: after ``to_empty()`` their memory holds anything."""
-        for parameter in (self.theta, self.v):
-            parameter.normal_().mul_(self.init_scale)
+        for p in (self.theta, self.v):
+            p.normal_().mul_(self.init_scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """[N, d, H, W] or [N, d] -> weights [N, T]."""
@@ -76,6 +75,11 @@ class _KDModule(nn.Module):
     """The keywords of a function, ``options``, which its module form keeps."""
 
     options: dict[str, Any]
+
+    def _with_rows(self, alpha: Tensor | None, temperature: Tensor | None) -> dict[str, Any]:
+        """The options, with the numbers of this batch's rows where they are given."""
+        by_row = dict(alpha=alpha, temperature=temperature)
+        return {**self.options, **{name: value for name, value in by_row.items() if value is not None}}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
@@ -129,8 +133,7 @@ class MultiTeacherKDLoss(_KDModule):
     ) -> Any:
         options = self.options
         if alpha is not None or temperature is not None:
-            by_row = dict(alpha=alpha, temperature=temperature)
-            options = {**options, **{name: value for name, value in by_row.items() if value is not None}}
+            options = self._with_rows(alpha, temperature)
         return multi_teacher_kd_loss(
             student_logits, teacher_logits, teacher_weights, labels, num_items_in_batch=num_items_in_batch, **options
         )
@@ -247,8 +250,6 @@ class FusedLinearKDLoss(_KDModule):
         alpha: Tensor | None = None,
         temperature: Tensor | None = None,
     ) -> Any:
-        by_row = dict(alpha=alpha, temperature=temperature)
-        options = {**self.options, **{name: value for name, value in by_row.items() if value is not None}}
         return fused_linear_kd_loss(
             student_hidden,
             student_weight,
@@ -258,7 +259,7 @@ class FusedLinearKDLoss(_KDModule):
             student_bias=student_bias,
             teacher_index=teacher_index,
             num_items_in_batch=num_items_in_batch,
-            **options,
+            **self._with_rows(alpha, temperature),
         )
 
 
