@@ -386,19 +386,7 @@ def _hint_mapping(
     if not isinstance(mapping, (str, Mapping)):
         raise TypeError(f"{name}: mapping must be a name or a dict teacher -> group, got {mapping!r}")
     if not isinstance(mapping, str):
-        for teacher, group in mapping.items():
-            if (
-                isinstance(teacher, bool)
-                or not isinstance(teacher, int)
-                or teacher not in range(num_teachers)
-                or group not in groups
-            ):
-                raise ValueError(
-                    f"{name}: mapping must take a teacher in [0, {num_teachers}) to one of {groups}, "
-                    f"got {teacher!r}: {group!r}"
-                )
-        if not mapping:
-            raise ValueError(f"{name}: mapping must name at least one teacher, got an empty dict")
+        _check_mapping(groups, num_teachers, mapping)
         return dict(sorted(mapping.items()))
     checks.one_of(name, "mapping", mapping, MAPPINGS)
     if len(groups) < num_teachers:
@@ -417,8 +405,18 @@ def _hint_mapping(
             if not hasattr(score, "__float__") or math.isnan(score):  # by which nothing can be sorted
                 raise ValueError(f"{name}: teacher_scores[{t}] must be a number, got {score!r}")
         order = sorted(range(num_teachers), key=lambda t: scores[t], reverse=mapping == "best_low")
-    step = (len(groups) - 1) / max(num_teachers - 1, 1)  # spread over the groups, ends included
-    places = (
-        [round(k * step) for k in range(num_teachers)] if num_teachers > 1 else [-1 if mapping != "best_low" else 0]
-    )
-    return dict(sorted((teacher, groups[place]) for teacher, place in zip(order, places)))
+    if num_teachers == 1:
+        return {0: groups[0 if mapping == "best_low" else -1]}
+    step = (len(groups) - 1) / (num_teachers - 1)  # spread over the groups, ends included
+    return dict(sorted((teacher, groups[round(k * step)]) for k, teacher in enumerate(order)))
+
+
+def _check_mapping(groups: list[str], num_teachers: int, mapping: Mapping[int, str]) -> None:
+    name = "MultiGroupHintLoss: mapping"
+    for teacher, group in mapping.items():
+        fits = isinstance(teacher, int) and not isinstance(teacher, bool) and teacher in range(num_teachers)
+        if not fits or group not in groups:
+            wanted = f"take a teacher in [0, {num_teachers}) to one of {groups}"
+            raise ValueError(f"{name} must {wanted}, got {teacher!r}: {group!r}")
+    if not mapping:
+        raise ValueError(f"{name} must name at least one teacher, got an empty dict")
