@@ -20,6 +20,9 @@ NAME = "fused_linear_kd_loss"
 TENSORS = {"logits": 1, "topk": 2, "linear": 2, "linear_bias": 3}  # kind of a teacher -> how many tensors it has
 
 
+Segments = list[tuple[Tensor | None, int, list[int]]]  # row numbers (None: all rows), how many, their teachers
+
+
 class Settings(NamedTuple):
     """What is no tensor, as the raw ops take it."""
 
@@ -107,8 +110,8 @@ class Call:
 
     # --- rows
 
-    def segments(self) -> list[tuple[Tensor | None, int, list[int]]]:
-        """Rows that are taken together: their numbers (None: all of them), how many, and their teachers."""
+    def segments(self) -> Segments:
+        """Rows that have the same teachers, without those that do not count unless that would take a sync of its own."""
         everyone = list(range(len(self.kinds)))
         valid = None if self.labels is None else self.labels != self.set.ignore_index
         if self.index is None:
@@ -128,9 +131,7 @@ class Call:
             raise ValueError(f"{NAME}: teacher_index must be in [0, {len(everyone)}), got values in [{low}, {high}]")
         return [(order[a:b], b - a, [t]) for t, (a, b) in enumerate(itertools.pairwise(starts[:-1])) if b > a]
 
-    def chunks(
-        self, segments: list[tuple[Tensor | None, int, list[int]]], grads: bool
-    ) -> Iterator[tuple[Any, list[int]]]:
+    def chunks(self, segments: Segments, grads: bool) -> Iterator[tuple[Any, list[int]]]:
         """Rows that are taken at a time, and their teachers."""
         for numbers, count, only in segments:
             step = self.chunk_rows(count, only, grads, numbers is not None) if count else 1
@@ -228,7 +229,7 @@ class Call:
         its logits before ``logit_scale``, times ``by`` and ``scale``."""
         need_hidden, need_weight, need_bias = self.needs[:3]
         narrow = self.narrow and (by is None or hidden.dtype == torch.bfloat16)
-        ones = grad.new_ones(1)
+        ones, of_bias = grad.new_ones(1), scale
         if narrow:
             rounded = self.buffer("rounded", tuple(grad.shape), hidden.dtype)
             if hidden.dtype == torch.float16:
@@ -242,8 +243,7 @@ class Call:
         elif by is not None:
             grad.mul_(by)
         if need_bias:
-            at_once = scale * (HALF_SCALE if narrow and hidden.dtype == torch.float16 else 1.0)
-            self.out.grad_bias.addmv_(grad.t(), ones.expand(grad.shape[0]), beta=0.0 if first else 1.0, alpha=at_once)
+            self.out.grad_bias.addmv_(grad.t(), ones.expand(grad.shape[0]), beta=0.0 if first else 1.0, alpha=of_bias)
         if need_weight:
             self.add_weight_grad(rounded if narrow else grad, hidden, scale, 0.0 if first else 1.0)
         if not need_hidden:
@@ -354,7 +354,7 @@ class Call:
             loss = losses.sum() if divisor is None else losses.sum() / divisor
         return loss, *out[1:]
 
-    def divisor(self, segments: list[tuple[Tensor | None, int, list[int]]]) -> float | Tensor | None:
+    def divisor(self, segments: Segments) -> float | Tensor | None:
         """Of the sum over rows: the rows that count, a number wherever it is known without a sync."""
         if self.set.reduction not in ("mean", "batchmean"):
             return None
