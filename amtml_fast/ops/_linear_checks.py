@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from amtml_fast import checks
@@ -15,14 +14,12 @@ from amtml_fast.terms import LinearTeacher, TopKTeacher
 
 def check_tensors(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, teachers: Any, vocabulary: Vocabulary | None
-) -> tuple[torch.Size, int, list[str], list[Tensor]]:
-    """The shape of rows, the number of classes, the kinds of the teachers and all their tensors, of arguments that fit."""
+) -> tuple[list[str], list[Tensor]]:
+    """The kinds of the teachers and all their tensors, of arguments that fit."""
     checks.tensor(NAME, "student_hidden", hidden)
     if hidden.dim() not in (2, 3) or hidden.shape[-1] < 1:
         raise ValueError(f"{NAME}: student_hidden must be [N, H] or [B, S, H] with H >= 1, got {checks.shape(hidden)}")
-    leading = hidden.shape[:-1]
     _check_layer("student_weight", weight, "student_bias", bias, hidden, hidden, None)
-    classes = weight.shape[0]
     if isinstance(teachers, (Tensor, LinearTeacher, TopKTeacher)) or not isinstance(teachers, (list, tuple)):
         wanted = "a list of teachers (LinearTeacher, TopKTeacher or a tensor of logits)"
         raise TypeError(f"{NAME}: teachers must be {wanted}, got {_described(teachers)}")
@@ -32,38 +29,41 @@ def check_tensors(
     flat: list[Tensor] = []
     for i, teacher in enumerate(teachers):
         name = f"teachers[{i}]"
-        if isinstance(teacher, LinearTeacher):
-            _check_of_rows(f"{name}.hidden", teacher.hidden, leading, "H_t", hidden)
-            _check_layer(
-                f"{name}.weight", teacher.weight, f"{name}.bias", teacher.bias, teacher.hidden, hidden, classes
-            )
-            given = [x for x in teacher if x is not None]
-            kinds.append("linear" if teacher.bias is None else "linear_bias")
-        elif isinstance(teacher, TopKTeacher):
-            checks.integers(NAME, f"{name}.indices", teacher.indices)
-            _check_leading(f"{name}.indices", teacher.indices, leading, "k")
-            most = classes if vocabulary is None else vocabulary.classes
-            if not 1 <= teacher.indices.shape[-1] <= most:
-                wanted = f"k classes with 1 <= k <= {most}"
-                raise ValueError(f"{NAME}: {name}.indices must have {wanted}, got {checks.shape(teacher.indices)}")
-            checks.same_device(NAME, f"{name}.indices", teacher.indices, "student_hidden", hidden)
-            _check_of_rows(f"{name}.log_probs", teacher.log_probs, leading, "k", hidden)
-            checks.same_shape(NAME, f"{name}.log_probs", teacher.log_probs, f"{name}.indices", teacher.indices)
-            given = list(teacher)
-            kinds.append("topk")
-        elif isinstance(teacher, Tensor):
-            _check_of_rows(name, teacher, leading, "C", hidden)
-            if teacher.shape[-1] != classes:
-                _other_vocabulary(name, teacher, f"[..., {classes}]")
-            given = [teacher]
-            kinds.append("logits")
-        else:
-            wanted = "a LinearTeacher, a TopKTeacher or a tensor of logits"
-            raise TypeError(f"{NAME}: {name} must be {wanted}, got {type(teacher).__name__}")
+        kind, given = _check_teacher(name, teacher, hidden, weight.shape[0], vocabulary)
         for x in given:
             _kd.check_frozen(NAME, name, x)
+        kinds.append(kind)
         flat += given
-    return leading, classes, kinds, flat
+    return kinds, flat
+
+
+def _check_teacher(
+    name: str, teacher: Any, hidden: Tensor, classes: int, vocabulary: Vocabulary | None
+) -> tuple[str, list[Tensor]]:
+    """Its kind and its tensors."""
+    if isinstance(teacher, LinearTeacher):
+        weight, bias = teacher.weight, teacher.bias
+        _check_of_rows(f"{name}.hidden", teacher.hidden, "H_t", hidden)
+        _check_layer(f"{name}.weight", weight, f"{name}.bias", bias, teacher.hidden, hidden, classes)
+        return "linear" if bias is None else "linear_bias", [x for x in teacher if x is not None]
+    if isinstance(teacher, TopKTeacher):
+        checks.integers(NAME, f"{name}.indices", teacher.indices)
+        _check_leading(f"{name}.indices", teacher.indices, "k", hidden)
+        most = classes if vocabulary is None else vocabulary.classes
+        if not 1 <= teacher.indices.shape[-1] <= most:
+            wanted = f"k classes with 1 <= k <= {most}"
+            raise ValueError(f"{NAME}: {name}.indices must have {wanted}, got {checks.shape(teacher.indices)}")
+        checks.same_device(NAME, f"{name}.indices", teacher.indices, "student_hidden", hidden)
+        _check_of_rows(f"{name}.log_probs", teacher.log_probs, "k", hidden)
+        checks.same_shape(NAME, f"{name}.log_probs", teacher.log_probs, f"{name}.indices", teacher.indices)
+        return "topk", list(teacher)
+    if not isinstance(teacher, Tensor):
+        wanted = "a LinearTeacher, a TopKTeacher or a tensor of logits"
+        raise TypeError(f"{NAME}: {name} must be {wanted}, got {type(teacher).__name__}")
+    _check_of_rows(name, teacher, "C", hidden)
+    if teacher.shape[-1] != classes:
+        _other_vocabulary(name, teacher, f"[..., {classes}]")
+    return "logits", [teacher]
 
 
 def of_rows(kinds: list[str], *, logits: bool = True) -> list[bool]:
@@ -126,13 +126,14 @@ def _other_vocabulary(name: str, value: Tensor, wanted: str) -> None:
     )
 
 
-def _check_of_rows(name: str, value: Tensor, leading: torch.Size, last: str, hidden: Tensor) -> None:
+def _check_of_rows(name: str, value: Tensor, last: str, hidden: Tensor) -> None:
     checks.tensor(NAME, name, value)
-    _check_leading(name, value, leading, last)
+    _check_leading(name, value, last, hidden)
     checks.same_device(NAME, name, value, "student_hidden", hidden)
 
 
-def _check_leading(name: str, value: Tensor, leading: torch.Size, last: str) -> None:
+def _check_leading(name: str, value: Tensor, last: str, hidden: Tensor) -> None:
+    leading = hidden.shape[:-1]
     fits = value.dim() >= 2 and checks.is_any(value.shape[:-1], (leading, (math.prod(leading),)))
     if not fits or value.shape[-1] < 1:
         wanted = ", ".join(f"{n}" for n in leading)

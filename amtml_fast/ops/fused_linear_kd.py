@@ -148,8 +148,9 @@ def fused_linear_kd_loss(
         teachers, process_group = parts_of_teachers(parts, teachers), parts.group
     part = student_weight.shape[0] if isinstance(student_weight, Tensor) and student_weight.dim() == 2 else 0
     vocabulary = vocabulary_of(NAME, process_group, part)
-    leading, part, kinds, flat = check_tensors(student_hidden, student_weight, student_bias, teachers, vocabulary)
+    kinds, flat = check_tensors(student_hidden, student_weight, student_bias, teachers, vocabulary)
     classes = part if vocabulary is None else vocabulary.classes
+    leading = student_hidden.shape[:-1]
     rows = math.prod(leading)
     like = student_hidden.detach().new_empty(()).expand(*leading, classes)  # what the logits would be like
     _kd.check_rows(NAME, like, len(kinds), teacher_weights, labels, ignore_index, "student_hidden")
