@@ -165,8 +165,8 @@ def table(bits: dict[str, list[list[float]]]) -> str:
     """``bits`` [model][seed][domain]. Mean and sample standard deviation over seeds."""
 
     def cell(values: list[float]) -> str:
-        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-        return f"{mean:.3f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+        mean = f"{statistics.mean(values):.3f}"
+        return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
     lines = [f"| bits per byte | {' | '.join(DOMAINS)} | mean |", "|:---|" + "---:|" * (len(DOMAINS) + 1)]
     for name, seeds in bits.items():
