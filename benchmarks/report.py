@@ -56,8 +56,8 @@ class Results:
     def providers(self, group: str) -> list[str]:
         return list(dict.fromkeys(p for (g, p, _) in self.rows if g == group))
 
-    def seconds(self, group: str, provider: str, value: Any = None) -> float | None:
-        return self.rows.get((group, provider, value), (None,))[0]
+    def seconds(self, group: str, provider: str) -> float | None:
+        return self.rows.get((group, provider, None), (None,))[0]
 
     def ratio(self, group: str, slow: str, fast: str, value: Any = None) -> float | None:
         """The seconds of ``slow`` over those of ``fast``: the median of the turns' ratios."""
@@ -427,27 +427,22 @@ def roofline_picture(results: Results, groups: Sequence[str]) -> Any:
     figure, axes = plt.subplots(figsize=(9, 6))
     points = [(g, p, *results.rows[g, p, None]) for g in groups for p in results.providers(g) if p in (*OURS, "eager")]
     points = [point for point in points if "bytes" in point[3]]  # the loss from hidden states counts none
-    intensity = [f["flops"] / f["bytes"] for *_, f in points]
-    if points and results.limits:
+    dots = [(f["flops"] / f["bytes"], f["flops"] / t / 1e9, g, p) for g, p, t, f in points]
+    if dots and results.limits:
+        intensity = [x for x, *_ in dots]
         low, high = min(intensity) / 2, max(intensity) * 4
-        ridge = results.limits["flops_per_s"] / results.limits["bytes_per_s"]
-        roof = sorted({low, min(max(ridge, low), high), high})
-        axes.plot(
-            roof,
-            [min(x * results.limits["bytes_per_s"], results.limits["flops_per_s"]) / 1e9 for x in roof],
-            "k-",
-            lw=1,
-        )
-        for provider in dict.fromkeys(p for _, p, *_ in points):
-            xs, ys = zip(*((f["flops"] / f["bytes"], f["flops"] / t / 1e9) for _, p, t, f in points if p == provider))
+        by_bytes, by_flops = results.limits["bytes_per_s"], results.limits["flops_per_s"]
+        roof = sorted({low, min(max(by_flops / by_bytes, low), high), high})
+        axes.plot(roof, [min(x * by_bytes, by_flops) / 1e9 for x in roof], "k-", lw=1)
+        for provider in dict.fromkeys(p for *_, p in dots):
+            xs, ys = zip(*((x, y) for x, y, _, p in dots if p == provider))
             axes.scatter(xs, ys, color=COLORS.get(provider), label=provider, s=28, zorder=3)
         axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="G operations / s")
         axes.set_title("the line: what the machine can do", fontsize=9)
         plain_ticks(axes.xaxis, "{:g}")
         plain_ticks(axes.yaxis, "{:g}")
         axes.legend(frameon=False)
-        every = [(f["flops"] / f["bytes"], f["flops"] / t / 1e9, g if p in OURS else "") for g, p, t, f in points]
-        names_apart(axes, [(x, y, group.removesuffix(" float32")) for x, y, group in every])
+        names_apart(axes, [(x, y, g.removesuffix(" float32") if p in OURS else "") for x, y, g, p in dots])
     return figure
 
 
