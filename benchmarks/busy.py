@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -23,7 +24,7 @@ def spin(core: int) -> None:
         pass
 
 
-def seconds(step, rounds: int = 9) -> float:
+def seconds(step: Callable[[], None]) -> float:
     def once() -> float:
         start = time.perf_counter()
         step()
@@ -31,7 +32,7 @@ def seconds(step, rounds: int = 9) -> float:
 
     for _ in range(5):  # the first calls wait for large pages
         once()
-    return statistics.median(once() for _ in range(rounds))
+    return statistics.median(once() for _ in range(9))
 
 
 def main() -> None:

@@ -32,9 +32,8 @@ PLACE = {"N": 0, "C": 1, "T": 2}  # of the axis in the size
     ids=lambda x: x.name if isinstance(x, Workload) else x,
 )
 def test_scaling(
-    axis: str, workload: Workload, provider: str, timed: Callable, leave_out: Callable, refuse_too_large: Callable,
-    remembered: dict,
-) -> None:  # fmt: skip
+    axis: str, workload: Workload, provider: str, timed: Callable, leave_out: Callable, refuse_too_large: Callable
+) -> None:
     group, value = f"{workload.op} against {axis}", workload.size[PLACE[axis]]
     row = f"{group}, {axis} = {value}"
     if reason := why_not(provider, workload):
@@ -55,7 +54,9 @@ def _rows(kind: str, n: int, c: int) -> torch.Tensor:
     logits = torch.randn(n, c, generator=g)
     if kind == "clustered":
         logits += 10 * torch.nn.functional.one_hot(torch.randint(0, 10, (n,), generator=g), c)
-    return (logits if kind == "clustered" else logits / 2).softmax(-1)
+    else:
+        logits /= 2
+    return logits.softmax(-1)
 
 
 @pytest.mark.parametrize("provider", OURS)

@@ -113,11 +113,8 @@ class Setting:
             save_file(net.state_dict(), path)
         return config
 
-    def trainer(self, switches: Switches, folder: Path) -> Trainer:
-        """As `amtml-fast distill` makes it."""
-        return self.trainer_of(self.config(switches, folder), switches.method)
-
     def trainer_of(self, config: Config, method: str = "amtml_kd") -> Trainer:
+        """As `amtml-fast distill` makes it."""
         display = Display(quiet=True)
         job = student_job(config, method, 0)
         accelerator = make_accelerator(config.engine, job.folder)
@@ -128,7 +125,7 @@ class Setting:
         self, switches: Switches, folder: Path
     ) -> tuple[Callable[[], None], Callable[[int], dict[str, float]]]:
         """The trainer's step, and the seconds of its parts, mean over so many steps."""
-        trainer = self.trainer(switches, folder)
+        trainer = self.trainer_of(self.config(switches, folder), switches.method)
         timer, rates = trainer.whole_step.timer, [0.1] * len(trainer.optimizer.param_groups)
         stream = itertools.chain.from_iterable(trainer.loader.draws() for _ in itertools.count())
 

@@ -77,8 +77,7 @@ def choices(device_type: str, timed: Iterable[Timed]) -> list[Choice]:
         wanted = usual  # for all sizes below
         of_op = []
         for t in sorted((t for t in timed if t.op == op), key=lambda t: t.numbers):
-            clear = t.seconds[wanted[0]] > CLEARLY * t.seconds[t.order[0]]
-            if clear:
+            if t.seconds[wanted[0]] > CLEARLY * t.seconds[t.order[0]]:
                 wanted = t.order
                 of_op.append(Choice(device_type, op, t.numbers, wanted))
         lines += reversed(of_op)
