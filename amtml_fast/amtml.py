@@ -162,7 +162,7 @@ class AMTMLLoss(nn.Module):
         return AMTMLOutput(loss, kd, ce, kl, angle, hint.detach(), regularizer, weights)
 
     def _check_settings(self) -> None:
-        """Of those that no operator checks."""
+        """Checks the settings that no operator checks."""
         name = "AMTMLLoss"
         checks.one_of(name, "reduction", self.reduction, REDUCTIONS_OF_ALL)
         checks.number(name, "angle_weight", self.angle_weight, *checks.NOT_NEGATIVE)
@@ -250,7 +250,7 @@ class AMTMLLoss(nn.Module):
         return weights
 
     def _regularizer(self) -> Tensor:
-        """Of an adapter that is called. One that FSDP has sharded adds up shards here, outside of its forward."""
+        """The term of an adapter that is called. This is outside of its forward: under FSDP it adds up shards."""
         term = _scalar("the adapter's regularizer()", self.adapter.regularizer())
         return term.full_tensor() if hasattr(term, "full_tensor") else term
 

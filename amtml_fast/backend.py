@@ -21,8 +21,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter 
 # The device types that each compiled backend serves; Triton's "cuda" is NVIDIA's and AMD's, "xpu" Intel's.
 DEVICES = {"cpp": ("cpu",), "cuda": ("cuda",), "triton": ("cpu",) if INTERPRETED else ("cuda", "xpu")}
 TRITON_FROM = 7  # the compute capability of an NVIDIA GPU
-# Of a row, on GPUs. Entries are the classes that its top-k teachers name. CUDA kernels have room for so many; Triton's, in which each
-# teacher has code of its own, take minutes to compile for more.
+# The most that GPU kernels take of a row; entries are the classes that its top-k teachers name. CUDA kernels have no room for more;
+# Triton's, which have code for each teacher, would take minutes to compile.
 MOST_TEACHERS, MOST_ENTRIES = 32, 8192
 # The operators, and those that each backend has: the files in ops/ fill both.
 OPS: list[str] = []
@@ -154,8 +154,8 @@ def why_not_gpu(name: str, index: int | None) -> str | None:
     return None
 
 
-# torch.compile takes its result as a constant. This is all that torch.compiler.assume_constant_result does, but that imports the
-# compiler: as long again as torch itself takes.
+# torch.compile takes its result as a constant. torch.compiler.assume_constant_result does no more than this, but imports the
+# compiler, which takes as long as importing torch.
 why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

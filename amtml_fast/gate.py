@@ -83,7 +83,7 @@ class TeacherGate(nn.Module):
         u = log_p.flatten(1)
         mean = u.mean(0) if len(u) else u.new_zeros(u.shape[1])
         spread = u.std(0, correction=0) if len(u) else torch.ones_like(mean)
-        # What is nearly the same for all examples tells none apart, and is not blown up.
+        # A number that is nearly the same for all examples tells none apart: it is not blown up.
         scale = 1 / spread.clamp_min(1e-3)
         x, rows = ((u - mean) * scale)[known], known.nonzero()[:, 0]
         right = log_p[rows, :, labels[known]]  # [labeled, T]

@@ -298,7 +298,7 @@ def reduced(
     options: KDOptions,
     alphas: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from both terms of every row; without labels there is no ``ce``."""
+    """Loss, ce and kl of Eq 8, reduced, from both terms of every row; ``ce`` is None without labels."""
     alpha, reduction, labeled = options.alpha, options.reduction, ce is not None
     kl = kl.masked_fill(~valid, 0)
     if ce is None:
@@ -667,7 +667,7 @@ def _cosines(x: Tensor, row_mask: Tensor | None, eps: float) -> Tensor:
 
 
 def _huber(difference: Tensor, delta: float) -> Tensor:
-    """Of each element. (The gradient of torch's own has no derivative in forward mode.)"""
+    """The Huber loss of each element. (The gradient of torch's own has no derivative in forward mode.)"""
     clamped = difference.clamp(-delta, delta)
     return clamped * (difference - 0.5 * clamped)
 

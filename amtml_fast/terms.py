@@ -24,7 +24,7 @@ class KDOptions(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """What ``divergence_loss`` does otherwise than Eq 8; the defaults are Eq 8 itself."""
+    """How ``divergence_loss`` differs from Eq 8; the defaults are Eq 8 itself."""
 
     name: str = "forward_kl"
     beta: float = 0.0
@@ -106,7 +106,7 @@ def divergence_of(
 
 
 def divergence_numbers(temperature: float | Tensor, alpha: float | Tensor, *others: Any) -> KDOptions:
-    """``KDOptions`` of which ``Divergence`` holds what there is one of a row."""
+    """``KDOptions``, with 1 for a temperature or alpha of every row: those are in ``Divergence``."""
     shared = [1.0 if isinstance(x, Tensor) else x for x in (temperature, alpha)]
     return KDOptions(shared[0], shared[1], *others)
 

@@ -36,7 +36,7 @@ PARTS = (
 )
 KIT = ROOT / "build" / "gpu-kit"
 LIBRARY = "_C.abi3.so"
-# A part is stopped after so many.
+# After which a part is stopped.
 SECONDS = {"figures": 240, "tests": 240, "memory checks": 90, "tuning": 180, "step": 180}
 
 

@@ -14,7 +14,7 @@ from amtml_fast.testing import CASES, convert, relative_error, tensors
 
 from .machine import DEVICE, GPU
 
-# For a float64 check: rows of what is O(N^3) in plain PyTorch, elements of a matrix.
+# The most that is compared in float64: rows of what is O(N^3) in plain PyTorch, elements of a matrix.
 MOST_CUBIC, MOST_ELEMENTS = 256, 2**25
 
 

@@ -208,7 +208,7 @@ def gathered(parameter: Tensor) -> Tensor:
 
 
 def rounding_of(x: Tensor) -> float:
-    """What a relative difference may be that is none."""
+    """The relative difference up to which two results count as equal."""
     return max(torch.finfo(x.dtype).eps, 1e-3)
 
 

@@ -326,7 +326,7 @@ class DistillationTrainer(Trainer):
     # --- what is logged
 
     def _is_logged(self) -> bool:
-        """Whether this step will be, as far as it is known before it ends."""
+        """Whether this step will be logged, as far as that is known before it ends."""
         step, every, args = self.state.global_step + 1, self.state.logging_steps or 0, self.args
         if args.logging_first_step and step == 1:
             return True

@@ -103,8 +103,8 @@ def _negated(args: Iterable) -> bool:
 
 
 class _Direct:
-    """The Triton launchers under the names of their raw ops, without the dispatcher: it takes as long as two or three launches.
-    What it does for some tensors is left to it."""
+    """The Triton launchers under the names of their raw ops. They are called without torch's dispatcher, which takes as long as two
+    or three launches; arguments that only the dispatcher can handle still go through it."""
 
     def __getattr__(self, name: str) -> Any:
         def default(*args: Any) -> Any:

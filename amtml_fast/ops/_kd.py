@@ -17,7 +17,7 @@ from amtml_fast.terms import KDOptions, KDStats, over_items
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
-# In a schema. (An operator that writes into its arguments names the mode otherwise: torch.compile keeps that name for itself.)
+# In a schema. (An operator that writes into its arguments needs another name for mode: torch.compile keeps that one for itself.)
 SETTINGS = (
     "float temperature, float ce_weight, float kl_weight, float kl_scale, str mode, str reduction, "
     "int ignore_index, float label_smoothing"

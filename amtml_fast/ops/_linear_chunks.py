@@ -99,7 +99,7 @@ class Call:
         self.buffers: dict[str, Tensor] = {}
 
     def outputs(self) -> Outputs:
-        """Not filled in."""
+        """Memory for them, not filled in."""
         n, t, set, wide, like = self.rows, len(self.kinds), self.set, self.wide, self.hidden
         sum_dtype = torch.bfloat16 if set.narrow_sum else wide
         shapes = self.hidden.shape, self.weight.shape, (self.classes,), (n, t), (n,)

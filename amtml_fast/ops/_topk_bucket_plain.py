@@ -84,7 +84,7 @@ def plain_bucket(
 
 
 def plain_tail(chosen: str, given: TopkInputs, *, need_stats: bool) -> tuple[Any, Any]:
-    """The loss with another tail, which is made in a split vocabulary only, and the statistics."""
+    """With another tail: the loss, which is made in a split vocabulary only (else None), and the statistics."""
     sizes, tau, classes, tail = given.sizes, given.options.temperature, given.classes, given.options.mode
     valid, log_p, fixed = _counted(given)
     p = log_p.exp()

@@ -66,10 +66,10 @@ def kept_entries(chosen: str, given: TopkInputs) -> Tensor:
         largest = vocabulary.gathered(largest).movedim(0, 1).flatten(1).topk(most, dim=1).values.to(z.dtype)
     # Wide: on the CPU torch stacks no float16 under an autocast to bfloat16.
     bounds = torch.stack([largest[:, k - 1].to(wide_dtype(z)) for k in sizes], 1).to(z.dtype)
-    # So many of those that are equal to the bound are among the k.
+    # How many of the logits that equal the bound are among the k.
     equal = torch.stack([k - (largest[:, :k] > largest[:, k - 1 : k]).sum(1) for k in sizes], 1)
     mine, places = torch.ones_like(indices, dtype=torch.bool), indices.clamp(0, z.shape[1] - 1)
-    if vocabulary is not None:  # without those of the processes before this one
+    if vocabulary is not None:  # less those that the processes before this one hold
         mine, places = vocabulary.here(indices)
         found = torch.stack([(z == bounds[:, t : t + 1]).sum(1) for t in range(len(sizes))], 1)
         equal = equal - vocabulary.gathered(found)[: vocabulary.rank].sum(0).long()
@@ -116,7 +116,7 @@ def named_entries(indices: Tensor, kept: Tensor | None, p: Tensor, sizes: list[i
     counted, sums = p if kept is None else p.masked_fill(~kept, 0), torch.zeros_like(p)
     if p.device.type == "cpu":
         p = sums.scatter_add(1, mine, counted)
-    else:  # whose sums have one order there, as those of scatter_add have here
+    else:  # on a GPU index_put adds up in a fixed order, as scatter_add does on the CPU
         row = torch.ones_like(indices[:, :1]).cumsum(0) - 1
         p = sums.index_put((row, mine), counted, accumulate=True)
     home = home.masked_fill(~own, entries)

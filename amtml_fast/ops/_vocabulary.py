@@ -64,7 +64,7 @@ class Vocabulary(NamedTuple):
         return places.masked_fill(ignored, IGNORED), mine & ~ignored
 
     def absent(self, classes: Tensor) -> Tensor:
-        """Which of these class numbers no process holds. (On the CPU that was an error before.)"""
+        """Which of these class numbers no process holds. (On the CPU the checks have refused them.)"""
         return (classes < 0) | (classes >= self.classes)
 
     def first_largest(self, told: Tensor) -> Tensor:

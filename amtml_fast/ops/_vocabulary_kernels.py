@@ -89,7 +89,7 @@ class KernelBlock:
         """To the logits, from the gradients to ``each`` and ``ce``."""
         rule, (student, teachers, weights, *rest) = self.rule, self.rows
         of_kl, total = of_each[:, 0], totals[:, 0]
-        if rule.mode == "sum" and len(teachers) == 1:  # a student like its teacher has the gradient 0 and not nearly
+        if rule.mode == "sum" and len(teachers) == 1:  # a student like its teacher has the gradient 0 exactly
             weights = torch.ones_like(of_each)
         elif rule.mode == "sum":
             total = (of_each * totals).masked_fill(of_each == 0, 0).sum(1)  # 0 * NaN is 0

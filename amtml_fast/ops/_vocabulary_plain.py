@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
     @property
     def known_totals(self) -> bool:
-        """Whether G is minus the sum of p: then p = q has the gradient 0 and not nearly."""
+        """Whether G (of ``_vocabulary_rows``) is minus the sum of p: taken as that, the gradient at p = q is exactly 0."""
         return self.divergence.name == "forward_kl"
 
 
