@@ -62,15 +62,15 @@ def check_options(
 
 def check_divergence(function: str, divergence: str, beta: float | None) -> None:
     checks.one_of(function, "divergence", divergence, DIVERGENCES)
-    if divergence in DEFAULT_BETA:
-        if beta is not None:
-            wanted = f'between 0 and 1, both excluded, with divergence "{divergence}"'
-            if isinstance(beta, bool) or not isinstance(beta, (int, float)):
-                raise TypeError(f"{function}: beta must be a number {wanted}, got {beta!r}")
-            if not 0 < beta < 1:
-                raise ValueError(f"{function}: beta must be a number {wanted}, got {beta}")
-    elif beta is not None:
+    if beta is None:
+        return
+    if divergence not in DEFAULT_BETA:
         raise ValueError(f'{function}: beta must be None with divergence "{divergence}", got {beta!r}')
+    wanted = f'a number between 0 and 1, both excluded, with divergence "{divergence}"'
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)):
+        raise TypeError(f"{function}: beta must be {wanted}, got {beta!r}")
+    if not 0 < beta < 1:
+        raise ValueError(f"{function}: beta must be {wanted}, got {beta}")
 
 
 def row_numbers(
