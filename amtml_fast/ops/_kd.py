@@ -58,18 +58,16 @@ def one_a_teacher(
     function: str, name: str, value: Tensor | Sequence[Tensor], student_logits: Tensor, last: str
 ) -> list[Tensor]:
     """One tensor per teacher, from a list or from one tensor; ``last``: the name of its last dimension."""
-    stacked = f"[T, N, {last}]" if student_logits.dim() == 2 else f"[T, B, S, {last}]"
-    if isinstance(value, Tensor):
-        if value.dim() != student_logits.dim() + 1:
-            wanted = f"a list of tensors or one {stacked} tensor"
-            raise ValueError(f"{function}: {name} must be {wanted}, got {checks.shape(value)}")
-        out = list(value.unbind(0))
-    elif isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple)):
         out = list(value)
+    elif isinstance(value, Tensor) and value.dim() == student_logits.dim() + 1:
+        out = list(value.unbind(0))
     else:
-        raise TypeError(
-            f"{function}: {name} must be a list of tensors or one {stacked} tensor, got {type(value).__name__}"
-        )
+        rows = "N" if student_logits.dim() == 2 else "B, S"
+        wanted = f"{function}: {name} must be a list of tensors or one [T, {rows}, {last}] tensor"
+        if isinstance(value, Tensor):
+            raise ValueError(f"{wanted}, got {checks.shape(value)}")
+        raise TypeError(f"{wanted}, got {type(value).__name__}")
     if len(out) == 0:
         raise ValueError(f"{function}: {name} must hold at least one teacher, got none")
     return out
@@ -118,6 +116,7 @@ def check_num_items(
     """The values of tensors only where looking costs no sync."""
     name = f"{function}: num_items_in_batch"
     count: float | Tensor = num_items_in_batch
+    least = 1 if labels is None else 0
     if reduction != "batchmean":
         raise ValueError(f'{name} must be None with a reduction other than "batchmean", got reduction "{reduction}"')
     if isinstance(num_items_in_batch, Tensor):
@@ -132,8 +131,8 @@ def check_num_items(
             raise ValueError(f"{name} must be finite and not negative, got {count}")
     elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int):
         raise TypeError(f"{name} must be an int or a 0-d tensor, got {num_items_in_batch!r}")
-    elif not (1 if labels is None else 0) <= num_items_in_batch < checks.INT64:
-        wanted = f"in [{'1' if labels is None else '0'}, 2**63){' without labels' if labels is None else ''}"
+    elif not least <= num_items_in_batch < checks.INT64:
+        wanted = f"in [{least}, 2**63){' without labels' if labels is None else ''}"
         raise ValueError(f"{name} must be {wanted}, got {num_items_in_batch}")
     if count != 0:
         return
