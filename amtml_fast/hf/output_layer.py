@@ -91,21 +91,16 @@ class OutputLayer:
         if not any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in given):
             return True
         probe = torch.linspace(0, 64, self.classes, dtype=torch.float32, device="cpu")
-        handle = self.layer.register_forward_hook(lambda _, args, out: probe.to(out).expand_as(out))
-        training, losses = self.model.training, []
-        try:
-            tokens = torch.zeros(1, 2, dtype=torch.int64, device=device_of_inputs(self.model))
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=device_of_inputs(self.model))
+        losses = []
+        with _answering(self.model, self.layer, lambda _, args, out: probe.to(out).expand_as(out)):
             for first in (0, self.classes - 1):  # the label of the first place, and no other one
                 labels = tokens.masked_fill(tokens == 0, -100)
                 labels[0, 0] = first
-                with torch.no_grad():
-                    output = self.model.eval()(input_ids=tokens, labels=labels)
+                output = self.model(input_ids=tokens, labels=labels)
                 if output.get("loss") is None:
                     return True
                 losses.append(output["loss"].item())
-        finally:
-            handle.remove()
-            self.model.train(training)
         apart = (output.logits.amax() - output.logits.amin()).item()
         return not losses[0] - losses[1] > apart / 2  # NaN where no label counts
 
@@ -212,6 +207,19 @@ def rounding_of(x: Tensor) -> float:
     return max(torch.finfo(x.dtype).eps, 1e-3)
 
 
+@contextlib.contextmanager
+def _answering(model: Any, layer: nn.Module, hook: Callable) -> Iterator[None]:
+    """Inside, the model is in eval mode without gradients, and its output layer answers what this forward hook does."""
+    handle, training = layer.register_forward_hook(hook), model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        handle.remove()
+        model.train(training)
+
+
 @torch.no_grad()
 def _probe(model: Any, layer: nn.Linear, weight: Tensor, bias: Tensor | None, name: str) -> tuple[float, float | None]:
     """The scale and the softcap that the model gives its logits. Its tokens are not to see later ones, and no hook may change what the
@@ -228,14 +236,9 @@ def _probe(model: Any, layer: nn.Linear, weight: Tensor, bias: Tensor | None, na
         hooked.append((out - made).norm().item() > rounding_of(out) * made.norm().item())
         return probe.to(out.device).expand(*out.shape[:-1], -1)
 
-    handle = layer.register_forward_hook(replace)
-    training = model.training
-    try:
-        tokens = torch.tensor([[0, 0], [0, 1]], dtype=torch.int64, device=device_of_inputs(model))
-        logits = model.eval()(input_ids=tokens).logits.float().cpu()
-    finally:
-        handle.remove()
-        model.train(training)
+    tokens = torch.tensor([[0, 0], [0, 1]], dtype=torch.int64, device=device_of_inputs(model))
+    with _answering(model, layer, replace):
+        logits = model(input_ids=tokens).logits.float().cpu()
     if hooked[0]:
         raise ValueError(
             f"{name} must have an output layer whose hooks leave its results as they are, got {type(model).__name__}, where a forward "
