@@ -204,8 +204,10 @@ def _of_rows(
     name = "multi_teacher_kd_loss"
     _kd.check_numbers(name, options.temperature, options.alpha, options.label_smoothing)
     chosen = backend.choose("multi_teacher_kd", student, weights, *teachers, teachers=len(teachers))
+    # Of the weights as they were given: those of all rows are looked at where every row is ignored, too.
+    values = name, labels, student.shape[1], options.ignore_index, None if need_terms else weights
     if chosen != "cpp":  # the C++ kernel checks values itself
-        _kd.check_values(name, labels, student.shape[1], options.ignore_index, None if need_terms else weights)
+        _kd.check_values(*values)
     if chosen == "reference":
         terms = reference.multi_teacher_kd(student, list(teachers), weights, labels, options)
         return terms if need_terms else terms.loss
@@ -215,8 +217,8 @@ def _of_rows(
         weights = weights if weights.shape[0] == student.shape[0] else weights.expand(student.shape[0], -1)
     settings, needs = _kd.settings(options, labels is not None), (needs_grad(student), needs_grad(weights))
     return _kd.run(
-        (name, labels, student.shape[1], options.ignore_index, None if need_terms else weights),
-        MultiTeacherKD, any(needs), student, weights, (chosen, labels, settings, needs, wide, need_terms, teachers),
+        values, MultiTeacherKD, any(needs), student, weights,
+        (chosen, labels, settings, needs, wide, need_terms, teachers),
     )  # fmt: skip
 
 

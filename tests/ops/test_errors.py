@@ -241,6 +241,15 @@ def test_compiled_code_still_refuses_wrong_values():
             compiled(Z, T2, wrong, Y)
 
 
+@cpu_only
+def test_weights_of_all_rows_are_looked_at_where_no_row_counts(on):
+    for weights in (torch.tensor([-1.0, 1]), torch.tensor([torch.nan, 1])):
+        with pytest.raises(
+            ValueError, match=r"^multi_teacher_kd_loss: teacher_weights must be finite and not negative"
+        ):
+            af.multi_teacher_kd_loss(Z, T2, weights, torch.full_like(Y, -100))
+
+
 class _Tagged(torch.Tensor):
     """As of a library of data sets: a tensor with a class of its own."""
 

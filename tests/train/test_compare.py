@@ -444,7 +444,9 @@ def test_the_share_of_examples_won_is_logged(compared: Compared) -> None:
 def test_okds_mean_is_over_the_first_teachers(tmp_path: Path) -> None:
     settings = load(tmp_path)
     row = Row
-    main = [row(f"okd-{name}", name, 10, [value, value + 0.1]) for name, value in (("a", 0.3), ("b", 0.5), ("c", 0.7))]
+    values = ("a", 0.3), ("b", 0.5), ("c", 0.7)
+    main = [row(f"okd-{name}", name, 10, [v, v + 0.1], student=settings.student.name) for name, v in values]
+    main += [row(f"okd-{name}", name, 20, [v / 2, v], student="wide") for name, v in values]  # no row of this student
     found = results.Found(main, main, [], [], "", {})
     assert settings.compare.teachers == [2, 3]
     means = results.okd_means(settings, found)

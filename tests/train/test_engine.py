@@ -33,6 +33,9 @@ def test_the_choices_are_three_and_errors_name_them(place: Place) -> None:
     for key in ("channels_last", "cuda_graphs"):
         with pytest.raises(ConfigError, match=f"engine.{key} must be one of auto, true, false, got 'yes please'"):
             place.load(f"engine.{key}=yes please")
+        for number in (0, 1):  # equal to false and true, but neither
+            with pytest.raises(ConfigError, match=f"engine.{key} must be one of auto, true, false, got {number}"):
+                place.load(f"engine.{key}={number}")
     with pytest.raises(ConfigError, match=r"engine\.precision must be one of null, auto, got 'bf16'"):
         place.load("engine.precision=bf16")
     assert place.load("engine.channels_last=true").engine.channels_last is True

@@ -77,6 +77,15 @@ def test_every_method_with_every_kind_of_features(tmp_path: Path, data: ImageDat
     assert torch.isfinite(step(settings, name, data))
 
 
+def test_a_group_at_the_place_of_the_features_is_a_map_all_the_same(tmp_path: Path, data: ImageData) -> None:
+    """The features of AMTML-KD may be [N, c]; what hints guide may not."""
+    settings = load(tmp_path, "student.features=fc", "student.groups={low: block2, high: fc}")
+    with pytest.raises(
+        ConfigError, match=r"^config: student\.groups\.high must name a module .* got 'fc', .* \[2, 10\]$"
+    ):
+        preflight.networks(settings, data, [student_job(settings, "amtml_kd", 0)])
+
+
 def with_hints() -> list[str]:
     plain = Config()
     settings = {name: reading.changed(plain, method.settings(plain), name) for name, method in METHODS.items()}

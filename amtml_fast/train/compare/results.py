@@ -194,7 +194,7 @@ def is_okd(row: Row) -> bool:
 def okd_means(config: Config, found: Found) -> list[Row]:
     """For each number n of teachers, OKD's mean over the first n of them, seed by seed."""
     names = [f"{OKD}-{teacher.name}" for teacher in config.teachers]
-    single = {row.method: row for row in found.main if is_okd(row)}
+    single = {row.method: row for row in found.main if is_okd(row) and row.student == config.student.name}
     rows = []
     for number in tables.unique(config.compare.teachers) or [len(names)]:
         if number and set(names[:number]) <= set(single):

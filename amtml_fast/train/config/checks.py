@@ -40,7 +40,7 @@ def check_values(config: Config) -> None:
         raise ConfigError(f"config: {out}")
     for key, choices in CHOICES.items():
         value = attrgetter(key)(config)
-        if value not in choices:
+        if (type(value), value) not in [(type(choice), choice) for choice in choices]:  # 0 is not false
             raise ConfigError(bad_choice(key, value, choices))
     _check_place(config.name)
     if config.folder == config.cache_folder:

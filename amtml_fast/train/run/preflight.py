@@ -17,7 +17,7 @@ from ..models.features import FeatureExtractor
 from ..models.networks import build
 from ..models.probe import ANY, MAP, check_map, maps
 from ..teachers import frozen
-from .job import Job, need_hints
+from .job import FEATURES, Job, need_hints
 from .prepare import data_of
 
 
@@ -75,7 +75,7 @@ def student_maps(model: FeatureExtractor, job: Job, data: ImageData) -> dict[str
                 f"got {single}: {error}"
             ) from None
     for name, path in job.paths.items():
-        wanted = ANY if path == job.features and job.method.pooled else MAP
+        wanted = ANY if name == FEATURES and job.method.pooled else MAP
         check_map(f"{job.student}.{name}", path, caught[name], wanted)
     return caught
 
