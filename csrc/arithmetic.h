@@ -81,7 +81,9 @@ AMTML_SHARED DivergenceTerm<A> divergence_term(A p, A q, A log_p, A log_q, Mixtu
     const A value = if_mass(q, q * (log_q - log_p));
     return {value, value, if_mass(q, -q / p)};
   } else if constexpr (kind == Divergence::tvd) {
-    const A difference = p - q, sign = difference > 0 ? A(0.5) : (difference < 0 ? A(-0.5) : difference);
+    // The sign is not that of the difference, which may be fused with the product that q is: not 0 then where they are
+    // equal.
+    const A difference = p - q, sign = p > q ? A(0.5) : (p < q ? A(-0.5) : (p == q ? A(0) : difference));
     return {sign * difference, -q * sign, sign};
   } else {
     // Below `least` no class counts, and an infinite inverse would meet a 0.

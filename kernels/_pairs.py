@@ -264,7 +264,8 @@ def row_gradient(
     n, p,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    i, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    # Columns first: a grid's second dimension ends at 65535, and no memory holds the pairs of so many rows.
+    i, c = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS).to(tl.int64)[:, None, None] * p * p
     keep = taking_part(i, row_mask, mask_stride, n)
     column = c.to(tl.int64) * column_stride

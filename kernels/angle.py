@@ -26,7 +26,7 @@ to 32, S the number of parts into which the rows c are cut where there are few t
                     from memory and P / 32 times from L2, writes 8 S P^2 for each side with a gradient. Bound by
                     arithmetic: for a pair and a row 15 float64 additions, 9 conversions from or to float64 and 25
                     float32 instructions (student gradient), of which the conversions are the slowest.
-  finish_kernel     grid (N / 4, C / 32, sides + 1): the gradient of the rows (pairs.py), and the sum of the losses
+  finish_kernel     grid (C / 32, N / 4, sides + 1): the gradient of the rows (pairs.py), and the sum of the losses
 Memory: 40 + 8 S bytes (both gradients: 40 + 16 S) for each of P^2 pairs; S = 1 from N = 481 on. With eps below 1e-18
 all is float64, and 48 takes the place of 40.
 """
@@ -223,7 +223,7 @@ def _finish_loss(
     partial, count, loss, row_mask, mask_stride, scale, n, p, PER_VERTEX: tl.constexpr, ROWS: tl.constexpr
 ):
     if PER_VERTEX:
-        j, program = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64)
+        j, program = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, 64)
         sums = tl.zeros([64, ROWS], tl.float64)
         for first in range(0, count, 64):
             at = (first + program).to(tl.int64)[:, None] * p + j[None, :]
@@ -344,7 +344,7 @@ def _plan(
     widest = max(x[1] for x in (first, second)[: max(sides, 1)])
     finish = Launch(
         finish_kernel,
-        (triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1) if sides else 1, sides + want_loss),
+        (max(triton.cdiv(widest, COLUMNS), 1) if sides else 1, triton.cdiv(n, ROWS), sides + want_loss),
         **side_numbers("first", first),
         **side_numbers("other", second),
         mask_stride=mask_stride,

@@ -11,7 +11,7 @@ student, teacher [N, C] float32, bfloat16 or float16; loss [], gradients [N, C],
   distances_kernel  see pairs.py; also sums of d over each tile
   compare_kernel    grid P / 8: a program owns 8 rows of pairs. Reads 24 P^2 bytes, writes 8 P^2 (g). Bound by a float64
                     square root and division for each side of a pair
-  finish_kernel     grid (N / 4, C / 32, sides + 1): the gradient of the rows (pairs.py), and the sum of the losses.
+  finish_kernel     grid (C / 32, N / 4, sides + 1): the gradient of the rows (pairs.py), and the sum of the losses.
                     Reads 12 P^2 bytes a side once for 32 columns
 Memory: 24 bytes for each of P^2 pairs, 32 with gradients.
 """
@@ -156,7 +156,7 @@ def _launches(
         **OPTIONS,
     )
     widest = max((x[1] for x, needed in zip((student, teacher), needs) if needed), default=1)
-    grid = triton.cdiv(n, ROWS), max(triton.cdiv(widest, COLUMNS), 1), 1 + sum(needs)
+    grid = max(triton.cdiv(widest, COLUMNS), 1), triton.cdiv(n, ROWS), 1 + sum(needs)
     finish = Launch(
         finish_kernel,
         grid if any(needs) else (1, 1, 1),

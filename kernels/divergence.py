@@ -77,8 +77,8 @@ def _class_terms(p, q, log, difference, log_total, by_total, share, KIND: tl.con
         value = difference * by_total - r
         a = -q / p
     elif KIND == "tvd":
-        apart = p - q
-        a = tl.where(apart > 0, 0.5, tl.where(apart < 0, -0.5, apart))  # NaN stays NaN
+        apart = p - q  # may be fused with the product that q is: then it is not 0 where they are equal
+        a = tl.where(p > q, 0.5, tl.where(p < q, -0.5, tl.where(p == q, 0.0, apart)))  # NaN stays NaN
         value = a * apart
         r = q * a
     else:
@@ -256,7 +256,7 @@ def mass_of(total, LOGITS: tl.constexpr):
     mass = total
     if LOGITS:
         mass = tl.full(total.shape, 1.0, tl.float32)
-    return mass, tl.where(mass == 0, 0.0, tl.log(mass)), tl.where(mass == 0, 0.0, 1.0 / mass)
+    return mass, tl.where(mass == 0, 0.0, tl.log(mass)), tl.where(mass == 0, 0.0, tl.div_rn(1.0, mass))
 
 
 @triton.jit
@@ -409,7 +409,7 @@ def _divergence_kernel(
     )
     m = tops[0]
     s = totals[0]
-    inverse = 1.0 / s
+    inverse = tl.div_rn(1.0, s)  # rounded: an error of all classes would not cancel in D
     maxima = tops[1:]
     inverses = inverses_of(totals[1 : 1 + T], w)
     log_ratios = log_ratios_of(totals[1:], s, False)
@@ -422,7 +422,7 @@ def _divergence_kernel(
     if LOGITS:
         target_w = (mass,)
         target_rates = (RATE,)
-        inverses = (1.0 / totals[1],)
+        inverses = (tl.div_rn(1.0, totals[1]),)
         own_maxima = tops[2:]
         if OWN:
             own_inverses = inverses_of(totals[2:], w)
@@ -530,9 +530,8 @@ def _divergence_kernel(
                 products = ()
                 for t in tl.static_range(T):
                     y = (x_tiles[t] - shifts[t]) * per_taus[t]
-                    y = tl.where(
-                        y - y == 0, y, -shifts[t] * per_taus[t]
-                    )  # a class that the teacher has not: a logit of 0
+                    # A class that the teacher has not: a logit of 0. (Not y - y == 0: fused, it is the rounding of y.)
+                    y = tl.where(tl.abs(y) < float("inf"), y, -shifts[t] * per_taus[t])
                     products = products + (slope * y,)
                 mixed_dots = add(mixed_dots, products, FOLD, ALIGN)
             if not KNOWN and grad_out is not None:

@@ -166,7 +166,7 @@ def _load_softmaxes(normal, row, used, weights, LOGITS: tl.constexpr, LABELED: t
         log_ratios = log_ratios + ((log_t - log).to(tl.float32),)
     inverses = inverses_of(sums[:T], weights)
     if LOGITS:
-        inverses = inverses + (1.0 / sums[T],)
+        inverses = inverses + (tl.div_rn(1.0, sums[T]),)
     return m, tl.exp(log).to(tl.float32), s1.to(tl.float32), maxima, inverses, log_ratios
 
 
@@ -206,7 +206,7 @@ def _divergence_part_shares_kernel(
         temperatures, temperature_stride, row, rate, per_tau, teacher_rates, teacher_per_taus, T
     )
     m, s, _s1, maxima, inverses, log_ratios = _load_softmaxes(normal, row, used, w, LOGITS, LABELED, T)
-    inverse = 1.0 / s
+    inverse = tl.div_rn(1.0, s)
     mass, log_total, by_total = mass_of(total, LOGITS)
 
     zero = tl.zeros([1, PART // FOLD], tl.float32)
@@ -258,7 +258,7 @@ def _divergence_part_shares_kernel(
                 for t in tl.static_range(T):
                     shift = tl.where(tl.abs(maxima[t]) < 1e38, maxima[t], 0.0)
                     y = (xs[t] - shift) * per_taus[t]
-                    y = tl.where(y - y == 0, y, -shift * per_taus[t])  # a class that the teacher has not: a logit of 0
+                    y = tl.where(tl.abs(y) < float("inf"), y, -shift * per_taus[t])  # as in divergence.py
                     of_a = of_a + (tl.where(y == 0, 0.0, terms[0] * y),)
                     of_p = of_p + (tl.where(y == 0, 0.0, p[0] * y),)
                 products = add(products, of_a + of_p, FOLD, ALIGN)
@@ -338,7 +338,7 @@ def _divergence_part_grad_kernel(
         temperatures, temperature_stride, row, rate, per_tau, teacher_rates, teacher_per_taus, T
     )
     m, s, s1, maxima, inverses, log_ratios = _load_softmaxes(normal, row, used, w, LOGITS, LABELED, T)
-    inverse = 1.0 / s
+    inverse = tl.div_rn(1.0, s)
     mass, log_total, by_total = mass_of(total, LOGITS)
     all_r = -tl.load(totals + row)
     kl_grad = tl.load(of_kl + row)

@@ -75,9 +75,10 @@ def _pool_kernel(
     x_example, x_channel, down, along,
     NORMALIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    o = tl.program_id(2) * BLOCK_O + tl.arange(0, BLOCK_O)
+    blocks = tl.cdiv(channels, BLOCK_C)  # beside the examples: a grid's other dimensions end at 65535
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    c = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     outputs = out_height * out_width
     top, bottom = _window(o // out_width, height, out_height)
     left, right = _window(o % out_width, width, out_width)
@@ -240,7 +241,7 @@ def _pool(shape: tuple[int, ...], strides: tuple[int, ...], height: int, width: 
     block_c = power_of_2(c, TILE // (block_k * block_o))
     return Launch(
         _pool_kernel,
-        (n, triton.cdiv(c, block_c), triton.cdiv(height * width, block_o)),
+        (n * triton.cdiv(c, block_c), triton.cdiv(height * width, block_o)),
         channels=c,
         height=h,
         width=w,

@@ -37,6 +37,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and backend.HAS_TRITON:
     triton_interpreter.round_to_bfloat16()
     triton_interpreter.stay_in_the_language()
     triton_interpreter.look_for_overflow_in_numpy()
+    triton_interpreter.compute_as_a_gpu()
 
 
 if os.environ.get("AMTML_TEST_BACKENDS") == "gpu":

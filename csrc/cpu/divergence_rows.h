@@ -326,7 +326,8 @@ AMTML_INLINE void compare_all(Row<A>& row) {
       row.dot[t] += block_sum<A>(std::min(kChunk, n - start), [&] AMTML_BODY(int64_t c) {
         const A x = logits[c], slope = pa[c] - e[c] * by * mean;
         // What is not finite, as it is or over tau, has no weight, or no probability.
-        const A scaled = (x - shift) * p.per_tau, y = scaled - scaled == 0 ? scaled : -shift * p.per_tau;
+        const A scaled = (x - shift) * p.per_tau,
+                y = std::abs(scaled) < std::numeric_limits<A>::infinity() ? scaled : -shift * p.per_tau;
         return if_mass(y, slope * y);
       });
     }

@@ -474,7 +474,9 @@ __device__ __forceinline__ void sweep(const Problem& pr, const Sweep& want, cons
           for (int k = 0; k < kPack; ++k) {
             if (pr.logits()) {
               const float scaled = (x[k] - shift) * own.per_tau;
-              const bool finite = scaled - scaled == 0;  // else no weight or no probability is there: as a logit of 0
+              // Else no weight or no probability is there: as a logit of 0. (scaled - scaled may be fused: its
+              // rounding.)
+              const bool finite = fabsf(scaled) < INFINITY;
               const float y = finite ? scaled : -shift * own.per_tau;
               sum += if_mass(y, a[k] * y), other += if_mass(y, p[k] * y);  // a may be infinite
             } else {
