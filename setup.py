@@ -12,9 +12,11 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 
 def asked(name: str, *choices: str) -> str:
@@ -28,19 +30,44 @@ def asked(name: str, *choices: str) -> str:
 WANTED = asked("AMTML_BUILD_EXT", "auto", "0", "1")
 CUDA_WANTED = asked("AMTML_BUILD_CUDA", "0", "1")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which a Python without the lock does not have
+NOT_BUILT = ""  # why there is no extension
 
 
 def give_up(reason: object) -> None:
+    global NOT_BUILT
     by_name = ("AMTML_BUILD_EXT", WANTED), ("AMTML_BUILD_CUDA", CUDA_WANTED)
     if wishes := [f"{name}=1" for name, value in by_name if value == "1"]:
         raise SystemExit(
             f"amtml_fast: the C++ extension was asked for ({', '.join(wishes)}) but cannot be built: {reason}"
         )
+    NOT_BUILT = str(reason)
     print(f"\n*** amtml_fast: built WITHOUT its C++ extension ({reason}).", file=sys.stderr)
-    print("*** It will run on the slow reference backend. Install torch and a C++ compiler, then", file=sys.stderr)
     print(
-        "*** pip install --no-build-isolation --force-reinstall --no-deps .   (in its source folder)\n", file=sys.stderr
+        "*** It will run on the slow reference backend. Install torch and GCC or Clang, then in its folder",
+        file=sys.stderr,
     )
+    print("*** pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .\n", file=sys.stderr)
+
+
+def leave_word(folder: Path) -> None:
+    """A build folder's package says why it has no extension, and has none of an earlier build."""
+    for stale in folder.glob("_C.*"):
+        stale.unlink()
+    if NOT_BUILT and folder.is_dir():
+        (folder / "not_built.txt").write_text(f"{NOT_BUILT}\n", encoding="utf-8")
+
+
+class BuildPython(build_py):
+    """Into an empty folder: what an earlier build has left there would be packed, too."""
+
+    def run(self) -> None:
+        folder = Path(self.build_lib, "amtml_fast")
+        if not self.editable_mode:
+            shutil.rmtree(folder, ignore_errors=True)
+        super().run()
+        if not self.editable_mode:
+            leave_word(folder)
 
 
 def cuda_home() -> str | None:
@@ -81,16 +108,19 @@ def cuda_part(home: str, flags: list[str]) -> dict:
     }
 
 
-def extension() -> dict:
-    """The keywords of setup() that build _C, or none of them."""
+def extension() -> tuple[list, dict]:
+    """The module _C and the command that builds it, or neither."""
     if WANTED == "0":
-        return {}
+        return [], {}
+    if sys.platform == "win32":
+        give_up("it needs GCC's or Clang's vectors, and torch's extensions MSVC")
+        return [], {}
     try:
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
-        give_up(error)
-        return {}
+    except (ImportError, OSError) as error:  # OSError: of a library that torch does not find
+        give_up(f"{error}; an installed torch is not seen without --no-build-isolation")
+        return [], {}
 
     class BuildOrGoOn(BuildExtension):
         def build_extensions(self) -> None:
@@ -99,6 +129,10 @@ def extension() -> dict:
             except Exception as error:  # whatever compilers raise: setuptools' errors, ninja's RuntimeError
                 give_up(error)
                 self.extensions.clear()
+                if not self.inplace:
+                    leave_word(Path(self.build_lib, "amtml_fast"))
+                if wheel := self.distribution.command_obj.get("bdist_wheel"):
+                    wheel.root_is_pure = True  # with the name of what it is: not that of one with an extension
 
     # -ffp-contract=fast is GCC's default, stated for Clang. No -ffast-math: NaN and -inf are part of the contract; but
     # without -fno-trapping-math, which leaves values alone, GCC turns selects into branches and gives up vectors.
@@ -118,17 +152,19 @@ def extension() -> dict:
         "amtml_fast._C",
         sources + cuda.pop("sources"),
         depends=sorted(map(str, [*Path("csrc").rglob("*.h"), *Path("csrc").rglob("*.cuh")])),
-        py_limited_api=True,
+        py_limited_api=LIMITED_API,
         extra_link_args=[*cuda.pop("extra_link_args", []), *([] if debug or sys.platform != "linux" else ["-Wl,-s"])],
         extra_compile_args={"cxx": [*flags, "-Wall", STABLE_ABI], "nvcc": nvcc},
         **cuda,
     )
-    return {"ext_modules": [ext], "cmdclass": {"build_ext": BuildOrGoOn}}
+    return [ext], {"build_ext": BuildOrGoOn}
 
 
+modules, commands = extension()
 setup(
     packages=[*find_packages(include=["amtml_fast*"]), "amtml_fast.configs", "amtml_fast.kernels"],
     package_dir={"amtml_fast.kernels": "kernels"},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-    **extension(),
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if LIMITED_API else {},
+    ext_modules=modules,
+    cmdclass={"build_py": BuildPython, **commands},
 )

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch  # before _C: it brings libtorch into the process
@@ -55,10 +56,22 @@ except ImportError as error:
     WHY_NO_EXTENSION = str(error)  # kept: "not built" and "undefined symbol" are different problems
 
 HAS_EXTENSION = WHY_NO_EXTENSION is None
-try:
-    HAS_TRITON = importlib.util.find_spec("triton") is not None
-except ImportError:  # an import hook that forbids it
-    HAS_TRITON = False
+
+
+def _why_no_triton() -> str | None:
+    try:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+    except ImportError:  # an import hook that forbids it
+        return "Triton is not installed"
+    if importlib.util.find_spec("amtml_fast.kernels") is None:
+        return f"its kernels are not in {_FOLDER}, which is no installed package"
+    return None
+
+
+_FOLDER = Path(__file__).parent
+WHY_NO_TRITON = _why_no_triton()
+HAS_TRITON = WHY_NO_TRITON is None
 torch.library.define("amtml::cuda_code", "(int device) -> int")
 HAS_CUDA = HAS_EXTENSION and torch._C._dispatch_has_kernel_for_dispatch_key("amtml::whole_loss_fwd", "CUDA")
 
@@ -78,14 +91,25 @@ def _known(name: str, origin: str) -> str:
     return name
 
 
-_active = _known(os.environ.get("AMTML_BACKEND", "auto"), "AMTML_BACKEND")
-if _active == "auto" and not HAS_EXTENSION:
-    warnings.warn(
-        f"amtml_fast runs on its plain PyTorch reference because its C++ extension does not load ({WHY_NO_EXTENSION}). "
-        "With torch and a C++ compiler present, rebuild it from its source folder: "
-        "pip install --no-build-isolation --force-reinstall --no-deps .",
-        stacklevel=2,
+def _without_extension() -> str:
+    """What to do about it: the folder that is imported is a source folder, or one whose build has left word, or neither."""
+    said = "amtml_fast runs on its plain PyTorch reference because its C++ extension does not load"
+    if (_FOLDER.parent / "setup.py").is_file() and not any(_FOLDER.glob("_C.*")):
+        return (
+            f"{said}: {_FOLDER} is the source folder, which is imported instead of an installed package. Run from another folder, or "
+            "build it here: pip install --no-build-isolation -e ."
+        )
+    note = _FOLDER / "not_built.txt"
+    reason = f"it was not built: {note.read_text(encoding='utf-8').strip()}" if note.is_file() else WHY_NO_EXTENSION
+    return (
+        f"{said} ({reason}). With torch, Python's headers and GCC or Clang, in its source folder: "
+        "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps ."
     )
+
+
+_active = _known(os.environ.get("AMTML_BACKEND") or "auto", "AMTML_BACKEND")
+if _active == "auto" and not HAS_EXTENSION:
+    warnings.warn(_without_extension(), stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -126,7 +150,7 @@ def why_not(op: str, name: str, device_type: str, index: int | None = None) -> s
         return f"this version has no {name} kernel for {op}"
     if name == "triton":
         if not HAS_TRITON:
-            return "Triton is not installed"
+            return WHY_NO_TRITON
     elif not HAS_EXTENSION:
         return f"the C++ extension does not load ({WHY_NO_EXTENSION})"
     elif name == "cuda" and not HAS_CUDA:
@@ -154,9 +178,19 @@ def why_not_gpu(name: str, index: int | None) -> str | None:
     return None
 
 
-# torch.compile takes its result as a constant. torch.compiler.assume_constant_result does no more than this, but imports the
+@functools.cache
+def shared_memory(index: int | None) -> int | None:
+    """Bytes that a block may have on this NVIDIA GPU; None if there is none to ask."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.current_device() if index is None else index
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", None)
+
+
+# torch.compile takes their results as constants. torch.compiler.assume_constant_result does no more than this, but imports the
 # compiler, which takes as long as importing torch.
-why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _asks_once in (why_not_gpu, shared_memory):
+    _asks_once._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 def _no_device(device_type: str) -> str | None:
@@ -172,7 +206,7 @@ def _why_not_dtypes(name: str, tensors: tuple[torch.Tensor | None, ...]) -> str 
     return None
 
 
-def _why_not_sizes(name: str, teachers: int, entries: int) -> str | None:
+def _why_not_sizes(name: str, teachers: int, entries: int, index: int | None) -> str | None:
     """Why backend ``name`` does not take so many teachers, or entries of a row; None if it does."""
     if name not in ("cuda", "triton"):
         return None
@@ -180,6 +214,12 @@ def _why_not_sizes(name: str, teachers: int, entries: int) -> str | None:
         return f"its kernels take at most {MOST_TEACHERS} teachers, got {teachers}"
     if entries > MOST_ENTRIES:
         return f"its kernels take at most {MOST_ENTRIES} classes a row from all teachers together, got {entries}"
+    if (
+        name == "cuda" and entries > MOST_ENTRIES // 2
+    ):  # of topk_kd; below that, and of others, it is less than any GPU has
+        need, have = 1024 + 8 * MOST_ENTRIES + 4 * (entries + 256 * teachers), shared_memory(index)
+        if have is not None and need > have:
+            return f"{teachers} teachers with {entries} classes a row take {need} bytes of shared memory, of which this GPU has {have}"
     return None
 
 
@@ -210,11 +250,11 @@ def choose(op: str, first: torch.Tensor, *others: torch.Tensor | None, teachers:
         if plain is None and not _is_exporting():
             for name in order(op, first):
                 if why_not(op, name, device_type, index) is None and _why_not_dtypes(name, tensors) is None:
-                    if _why_not_sizes(name, teachers, entries) is None:
+                    if _why_not_sizes(name, teachers, entries, index) is None:
                         return name
         return "reference"
     reason = why_not(op, _active, device_type, index) or _why_not_dtypes(_active, tensors)
-    reason = reason or _why_not_sizes(_active, teachers, entries)
+    reason = reason or _why_not_sizes(_active, teachers, entries, index)
     reason = reason or (plain if _active != "reference" else None)
     if reason is not None:
         raise RuntimeError(f'{op}: backend "{_active}" cannot run here: {reason}. use_backend("reference") always runs')

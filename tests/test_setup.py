@@ -44,6 +44,32 @@ def test_without_torch_the_package_is_built_with_a_notice():
     assert out.returncode == 0 and "built WITHOUT its C++ extension" in out.stderr
 
 
+def test_a_wheel_without_the_extension_says_why_and_has_nothing_of_an_earlier_build(tmp_path):
+    stale = [tmp_path / "amtml_fast" / name for name in ("_C.abi3.so", "removed.py")]
+    stale[0].parent.mkdir()
+    for path in stale:
+        path.write_text("")
+    words = "egg_info", "--egg-base", str(tmp_path), "build", "--build-lib", str(tmp_path)
+    no_compiler = {"CC": "/nowhere/cc", "CXX": "/nowhere/c++", "PATH": os.environ["PATH"]}
+    for given in ({"torch": False}, no_compiler):
+        out = setup(*words, "--build-temp", str(tmp_path / "objects"), **given)
+        assert out.returncode == 0 and not any(path.exists() for path in stale), out.stderr
+        reason = (tmp_path / "amtml_fast" / "not_built.txt").read_text()
+        assert ("--no-build-isolation" in reason) is ("torch" in given) and reason.strip() in out.stderr
+
+
+def test_a_wheel_without_the_extension_has_a_name_of_its_own(tmp_path):
+    """A wheelhouse would take it for the fast one."""
+    words = "egg_info", "--egg-base", str(tmp_path), "bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir"
+    folders = ["build", "--build-base", str(tmp_path / "build")]
+    for given in ({"torch": False}, {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}):
+        out = setup(*folders, *words, str(tmp_path / "wheel"), **given)
+        assert out.returncode == 0, out.stderr
+        (wheel,) = tmp_path.glob("*.whl")
+        assert wheel.name.endswith("-py3-none-any.whl")
+        wheel.unlink()
+
+
 @pytest.mark.parametrize("folder", ["csrc", "tests"])
 def test_a_source_distribution_has_all_sources(folder):
     lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]

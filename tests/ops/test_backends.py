@@ -1,6 +1,8 @@
 """Which backend runs an operator, and why not another."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,30 @@ def test_a_gpu_without_code_in_the_library_falls_to_triton_and_then_to_the_refer
         backend.why_not_gpu.cache_clear()
 
 
+@pytest.mark.parametrize(
+    "shared, most", [(99 << 10, {2: 8192, 3: 7954, 8: 6674, 32: 4096}), (227 << 10, {2: 8192, 32: 8192})]
+)
+def test_top_k_that_a_gpus_shared_memory_does_not_hold_goes_elsewhere(monkeypatch, shared, most):
+    """99 KB: 8.6, 8.9 and 12.0. The bytes are those that run_rows of csrc/cuda/topk_kd.cu asks for, and no fewer."""
+    with FakeTensorMode():
+        rows = torch.empty(3, 4, device="cuda")
+    monkeypatch.setattr(backend, "shared_memory", lambda index: shared)
+    monkeypatch.setattr(backend, "why_not", lambda *of: None)
+    monkeypatch.setattr(backend, "AUTO", (backend.Choice("cuda", None, 0, ("cuda", "triton")),))
+    for teachers, entries in most.items():
+        for given, taken in (
+            (entries - entries % 32, "cuda"),
+            (min(entries + 32, 8192), "cuda" if entries == 8192 else "triton"),
+        ):
+            assert backend.choose("topk_kd", rows, teachers=teachers, entries=given) == taken, (teachers, given)
+    if shared < 227 << 10:
+        with (
+            af.use_backend("cuda"),
+            pytest.raises(RuntimeError, match=r"32 teachers with 8192 classes a row take \d+ bytes"),
+        ):
+            backend.choose("topk_kd", rows, teachers=32, entries=8192)
+
+
 @cpu_only
 @pytest.mark.parametrize("work", ["forward_kl", "jsd", "split", "topk", "fused", "fused topk", "routed", "whole"])
 def test_a_row_that_a_gpus_kernels_cannot_hold_goes_to_the_next_backend(monkeypatch, work):
@@ -134,7 +160,7 @@ def test_the_sizes_are_those_of_the_cuda_kernels():
     entries = re.search(r"kMaxEntries = (\d+)", (source / "topk_entries.cuh").read_text())
     assert (int(most[1]), int(entries[1])) == (backend.MOST_TEACHERS, backend.MOST_ENTRIES)
     for sizes in ((int(most[1]) + 1, 0), (1, int(entries[1]) + 1)):
-        refuse = [name for name in backend.BACKENDS[1:] if backend._why_not_sizes(name, *sizes)]
+        refuse = [name for name in backend.BACKENDS[1:] if backend._why_not_sizes(name, *sizes, None)]
         assert refuse == ["cuda", "triton"]
 
 
@@ -177,3 +203,30 @@ else:
     raise SystemExit("cpp did not raise")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    "beside, said",
+    [
+        ({"setup.py": ""}, "is the source folder, which is imported instead of an installed package"),
+        ({"setup.py": "", "amtml_fast/_C.abi3.so": "no library"}, "does not load (.*_C.abi3.so.*). With torch"),
+        ({"amtml_fast/not_built.txt": "no compiler\n"}, r"does not load \(it was not built: no compiler\). With torch"),
+        ({}, r"does not load \(No module named 'amtml_fast._C'\). With torch"),
+    ],
+    ids=["source", "broken", "told", "untold"],
+)
+def test_what_to_do_without_the_extension_depends_on_the_folder(tmp_path, beside, said):
+    package = Path(af.__file__).parent
+    shutil.copytree(package, tmp_path / "amtml_fast", ignore=shutil.ignore_patterns("*.so", "train", "hf", "kernels"))
+    for name, text in beside.items():
+        (tmp_path / name).write_text(text)
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]; import amtml_fast as af; "
+    )
+    code += "print([row.why_not for row in af.backends() if row.backend == 'triton'][0])"
+    shell = {**os.environ, "AMTML_BACKEND": "", "PYTHONPATH": str(tmp_path)}
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=shell, capture_output=True, text=True)
+    assert out.returncode == 0 and re.search(said, out.stderr), out.stderr
+    if backend.HAS_TRITON:
+        assert f"its kernels are not in {tmp_path / 'amtml_fast'}" in out.stdout

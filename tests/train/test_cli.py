@@ -294,6 +294,27 @@ def test_odd_names_and_modules_beside_the_configuration(
     assert "<b>" not in html.replace("<b title", "") and "$[/x] | &lt;b&gt;" in html and "$x[/bold]$" in html
 
 
+PATH = """
+import os, sys
+from amtml_fast import cli
+sys.path.remove("")  # a script has no working directory there
+try:
+    cli.main(["--help"])
+except SystemExit:
+    print(sys.path.index(os.getcwd()))
+"""
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_source_folder_does_not_hide_the_installed_package(tmp_path: Path, there: bool) -> None:
+    """The processes of compare.workers look along this path."""
+    if there:
+        (tmp_path / "amtml_fast").mkdir()
+    shell = {**os.environ, "PYTHONPATH": str(ROOT)}
+    out = subprocess.run([sys.executable, "-c", PATH], cwd=tmp_path, env=shell, capture_output=True, text=True)
+    assert (int(out.stdout.split()[-1]) > 0) is there, out.stderr
+
+
 def test_letters_that_the_output_does_not_have_end_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own.yaml").write_text("variants: {own: {method: student, label: Schüler}}\n", encoding="utf-8")
     printed = io.BytesIO()

@@ -491,3 +491,16 @@ def test_workers_share_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with workers.its_gpu(gpus, 6):
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "2"
     assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
+def test_workers_take_no_other_amtml_fast_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forkserver imports from there first: not this package, where there is another of its name."""
+    monkeypatch.chdir(tmp_path)
+    own = "amtml_fast.train.compare.session"
+    assert workers.preloaded(Session) == ["torch._dynamo", own]
+    (tmp_path / "amtml_fast").mkdir()
+    assert workers.preloaded(Session) == ["torch._dynamo"]
+    monkeypatch.chdir(Path(workers.__file__).parents[3])
+    assert workers.preloaded(Session) == ["torch._dynamo", own]

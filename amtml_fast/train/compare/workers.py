@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -91,7 +92,7 @@ class Worker:
 
     def __init__(self, number: int, session: type[Trains], config: Config) -> None:
         context: Any = multiprocessing.get_context(how := start_method(config))
-        context.set_forkserver_preload(["torch._dynamo", session.__module__])
+        context.set_forkserver_preload(preloaded(session))
         self.connection, theirs = context.Pipe()
         environment = dict(os.environ) if how == "forkserver" else {}
         self.process = context.Process(target=work, args=(theirs, session, share(config), environment))
@@ -152,6 +153,14 @@ def start_method(config: Config) -> str:
     which takes seconds; but its environment is the first worker's, and CUDA's is read before Python runs."""
     methods = multiprocessing.get_all_start_methods()
     return "forkserver" if "forkserver" in methods and not gpus(config) else "spawn"
+
+
+def preloaded(session: type[Trains]) -> list[str]:
+    """What the forkserver imports. It looks in the working directory first: where that has another amtml_fast than this one, as a source
+    folder has, each worker imports this one by itself."""
+    here, own = Path.cwd(), Path(__file__).resolve()
+    another = Path("amtml_fast").is_dir() and not own.is_relative_to(here.resolve())
+    return ["torch._dynamo", *([] if another else [session.__module__])]
 
 
 def work(connection: Connection, session: type[Trains], config: Config, environment: dict[str, str]) -> None:
