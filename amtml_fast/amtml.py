@@ -87,11 +87,6 @@ class AMTMLLoss(nn.Module):
         checks.number(name, "delta", delta, *checks.POSITIVE)
         checks.number(name, "label_smoothing", label_smoothing, 0, 1)
         checks.ignore_index(name, ignore_index)
-        if regularizer_weight != 0 and not callable(getattr(adapter, "regularizer", None)):
-            raise TypeError(
-                f"{name}: adapter must have a regularizer() where regularizer_weight is not 0, "
-                f"got {type(adapter).__name__} and {regularizer_weight}"
-            )
         self.adapter: Any = adapter
         self.hints: Any = hints
         self.temperature, self.alpha, self.mode, self.reduction = temperature, alpha, mode, reduction
@@ -99,6 +94,8 @@ class AMTMLLoss(nn.Module):
         self.delta, self.angle_trains_weights, self.gather_angle = delta, angle_trains_weights, gather_angle
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self._check_settings()
+        if regularizer_weight != 0:
+            self._check_regularizer()
 
     def forward(
         self,
@@ -249,8 +246,16 @@ class AMTMLLoss(nn.Module):
         _check_not_negative(weights, labels, self.ignore_index)
         return weights
 
+    def _check_regularizer(self) -> None:
+        if not callable(getattr(self.adapter, "regularizer", None)):
+            raise TypeError(
+                "AMTMLLoss: adapter must have a regularizer() where regularizer_weight is not 0, "
+                f"got {type(self.adapter).__name__} and {self.regularizer_weight}"
+            )
+
     def _regularizer(self) -> Tensor:
         """The term of an adapter that is called. This is outside of its forward: under FSDP it adds up shards."""
+        self._check_regularizer()  # another adapter may have been set since
         term = _scalar("the adapter's regularizer()", self.adapter.regularizer())
         return term.full_tensor() if hasattr(term, "full_tensor") else term
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,15 @@ class TeacherGate(nn.Module):
         with torch.inference_mode(False):  # inference tensors could not be fitted again
             for name, size in sizes.items():
                 self.register_buffer(name, torch.zeros(size, dtype=torch.float32, device="cpu"))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> TeacherGate:
+        """Its numbers stay wide where a model is made narrow: ``scale`` is up to 1000, and what it stands for a difference."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, now in self.named_buffers(recurse=False):
+            if now.dtype in (torch.bfloat16, torch.float16):
+                self._buffers[name] = before[name].to(now.device)
+        return self
 
     def reset_parameters(self) -> None:
         """As before ``fit``, where they are: after ``to_empty()`` their memory holds anything."""

@@ -72,9 +72,20 @@ class TeacherAdapter(nn.Module):
 
 
 class _KDModule(nn.Module):
-    """The keywords of a function, ``options``, which its module form keeps."""
+    """The keywords of a function, ``options``, which its module form keeps. Each is an attribute, too: a schedule sets
+    ``loss.temperature``, and libraries set ``loss.reduction``."""
 
     options: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        options = self.__dict__.get("options", {})
+        return options[name] if name in options else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("options", {}):
+            self.options[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def _with_rows(self, alpha: Tensor | None, temperature: Tensor | None) -> dict[str, Any]:
         """The options, with the numbers of this batch's rows where they are given."""
@@ -312,7 +323,8 @@ class MultiGroupHintLoss(nn.Module):
         teacher_channels: channels of each teacher's map, T of them.
         mapping: f. ``"best_high"`` sorts the teachers by ``teacher_scores`` and gives the weakest the lowest group and
             the best the highest; ``"best_low"`` the other way round; ``"random"`` draws from torch's generator; or a
-            dict teacher index -> group name, which alone may share groups or leave teachers out.
+            dict teacher index -> group name, which alone may share groups or leave teachers out. It is not in the state dict:
+            to go on with saved convolutions, give ``mapping=old.mapping``, for scores measured again may order teachers otherwise.
         teacher_scores: validation accuracy of each teacher.
         normalize: divide each map by its L2 norm over channels first.
     """

@@ -541,7 +541,7 @@ def fused_linear_kd_loss(
     def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         hidden = hidden.reshape(rows, hidden.shape[-1]).to(dtype).masked_fill(~valid.unsqueeze(1), 0)
         with without_autocast(hidden):
-            x = hidden @ weight.to(dtype).t()
+            x = F.linear(hidden, weight.to(dtype))  # which quantized weights have, too
         x = x if bias is None else x + bias.to(dtype)
         x = x if logit_scale == 1 else x * logit_scale
         return x if softcap is None else torch.where(x == -torch.inf, x, softcap * (x / softcap).tanh())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -120,6 +122,19 @@ def test_autocast_and_float64_change_no_weight() -> None:
     double = gate([z.double() for z in logits])
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), want)
+
+
+@pytest.mark.parametrize("narrow", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to("cpu", torch.bfloat16)])
+def test_a_model_that_is_made_narrow_leaves_the_gate_its_digits(narrow: Callable) -> None:
+    """Of teachers whose logits hardly differ, scale is large: in 16 bits weights were off by tenths."""
+    logits, labels, _ = specialists(sure=1.5)
+    close = [0.03 * z for z in logits]
+    gate = TeacherGate(T, C).fit(close, labels)
+    want = gate(close)
+    model = narrow(torch.nn.Sequential(torch.nn.Linear(2, 2), gate))
+    assert model[0].weight.dtype != torch.float32 and torch.equal(gate(close), want)
+    assert {b.dtype for b in gate.double().buffers()} == {torch.float64}
+    assert {b.device.type for b in gate.half().to("meta").buffers()} == {"meta"}
 
 
 def test_classes_that_are_out_and_teachers_of_one_kind() -> None:

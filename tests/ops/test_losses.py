@@ -1,5 +1,6 @@
 """The modules, and AMTMLLoss: Eq 3 put together from the float64 reference."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -522,3 +523,63 @@ def test_forward_derivatives_have_the_dtype_of_the_loss():
 
 def _takes_transforms():
     return backend._active in ("auto", "reference")
+
+
+@cpu_only
+@pytest.mark.parametrize("compiled", [False, True])
+def test_settings_of_a_module_are_attributes_that_count(compiled):
+    """As of AMTMLLoss and of torch's losses: a schedule sets the temperature, a library the reduction."""
+    z, t, y = torch.randn(4, 5), torch.randn(4, 5), torch.arange(4)
+    top = t.log_softmax(-1).topk(3)
+    given = {
+        af.MultiTeacherKDLoss(): (af.multi_teacher_kd_loss, (z, [t], None, y)),
+        af.TopKKDLoss(): (af.topk_kd_loss, (z, [top.indices], [top.values], None, y)),
+        af.FusedLinearKDLoss(): (af.fused_linear_kd_loss, (z, torch.eye(5), [t], None, y)),
+    }
+    for module, (function, args) in given.items():
+        call = torch.compile(module, fullgraph=True, backend="aot_eager") if compiled else module
+        for options in ({}, {"temperature": 1.5}, {"alpha": 0.25, "reduction": "none"}, {"reduction": "sum"}):
+            for name, value in options.items():
+                setattr(module, name, value)
+                assert getattr(module, name) == value == module.options[name]
+            torch.testing.assert_close(call(*args), function(*args, **module.options))
+        again = copy.deepcopy(module)
+        again.alpha = 0.9
+        assert (module.alpha, again.options["alpha"]) == (0.25, 0.9) and "alpha=0.25" in repr(module)
+        with pytest.raises(AttributeError, match="'temprature'"):
+            module.temprature  # noqa: B018
+        with pytest.raises(ValueError, match="temperature must be a number"):
+            again.temperature = -1.0
+            again(*args)
+
+
+@cpu_only
+def test_an_adapter_that_is_set_later_has_a_regularizer_or_is_named(on):
+    loss = af.AMTMLLoss(af.TeacherAdapter(3, 2))
+    loss.adapter = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Softmax(-1))
+    with pytest.raises(
+        TypeError, match=r"AMTMLLoss: adapter must have a regularizer\(\) .*, got Sequential and 0\.001"
+    ):
+        loss(torch.randn(4, 5), [torch.randn(4, 5)] * 2, torch.arange(4), torch.randn(4, 3))
+    loss.regularizer_weight = 0.0
+    assert loss(torch.randn(4, 5), [torch.randn(4, 5)] * 2, torch.arange(4), torch.randn(4, 3)).loss.isfinite()
+
+
+class _Quantized(torch.Tensor):
+    """As those of torchao: made wide where it is asked to be, and otherwise an argument of F.linear alone."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.t, torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
+            raise NotImplementedError(f"{function.__name__} of a quantized tensor")
+        out = super().__torch_function__(function, types, args, kwargs or {})
+        return out.as_subclass(torch.Tensor) if function is torch.nn.functional.linear else out
+
+
+@cpu_only
+def test_output_layers_that_know_nothing_but_linear():
+    hidden, weight, taught = torch.randn(6, 4), torch.randn(9, 4), torch.randn(9, 4)
+    want = af.fused_linear_kd_loss(hidden, weight, [af.LinearTeacher(hidden, taught)], None)
+    with af.use_backend("reference"):
+        teacher = af.LinearTeacher(hidden, taught.as_subclass(_Quantized))
+        torch.testing.assert_close(af.fused_linear_kd_loss(hidden, weight, [teacher], None), want)
