@@ -159,7 +159,7 @@ def all_rows(rows: Tensor, processes: int) -> Tensor:
 
 
 def average(value: Tensor, processes: int) -> Tensor:
-    """The mean of the processes' values, without a gradient."""
+    """The mean of the processes' values; of several, without a gradient."""
     if processes > 1:
         value = value.detach() / processes
         dist.all_reduce(value)
