@@ -32,6 +32,7 @@ CUDA_WANTED = asked("AMTML_BUILD_CUDA", "0", "1")
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # torch 2.11
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")  # which a Python without the lock does not have
 NOT_BUILT = ""  # why there is no extension
+SOURCE = Path("amtml_fast").resolve()
 
 
 def give_up(reason: object) -> None:
@@ -43,18 +44,15 @@ def give_up(reason: object) -> None:
         )
     NOT_BUILT = str(reason)
     print(f"\n*** amtml_fast: built WITHOUT its C++ extension ({reason}).", file=sys.stderr)
-    print(
-        "*** It will run on the slow reference backend. Install torch and GCC or Clang, then in its folder",
-        file=sys.stderr,
-    )
-    print("*** pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .\n", file=sys.stderr)
+    print("*** It will run on the slow reference backend.", file=sys.stderr)
+    if sys.platform != "win32":
+        print("*** Install torch and GCC or Clang, then in its folder", file=sys.stderr)
+        print("*** pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps .\n", file=sys.stderr)
 
 
 def leave_word(folder: Path) -> None:
-    """A build folder's package says why it has no extension, and has none of an earlier build."""
-    for stale in folder.glob("_C.*"):
-        stale.unlink()
-    if NOT_BUILT and folder.is_dir():
+    """A build folder's package says why it has no extension. Not a source folder: there it would outlive its reason."""
+    if NOT_BUILT and folder.is_dir() and folder.resolve() != SOURCE:
         (folder / "not_built.txt").write_text(f"{NOT_BUILT}\n", encoding="utf-8")
 
 
@@ -63,11 +61,10 @@ class BuildPython(build_py):
 
     def run(self) -> None:
         folder = Path(self.build_lib, "amtml_fast")
-        if not self.editable_mode:
+        if not self.editable_mode and folder.resolve() != SOURCE:
             shutil.rmtree(folder, ignore_errors=True)
         super().run()
-        if not self.editable_mode:
-            leave_word(folder)
+        leave_word(folder)
 
 
 def cuda_home() -> str | None:
@@ -127,10 +124,12 @@ def extension() -> tuple[list, dict]:
             try:
                 super().build_extensions()
             except Exception as error:  # whatever compilers raise: setuptools' errors, ninja's RuntimeError
-                give_up(error)
+                give_up(f"{error}; with AMTML_BUILD_EXT=1 pip shows what the compiler says")
                 self.extensions.clear()
-                if not self.inplace:
-                    leave_word(Path(self.build_lib, "amtml_fast"))
+                folder = Path(self.build_lib, "amtml_fast")
+                for earlier in folder.glob("_C.*") if folder.resolve() != SOURCE else []:
+                    earlier.unlink()
+                leave_word(folder)
                 if wheel := self.distribution.command_obj.get("bdist_wheel"):
                     wheel.root_is_pure = True  # with the name of what it is: not that of one with an extension
 

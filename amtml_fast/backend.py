@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,7 +66,7 @@ def _why_no_triton() -> str | None:
     except ImportError:  # an import hook that forbids it
         return "Triton is not installed"
     if importlib.util.find_spec("amtml_fast.kernels") is None:
-        return f"its kernels are not in {_FOLDER}, which is no installed package"
+        return f"there are no kernels (amtml_fast.kernels) for it beside {_FOLDER}; an installed package has them"
     return None
 
 
@@ -96,11 +97,13 @@ def _without_extension() -> str:
     said = "amtml_fast runs on its plain PyTorch reference because its C++ extension does not load"
     if (_FOLDER.parent / "setup.py").is_file() and not any(_FOLDER.glob("_C.*")):
         return (
-            f"{said}: {_FOLDER} is the source folder, which is imported instead of an installed package. Run from another folder, or "
-            "build it here: pip install --no-build-isolation -e ."
+            f"{said}: {_FOLDER} is a source folder, in which it is not built. Where an installed package was meant, run from another "
+            "folder. To build it here, or to see why that fails: AMTML_BUILD_EXT=1 pip install --no-build-isolation -e ."
         )
     note = _FOLDER / "not_built.txt"
     reason = f"it was not built: {note.read_text(encoding='utf-8').strip()}" if note.is_file() else WHY_NO_EXTENSION
+    if sys.platform == "win32":
+        return f"{said} ({reason})."
     return (
         f"{said} ({reason}). With torch, Python's headers and GCC or Clang, in its source folder: "
         "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps ."
@@ -189,8 +192,8 @@ def shared_memory(index: int | None) -> int | None:
 
 # torch.compile takes their results as constants. torch.compiler.assume_constant_result does no more than this, but imports the
 # compiler, which takes as long as importing torch.
-for _asks_once in (why_not_gpu, shared_memory):
-    _asks_once._dynamo_marked_constant = True  # type: ignore[union-attr]
+why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+shared_memory._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _no_device(device_type: str) -> str | None:
@@ -214,9 +217,8 @@ def _why_not_sizes(name: str, teachers: int, entries: int, index: int | None) ->
         return f"its kernels take at most {MOST_TEACHERS} teachers, got {teachers}"
     if entries > MOST_ENTRIES:
         return f"its kernels take at most {MOST_ENTRIES} classes a row from all teachers together, got {entries}"
-    if (
-        name == "cuda" and entries > MOST_ENTRIES // 2
-    ):  # of topk_kd; below that, and of others, it is less than any GPU has
+    # Of topk_kd. Up to half of the entries, and in other operators, it is less than any GPU has.
+    if name == "cuda" and entries > MOST_ENTRIES // 2:
         need, have = 1024 + 8 * MOST_ENTRIES + 4 * (entries + 256 * teachers), shared_memory(index)
         if have is not None and need > have:
             return f"{teachers} teachers with {entries} classes a row take {need} bytes of shared memory, of which this GPU has {have}"

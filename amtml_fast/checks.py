@@ -45,6 +45,13 @@ def _dense(function: str, name: str, value: Tensor) -> None:
         raise TypeError(f"{function}: {name} must be a dense tensor, as to_dense() makes it, got {value.layout}")
 
 
+def two_dimensional(function: str, name: str, logits: Tensor, where: str = "") -> None:
+    """Logits [N, C]; ``where``: in which case, for the message."""
+    tensor(function, name, logits)
+    if logits.dim() != 2:
+        raise ValueError(f"{function}: {name} must be [N, C]{where}, got {shape(logits)}")
+
+
 def one_of(function: str, name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{function}: {name} must be one of {', '.join(allowed)}, got {value!r}")

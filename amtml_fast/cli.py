@@ -33,8 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _say(backends_table() if words == ["backends"] else f"amtml-fast {__version__}")
         return
     if not getattr(sys.flags, "safe_path", False) and os.getcwd() not in sys.path:
-        # A console script finds the working directory's modules as `python -m` does. That may be a source folder of this package:
-        # then behind the installed one, which the processes of compare.workers would not find otherwise.
+        # A console script finds the working directory's modules as `python -m` does. Where that is a source folder of this package it
+        # comes last, so that the processes of compare.workers find the installed package.
         sys.path.insert(len(sys.path) if os.path.isdir("amtml_fast") else 0, os.getcwd())
     try:
         from .train.commands import app

@@ -17,17 +17,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from amtml_fast import checks, dropin_amtml, dropin_language, dropin_liger
 from amtml_fast.dropin_amtml import *  # noqa: F403
-from amtml_fast.dropin_amtml import spread, two_dimensional
 from amtml_fast.dropin_language import *  # noqa: F403
 from amtml_fast.dropin_liger import *  # noqa: F403
 from amtml_fast.functional import angle_loss, multi_teacher_kd_loss, rkd_distance_loss, topk_kd_loss
 from amtml_fast.ops.hint import hint_mse
-from amtml_fast.terms import times, weighed, wide_dtype
+from amtml_fast.terms import spread, times, weighed, wide_dtype
 
 __all__ = [
     "AngleWiseRKD",
@@ -105,7 +105,7 @@ class DistillKL(nn.Module):
 
     def forward(self, y_s: Tensor, y_t: Tensor, is_ca: bool = False, unreduce: bool = False) -> Tensor:
         if is_ca or unreduce:
-            two_dimensional("DistillKL", "y_s", y_s, " with is_ca or unreduce")
+            checks.two_dimensional("DistillKL", "y_s", y_s, " with is_ca or unreduce")
         student, teacher = _class_rows("DistillKL", "y_s", y_s, "y_t", y_t)
         reduction = "none" if is_ca or unreduce else "batchmean"
         loss = multi_teacher_kd_loss(student, [teacher], None, temperature=self.T, reduction=reduction)
@@ -153,13 +153,15 @@ def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float, 
     are those of the finite logits, so that a class masked by -inf counts 0 (theirs is NaN).
     """
     if logit_stand:
-        logits_student, logits_teacher = (_standardized(z) for z in (logits_student, logits_teacher))
+        logits_student = _standardized("kd_loss", "logits_student", logits_student)
+        logits_teacher = _standardized("kd_loss", "logits_teacher", logits_teacher)
     student, teacher = _class_rows("kd_loss", "logits_student", logits_student, "logits_teacher", logits_teacher)
     return multi_teacher_kd_loss(student, [teacher], None, temperature=temperature)
 
 
-def _standardized(logits: Tensor) -> Tensor:
+def _standardized(function: str, name: str, logits: Tensor) -> Tensor:
     """``(z - mean) / (1e-7 + std)`` of the logits that are not -inf, which stay so."""
+    checks.tensor(function, name, logits)
     z = logits.to(wide_dtype(logits))
     masked = z == -math.inf  # NaN is not: it stays NaN
     count = (~masked).sum(-1, keepdim=True)
@@ -279,7 +281,8 @@ def dkd_loss(
     no digits are lost. A part without weight counts nothing, even if it is infinite. ``logit_stand``: as in ``kd_loss``.
     """
     if logit_stand:
-        logits_student, logits_teacher = (_standardized(z) for z in (logits_student, logits_teacher))
+        logits_student = _standardized("dkd_loss", "logits_student", logits_student)
+        logits_teacher = _standardized("dkd_loss", "logits_teacher", logits_teacher)
     names = "logits_student", "logits_teacher", "target"
     return _decoupled("dkd_loss", names, logits_student, logits_teacher, target, alpha, beta, temperature, "batchmean")
 
@@ -321,7 +324,7 @@ def _decoupled(
     temperature: float,
     reduction: str,
 ) -> Tensor:
-    two_dimensional(function, names[0], student)
+    checks.two_dimensional(function, names[0], student)
     checks.tensor(function, names[1], teacher)
     checks.same_shape(function, names[1], teacher, names[0], student)
     checks.integers(function, names[2], target)
@@ -334,6 +337,10 @@ def _decoupled(
     wide = wide_dtype(student, teacher)
     student, teacher, target = student.to(wide), teacher.to(wide), target.reshape(-1, 1).long()
     others = [z.scatter(1, target, -math.inf) for z in (student, teacher)]
+    alone = (
+        torch.stack(others).amax(0).amax(1, keepdim=True) == -math.inf
+    )  # no other class: both sides are alike, with a KL of 0
+    others = [z.masked_fill(alone, 0) for z in others]
     nckd = multi_teacher_kd_loss(others[0], others[1:], None, temperature=temperature, reduction=reduction)
     log_p = (teacher / temperature).log_softmax(1).gather(1, target)
     tckd = topk_kd_loss(student, [target], [log_p], None, temperature=temperature, tail="bucket", reduction=reduction)
@@ -355,6 +362,6 @@ class MatchLogits(nn.Module):
         self.T = getattr(opt, "kd_T", opt)
 
     def forward(self, logit_s: Tensor, logit_t_list: Sequence[Tensor], logits_weight: Tensor) -> Tensor:
-        two_dimensional("MatchLogits", "logit_s", logit_s)
+        checks.two_dimensional("MatchLogits", "logit_s", logit_s)
         weights = spread("MatchLogits", "logits_weight", logits_weight, (len(logit_s), len(logit_t_list)))
         return multi_teacher_kd_loss(logit_s, logit_t_list, weights, temperature=self.T, mode="sum")

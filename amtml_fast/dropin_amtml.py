@@ -11,23 +11,9 @@ from torch import Tensor, nn
 from amtml_fast import checks
 from amtml_fast.functional import angle_loss, hint_loss, rkd_distance_loss, teacher_weights
 from amtml_fast.losses import parameter
-from amtml_fast.terms import wide_dtype
+from amtml_fast.terms import spread, wide_dtype
 
 __all__ = ["Adapter", "FitNet", "LearningAdapter", "MixtureAdapter"]
-
-
-def two_dimensional(function: str, name: str, logits: Tensor, where: str = "") -> None:
-    checks.tensor(function, name, logits)
-    if logits.dim() != 2:
-        raise ValueError(f"{function}: {name} must be [N, C]{where}, got {checks.shape(logits)}")
-
-
-def spread(function: str, name: str, value: Tensor, size: Sequence[int]) -> Tensor:
-    """``value`` broadcast to ``size``, made wide first: the gradients of what it stands for are summed before they are rounded."""
-    checks.tensor(function, name, value)
-    if value.dim() > len(size) or any(v not in (1, s) for v, s in zip(reversed(value.shape), reversed(size))):
-        raise ValueError(f"{function}: {name} must be {list(size)} or broadcast to it, got {checks.shape(value)}")
-    return value.to(wide_dtype(value)).expand(*size)
 
 
 class _Transform(nn.Conv2d):
@@ -122,7 +108,7 @@ class Adapter(nn.Module):
 
     def _logits_and_targets(self, y: Tensor, labels: Tensor, weighted_logits: Tensor) -> tuple[Tensor, Tensor]:
         name = f"{type(self).__name__}.loss"
-        two_dimensional(name, "y", y)
+        checks.two_dimensional(name, "y", y)
         if not isinstance(labels, Tensor) or labels.is_floating_point():  # of probabilities the mean would be another
             got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
             raise TypeError(f"{name}: labels must be integer classes, got {got}")

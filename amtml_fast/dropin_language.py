@@ -251,24 +251,27 @@ class SymmetricKLLoss(nn.Module):
 class _OverChunks(nn.Module):
     """torchtune's: one of its losses over logits that come in chunks, lists of [B, S / chunks, C]. Labels [B, S]."""
 
-    def __init__(self, loss: nn.Module, num_output_chunks: int, ignore_index: int):
+    def __init__(self, num_output_chunks: int, ignore_index: int):
         super().__init__()
         checks.count(type(self).__name__, "num_output_chunks", num_output_chunks)
+        checks.ignore_index(type(self).__name__, ignore_index)
         self.num_output_chunks, self.ignore_index = num_output_chunks, ignore_index
-        self._loss = loss
+
+    def loss(self) -> nn.Module:
+        """Of one chunk, with the settings as they are now."""
+        raise NotImplementedError
 
     def forward(self, student_logits: Sequence[Tensor], teacher_logits: Sequence[Tensor], labels: Tensor) -> Tensor:
-        name = type(self).__name__
+        name, loss = type(self).__name__, self.loss()
         if not isinstance(labels, Tensor) or labels.dim() != 2:
             got = checks.shape(labels) if isinstance(labels, Tensor) else type(labels).__name__
             raise ValueError(f"{name}: labels must be [B, S], got {got}")
         chunks = labels.chunk(self.num_output_chunks, 1)
         for argument, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-            given = None if isinstance(logits, Tensor) else len(logits)
-            if given != len(chunks):  # theirs leaves out those that are too many
-                found = "a tensor" if given is None else given
+            found = len(logits) if isinstance(logits, (list, tuple)) else type(logits).__name__
+            if found != len(chunks):  # theirs leaves out those that are too many
                 raise ValueError(f"{name}: {argument} must be {len(chunks)} chunks like those of labels, got {found}")
-        sums = [self._loss(*given, normalize=False) for given in zip(student_logits, teacher_logits, chunks)]
+        sums = [loss(*given, normalize=False) for given in zip(student_logits, teacher_logits, chunks)]
         return torch.stack(sums).sum() / (labels != self.ignore_index).sum().clamp(min=1)
 
 
@@ -276,22 +279,32 @@ class ForwardKLWithChunkedOutputLoss(_OverChunks):
     """torchtune's: ``ForwardKLLoss`` of chunks, which need no other memory here than the logits themselves."""
 
     def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100):
-        super().__init__(ForwardKLLoss(ignore_index), num_output_chunks, ignore_index)
+        super().__init__(num_output_chunks, ignore_index)
+
+    def loss(self) -> nn.Module:
+        return ForwardKLLoss(self.ignore_index)
 
 
 class ReverseKLWithChunkedOutputLoss(_OverChunks):
     """torchtune's: ``ReverseKLLoss`` of chunks."""
 
     def __init__(self, num_output_chunks: int = 8, ignore_index: int = -100):
-        super().__init__(ReverseKLLoss(ignore_index), num_output_chunks, ignore_index)
+        super().__init__(num_output_chunks, ignore_index)
+
+    def loss(self) -> nn.Module:
+        return ReverseKLLoss(self.ignore_index)
 
 
 class SymmetricKLWithChunkedOutputLoss(_OverChunks):
     """torchtune's: ``SymmetricKLLoss`` of chunks."""
 
     def __init__(self, num_output_chunks: int = 8, sym_kd_ratio: float = 0.5, ignore_index: int = -100):
-        super().__init__(SymmetricKLLoss(sym_kd_ratio, ignore_index), num_output_chunks, ignore_index)
+        super().__init__(num_output_chunks, ignore_index)
+        checks.number("SymmetricKLWithChunkedOutputLoss", "sym_kd_ratio", sym_kd_ratio, 0, 1)
         self.sym_kd_ratio = sym_kd_ratio
+
+    def loss(self) -> nn.Module:
+        return SymmetricKLLoss(self.sym_kd_ratio, self.ignore_index)
 
 
 # --- ModelOpt
@@ -333,7 +346,7 @@ def dense_kl_div(logits: Tensor, target_logits: Tensor, mask: Tensor | None = No
     loss = multi_teacher_kd_loss(
         logits, [target_logits], None, labels, temperature=temperature, alpha=1.0, t2_scale=False, reduction="none"
     )
-    return loss.sum() if weights is None else (loss.flatten() * weights).sum()
+    return _summed(loss, weights)
 
 
 def sparse_kl_div(
@@ -382,7 +395,7 @@ def sparse_kl_div(
         logits, [target_ids], [log_probs], None, labels, temperature=temperature / student_generation_temperature,
         alpha=1.0, t2_scale=False, reduction="none", tail="renormalize" if missing == "zero" else "bucket",
     )  # fmt: skip
-    return loss.sum() if weights is None else (loss.flatten() * weights).sum()
+    return _summed(loss, weights)
 
 
 def _masked(function: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -395,4 +408,8 @@ def _masked(function: str, logits: Tensor, mask: Tensor | None) -> tuple[Tensor 
         got = checks.shape(mask) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{function}: mask must be {list(tokens)} or {[*tokens, 1]}, got {got}")
     mask = mask.reshape(tokens)
-    return torch.where(mask == 0, -100, 0), mask.flatten() if mask.is_floating_point() else None
+    return torch.where(mask == 0, -100, 0), None if mask.dtype == torch.bool else mask.flatten()
+
+
+def _summed(loss: Tensor, weights: Tensor | None) -> Tensor:
+    return loss.sum() if weights is None else (loss.flatten() * weights).sum()

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amtml_fast import checks
+
 
 class KDOptions(NamedTuple):
     """The options of Eq 7-8 that ``multi_teacher_kd_loss`` explains."""
@@ -146,6 +148,14 @@ def times(x: Tensor, factor: float) -> Tensor:
 def counted_rows(like: Tensor, rows: int, labels: Tensor | None, ignore_index: int) -> Tensor:
     """Which rows count, [N] on the device of ``like``: those whose label is not ignored, or all without labels."""
     return like.new_ones(rows, dtype=torch.bool) if labels is None else labels != ignore_index
+
+
+def spread(function: str, name: str, value: Tensor, size: Sequence[int]) -> Tensor:
+    """``value`` broadcast to ``size``, made wide first: the gradients of what it stands for are summed before they are rounded."""
+    checks.tensor(function, name, value)
+    if value.dim() > len(size) or any(v not in (1, s) for v, s in zip(reversed(value.shape), reversed(size))):
+        raise ValueError(f"{function}: {name} must be {list(size)} or broadcast to it, got {checks.shape(value)}")
+    return value.to(wide_dtype(value)).expand(*size)
 
 
 def connected(loss: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# lightning: StochasticWeightAveraging takes the statistics of BatchNorm layers that are frozen in eval mode, and gives them none.
+# lightning: StochasticWeightAveraging resets the statistics of BatchNorm layers that are frozen in eval mode, and does not fill them again.
 #
 # Packages: lightning 2.6.1, torch 2.13.0 (CPU build). Seen there, and checked by this script:
 #   At its end the callback sets running_mean, running_var and the count of every BatchNorm layer of the LightningModule to 0, 1 and 0, and

@@ -2,8 +2,10 @@
 
 import fnmatch
 import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,7 +69,28 @@ def test_a_wheel_without_the_extension_has_a_name_of_its_own(tmp_path):
         assert out.returncode == 0, out.stderr
         (wheel,) = tmp_path.glob("*.whl")
         assert wheel.name.endswith("-py3-none-any.whl")
+        with zipfile.ZipFile(wheel) as packed:
+            assert "amtml_fast/not_built.txt" in packed.namelist()
+            (facts,) = (name for name in packed.namelist() if name.endswith(".dist-info/WHEEL"))
+            assert b"Root-Is-Purelib: true" in packed.read(facts)
         wheel.unlink()
+
+
+def test_a_build_into_the_source_folder_leaves_it_whole(tmp_path):
+    package = tmp_path / "amtml_fast"
+    package.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    for name in ("__init__.py", "_C.abi3.so", "not_committed.py"):
+        (package / name).write_text("")
+    (package / "configs").mkdir()
+    out = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, "build_py", "--build-lib", "."],
+        cwd=tmp_path, env={**os.environ, "AMTML_BUILD_EXT": "auto"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert {"__init__.py", "_C.abi3.so", "not_committed.py"} <= {path.name for path in package.iterdir()}, out.stderr
+    assert not (package / "not_built.txt").exists()
 
 
 @pytest.mark.parametrize("folder", ["csrc", "tests"])

@@ -45,11 +45,12 @@ def look_for_overflow_in_numpy() -> None:
 
 
 def compute_as_a_gpu() -> None:
-    """A product becomes part of the addition behind it, which is rounded once, unless the launch forbids it (the difference of two
-    equal products is then their rounding, and not 0). Of float32, exp, exp2 and / may be a unit of the last digit off, which tl.div_rn is
+    """A product becomes part of the addition behind it, which is rounded once (so the difference of two equal products is their
+    rounding, and not 0), unless the launch forbids it. Of float32, exp, exp2 and / may be a unit of the last digit off, which tl.div_rn is
     not, and exponentials below the least normal number are 0."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    multiply, add, subtract, negate = builder.create_fmul, builder.create_fadd, builder.create_fsub, builder.create_fneg
+    multiply, add, subtract = builder.create_fmul, builder.create_fadd, builder.create_fsub
+    negate = getattr(builder, "create_fneg", None)  # before Triton 3.7 it is a difference from 0
     divide, exp, exp2, run = builder.create_fdiv, builder.create_exp, builder.create_exp2, executor.__call__
     fuse = True
 
@@ -119,10 +120,7 @@ def compute_as_a_gpu() -> None:
             return interpreter.TensorHandle(power(x.data * np.float32(1.44269504)), x.dtype)
 
     executor.__call__ = launch
-    builder.create_fmul, builder.create_fadd, builder.create_fsub, builder.create_fneg = (
-        product,
-        addition,
-        difference,
-        negative,
-    )
+    builder.create_fmul, builder.create_fadd, builder.create_fsub = product, addition, difference
+    if negate is not None:
+        builder.create_fneg = negative
     builder.create_fdiv, builder.create_exp2, builder.create_exp = quotient, power_of_two, exponential

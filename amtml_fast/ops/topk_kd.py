@@ -100,7 +100,7 @@ def topk_kd_loss(
         Scalar, or one value a row for ``"none"``; float32 (float64 if an input is).
 
     A student's logit of -inf is probability 0 with gradient 0. Gradients flow to ``student_logits`` and
-    ``teacher_weights``. With all C classes given, every tail is ``multi_teacher_kd_loss``, ``"bucket"`` that with ``mode="sum"``.
+    ``teacher_weights``. With all C classes given, every tail gives what ``multi_teacher_kd_loss`` gives (``"bucket"``: with ``mode="sum"``).
 
     Raises:
         ValueError, TypeError, RuntimeError: an argument that does not fit; nothing is computed then. On a GPU a class or

@@ -150,10 +150,12 @@ def test_a_batch_of_none_or_one(name, length, on):
         (lambda: dropin.dkd_loss(S, T, TARGET + 1, 1, 8, 4), r"dkd_loss: target must be in \[0, 9\), got 9"),
         (lambda: dropin.dkd_loss(S, T, TARGET - 100, 1, 8, 4), r"dkd_loss: target must be in \[0, 9\), got -100"),
         (lambda: dropin.dkd_loss(S, S, TARGET, 1, 8, 4), r"teacher_logits\[0\] must be detached"),
+        (lambda: dropin.dkd_loss(S, "t", TARGET, 1, 8, 4, True), "dkd_loss: logits_teacher must be a tensor, got str"),
+        (lambda: dropin.kd_loss("s", T, 4, True), "kd_loss: logits_student must be a tensor, got str"),
     ],
 )
 def test_what_would_differ_from_theirs_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call()
 
 
@@ -195,6 +197,24 @@ def test_the_decoupled_loss_loses_nothing_where_the_student_is_sure(on):
     args = converted((student, T, TARGET), lambda a: a.to(DEVICE))
     got, (grad,) = gradients(lambda s, t, y: dropin.dkd_loss(s, t, y, 1.0, 8.0, 1.0), args)
     assert want > 10 and relative_error(got, want) < 1e-6 and relative_error(grad, want_grad) < 1e-5
+
+
+def test_the_decoupled_loss_of_rows_without_another_class(on):
+    """Nothing is left to compare there: a KL of 0."""
+    one = S[:, :1].detach().to(DEVICE).requires_grad_()
+    got, (grad,) = gradients(
+        lambda s: dropin.dkd_loss(s, s.detach() + 1, torch.zeros(N).long().to(DEVICE), 1, 8, 4), (one,)
+    )
+    assert got == 0 and (grad == 0).all()
+    student, teacher = converted((S, T), lambda a: a.to(DEVICE))
+    want, _ = gradients(
+        lambda s, t: decoupled(s, t, TARGET[1:], 1, 8, 4) / N, exactly((S.detach()[1:].requires_grad_(), T[1:]))
+    )
+    with torch.no_grad():
+        for z in (student, teacher):
+            z[0] = torch.where(torch.arange(C).to(DEVICE) == TARGET[0].to(DEVICE), z[0], -math.inf)
+    got, (grad,) = gradients(lambda s: dropin.dkd_loss(s, teacher, TARGET.to(DEVICE), 1, 8, 4), (student,))
+    assert relative_error(got, want) < 1e-6 and (grad[0] == 0).all() and grad.isfinite().all()
 
 
 def test_an_infinite_part_of_the_decoupled_loss_without_weight_counts_nothing(on):

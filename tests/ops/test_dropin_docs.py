@@ -131,6 +131,9 @@ OTHERS = {
 }
 
 
+EVERY = {**CALLS, **OTHERS}
+
+
 def example_of_tokens():
     g = torch.Generator().manual_seed(0)
     z, t = (torch.randn(2, 5, 7, generator=g, device="cpu") for _ in range(2))
@@ -138,14 +141,14 @@ def example_of_tokens():
 
 
 def test_every_language_loss_is_called_here():
-    assert {*CALLS, *OTHERS} == set(dropin.dropin_language.__all__)
+    assert EVERY.keys() == set(dropin.dropin_language.__all__)
 
 
-@pytest.mark.parametrize("name", sorted({*CALLS, *OTHERS} - {"LogitsDistillationLoss", "sparse_kl_div"}))
+@pytest.mark.parametrize("name", sorted({*EVERY} - {"LogitsDistillationLoss", "sparse_kl_div"}))
 def test_language_losses_refuse_a_teacher_that_requires_grad(name):
     """Theirs have a gradient to it: without one here it would be missing silently."""
     z, t, y = example_of_tokens()
-    call = {**CALLS, **OTHERS}[name]
+    call = EVERY[name]
     with pytest.raises(ValueError, match="must be detached"):
         call(z, t.requires_grad_(), y)
     with torch.no_grad():
@@ -175,12 +178,20 @@ def test_torchtunes_losses_of_chunks_are_those_of_the_whole(plain, chunks):
     loss = getattr(dropin, f"{plain}WithChunkedOutputLoss")(num_output_chunks=chunks, ignore_index=7)
     assert (loss.num_output_chunks, loss.ignore_index) == (chunks, 7) and not loss.state_dict()
     given = z.chunk(chunks, 1), list(t.chunk(chunks, 1)), y
+    loss.ignore_index = 3  # settings count as they are when it is called
+    assert_same(loss(*given), getattr(dropin, f"{plain}Loss")(ignore_index=3)(z, t, y), z)
+    loss.ignore_index = 7
+    if plain == "SymmetricKL":
+        loss.sym_kd_ratio = 1.0
+        assert_same(loss(*given), dropin.ForwardKLLoss(ignore_index=7)(z, t, y), z)
+        loss.sym_kd_ratio = 0.5
     assert_same(loss(*given), getattr(dropin, f"{plain}Loss")(ignore_index=7)(z, t, y), z)
     nothing = loss(*given[:2], torch.full_like(y, 7))
     nothing.backward()
     assert nothing == 0 and (z.grad == 0).all()
     for wrong, message in (
-        ((given[0], t, y), f"teacher_logits must be {chunks} chunks like those of labels, got a tensor"),
+        ((given[0], t, y), f"teacher_logits must be {chunks} chunks like those of labels, got Tensor"),
+        ((given[0], 3, y), f"teacher_logits must be {chunks} chunks like those of labels, got int"),
         ((given[0][1:], given[1], y), f"student_logits must be {chunks} chunks .* got {chunks - 1}"),
         ((*given[:2], y.flatten()), r"labels must be \[B, S\], got \[10\]"),
     ):
@@ -210,7 +221,7 @@ def test_modelopts_loss_is_theirs(size):
 MASKS = {
     "none": None,
     "bool": torch.tensor([[True, True, False, True, True], [False, True, True, True, True]]),
-    "int, 3-D": torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]])[..., None],
+    "int, 3-D": torch.tensor([[1, 2, 0, 1, 1], [0, 1, 1, 3, 1]])[..., None],
     "weights": torch.tensor([[1, 0.5, 0, 2, 1], [0, 1, 1, 3, 1]]),
 }
 

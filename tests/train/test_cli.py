@@ -301,7 +301,7 @@ sys.path.remove("")  # a script has no working directory there
 try:
     cli.main(["--help"])
 except SystemExit:
-    print(sys.path.index(os.getcwd()))
+    print(sys.path.index(os.getcwd()) == len(sys.path) - 1)
 """
 
 
@@ -312,7 +312,7 @@ def test_a_source_folder_does_not_hide_the_installed_package(tmp_path: Path, the
         (tmp_path / "amtml_fast").mkdir()
     shell = {**os.environ, "PYTHONPATH": str(ROOT)}
     out = subprocess.run([sys.executable, "-c", PATH], cwd=tmp_path, env=shell, capture_output=True, text=True)
-    assert (int(out.stdout.split()[-1]) > 0) is there, out.stderr
+    assert out.stdout.split()[-1] == str(there), out.stderr
 
 
 def test_letters_that_the_output_does_not_have_end_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -502,5 +502,10 @@ def test_workers_take_no_other_amtml_fast_from_the_working_directory(
     assert workers.preloaded(Session) == ["torch._dynamo", own]
     (tmp_path / "amtml_fast").mkdir()
     assert workers.preloaded(Session) == ["torch._dynamo"]
+    with monkeypatch.context() as installed:  # in an environment inside of the source folder
+        installed.setattr(
+            workers, "__file__", str(tmp_path / ".venv" / "amtml_fast" / "train" / "compare" / "workers.py")
+        )
+        assert workers.preloaded(Session) == ["torch._dynamo"]
     monkeypatch.chdir(Path(workers.__file__).parents[3])
     assert workers.preloaded(Session) == ["torch._dynamo", own]

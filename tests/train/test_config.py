@@ -350,6 +350,8 @@ def test_variants_and_regimes_of_a_base_are_replaced_as_their_place_is(place: Pl
         ("compare.methods=[amtmlkd]", r"method must be one of .* did you mean 'amtml_kd'"),
         ("teachers.1.name=a", r"teachers\.name must be unique names"),
         ("distill", r"an override must be key=value, got 'distill'"),
+        ("teachers.epochs=1", r"teachers is a list, whose entries have numbers, as teachers\[0\], got 'epochs'"),
+        ("teachers.a.hint=x", r"teachers is a list, whose entries have numbers, as teachers\[0\], got 'a'"),
         ("cache_teachers=never", r"cache_teachers: no such key; did you mean 'cache\.teachers'"),
         ("cache.teachers=maybe", r"cache\.teachers must be one of auto, always, never, got 'maybe'"),
         ("cache.logits=float61", r"cache\.logits must be float32, float16 or a number k of 1 or more, got 'float61'"),

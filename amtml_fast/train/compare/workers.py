@@ -156,10 +156,10 @@ def start_method(config: Config) -> str:
 
 
 def preloaded(session: type[Trains]) -> list[str]:
-    """What the forkserver imports. It looks in the working directory first: where that has another amtml_fast than this one, as a source
-    folder has, each worker imports this one by itself."""
-    here, own = Path.cwd(), Path(__file__).resolve()
-    another = Path("amtml_fast").is_dir() and not own.is_relative_to(here.resolve())
+    """What the forkserver imports. It looks in the working directory first: where an amtml_fast other than this one is there, as in a
+    source folder, the session is left out, and each worker imports this package by itself."""
+    there = Path("amtml_fast")
+    another = there.is_dir() and not Path(__file__).resolve().is_relative_to(there.resolve())
     return ["torch._dynamo", *([] if another else [session.__module__])]
 
 

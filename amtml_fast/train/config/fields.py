@@ -111,13 +111,18 @@ def hint_at(schema: type, key: str, *, free: bool = False) -> Any:
     free: below a mapping whose keys are another class's, that class's.
     """
     hint: Any = schema
-    for part in re.sub(r"\[(\w+)\]", r".\1", key).split("."):
+    for part in parts(key):
         hint = required(hint)
         if part.isdigit() and typing.get_origin(hint) is list:
             hint = inner(hint)
         else:
             hint = below(hint, part, free=free)
     return hint
+
+
+def parts(key: str) -> list[str]:
+    """The names and numbers of a dotted key, teachers[0].hint."""
+    return re.sub(r"\[(\w+)\]", r".\1", key).split(".")
 
 
 def below(hint: Any, name: str, *, free: bool) -> Any:

@@ -221,6 +221,11 @@ def _merge(preset: dict[str, Any], written: Any, overrides: list[str], source: s
 def _set(merged: Any, key: str, value: str) -> None:
     """As in `_over`: a mapping of free keys is replaced whole; a section (distill={...}) is merged into."""
     hint = fields.hint_at(Config, key)
+    parts = fields.parts(key)
+    for i, part in enumerate(parts[1:], 1):
+        whole = ".".join(parts[:i])
+        if not part.isdigit() and typing.get_origin(fields.required(fields.hint_at(Config, whole))) is list:
+            raise ValueError(f"{whole} is a list, whose entries have numbers, as {whole}[0], got {part!r}")
     new = yaml_text.value(value, fields.hint_at(Config, key, free=True), key)
     if isinstance(new, list) and dataclasses.is_dataclass(fields.inner(hint)):
         new = [OmegaConf.merge(OmegaConf.structured(fields.inner(hint)), item) for item in new]
