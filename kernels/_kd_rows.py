@@ -253,7 +253,7 @@ def inverses_of(sums, weights):
     out = ()
     for t in tl.static_range(len(sums)):
         dead = (weights[t] == 0) & (sums[t] != sums[t])
-        out = out + (tl.where(dead, 0.0, tl.div_rn(1.0, sums[t])),)
+        out = out + (tl.where(dead, 0.0, 1.0 / sums[t]),)
     return out
 
 
