@@ -248,12 +248,13 @@ def load_stats(stats, rows, used, T: tl.constexpr):
 
 
 @triton.jit
-def inverses_of(sums, weights):
-    """1 / sum of every teacher; 0 where a teacher without weight has no softmax: 0 * NaN is 0."""
+def inverses_of(sums, weights, EXACT: tl.constexpr):
+    """1 / sum of every teacher; 0 where a teacher without weight has no softmax: 0 * NaN is 0. EXACT, correctly rounded, takes registers."""
     out = ()
     for t in tl.static_range(len(sums)):
         dead = (weights[t] == 0) & (sums[t] != sums[t])
-        out = out + (tl.where(dead, 0.0, 1.0 / sums[t]),)
+        inverse = tl.div_rn(1.0, sums[t]) if EXACT else 1.0 / sums[t]
+        out = out + (tl.where(dead, 0.0, inverse),)
     return out
 
 

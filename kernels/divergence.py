@@ -409,9 +409,11 @@ def _divergence_kernel(
     )
     m = tops[0]
     s = totals[0]
-    inverse = tl.div_rn(1.0, s)  # rounded: an error of all classes would not cancel in D
+    inverse = tl.div_rn(
+        1.0, s
+    )  # as all others: an error of all classes would not cancel in D, and equal sides would differ
     maxima = tops[1:]
-    inverses = inverses_of(totals[1 : 1 + T], w)
+    inverses = inverses_of(totals[1 : 1 + T], w, True)
     log_ratios = log_ratios_of(totals[1:], s, False)
     target_w = w
     target_rates = rates
@@ -425,7 +427,7 @@ def _divergence_kernel(
         inverses = (tl.div_rn(1.0, totals[1]),)
         own_maxima = tops[2:]
         if OWN:
-            own_inverses = inverses_of(totals[2:], w)
+            own_inverses = inverses_of(totals[2:], w, True)
         own_log_ratios = log_ratios[1:]
     all_r = mass
 

@@ -164,7 +164,7 @@ def _load_softmaxes(normal, row, used, weights, LOGITS: tl.constexpr, LABELED: t
         maxima = maxima + (top,)
         sums = sums + (tl.exp(log_t).to(tl.float32),)
         log_ratios = log_ratios + ((log_t - log).to(tl.float32),)
-    inverses = inverses_of(sums[:T], weights)
+    inverses = inverses_of(sums[:T], weights, True)
     if LOGITS:
         inverses = inverses + (tl.div_rn(1.0, sums[T]),)
     return m, tl.exp(log).to(tl.float32), s1.to(tl.float32), maxima, inverses, log_ratios

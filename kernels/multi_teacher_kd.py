@@ -105,7 +105,7 @@ def _kd_forward_kernel(
     maxima = tops[1:]
     sums = totals[1:]
     store_stats(stats, rows, inside, used, m, s, s1, maxima, sums)
-    inverses = inverses_of(sums, w)
+    inverses = inverses_of(sums, w, False)
     log_ratios = log_ratios_of(sums, s, MIXTURE)
     by = per_row(counts, label_stride, num_counts, ignore_index, COUNT, COUNT_BLOCK)
     ce_grad = ce_grad * by
@@ -126,7 +126,7 @@ def _kd_forward_kernel(
         rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
         w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
         m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
-        inverses = inverses_of(sums, w)
+        inverses = inverses_of(sums, w, False)
         log_ratios = log_ratios_of(sums, s, MIXTURE)
         kl_sums *= total / s
     for step in range(1 if HELD else tl.cdiv(c, PART) - first):
@@ -221,7 +221,7 @@ def _kd_backward_kernel(
             return
     w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
     m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
-    inverses = inverses_of(sums, w)
+    inverses = inverses_of(sums, w, False)
     log_ratios = log_ratios_of(sums, s, MIXTURE)
     by = per_row(counts, label_stride, num_counts, ignore_index, COUNT, COUNT_BLOCK)
     by *= tl.load(grad_loss + rows * loss_stride, mask=used, other=0.0).to(tl.float32)
@@ -252,7 +252,7 @@ def _kd_backward_kernel(
         rows, inside, used, label = find_rows(n, labels, label_stride, ignore_index, c, ROWS)
         w, total = load_weights(weights, rows, weight_stride, weight_along, used, T)
         m, s, s1, maxima, sums = load_stats(stats, rows, used, T)
-        inverses = inverses_of(sums, w)
+        inverses = inverses_of(sums, w, False)
         log_ratios = log_ratios_of(sums, s, MIXTURE)
     for step in range(1 if STEPS == 1 else tl.cdiv(c, PART) - first):
         cols = (first + step) * PART + tl.arange(0, PART)[None, :]
