@@ -337,9 +337,8 @@ def _decoupled(
     wide = wide_dtype(student, teacher)
     student, teacher, target = student.to(wide), teacher.to(wide), target.reshape(-1, 1).long()
     others = [z.scatter(1, target, -math.inf) for z in (student, teacher)]
-    alone = (
-        torch.stack(others).amax(0).amax(1, keepdim=True) == -math.inf
-    )  # no other class: both sides are alike, with a KL of 0
+    # A row without another class: both sides are alike there, with a KL of 0.
+    alone = torch.stack(others).amax(0).amax(1, keepdim=True) == -math.inf
     others = [z.masked_fill(alone, 0) for z in others]
     nckd = multi_teacher_kd_loss(others[0], others[1:], None, temperature=temperature, reduction=reduction)
     log_p = (teacher / temperature).log_softmax(1).gather(1, target)

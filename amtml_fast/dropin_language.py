@@ -2,10 +2,10 @@
 
 ``amtml_fast.multi_teacher_kd_loss`` has the same divergences with several teachers, weights by token and labels. None of these
 but ModelOpt's multiplies by T^2. Logits are [B, S, C] or [tokens, C], labels [B, S] or flat. Tokens whose label is -100 count
-nothing; the others' mean is the loss, in DistillKit their sum. Four things differ from theirs: 16-bit logits are computed in float32; where no token counts, the loss
-is 0 (DistiLLM's and TRL's ``"mean"`` are NaN); a class that only one side has (a logit of -inf) adds what the formula says,
-where DistiLLM and torchtune leave it out; and a teacher that requires grad is an error, where theirs have a gradient to it (ModelOpt's
-and ``sparse_kl_div`` have none).
+nothing; the others' mean is the loss, in DistillKit their sum. Four things differ from theirs: 16-bit logits are computed in
+float32; where no token counts, the loss is 0 (DistiLLM's and TRL's ``"mean"`` are NaN); a class that only one side has (a logit of
+-inf) adds what the formula says, where DistiLLM and torchtune leave it out; and a teacher that requires grad is an error, where theirs
+have a gradient to it (ModelOpt's and ``sparse_kl_div`` have none).
 """
 
 import math

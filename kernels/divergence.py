@@ -409,9 +409,8 @@ def _divergence_kernel(
     )
     m = tops[0]
     s = totals[0]
-    inverse = tl.div_rn(
-        1.0, s
-    )  # as all others: an error of all classes would not cancel in D, and equal sides would differ
+    # Exact, as all inverses here: an error of all classes would not cancel in D, and equal sides would differ.
+    inverse = tl.div_rn(1.0, s)
     maxima = tops[1:]
     inverses = inverses_of(totals[1 : 1 + T], w, True)
     log_ratios = log_ratios_of(totals[1:], s, False)

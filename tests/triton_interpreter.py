@@ -50,7 +50,7 @@ def compute_as_a_gpu() -> None:
     not, and exponentials below the least normal number are 0."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
     multiply, add, subtract = builder.create_fmul, builder.create_fadd, builder.create_fsub
-    negate = getattr(builder, "create_fneg", None)  # before Triton 3.7 it is a difference from 0
+    negate = getattr(builder, "create_fneg", None)  # Triton 3.6 has none: there it is a difference from 0
     divide, exp, exp2, run = builder.create_fdiv, builder.create_exp, builder.create_exp2, executor.__call__
     fuse = True
 

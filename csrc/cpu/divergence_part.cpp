@@ -29,9 +29,8 @@ AMTML_INLINE void logit_sums(const Row<A>& row, double* out) {
       const A *e = row.mixed.e.data() + start, *x = own.x + start, by = row.mixed.by(k);
       const auto beside = [&] AMTML_BODY(int64_t c) {
         const A scaled = (x[c] - shift) * own.per_tau;
-        return std::abs(scaled) < std::numeric_limits<A>::infinity()
-                   ? scaled
-                   : -shift * own.per_tau;  // what is not finite has no weight, or no p
+        // What is not finite has no weight, or no p.
+        return std::abs(scaled) < std::numeric_limits<A>::infinity() ? scaled : -shift * own.per_tau;
       };
       out[t] += block_sum<A>(count, [&] AMTML_BODY(int64_t c) {
         const A y = beside(c);
