@@ -377,6 +377,12 @@ def test_learning_rates() -> None:
     assert cosine[0] < 0.1 and cosine[20] == pytest.approx(1.0) and cosine[60] == pytest.approx(0.5)
 
 
+def test_a_student_of_fewer_teachers_asks_nothing_of_the_others(place: Place) -> None:
+    settings = place.load(*PLAIN, "teachers.1.hint=null", "teachers.1.model.weights=none.safetensors")
+    run = distill(settings, load_data(settings), "amtml_kd", 0, QUIET, teachers=1, resume=False, fresh=False)
+    assert run.folder.name == "amtml_kd-1teachers-seed0" and run.finished()
+
+
 def test_a_diverged_run_stops_with_the_reason(place: Place) -> None:
     with pytest.raises(RunError, match=r"the loss is (nan|inf) after epoch \d; try a lower learning rate"):
         place.train(*PLAIN, "distill.lr=1e12", method="student")

@@ -58,7 +58,7 @@ class TrainConfig:
     optimizer: str = "sgd"
     lr: float = field(default=0.1, metadata=NOT_NEGATIVE)
     momentum: float = field(default=0.9, metadata=SHARE)
-    nesterov: bool = False
+    nesterov: bool = False  # of sgd with momentum
     weight_decay: float = field(default=5e-4, metadata=NOT_NEGATIVE)
     schedule: str = "onecycle"
     warmup: float = field(default=0.0, metadata=NOT_NEGATIVE)  # epochs of linear warm-up; onecycle has its own

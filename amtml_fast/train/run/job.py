@@ -81,8 +81,7 @@ class Job:
             "groups": list(self.groups.items()),  # their order decides who guides which
         }
         if method.needs_teachers:
-            prints = frozen.fingerprint(config)
-            recipe["teachers"] = {name: prints[name] for name in self.teachers}
+            recipe["teachers"] = frozen.fingerprint(of_teachers(config, self.teachers))
             recipe["order"] = list(self.teachers)
             recipe[NETWORKS] = networks(config, self.teachers)
             # From the disk and live a student is taught the same; only what is rounded is told apart.
@@ -276,6 +275,11 @@ def with_mapping(config: Config, method: Method, student: StudentConfig, teacher
     if not kept:
         raise ConfigError(f"config: loss.mapping must name at least one of {', '.join(teachers)}, got {dict(mapping)}")
     return replace(config, loss=replace(config.loss, mapping=kept))
+
+
+def of_teachers(config: Config, names: Sequence[str]) -> Config:
+    """The configuration as if it had these of its teachers alone."""
+    return replace(config, teachers=[teacher for teacher in config.teachers if teacher.name in names])
 
 
 def need_hints(jobs: Sequence[Job]) -> bool:

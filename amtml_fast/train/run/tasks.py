@@ -14,7 +14,7 @@ from ..progress import Display
 from ..teachers import frozen
 from . import preflight
 from .folder import Run
-from .job import Job, one_job, teacher_job
+from .job import Job, of_teachers, one_job, teacher_job
 from .prepare import load_teachers, same_data, say_choices, say_twins
 from .stop import how_many, says_when_stopped
 from .timing import shares
@@ -58,7 +58,8 @@ def distill(
     preflight.places(config)
     job = one_job(config, method, seed, student, teachers)
     say_twins(config, [job], display)
-    return train(job, data, load_teachers(config, data, [job], display), display, resume=resume, fresh=fresh)
+    teachers_of_it = load_teachers(of_teachers(config, job.teachers), data, [job], display)
+    return train(job, data, teachers_of_it, display, resume=resume, fresh=fresh)
 
 
 def evaluate(

@@ -200,11 +200,6 @@ def load(config: Config, data: ImageData, *, hints: bool) -> Teachers:
     device = data.train.images.device
     models = []
     for teacher in config.teachers:
-        if hints and teacher.hint is None:
-            raise ConfigError(
-                f"config: teachers.{teacher.name}.hint must be the dotted path of the module whose output is the hint, "
-                "got null; or set loss.hint_weight=0"
-            )
         net = extractor(config, teacher, data, hints=hints)
         memory = memory_format(config.engine.channels_last, data.train.images.shape)
         net.to(device, memory_format=memory)  # type: ignore[call-overload]
@@ -229,6 +224,11 @@ def extractor(
     """The teacher's net with its weights; untrained: one that `teach` trains has random ones. It is made to take the data's
     images where it was trained on images normalized by other statistics: those of the configuration, or those that a net
     with weights from elsewhere carries itself."""
+    if hints and teacher.hint is None:
+        raise ConfigError(
+            f"config: teachers.{teacher.name}.hint must be the dotted path of the module whose output is the hint, "
+            "got null; or set loss.hint_weight=0"
+        )
     own = teacher.model
     path = None if untrained and not own.brings_weights else existing_weights(config, teacher)
     model = build(own.factory, own.args, num_classes=data.num_classes, in_channels=data.in_channels, weights=path)
@@ -236,7 +236,7 @@ def extractor(
         zoo.renormalize(model, (data.mean, data.std), (own.mean, own.std))
     elif own.brings_weights and (said := zoo.statistics(model)) is not None:
         zoo.renormalize(model, (data.mean, data.std), said)
-    return FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
+    return FeatureExtractor(model, {HINT: teacher.hint} if hints else {})
 
 
 def teacher_maps(model: FeatureExtractor, name: str, data: ImageData) -> dict[str, Tensor]:
