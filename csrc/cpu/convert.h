@@ -45,6 +45,7 @@ struct Target {
 
   Target() = default;
   explicit Target(const Tensor& t) : data(static_cast<char*>(t.mutable_data_ptr())), dtype(t.scalar_type()) {}
+  explicit Target(float* numbers) : data(reinterpret_cast<char*>(numbers)) {}
   explicit operator bool() const { return data != nullptr; }
 
   template <class A>

@@ -324,9 +324,10 @@ inline void check_indices(const char* op, const Tensor& indices, const std::opti
                           int64_t ignore_index, std::optional<int64_t> none = std::nullopt) {
   const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
   const int64_t* y = labels ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr;
-  for (int64_t i = 0; i < indices.size(0); ++i) {
+  const int64_t rows = indices.size(0), each = indices.size(1);
+  for (int64_t i = 0; i < rows; ++i) {
     if (y && y[i] == ignore_index) continue;
-    for (int64_t j = i * indices.size(1); j < (i + 1) * indices.size(1); ++j) {
+    for (int64_t j = i * each; j < (i + 1) * each; ++j) {
       STD_TORCH_CHECK((index[j] >= 0 && index[j] < classes) || index[j] == none, op,
                       ": teacher_indices must be in [0, ", classes, "), got ", index[j], " in row ", i);
     }
@@ -338,18 +339,20 @@ inline void check_weights(const char* op, const Tensor& weights, const std::opti
                           int64_t ignore_index) {
   if (weights.dim() != 2) return;
   const Matrix m(weights);
-  std::vector<double> scratch(weights.size(1));
   const bool expanded = m.row_stride == 0;
-  const int64_t rows = std::min<int64_t>(weights.size(0), expanded ? 1 : weights.size(0));
+  const int64_t teachers = weights.size(1), rows = expanded ? std::min<int64_t>(weights.size(0), 1) : weights.size(0);
   const int64_t* y = labels && !expanded ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr;
-  for (int64_t i = 0; i < rows; ++i) {
-    if (y && y[i] == ignore_index) continue;
-    const double* w = load_row<double>(m, i, weights.size(1), scratch.data());
-    for (int64_t t = 0; t < weights.size(1); ++t) {
-      STD_TORCH_CHECK(w[t] >= 0 && w[t] < std::numeric_limits<double>::infinity(), op,
-                      ": teacher_weights must be finite and not negative, got ", w[t]);
+  dispatch(m.dtype, op, [&](auto zero) {
+    const auto* data = static_cast<const decltype(zero)*>(m.data);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (y && y[i] == ignore_index) continue;
+      for (int64_t t = 0; t < teachers; ++t) {
+        const double w = static_cast<double>(data[i * m.row_stride + t * m.column_stride]);
+        STD_TORCH_CHECK(w >= 0 && w < std::numeric_limits<double>::infinity(), op,
+                        ": teacher_weights must be finite and not negative, got ", w);
+      }
     }
-  }
+  });
 }
 
 }  // namespace amtml

@@ -8,39 +8,14 @@
 // A row of every input is read once; its exponentials stay in cache until the row is done. Teachers are read in place.
 #include <algorithm>
 
-#include "../arithmetic.h"
-#include "kd_rows.h"
+#include "multi_teacher_kd_few.h"
 #include "ops.h"
-#include "shares.h"
 
 namespace amtml {
+
+using namespace multi_teacher;
+
 namespace {
-
-constexpr char kOp[] = "multi_teacher_kd_loss";
-
-template <class A>
-struct Problem {
-  int64_t rows, classes, teachers;
-  Matrix student, weights;
-  std::vector<Matrix> teacher;
-  const int64_t* labels;
-  KDSettings set;
-  bool mixture;
-
-  bool in_place() const {  // whether no teacher needs to be converted
-    bool all = true;
-    for (const Matrix& m : teacher) all &= m.template in_place<A>();
-    return all;
-  }
-  bool ignored(int64_t i) const { return labels && labels[i] == set.ignore_index; }
-  A weight(int64_t i, int64_t t) const {
-    if (!weights) return A(1) / A(teachers);
-    return static_cast<const A*>(weights.data)[i * weights.row_stride + t * weights.column_stride];
-  }
-};
-
-// Row statistics, kept for backward: the student's three; maximum and inverse sum per teacher.
-inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 
 template <class A>
 struct Row : StudentRow<A> {  // scratch of one thread: everything a row needs stays in cache until the row is done
@@ -282,14 +257,6 @@ struct Inputs {  // owns what Problem points to
   }
 };
 
-// With what this operator reads and writes besides.
-template <class A>
-struct Pass : KDPass<A> {
-  A *student_probs, *soft_targets;
-  Matrix grad_q, grad_p;
-  bool rescale;  // forward has made the gradients, for an incoming gradient of 1
-};
-
 // Gradients of row i that forward has made, times g, where that is exact: powers of two. False if they have to be made
 // again, so that rounding happens once.
 template <class A>
@@ -348,6 +315,16 @@ AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass, A* q_row,
 
 template <bool kForward, class A>
 void run_rows(const Problem<A>& pr, const Pass<A>& pass) {
+  if constexpr (sizeof(A) == 4) {
+    if (pr.classes <= kFew) {
+      return in_shares(pr.rows, pr.classes * (pr.teachers + 2), [&](Shares& next) {
+        FewRows rows(pr, pass);
+        vectorized([&] AMTML_BODY() {
+          for (Share share; next(share);) run_groups<kForward>(rows, share, pass);
+        });
+      });
+    }
+  }
   in_shares(pr.rows, pr.classes * (pr.teachers + 2), [&](Shares& next) {
     Row<A> row(pr);
     Buffer<A> q_row(pass.grad_q ? pr.classes : 0), p_row(pass.grad_p ? pr.classes : 0);

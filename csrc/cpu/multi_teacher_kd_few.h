@@ -1,0 +1,474 @@
+// Weighted multi-teacher distillation of few classes: 16 rows at once, each in a lane of its own. A row at a time, most
+// of the time would go into the ends of vectors, and into what a row costs besides its classes. In float32.
+#pragma once
+
+#include "multi_teacher_kd.h"
+#include "shares.h"
+
+namespace amtml::multi_teacher {
+
+constexpr int64_t kFew = 63;  // classes at most: of more, a row fills vectors, and 16 rows the first-level cache
+constexpr int kRows = 16;
+
+// f(l) for each of the rows.
+template <class F>
+AMTML_INLINE void each_row(const F& f) {
+#pragma omp simd
+  for (int l = 0; l < kRows; ++l) f(l);
+}
+
+// A number of each row.
+template <class T>
+struct Each {
+  alignas(64) T of[kRows];
+
+  AMTML_INLINE T& operator[](int l) { return of[l]; }
+  AMTML_INLINE T operator[](int l) const { return of[l]; }
+  AMTML_INLINE void fill(T value) { std::fill_n(of, kRows, value); }
+};
+
+// The sum of term(c, l) over the classes c, of each row l.
+template <class F>
+AMTML_INLINE void sum_classes(int64_t classes, Each<double>& sum, const F& term) {
+  using Total = Lanes<double, kRows, 2>;
+  Total total = Total::all(0);
+  for (int64_t c = 0; c < classes; ++c) {
+    Each<float> terms;
+    each_row([&](int l) __attribute__((always_inline)) { terms[l] = term(c, l); });
+    using Part = Vector<float, kRows / 2>;
+    for (int p = 0; p < 2; ++p) {
+      total.part[p] += __builtin_convertvector(Part::load(terms.of + p * kRows / 2), Total::V::type);
+    }
+  }
+  for (int p = 0; p < 2; ++p) Total::V::store(sum.of + p * kRows / 2, total.part[p]);
+}
+
+// Classes of the rows, class after class: class c of row l is at [c * kRows + l].
+struct Columns : Buffer<float> {
+  explicit Columns(int64_t classes) : Buffer<float>(classes * kRows) {}
+  AMTML_INLINE float* at(int64_t c) { return data() + c * kRows; }
+  AMTML_INLINE const float* at(int64_t c) const { return data() + c * kRows; }
+};
+
+// Which rows of the matrices are at hand. The last ones may be fewer than there are lanes: the others repeat the last.
+struct Group {
+  int64_t first;
+  int count;
+  int64_t row(int l) const { return first + std::min(l, count - 1); }
+};
+
+// 4 x 4 numbers, whose rows become columns.
+AMTML_INLINE void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  using V = Vector<float, 4>;
+  const V::type a = V::load(from), b = V::load(from + from_stride), c = V::load(from + 2 * from_stride),
+                d = V::load(from + 3 * from_stride);
+#ifdef __clang__
+#define AMTML_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+  typedef int Places __attribute__((vector_size(16)));
+#define AMTML_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Places{__VA_ARGS__})
+#endif
+  const V::type ab = AMTML_SHUFFLE(a, b, 0, 4, 1, 5), cd = AMTML_SHUFFLE(c, d, 0, 4, 1, 5);
+  const V::type ab2 = AMTML_SHUFFLE(a, b, 2, 6, 3, 7), cd2 = AMTML_SHUFFLE(c, d, 2, 6, 3, 7);
+  V::store(to, AMTML_SHUFFLE(ab, cd, 0, 1, 4, 5));
+  V::store(to + to_stride, AMTML_SHUFFLE(ab, cd, 2, 3, 6, 7));
+  V::store(to + 2 * to_stride, AMTML_SHUFFLE(ab2, cd2, 0, 1, 4, 5));
+  V::store(to + 3 * to_stride, AMTML_SHUFFLE(ab2, cd2, 2, 3, 6, 7));
+#undef AMTML_SHUFFLE
+}
+
+// The same of more: `to` has a row for each of the columns. (The last four are taken from the end: some are taken
+// twice.)
+AMTML_INLINE void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to,
+                            int64_t to_stride) {
+  if (rows < 4 || columns < 4) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < rows; i += 4) {
+    const int64_t row = std::min(i, rows - 4);
+    for (int64_t j = 0; j < columns; j += 4) {
+      const int64_t column = std::min(j, columns - 4);
+      transpose_4x4(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
+    }
+  }
+}
+
+// The group's rows of a matrix of any dtype, as columns. scratch: of as many numbers.
+AMTML_INLINE void load_columns(const Matrix& m, const Group& group, int64_t classes, float* scratch, Columns& to) {
+  const bool full = group.count == kRows;
+  if (full && m.in_place<float>()) {
+    transpose(load_row(m, group.first, classes, scratch), m.row_stride, kRows, classes, to.data(), kRows);
+    return;
+  }
+  if (full && m.column_stride == 1 && m.row_stride == classes) {  // one row after another
+    load_row(m, group.first, classes * kRows, scratch);
+  } else {
+    for (int l = 0; l < kRows; ++l) {
+      const float* row = load_row(m, group.row(l), classes, scratch + l * classes);
+      if (row != scratch + l * classes) std::copy_n(row, classes, scratch + l * classes);
+    }
+  }
+  transpose(scratch, classes, kRows, classes, to.data(), kRows);
+}
+
+// And back to their place in `to`: what was made of rows that count, zeros for the others.
+AMTML_INLINE void store_columns(const Columns& from, const Group& group, const Each<bool>& on, int64_t classes,
+                                float* scratch, const Target& to) {
+  const int64_t first = group.first * classes;
+  float* rows = group.count == kRows ? to.place(first, scratch) : scratch;
+  transpose(from.data(), kRows, classes, kRows, rows, classes);
+  for (int l = 0; l < kRows; ++l) {
+    if (!on[l]) std::fill_n(rows + l * classes, classes, 0.0f);
+  }
+  if (rows == scratch && to.in_place<float>()) {
+    std::copy_n(rows, group.count * classes, to.place(first, scratch));
+  } else {
+    to.write(first, group.count * classes, rows);
+  }
+}
+
+// Softmax<float> of a group's rows, in one chunk: e = 2^kScale exp((x - m) / tau), and e inverse is the probability.
+struct FewSoftmax {
+  Columns e;
+  Each<float> m, inverse, log_sum;
+  Each<double> sum, rest;  // of e; what rounding log_sum cut off
+
+  explicit FewSoftmax(int64_t classes) : e(classes) {}
+
+  AMTML_INLINE void make(const Columns& x, int64_t classes, float per_tau) {
+    using Most = Lanes<float, kRows, 2>;
+    Most found = Most::all(-std::numeric_limits<float>::infinity());
+    for (int64_t c = 0; c < classes; ++c) found = most(Most::load(x.at(c)), found);  // NaN left out
+    for (int p = 0; p < 2; ++p) Most::V::store(m.of + p * kRows / 2, found.part[p]);
+    raise(x, classes, per_tau);
+  }
+  // The same at temperature 1 of the logits that another softmax has at tau: its power tau, if that is 1, 2 or 4.
+  AMTML_INLINE void make(const Columns& x, int64_t classes, const FewSoftmax& at_tau, double tau) {
+    static_assert(kScale == 24);  // 2^kScale is not to be raised
+    m = at_tau.m;
+    if (tau != 1 && tau != 2 && tau != 4) return raise(x, classes, 1);
+    const int power = static_cast<int>(tau);
+    const float scale = power == 4 ? 1.0f / (1 << 18) : 1.0f / (1 << 12);
+    sum_classes(classes, sum, [&](int64_t c, int l) __attribute__((always_inline)) {
+      const float from = at_tau.e.at(c)[l], y = from * scale, square = y * y;
+      return e.at(c)[l] = power == 4 ? square * square : power == 2 ? square : from;
+    });
+    invert();
+  }
+  AMTML_INLINE void take_logarithms() {
+    for (int l = 0; l < kRows; ++l) log_sum[l] = rounded<float>(std::log(sum[l]) - kLogScale, &rest.of[l]);
+  }
+  AMTML_INLINE double exact_log_sum(int l) const { return static_cast<double>(log_sum[l]) + rest[l]; }
+
+  // Makes every probability of these rows 0.
+  AMTML_INLINE void clear(const Each<bool>& rows, int64_t classes) {
+    for (int64_t c = 0; c < classes; ++c) {
+      float* to = e.at(c);
+      for (int l = 0; l < kRows; ++l) to[l] = rows[l] ? 0.0f : to[l];
+    }
+    for (int l = 0; l < kRows; ++l) {
+      if (rows[l]) inverse[l] = 0, rest[l] = 0;
+    }
+  }
+
+ private:
+  AMTML_INLINE void raise(const Columns& x, int64_t classes, float per_tau) {
+    Each<float> top;
+    each_row([&](int l) __attribute__((always_inline)) {
+      top[l] = m[l] == -std::numeric_limits<float>::infinity() ? 0.0f : m[l];
+    });
+    sum_classes(classes, sum, [&](int64_t c, int l) __attribute__((always_inline)) {
+      return e.at(c)[l] = exp_nonpositive<kScale>((x.at(c)[l] - top[l]) * per_tau);
+    });
+    invert();
+  }
+  AMTML_INLINE void invert() {
+    each_row([&](int l) __attribute__((always_inline)) {
+      const double none = std::numeric_limits<double>::quiet_NaN();
+      sum[l] = m[l] == -std::numeric_limits<float>::infinity() ? none : sum[l];
+      inverse[l] = static_cast<float>(1 / sum[l]);
+      rest[l] = 0;
+    });
+  }
+};
+
+// The scratch of one thread.
+struct FewRows {
+  const Problem<float>& problem;
+  bool keep;  // whether all teachers' logits are needed at once
+  Columns student;
+  std::vector<Columns> logits;  // of the teachers; of one after the other if not `keep`
+  FewSoftmax q, q1;
+  std::vector<FewSoftmax> of;               // the teachers'
+  std::vector<Each<float>> weight, factor;  // times the inverse sum
+  std::vector<Each<double>> dot, kl_t;
+  Columns p, ratio, made, back_q, back_p;
+  Buffer<float> scratch;
+  Each<bool> on;  // the rows that count
+  Each<int64_t> label;
+  Each<float> total, ce_grad, kl_grad;  // sum of the weights; d loss / d CE, d loss / d KL
+  Each<double> ce, kl;
+
+  FewRows(const Problem<float>& pr, const Pass<float>& pass)
+      : problem(pr),
+        keep(!pr.mixture || pr.teachers == 1),
+        student(pr.classes),
+        q(pr.classes),
+        q1(pr.labels ? pr.classes : 0),
+        weight(pr.teachers),
+        factor(pr.teachers),
+        dot(pr.teachers),
+        kl_t(pr.teachers),
+        p(pr.classes),
+        ratio(pr.classes),
+        made(pr.classes),
+        back_q(pass.grad_q ? pr.classes : 0),
+        back_p(pass.grad_p ? pr.classes : 0),
+        scratch(pr.classes * kRows) {
+    for (int64_t t = 0; t < (keep ? pr.teachers : 1); ++t) logits.emplace_back(pr.classes);
+    for (int64_t t = 0; t < pr.teachers; ++t) of.emplace_back(pr.classes);
+  }
+};
+
+// Softmaxes and weights of a group.
+template <bool kForward>
+AMTML_INLINE void load(FewRows& r, const Group& group, const Pass<float>& pass) {
+  const Problem<float>& pr = r.problem;
+  const int64_t n = pr.classes, size = stats_size(pr.teachers);
+  const float per_tau = static_cast<float>(1 / pr.set.temperature);
+  const auto keep_stats = [&](int64_t at, const Each<float>& numbers) {
+    if (!kForward) return;
+    for (int l = 0; l < group.count; ++l) pass.stats[(group.first + l) * size + at] = r.on[l] ? numbers[l] : 0.0f;
+  };
+  load_columns(pr.student, group, n, r.scratch.data(), r.student);
+  r.q.make(r.student, n, per_tau);
+  r.q.take_logarithms();
+  if (pr.labels) r.q1.make(r.student, n, r.q, 1 / static_cast<double>(per_tau));
+  if (pr.labels && kForward) r.q1.take_logarithms();
+  Each<float> one;
+  one.fill(1);
+  keep_stats(0, r.q.m), keep_stats(1, r.q.inverse), keep_stats(2, pr.labels ? r.q1.inverse : one);
+  r.total.fill(0);
+  for (int64_t t = 0; t < pr.teachers; ++t) {
+    FewSoftmax& p = r.of[t];
+    Columns& x = r.logits[r.keep ? t : 0];
+    load_columns(pr.teacher[t], group, n, r.scratch.data(), x);
+    p.make(x, n, per_tau);
+    if (r.keep) p.take_logarithms();
+    keep_stats(3 + 2 * t, p.m), keep_stats(4 + 2 * t, p.inverse);
+    Each<bool> nothing;
+    bool any = false;
+    for (int l = 0; l < kRows; ++l) {
+      const float w = r.weight[t][l] = pr.weight(group.row(l), t);
+      r.total[l] += w;
+      nothing[l] = w == 0 && !(std::abs(p.inverse[l]) < std::numeric_limits<float>::infinity());
+      any |= nothing[l];
+    }
+    if (any) p.clear(nothing, n);  // 0 * NaN is 0
+    each_row([&](int l) __attribute__((always_inline)) { r.factor[t][l] = r.weight[t][l] * p.inverse[l]; });
+  }
+}
+
+// The mixture p, log p - log q, and the KL in its mode, but for what roundings have cut off.
+AMTML_INLINE void compare(FewRows& r, bool need_logs) {
+  const Problem<float>& pr = r.problem;
+  const float per_tau = static_cast<float>(1 / pr.set.temperature);
+  const FewSoftmax& q = r.q;
+  const bool alone = pr.mixture && pr.teachers == 1 && need_logs;  // log (w p_t) needs no logarithm then
+  Each<float> log_sum_t;
+  for (int l = 0; l < kRows; ++l) {
+    double cut = 0;
+    if (alone) {
+      const double log_sum = r.of[0].exact_log_sum(l) - std::log(static_cast<double>(r.total[l]));
+      log_sum_t[l] = rounded<float>(log_sum, &cut);
+    }
+    r.kl[l] = r.total[l] != 0 ? r.total[l] * (q.rest[l] - cut) : 0;
+  }
+  for (int64_t c = 0; c < pr.classes; ++c) {
+    float* p = r.p.at(c);
+    for (int64_t t = 0; t < pr.teachers; ++t) {
+      const float* e = r.of[t].e.at(c);
+      const Each<float>& factor = r.factor[t];
+      each_row([&](int l) __attribute__((always_inline)) {
+        const float mass = factor[l] * e[l];
+        p[l] = t == 0 ? mass : p[l] + mass;
+      });
+    }
+  }
+  if (!need_logs) return;
+  const auto log_q = [&](int64_t c, int l) __attribute__((always_inline)) {
+    return (r.student.at(c)[l] - q.m[l]) * per_tau - q.log_sum[l];
+  };
+  Each<double> sum;
+  if (alone) {
+    sum_classes(pr.classes, sum, [&](int64_t c, int l) __attribute__((always_inline)) {
+      const float p = r.p.at(c)[l], log_p = (r.logits[0].at(c)[l] - r.of[0].m[l]) * per_tau - log_sum_t[l];
+      const float ratio = r.ratio.at(c)[l] = if_mass(p, log_p - log_q(c, l));
+      return if_mass(p, p * ratio);
+    });
+  } else if (pr.mixture) {
+    sum_classes(pr.classes, sum, [&](int64_t c, int l) __attribute__((always_inline)) {
+      const float p = r.p.at(c)[l], ratio = if_mass(p, log_positive(p == 0 ? 1.0f : p) - log_q(c, l));
+      r.ratio.at(c)[l] = ratio;
+      return if_mass(p, p * ratio);
+    });
+  }
+  if (pr.mixture) {
+    each_row([&](int l) __attribute__((always_inline)) { r.kl[l] += sum[l]; });
+    return;
+  }
+  r.kl.fill(0);
+  for (int64_t t = 0; t < pr.teachers; ++t) {
+    const FewSoftmax& p = r.of[t];
+    Each<double>& kl_t = r.kl_t[t];
+    sum_classes(pr.classes, kl_t, [&](int64_t c, int l) __attribute__((always_inline)) {
+      const float mass = p.e.at(c)[l] * p.inverse[l], log_p = (r.logits[t].at(c)[l] - p.m[l]) * per_tau - p.log_sum[l];
+      return if_mass(mass, mass * (log_p - log_q(c, l)));
+    });
+    for (int l = 0; l < kRows; ++l) {
+      kl_t[l] = static_cast<float>(kl_t[l] + q.rest[l] - p.rest[l]);
+      if (r.weight[t][l] != 0) {
+        r.kl[l] += r.weight[t][l] * kl_t[l];
+      } else if (!(std::abs(kl_t[l]) < std::numeric_limits<double>::infinity())) {
+        kl_t[l] = 0;
+      }
+    }
+  }
+}
+
+// -(1 - s) log q1_y - s / C sum_c log q1_c
+AMTML_INLINE void cross_entropy(FewRows& r) {
+  const int64_t n = r.problem.classes;
+  const double smoothing = r.problem.set.label_smoothing;
+  Each<double> below;
+  if (smoothing != 0) {
+    sum_classes(n, below,
+                [&](int64_t c, int l) __attribute__((always_inline)) { return r.q.m[l] - r.student.at(c)[l]; });
+  }
+  for (int l = 0; l < kRows; ++l) {
+    const double log_sum = r.q1.exact_log_sum(l), label_term = log_sum - (r.student.at(r.label[l])[l] - r.q.m[l]);
+    r.ce[l] = smoothing == 0 ? label_term : (1 - smoothing) * label_term + smoothing * (log_sum + below[l] / n);
+  }
+}
+
+// The gradients of the weights, in r.dot.
+AMTML_INLINE void differentiate_weights(FewRows& r, bool back_p) {
+  const Problem<float>& pr = r.problem;
+  for (int64_t t = 0; t < pr.teachers; ++t) {
+    const FewSoftmax& p = r.of[t];
+    Each<double> of_kl, of_back;
+    if (pr.mixture) {
+      sum_classes(pr.classes, of_kl, [&](int64_t c, int l) __attribute__((always_inline)) {
+        return mixture_gradient(p.e.at(c)[l], r.p.at(c)[l], r.ratio.at(c)[l]);
+      });
+    }
+    if (back_p) {
+      sum_classes(pr.classes, of_back,
+                  [&](int64_t c, int l) __attribute__((always_inline)) { return r.back_p.at(c)[l] * p.e.at(c)[l]; });
+    }
+    each_row([&](int l) __attribute__((always_inline)) {
+      const double g = r.kl_grad[l], slope = pr.mixture ? double(p.inverse[l] != 0) : r.kl_t[t][l];
+      // Where the KL has no weight, a teacher's NaN has none.
+      const double through_kl = g == 0 ? 0 : g * ((pr.mixture ? of_kl[l] * p.inverse[l] : 0) + slope);
+      r.dot[t][l] = through_kl + (back_p ? of_back[l] * p.inverse[l] : 0);
+    });
+  }
+}
+
+// The gradient of the student's logits, in r.made.
+AMTML_INLINE void differentiate_student(FewRows& r, bool back_q) {
+  const Problem<float>& pr = r.problem;
+  const float per_tau = static_cast<float>(1 / pr.set.temperature), smoothing = pr.set.label_smoothing;
+  const float even = smoothing / pr.classes;
+  const FewSoftmax& q = r.q;
+  Each<float> kl_grad, ce_q, flat;
+  Each<double> inner;
+  each_row([&](int l) __attribute__((always_inline)) {
+    kl_grad[l] = r.kl_grad[l] * per_tau, flat[l] = r.ce_grad[l] * even, inner[l] = 0;
+    ce_q[l] = pr.labels ? r.ce_grad[l] * r.q1.inverse[l] : 0.0f;
+  });
+  for (int64_t c = 0; back_q && c < pr.classes; ++c) {
+    const float *e = q.e.at(c), *back = r.back_q.at(c);
+    each_row([&](int l)
+                 __attribute__((always_inline)) { inner[l] += static_cast<double>(back[l] * (e[l] * q.inverse[l])); });
+  }
+  constexpr float masked = -std::numeric_limits<float>::infinity();
+  for (int64_t c = 0; c < pr.classes; ++c) {
+    const float *z = r.student.at(c), *e = q.e.at(c), *e1 = pr.labels ? r.q1.e.at(c) : e, *p = r.p.at(c);
+    const float* back = back_q ? r.back_q.at(c) : e;
+    float* out = r.made.at(c);
+    const bool labeled = pr.labels != nullptr;
+    each_row([&](int l) __attribute__((always_inline)) {
+      const float mass = kl_grad[l] == 0 ? 0.0f : p[l];  // a teacher without weight in the loss may hold NaN
+      float g = kl_gradient(kl_grad[l], r.total[l], e[l] * q.inverse[l], mass);
+      g += labeled ? ce_q[l] * e1[l] - flat[l] : 0.0f;
+      const float mean = static_cast<float>(inner[l]);
+      g += back_q ? softmax_gradient(q.inverse[l] * per_tau * e[l], back[l], mean) : 0.0f;
+      out[l] = z[l] == masked ? 0.0f : g;
+    });
+  }
+  for (int l = 0; pr.labels && l < kRows; ++l) {
+    float& out = r.made.at(r.label[l])[l];
+    if (r.student.at(r.label[l])[l] != masked) out -= r.ce_grad[l] * (1 - smoothing);
+  }
+}
+
+template <bool kForward>
+AMTML_INLINE void run_group(FewRows& r, const Group& group, const Pass<float>& pass) {
+  const Problem<float>& pr = r.problem;
+  const KDSettings& set = pr.set;
+  const int64_t n = pr.classes, size = stats_size(pr.teachers);
+  bool any = false, as_made = true;
+  for (int l = 0; l < kRows; ++l) {
+    const int64_t i = group.row(l);
+    r.on[l] = !pr.ignored(i);
+    r.label[l] = pr.labels && r.on[l] ? pr.labels[i] : 0;
+    const double g = pass.incoming(i);
+    r.ce_grad[l] = static_cast<float>(g * set.ce_weight * pass.scale.ce);
+    r.kl_grad[l] = static_cast<float>(g * set.kl_weight * set.kl_scale * pass.scale.kl);
+    any |= r.on[l], as_made &= g == 1 || !r.on[l];
+  }
+  if (!kForward && pass.rescale && as_made) return;
+  if (!any) {  // nothing is read
+    if (kForward) std::fill_n(pass.stats + group.first * size, group.count * size, 0.0f);
+  } else {
+    load<kForward>(r, group, pass);
+    if (pass.grad_q) load_columns(pass.grad_q, group, n, r.scratch.data(), r.back_q);
+    if (pass.grad_p) load_columns(pass.grad_p, group, n, r.scratch.data(), r.back_p);
+    compare(r, kForward || pass.grad_weights);
+    if (kForward && pr.labels) cross_entropy(r);
+    if (pass.grad_weights) differentiate_weights(r, bool(pass.grad_p));
+    if (pass.grad_student) differentiate_student(r, bool(pass.grad_q));
+  }
+  for (int l = 0; l < group.count; ++l) {
+    const int64_t i = group.first + l;
+    if (kForward) pass.kl[i] = r.on[l] ? set.kl_scale * r.kl[l] : 0;
+    if (kForward && pr.labels) pass.ce[i] = r.on[l] ? r.ce[l] : 0;
+    for (int64_t t = 0; pass.grad_weights && t < pr.teachers; ++t) {
+      pass.grad_weights[i * pr.teachers + t] = r.on[l] ? static_cast<float>(r.dot[t][l]) : 0.0f;
+    }
+  }
+  float* scratch = r.scratch.data();
+  if (pass.grad_student) store_columns(r.made, group, r.on, n, scratch, pass.grad_student);
+  if (pass.soft_targets) store_columns(r.p, group, r.on, n, scratch, Target(pass.soft_targets));
+  if (pass.student_probs) {
+    for (int64_t c = 0; c < n; ++c) {
+      const float* e = r.q.e.at(c);
+      float* out = r.made.at(c);
+      each_row([&](int l) __attribute__((always_inline)) { out[l] = e[l] * r.q.inverse[l]; });
+    }
+    store_columns(r.made, group, r.on, n, scratch, Target(pass.student_probs));
+  }
+}
+
+template <bool kForward>
+AMTML_INLINE void run_groups(FewRows& rows, const Share& share, const Pass<float>& pass) {
+  for (int64_t i = share.begin; i < share.end; i += kRows) {
+    run_group<kForward>(rows, {i, static_cast<int>(std::min<int64_t>(kRows, share.end - i))}, pass);
+  }
+}
+
+}  // namespace amtml::multi_teacher
