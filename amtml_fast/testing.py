@@ -167,14 +167,15 @@ CASES = {
             reference.multi_teacher_kd_loss,
             _multi_teacher_kd,
             (6, 5, 3),
-            # n, C, T: empty; one of all; one class; less and more than a vector; past several summation blocks; whole packs
-            # of 16 bytes; threads
+            # n, C, T: empty; one of all; one class; less and more than a vector; whole groups of 16 rows and some more; past
+            # several summation blocks; whole packs of 16 bytes; threads
             (
                 (0, 10, 3),
                 (1, 1, 1),
                 (3, 1, 2),
                 (2, 7, 3),
                 (7, 10, 1),
+                (35, 21, 2),
                 (33, 100, 3),
                 (5, 1030, 2),
                 (9, 1040, 3),
