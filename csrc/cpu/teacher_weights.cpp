@@ -158,9 +158,26 @@ AMTML_INLINE void max_pool(Pieces<A>& pieces, int64_t example, A* pooled, int32_
   });
 }
 
+// Mean of each channel. sums: scratch of as many.
 template <class A>
-AMTML_INLINE void avg_pool(Pieces<A>& pieces, int64_t example, A* pooled) {
+AMTML_INLINE void avg_pool(Pieces<A>& pieces, int64_t example, A* pooled, double* sums) {
   const int64_t pixels = pieces.map.pixels();
+  if (pieces.map.sc == 1) {  // channels last, or one pixel
+    pieces.each_pixel(example, [&] AMTML_BODY(int64_t p, int64_t first, int64_t n, const A* x) {
+      double* sum = sums + first;
+      if (p == 0) {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) sum[c] = x[c];
+      } else {
+#pragma omp simd
+        for (int64_t c = 0; c < n; ++c) sum[c] += x[c];
+      }
+      if (p + 1 < pixels) return;
+#pragma omp simd
+      for (int64_t c = 0; c < n; ++c) pooled[first + c] = static_cast<A>(sum[c] / static_cast<double>(pixels));
+    });
+    return;
+  }
   double sum = 0;
   pieces.each_plane(example, [&] AMTML_BODY(int64_t c, int64_t p, int64_t n, const A* x) {
     const double part = block_sum<A>(n, [&](int64_t i) __attribute__((always_inline)) { return x[i]; });
@@ -177,6 +194,15 @@ void spread(const Target& dx, const Map& map, int64_t first, const double* db, c
     T* example = reinterpret_cast<T*>(dx.data) + first;
     if (at) {
       for (int64_t c = 0; c < map.channels; ++c) example[c * map.sc + map.offset(at[c])] = static_cast<T>(db[c]);
+      return;
+    }
+    if (map.sc == 1) {
+      vectorized([&] AMTML_BODY() {
+        for (int64_t p = 0; p < map.pixels(); ++p) {
+          T* pixel = example + map.offset(p);
+          for (int64_t c = 0; c < map.channels; ++c) pixel[c] = static_cast<T>(db[c]);
+        }
+      });
       return;
     }
     vectorized([&] AMTML_BODY() {
@@ -254,14 +280,14 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_fwd(const Tensor& features, c
     const Source x(features);
     in_shares(map.n, d * map.pixels(), [&](Shares& next) {
       Pieces<A> pieces(map, x);
-      std::vector<double> gamma(teachers);
+      std::vector<double> gamma(teachers), sums(d);
       vectorized([&] AMTML_BODY(auto lanes) {
         for (Share share; next(share);) {
           for (int64_t i = share.begin; i < share.end; ++i) {
             if (use_max) {
               max_pool<decltype(lanes)::value>(pieces, i * map.sn, b + i * d, at + i * d);
             } else {
-              avg_pool(pieces, i * map.sn, b + i * d);
+              avg_pool(pieces, i * map.sn, b + i * d, sums.data());
             }
             weigh(factors.data(), b + i * d, teachers, d, gamma.data());
             for (int64_t t = 0; t < teachers; ++t) w[i * teachers + t] = static_cast<A>(gamma[t]);
@@ -295,9 +321,10 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
     const Map out(grad_features.dim() == features.dim() ? grad_features : features);  // where dense, features' strides
     const int64_t size = d * map.pixels();
     const bool together = n == 1 || out.sn == size;  // an example's gradient is one piece of memory
+    const bool sparse = use_max && map.pixels() > 1;
     const int32_t* at = static_cast<const int32_t*>(index.const_data_ptr());
     const Target dx(grad_features);
-    if (need_features && use_max && !together) dx.clear(0, n * size);
+    if (need_features && sparse && !together) dx.clear(0, n * size);
     torch::stable::parallel_for(0, n, grain(need_features ? size : d * teachers), [&](int64_t begin, int64_t end) {
       std::vector<double> w(teachers), db(d);
       for (int64_t i = begin; i < end; ++i) {
@@ -322,8 +349,8 @@ std::tuple<Tensor, Tensor, Tensor> teacher_weights_bwd(const Tensor& grad, const
           for (int64_t c = 0; c < d; ++c) db[c] = static_cast<A>(db[c] / pixels);
         });
         if (!need_features) continue;
-        if (use_max && together) dx.clear(i * size, size);
-        spread(dx, out, i * out.sn, db.data(), use_max ? at + i * d : nullptr);
+        if (sparse && together) dx.clear(i * size, size);
+        spread(dx, out, i * out.sn, db.data(), sparse ? at + i * d : nullptr);
       }
     });
     if (!need_parameters) return;

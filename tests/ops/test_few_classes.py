@@ -1,0 +1,60 @@
+"""Few classes, of which the CPU computes 16 rows at once: each row is what it is alone, whatever stands beside it."""
+
+import pytest
+import torch
+from backends import cpu_only
+
+from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
+from amtml_fast.terms import KDOptions
+
+ROWS = 37  # two groups, and five more
+INFINITY = torch.inf
+
+
+def _inputs(classes: int, teachers: int, dtype: torch.dtype, layout: str):
+    g = torch.Generator().manual_seed(0)
+    student, *others = (2 * torch.randn(ROWS, classes, generator=g) for _ in range(1 + teachers))
+    weights = torch.rand(ROWS, teachers, generator=g)
+    labels = torch.randint(0, classes, (ROWS,), generator=g)
+    student[1] = -INFINITY  # no class has a probability
+    student[2, 0], others[0][3, 0], student[4, -1] = torch.nan, torch.nan, INFINITY
+    student[5, 1:], others[0][6, :-1] = -INFINITY, -INFINITY
+    weights[7] = 0
+    others[-1][8], weights[8, -1] = torch.nan, 0
+    student[9], others[0][9] = 1e4, -1e4
+    labels[10:12] = -100
+    student[11] = torch.nan
+    labels[16:32:3] = -100
+    student, *others = (x.to(dtype) for x in (student, *others))
+    if layout == "transposed":
+        student, *others = (x.T.contiguous().T for x in (student, *others))
+    if layout == "sliced":
+        student, *others = (torch.cat([x, x], 1)[:, :classes] for x in (student, *others))
+    return student, others, weights, labels
+
+
+@cpu_only
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("classes", "teachers", "mode"), [(1, 2, "sum"), (2, 1, "mixture"), (3, 3, "mixture"), (5, 2, "sum"), (21, 3, "mixture"), (63, 1, "mixture"), (64, 2, "sum")])  # fmt: skip
+def test_a_row_is_what_it_is_alone(classes, teachers, mode, dtype, layout):
+    student, others, weights, labels = _inputs(classes, teachers, dtype, layout)
+    options = KDOptions(
+        temperature=4.0 if teachers > 1 else 3.0, alpha=0.7, mode=mode, reduction="none", t2_scale=True, ignore_index=-100,
+        label_smoothing=0.1,
+    )  # fmt: skip
+    g = torch.Generator().manual_seed(1)
+    back = [torch.randn(ROWS, generator=g), *(torch.randn(ROWS, classes, generator=g) for _ in range(2))]
+
+    def of(rows: slice, probabilities: bool):
+        z, w = student[rows].requires_grad_(), weights[rows].detach().requires_grad_()
+        terms = multi_teacher_kd(z, [x[rows] for x in others], w, labels[rows], options)
+        out = [terms.loss, terms.student_probs, terms.soft_targets][: 3 if probabilities else 1]
+        grads = torch.autograd.grad(out, (z, w), [b[rows].to(x.dtype) for b, x in zip(back, out, strict=False)])
+        return [x.detach() for x in (*terms, *grads)]
+
+    for probabilities in (False, True):
+        together = of(slice(None), probabilities)
+        for i in range(ROWS):
+            for one, all_of_them in zip(of(slice(i, i + 1), probabilities), together, strict=True):
+                torch.testing.assert_close(all_of_them[i : i + 1], one, rtol=0, atol=0, equal_nan=True)
