@@ -140,16 +140,20 @@ struct Incoming {
   const float* grad;  // of the example
   Map map;            // [N, c, height, width]
   Window<int> down, across;
-  const float *down_share, *across_share;
+  const float* share;  // of the thread's lane: kKept that lie kWarp apart
+
+  // Of the averages along one side a pixel takes part in two at most, for they are no more than the pixels.
+  static constexpr int kEach = 2, kKept = 2 * kEach;
 
   __device__ __forceinline__ void load(int c, int step, float (&dy)[kChannels]) const {
 #pragma unroll
     for (int u = 0; u < kChannels; ++u) dy[u] = 0;
     for (int y = down.begin; y < down.end; ++y) {
       for (int z = across.begin; z < across.end; ++z) {
-        const float share = down_share[y] * across_share[z], *from = grad + y * map.sh + z * map.sw;
+        const float by = share[(y - down.begin) * kWarp] * share[(kEach + z - across.begin) * kWarp];
+        const float* from = grad + y * map.sh + z * map.sw;
 #pragma unroll
-        for (int u = 0; u < kChannels; ++u) dy[u] += from[least(c + u * step, map.channels - 1) * map.sc] * share;
+        for (int u = 0; u < kChannels; ++u) dy[u] += from[least(c + u * step, map.channels - 1) * map.sc] * by;
       }
     }
   }
@@ -158,23 +162,22 @@ struct Incoming {
 template <class T, bool kNormalize>
 __global__ void spread_kernel(const float* __restrict__ grad, Map from, const T* __restrict__ features, Map map,
                               const float* __restrict__ scales, int lanes, T* __restrict__ out) {
-  float *sums = &shared<float>(), *down_share = sums + kThreads, *across_share = down_share + from.height;
-  for (int y = threadIdx.x; y < from.height; y += kThreads) {
-    down_share[y] = 1 / static_cast<float>(window(y, map.height, from.height).size());
-  }
-  for (int z = threadIdx.x; z < from.width; z += kThreads) {
-    across_share[z] = 1 / static_cast<float>(window(z, map.width, from.width).size());
-  }
-  __syncthreads();
+  float *sums = &shared<float>(), *shares = sums + kThreads;
   const Place at(lanes);
   const int plane = map.height * map.width, tiles = (plane + lanes - 1) / lanes;
   const int64_t n = blockIdx.x / tiles;
   const int p = blockIdx.x % tiles * lanes + at.lane, a = p / map.width, b = p % map.width;
   const int channels = p < plane ? map.channels : 0;
   const T* pixel = features + n * map.sn + a * map.sh + b * map.sw;
-  const Incoming incoming{
-      grad + n * from.sn, from,        window(a, from.height, map.height), window(b, from.width, map.width),
-      down_share,         across_share};
+  const Incoming incoming{grad + n * from.sn, from, window(a, from.height, map.height),
+                          window(b, from.width, map.width), shares + at.lane};
+  if (at.group < Incoming::kKept) {  // each group of threads one of them; there are 8 groups or more
+    const int k = at.group % Incoming::kEach;
+    const auto of = at.group < Incoming::kEach ? window(incoming.down.begin + k, map.height, from.height)
+                                               : window(incoming.across.begin + k, map.width, from.width);
+    shares[at.group * kWarp + at.lane] = 1 / static_cast<float>(of.size());
+  }
+  __syncthreads();
   float inner = 0, r = 1;
   if (kNormalize) {
     for (int c = at.group; c < channels; c += kChannels * at.groups) {
@@ -272,9 +275,11 @@ Tensor hint_pool_bwd(const Tensor& grad, const Tensor& feature_map, const Tensor
   if (normalize) check_shape(kOp, "norms", norms, {n, map.height, map.width});
   const Tensor incoming = converted(grad, ScalarType::Float), scales = dense(norms);
   const Map from(incoming);
+  STD_TORCH_CHECK(from.height >= 1 && from.width >= 1 && from.height <= map.height && from.width <= map.width, kOp,
+                  ": grad must have at least one row and column, and no more than feature_map");
   Tensor grad_map = empty(feature_map, {n, map.channels, map.height, map.width}, feature_map.scalar_type());
   const int lanes = lanes_for(map.plane());
-  const size_t bytes = sizeof(float) * (kThreads + from.height + from.width);
+  const size_t bytes = sizeof(float) * (kThreads + Incoming::kKept * kWarp);
   dispatch_gpu(feature_map.scalar_type(), kOp, [&](auto element) {
     using T = decltype(element);
     launch(normalize ? &spread_kernel<T, true> : &spread_kernel<T, false>,
