@@ -99,15 +99,13 @@ __device__ void make_stats(const Problem& pr, int64_t i, int64_t begin, int64_t 
       s.inverse1 = 1 / (pr.labels ? o.sum1 : 1.0f);
       s.log_sum1 = static_cast<float>(log(static_cast<double>(o.sum1)));
     }
-  }
-  __syncthreads();
-  if (cluster_rank() != 0) return;
-  for (int t = threadIdx.x; t <= pr.teachers; t += blockDim.x) {
-    float* out = stats + i * (3 + 2 * pr.teachers) + (t == 0 ? 0 : 1 + 2 * t);
+    if (cluster_rank() != 0) continue;
+    float* out = stats + i * (3 + 2 * pr.teachers) + (t == 0 ? 0 : 1 + 2 * t);  // before others change s.inverse
     out[0] = s.max[t];
     out[1] = s.inverse[t];
     if (t == 0) out[2] = s.inverse1;
   }
+  __syncthreads();
 }
 
 __device__ inline void read_stats(const Problem& pr, int64_t i, Scratch& s, const float* stats) {
