@@ -24,7 +24,7 @@ namespace amtml {
 
 constexpr int kWarp = 32;
 constexpr int kMaxTeachers = 32;  // of a row of logits or entries; amtml_fast/backend.py has this number, too
-constexpr int kMaxCluster = 8;    // blocks of a cluster that every GPU with clusters has room for
+constexpr int kMaxCluster = 8;    // blocks of a cluster, for which CUDA's whole GPUs with clusters all have room
 
 // What is asked of a device once; each question costs the host about a microsecond. device.cu
 struct DeviceFacts {
