@@ -1,5 +1,6 @@
 """amtml_fast.dropin against the plain formulas it replaces (``drop_ins.KINDS``), in the dtype of their inputs."""
 
+import inspect
 import math
 from functools import partial
 
@@ -41,6 +42,72 @@ def test_every_drop_in_is_compared():
     language, liger = dropin.dropin_language.__all__, dropin.dropin_liger.__all__  # have test files of their own
     elsewhere = {*language, *liger}
     assert {name.split("-")[0] for name in KINDS} == set(dropin.__all__) - elsewhere
+
+
+# What their constructors and calls take, each with its default.
+SIGNATURES = {
+    "Adapter": "(teacher_models, pool_size) (conv_map, te_logits_list=None)",
+    "AngleWiseRKD": "(loss_weight=50.0, with_l2_norm=True) (preds_S, preds_T)",
+    "DKDLoss": "(tau=1.0, alpha=1.0, beta=1.0, reduction='batchmean', loss_weight=1.0) (preds_S, preds_T, gt_labels)",
+    "DistanceWiseRKD": "(loss_weight=25.0, with_l2_norm=True) (preds_S, preds_T)",
+    "DistillKL": "(T) (y_s, y_t, is_ca=False, unreduce=False)",
+    "FitNet": "(in_feature, out_feature) (student, teacher)",
+    "ForwardKLLoss": "(ignore_index=-100) (student_logits, teacher_logits, labels, normalize=True)",
+    "ForwardKLWithChunkedOutputLoss": "(num_output_chunks=8, ignore_index=-100) (student_logits, teacher_logits, labels)",
+    "HintLoss": "() (f_s, f_t)",
+    "KLDivergence": "(tau=1.0, reduction='batchmean', loss_weight=1.0, teacher_detach=True) (preds_S, preds_T)",
+    "LearningAdapter": "(teacher_models, pool_size) (conv_map, te_logits_list=None)",
+    "LigerFusedLinearJSD": "(jsd_beta=0.5, ignore_index=-100, temperature=1.0, accum_dtype=None) "
+    "(student_input, student_weight, teacher_input, teacher_weight, shift_labels=None)",
+    "LigerFusedLinearJSDLoss": "(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5, ignore_index=-100, temperature=1.0, "
+    "compiled=True, chunk_size=None, return_soft_hard_loss=False) "
+    "(student_input, student_weight, teacher_input, teacher_weight, true_labels, student_bias=None, teacher_bias=None)",
+    "LogitsDistillationLoss": "(temperature=1.0, reduction='mean') (logits_s, logits_t)",
+    "MatchLogits": "(opt) (logit_s, logit_t_list, logits_weight)",
+    "MixtureAdapter": "(teacher_models, pool_size) (conv_map, te_logits_list=None)",
+    "RKDLoss": "(w_d=25, w_a=50) (f_s, f_t)",
+    "RKdAngle": "() (student, teacher)",
+    "ReverseKLLoss": "(ignore_index=-100) (student_logits, teacher_logits, labels, normalize=True)",
+    "ReverseKLWithChunkedOutputLoss": "(num_output_chunks=8, ignore_index=-100) (student_logits, teacher_logits, labels)",
+    "RkdDistance": "() (student, teacher)",
+    "SymmetricKLLoss": "(sym_kd_ratio=0.5, ignore_index=-100) (student_logits, teacher_logits, labels, normalize=True)",
+    "SymmetricKLWithChunkedOutputLoss": "(num_output_chunks=8, sym_kd_ratio=0.5, ignore_index=-100) "
+    "(student_logits, teacher_logits, labels)",
+    "dense_kl_div": "(logits, target_logits, mask=None, temperature=1.0)",
+    "dkd_loss": "(logits_student, logits_teacher, target, alpha, beta, temperature, logit_stand=False)",
+    "forward_kl": "(logits, teacher_logits, no_model_batch)",
+    "generalized_jsd_loss": "(student_logits, teacher_logits, labels=None, beta=0.5, temperature=1.0, reduction='batchmean', "
+    "num_items_in_batch=None)",
+    "js_distance": "(logits, teacher_logits, no_model_batch, lam=0.9)",
+    "kd_loss": "(logits_student, logits_teacher, temperature, logit_stand=False)",
+    "reverse_kl": "(logits, teacher_logits, no_model_batch)",
+    "rkd_loss": "(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weight=50)",
+    "skewed_forward_kl": "(logits, teacher_logits, no_model_batch, lam=0.1)",
+    "skewed_reverse_kl": "(logits, teacher_logits, no_model_batch, lam=0.1)",
+    "sparse_kl_div": "(logits, target_ids, target_values, mask=None, eps=1e-06, missing='zero', log_target=True, "
+    "temperature=1.0, target_generation_temperature=1.0, student_generation_temperature=1.0, chunk_length=None)",
+    "symmetric_kl": "(logits, teacher_logits, no_model_batch, lam=0.9)",
+    "tv_distance": "(logits, teacher_logits, no_model_batch)",
+}
+
+
+def _taken(call):
+    given = [p for p in inspect.signature(call).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    given = [p for p in given if p.name != "self"]
+    return f"({', '.join(p.name if p.default is p.empty else f'{p.name}={p.default!r}' for p in given)})"
+
+
+@cpu_only
+def test_constructors_and_calls_take_what_theirs_take():
+    """By position, by name and by default: of a default that is another one nobody would hear."""
+    found = {}
+    for name in dropin.__all__:
+        kind = getattr(dropin, name)
+        calls = (kind.__init__, kind.forward) if inspect.isclass(kind) else (kind,)
+        found[name] = " ".join(map(_taken, calls))
+    assert found == SIGNATURES
+    for kind in (dropin.Adapter, dropin.MixtureAdapter, dropin.LearningAdapter):
+        assert _taken(kind.loss) == "(y, labels, weighted_logits, T=10.0, alpha=0.7)"
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -188,14 +188,60 @@ def test_adapter_starts_as_documented():
     torch.testing.assert_close(weights.sum(1), torch.ones(5))
 
 
+NARROW = {"delta": 0.1, "reduction": "sum", "eps": 1.5}
+WIDE = {"delta": 1.0, "reduction": "mean", "eps": 1e-12}
+
+
 def test_modules_are_their_functions():
     z, t = torch.randn(5, 4), torch.randn(5, 4)
     torch.testing.assert_close(
         af.MultiTeacherKDLoss(temperature=2.0, mode="sum")(z, [t]),
         af.multi_teacher_kd_loss(z, [t], None, temperature=2.0, mode="sum"),
     )
-    torch.testing.assert_close(af.AngleLoss(0.1, "sum")(z, t), af.angle_loss(z, t, delta=0.1, reduction="sum"))
-    torch.testing.assert_close(af.DualSoftmax(mode="product")(z), af.dual_softmax(z, mode="product"))
+    for module, function in ((af.AngleLoss, af.angle_loss), (af.RKDDistanceLoss, af.rkd_distance_loss)):
+        want = function(z, t, delta=0.1, reduction="sum", eps=1.5)
+        torch.testing.assert_close(module(0.1, "sum", 1.5)(z, t), want)
+        assert all(want != function(z, t, **{**NARROW, name: value}) for name, value in WIDE.items())
+    scores = z.view(5, 2, 2)
+    for options in ({"mode": "product"}, {"dim1": 0, "dim2": 2}, {"dim1": 2, "dim2": 0}):
+        torch.testing.assert_close(af.DualSoftmax(**options)(scores), af.dual_softmax(scores, **options))
+    adapter, maps = af.TeacherAdapter(4, 3, pool="avg"), torch.randn(5, 4, 2, 2)
+    want = af.teacher_weights(maps, adapter.theta, adapter.v, pool="avg")
+    torch.testing.assert_close(adapter(maps), want)
+    assert not torch.equal(want, af.teacher_weights(maps, adapter.theta, adapter.v))
+
+
+def test_the_hints_of_all_teachers_are_added():
+    for options in ({}, {"normalize": True}):
+        hints, batch = _hints(**options), _batch()
+        maps, taught = batch["student_maps"], batch["teacher_maps"]
+        each = [
+            af.hint_loss(maps[group], taught[t], hints.transforms[str(t)], **options)
+            for t, group in hints.mapping.items()
+        ]
+        torch.testing.assert_close(hints(maps, taught), sum(each))
+
+
+def test_the_default_weights_of_the_terms():
+    out = af.AMTMLLoss(af.TeacherAdapter(D, T), _hints())(**_batch())
+    torch.testing.assert_close(out.loss.detach(), out.kd + out.angle + out.hint + 1e-3 * out.regularizer)
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (lambda: af.TeacherAdapter(4, 3, pool="avg"), "(channels=4, num_teachers=3, pool='avg')"),
+        (lambda: af.AngleLoss(0.5, "sum"), "(delta=0.5, reduction='sum', eps=1e-12)"),
+        (lambda: af.RKDDistanceLoss(0.5), "(delta=0.5, reduction='mean', eps=1e-12)"),
+        (lambda: af.DualSoftmax(0, 1), "(dim1=0, dim2=1, mode='sequential')"),
+        (lambda: _hints(mapping={1: "low"}), "mapping={1: 'low'}, normalize=False"),
+        (lambda: af.TeacherGate(2, 5), "(num_teachers=2, classes=5)"),
+        (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), alpha=0.3), "alpha=0.3, mode='mixture'"),
+    ],
+)
+def test_a_module_that_is_printed_says_its_settings(module, said):
+    assert said in repr(module())
 
 
 BAD = [
@@ -221,6 +267,12 @@ BAD = [
     (lambda: af.MultiGroupHintLoss(GROUPS, [1, 1, 1], teacher_scores=[1.0]), "teacher_scores must have 3 values, got 1"),
     (lambda: af.MultiGroupHintLoss({"a": 1}, [1, 1], teacher_scores=[1, 2]), "at least 2 groups for 2 teachers"),
     (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={1: "low"}), r"a teacher in \[0, 1\)"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={False: "low"}), r"a teacher in \[0, 1\) .*, got False: 'low'"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={0.0: "low"}), r"a teacher in \[0, 1\) .*, got 0.0: 'low'"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={}), "mapping must name at least one teacher, got an empty dict"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping=None), "mapping must be a name or a dict teacher -> group, got None"),
+    (lambda: af.MultiGroupHintLoss({}, [1], mapping="random"), "student_channels and teacher_channels must not be empty, got 0 and 1"),
+    (lambda: af.MultiGroupHintLoss(GROUPS, [], mapping="random"), "student_channels and teacher_channels must not be empty, got 3 and 0"),
     (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping={0: "top"}), "0: 'top'"),
     (lambda: af.MultiGroupHintLoss(GROUPS, [1], mapping="worst"), "mapping must be one of best_high"),
     (lambda: _hints()({"low": torch.zeros(1, 4, 2, 2)}, [torch.zeros(1, c, 2, 2) for c in (3, 4, 8)]), "must hold 'high'"),

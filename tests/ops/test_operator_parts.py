@@ -12,6 +12,7 @@ import torch
 from backends import CHOSEN, cpu_only
 from test_vocabulary_kernels import Rows, run_one_part
 
+import amtml_fast as af
 from amtml_fast import backend, reference
 from amtml_fast.ops import _base as ops
 from amtml_fast.ops.divergence import ALL_MODES
@@ -21,6 +22,17 @@ from amtml_fast.testing import CASES, convert, value_and_grads
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 FAKED = "test_schema", "test_faketensor"  # of torch.library.opcheck
 TRACED = *FAKED, "test_autograd_registration", "test_aot_dispatch_dynamic"
+
+
+# Module forms, and what they are given with each batch.
+MODULES = {
+    af.MultiTeacherKDLoss: {"labels", "num_items_in_batch"},
+    af.TopKKDLoss: {"labels", "num_items_in_batch"},
+    af.FusedLinearKDLoss: {"teacher_weights", "labels", "num_items_in_batch", "student_bias", "teacher_index"},
+    af.AngleLoss: set(),
+    af.RKDDistanceLoss: set(),
+    af.DualSoftmax: set(),
+}
 
 
 @each_case
@@ -56,6 +68,36 @@ def test_reference_signatures_are_the_public_ones():
         public, plain = (inspect.signature(f).parameters for f in (case.function, case.reference))
         assert list(public) == list(plain)
         assert [p.default for p in public.values()] == [p.default for p in plain.values()]
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("taker", "like"),
+    [
+        (af.fused_linear_kd_loss, reference.fused_linear_kd_loss),
+        (af.fused_linear_kd_loss, af.multi_teacher_kd_loss),
+        (af.topk_kd_loss, af.multi_teacher_kd_loss),
+        (af.MultiTeacherKDLoss, af.multi_teacher_kd_loss),
+        (af.TopKKDLoss, af.topk_kd_loss),
+        (af.FusedLinearKDLoss, af.fused_linear_kd_loss),
+        (af.AMTMLLoss, af.multi_teacher_kd_loss),
+        (af.AngleLoss, af.angle_loss),
+        (af.RKDDistanceLoss, af.rkd_distance_loss),
+        (af.DualSoftmax, af.dual_softmax),
+        (af.TeacherAdapter, af.teacher_weights),
+        (af.MultiGroupHintLoss, af.hint_loss),
+        (af.TeacherGate.fit, af.multi_teacher_kd_loss),
+    ],
+    ids=lambda call: call.__qualname__,
+)
+def test_an_argument_of_one_name_has_one_default(taker, like):
+    ours, theirs = (inspect.signature(call).parameters for call in (taker, like))
+    shared = {name for name in ours if name in theirs and ours[name].default is not inspect.Parameter.empty}
+    optional = {name for name in theirs if theirs[name].default is not inspect.Parameter.empty}
+    shared &= optional
+    assert shared and all(ours[name].default == theirs[name].default for name in shared)
+    if taker in MODULES:  # all settings of the function, and no other ones
+        assert shared == set(ours) == optional - MODULES[taker]
 
 
 @each_case
