@@ -25,10 +25,11 @@ from transformers import (
     Gemma2ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    TrainingArguments,
 )
 
 import amtml_fast as af
-from amtml_fast.hf import store_topk
+from amtml_fast.hf import StoredTopK, store_topk
 from amtml_fast.hf.output_layer import NAME
 
 pytestmark = cpu_only
@@ -59,12 +60,21 @@ class Tokens:
         ),
         (dict(loss=af.MultiTeacherKDLoss()), TypeError, "loss must be a FusedLinearKDLoss, got MultiTeacherKDLoss"),
         (dict(loss=af.FusedLinearKDLoss(reduction="sum")), ValueError, "loss must have reduction='batchmean'"),
+        (dict(loss=af.FusedLinearKDLoss(ignore_index=0)), ValueError, "loss must have ignore_index=-100, .* got 0"),
+        (dict(loss=af.FusedLinearKDLoss(logit_scale=2.0)), ValueError, "loss must have logit_scale=1.0, .* got 2.0"),
+        (dict(loss=af.FusedLinearKDLoss(softcap=30.0)), ValueError, "loss must have softcap=None, .* got 30.0"),
         (dict(weighting="learned"), ValueError, "weighting must be one of uniform, adaptive, routed, got 'learned'"),
         (dict(weighting="routed"), ValueError, 'teachers must be two or more with weighting "routed", got 1'),
         (dict(adapter_learning_rate="fast"), TypeError, "adapter_learning_rate must be a number .* got 'fast'"),
         (dict(adapter_learning_rate=float("inf")), ValueError, "adapter_learning_rate must be a number .* got inf"),
         (dict(label_smoothing_factor=0.1), ValueError, "args.label_smoothing_factor must be 0 .* got 0.1"),
         (dict(compute_loss_func=print), ValueError, "compute_loss_func must be None"),
+        (dict(model_init=llama), ValueError, "model_init must be None, got a function: give the student as `model`"),
+        (
+            dict(teacher_tokenizers=[Tokens("a")] * 2, processing_class=Tokens("a")),
+            ValueError,
+            "teacher_tokenizers must be one for each of 1 teachers, beside processing_class, got 2",
+        ),
         (dict(teacher_tokenizers=[Tokens("a")]), ValueError, "teacher_tokenizers must be one for each of 1 teachers"),
         (
             dict(teacher_tokenizers=[Tokens("a", "c")], processing_class=Tokens("a", "b")),
@@ -79,6 +89,14 @@ def test_bad_input_is_named(tmp_path, options, error, message):
     rest = {name: value for name, value in options.items() if name != "teachers"}
     with pytest.raises(error, match="DistillationTrainer: " + message):
         trainer(tmp_path, llama(), teachers, **rest)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(
+        ValueError, match=r"args.n_gpu must be at most 1, one GPU a process, got 2; start it by torchrun"
+    ):
+        trainer(tmp_path, llama(), [llama(24, 1)])
 
 
 def test_batches_and_stores_that_do_not_fit_are_named(tmp_path):
@@ -96,6 +114,15 @@ def test_batches_and_stores_that_do_not_fit_are_named(tmp_path):
     stored = store_topk(teachers[0], examples(4), tmp_path / "top", k=4, temperature=2.0, data_collator=collate)
     with pytest.raises(ValueError, match=r"must have been stored at temperature 1.0, the loss's, got 2.0"):
         trainer(tmp_path, student, [stored])
+    with pytest.raises(ValueError, match=r"teachers\[1\] must have the student's vocabulary of 41, got 40"):
+        trainer(tmp_path, llama(vocab_size=41), [llama(24, 1, vocab_size=41), stored])
+    for row in (-1, 4):
+        with pytest.raises(IndexError, match=rf"StoredTopK: row must be in \[0, 4\), got {row}"):
+            stored[row]
+    with pytest.raises(
+        FileNotFoundError, match=r"StoredTopK: folder must be one that store_topk has written, got .*none"
+    ):
+        StoredTopK(tmp_path / "none")
     loss = af.FusedLinearKDLoss(temperature=2.0)
     with pytest.raises(TypeError, match="train_dataset must have a length and rows with a StoredTopK, got generator"):
         trainer(tmp_path, student, [stored], (e for e in examples(4)), loss=loss)

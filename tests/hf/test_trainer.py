@@ -212,6 +212,16 @@ def test_routed_examples_learn_from_their_teacher(tmp_path):
     torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
 
 
+def test_routed_tokens_learn_from_their_teacher(tmp_path):
+    student, teachers, batch = llama(), [llama(24, 1), llama(8, 2)], collate(examples(4))
+    index = torch.randint(0, 2, (4, S))
+    weights = torch.nn.functional.one_hot(index[:, :-1].reshape(-1), 2).float()
+    want = by_whole_logits(student, teachers, batch, weights)
+    made = trainer(tmp_path, student, teachers, weighting="routed")
+    got, _ = one_step(made, student, {**batch, "teacher_index": index})
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
+
+
 class Strict(LlamaForCausalLM):
     """Takes no count of tokens."""
 
@@ -219,6 +229,25 @@ class Strict(LlamaForCausalLM):
 
     def forward(self, input_ids=None, attention_mask=None, labels=None):
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def moved(given):
+    """Beside labels that are wrong, those of the tokens after these."""
+    batch = collate(given)
+    return dict(batch, labels=batch["labels"].fill_(1), shift_labels=torch.stack([e["shift_labels"] for e in given]))
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Strict])
+def test_labels_that_are_moved_already(tmp_path, kind):
+    student, teacher, data = llama(kind=kind), llama(24, 1), examples(4)
+    whole = collate(data)
+    want = by_whole_logits(student, [teacher], whole)
+    for example, labels in zip(data, whole["labels"]):
+        example["shift_labels"] = torch.nn.functional.pad(labels[1:], (0, 1), value=-100)
+    made = trainer(tmp_path, student, [teacher], data, collator=moved)
+    batch = next(iter(made.get_train_dataloader()))  # which leaves out what the trainer does not take
+    got, _ = one_step(made, student, batch)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-5, atol=0)
 
 
 def weights_after(tmp_path, kind, **options):
