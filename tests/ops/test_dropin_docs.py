@@ -155,6 +155,43 @@ def test_language_losses_refuse_a_teacher_that_requires_grad(name):
         call(z, t, y)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_where_no_token_counts_a_language_loss_is_0(name):
+    z, t, y = example_of_tokens()
+    loss = CALLS[name](z.requires_grad_(), t, torch.full_like(y, -100))
+    loss.backward()
+    assert loss == 0 and (z.grad == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.endswith("WithChunkedOutputLoss")])
+def test_an_empty_batch_of_tokens_is_0(name):
+    z, t, y = (x[:0] for x in example_of_tokens())
+    loss = EVERY[name](z.requires_grad_(), t, y)
+    loss.backward()
+    assert loss == 0 and z.grad.shape == (0, 5, 7)
+    assert dropin.generalized_jsd_loss(z, t) == dropin.LogitsDistillationLoss(reduction="batchmean")(z, t) == 0
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_labels_may_be_bytes(name):
+    """Of which 156 has the bits of -100."""
+    z, t, y = example_of_tokens()
+    y[0, 1] = 156
+    assert CALLS[name](z, t, y.to(torch.uint8)) == CALLS[name](z, t, y)
+
+
+def test_trls_loss_without_labels():
+    """``"batchmean"`` is by the first dimension, not by tokens."""
+    z, t, _ = (x.double() if x.is_floating_point() else x for x in example_of_tokens())
+    z.requires_grad_()
+    total = (t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1))).sum()
+    for reduction, by in (("batchmean", 2), ("sum", 1), ("mean", 2 * 5 * 7)):
+        assert_same(dropin.generalized_jsd_loss(z, t, None, 0, reduction=reduction), total / by, z)
+    assert_same(dropin.generalized_jsd_loss(z, t, None, 0, num_items_in_batch=3), total / 3, z)
+    with pytest.raises(ValueError, match=r"generalized_jsd_loss: reduction must be one of batchmean, .*, got 'none'"):
+        dropin.generalized_jsd_loss(z, t, reduction="none")
+
+
 @pytest.mark.parametrize("name", ["LogitsDistillationLoss", "sparse_kl_div"])
 def test_a_teacher_is_constant_where_it_is_in_theirs(name):
     z, t, y = example_of_tokens()
@@ -214,6 +251,8 @@ def test_modelopts_loss_is_theirs(size):
     assert isinstance(dropin.LogitsDistillationLoss(), torch.nn.modules.loss._Loss)
     with pytest.raises(ValueError, match=r"LogitsDistillationLoss: reduction must be one of mean, .*, got 'max'"):
         dropin.LogitsDistillationLoss(reduction="max")
+    with pytest.raises(ValueError, match=r"LogitsDistillationLoss: logits_s must be \[..., C\], got \[7\]"):
+        dropin.LogitsDistillationLoss()(z.flatten()[:7], t.flatten()[:7])
     with pytest.raises(ValueError, match=r"LogitsDistillationLoss: logits_t must be \[.*\] like logits_s"):
         dropin.LogitsDistillationLoss()(z, t[..., :6])
 
@@ -252,6 +291,14 @@ def test_distillkits_losses_are_theirs(mask):
         want = kl((both[0] * made_at / at).log_softmax(-1), both[1])
         for missing in ("symmetric_uniform", SimpleNamespace(value="symmetric_uniform")):
             assert_same(dropin.sparse_kl_div(garbled, ids, values, mask, missing=missing, **options), want, z)
+
+
+def test_a_teacher_that_gives_more_than_1_by_rounding_has_an_empty_bucket():
+    z, t, _ = example_of_tokens()
+    more = dict(missing="symmetric_uniform", temperature=2.0)
+    ids, values = t.topk(7).indices, t.log_softmax(-1).topk(7).values
+    got = dropin.sparse_kl_div(z, ids, values + 1e-6, **more)
+    torch.testing.assert_close(got, dropin.dense_kl_div(z, t, temperature=2.0), rtol=1e-4, atol=0)
 
 
 def test_distillkits_losses_name_what_is_wrong():

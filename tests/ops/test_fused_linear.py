@@ -624,6 +624,10 @@ LINEAR, TOPK = teacher("linear"), teacher("topk")
             r"teachers\[1\].indices must be in \[0, 13\), got \d+ in row 0",
         ),
         (
+            {"teachers": _swap(1, af.TopKTeacher(randn(N, C + 1).long(), randn(N, C + 1)))},
+            r"teachers\[1\].indices must have k classes with 1 <= k <= 13, got \[9, 14\]",
+        ),
+        (
             {"teachers": _swap(1, af.TopKTeacher(TOPK.indices, TOPK.log_probs[:, :2]))},
             r"teachers\[1\].log_probs must be \[9, 3\] like teachers\[1\].indices, got \[9, 2\]",
         ),
@@ -650,6 +654,8 @@ LINEAR, TOPK = teacher("linear"), teacher("topk")
         ({"beta": 0.5}, "beta must be None with divergence \"forward_kl\", got 0.5"),
         ({"teacher_temperature": [1.0, 2.0]}, "teacher_temperature must be a number or 3 numbers, .*, got 2"),
         ({"alpha": torch.full((N,), 2.0)}, r"alpha must be in \[0, 1\], got 2 in row 0"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must be a number in \[0, 1\], got 2.0"),
+        ({"alpha": -1}, r"alpha must be a number in \[0, 1\], got -1"),
         ({"temperature": torch.ones(4)}, r"temperature must be a number or \[9\], got \[4\]"),
         ({"num_items_in_batch": 3, "reduction": "sum"}, "num_items_in_batch must be None with a reduction other"),
     ],
