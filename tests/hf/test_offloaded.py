@@ -103,3 +103,14 @@ def test_an_offloaded_student_is_named(tmp_path):
     cpu_offload(student.model.layers, CPU)
     with pytest.raises(ValueError, match="DistillationTrainer: model must have all its parameters on a device, got"):
         trainer(tmp_path, student, [teacher()])
+
+
+def test_a_teacher_that_is_spread_over_devices_is_not_moved(tmp_path, monkeypatch):
+    def move(*_):
+        raise AssertionError("it was moved")
+
+    taught = teacher()
+    taught.hf_device_map = {"model": 0, "lm_head": 1}
+    monkeypatch.setattr(taught, "to", move)
+    made = trainer(tmp_path, llama(), [taught])
+    assert one_step(made, made.model, collate(examples(4)))[0].isfinite()
