@@ -78,8 +78,8 @@ class TeacherGate(nn.Module):
             raise ValueError(f"{name}: labels must be {[len(given[0])]} like the logits, got {checks.shape(labels)}")
         checks.ignore_index(name, ignore_index)
         with torch.inference_mode(False), torch.no_grad():
-            logits = [z.detach().to("cpu", torch.float64, copy=True) for z in given]  # no inference tensors
-            labels = labels.detach().to("cpu", torch.int64, copy=True)
+            logits = [z.to("cpu", torch.float64, copy=True) for z in given]  # no inference tensors
+            labels = labels.to("cpu", torch.int64, copy=True)
             check_labels(name, labels, self.classes, ignore_index)
             log_p = log_probabilities(logits)  # [N, T, C]
             if not log_p.isfinite().all():

@@ -244,7 +244,7 @@ def per_item(
         return loss
     if labels is not None and loss.requires_grad:
         # What comes back to an ignored row may be NaN (of a mean over no rows): times a gradient of 0 it would be NaN, too.
-        loss = loss.masked_fill((labels == ignore_index).reshape(loss.shape), 0)
+        loss = loss.masked_fill(labels == ignore_index, 0)
     return loss.reshape(student_logits.shape[:-1])
 
 

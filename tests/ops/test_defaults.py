@@ -130,7 +130,15 @@ def test_tensors_are_made_with_a_dtype_and_a_device():
 
 
 @pytest.mark.parametrize(
-    "count", [7, torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)], ids=repr
+    "count",
+    [
+        7,
+        *(
+            torch.tensor(7, dtype=dtype)
+            for dtype in (torch.int64, torch.uint8, torch.float16, torch.float32, torch.float64)
+        ),
+    ],
+    ids=repr,
 )
 def test_a_count_may_have_any_dtype(count, on):
     run, want = _whole_loss(count), _whole_loss(7)
@@ -142,7 +150,7 @@ def test_a_count_may_have_any_dtype(count, on):
     assert [t.dtype for t in run()] == [t.dtype for t in want()]
 
 
-@pytest.mark.parametrize("count", [0, torch.tensor(0), torch.tensor(0.0)], ids=repr)
+@pytest.mark.parametrize("count", [0, torch.tensor(0), torch.tensor(0.0), torch.tensor(0.0).half()], ids=repr)
 def test_no_rows_that_count_and_a_count_of_0_are_0(count, on):
     labels = torch.full((6,), -100, dtype=torch.int64)
     student, weights = torch.randn(6, 5, requires_grad=True), torch.rand(6, 2, requires_grad=True)

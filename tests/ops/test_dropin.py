@@ -34,7 +34,7 @@ from drop_ins import (
     plain_loss,
 )
 
-from amtml_fast import dropin
+from amtml_fast import angle_loss, dropin, rkd_distance_loss
 from amtml_fast.testing import relative_error
 
 
@@ -204,6 +204,14 @@ def test_a_batch_of_none_or_one(name, length, on):
             lambda: dropin.FitNet(3, 7)(MAP_S, draw(N, 7, 2, 2)),
             r"FitNet: teacher must have the height and width of student",
         ),
+        (
+            lambda: dropin.MixtureAdapter([None] * 4, MAP_S.shape)(MAP_S, [*SOFT]),
+            "MixtureAdapter: te_logits_list must be a tensor, got list",
+        ),
+        (
+            lambda: dropin.DKDLoss()(S, T, TARGET.float()),
+            "DKDLoss: gt_labels must be an int64 or int32 tensor, got torch.float32",
+        ),
         (lambda: dropin.HintLoss()(S, T[:, :1]), r"HintLoss: f_t must be \[12, 9\] like f_s, got \[12, 1\]"),
         (
             lambda: dropin.KLDivergence(reduction="none"),
@@ -224,6 +232,12 @@ def test_a_batch_of_none_or_one(name, length, on):
 def test_what_would_differ_from_theirs_is_refused(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call()
+
+
+@cpu_only
+def test_maps_of_two_devices_are_named():
+    with pytest.raises(ValueError, match="HintLoss: f_t must be on cpu like f_s, got meta"):
+        dropin.HintLoss()(S, T.to("meta"))
 
 
 @pytest.mark.parametrize("size", [(N, 2), (2,), (1, 2), (N, 1), (1, 1), ()], ids=str)
@@ -325,6 +339,15 @@ def test_constant_rows_are_standardized_to_0(on):
     assert abs(got) < 1e-6 and (grad.abs() < 1e-6).all()
 
 
+def test_a_row_of_one_class_is_standardized_to_0(on):
+    """One finite logit has no deviation."""
+    student = S.detach().clone()
+    student[1, 1:] = -math.inf
+    student = student.to(DEVICE).requires_grad_()
+    got, (grad,) = gradients(lambda s: dropin.kd_loss(s, s.detach(), 4, True), (student,))
+    assert abs(got) < 1e-6 and grad.isfinite().all()
+
+
 @pytest.mark.parametrize("kind", [dropin.Adapter, dropin.MixtureAdapter, dropin.LearningAdapter])
 def test_a_class_without_mass_counts_nothing_in_the_adapters_loss(kind, on):
     """All teachers -inf at a class, or so far below the others that float32 has 0: the weights' gradients stay right."""
@@ -351,6 +374,23 @@ def test_the_adapters_loss_where_most_of_a_softmax_underflows(on):
     got, grads = gradients(ours, converted(args, lambda a: a.to(DEVICE)))
     assert relative_error(got, want) < 1e-6
     assert all(relative_error(g, w) < 1e-5 for g, w in zip(grads, want_grads, strict=True))
+
+
+def test_an_infinite_part_of_the_adapters_loss_without_weight_counts_nothing(on):
+    """Masked in the student: a class that the teachers have, or that is the label."""
+    *_, y, labels = KINDS["Adapter-loss"][2]
+    y, labels, mixed = (x.to(DEVICE) for x in (y.detach().clone(), labels.clamp(max=3), draw(N, C).softmax(1)))
+    of, masked = dropin.Adapter([None], MAP_S.shape).eval(), y.clone()
+    masked[:, 4] = -math.inf
+    want = F.cross_entropy(without(masked, 4), labels)
+    got, (grad,) = gradients(lambda y: of.loss(y, labels, mixed, 5.0, 0.0), (masked.requires_grad_(),))
+    torch.testing.assert_close(got, want)
+    assert grad.isfinite().all() and (grad[:, 4] == 0).all()
+    targets = torch.cat([mixed[:, :4], 0 * mixed[:, :1], mixed[:, 5:]], 1)
+    got, (grad,) = gradients(lambda y: of.loss(y, torch.full_like(labels, 4), targets, 5.0, 1.0), (masked,))
+    assert got.isfinite() and grad.isfinite().all()
+    got, (grad,) = gradients(lambda y: of.loss(y, labels, mixed, 5.0), (masked,))  # with weight it is
+    assert got == math.inf and (grad[:, 4] == 0).all()
 
 
 @pytest.mark.parametrize("kind", [dropin.Adapter, dropin.LearningAdapter])
@@ -404,6 +444,27 @@ def test_equal_rows_have_finite_gradients_where_the_plain_formulas_blow_up():
     for loss in (dropin.RKdAngle(), dropin.RkdDistance(), dropin.rkd_loss, partial(dropin.rkd_loss, squared=True)):
         (grad,) = torch.autograd.grad(loss(student, T), student)
         assert grad.isfinite().all() and 0 < grad.abs().max() < 100
+
+
+@cpu_only  # in float32 such distances have no digits
+def test_pairs_that_are_nearly_equal_are_left_out_of_the_mean():
+    """Below 1e-6, and of rkd_loss below the root of ``eps``."""
+    near, apart, teacher = S.detach().double(), S.detach().double(), T.double()
+    near[1] = near[0] + 1e-7 * draw(C)
+    apart[1] = near[0]
+    adapter = dropin.LearningAdapter([None], MAP_S.shape).eval()
+    for loss in (
+        dropin.RkdDistance(),
+        partial(dropin.rkd_loss, angle_weight=0),
+        dropin.DistanceWiseRKD(with_l2_norm=False),
+        lambda s, t: adapter.loss(s, TARGET, t.softmax(1), 1.0) - angle_loss(s.log_softmax(1), t.softmax(1)),
+    ):
+        torch.testing.assert_close(loss(near, teacher), loss(apart, teacher), rtol=1e-5, atol=0)
+    wide = dropin.rkd_loss(S.detach(), T, eps=16.0, angle_weight=0)
+    torch.testing.assert_close(wide, 25 * rkd_distance_loss(S.detach(), T, eps=4.0))
+    assert wide != dropin.rkd_loss(S.detach(), T, angle_weight=0)
+    got = dropin.rkd_loss(*exactly((S, T)), squared=True, eps=0.0, angle_weight=0)  # a row and itself are no pair
+    assert relative_error(got, 25 * plain_distance(*exactly((S, T)), squared=True)) < 1e-6
 
 
 # --- the modules
@@ -461,7 +522,8 @@ def test_teachers_that_require_grad_are_refused_or_constant():
     for loss in (dropin.DistillKL(4), lambda s, t: dropin.kd_loss(s, t, 4), lambda s, t: dropin.kd_loss(s, t, 4, True)):
         with pytest.raises(ValueError, match="must be detached"):
             loss(S, teacher)
-    for loss in (dropin.RKdAngle(), dropin.RkdDistance(), dropin.RKDLoss(), partial(dropin.rkd_loss, squared=True)):
+    relations = dropin.RKdAngle(), dropin.RkdDistance(), dropin.RKDLoss(), partial(dropin.rkd_loss, squared=True)
+    for loss in (*relations, dropin.KLDivergence(4)):
         assert torch.autograd.grad(loss(S, teacher), [S, teacher], allow_unused=True)[1] is None
 
 

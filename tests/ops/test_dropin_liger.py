@@ -87,6 +87,24 @@ def test_the_other_loss_is_theirs(beta):
     assert loss(*given, torch.full_like(labels, -100)) == 0
 
 
+def test_another_label_may_be_the_ignored_one():
+    x, labels = example()
+    given = x["h"], x["w"], x["teacher_h"], x["teacher_w"]
+    others = torch.where(labels == 3, -100, labels).clamp(min=-100)
+    others[labels == -100] = 5
+    labels = torch.where(labels == -100, 5, labels)
+    labels[0] = 3
+    others[0] = -100
+    for kind in (dropin.LigerFusedLinearJSDLoss, dropin.LigerFusedLinearJSD):
+        assert kind(ignore_index=3)(*given, labels) == kind()(*given, others) != kind()(*given, labels)
+
+
+def test_the_chunk_size_is_passed_on():
+    x, labels = example()
+    with pytest.raises(ValueError, match="chunk_size must be an int >= 1 or None, got 0"):
+        dropin.LigerFusedLinearJSDLoss(chunk_size=0)(x["h"], x["w"], x["teacher_h"], x["teacher_w"], labels)
+
+
 def test_a_teacher_that_requires_grad_gets_none_as_with_liger():
     x, labels = example(torch.float32)
     frozen = [x[name].requires_grad_() for name in ("teacher_h", "teacher_w", "teacher_b")]

@@ -654,7 +654,7 @@ LINEAR, TOPK = teacher("linear"), teacher("topk")
         ({"beta": 0.5}, "beta must be None with divergence \"forward_kl\", got 0.5"),
         ({"teacher_temperature": [1.0, 2.0]}, "teacher_temperature must be a number or 3 numbers, .*, got 2"),
         ({"alpha": torch.full((N,), 2.0)}, r"alpha must be in \[0, 1\], got 2 in row 0"),
-        ({"label_smoothing": 2.0}, r"label_smoothing must be a number in \[0, 1\], got 2.0"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be a number in \[0, 1\], got 1.5"),
         ({"alpha": -1}, r"alpha must be a number in \[0, 1\], got -1"),
         ({"temperature": torch.ones(4)}, r"temperature must be a number or \[9\], got \[4\]"),
         ({"num_items_in_batch": 3, "reduction": "sum"}, "num_items_in_batch must be None with a reduction other"),

@@ -175,7 +175,8 @@ def test_hint_mappings():
     assert drawn == set(itertools.permutations(GROUPS))
     spread = af.MultiGroupHintLoss(dict.fromkeys("abcde", 2), [1, 1, 1], teacher_scores=scores)
     assert spread.mapping == {0: "a", 1: "e", 2: "c"}
-    assert af.MultiGroupHintLoss(GROUPS, [3], teacher_scores=[1.0]).mapping == {0: "high"}
+    for mapping, group in (("best_high", "high"), ("best_low", "low"), ("random", "high")):
+        assert af.MultiGroupHintLoss(GROUPS, [3], mapping=mapping, teacher_scores=[1.0]).mapping == {0: group}
 
 
 def test_adapter_starts_as_documented():
@@ -261,6 +262,11 @@ BAD = [
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), reduction="none"), "reduction must be one of sum, mean, batchmean"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), gather_angle="odd"), "gather_angle must be False, True or 'even', got 'odd'"),
     (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), angle_weight=-1.0), "angle_weight must be a number"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), temperature=0.0), "AMTMLLoss: temperature must be a number"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), alpha=1.5), "AMTMLLoss: alpha must be a number"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), delta=0), "AMTMLLoss: delta must be a number"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), label_smoothing=1.5), "AMTMLLoss: label_smoothing must be a number"),
+    (lambda: af.AMTMLLoss(af.TeacherAdapter(D, T), mode="logits"), "AMTMLLoss: mode must be one of mixture, sum"),
     (lambda: af.TeacherAdapter(0, 3), "channels must be an int >= 1"),
     (lambda: af.TeacherAdapter(3, 3, pool="min"), "pool must be one of max, avg"),
     (lambda: af.MultiGroupHintLoss(GROUPS, [1, 1, 1]), "teacher_scores must be validation accuracies"),
