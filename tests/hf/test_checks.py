@@ -92,6 +92,8 @@ def test_bad_input_is_named(tmp_path, options, error, message):
 
 
 def test_several_gpus_of_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 1)
+    trainer(tmp_path, llama(), [llama(24, 1)])
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     with pytest.raises(
         ValueError, match=r"args.n_gpu must be at most 1, one GPU a process, got 2; start it by torchrun"
