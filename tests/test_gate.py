@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backends import cpu_only
 from torch import Tensor
 
 from amtml_fast import TeacherGate
@@ -171,6 +172,8 @@ def test_classes_that_are_out_and_teachers_of_one_kind() -> None:
         (lambda z, y: ([1.0, 2.0, 3.0], y), r"teacher_logits\[0\] must be a tensor, got float"),
         (lambda z, y: ([x.long() for x in z], y), r"teacher_logits\[0\] must be float32, .* got torch.int64"),
         (lambda z, y: (torch.zeros(()), y), r"got \[\]"),
+        (lambda z, y: ([torch.zeros(())] * 3, y), r"teacher_logits must be 3 of \[N, 6\], got \[\[\], \[\], \[\]\]"),
+        (lambda z, y: ([x[0] for x in z], y), r"teacher_logits must be 3 of \[N, 6\], got \[\[6\], \[6\], \[6\]\]"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_and_changes_nothing(change, said) -> None:
@@ -180,6 +183,23 @@ def test_what_cannot_be_fitted_is_refused_and_changes_nothing(change, said) -> N
     with pytest.raises((ValueError, TypeError), match=said):
         gate.fit(*change(logits, labels))
     assert torch.equal(gate(logits), before)
+
+
+def test_what_is_nearly_the_same_for_all_examples_is_not_blown_up() -> None:
+    """Else weights would turn on the last digits of a logit."""
+    logits, labels, _ = specialists()
+    logits[0] = logits[0][:1] + 1e-6 * torch.randn(N, C)
+    gate = TeacherGate(T, C).fit(logits, labels)
+    assert gate.scale.max() == 1000
+    moved = [logits[0] + 1e-5 * torch.randn(N, C), *logits[1:]]
+    assert (gate(moved) - gate(logits)).abs().max() < 0.1
+
+
+@cpu_only
+def test_logits_of_another_device_are_named() -> None:
+    logits, labels, _ = specialists()
+    with pytest.raises(ValueError, match=r"TeacherGate: teacher_logits\[1\] must be on cpu like the gate, got meta"):
+        TeacherGate(T, C).fit(logits, labels)([logits[0], logits[1].to("meta"), logits[2]])
 
 
 @pytest.mark.parametrize(("teachers", "classes"), [(0, 3), (2, 0), (True, 3), (2, 1.5)])

@@ -134,7 +134,7 @@ def _check_of_rows(name: str, value: Tensor, last: str, hidden: Tensor) -> None:
 
 def _check_leading(name: str, value: Tensor, last: str, hidden: Tensor) -> None:
     leading = hidden.shape[:-1]
-    fits = value.dim() >= 2 and checks.is_any(value.shape[:-1], (leading, (math.prod(leading),)))
+    fits = checks.is_any(value.shape[:-1], (leading, (math.prod(leading),)))
     if not fits or value.shape[-1] < 1:
         wanted = ", ".join(f"{n}" for n in leading)
         raise ValueError(f"{NAME}: {name} must be [{wanted}, {last}] like student_hidden, got {checks.shape(value)}")

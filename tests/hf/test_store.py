@@ -57,8 +57,10 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path):
                 raise KeyboardInterrupt
             return super().__getitem__(i)
 
+    teacher.train()
     with pytest.raises(KeyboardInterrupt):
         store_topk(teacher, Killed(data), tmp_path / "b", **options)
+    assert teacher.training  # as it was
     with pytest.raises(FileNotFoundError, match=r"must be finished, got .* without rows-000000003.safetensors"):
         StoredTopK(tmp_path / "b")
     before = (tmp_path / "b" / "rows-000000000.safetensors").stat().st_mtime_ns

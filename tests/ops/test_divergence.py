@@ -152,6 +152,8 @@ def test_three_dimensions_and_a_count_of_items():
     numbers = dict(alpha=alpha.view(2, 3), temperature=temperature.view(2, 3))
     got, stats = af.multi_teacher_kd_loss(*cube, reduction="none", **numbers, **options)
     torch.testing.assert_close(got, flat.view(2, 3))
+    by_row = af.multi_teacher_kd_loss(*cube, alpha=alpha, temperature=temperature, reduction="none", **options)[0]
+    torch.testing.assert_close(by_row, got)
     assert stats.teacher_kl.shape == (2, 3, T) and stats.agreement.shape == (2, 3)
     torch.testing.assert_close(stats.teacher_kl.view(N, T), of_rows.teacher_kl)
     counted, _ = af.multi_teacher_kd_loss(*cube, num_items_in_batch=7, **numbers, **options)
@@ -490,6 +492,22 @@ def test_modules_take_the_same_keywords():
     want = af.multi_teacher_kd_loss(student, teachers, weights, labels, **options, **by_row)
     torch.testing.assert_close(got, want)
     assert not torch.equal(got[0], module(student, teachers, weights, labels)[0])
+
+
+@cpu_only
+def test_numbers_of_rows_on_another_device_are_named():
+    student, teachers, weights, labels, alpha, temperature = _problem()
+    for name, value in (("alpha", alpha), ("temperature", temperature)):
+        with pytest.raises(ValueError, match=f"{name} must be on cpu like student_logits, got meta"):
+            af.multi_teacher_kd_loss(student, teachers, weights, labels, **{name: value.to("meta")})
+
+
+def test_a_temperature_that_requires_grad_is_taken_where_nobody_asks_for_one():
+    student, teachers, weights, labels, _, temperature = _problem()
+    want = af.multi_teacher_kd_loss(student, teachers, weights, labels, temperature=temperature)
+    with torch.no_grad():
+        asked = temperature.clone().requires_grad_()
+        assert af.multi_teacher_kd_loss(student, teachers, weights, labels, temperature=asked) == want
 
 
 def test_alpha_by_row_needs_labels():

@@ -208,6 +208,16 @@ def test_shapes_of_tokens():
     given = tokens(hidden), weight, deep, tokens(weights), tokens(labels)
     loss, stats = af.fused_linear_kd_loss(*given, **options)
     assert torch.equal(loss, tokens(flat)) and stats.teacher_kl.shape == (3, 3, 3)
+    mixed = af.fused_linear_kd_loss(
+        tokens(hidden), weight, teachers, weights, tokens(labels), **options
+    )  # teachers' as rows
+    assert torch.equal(mixed[0], loss)
+    index = torch.arange(N) % 3
+    by_index = [
+        af.fused_linear_kd_loss(tokens(hidden), weight, deep, None, tokens(labels), teacher_index=x)
+        for x in (index, tokens(index))
+    ]
+    assert torch.equal(*by_index)
     assert torch.equal(stats.agreement, tokens(flat_stats.agreement))
     module = af.FusedLinearKDLoss(temperature=2.0, softcap=5.0)
     want = af.fused_linear_kd_loss(*given, student_bias=bias, temperature=2.0, softcap=5.0, num_items_in_batch=7)
@@ -599,6 +609,27 @@ LINEAR, TOPK = teacher("linear"), teacher("topk")
         ({"student_hidden": [1.0]}, "student_hidden must be a tensor, got list"),
         ({"student_hidden": randn(3)}, r"student_hidden must be \[N, H\] or \[B, S, H\] with H >= 1, got \[3\]"),
         ({"student_weight": randn(C, H + 1)}, r"student_weight must be \[C, 6\] for hidden .*, got \[13, 7\]"),
+        ({"student_weight": randn(0, H)}, r"student_weight must be \[C, 6\] for hidden .*, got \[0, 6\]"),
+        ({"student_weight": randn(C, H).to("meta")}, "student_weight must be on cpu like student_hidden, got meta"),
+        ({"student_bias": randn(C).to("meta")}, "student_bias must be on cpu like student_hidden, got meta"),
+        (
+            {"teachers": _swap(0, LINEAR._replace(bias=randn(C).to("meta")))},
+            r"teachers\[0\].bias must be on cpu like student_hidden, got meta",
+        ),
+        (
+            {"teachers": _swap(0, af.LinearTeacher(randn(N, 0), randn(C, 0)))},
+            r"teachers\[0\].hidden must be \[9, H_t\] like student_hidden, got \[9, 0\]",
+        ),
+        ({"teachers": _swap(2, randn(C))}, r"teachers\[2\] must be \[9, C\] like student_hidden, got \[13\]"),
+        ({"teachers": _swap(2, randn(()))}, r"teachers\[2\] must be \[9, C\] like student_hidden, got \[\]"),
+        (
+            {"teachers": _swap(1, af.TopKTeacher(TOPK.indices.to("meta"), TOPK.log_probs))},
+            r"teachers\[1\].indices must be on cpu like student_hidden, got meta",
+        ),
+        (
+            {"teacher_weights": None, "teacher_index": torch.zeros(N).long().to("meta")},
+            "teacher_index must be on cpu like student_hidden, got meta",
+        ),
         ({"student_bias": randn(C - 1)}, r"student_bias must be \[13\] like student_weight, got \[12\]"),
         ({"teachers": TOPK}, "teachers must be a list of teachers .*, got TopKTeacher"),
         ({"teachers": randn(1, N, C)}, r"teachers must be a list of teachers .*, got a tensor \[1, 9, 13\]"),

@@ -458,7 +458,15 @@ def test_an_adapter_may_weigh_tokens_and_is_checked():
     flat = {**batch, "features": torch.randn(N, D)}
     cube = {**flat, "features": flat["features"].view(3, 4, D)}
     torch.testing.assert_close(loss(**cube).loss, loss(**flat).loss)
-    loss.adapter = torch.nn.Sequential()  # gives the features back
+    loss.adapter = torch.nn.Sequential(torch.nn.Linear(D, T), torch.nn.Softmax(-1))
+    loss.regularizer_weight = 0.0
+    for given in (flat, cube):  # what an ignored row holds gets into no gradient
+        features = given["features"].clone()
+        features.view(N, D)[2] = torch.nan
+        out = loss(**{**given, "features": features})
+        torch.testing.assert_close(out.loss, loss(**given).loss)
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.loss, list(loss.adapter.parameters())))
+    loss.regularizer_weight, loss.adapter = 1e-3, torch.nn.Sequential()  # gives the features back
     with pytest.raises(ValueError, match=r"AMTMLLoss: the adapter.s weights must be \[12, 3\]"):
         loss(**flat)
     loss.adapter.forward = lambda features: None
