@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from amtml_fast import TeacherAdapter
 from amtml_fast.hf import DistillationTrainer
 from amtml_fast.hf.adapter import HiddenAdapter
-from amtml_fast.terms import LinearTeacher
+from amtml_fast.terms import LinearTeacher, TopKTeacher
 
 pytestmark = cpu_only
 
@@ -191,6 +191,30 @@ def test_training_on_labels_that_no_teacher_has(tmp_path, counted):
     losses = [logs["loss"] for logs in made.state.log_history if "loss" in logs]
     assert len(losses) == 3 and 0 not in losses and all(map(math.isfinite, losses))
     assert all(p.isfinite().all() for p in student.parameters())
+
+
+def test_without_a_count_the_tokens_of_the_batch_are_it(tmp_path):
+    student = llama(0)
+    made = trainer(tmp_path, student)
+    labels = torch.tensor([[3, 5, 7, -100, 5]])
+    batch = dict(input_ids=torch.tensor([[3, 5, 7, 9, 5]]), labels=labels)
+    ends = []
+    for count in (None, 3):  # the first token is no label
+        student.zero_grad()
+        made.compute_loss(student.train(), dict(batch), num_items_in_batch=count).backward()
+        ends.append([p.grad.clone() for p in student.parameters()])
+    torch.testing.assert_close(*ends)
+    assert student.teacher_adapter.theta.grad.norm() > 0
+
+
+def test_a_store_of_all_probability_gives_other_labels_a_little(tmp_path):
+    """By rounding it may be more than all: the logarithm of what is left would be NaN."""
+    made = trainer(tmp_path, llama(0))
+    named, labels = torch.tensor([[0, 1]]).expand(3, -1), torch.tensor([0, 2, -100])
+    teacher = TopKTeacher(named, torch.tensor([[-1e-3, -6.0]]).expand(3, -1))
+    assert teacher.log_probs.exp().sum(1).min() > 1
+    got = made._log_probs_of_labels(teacher, labels)
+    torch.testing.assert_close(got, torch.tensor([-1e-3, math.log(1e-6 / 38), 0.0]))
 
 
 def test_a_step_without_any_label_has_a_loss_of_0(tmp_path):

@@ -91,11 +91,21 @@ def test_what_models_do_to_their_logits_is_found():
     class Odd(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
-            out.logits = out.logits - out.logits.mean(-1, keepdim=True)
+            out.logits = self.change(out.logits)
             return out
 
-    with pytest.raises(ValueError, match=r"teachers\[1\] must give its output layer's results as they are, .* got Odd"):
-        OutputLayer(Odd(LlamaConfig(**small)), "teachers[1]")
+    message = r"teachers\[1\] must give its output layer's results as they are, .* got Odd"
+    for change in (
+        lambda z: z - z.mean(-1, keepdim=True),
+        lambda z: -z,
+        lambda z: 0 * z,
+        lambda z: z.index_add(-1, torch.tensor([5]), torch.ones(*z.shape[:-1], 1)),  # as a bias
+        lambda z: z.index_fill(-1, torch.tensor([5]), -100.0),
+    ):
+        odd = Odd(LlamaConfig(**small))
+        odd.change = change
+        with pytest.raises(ValueError, match=message):
+            OutputLayer(odd, "teachers[1]")
 
 
 def test_hooks_of_the_output_layer():
