@@ -236,7 +236,7 @@ def extractor(
         zoo.renormalize(model, (data.mean, data.std), (own.mean, own.std))
     elif own.brings_weights and (said := zoo.statistics(model)) is not None:
         zoo.renormalize(model, (data.mean, data.std), said)
-    return FeatureExtractor(model, {HINT: teacher.hint} if hints else {})
+    return FeatureExtractor(model, {HINT: teacher.hint} if hints and teacher.hint else {})
 
 
 def teacher_maps(model: FeatureExtractor, name: str, data: ImageData) -> dict[str, Tensor]:
