@@ -19,9 +19,8 @@ from setuptools import __version__ as setuptools_version
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
-if (
-    int(setuptools_version.split(".")[0]) < 77
-):  # without build isolation nobody else looks, and its own error names a license
+# Without build isolation nobody else looks, and its own error is about a license.
+if int(setuptools_version.split(".")[0]) < 77:
     raise SystemExit(
         f"amtml_fast: setuptools must be 77 or later to build it, got {setuptools_version}: pip install -U setuptools"
     )
