@@ -170,6 +170,7 @@ _EVERYWHERE = (
     Workload("dual_softmax", (512, 512), quick=True),
 )
 _CPU = (
+    Workload("multi_teacher_kd", (16384, 10, 3)),
     Workload("multi_teacher_kd", (1024, 32000, 3)),
     Workload("multi_teacher_kd", (1024, 32000, 3), _BF16),
     Workload("divergence", (1024, 32000, 3)),

@@ -62,7 +62,8 @@ def multi_teacher_kd_loss(
         loss = temperature**2 * D         # without labels: alpha plays no part
 
     Args:
-        student_logits: [N, C], or [B, S, C] taken as B * S rows.
+        student_logits: [N, C], or [B, S, C] taken as B * S rows. Pixels of maps [B, C, H, W] are the rows
+            ``maps.movedim(1, -1).flatten(0, 2)``.
         teacher_logits: T tensors shaped like ``student_logits``, read in place, or one [T, N, C] tensor. Teachers are
             frozen: one that requires grad is an error. Pad the shorter of two vocabularies with -inf.
         teacher_weights: [N, T], [T] (the same for every row) or None (uniform); [B, S, T] or [B * S, T] with [B, S, C].

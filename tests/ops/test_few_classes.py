@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from backends import cpu_only
+import torch.nn.functional as F
+from backends import DEVICE, cpu_only
 
+import amtml_fast as af
 from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
 from amtml_fast.terms import KDOptions
 
@@ -58,3 +60,17 @@ def test_a_row_is_what_it_is_alone(classes, teachers, mode, dtype, layout):
         for i in range(ROWS):
             for one, all_of_them in zip(of(slice(i, i + 1), probabilities), together, strict=True):
                 torch.testing.assert_close(all_of_them[i : i + 1], one, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_may_be_pixels():
+    g = torch.Generator("cpu").manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 3, 7, generator=g, device="cpu").to(DEVICE) for _ in range(2))
+    labels = torch.randint(0, 5, (2, 3, 7), generator=g, device="cpu").to(DEVICE)
+    labels[0, 0] = -100
+    student.requires_grad_()
+    rows = [maps.movedim(1, -1).flatten(0, 2) for maps in (student, teacher)]
+    loss = af.multi_teacher_kd_loss(rows[0], rows[1:], None, labels.flatten())
+    pixels = F.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="none").sum(1)
+    plain = 0.3 * F.cross_entropy(student, labels) + 0.7 * 16 * pixels[labels >= 0].mean()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, plain)))
