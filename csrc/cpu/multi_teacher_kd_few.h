@@ -159,6 +159,7 @@ struct FewSoftmax {
     invert();
   }
   AMTML_INLINE void take_logarithms() {
+#pragma GCC unroll 1  // GCC 12 pairs the copies of an unrolled loop, and takes what is cut off for 0
     for (int l = 0; l < kRows; ++l) log_sum[l] = rounded<float>(std::log(sum[l]) - kLogScale, &rest.of[l]);
   }
   AMTML_INLINE double exact_log_sum(int l) const { return static_cast<double>(log_sum[l]) + rest[l]; }
@@ -272,21 +273,11 @@ AMTML_INLINE void load(FewRows& r, const Group& group, const Pass<float>& pass) 
   }
 }
 
-// The mixture p, log p - log q, and the KL in its mode, but for what roundings have cut off.
+// The mixture p, and, where they are needed, log p - log q and the KL in its mode.
 AMTML_INLINE void compare(FewRows& r, bool need_logs) {
   const Problem<float>& pr = r.problem;
   const float per_tau = static_cast<float>(1 / pr.set.temperature);
   const FewSoftmax& q = r.q;
-  const bool alone = pr.mixture && pr.teachers == 1 && need_logs;  // log (w p_t) needs no logarithm then
-  Each<float> log_sum_t;
-  for (int l = 0; l < kRows; ++l) {
-    double cut = 0;
-    if (alone) {
-      const double log_sum = r.of[0].exact_log_sum(l) - std::log(static_cast<double>(r.total[l]));
-      log_sum_t[l] = rounded<float>(log_sum, &cut);
-    }
-    r.kl[l] = r.total[l] != 0 ? r.total[l] * (q.rest[l] - cut) : 0;
-  }
   for (int64_t c = 0; c < pr.classes; ++c) {
     float* p = r.p.at(c);
     for (int64_t t = 0; t < pr.teachers; ++t) {
@@ -302,14 +293,21 @@ AMTML_INLINE void compare(FewRows& r, bool need_logs) {
   const auto log_q = [&](int64_t c, int l) __attribute__((always_inline)) {
     return (r.student.at(c)[l] - q.m[l]) * per_tau - q.log_sum[l];
   };
-  Each<double> sum;
-  if (alone) {
+  Each<double> sum, cut;
+  if (pr.mixture && pr.teachers == 1) {  // log (w p_t) needs no logarithm then
+    Each<float> log_sum_t;
+#pragma GCC unroll 1  // as in take_logarithms
+    for (int l = 0; l < kRows; ++l) {
+      const double log_sum = r.of[0].exact_log_sum(l) - std::log(static_cast<double>(r.total[l]));
+      log_sum_t[l] = rounded<float>(log_sum, &cut.of[l]);
+    }
     sum_classes(pr.classes, sum, [&](int64_t c, int l) __attribute__((always_inline)) {
       const float p = r.p.at(c)[l], log_p = (r.logits[0].at(c)[l] - r.of[0].m[l]) * per_tau - log_sum_t[l];
       const float ratio = r.ratio.at(c)[l] = if_mass(p, log_p - log_q(c, l));
       return if_mass(p, p * ratio);
     });
   } else if (pr.mixture) {
+    cut.fill(0);
     sum_classes(pr.classes, sum, [&](int64_t c, int l) __attribute__((always_inline)) {
       const float p = r.p.at(c)[l], ratio = if_mass(p, log_positive(p == 0 ? 1.0f : p) - log_q(c, l));
       r.ratio.at(c)[l] = ratio;
@@ -317,7 +315,9 @@ AMTML_INLINE void compare(FewRows& r, bool need_logs) {
     });
   }
   if (pr.mixture) {
-    each_row([&](int l) __attribute__((always_inline)) { r.kl[l] += sum[l]; });
+    each_row([&](int l) __attribute__((always_inline)) {
+      r.kl[l] = sum[l] + (r.total[l] != 0 ? r.total[l] * (q.rest[l] - cut[l]) : 0);
+    });
     return;
   }
   r.kl.fill(0);
