@@ -191,7 +191,6 @@ struct FewSoftmax {
       const double none = std::numeric_limits<double>::quiet_NaN();
       sum[l] = m[l] == -std::numeric_limits<float>::infinity() ? none : sum[l];
       inverse[l] = static_cast<float>(1 / sum[l]);
-      rest[l] = 0;
     });
   }
 };
@@ -329,7 +328,7 @@ AMTML_INLINE void compare(FewRows& r, bool need_logs) {
       return if_mass(mass, mass * (log_p - log_q(c, l)));
     });
     for (int l = 0; l < kRows; ++l) {
-      kl_t[l] = static_cast<float>(kl_t[l] + q.rest[l] - p.rest[l]);
+      kl_t[l] += q.rest[l] - p.rest[l];
       if (r.weight[t][l] != 0) {
         r.kl[l] += r.weight[t][l] * kl_t[l];
       } else if (!(std::abs(kl_t[l]) < std::numeric_limits<double>::infinity())) {
@@ -387,13 +386,14 @@ AMTML_INLINE void differentiate_student(FewRows& r, bool back_q) {
   Each<float> kl_grad, ce_q, flat;
   Each<double> inner;
   each_row([&](int l) __attribute__((always_inline)) {
-    kl_grad[l] = r.kl_grad[l] * per_tau, flat[l] = r.ce_grad[l] * even, inner[l] = 0;
+    kl_grad[l] = r.kl_grad[l] * per_tau, flat[l] = r.ce_grad[l] * even;
     ce_q[l] = pr.labels ? r.ce_grad[l] * r.q1.inverse[l] : 0.0f;
   });
-  for (int64_t c = 0; back_q && c < pr.classes; ++c) {
-    const float *e = q.e.at(c), *back = r.back_q.at(c);
-    each_row([&](int l)
-                 __attribute__((always_inline)) { inner[l] += static_cast<double>(back[l] * (e[l] * q.inverse[l])); });
+  inner.fill(0);
+  if (back_q) {
+    sum_classes(pr.classes, inner, [&](int64_t c, int l) __attribute__((always_inline)) {
+      return r.back_q.at(c)[l] * (q.e.at(c)[l] * q.inverse[l]);
+    });
   }
   constexpr float masked = -std::numeric_limits<float>::infinity();
   for (int64_t c = 0; c < pr.classes; ++c) {
