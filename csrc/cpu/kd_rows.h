@@ -16,7 +16,10 @@ constexpr int64_t kChunk = 1024;  // classes at a time: what a row has of a chun
 
 template <class A>
 AMTML_INLINE A rounded(double value, double* rest) {
-  const A near = static_cast<A>(value);
+  // Not a plain A: where GCC 12 pairs two of these, it takes double(float(value)) for value, and the rest for 0
+  // (findings/gcc_forgets_a_rounding.sh).
+  volatile A kept = static_cast<A>(value);
+  const A near = kept;
   *rest = value - near;
   return near;
 }
@@ -72,9 +75,9 @@ struct Softmax {
   }
   // These logits are less by `taken_off`.
   AMTML_INLINE void begin(A by_tau, const Normal& of_all, double taken_off) {
-    const double maximum = of_all.maximum - taken_off;
-    per_tau = by_tau, m = static_cast<A>(maximum), known_ = true;
-    known_sum_ = std::exp(of_all.log_sum + (maximum - m) * by_tau + kLogScale);
+    double cut;
+    per_tau = by_tau, m = rounded<A>(of_all.maximum - taken_off, &cut), known_ = true;
+    known_sum_ = std::exp(of_all.log_sum + cut * by_tau + kLogScale);
     inverse = static_cast<A>(1 / known_sum_);
   }
   AMTML_INLINE void add(int64_t k, const A* logits, int64_t n, const Ahead& ahead) {

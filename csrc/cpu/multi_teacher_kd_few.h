@@ -159,7 +159,6 @@ struct FewSoftmax {
     invert();
   }
   AMTML_INLINE void take_logarithms() {
-#pragma GCC unroll 1  // GCC 12 pairs the copies of an unrolled loop, and takes what is cut off for 0
     for (int l = 0; l < kRows; ++l) log_sum[l] = rounded<float>(std::log(sum[l]) - kLogScale, &rest.of[l]);
   }
   AMTML_INLINE double exact_log_sum(int l) const { return static_cast<double>(log_sum[l]) + rest[l]; }
@@ -295,7 +294,6 @@ AMTML_INLINE void compare(FewRows& r, bool need_logs) {
   Each<double> sum, cut;
   if (pr.mixture && pr.teachers == 1) {  // log (w p_t) needs no logarithm then
     Each<float> log_sum_t;
-#pragma GCC unroll 1  // as in take_logarithms
     for (int l = 0; l < kRows; ++l) {
       const double log_sum = r.of[0].exact_log_sum(l) - std::log(static_cast<double>(r.total[l]));
       log_sum_t[l] = rounded<float>(log_sum, &cut.of[l]);
