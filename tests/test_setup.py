@@ -42,7 +42,9 @@ def test_what_is_asked_for_by_name_is_built_or_told(name):
 
 
 def test_an_older_setuptools_is_named():
-    start = "import runpy, setuptools; setuptools.__version__ = '70.0.0'; runpy.run_path('setup.py', run_name='__main__')"
+    start = (
+        "import runpy, setuptools; setuptools.__version__ = '70.0.0'; runpy.run_path('setup.py', run_name='__main__')"
+    )
     out = subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode != 0 and "setuptools must be 77 or later to build it, got 70.0.0" in out.stderr
 
