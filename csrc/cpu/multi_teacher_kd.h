@@ -31,7 +31,8 @@ struct Problem {
   }
 };
 
-// Row statistics, kept for backward: the student's three; maximum and inverse sum per teacher.
+// Row statistics, kept for backward: the student's three; maximum and inverse sum per teacher. Of few classes, zeros:
+// there backward makes its own.
 inline int64_t stats_size(int64_t teachers) { return 3 + 2 * teachers; }
 
 // With what this operator reads and writes besides.

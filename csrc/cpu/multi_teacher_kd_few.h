@@ -234,22 +234,15 @@ struct FewRows {
 
 // Softmaxes and weights of a group.
 template <bool kForward>
-AMTML_INLINE void load(FewRows& r, const Group& group, const Pass<float>& pass) {
+AMTML_INLINE void load(FewRows& r, const Group& group) {
   const Problem<float>& pr = r.problem;
-  const int64_t n = pr.classes, size = stats_size(pr.teachers);
+  const int64_t n = pr.classes;
   const float per_tau = static_cast<float>(1 / pr.set.temperature);
-  const auto keep_stats = [&](int64_t at, const Each<float>& numbers) {
-    if (!kForward) return;
-    for (int l = 0; l < group.count; ++l) pass.stats[(group.first + l) * size + at] = r.on[l] ? numbers[l] : 0.0f;
-  };
   load_columns(pr.student, group, n, r.scratch.data(), r.student);
   r.q.make(r.student, n, per_tau);
   r.q.take_logarithms();
   if (pr.labels) r.q1.make(r.student, n, r.q, 1 / static_cast<double>(per_tau));
   if (pr.labels && kForward) r.q1.take_logarithms();
-  Each<float> one;
-  one.fill(1);
-  keep_stats(0, r.q.m), keep_stats(1, r.q.inverse), keep_stats(2, pr.labels ? r.q1.inverse : one);
   r.total.fill(0);
   for (int64_t t = 0; t < pr.teachers; ++t) {
     FewSoftmax& p = r.of[t];
@@ -257,7 +250,6 @@ AMTML_INLINE void load(FewRows& r, const Group& group, const Pass<float>& pass) 
     load_columns(pr.teacher[t], group, n, r.scratch.data(), x);
     p.make(x, n, per_tau);
     if (r.keep) p.take_logarithms();
-    keep_stats(3 + 2 * t, p.m), keep_stats(4 + 2 * t, p.inverse);
     Each<bool> nothing;
     bool any = false;
     for (int l = 0; l < kRows; ++l) {
@@ -418,7 +410,7 @@ template <bool kForward>
 AMTML_INLINE void run_group(FewRows& r, const Group& group, const Pass<float>& pass) {
   const Problem<float>& pr = r.problem;
   const KDSettings& set = pr.set;
-  const int64_t n = pr.classes, size = stats_size(pr.teachers);
+  const int64_t n = pr.classes;
   bool any = false, as_made = true;
   for (int l = 0; l < kRows; ++l) {
     const int64_t i = group.row(l);
@@ -430,10 +422,8 @@ AMTML_INLINE void run_group(FewRows& r, const Group& group, const Pass<float>& p
     any |= r.on[l], as_made &= g == 1 || !r.on[l];
   }
   if (!kForward && pass.rescale && as_made) return;
-  if (!any) {  // nothing is read
-    if (kForward) std::fill_n(pass.stats + group.first * size, group.count * size, 0.0f);
-  } else {
-    load<kForward>(r, group, pass);
+  if (any) {  // else nothing is read
+    load<kForward>(r, group);
     if (pass.grad_q) load_columns(pass.grad_q, group, n, r.scratch.data(), r.back_q);
     if (pass.grad_p) load_columns(pass.grad_p, group, n, r.scratch.data(), r.back_p);
     compare(r, kForward || pass.grad_weights);
@@ -464,6 +454,8 @@ AMTML_INLINE void run_group(FewRows& r, const Group& group, const Pass<float>& p
 
 template <bool kForward>
 AMTML_INLINE void run_groups(FewRows& rows, const Share& share, const Pass<float>& pass) {
+  const int64_t size = stats_size(rows.problem.teachers);
+  if (kForward) std::fill_n(pass.stats + share.begin * size, (share.end - share.begin) * size, 0.0f);
   for (int64_t i = share.begin; i < share.end; i += kRows) {
     run_group<kForward>(rows, {i, static_cast<int>(std::min<int64_t>(kRows, share.end - i))}, pass);
   }
