@@ -25,6 +25,8 @@ struct Map {  // [n, channels, height, width] or [n, channels], with any strides
         sh(t.dim() == 4 ? t.stride(2) : 1),
         sw(t.dim() == 4 ? t.stride(3) : 1) {}
   int64_t pixels() const { return height * width; }
+  // Whether a pixel's channels lie side by side. (A single channel is a plane, whatever its stride.)
+  bool channels_last() const { return sc == 1 && (channels > 1 || pixels() == 1); }
   bool dense_plane() const { return (sw == 1 || width == 1) && (sh == width || height == 1); }
   int64_t offset(int64_t pixel) const {
     return dense_plane() ? pixel : pixel / width * sh + pixel % width * sw;  // a division costs more than the rest
@@ -133,7 +135,7 @@ AMTML_INLINE int64_t first_maximum(const A* plane, int64_t pixels) {
 // Maximum of each channel and the first place where it stands; NaN wins, as in torch's max_pool.
 template <int kLanes, class A>
 AMTML_INLINE void max_pool(Pieces<A>& pieces, int64_t example, A* pooled, int32_t* index) {
-  if (pieces.map.sc == 1) {  // channels last: vectors run over channels
+  if (pieces.map.channels_last()) {  // vectors run over channels
     pieces.each_pixel(example, [&] AMTML_BODY(int64_t p, int64_t first, int64_t n, const A* x) {
       A* best = pooled + first;
       int32_t* at = index + first;
@@ -162,7 +164,7 @@ AMTML_INLINE void max_pool(Pieces<A>& pieces, int64_t example, A* pooled, int32_
 template <class A>
 AMTML_INLINE void avg_pool(Pieces<A>& pieces, int64_t example, A* pooled, double* sums) {
   const int64_t pixels = pieces.map.pixels();
-  if (pieces.map.sc == 1) {  // channels last, or one pixel
+  if (pieces.map.channels_last()) {
     pieces.each_pixel(example, [&] AMTML_BODY(int64_t p, int64_t first, int64_t n, const A* x) {
       double* sum = sums + first;
       if (p == 0) {
@@ -196,7 +198,7 @@ void spread(const Target& dx, const Map& map, int64_t first, const double* db, c
       for (int64_t c = 0; c < map.channels; ++c) example[c * map.sc + map.offset(at[c])] = static_cast<T>(db[c]);
       return;
     }
-    if (map.sc == 1) {
+    if (map.channels_last()) {
       vectorized([&] AMTML_BODY() {
         for (int64_t p = 0; p < map.pixels(); ++p) {
           T* pixel = example + map.offset(p);

@@ -195,6 +195,18 @@ def test_teacher_weights_in_either_layout(memory_format, fused):
     assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
 
 
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_a_single_channel_has_any_stride(pool, fused):
+    """In channels_last it may be 1, which says nothing of where its pixels are."""
+    _, theta, v = CASES["teacher_weights"].inputs(5, 1, 7, 6, 3)
+    features = torch.randn(5 * 42).as_strided((5, 1, 7, 6), (42, 1, 6, 1)).requires_grad_()
+    args = features, theta, v
+    want, want_grads = value_and_grads(af.reference.teacher_weights, convert(args, dtype=torch.float64), pool=pool)
+    got, grads = value_and_grads(af.teacher_weights, args, pool=pool)
+    assert relative_error(got, want) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(grads, want_grads))
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(
     "planes", [((8, 8), (8, 8)), ((8, 12), (4, 4)), ((7, 5), (3, 9))], ids=["one", "halved", "uneven"]
