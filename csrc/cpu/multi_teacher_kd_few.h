@@ -263,20 +263,22 @@ AMTML_INLINE void load(FewRows& r, const Group& group) {
   }
 }
 
-// The mixture p, and, where they are needed, log p - log q and the KL in its mode.
+// The mixture p (with a loop of its own for the first teacher: of a choice between two sums Clang made other roundings
+// in some lanes than in others), and, where they are needed, log p - log q and the KL in its mode.
 AMTML_INLINE void compare(FewRows& r, bool need_logs) {
   const Problem<float>& pr = r.problem;
   const float per_tau = static_cast<float>(1 / pr.set.temperature);
   const FewSoftmax& q = r.q;
-  for (int64_t c = 0; c < pr.classes; ++c) {
-    float* p = r.p.at(c);
-    for (int64_t t = 0; t < pr.teachers; ++t) {
+  for (int64_t t = 0; t < pr.teachers; ++t) {
+    const Each<float>& factor = r.factor[t];
+    for (int64_t c = 0; c < pr.classes; ++c) {
       const float* e = r.of[t].e.at(c);
-      const Each<float>& factor = r.factor[t];
-      each_row([&](int l) __attribute__((always_inline)) {
-        const float mass = factor[l] * e[l];
-        p[l] = t == 0 ? mass : p[l] + mass;
-      });
+      float* p = r.p.at(c);
+      if (t == 0) {
+        each_row([&](int l) __attribute__((always_inline)) { p[l] = factor[l] * e[l]; });
+      } else {
+        each_row([&](int l) __attribute__((always_inline)) { p[l] += factor[l] * e[l]; });
+      }
     }
   }
   if (!need_logs) return;
