@@ -58,8 +58,8 @@ def distill(
     preflight.places(config)
     job = one_job(config, method, seed, student, teachers)
     say_twins(config, [job], display)
-    teachers_of_it = load_teachers(of_teachers(config, job.teachers), data, [job], display)
-    return train(job, data, teachers_of_it, display, resume=resume, fresh=fresh)
+    loaded = load_teachers(of_teachers(config, job.teachers), data, [job], display)
+    return train(job, data, loaded, display, resume=resume, fresh=fresh)
 
 
 def evaluate(
