@@ -183,6 +183,7 @@ _CPU = (
     Workload("teacher_weights", (128, 64, 8, 8, 3), _BF16),
 )
 _GPU = (
+    Workload("multi_teacher_kd", (524288, 21, 3)),
     Workload("multi_teacher_kd", (4096, 32000, 3), _BF16),
     Workload("multi_teacher_kd", (4096, 128256, 3), _BF16),
     Workload("multi_teacher_kd", (4096, 128256, 3)),

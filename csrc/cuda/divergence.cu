@@ -152,7 +152,7 @@ Tensor5 divergence_fwd(const Tensor& student, std::vector<Tensor> teachers, std:
   want.grad_student = data(grad_student), want.grad_dtype = ScalarType::Float;
   want.grad_weights = data(grad_weights), want.grad_alpha = data(grad_alpha), want.statistics = data(statistics);
   run_rows(inputs, want, nullptr, false, on);
-  if (!none) reduce_rows(inputs.pr, want.ce_rows, want.kl_rows, data(loss), nullptr, nullptr, on);
+  if (!none) reduce_rows(inputs.pr, rows, data(loss), nullptr, nullptr, on);
   return {loss, grad_student, grad_weights, grad_alpha, statistics};
 }
 

@@ -5,32 +5,61 @@
 namespace amtml::gpu {
 namespace {
 
-// Rows that are not ignored.
-__global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* counted) {
+// Of a pass over numbers, of which every block of the grid has a part.
+__device__ int64_t first_of_grid() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+__device__ int64_t step_of_grid() { return int64_t{gridDim.x} * blockDim.x; }
+
+// Rows that are not ignored, a part for each block.
+__global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* parts) {
   let_next_start();
   int64_t mine = 0;
-  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) mine += labels[i] != ignore_index;
+#pragma unroll 4
+  for (int64_t i = first_of_grid(); i < n; i += step_of_grid()) mine += labels[i] != ignore_index;
   const int64_t count = block_sum(mine, &shared<int64_t>());
-  if (threadIdx.x == 0) *counted = count;
+  if (threadIdx.x == 0) parts[blockIdx.x] = count;
 }
 
-__global__ void reduce_kernel(KDProblem pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce,
-                              float* kl) {
-  wait_for_previous();
+// Sums over rows: of cross-entropies, of KLs, and how many rows count.
+struct RowSums {
+  double ce, kl, count;
+};
+
+__device__ RowSums block_sums(RowSums mine) {
   double* scratch = &shared<double>();
-  double sums[3] = {};
-  for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) {
-    sums[0] += ce_rows[i];
-    sums[1] += kl_rows[i];
-    sums[2] += !pr.ignored(i);
-  }
-  for (double& sum : sums) {
-    sum = block_sum(sum, scratch);
+  for (double* sum : {&mine.ce, &mine.kl, &mine.count}) {
+    *sum = block_sum(*sum, scratch);
     __syncthreads();
   }
+  return mine;
+}
+
+__device__ RowSums sum_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows) {
+  RowSums sums{};
+#pragma unroll 4
+  for (int64_t i = first_of_grid(); i < pr.rows; i += step_of_grid()) {
+    sums.ce += ce_rows[i];
+    sums.kl += kl_rows[i];
+    sums.count += !pr.ignored(i);
+  }
+  return block_sums(sums);
+}
+
+__global__ void sum_kernel(KDProblem pr, const double* ce_rows, const double* kl_rows, RowSums* parts) {
+  let_next_start();
+  wait_for_previous();
+  const RowSums sums = sum_rows(pr, ce_rows, kl_rows);
+  if (threadIdx.x == 0) parts[blockIdx.x] = sums;
+}
+
+// parts: [kParts], or null: the rows are added up here.
+__global__ void reduce_kernel(KDProblem pr, const RowSums* parts, const double* ce_rows, const double* kl_rows,
+                              float* loss, float* ce, float* kl) {
+  wait_for_previous();
+  const RowSums none{},
+      sums = parts ? block_sums(threadIdx.x < kParts ? parts[threadIdx.x] : none) : sum_rows(pr, ce_rows, kl_rows);
   if (threadIdx.x != 0) return;
-  const double rows = pr.mean_rows ? fmax(sums[2], 1.0) : 1;
-  const double of_ce = sums[0] / rows, of_kl = sums[1] / (pr.mean_classes ? rows * pr.classes : rows);
+  const double rows = pr.mean_rows ? fmax(sums.count, 1.0) : 1;
+  const double of_ce = sums.ce / rows, of_kl = sums.kl / (pr.mean_classes ? rows * pr.classes : rows);
   if (ce) *ce = static_cast<float>(of_ce);
   if (kl) *kl = static_cast<float>(of_kl);
   *loss = static_cast<float>(weighted(pr, of_ce, of_kl));
@@ -38,9 +67,18 @@ __global__ void reduce_kernel(KDProblem pr, const double* ce_rows, const double*
 
 }  // namespace
 
-void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce, float* kl,
-                 const OnDevice& on) {
-  launch(reduce_kernel, {1, 1024, 1, kWarp * sizeof(double), true}, on, pr, ce_rows, kl_rows, loss, ce, kl);
+void reduce_rows(const KDProblem& pr, const Tensor& rows, float* loss, float* ce, float* kl, const OnDevice& on) {
+  const double *ce_rows = static_cast<const double*>(rows.const_data_ptr()), *kl_rows = ce_rows + pr.rows;
+  Spread spread{kParts, kSumThreads, 1, kWarp * sizeof(double), true};
+  std::optional<Tensor> memory;
+  RowSums* parts = nullptr;
+  if (pr.rows > kSumAlone) {
+    memory = empty(rows, {kParts, sizeof(RowSums) / sizeof(double)}, ScalarType::Double);
+    parts = static_cast<RowSums*>(memory->mutable_data_ptr());
+    launch(sum_kernel, spread, on, pr, ce_rows, kl_rows, parts);
+  }
+  spread.grid = 1;
+  launch(reduce_kernel, spread, on, pr, parts, ce_rows, kl_rows, loss, ce, kl);
 }
 
 void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64_t teachers,
@@ -68,10 +106,11 @@ void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64
     labels = dense(*given_labels);
     pr.labels = static_cast<const int64_t*>(labels->const_data_ptr());
     if (pr.mean_rows && n > kCountInline) {
-      counted = empty(student, {1}, ScalarType::Long);
-      int64_t* out = static_cast<int64_t*>(counted->mutable_data_ptr());
-      launch(count_kernel, {1, 1024, 1, kWarp * sizeof(int64_t)}, on, pr.labels, n, set.ignore_index, out);
-      pr.counted = out;
+      counted = empty(student, {kParts}, ScalarType::Long);
+      int64_t* parts = static_cast<int64_t*>(counted->mutable_data_ptr());
+      launch(count_kernel, {kParts, kSumThreads, 1, kWarp * sizeof(int64_t)}, on, pr.labels, n, set.ignore_index,
+             parts);
+      pr.counted = parts;
     }
   }
 }

@@ -10,7 +10,15 @@ namespace amtml::gpu {
 
 // Exponentials are exp2f((x - maximum) * unit). Nothing is added to its argument, which is exact to 2^-24 of itself and
 // would lose that beside a larger number; its results go down to the smallest float32.
+#ifdef AMTML_EMULATED_CUDA  // so that few rows take the ways of many, too
+constexpr int64_t kCountInline = 128, kSumAlone = 128;
+constexpr int kSumThreads = 32;
+#else
 constexpr int64_t kCountInline = 1024;  // up to so many labels each block counts them for itself
+constexpr int64_t kSumAlone = 8192;     // up to so many rows one block adds up
+constexpr int kSumThreads = 1024;
+#endif
+constexpr int kParts = kWarp;  // of a count or a sum of more, each by a block of its own
 constexpr float kLog2e = 1.4426950408889634f;
 
 struct Rows {  // [N, C], dense along C
@@ -49,7 +57,7 @@ struct KDProblem {
   float temperature, ce_weight, kl_weight, kl_scale, label_smoothing;
   float unit;                    // log2(e) over the temperature
   bool mean_rows, mean_classes;  // what the reduction divides by
-  const int64_t* counted;        // rows that count, or null: found inline
+  const int64_t* counted;        // [kParts] rows that count, or null: found inline
 
   __device__ bool ignored(int64_t i) const { return labels && labels[i] == ignore_index; }
   __device__ bool has_label(int64_t i) const { return labels && labels[i] >= 0 && labels[i] < classes; }
@@ -70,9 +78,8 @@ struct KDTensors {
             const KDSettings& set, const OnDevice& on);
 };
 
-// Losses from each row's cross-entropy and KL; ce and kl may be null.
-void reduce_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows, float* loss, float* ce, float* kl,
-                 const OnDevice& on);
+// Losses from each row's cross-entropy and KL, the first 2 N numbers of `rows` in float64; ce and kl may be null.
+void reduce_rows(const KDProblem& pr, const Tensor& rows, float* loss, float* ce, float* kl, const OnDevice& on);
 
 // A tensor whose rows are dense.
 inline Tensor dense_rows(const Tensor& t) { return t.dim() != 2 || t.size(1) <= 1 || t.stride(1) == 1 ? t : dense(t); }
@@ -230,7 +237,7 @@ __device__ inline void gradient_scales(const KDProblem& pr, double* scratch, flo
   if (pr.mean_rows) {
     int64_t count = pr.rows;
     if (pr.counted) {
-      count = *pr.counted;
+      count = warp_sum(pr.counted[threadIdx.x % kWarp]);
     } else if (pr.labels) {
       int mine = 0;
       for (int64_t i = threadIdx.x; i < pr.rows; i += blockDim.x) mine += !pr.ignored(i);

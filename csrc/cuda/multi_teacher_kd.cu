@@ -4,10 +4,10 @@
 //   q = softmax(z / tau), p_t = softmax(z_t / tau), p = sum_t w_t p_t; csrc/cpu/multi_teacher_kd.cpp has the formulas.
 //
 // student [N, C] and T teachers [N, C], read in place. Two sweeps over a row: the first makes maxima and sums of all
-// T + 1 softmaxes online, the second everything else. multi_teacher_kd.cuh has the kernel that most calls take; this
-// one takes all others: the sum of KLs, any alignment and number of teachers, teachers of another dtype than the
-// student, and probabilities that are given out or send something back.
-#include "multi_teacher_kd.cuh"
+// T + 1 softmaxes online, the second everything else. multi_teacher_kd.cuh has the kernel that most calls take, and
+// multi_teacher_kd_few.cuh that of few classes; this one takes all others: the sum of KLs, any alignment and number of
+// teachers, teachers of another dtype than the student, and probabilities that are given out or send something back.
+#include "multi_teacher_kd_few.cuh"
 
 namespace amtml::gpu {
 namespace {
@@ -323,10 +323,11 @@ __global__ void __launch_bounds__(kMaxThreads, kPack == 1 ? 3 : 2)
   let_next_start();
   if (kAgain || pr.ignored(i)) wait_for_previous();
   if (pr.ignored(i)) {
-    if (pass != Pass::kRescale) write_ignored<S>(pr, want, i, begin, end, kAgain);
+    if (pass != Pass::kRescale) write_ignored<S>(pr, want, i, begin, end, kAgain, threadIdx.x, blockDim.x);
     return;
   }
-  if (pass == Pass::kRescale && rescaled<S, kPack>(pr, want, i, begin, end, in.of_loss(i))) return;
+  if (pass == Pass::kRescale && rescaled<S, kPack>(pr, want, i, begin, end, in.of_loss(i), threadIdx.x, blockDim.x))
+    return;
   if (kAgain) {
     read_stats(pr, i, s, stats);
     if (in.grad_probs) make_inner<S, kPack>(pr, in, i, begin, end, s);
@@ -406,19 +407,22 @@ struct Inputs {
   }
 };
 
-// Whether the kernel of the header can do it.
-bool takes_sweeps(const Inputs& inputs, const Wanted& want, const Incoming& in) {
-  const bool packs = inputs.same && inputs.pack * inputs.student.element_size() == 16;
+// Whether the kernels of the headers can do it.
+bool is_plain(const Inputs& inputs, const Wanted& want, const Incoming& in) {
   const bool probs = want.student_probs || want.targets || in.grad_probs || in.grad_targets;
-  return packs && inputs.pr.mixture && !probs && inputs.pr.teachers <= kSweepTeachers && inputs.pr.classes < 1LL << 31;
+  return inputs.same && inputs.pr.mixture && !probs;
+}
+bool takes_sweeps(const Inputs& inputs) {
+  const bool packs = inputs.pack * inputs.student.element_size() == 16;
+  return packs && inputs.pr.teachers <= kSweepTeachers && inputs.pr.classes < 1LL << 31;
 }
 
-// Bytes of shared memory in which a block keeps what it has of a row between the sweeps: AMTML_KEEP_BYTES, for trials.
-// None by default, for no GPU has timed it yet (kernels/README.md).
-int64_t kept_bytes() {
-  auto given = [] {
-    const char* text = std::getenv("AMTML_KEEP_BYTES");
-    return std::clamp<int64_t>(text ? std::atoll(text) : 0, 0, 200 << 10);
+// A number from the environment, for trials: read once, where there is a GPU.
+template <const char* kName>
+int64_t setting(int64_t otherwise, int64_t most) {
+  auto given = [&] {
+    const char* text = std::getenv(kName);
+    return std::clamp<int64_t>(text ? std::atoll(text) : otherwise, 0, most);
   };
 #ifdef AMTML_EMULATED_CUDA
   return given();
@@ -426,6 +430,18 @@ int64_t kept_bytes() {
   static const int64_t once = given();
   return once;
 #endif
+}
+
+// Bytes of shared memory in which a block keeps what it has of a row between the sweeps. None by default, for no GPU
+// has timed it yet (kernels/README.md).
+constexpr char kKeepBytes[] = "AMTML_KEEP_BYTES";
+int64_t kept_bytes() { return setting<kKeepBytes>(0, 200 << 10); }
+
+// Rows of at most so many classes go to the kernel of few classes.
+constexpr char kFewClasses[] = "AMTML_FEW_CLASSES";
+bool takes_few(const Inputs& inputs) {
+  constexpr int64_t most = kOwn * kFewLanes;
+  return inputs.pr.classes <= setting<kFewClasses>(most, most) && inputs.pr.teachers <= kFewTeachers;
 }
 
 template <class S, int T = 1>
@@ -452,11 +468,30 @@ void run_sweeps(const Problem& pr, const Wanted& want, const Incoming& in, const
   launch(kernel, spread, on, kept, want, in, stats, pass);
 }
 
+template <class S, int T = 1>
+void run_few(const Problem& pr, const Wanted& want, const Incoming& in, Pass pass, const OnDevice& on, bool early) {
+  if constexpr (T < kFewTeachers) {
+    if (pr.teachers > T) return run_few<S, T + 1>(pr, want, in, pass, on, early);
+  }
+  int shift = 0;
+  while (kOwn << shift < pr.classes) ++shift;
+  const int64_t lanes = pr.rows << shift;
+  unsigned threads = kWarp;  // small blocks for few rows, so that all multiprocessors work
+  while (threads < kFewThreads && lanes > int64_t{threads} * kFewBlocks) threads *= 2;
+  const Spread spread{blocks_for(lanes, threads), threads, 1, kWarp * sizeof(double), early};
+  launch(few_kernel<S, T>, spread, on, pr, want, in, pass, shift);
+}
+
 void run_rows(const Inputs& inputs, const Wanted& want, const Incoming& in, const float* stats, Pass pass,
               const OnDevice& on, bool early) {
   const Problem& pr = inputs.pr;
   early |= pr.counted != nullptr;  // in front is the kernel that counts
-  if (takes_sweeps(inputs, want, in)) {
+  const bool plain = is_plain(inputs, want, in);
+  if (plain && takes_few(inputs)) {
+    return dispatch_gpu(inputs.student.scalar_type(), kOp,
+                        [&](auto element) { run_few<decltype(element)>(pr, want, in, pass, on, early); });
+  }
+  if (plain && takes_sweeps(inputs)) {
     return dispatch_gpu(inputs.student.scalar_type(), kOp,
                         [&](auto element) { run_sweeps<decltype(element)>(pr, want, in, stats, pass, on, early); });
   }
@@ -524,7 +559,7 @@ Tensor8 multi_teacher_kd_fwd(const Tensor& student, std::vector<Tensor> teachers
   if (need_student_grad) want.grad_student = grad_student.mutable_data_ptr();
   want.grad_weights = data(grad_weights);
   run_rows(inputs, want, {}, nullptr, Pass::kForward, on, false);
-  if (!none) reduce_rows(inputs.pr, want.ce_rows, want.kl_rows, data(loss), data(ce), data(kl), on);
+  if (!none) reduce_rows(inputs.pr, *rows, data(loss), data(ce), data(kl), on);
   return {loss, ce, kl, student_probs, soft_targets, stats, grad_student, grad_weights};
 }
 

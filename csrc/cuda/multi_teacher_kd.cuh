@@ -193,40 +193,41 @@ __device__ __forceinline__ bool second_sweep(const KDProblem& pr, const Factors<
 }
 
 // Gradients that forward has made for an incoming gradient of 1, times g, where that is exact: in float32, and for
-// powers of two in 16 bits. False if they have to be made again, so that rounding happens once.
+// powers of two in 16 bits. False if they have to be made again, so that rounding happens once. By `threads` threads.
 template <class S, int kPack>
-__device__ bool rescaled(const Problem& pr, const Wanted& want, int64_t i, int64_t begin, int64_t end, float g) {
+__device__ bool rescaled(const Problem& pr, const Wanted& want, int64_t i, int64_t begin, int64_t end, float g,
+                         unsigned thread, unsigned threads) {
   if (g == 1) return true;
   int exponent;
   if (sizeof(S) != sizeof(float) && fabsf(frexpf(g, &exponent)) != 0.5f) return false;
   S* const row = static_cast<S*>(want.grad_student) + i * pr.classes;
-  for (int64_t c = begin + threadIdx.x * kPack; want.grad_student && c < end; c += blockDim.x * kPack) {
+  for (int64_t c = begin + thread * kPack; want.grad_student && c < end; c += threads * kPack) {
     float x[kPack];
     load(row + c, x);
 #pragma unroll
     for (int k = 0; k < kPack; ++k) x[k] *= g;
     store(row + c, x);
   }
-  for (int t = threadIdx.x; want.grad_weights && cluster_rank() == 0 && t < pr.teachers; t += blockDim.x) {
+  for (int t = thread; want.grad_weights && cluster_rank() == 0 && t < pr.teachers; t += threads) {
     want.grad_weights[i * pr.teachers + t] *= g;
   }
   return true;
 }
 
 template <class S>
-__device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i, int64_t begin, int64_t end,
-                              bool again) {
-  for (int64_t c = i * pr.classes + begin + threadIdx.x; c < i * pr.classes + end; c += blockDim.x) {
+__device__ void write_ignored(const Problem& pr, const Wanted& want, int64_t i, int64_t begin, int64_t end, bool again,
+                              unsigned thread, unsigned threads) {
+  for (int64_t c = i * pr.classes + begin + thread; c < i * pr.classes + end; c += threads) {
     if (want.student_probs) want.student_probs[c] = 0;
     if (want.targets) want.targets[c] = 0;
     if (want.grad_student) static_cast<S*>(want.grad_student)[c] = S(0.0f);
   }
   if (cluster_rank() != 0) return;
-  for (int t = threadIdx.x; t < 3 + 2 * pr.teachers; t += blockDim.x) {
+  for (int t = thread; t < 3 + 2 * pr.teachers; t += threads) {
     if (!again) want.stats[i * (3 + 2 * pr.teachers) + t] = 0;
     if (want.grad_weights && t < pr.teachers) want.grad_weights[i * pr.teachers + t] = 0;
   }
-  if (threadIdx.x != 0) return;
+  if (thread != 0) return;
   if (want.kl_rows) want.kl_rows[i] = want.ce_rows[i] = 0;
   if (want.kl) want.kl[i] = want.ce[i] = want.loss[i] = 0;
 }
@@ -353,10 +354,12 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   if (pass != Pass::kForward || pr.ignored(i)) wait_for_previous();
   if (pr.ignored(i)) {
     if (pass == Pass::kRescale) return;  // 0 it is
-    return write_ignored<S>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, pass != Pass::kForward);
+    return write_ignored<S>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, pass != Pass::kForward,
+                            threadIdx.x, blockDim.x);
   }
   const float g = pass == Pass::kForward ? 1.0f : in.of_loss(i);
-  if (pass == Pass::kRescale && rescaled<S, kPack>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, g))
+  if (pass == Pass::kRescale &&
+      rescaled<S, kPack>(pr, want, i, int64_t{begin} * kPack, int64_t{end} * kPack, g, threadIdx.x, blockDim.x))
     return;
   if (threadIdx.x == 0) {
     s.label_pack = pr.labels ? static_cast<int>(pr.labels[i] / kPack) : -1;

@@ -263,7 +263,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_bucket_rows(
   out.of_sums = doubles(of_sums), out.of_named = doubles(of_named), out.of_weights = data(of_weights);
   out.heads = static_cast<int64_t*>(heads.mutable_data_ptr());
   launch(rows_kernel, entries_of.spread(), on, pr, out);
-  if (!none) reduce_rows(pr, out.ce_rows, out.kl_rows, data(loss), nullptr, nullptr, on);
+  if (!none) reduce_rows(pr, rows, data(loss), nullptr, nullptr, on);
   return {loss, of_sums, of_named, heads, of_weights};
 }
 

@@ -418,7 +418,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> topk_kd_fwd(const Tensor& student, co
   }
   want.stats = data(stats), want.grad_student = data(grad_student), want.grad_weights = data(grad_weights);
   run_rows(inputs, want, nullptr, nullptr, false, on);
-  if (!none) reduce_rows(inputs.pr, want.ce_rows, want.kl_rows, data(loss), nullptr, nullptr, on);
+  if (!none) reduce_rows(inputs.pr, values, data(loss), nullptr, nullptr, on);
   return {loss, stats, grad_student, grad_weights};
 }
 

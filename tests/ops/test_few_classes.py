@@ -1,13 +1,15 @@
-"""Few classes, of which the CPU computes 16 rows at once: each row is what it is alone, whatever stands beside it."""
+"""Few classes, of which the CPU computes 16 rows at once, and CUDA up to 32 in a warp: each row is what it is alone, whatever stands
+beside it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import DEVICE, cpu_only
+from backends import CHOSEN, DEVICE, cpu_only
 
 import amtml_fast as af
 from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
 from amtml_fast.terms import KDOptions
+from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
 
 ROWS = 37  # two groups, and five more
 INFINITY = torch.inf
@@ -27,15 +29,16 @@ def _inputs(classes: int, teachers: int, dtype: torch.dtype, layout: str):
     labels[10:12] = -100
     student[11] = torch.nan
     labels[16:32:3] = -100
-    student, *others = (x.to(dtype) for x in (student, *others))
+    student, *others = (x.to(DEVICE, dtype) for x in (student, *others))
     if layout == "transposed":
         student, *others = (x.T.contiguous().T for x in (student, *others))
     if layout == "sliced":
         student, *others = (torch.cat([x, x], 1)[:, :classes] for x in (student, *others))
-    return student, others, weights, labels
+    return student, others, weights.to(DEVICE), labels.to(DEVICE)
 
 
-@cpu_only
+@pytest.mark.skipif(CHOSEN == "triton", reason="a program of Triton's has one row")
+@pytest.mark.usefixtures("fused")
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("classes", "teachers", "mode"), [(1, 2, "sum"), (2, 1, "mixture"), (3, 3, "mixture"), (5, 2, "sum"), (21, 3, "mixture"), (63, 1, "mixture"), (64, 2, "sum")])  # fmt: skip
@@ -46,7 +49,7 @@ def test_a_row_is_what_it_is_alone(classes, teachers, mode, dtype, layout):
         label_smoothing=0.1,
     )  # fmt: skip
     g = torch.Generator().manual_seed(1)
-    back = [torch.randn(ROWS, generator=g), *(torch.randn(ROWS, classes, generator=g) for _ in range(2))]
+    back = [torch.randn(size, generator=g).to(DEVICE) for size in ((ROWS,), (ROWS, classes), (ROWS, classes))]
 
     def of(rows: slice, probabilities: bool):
         z, w = student[rows].requires_grad_(), weights[rows].detach().requires_grad_()
@@ -85,3 +88,18 @@ def test_a_student_like_its_teacher_has_no_kl(classes, mode):
     x[0] = 0
     loss = af.multi_teacher_kd_loss(x, [x], None, mode=mode, reduction="none")
     assert loss.abs().max() < 1e-14
+
+
+@pytest.mark.usefixtures("fused")
+@pytest.mark.parametrize("reduction", ["mean", "batchmean", "sum"])
+@pytest.mark.parametrize("op", ["multi_teacher_kd", "divergence", "topk_kd", "topk_bucket"])
+def test_many_rows(op, reduction):
+    """Of more rows than one block of a GPU counts and adds up."""
+    case, named = CASES[op], (3,) if op.startswith("topk") else ()
+    rows = {"gpu": 9001, "triton": 33}.get(CHOSEN, 301)
+    inputs = case.inputs(rows, 6, *named, 2)
+    inputs[-1][::3] = -100
+    exact, exact_grads = value_and_grads(case.reference, convert(inputs, dtype=torch.float64), reduction=reduction)
+    got, grads = value_and_grads(case.function, inputs, reduction=reduction)
+    for value, want in zip([got, *grads], [exact, *exact_grads], strict=True):
+        assert relative_error(value, want) <= 2e-6
