@@ -1,5 +1,8 @@
-// Any divergence between the student and what the teachers say, one row at a time; divergence_rows.h has the formulas.
-#include "divergence_rows.h"
+// Any divergence between the student and what the teachers say, one row at a time, or of few classes 16;
+// divergence_rows.h has the formulas.
+#include "divergence.h"
+
+#include "divergence_few.h"
 #include "ops.h"
 #include "shares.h"
 
@@ -18,16 +21,6 @@ void check_row_numbers(const Problem<A>& pr, const A* alphas) {
   }
 }
 
-// What a pass over all rows reads and writes besides.
-template <class A>
-struct Pass : KDPass<A> {
-  const A* alphas;  // one a row, or null
-  A *grad_alpha, *statistics;
-};
-
-// As KDStats has them: entropies of q and p, mass, agreement, and KL(p_t || q) of each teacher.
-int64_t statistics_size(int64_t teachers) { return 4 + teachers; }
-
 template <class A>
 AMTML_INLINE void write_statistics(Row<A>& row, A* out) {
   const Statistics<A> made = statistics(row);
@@ -39,41 +32,38 @@ AMTML_INLINE void write_statistics(Row<A>& row, A* out) {
 template <class A>
 AMTML_INLINE void run_row(Row<A>& row, int64_t i, const Pass<A>& pass) {
   const Problem<A>& pr = row.problem;
-  const Settings& set = pr.set;
-  const int64_t c = pr.classes, size = statistics_size(pr.teachers);
+  const int64_t c = pr.classes;
+  const double smoothing = pr.set.kd.label_smoothing;
   if (pr.ignored(i)) {
     if (pass.grad_student) pass.grad_student.clear(i * c, c);
-    if (pass.grad_weights) std::fill_n(pass.grad_weights + i * pr.teachers, pr.teachers, A(0));
-    if (pass.grad_alpha) pass.grad_alpha[i] = 0;
-    if (pass.statistics) std::fill_n(pass.statistics + i * size, size, A(0));
-    return;
+    return write_ignored_row(pr, pass, i);
   }
   load(row, i);
   compare_all(row);
-  const double tau = pr.temperature(i), g = pass.incoming(i);
-  const double ce_weight = pass.alphas ? 1 - static_cast<double>(pass.alphas[i]) : set.kd.ce_weight;
-  const double kl_weight = pass.alphas ? pass.alphas[i] : set.kd.kl_weight, squared = set.t2_scale ? tau * tau : 1;
-  const double kl_grad = g * kl_weight * squared * pass.scale.kl;
-  const double kl = squared * row.distance;
-  const double ce = pr.labels ? cross_entropy(row, c, pr.labels[i], set.kd.label_smoothing) : 0;
-  if (pass.forward()) {  // not 0 * infinity
-    pass.kl[i] = kl_weight == 0 ? 0 : kl_weight * kl;
-    pass.ce[i] = ce_weight == 0 ? 0 : ce_weight * ce;
-  }
-  if (pass.grad_alpha) {  // what is infinite has no gradient either where it has no weight
-    const auto counted = [](double weight, double x) { return weight == 0 && !std::isfinite(x) ? 0 : x; };
-    const double of_kl = counted(kl_weight, kl) * pass.scale.kl, of_ce = counted(ce_weight, ce) * pass.scale.ce;
-    pass.grad_alpha[i] = static_cast<A>(g * (of_kl - of_ce));
-  }
-  for (int64_t t = 0; pass.grad_weights && t < pr.teachers; ++t) {
-    pass.grad_weights[i * pr.teachers + t] = kl_grad == 0 ? A(0) : static_cast<A>(kl_grad * row.dot[t]);
-  }
+  const double ce = pr.labels ? cross_entropy(row, c, pr.labels[i], smoothing) : 0;
+  const RowGradients g = write_row(pr, pass, i, row.distance, ce, [&] AMTML_BODY(int64_t t) { return row.dot[t]; });
   if (pass.grad_student) {
-    const A ce_grad = static_cast<A>(g * ce_weight * pass.scale.ce);
-    const A flat = ce_grad * static_cast<A>(set.kd.label_smoothing) / c, mean = static_cast<A>(slope(row));
-    write_grad(row, i, static_cast<A>(kl_grad / tau), ce_grad, mean, flat, pass.grad_student);
+    const A ce_grad = static_cast<A>(g.ce), flat = ce_grad * static_cast<A>(smoothing) / c;
+    write_grad(row, i, static_cast<A>(g.kl), ce_grad, static_cast<A>(slope(row)), flat, pass.grad_student);
   }
-  if (pass.statistics) write_statistics(row, pass.statistics + i * size);
+  if (pass.statistics) write_statistics(row, pass.statistics + i * statistics_size(pr.teachers));
+}
+
+// Rows begin to end: few classes in groups, but for the rows that these leave out.
+template <class A>
+AMTML_INLINE void run_rows(const Problem<A>& pr, const Share& share, FewRows* few, std::optional<Row<A>>& row,
+                           const Pass<A>& pass) {
+  for (int64_t first = share.begin; first < share.end; first += kRows) {
+    const int count = static_cast<int>(std::min<int64_t>(kRows, share.end - first));
+    if constexpr (sizeof(A) == 4) {
+      if (few) run_group(*few, {first, count}, pass);
+    }
+    for (int l = 0; l < count; ++l) {
+      if (few && !few->rare[l]) continue;
+      if (!row) row.emplace(pr);
+      run_row(*row, first + l, pass);
+    }
+  }
 }
 
 struct Made {
@@ -116,11 +106,13 @@ Made run(const Inputs& in, const std::optional<Tensor>& given_alphas, const Sett
     pass.grad_weights = data<A>(made.grad_weights), pass.grad_alpha = data<A>(made.grad_alpha);
     pass.statistics = data<A>(made.statistics);
     in_shares(n, c * (count + 2), [&](Shares& next) {
-      Row<A> row(pr);
+      std::optional<FewRows> few;
+      std::optional<Row<A>> row;
+      if constexpr (sizeof(A) == 4) {
+        if (c <= kFew && !pass.statistics) few.emplace(pr);
+      }
       vectorized([&] AMTML_BODY() {
-        for (Share share; next(share);) {
-          for (int64_t i = share.begin; i < share.end; ++i) run_row(row, i, pass);
-        }
+        for (Share share; next(share);) run_rows(pr, share, few ? &*few : nullptr, row, pass);
       });
     });
     if (!forward) return;

@@ -15,6 +15,7 @@
 namespace amtml::divergences {
 
 constexpr char kOp[] = "multi_teacher_kd_loss";
+constexpr double kTiny = 1e-30;  // of less than this in a mixture, reverse KL takes the logarithm from the teachers
 
 using Mode = DivergenceMode;
 using Settings = DivergenceSettings;
@@ -198,12 +199,11 @@ bool tiny_mixture(const Row<A>& row, int64_t c, double& log_p, std::vector<doubl
 // q b and the weights' gradient. A class that the target has not makes D infinite.
 template <class A>
 double take_tiny_classes(Row<A>& row, int64_t start, int64_t n, const Softmax<A>* target, A weight) {
-  constexpr A tiny = static_cast<A>(1e-30);
   std::vector<double> share(row.problem.teachers);
   double sum = 0;
   for (int64_t c = 0; c < n; ++c) {
     const A q = row.prob[c];
-    if (!(row.p[c] < tiny) || q == 0) continue;
+    if (!(row.p[c] < A(kTiny)) || q == 0) continue;
     double log_p = 0;
     const bool has = target ? target->log(start + c) != -std::numeric_limits<A>::infinity()
                             : tiny_mixture(row, start + c, log_p, share);
