@@ -173,6 +173,7 @@ _CPU = (
     Workload("multi_teacher_kd", (16384, 10, 3)),
     Workload("multi_teacher_kd", (1024, 32000, 3)),
     Workload("multi_teacher_kd", (1024, 32000, 3), _BF16),
+    Workload("divergence", (16384, 10, 3)),
     Workload("divergence", (1024, 32000, 3)),
     Workload("topk_kd", (1024, 32000, 64, 3)),
     Workload("topk_bucket", (1024, 32000, 64, 3)),

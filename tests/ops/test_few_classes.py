@@ -1,12 +1,16 @@
 """Few classes, of which the CPU computes 16 rows at once, and CUDA up to 32 in a warp: each row is what it is alone, whatever stands
 beside it."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from backends import CHOSEN, DEVICE, cpu_only
+from parallel import on_threads
 
 import amtml_fast as af
+from amtml_fast.ops.divergence import ALL_MODES, DIVERGENCES
 from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
 from amtml_fast.terms import KDOptions
 from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
@@ -27,6 +31,10 @@ def _inputs(classes: int, teachers: int, dtype: torch.dtype, layout: str):
     others[-1][8], weights[8, -1] = torch.nan, 0
     student[9], others[0][9] = 1e4, -1e4
     labels[10:12] = -100
+    others[0][12, 0], others[-1][12, 0] = -500, -500  # with two teachers at most, too little for a float
+    for x in others:
+        x[13, 0] = -INFINITY  # an infinite reverse KL
+    others[-1][14, 0], weights[14, -1] = -INFINITY, 0
     student[11] = torch.nan
     labels[16:32:3] = -100
     student, *others = (x.to(DEVICE, dtype) for x in (student, *others))
@@ -103,3 +111,91 @@ def test_many_rows(op, reduction):
     got, grads = value_and_grads(case.function, inputs, reduction=reduction)
     for value, want in zip([got, *grads], [exact, *exact_grads], strict=True):
         assert relative_error(value, want) <= 2e-6
+
+
+EVERY = pytest.mark.parametrize(("divergence", "mode"), list(itertools.product(DIVERGENCES, ALL_MODES)))
+
+
+def _options(divergence: str, mode: str, teachers: int) -> dict:
+    """None that the weighted KL's operator would take."""
+    taus = [4.0, 0.5, 3.0][:teachers]
+    return dict(divergence=divergence, mode=mode, teacher_temperature=taus, reduction="none", label_smoothing=0.1)
+
+
+def _with_gradients(student, teachers, weights, labels, back, temperature, alpha, options):
+    leaves = [x.detach().requires_grad_() for x in (student, weights, alpha)]
+    loss = af.multi_teacher_kd_loss(
+        leaves[0], teachers, leaves[1], labels, temperature=temperature, alpha=leaves[2], **options
+    )
+    return loss.detach(), *torch.autograd.grad(loss, leaves, back.to(loss.dtype))
+
+
+def _numbers(by_row: bool):
+    """What comes back to the loss, temperature and alpha."""
+    g = torch.Generator().manual_seed(1)
+    alpha = torch.rand(ROWS, generator=g)
+    alpha[::9], alpha[4::9] = 0, 1
+    return torch.randn(ROWS, generator=g), torch.rand(ROWS, generator=g) + 0.5 if by_row else 2.0, alpha
+
+
+@cpu_only
+@pytest.mark.parametrize(("classes", "teachers", "dtype", "layout", "by_row"), [(1, 2, torch.float32, "contiguous", False), (2, 1, torch.bfloat16, "sliced", True), (3, 3, torch.float32, "transposed", True), (10, 2, torch.float16, "contiguous", False), (63, 3, torch.float32, "sliced", False)])  # fmt: skip
+@EVERY
+def test_a_row_of_any_divergence_is_what_it_is_alone(divergence, mode, classes, teachers, dtype, layout, by_row):
+    student, others, weights, labels = _inputs(classes, teachers, dtype, layout)
+    options = _options(divergence, mode, teachers)
+    back, temperature, alpha = _numbers(by_row)
+
+    def of(rows: slice):
+        tau = temperature[rows] if by_row else temperature
+        given = student[rows], [x[rows] for x in others], weights[rows], labels[rows], back[rows], tau, alpha[rows]
+        return _with_gradients(*given, options)
+
+    together = of(slice(None))
+    for i in range(ROWS):
+        for one, all_of_them in zip(of(slice(i, i + 1)), together, strict=True):
+            torch.testing.assert_close(all_of_them[i : i + 1], one, rtol=0, atol=0, equal_nan=True)
+
+
+@cpu_only
+@pytest.mark.parametrize(("classes", "teachers"), [(1, 1), (2, 3), (10, 2), (63, 1)])
+@EVERY
+def test_any_divergence_is_that_of_the_reference(divergence, mode, classes, teachers):
+    student, others, weights, labels = _inputs(classes, teachers, torch.float32, "contiguous")
+    given = student, others, weights, labels, *_numbers(True)
+    got = _with_gradients(*given, _options(divergence, mode, teachers))
+    with af.use_backend("reference"):
+        want = _with_gradients(*convert(given, dtype=torch.float64), _options(divergence, mode, teachers))
+    finite = want[0].isfinite()  # others have no gradient to agree on
+    torch.testing.assert_close(got[0].double(), want[0], rtol=2e-5, atol=2e-5, equal_nan=True)
+    for g, w in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(g[finite].double(), w[finite], rtol=2e-5, atol=2e-5)
+
+
+@cpu_only
+def test_any_number_of_threads_gives_the_same_bits():
+    g = torch.Generator().manual_seed(0)
+    student, *others = (torch.randn(2999, 10, generator=g) for _ in range(3))
+    weights, labels = torch.rand(2999, 2, generator=g), torch.randint(0, 10, (2999,), generator=g)
+
+    def run():
+        leaves = student.detach().requires_grad_(), weights.detach().requires_grad_()
+        loss = af.multi_teacher_kd_loss(leaves[0], others, leaves[1], labels, divergence="jsd")
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    first, *more = on_threads((1, 2, 3), run)
+    for other in more:
+        assert all(map(torch.equal, first, other))
+
+
+@cpu_only
+@pytest.mark.parametrize("classes", [2, 10, 21, 63])
+@EVERY
+def test_a_student_like_its_teacher_has_no_divergence(divergence, mode, classes):
+    x = torch.randn(ROWS, classes, generator=torch.Generator().manual_seed(0))
+    x[0] = 0
+    options = dict(divergence=divergence, mode=mode, teacher_temperature=4.0, reduction="none")
+    loss = af.multi_teacher_kd_loss(x.requires_grad_(), [x.detach()], None, **options)
+    of_rounded = mode == "mixture" and divergence in ("forward_kl", "reverse_kl")  # which take the logarithm of p
+    assert loss.abs().max() < (1e-5 if of_rounded else 1e-14)
+    assert torch.autograd.grad(loss.sum(), x)[0].abs().max() < 1e-6
