@@ -135,7 +135,9 @@ def _numbers(by_row: bool):
     g = torch.Generator().manual_seed(1)
     alpha = torch.rand(ROWS, generator=g)
     alpha[::9], alpha[4::9] = 0, 1
-    return torch.randn(ROWS, generator=g), torch.rand(ROWS, generator=g) + 0.5 if by_row else 2.0, alpha
+    temperature = torch.rand(ROWS, generator=g) + 0.5
+    temperature[::4] = 4  # of which a power is taken where all rows have it
+    return torch.randn(ROWS, generator=g), temperature if by_row else 2.0, alpha
 
 
 @cpu_only
