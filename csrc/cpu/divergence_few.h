@@ -56,7 +56,7 @@ struct FewRows {
 };
 
 AMTML_INLINE void leave_out_if_not_finite(FewRows& r, const FewSoftmax& p) {
-  for (int l = 0; l < kRows; ++l) r.rare[l] |= !(std::abs(p.inverse[l]) < std::numeric_limits<float>::infinity());
+  for (int l = 0; l < kRows; ++l) r.rare[l] |= !p.finite(l);
 }
 
 // Probabilities of a softmax, and its logarithms.
@@ -71,8 +71,10 @@ AMTML_INLINE void write_logarithms(const FewSoftmax& from, const Columns& logits
   for (int64_t c = 0; c < classes; ++c) {
     const float* x = logits.at(c);
     float* log_p = to.at(c);
-    each_row([&](int l)
-                 __attribute__((always_inline)) { log_p[l] = (x[l] - from.m[l]) * from.per_tau[l] - from.log_sum[l]; });
+    each_row([&](int l) __attribute__((always_inline)) {
+      const float log = (x[l] - from.m[l]) * from.per_tau[l] - from.log_sum[l];
+      log_p[l] = from.inverse[l] == 0 ? 0.0f : log;  // of a teacher that counts nothing it may be NaN
+    });
   }
 }
 
@@ -92,7 +94,7 @@ AMTML_INLINE void load_student(FewRows& r, const Group& group, bool need_ce) {
   if (need_ce) r.q1.take_logarithms();
 }
 
-// Logits, temperature and weight of teacher t.
+// Logits, temperature and weight of teacher t, and its softmax where that is asked for.
 AMTML_INLINE void load_teacher(FewRows& r, const Group& group, int64_t t, Columns& x, FewSoftmax& p) {
   const Problem<float>& pr = r.problem;
   load_columns(pr.teacher[t], group, pr.classes, r.scratch.data(), x);
@@ -102,9 +104,19 @@ AMTML_INLINE void load_teacher(FewRows& r, const Group& group, int64_t t, Column
     p.per_tau.fill(static_cast<float>(1 / pr.set.teacher_temperatures[t]));
   }
   for (int l = 0; l < kRows; ++l) r.total[l] += r.weight[t][l] = pr.weight(group.row(l), t);
+  if (r.mixes_logits) return;
+  p.make(x, pr.classes);
+  if (r.sums && r.logs) p.take_logarithms();
+  Each<bool> nothing;
+  bool any = false;
+  for (int l = 0; l < kRows; ++l) {
+    nothing[l] = r.weight[t][l] == 0 && !p.finite(l);
+    any |= nothing[l];
+  }
+  if (any) p.clear(nothing, pr.classes);  // 0 * NaN is 0
+  leave_out_if_not_finite(r, p);
 }
 
-// Infinite logits without weight make NaN here: their row is left out.
 AMTML_INLINE void mix_logits(FewRows& r) {
   const int64_t n = r.problem.classes;
   using Most = Lanes<double, kRows, 4>;
@@ -116,7 +128,8 @@ AMTML_INLINE void mix_logits(FewRows& r) {
       const float* x = r.logits[t].at(c);
       const Each<float>&w = r.weight[t], &by = r.of[t].per_tau;
       each_row([&](int l) __attribute__((always_inline)) {
-        s[l] += static_cast<double>(w[l]) * (static_cast<double>(x[l]) * static_cast<double>(by[l]));
+        const double logit = w[l] == 0 ? 0.0f : x[l];  // 0 times infinity, or NaN, is 0
+        s[l] += static_cast<double>(w[l]) * (logit * static_cast<double>(by[l]));
       });
     }
     found = most(Most::load(s), found);
@@ -131,6 +144,8 @@ AMTML_INLINE void mix_logits(FewRows& r) {
   }
   r.mixed.per_tau.fill(1);
   r.mixed.make(r.mixed_logits, n);
+  if (r.logs) r.mixed.take_logarithms();
+  leave_out_if_not_finite(r, r.mixed);
 }
 
 // The teachers' mixture, in r.p, and its logarithm. (A loop of its own for the first teacher: of a choice between two
@@ -205,13 +220,16 @@ AMTML_INLINE void compare(FewRows& r, const FewSoftmax* target, const Each<float
   add_terms(r, weight, own);
   Each<double> mass, rest;  // of p, and what roundings cut off log q less log p
   each_row([&](int l) __attribute__((always_inline)) {
-    mass[l] = target ? 1.0 : r.total[l];
+    mass[l] = target ? double(target->inverse[l] != 0) : r.total[l];
     rest[l] = target ? r.q.rest[l] - target->rest[l] : r.q.rest[l];
   });
   if (kind == Divergence::forward_kl) {
     each_row([&](int l) __attribute__((always_inline)) { own[l] += mass[l] * rest[l]; });
   } else if (kind == Divergence::reverse_kl) {
-    each_row([&](int l) __attribute__((always_inline)) { own[l] -= rest[l]; });
+    each_row([&](int l) __attribute__((always_inline)) {
+      const double sum = own[l] - rest[l];
+      own[l] = mass[l] == 0 ? 0 : sum;
+    });
   } else {
     for (int l = 0; l < kRows; ++l) own[l] += divergence_constant(kind, mass[l], shares_of<double>(kind, beta));
   }
@@ -221,7 +239,7 @@ AMTML_INLINE void compare(FewRows& r, const FewSoftmax* target, const Each<float
 // d D / d weight of a mixture's teachers.
 AMTML_INLINE void differentiate_mixture(FewRows& r) {
   const Problem<float>& pr = r.problem;
-  const double one = pr.set.kind == Divergence::forward_kl;  // of df/dp
+  const bool one = pr.set.kind == Divergence::forward_kl;  // of df/dp
   for (int64_t t = 0; t < pr.teachers; ++t) {
     const FewSoftmax& p = r.of[t];
     Each<double>& dot = r.dot[t];
@@ -229,7 +247,8 @@ AMTML_INLINE void differentiate_mixture(FewRows& r) {
       const float e = p.e.at(c)[l];
       return if_mass(e, e * r.a.at(c)[l]);
     });
-    each_row([&](int l) __attribute__((always_inline)) { dot[l] = dot[l] * p.inverse[l] + one; });
+    each_row([&](int l)
+                 __attribute__((always_inline)) { dot[l] = dot[l] * p.inverse[l] + double(one && p.inverse[l] != 0); });
   }
 }
 
@@ -276,24 +295,14 @@ AMTML_INLINE void compare_all(FewRows& r, const Group& group, bool need_weights_
     FewSoftmax& p = r.of[r.sums ? 0 : t];
     Columns& x = r.logits[r.mixes_logits ? t : 0];
     load_teacher(r, group, t, x, p);
-    if (!r.mixes_logits) {
-      p.make(x, n);
-      leave_out_if_not_finite(r, p);
-    }
     if (!r.sums && t + 1 < pr.teachers) continue;
-    if (r.mixes_logits) {
-      mix_logits(r);
-      leave_out_if_not_finite(r, r.mixed);
-    }
-    FewSoftmax* target = r.sums ? &p : r.mixes_logits ? &r.mixed : nullptr;
-    if (!target) {
-      mix(r);
-    } else {
+    if (r.mixes_logits) mix_logits(r);
+    const FewSoftmax* target = r.sums ? &p : r.mixes_logits ? &r.mixed : nullptr;
+    if (target) {
       write_probabilities(*target, n, r.p);
-      if (r.logs) {
-        target->take_logarithms();
-        write_logarithms(*target, r.sums ? x : r.mixed_logits, n, r.log_p);
-      }
+      if (r.logs) write_logarithms(*target, r.sums ? x : r.mixed_logits, n, r.log_p);
+    } else {
+      mix(r);
     }
     Each<float> weight;
     Each<double> own;

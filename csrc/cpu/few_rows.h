@@ -98,6 +98,13 @@ AMTML_INLINE void transpose(const float* from, int64_t from_stride, int64_t rows
 // The group's rows of a matrix of any dtype, as columns. scratch: of as many numbers.
 AMTML_INLINE void load_columns(const Matrix& m, const Group& group, int64_t classes, float* scratch, Columns& to) {
   const bool full = group.count == kRows;
+  if (full && m.row_stride == 1) {  // pixels of one map: they lie as columns
+    for (int64_t c = 0; c < classes; ++c) {
+      const int64_t at = group.first + c * m.column_stride;
+      widen(static_cast<const char*>(m.data) + at * bytes_of(m.dtype), m.dtype, 1, kRows, to.at(c));
+    }
+    return;
+  }
   if (full && m.in_place<float>()) {
     transpose(load_row(m, group.first, classes, scratch), m.row_stride, kRows, classes, to.data(), kRows);
     return;
@@ -166,6 +173,7 @@ struct FewSoftmax {
   AMTML_INLINE void take_logarithms() {
     for (int l = 0; l < kRows; ++l) log_sum[l] = rounded<float>(std::log(sum[l]) - kLogScale, &rest.of[l]);
   }
+  AMTML_INLINE bool finite(int l) const { return std::abs(inverse[l]) < std::numeric_limits<float>::infinity(); }
   AMTML_INLINE double exact_log_sum(int l) const { return static_cast<double>(log_sum[l]) + rest[l]; }
 
   // Makes every probability of these rows 0.

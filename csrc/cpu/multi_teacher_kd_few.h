@@ -70,7 +70,7 @@ AMTML_INLINE void load(FewRows& r, const Group& group) {
     for (int l = 0; l < kRows; ++l) {
       const float w = r.weight[t][l] = pr.weight(group.row(l), t);
       r.total[l] += w;
-      nothing[l] = w == 0 && !(std::abs(p.inverse[l]) < std::numeric_limits<float>::infinity());
+      nothing[l] = w == 0 && !p.finite(l);
       any |= nothing[l];
     }
     if (any) p.clear(nothing, n);  // 0 * NaN is 0
