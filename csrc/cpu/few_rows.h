@@ -136,6 +136,32 @@ AMTML_INLINE void store_columns(const Columns& from, const Group& group, const E
   }
 }
 
+// log(x) of normal x > 0, to 1 ulp; NaN stays NaN. fdlibm's log, in plain arithmetic: a library's takes a call a
+// number.
+AMTML_INLINE double log_normal(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  const uint64_t of_exponent = bits >> 52 | 0x4330000000000000,
+                 of_mantissa = (bits & 0xfffffffffffff) | 0x3ff0000000000000;
+  double e, m;
+  std::memcpy(&e, &of_exponent, 8);  // 2^52 and the exponent with its bias
+  std::memcpy(&m, &of_mantissa, 8);  // [1, 2)
+  const bool high = m > 1.41421356237309505;
+  e = (e - 4503599627371519.0) + (high ? 1.0 : 0.0);
+  m *= high ? 0.5 : 1.0;
+  const double f = m - 1, s = f / (2 + f), z = s * s, half = 0.5 * f * f;
+  double p = 1.479819860511658591e-01;
+  p = p * z + 1.531383769920937332e-01;
+  p = p * z + 1.818357216161805012e-01;
+  p = p * z + 2.222219843214978396e-01;
+  p = p * z + 2.857142874366239149e-01;
+  p = p * z + 3.999999999940941908e-01;
+  p = p * z + 6.666666666666735130e-01;
+  const double tail = s * (half + p * z) + e * 1.90821492927058770002e-10;
+  const double r = e * 6.93147180369123816490e-01 - ((half - tail) - f);
+  return x == x ? r : x;
+}
+
 // Softmax<float> of a group's rows, in one chunk: e = 2^kScale exp((x - m) / tau), and e inverse is the probability.
 struct FewSoftmax {
   Columns e;
@@ -171,7 +197,9 @@ struct FewSoftmax {
     invert();
   }
   AMTML_INLINE void take_logarithms() {
-    for (int l = 0; l < kRows; ++l) log_sum[l] = rounded<float>(std::log(sum[l]) - kLogScale, &rest.of[l]);
+    Each<double> log;
+    each_row([&](int l) __attribute__((always_inline)) { log[l] = log_normal(sum[l]) - kLogScale; });
+    for (int l = 0; l < kRows; ++l) log_sum[l] = rounded<float>(log[l], &rest.of[l]);
   }
   AMTML_INLINE bool finite(int l) const { return std::abs(inverse[l]) < std::numeric_limits<float>::infinity(); }
   AMTML_INLINE double exact_log_sum(int l) const { return static_cast<double>(log_sum[l]) + rest[l]; }
