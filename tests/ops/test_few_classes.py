@@ -201,3 +201,17 @@ def test_a_student_like_its_teacher_has_no_divergence(divergence, mode, classes)
     of_rounded = mode == "mixture" and divergence in ("forward_kl", "reverse_kl")  # which take the logarithm of p
     assert loss.abs().max() < (1e-5 if of_rounded else 1e-14)
     assert torch.autograd.grad(loss.sum(), x)[0].abs().max() < 1e-6
+
+
+@cpu_only
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])  # two kernels
+@pytest.mark.parametrize("classes", [1, 2, 3, 21, 63])
+def test_logarithms_of_sums_are_those_of_a_library(classes, divergence):
+    """The cross-entropy is one, and what the logits of the label are below the largest."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(999, classes, generator=g) * torch.logspace(-3, 1, 999).unsqueeze(1)
+    labels = torch.randint(0, classes, (999,), generator=g)
+    got = af.multi_teacher_kd_loss(x, [x], None, labels, alpha=0.0, reduction="none", divergence=divergence)
+    torch.testing.assert_close(
+        got.double(), F.cross_entropy(x.double(), labels, reduction="none"), rtol=2e-7, atol=2e-7
+    )
