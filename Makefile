@@ -122,7 +122,7 @@ clang: $(TESTABLE)
 
 # The operators' tests on an extension built with the address and undefined-behavior sanitizers. With -s, so that a sanitizer's
 # report is seen.
-SANITIZED := ops chunks divergence topk topk_bucket fused_linear losses whole_loss vocabulary_kernels properties
+SANITIZED := ops few_classes chunks divergence topk topk_bucket fused_linear losses whole_loss vocabulary_kernels properties
 sanitize: $(TESTABLE)
 	$(call build_copy,sanitize,CFLAGS="-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined -g1")
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
