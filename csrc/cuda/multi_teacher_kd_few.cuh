@@ -2,7 +2,7 @@
 // keeps what it has of the student's logits and of the teachers' exponentials in registers, so that nothing is read
 // twice and no block waits for another row.
 //
-// Traffic: T + 1 rows in once, and one out. Exponentials of a class: T + 2, and one again where there are labels.
+// Traffic: T + 1 rows in once, and one out. Exponentials of a class: T + 1, and two more where there are labels.
 #pragma once
 
 #include "multi_teacher_kd.cuh"
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kFewThreads, T < 4 ? 5 : 4)
     const float ratio = if_mass(p, logf(p == 0 ? 1.0f : p) - ((z[k] - q.max) * per_tau - log_sum));
     kl += if_mass(p, p * ratio);
 #pragma unroll
-    for (int t = 0; t < T; ++t) slope[t] += mixture_gradient(e[t][k], p, ratio);
+    for (int t = 0; t < T; ++t) slope[t] += of[t].inverse * mixture_gradient(e[t][k], p, ratio);
     if (k >= lanes.own) return;
     below += q.max - z[k];
     if (!grads || !on) return;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kFewThreads, T < 4 ? 5 : 4)
   for (int t = 0; t < T; ++t) {
     const float sum = lanes.sum(slope[t]), inverse = of[t].inverse;
     if (!want.grad_weights || !on || !first) continue;
-    want.grad_weights[i * T + t] = kl_grad == 0 ? 0.0f : kl_grad * (inverse == 0 ? 0.0f : 1 + inverse * sum);
+    want.grad_weights[i * T + t] = kl_grad == 0 ? 0.0f : kl_grad * (inverse == 0 ? 0.0f : 1 + sum);
   }
   if (at >= pr.rows || pass == Pass::kRescale) return;
   if (!on) return write_ignored<S>(pr, want, i, 0, classes, !forward, lanes.lane, lanes.count);

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from backends import CHOSEN, DEVICE, cpu_only
+from backends import CHOSEN, DEVICE, cpu_only, run_on
 from parallel import on_threads
 
 import amtml_fast as af
@@ -96,6 +96,22 @@ def test_a_student_like_its_teacher_has_no_kl(classes, mode):
     x[0] = 0
     loss = af.multi_teacher_kd_loss(x, [x], None, mode=mode, reduction="none")
     assert loss.abs().max() < 1e-14
+
+
+@pytest.mark.skipif(CHOSEN not in ("emulated", "gpu"), reason="the other kernels add up log-ratios before they divide")
+@pytest.mark.parametrize("classes", [5, 21, 63])
+def test_slopes_of_weights_beside_the_least_number(classes):
+    """A mean of log-ratios near the largest float32 is a number, where their sum is not."""
+    student, teachers, weights, _ = CASES["multi_teacher_kd"].inputs(6, classes, 2)
+    with torch.no_grad():
+        student[:, : classes - 2] = torch.finfo(torch.float32).min
+        for teacher in teachers:
+            teacher.zero_()
+    args, options = (student, teachers, weights.detach().requires_grad_(), None), {"temperature": 1.5, "t2_scale": False}
+    with run_on("cuda"):
+        _, (_, got) = value_and_grads(af.multi_teacher_kd_loss, args, **options)
+    _, (_, want) = value_and_grads(af.reference.multi_teacher_kd_loss, convert(args, dtype=torch.float64), **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
 @pytest.mark.usefixtures("fused")
