@@ -303,23 +303,24 @@ __device__ void settle(const Problem& pr, const Wanted& want, int64_t i, Pass pa
   const int t = threadIdx.x;
   const int64_t at = i * (3 + 2 * T) + (t == 0 ? 0 : 1 + 2 * t);
   float max = s.whole[t].max, inverse, inverse1 = 1, sum1 = 1;
+  // What the rounding of base makes of each exponent. The statistics are without it: another kernel may have made them.
+  const float cut = far ? 0.0f : fmaf(max, pr.unit, base_of(max, pr.unit));
   if (pass == Pass::kForward) {
     if (t == 0 && pr.labels) sum1 = s.whole[t].sum1;
     inverse = 1 / s.whole[t].sum, inverse1 = 1 / sum1;
     if (cluster_rank() == 0) {
-      want.stats[at] = max, want.stats[at + 1] = inverse;
-      if (t == 0) want.stats[2 + at] = inverse1;
+      want.stats[at] = max, want.stats[at + 1] = inverse * exp2f(cut);
+      if (t == 0) want.stats[2 + at] = inverse1 * exp2f(cut * pr.temperature);
     }
   } else {
-    inverse = stats[at + 1];
-    if (t == 0) inverse1 = stats[2 + at];
+    inverse = stats[at + 1] * exp2f(-cut);
+    if (t == 0) inverse1 = stats[2 + at] * exp2f(-cut * pr.temperature);
   }
   if (t == 0) {
     // Rounding the log-sum to float32 would bias every KL near 0: what that cuts off is added at the end.
     const double log_sum = -log(static_cast<double>(inverse)) * kLog2eExact;
     s.log2_sum = static_cast<float>(log_sum), s.rest = (log_sum - s.log2_sum) / kLog2eExact;
-    const double cut_off = far ? 0.0f : fmaf(max, pr.unit, base_of(max, pr.unit));  // by the rounding of base
-    s.log_sum1 = static_cast<float>(log(static_cast<double>(sum1)) - cut_off * pr.temperature / kLog2eExact);
+    s.log_sum1 = static_cast<float>(log(static_cast<double>(sum1)) - double{cut} * pr.temperature / kLog2eExact);
     s.inverse1 = inverse1;
   } else {
     const float w = pr.weight(i, t - 1);
@@ -450,7 +451,7 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   f.log2_sum = s.log2_sum;
   f.labels = pr.labels != nullptr;
   f.of_p = kl_grad * per_tau, f.of_q = f.of_p * total * s.inverse[0];
-  f.of_q1 = f.labels ? ce_grad * s.inverse1 : 0.0f, f.even = f.labels ? -ce_grad * even : 0.0f;
+  f.of_q1 = f.labels ? ce_grad * s.inverse1 : 0.0f, f.even = f.labels && even != 0 ? -ce_grad * even : 0.0f;
   const bool smooth = pr.label_smoothing != 0 && value, plain = !far && left_out == 0 && kl_grad != 0;
   if (threadIdx.x == 0) s.total = total;
   float sums[T + 1] = {}, below = 0;

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kFewThreads, T < 4 ? 5 : 4)
   const float log_sum = static_cast<float>(exact_log_sum), smoothing = pr.label_smoothing;
   const int label = pr.labels && on ? static_cast<int>(pr.labels[i]) : -1;
   const int label_step = (label & (lanes.count - 1)) == lanes.lane ? label >> lanes.shift : -1;
-  const float even = ce_grad * smoothing / static_cast<float>(classes), hit = ce_grad * (1 - smoothing);
+  const float even = smoothing == 0 ? 0.0f : ce_grad * smoothing / static_cast<float>(classes);
+  const float hit = ce_grad * (1 - smoothing);
   const float of_kl = kl_grad * per_tau, of_q1 = pr.labels ? ce_grad * inverse1 : 0.0f;
   S* const grads = want.grad_student ? lanes.first(static_cast<S*>(want.grad_student), i, pr.classes) : nullptr;
   float kl = 0, below = 0, slope[T] = {};

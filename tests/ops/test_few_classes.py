@@ -107,7 +107,10 @@ def test_slopes_of_weights_beside_the_least_number(classes):
         student[:, : classes - 2] = torch.finfo(torch.float32).min
         for teacher in teachers:
             teacher.zero_()
-    args, options = (student, teachers, weights.detach().requires_grad_(), None), {"temperature": 1.5, "t2_scale": False}
+    args, options = (
+        (student, teachers, weights.detach().requires_grad_(), None),
+        {"temperature": 1.5, "t2_scale": False},
+    )
     with run_on("cuda"):
         _, (_, got) = value_and_grads(af.multi_teacher_kd_loss, args, **options)
     _, (_, want) = value_and_grads(af.reference.multi_teacher_kd_loss, convert(args, dtype=torch.float64), **options)

@@ -6,6 +6,8 @@ from backends import CHOSEN
 
 import amtml_fast as af
 from amtml_fast import reference
+from amtml_fast.ops.multi_teacher_kd import multi_teacher_kd
+from amtml_fast.terms import KDOptions
 from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
 
 
@@ -44,6 +46,21 @@ def test_bfloat16_gradients_are_rounded_once(size, kept, fused):
         assert all(map(torch.equal, grads, again)) and relative_error(grads[1], want[1]) <= 1e-5
         error, most = (grads[0].double() - want[0]).abs(), want[0].abs().max()
         assert (error <= 1.01 * 2**-8 * want[0].abs() + 1e-6 * most).all(), (reduction, upstream)
+
+
+@pytest.mark.parametrize("classes", [44, 128, 1024])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_logits_far_from_0_beside_probabilities_that_nobody_uses(classes, dtype, fused):
+    """Forward gives probabilities away, and backward gets nothing for them: on GPUs it may be another kernel, of the same statistics."""
+    case, options = CASES["multi_teacher_kd"], KDOptions(1.0, 0.7, "mixture", "batchmean", True, -100, 0.0)
+    student, teachers, weights, labels = case.inputs(9, classes, 2)
+    student, *teachers = ((x.detach() + shift).to(dtype) for x, shift in zip((student, *teachers), (1000, -700, 300)))
+    args = student.requires_grad_(), teachers, weights, labels
+    exact = convert(args, dtype=torch.float64)
+    _, grads = value_and_grads(lambda *a: multi_teacher_kd(*a, options).loss, args)
+    _, wanted = value_and_grads(reference.multi_teacher_kd_loss, exact, temperature=1.0)
+    for got, want in zip(grads, wanted, strict=True):
+        assert relative_error(got, want) <= (2e-6 if got.dtype == torch.float32 else 1e-3)
 
 
 def _odd_rows(student, teachers):
