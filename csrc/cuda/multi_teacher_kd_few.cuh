@@ -10,7 +10,7 @@
 namespace amtml::gpu {
 
 constexpr int kFewTeachers = 4;
-constexpr int kOwn = 8;       // classes of a lane
+constexpr int kOwn = 8;       // classes of a lane, at most
 constexpr int kFewLanes = 8;  // of a row, at most
 #ifdef AMTML_EMULATED_CUDA    // so that few rows fill a block, too
 constexpr int kFewThreads = 64, kFewBlocks = 1;

@@ -226,7 +226,7 @@ def test_a_student_like_its_teacher_has_no_divergence(divergence, mode, classes)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])  # two kernels
 @pytest.mark.parametrize("classes", [1, 2, 3, 21, 63])
 def test_logarithms_of_sums_are_those_of_a_library(classes, divergence):
-    """The cross-entropy is one, and what the logits of the label are below the largest."""
+    """The cross-entropy is such a logarithm, plus what the label's logit is below the largest."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(999, classes, generator=g) * torch.logspace(-3, 1, 999).unsqueeze(1)
     labels = torch.randint(0, classes, (999,), generator=g)
