@@ -50,6 +50,10 @@ AUTO = (
     Choice("xpu", None, 0, ("triton",)),
 )
 
+# Read by the C++ kernels, which would take a name that they do not know for the widest.
+if (_vectors := os.environ.get("AMTML_CPU_VECTORS", "")) not in ("", "baseline", "avx2", "avx512"):
+    raise ValueError(f"AMTML_CPU_VECTORS must be baseline, avx2 or avx512, got {_vectors!r}")
+
 try:
     importlib.import_module("amtml_fast._C")  # registers the kernels
     WHY_NO_EXTENSION = None

@@ -44,7 +44,8 @@ __attribute__((target(AMTML_AVX2))) void run_avx2(const Body& body) {
 
 enum class Isa { baseline, avx2, avx512 };
 
-// The widest that this processor has, or less: AMTML_CPU_VECTORS=baseline or avx2 (for tests).
+// The widest that this processor has, or less: AMTML_CPU_VECTORS=baseline or avx2 (for tests; backend.py knows its
+// values).
 inline Isa isa() {
   static const Isa chosen = [] {
     __builtin_cpu_init();

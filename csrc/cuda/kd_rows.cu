@@ -5,10 +5,6 @@
 namespace amtml::gpu {
 namespace {
 
-// Of a pass over numbers, of which every block of the grid has a part.
-__device__ int64_t first_of_grid() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
-__device__ int64_t step_of_grid() { return int64_t{gridDim.x} * blockDim.x; }
-
 // Rows that are not ignored, a part for each block.
 __global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_index, int64_t* parts) {
   let_next_start();
@@ -19,44 +15,16 @@ __global__ void count_kernel(const int64_t* labels, int64_t n, int64_t ignore_in
   if (threadIdx.x == 0) parts[blockIdx.x] = count;
 }
 
-// Sums over rows: of cross-entropies, of KLs, and how many rows count.
-struct RowSums {
-  double ce, kl, count;
-};
-
-__device__ RowSums block_sums(RowSums mine) {
-  double* scratch = &shared<double>();
-  for (double* sum : {&mine.ce, &mine.kl, &mine.count}) {
-    *sum = block_sum(*sum, scratch);
-    __syncthreads();
-  }
-  return mine;
-}
-
-__device__ RowSums sum_rows(const KDProblem& pr, const double* ce_rows, const double* kl_rows) {
-  RowSums sums{};
-#pragma unroll 4
-  for (int64_t i = first_of_grid(); i < pr.rows; i += step_of_grid()) {
-    sums.ce += ce_rows[i];
-    sums.kl += kl_rows[i];
-    sums.count += !pr.ignored(i);
-  }
-  return block_sums(sums);
-}
-
-__global__ void sum_kernel(KDProblem pr, const double* ce_rows, const double* kl_rows, RowSums* parts) {
+__global__ void sum_kernel(SummedRows rows, RowSums* parts) {
   let_next_start();
   wait_for_previous();
-  const RowSums sums = sum_rows(pr, ce_rows, kl_rows);
+  const RowSums sums = sum_rows(rows, first_of_grid(), step_of_grid(), &shared<double>());
   if (threadIdx.x == 0) parts[blockIdx.x] = sums;
 }
 
-// parts: [kParts], or null: the rows are added up here.
-__global__ void reduce_kernel(KDProblem pr, const RowSums* parts, const double* ce_rows, const double* kl_rows,
-                              float* loss, float* ce, float* kl) {
+__global__ void reduce_kernel(KDProblem pr, SummedRows all, float* loss, float* ce, float* kl) {
   wait_for_previous();
-  const RowSums none{},
-      sums = parts ? block_sums(threadIdx.x < kParts ? parts[threadIdx.x] : none) : sum_rows(pr, ce_rows, kl_rows);
+  const RowSums sums = all_sums(all, &shared<double>());
   if (threadIdx.x != 0) return;
   const double rows = pr.mean_rows ? fmax(sums.count, 1.0) : 1;
   const double of_ce = sums.ce / rows, of_kl = sums.kl / (pr.mean_classes ? rows * pr.classes : rows);
@@ -65,20 +33,25 @@ __global__ void reduce_kernel(KDProblem pr, const RowSums* parts, const double* 
   *loss = static_cast<float>(weighted(pr, of_ce, of_kl));
 }
 
+Spread sum_blocks(int count) { return {count, kSumThreads, 1, kWarp * sizeof(double), true}; }
+
 }  // namespace
 
+void sum_parts(const SummedRows& rows, RowSums* parts, const OnDevice& on) {
+  launch(sum_kernel, sum_blocks(kParts), on, rows, parts);
+}
+
 void reduce_rows(const KDProblem& pr, const Tensor& rows, float* loss, float* ce, float* kl, const OnDevice& on) {
-  const double *ce_rows = static_cast<const double*>(rows.const_data_ptr()), *kl_rows = ce_rows + pr.rows;
-  Spread spread{kParts, kSumThreads, 1, kWarp * sizeof(double), true};
+  const double* terms = static_cast<const double*>(rows.const_data_ptr());
+  SummedRows all{terms, terms + pr.rows, pr.rows, pr.labels, pr.ignore_index, nullptr};
   std::optional<Tensor> memory;
-  RowSums* parts = nullptr;
   if (pr.rows > kSumAlone) {
     memory = empty(rows, {kParts, sizeof(RowSums) / sizeof(double)}, ScalarType::Double);
-    parts = static_cast<RowSums*>(memory->mutable_data_ptr());
-    launch(sum_kernel, spread, on, pr, ce_rows, kl_rows, parts);
+    RowSums* parts = static_cast<RowSums*>(memory->mutable_data_ptr());
+    sum_parts(all, parts, on);
+    all.parts = parts;
   }
-  spread.grid = 1;
-  launch(reduce_kernel, spread, on, pr, parts, ce_rows, kl_rows, loss, ce, kl);
+  launch(reduce_kernel, sum_blocks(1), on, pr, all, loss, ce, kl);
 }
 
 void KDTensors::fill(KDProblem& pr, const char* op, const Tensor& student, int64_t teachers,

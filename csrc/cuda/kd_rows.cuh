@@ -8,15 +8,6 @@
 
 namespace amtml::gpu {
 
-#ifdef AMTML_EMULATED_CUDA  // so that few rows take the ways of many, too
-constexpr int64_t kCountInline = 128, kSumAlone = 128;
-constexpr int kSumThreads = 32;
-#else
-constexpr int64_t kCountInline = 1024;  // up to so many labels each block counts them for itself
-constexpr int64_t kSumAlone = 8192;     // up to so many rows one block adds up
-constexpr int kSumThreads = 1024;
-#endif
-constexpr int kParts = kWarp;  // of a count or a sum of more, each by a block of its own
 // Exponentials are exp2f((x - maximum) * unit). Nothing is added to its argument, which is exact to 2^-24 of itself and
 // would lose that beside a larger number; its results go down to the smallest float32.
 constexpr float kLog2e = 1.4426950408889634f;

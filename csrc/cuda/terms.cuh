@@ -2,15 +2,13 @@
 // other blocks have work besides.
 #pragma once
 
-#include "common.cuh"
+#include "row_sums.cuh"
 
 namespace amtml::gpu {
 
 struct Terms {
-  const double *ce_rows, *kl_rows;  // [N]
-  int64_t rows, classes;
-  const int64_t* labels;  // or null
-  int64_t ignore_index;
+  SummedRows rows;
+  int64_t classes;
   bool mean_rows, mean_classes;
   const float* divisor;    // or null
   const float *theta, *v;  // whose squares are summed; or none of them
@@ -27,26 +25,17 @@ __device__ inline double squares(const float* x, int64_t count) {
 
 // A term without weight is left out of the loss: 0 * infinity is NaN. `angle` counts in the first thread.
 __device__ inline void write_terms(const Terms& of, double angle, double* scratch) {
-  double sums[4] = {};
-#pragma unroll 4
-  for (int64_t i = threadIdx.x; i < of.rows; i += blockDim.x) {
-    sums[0] += of.ce_rows[i];
-    sums[1] += of.kl_rows[i];
-    sums[2] += !(of.labels && of.labels[i] == of.ignore_index);
-  }
-  sums[3] = squares(of.theta, of.theta_count) + squares(of.v, of.v_count);
-  for (double& sum : sums) {
-    __syncthreads();
-    sum = block_sum(sum, scratch);
-  }
+  __syncthreads();
+  const RowSums sums = all_sums(of.rows, scratch);
+  const double regularizer = block_sum(squares(of.theta, of.theta_count) + squares(of.v, of.v_count), scratch);
   if (threadIdx.x != 0) return;
-  const double rows = of.mean_rows ? fmax(sums[2], 1.0) : 1, by = of.divisor ? 1.0 / *of.divisor : 1;
-  const double ce = by * sums[0] / rows, kl = by * sums[1] / (of.mean_classes ? rows * of.classes : rows);
+  const double rows = of.mean_rows ? fmax(sums.count, 1.0) : 1, by = of.divisor ? 1.0 / *of.divisor : 1;
+  const double ce = by * sums.ce / rows, kl = by * sums.kl / (of.mean_classes ? rows * of.classes : rows);
   const double kd = (of.ce_weight == 0 ? 0 : of.ce_weight * ce) + (of.kl_weight == 0 ? 0 : of.kl_weight * kl);
   double total = kd;
   if (of.angle_weight != 0) total += of.angle_weight * angle;
-  if (of.regularizer_weight != 0) total += of.regularizer_weight * sums[3];
-  const double values[6] = {kd, ce, kl, angle, 0, sums[3]};
+  if (of.regularizer_weight != 0) total += of.regularizer_weight * regularizer;
+  const double values[6] = {kd, ce, kl, angle, 0, regularizer};
   for (int k = 0; k < 6; ++k) of.terms[k] = static_cast<float>(values[k]);
   *of.loss = static_cast<float>(total);
 }

@@ -58,9 +58,13 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   const bool swap = need_targets_grad && !need_student_grad;
   if (swap) std::swap(angle_call.grad_one, angle_call.grad_other);
   void* angle_memory = nullptr;
+  RowSums* parts = nullptr;
   auto lay_out = [&](Pieces pieces) {
     want.ce_rows = pieces.take<double>(n), want.kl_rows = pieces.take<double>(n);
-    if (!with_angle) return pieces;
+    if (!with_angle) {
+      parts = pieces.take<RowSums>(n > kSumAlone ? kParts : 0);
+      return pieces;
+    }
     want.student_probs = pieces.take<float>(n * c), want.targets = pieces.take<float>(n * c);
     angle_memory = pieces.take<unsigned char>(static_cast<int64_t>(angle_scratch(angle_call, on)));
     return pieces;
@@ -69,8 +73,8 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
   lay_out(Pieces(memory.mutable_data_ptr()));
 
   multi_teacher_kd_forward(student, teachers, weights, y, set, want, on, features.has_value());
-  Terms sums{want.ce_rows, want.kl_rows, n, c, y ? static_cast<const int64_t*>(y->const_data_ptr()) : nullptr};
-  sums.ignore_index = ignore_index;
+  const int64_t* label = y ? static_cast<const int64_t*>(y->const_data_ptr()) : nullptr;
+  Terms sums{{want.ce_rows, want.kl_rows, n, label, ignore_index, nullptr}, c};
   sums.mean_rows = mean || reduction == "batchmean", sums.mean_classes = mean;
   sums.divisor = values(by);
   if (features && regularizer_weight != 0) {
@@ -87,6 +91,10 @@ Tensor8 whole_loss_fwd(std::optional<Tensor> features, std::optional<Tensor> the
     angle_call.terms = sums;
     angle(angle_call, angle_memory, on, true);
   } else {
+    if (n > kSumAlone) {
+      sum_parts(sums.rows, parts, on);
+      sums.rows.parts = parts;
+    }
     launch(terms_kernel, {1, kThreads, 1, kWarp * sizeof(double), true}, on, sums);
   }
   return {loss, terms, features ? weights : none(), pooled, index, stats, grad_probs, grad_targets};

@@ -233,3 +233,11 @@ def test_what_to_do_without_the_extension_depends_on_the_folder(tmp_path, beside
     assert out.returncode == 0 and re.search(said, out.stderr), out.stderr
     if backend.HAS_TRITON:
         assert f"no kernels (amtml_fast.kernels) for it beside {tmp_path / 'amtml_fast'}" in out.stdout
+
+
+@cpu_only
+@pytest.mark.parametrize("variable", ["AMTML_BACKEND", "AMTML_CPU_VECTORS"])
+def test_a_variable_of_the_environment_is_known_or_refused(variable):
+    shell = {**os.environ, variable: "AVX2"}
+    out = subprocess.run([sys.executable, "-c", "import amtml_fast"], env=shell, capture_output=True, text=True)
+    assert out.returncode != 0 and re.search(rf"{variable}.* must be .*, got 'AVX2'", out.stderr), out.stderr

@@ -87,6 +87,7 @@ class _Given(torch.nn.Module):
 
 def test_more_rows_than_one_program_adds_up():
     student, teachers, labels, _ = _problem(n=4100, c=2)
+    labels[::7] = -100
     problem = student, teachers, labels, torch.randn(4100, 3).requires_grad_()
     loss = af.AMTMLLoss(_Given(), angle_weight=0.0)
     want, want_grads = _run(loss, convert(problem, dtype=torch.float64), "reference")
