@@ -135,8 +135,8 @@ bench-quick: ONLY := -m quick
 bench bench-quick: .venv/packages-test $(INSTALLED)
 	mkdir -p $(RESULTS)
 	$(BIN)/python -m pytest benchmarks $(ONLY) -v -p no:cacheprovider -p no:xdist --benchmark-columns=median,iqr,rounds --benchmark-sort=name --benchmark-json=$(RESULTS)/results.json
-	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json
-	$(BIN)/python benchmarks/report.py $(RESULTS)/results.json --out $(RESULTS)
+	$(BIN)/python -m benchmarks.report $(RESULTS)/results.json
+	$(BIN)/python -m benchmarks.report $(RESULTS)/results.json --out $(RESULTS)
 
 dist: export AMTML_BUILD_CUDA := $(if $(findstring cuda,$(TESTABLE)),1,0)
 dist: $(TESTABLE)  # sdist and abi3 wheel, installed into an empty environment and tested from outside the tree

@@ -1,12 +1,10 @@
 """Tables and pictures from the suite's JSON files.
 
-    python benchmarks/report.py RESULTS.json...                 # Markdown on the terminal
-    python benchmarks/report.py RESULTS.json... --out FOLDER     # report.md and PNGs in the folder
-    python benchmarks/report.py RESULTS.json... --readme README.md   # the block between its markers
-    python benchmarks/report.py --compare BEFORE.json AFTER.json [--most 0.25]
+    python -m benchmarks.report RESULTS.json...                  # Markdown on the terminal
+    python -m benchmarks.report RESULTS.json... --out FOLDER     # report.md and PNGs in the folder
+    python -m benchmarks.report RESULTS.json... --readme README.md   # the block between its markers
+    python -m benchmarks.report --compare BEFORE.json AFTER.json [--most 0.25]
 
-A row that was timed in several turns is the median of their medians, and a ratio the median of the turns' ratios.
-Several files of one machine are one report: of groups that both have, the later file's count, so that every ratio is of one run.
 --compare divides every time by that of eager PyTorch in the same file, a step's by that of the published loop, and exits with 1 if that
 ratio grew by more than the given share anywhere, or if AFTER lacks a row of ours whose divisor it has.
 """
@@ -14,161 +12,24 @@ ratio grew by more than the given share anywhere, or if AFTER lacks a row of our
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from .measured import OURS, Results, bytes_text, load, ratio_text, time_text
+from .pictures import beside_eager, pictures
 
 BEGIN, END = "<!-- figures: written by benchmarks/report.py -->", "<!-- end of figures -->"
-OURS = ("cpp", "cuda", "triton")
 PAPER = "a loop as published"  # the other rows of a training step are the trainer's
-FEWEST_BYTES = 1e5  # less is pages of the system, not what was asked for
 
 
-@dataclass
-class Results:
-    """Everything that the files hold. rows: (group, provider, axis value or None) -> median seconds and facts, among them the
-    median seconds of its ``turns``."""
-
-    rows: dict[tuple[str, str, Any], tuple[float, dict]] = field(default_factory=dict)
-    memory: dict[tuple[str, str], int] = field(default_factory=dict)
-    not_run: dict[tuple[str, str], str] = field(default_factory=dict)
-    limits: dict[str, float] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=dict)
-    commit: str = ""
-    files: int = 0
-
-    def leave_out(self, groups: set[str], memory: set[str]) -> None:
-        """What a later file has measured anew. A value of an axis that was not run is named after its group."""
-        of_axis = tuple(f"{group}, " for group in groups)
-        self.rows = {key: row for key, row in self.rows.items() if key[0] not in groups}
-        own = {key for key in self.not_run if key[0] in groups or key[0].startswith(of_axis)}
-        self.not_run = {key: why for key, why in self.not_run.items() if key not in own}
-        self.memory = {key: taken for key, taken in self.memory.items() if key[0] not in memory}
-
-    def groups(self, *, axis: bool = False) -> list[str]:
-        return list(dict.fromkeys(g for (g, _, value) in self.rows if (value is not None) == axis))
-
-    def providers(self, group: str) -> list[str]:
-        return list(dict.fromkeys(p for (g, p, _) in self.rows if g == group))
-
-    def seconds(self, group: str, provider: str) -> float | None:
-        return self.rows.get((group, provider, None), (None,))[0]
-
-    def ratio(self, group: str, slow: str, fast: str, value: Any = None) -> float | None:
-        """The seconds of ``slow`` over those of ``fast``: the median of the turns' ratios."""
-        if (group, slow, value) not in self.rows or (group, fast, value) not in self.rows:
-            return None
-        (slow_seconds, of_slow), (fast_seconds, of_fast) = self.rows[group, slow, value], self.rows[group, fast, value]
-        if len(of_slow["turns"]) != len(of_fast["turns"]):
-            return slow_seconds / fast_seconds
-        return statistics.median(s / f for s, f in zip(of_slow["turns"], of_fast["turns"]))
-
-    def line(self, group: str, provider: str) -> list[tuple[float, float, int | None]]:
-        """(axis value, seconds, bytes), sorted."""
-        found = [(v, s, f.get("extra_bytes")) for (g, p, v), (s, f) in self.rows.items() if (g, p) == (group, provider)]
-        return sorted(found)
-
-    def best(self, group: str) -> str | None:
-        """The fastest of ours."""
-        ours = [p for p in self.providers(group) if p in OURS]
-        return min(ours, key=lambda p: self.rows[group, p, None][0], default=None)
-
-    def share(self, group: str, provider: str) -> tuple[float, str] | None:
-        """How much of the machine's limit, and which limit binds."""
-        seconds, facts = self.rows[group, provider, None]
-        limits = facts["limits"]
-        if "bytes" not in facts or not limits:
-            return None
-        by_bytes = facts["bytes"] / limits["bytes_per_s"] / seconds
-        by_flops = facts["flops"] / limits["flops_per_s"] / seconds
-        return max((by_bytes, "bytes"), (by_flops, "flops"))
-
-
-def load(paths: Sequence[str | Path]) -> Results:
-    """ValueError where the files are of different machines."""
-    results = Results()
-    for path in paths:
-        data = json.loads(Path(path).read_text())
-        limits, machine = data.get("limits", {}), data.get("machine", {})
-        if results.files and _place(machine) != _place(results.machine):
-            raise ValueError(
-                f"results: all files must be of one machine, got {_place(results.machine)} and in {path} {_place(machine)}"
-            )
-        results.leave_out(
-            {row["group"] for row in data["benchmarks"]}, {row["group"] for row in data.get("memory", ())}
-        )
-        turns: dict[tuple[str, str, Any], list[dict]] = {}
-        for row in data["benchmarks"]:
-            facts = row["extra_info"]
-            turns.setdefault((row["group"], facts["provider"], facts.get("value")), []).append(row)
-        for key, rows in turns.items():
-            seconds = [row["stats"]["median"] for row in rows]
-            facts = rows[0]["extra_info"] | {"limits": limits, "turns": seconds}
-            first = rows[0]["stats"]
-            facts["once"] = len(rows) == 1 and first.get("rounds") == 1
-            if len(rows) > 1:
-                facts["between"] = (max(seconds) - min(seconds)) / statistics.median(seconds)
-            elif "iqr" in first and first.get("rounds", 0) >= 5:
-                facts["spread"] = first["iqr"] / first["median"]
-            results.rows[key] = (statistics.median(seconds), facts)
-        for row in data.get("memory", ()):
-            if row["bytes"] is not None:
-                results.memory[row["group"], row["provider"]] = row["bytes"]
-        results.not_run |= {(row["group"], row["provider"]): row["reason"] for row in data.get("not_run", ())}
-        results.limits, results.machine, results.files = limits, machine, results.files + 1
-        commit = data["commit_info"]
-        named = commit["id"][:7] + (" with changes" if commit["dirty"] else "")
-        if named not in results.commit.split(", "):
-            results.commit += f"{', ' if results.commit else ''}{named}"
-    return results
-
-
-def _place(machine: dict[str, Any]) -> dict[str, Any]:
-    return {key: machine.get(key) for key in ("name", "device", "threads", "torch")}
-
-
-# --- numbers as people read them
-
-
-def time_text(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
-
-
-def bytes_text(count: float | None) -> str:
-    if count is None:
-        return ""
-    if count < FEWEST_BYTES:
-        return "< 0.1 MB"
-    for unit, name in ((1e9, "GB"), (1e6, "MB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return f"{count / 1e3:.3g} kB"
-
-
-def ratio_text(ratio: float | None) -> str:
-    """Bold below 1."""
-    if ratio is None:
-        return ""
-    if ratio < 1:
-        return f"**{ratio:.2f}x**"
-    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+# --- tables
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-# --- tables
 
 
 def head(results: Results) -> str:
@@ -366,187 +227,6 @@ def readme(results: Results, folder: str) -> str:
 
 def _eager(results: Results, group: str) -> float:
     return results.seconds(group, "eager") or math.inf
-
-
-# --- pictures
-
-
-COLORS = {"cpp": "#1b6ca8", "cuda": "#1b6ca8", "triton": "#3aa66b", "eager": "#b8b8b8", "compile": "#e08b3e"}
-
-
-def beside_eager(results: Results) -> list[str]:
-    return [g for g in results.groups() if results.best(g) and results.seconds(g, "eager")]
-
-
-def pictures(results: Results, folder: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-    plt.rcParams.update({"grid.color": "#dddddd", "axes.axisbelow": True, "figure.dpi": 130})
-    groups = beside_eager(results)
-    for name, rows, draw in (
-        ("speedup", groups, lambda: speedup_picture(results, groups)),
-        ("roofline", groups, lambda: roofline_picture(results, groups)),
-        ("scaling", results.groups(axis=True), lambda: scaling_picture(results)),
-        ("memory", results.memory, lambda: memory_picture(results)),
-    ):
-        if not rows:
-            continue
-        figure = draw()
-        figure.tight_layout()
-        figure.savefig(folder / f"{name}.png")
-        plt.close(figure)
-
-
-def speedup_picture(results: Results, groups: Sequence[str]) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.42 * len(groups)))
-    for row, group in enumerate(reversed(groups)):
-        for shift, other in ((0.2, "eager"), (-0.2, "compile")):
-            ratio = results.ratio(group, other, str(results.best(group)))
-            if ratio:
-                axes.barh(row + shift, ratio, 0.36, color=COLORS[other], label=f"vs {other}")
-                axes.text(ratio * 1.05, row + shift, ratio_text(ratio).strip("*"), va="center", fontsize=7)
-    axes.set_yticks(range(len(groups)), list(reversed(groups)))
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8)
-    plain_ticks(axes.xaxis, "{:g}x")
-    axes.set_xlabel("times faster, forward + backward (left of 1: slower)")
-    axes.grid(axis="y", visible=False)
-    axes.legend(*each_once(axes), loc="lower right", frameon=False)
-    return figure
-
-
-def roofline_picture(results: Results, groups: Sequence[str]) -> Any:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 6))
-    points = [(g, p, *results.rows[g, p, None]) for g in groups for p in results.providers(g) if p in (*OURS, "eager")]
-    points = [point for point in points if "bytes" in point[3]]  # the loss from hidden states counts none
-    dots = [(f["flops"] / f["bytes"], f["flops"] / t / 1e9, g, p) for g, p, t, f in points]
-    if dots and results.limits:
-        intensity = [x for x, *_ in dots]
-        low, high = min(intensity) / 2, max(intensity) * 4
-        by_bytes, by_flops = results.limits["bytes_per_s"], results.limits["flops_per_s"]
-        roof = sorted({low, min(max(by_flops / by_bytes, low), high), high})
-        axes.plot(roof, [min(x * by_bytes, by_flops) / 1e9 for x in roof], "k-", lw=1)
-        for provider in dict.fromkeys(p for *_, p in dots):
-            xs, ys = zip(*((x, y) for x, y, _, p in dots if p == provider))
-            axes.scatter(xs, ys, color=COLORS.get(provider), label=provider, s=28, zorder=3)
-        axes.set(xscale="log", yscale="log", xlabel="operations a byte that must move", ylabel="G operations / s")
-        axes.set_title("the line: what the machine can do", fontsize=9)
-        plain_ticks(axes.xaxis, "{:g}")
-        plain_ticks(axes.yaxis, "{:g}")
-        axes.legend(frameon=False)
-        names_apart(axes, [(x, y, g.removesuffix(" float32") if p in OURS else "") for x, y, g, p in dots])
-    return figure
-
-
-def scaling_picture(results: Results) -> Any:
-    """Of every axis the seconds above, and below them the memory where it was measured."""
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import NullFormatter
-
-    lines = results.groups(axis=True)
-    figure, grid = plt.subplots(2, max(1, len(lines)), figsize=(3.6 * max(1, len(lines)), 5.2), squeeze=False)
-    for column, group in enumerate(lines):
-        for provider in results.providers(group):
-            line = results.line(group, provider)
-            style = {"color": COLORS.get(provider), "marker": "o", "markersize": 3, "label": provider}
-            grid[0][column].plot([v for v, *_ in line], [s for _, s, _ in line], **style)
-            known = [(v, b / 1e6) for v, _, b in line if b and b >= FEWEST_BYTES]
-            if known:
-                grid[1][column].plot([v for v, _ in known], [b for _, b in known], **style)
-        grid[0][column].set(title=group, xscale="log", yscale="log", ylabel="seconds")
-        grid[1][column].set(xscale="log", yscale="log", ylabel="MB beside the inputs", xlabel=group.rpartition(" ")[2])
-        values = sorted({v for p in results.providers(group) for v, *_ in results.line(group, p)})
-        for row in grid:
-            plain_ticks(row[column].xaxis, "{:,.0f}", _ticks(values))
-            row[column].yaxis.set_minor_formatter(NullFormatter())
-        grid[1][column].set_xlim(grid[0][column].get_xlim())
-        if not grid[1][column].lines:
-            grid[1][column].set_visible(False)
-            grid[0][column].set_xlabel(group.rpartition(" ")[2])
-        grid[0][column].legend(frameon=False)
-    return figure
-
-
-def memory_picture(results: Results) -> Any:
-    import matplotlib.pyplot as plt
-
-    held = list(dict.fromkeys(g for g, _ in results.memory))
-    names = list(dict.fromkeys(p for _, p in results.memory))
-    figure, axes = plt.subplots(figsize=(8, 0.8 + 0.5 * len(held)))
-    for row, group in enumerate(reversed(held)):
-        for k, provider in enumerate(names):
-            taken = results.memory.get((group, provider))
-            if taken:
-                at, height = row + 0.4 - 0.8 * (k + 0.5) / len(names), 0.72 / len(names)
-                axes.barh(at, taken / 1e6, height, color=COLORS.get(provider), label=provider)
-                axes.text(taken / 1e6 * 1.05, at, bytes_text(taken), va="center", fontsize=7)
-    axes.set_yticks(range(len(held)), list(reversed(held)))
-    axes.set(xscale="log", xlabel="MB beside the inputs, forward + backward")
-    plain_ticks(axes.xaxis, "{:g}")
-    axes.grid(axis="y", visible=False)
-    axes.legend(*each_once(axes), frameon=False, ncols=max(1, len(names)), loc="lower left", bbox_to_anchor=(0, 1))
-    return figure
-
-
-def plain_ticks(axis: Any, text: str, at: Sequence[float] | None = None) -> None:
-    """Numbers as they are written, on a logarithmic axis; `at` these places alone."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
-
-    if at is not None:
-        axis.set_major_locator(FixedLocator(list(at)))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: text.format(x)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Those of a logarithmic axis whose numbers do not meet."""
-    kept = list(values[:1])
-    for value in values:
-        if math.log(value / kept[-1]) > 0.2 * math.log(values[-1] / values[0]):
-            kept.append(value)
-    return kept
-
-
-def each_once(axes: Any) -> tuple[list[Any], list[str]]:
-    """Handles and names of a legend, where bars of one name are many."""
-    once = dict(zip(*axes.get_legend_handles_labels()[::-1]))
-    return [*once.values()], [*once]
-
-
-def names_apart(axes: Any, dots: Sequence[tuple[float, float, str]]) -> None:
-    """Each (x, y, name) with its name beside it, moved with a line back where it would lie on another name or dot."""
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
-
-    axes.figure.tight_layout()  # places are final from here on
-    axes.figure.canvas.draw()
-    renderer = axes.figure.canvas.get_renderer()
-    inside = axes.get_window_extent()
-    spots = [axes.transData.transform((x, y)) for x, y, _ in dots]
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
-    taken += [text.get_window_extent() for text in axes.get_legend().get_texts()]
-    places = [(away, 8 * up) for up in range(14) for up in (up, -up) for away in (6, -6)]
-    back = {"arrowstyle": "-", "lw": 0.4, "color": "#888888", "shrinkA": 0, "shrinkB": 3}
-    for x, y, name in sorted((dot for dot in dots if dot[2]), key=lambda dot: -dot[1]):
-        text = axes.annotate(
-            name, (x, y), (6, 0), textcoords="offset points", fontsize=6.5, va="center", arrowprops=back
-        )
-        for away, up in places:
-            text.set_position((away + math.copysign(abs(up) / 4, away), up))
-            text.set_horizontalalignment("left" if away > 0 else "right")
-            text.update_positions(renderer)
-            box = Text.get_window_extent(text)  # without the line back
-            if inside.containsx(box.x0) and inside.containsx(box.x1) and not any(map(box.overlaps, taken)):
-                break
-        taken.append(box)
 
 
 # --- two commits
