@@ -75,11 +75,12 @@ def _pool_kernel(
     x_example, x_channel, down, along,
     NORMALIZE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(channels, BLOCK_C)  # beside the examples: a grid's other dimensions end at 65535
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    c = (tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     outputs = out_height * out_width
+    blocks, tiles = tl.cdiv(channels, BLOCK_C), tl.cdiv(outputs, BLOCK_O)  # a grid's other dimensions end at 65535
+    program, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    n = (program // blocks).to(tl.int64)
+    c = (program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    o = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     top, bottom = _window(o // out_width, height, out_height)
     left, right = _window(o % out_width, width, out_width)
     total = tl.zeros([BLOCK_C, BLOCK_O, BLOCK_K], tl.float32)
@@ -241,7 +242,7 @@ def _pool(shape: tuple[int, ...], strides: tuple[int, ...], height: int, width: 
     block_c = power_of_2(c, TILE // (block_k * block_o))
     return Launch(
         _pool_kernel,
-        (n * triton.cdiv(c, block_c), triton.cdiv(height * width, block_o)),
+        (n * triton.cdiv(c, block_c) * triton.cdiv(height * width, block_o),),
         channels=c,
         height=h,
         width=w,

@@ -364,6 +364,9 @@ std::tuple<Tensor, Tensor> angle_bwd(const Tensor& grad_loss, const Tensor& stud
                                      bool need_teacher_grad) {
   check_sides(kOp, student, teacher);
   check_shape(kOp, "grad_loss", grad_loss, {student.size(0)});
+  if (!need_student_grad && !need_teacher_grad) {
+    return {empty(student, {0}, ScalarType::Float), empty(teacher, {0}, ScalarType::Float)};
+  }
   const Tensor incoming = dense(grad_loss, ScalarType::Float);
   return run(student, teacher, row_mask, static_cast<const float*>(incoming.const_data_ptr()), delta, eps,
              Reduction::kNone, need_student_grad, need_teacher_grad, nullptr);

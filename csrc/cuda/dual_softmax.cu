@@ -363,6 +363,14 @@ void dispatch_rows(const Tensor& scores, const void* also, const std::string& mo
   });
 }
 
+// What forward has saved, which a hook may give back at any address, at one from which 16 bytes at a time can be read.
+Tensor aligned(const Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
+  const Tensor made = torch::stable::clone(t);
+  keep_for_kernels(made);
+  return made;
+}
+
 unsigned whole_warps(int64_t threads) {
   return static_cast<unsigned>(std::clamp<int64_t>((threads + kWarp - 1) / kWarp, 1, kWarps) * kWarp);
 }
@@ -420,7 +428,7 @@ Tensor dual_softmax_bwd(const Tensor& grad, const Tensor& scores, const Tensor& 
   }
   const OnDevice on(scores);
   const Tensor input = dense(scores), incoming = dense(grad, scores.scalar_type());
-  const Tensor softmax = dense(first), stats = dense(row_stats);
+  const Tensor softmax = aligned(dense(first)), stats = aligned(dense(row_stats));
   const Sizes size(input);
   const Shape shape = {size.batch, size.rows, size.columns};
   check_shape(kOp, "grad", grad, shape);

@@ -378,9 +378,9 @@ struct Inputs {
     pack = common_pack();
   }
 
-  // One class at a time where float32 rows that come back do not start at such addresses as the packs need.
+  // One class at a time where rows that come back do not start at such addresses as the packs need.
   void must_fit(const std::optional<Tensor>& rows) {
-    if (rows && reinterpret_cast<uintptr_t>(rows->const_data_ptr()) % (pack * sizeof(float)) != 0) pack = 1;
+    if (rows && reinterpret_cast<uintptr_t>(rows->const_data_ptr()) % (pack * rows->element_size()) != 0) pack = 1;
   }
 
   // Classes at a time: as many as fit 16 bytes, if every row starts at such an address.
@@ -616,7 +616,8 @@ void multi_teacher_kd_rescale_(const Tensor& grad_student, const Tensor& grad_we
                                double label_smoothing) {
   const OnDevice on(student);
   const KDSettings set{temperature, ce_weight, kl_weight, kl_scale, mode, reduction, ignore_index, label_smoothing};
-  const Inputs inputs(student, teachers, weights, labels, set, on);
+  Inputs inputs(student, teachers, weights, labels, set, on);
+  inputs.must_fit(grad_student);
   const int64_t n = student.size(0), count = static_cast<int64_t>(teachers.size());
   const bool none = set.each_row();
   check_shape(kOp, "grad_loss", grad_loss, none ? Shape{n} : Shape{});

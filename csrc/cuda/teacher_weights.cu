@@ -67,7 +67,14 @@ struct Factors {
 // a b c, with what its rounding cuts off.
 __device__ __forceinline__ FloatPair product(float a, float b, float c) {
   const float ab = __fmul_rn(a, b), abc = __fmul_rn(ab, c);
+  if (!(fabsf(abc) < INFINITY)) return FloatPair(abc);
   return {abc, __fmaf_rn(__fmaf_rn(a, b, -ab), c, __fmaf_rn(ab, c, -abc))};
+}
+
+// Beyond float's range infinite, as a plain sum is, and not NaN.
+__device__ __forceinline__ FloatPair plus(FloatPair a, FloatPair b) {
+  const float plain = a.high + b.high;
+  return fabsf(plain) < INFINITY ? a + b : FloatPair(plain);
 }
 
 // What a block keeps in shared memory; the arrays follow one another.
@@ -211,10 +218,10 @@ __device__ __forceinline__ void weigh(const Factors& factors, const float* poole
     const float* theta = factors.theta + static_cast<int64_t>(job / parts) * factors.channels;
     FloatPair score(0.0f);
     for (int c = job % parts * kWarp + lane; c < factors.channels; c += parts * kWarp) {
-      score += product(theta[c], factors.v[c], pooled[c]);
+      score = plus(score, product(theta[c], factors.v[c], pooled[c]));
     }
 #pragma unroll
-    for (int by = kWarp / 2; by > 0; by /= 2) score += from_lane(score, by);
+    for (int by = kWarp / 2; by > 0; by /= 2) score = plus(score, from_lane(score, by));
     if (lane == 0) kept.partial[job] = score;
   }
   __syncthreads();
@@ -222,13 +229,13 @@ __device__ __forceinline__ void weigh(const Factors& factors, const float* poole
   float highest = -INFINITY, sum = 0;
   for (int t = lane; t < teachers; t += kWarp) {
     FloatPair score = kept.partial[t * parts];
-    for (int part = 1; part < parts; ++part) score += kept.partial[t * parts + part];
+    for (int part = 1; part < parts; ++part) score = plus(score, kept.partial[t * parts + part]);
     kept.partial[t * parts] = score;
     highest = fmaxf(highest, score.high);
   }
   highest = warp_max(highest);
   for (int t = lane; t < teachers; t += kWarp) {
-    const FloatPair score = kept.partial[t * parts] - FloatPair(highest);
+    const FloatPair score = plus(kept.partial[t * parts], FloatPair(-highest));
     kept.weight[t] = expf(score.high) * (1 + score.low);
     sum += kept.weight[t];
   }

@@ -381,6 +381,31 @@ def test_what_comes_back_may_start_at_any_address(on):
     torch.testing.assert_close(grads(1), grads(0))
 
 
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_may_come_back_at_any_address(case, dtype, on):
+    """As hooks give it back that keep saved tensors in one buffer."""
+    sizes = {"teacher_weights": (4, 8, 8, 8, 3), "hint": (4, 8, 16, 8, 8)}  # of whole packs of 16 bytes
+    args = convert(case.inputs(*sizes.get(case.op, (8, 96, *case.small[2:]))), dtype=dtype)
+    leaves = [t for t in tensors(args) if t.requires_grad]
+
+    def grads(moved=None):
+        """With the one of this number moved, and how many are saved."""
+        count = itertools.count()
+
+        def unpack(saved):
+            k, t = saved
+            return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view_as(t) if k == moved else t.clone()
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (next(count), t), unpack):
+            out = case.function(*args)
+        return torch.autograd.grad(out, leaves, torch.full_like(out, -0.3)), next(count)
+
+    want, count = grads()
+    for k in range(count):
+        torch.testing.assert_close(grads(k)[0], want)
+
+
 # --- the other spellings of the arguments
 
 

@@ -269,6 +269,14 @@ def test_ignored_rows_give_0_whatever_they_hold(on):
     assert everything[0] == 0 and all((g == 0).all() for g in everything[1])
 
 
+@pytest.mark.parametrize("least", [-1e36, -torch.inf])
+def test_scores_of_teachers_beyond_the_least_number(least, on):
+    """They are minus infinity, as plain PyTorch has them, and weigh nothing."""
+    features, v = torch.tensor([[1e3, 1.0], [2e3, 2.0]]), torch.ones(2)
+    theta = torch.tensor([[least, 1.0], [0.5, 0.2], [0.1, -1.0]])
+    torch.testing.assert_close(af.teacher_weights(features, theta, v), torch.tensor([[0.0, 1.0, 0.0]] * 2))
+
+
 def test_a_teacher_of_weight_0_counts_nothing(on):
     student, teachers, _, labels = CASES["multi_teacher_kd"].inputs(6, 5, 2)
     for mode in ("mixture", "sum"):
