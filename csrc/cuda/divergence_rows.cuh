@@ -60,7 +60,7 @@ struct Softmax {
   __device__ __forceinline__ float probability(float x) const {
     return inverse == 0 ? 0.0f : exp2f((x - max) * unit) * inverse;
   }
-  __device__ __forceinline__ float log(float x) const { return (x - max) * per_tau - log_sum; }
+  __device__ __forceinline__ float log(float x) const { return (x - max) * unit * kLog2 - log_sum; }
 };
 
 enum Sum { kValue, kSlope, kBelow, kOfPA, kFixed };  // D, sum q b, sum of maximum - z, sum p a; then each teacher's

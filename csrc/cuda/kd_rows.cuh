@@ -11,6 +11,7 @@ namespace amtml::gpu {
 // Exponentials are exp2f((x - maximum) * unit). Nothing is added to its argument, which is exact to 2^-24 of itself and
 // would lose that beside a larger number; its results go down to the smallest float32.
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2 = 0.6931471805599453f;
 
 struct Rows {  // [N, C], dense along C
   const void* data = nullptr;

@@ -168,7 +168,7 @@ template <class S, class E, int kPack>
 __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in, int64_t i, int64_t begin, int64_t end,
                        float ce_grad, float kl_grad, Scratch& s) {
   const int64_t label = pr.labels ? pr.labels[i] : -1;
-  const float per_tau = 1 / pr.temperature, unit = per_tau * kLog2e, m = s.max[0];
+  const float per_tau = 1 / pr.temperature, unit = pr.unit, m = s.max[0];
   const float even = pr.label_smoothing / static_cast<float>(pr.classes);
   const bool value = want.kl_rows || want.kl, need_q = want.grad_student || want.student_probs;
   const bool need_ratio = pr.mixture && (value || (want.grad_weights && kl_grad != 0));
@@ -189,7 +189,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
 #pragma unroll
     for (int k = 0; k < kPack; ++k) {
       p[k] = 0;
-      log_q[k] = (z[k] - m) * per_tau - s.log_sum[0];
+      log_q[k] = (z[k] - m) * unit * kLog2 - s.log_sum[0];
     }
     each_teacher<kPack, E>(pr, i, c, [&](int t, const float (&x)[kPack]) {
       const float inverse = s.inverse[t + 1], factor = s.weight[t] * inverse, top = s.max[t + 1];
@@ -199,7 +199,7 @@ __device__ void finish(const Problem& pr, const Wanted& want, const Incoming& in
       for (int k = 0; k < kPack; ++k) {
         const float e = exp2f((x[k] - top) * unit);
         p[k] += factor * e;
-        const float log_ratio = ((x[k] - top) * per_tau - s.log_sum[t + 1]) - log_q[k];
+        const float log_ratio = ((x[k] - top) * unit * kLog2 - s.log_sum[t + 1]) - log_q[k];
         if (!pr.mixture) sum += if_mass(e * inverse, e * inverse * log_ratio);
       }
       if (pr.mixture) return;

@@ -37,7 +37,8 @@ struct Incoming {
 constexpr double kLog2eExact = 1.4426950408889634;
 // Of the student's exponents: less its log-sum, which is at most 31 for 2^31 classes, they stay above -112.
 constexpr float kLowest = -80;
-#ifdef AMTML_EMULATED_CUDA  // so that small rows are spread, too
+constexpr float kMostMass = 1 << 14;  // of a mixture: the ratio that log_2_ratio makes of its bits stays below 2^127
+#ifdef AMTML_EMULATED_CUDA            // so that small rows are spread, too
 constexpr int kSweepThreads = 64, kSweepSteps = 1, kSweepBlocks = 8;
 #else
 constexpr int kSweepThreads = 256, kSweepSteps = 64, kSweepBlocks = 264;
@@ -452,7 +453,8 @@ __global__ void __launch_bounds__(kSweepThreads, blocks_at_once(T))
   f.labels = pr.labels != nullptr;
   f.of_p = kl_grad * per_tau, f.of_q = f.of_p * total * s.inverse[0];
   f.of_q1 = f.labels ? ce_grad * s.inverse1 : 0.0f, f.even = f.labels && even != 0 ? -ce_grad * even : 0.0f;
-  const bool smooth = pr.label_smoothing != 0 && value, plain = !far && left_out == 0 && kl_grad != 0;
+  const bool smooth = pr.label_smoothing != 0 && value,
+             plain = !far && left_out == 0 && kl_grad != 0 && total < kMostMass;
   if (threadIdx.x == 0) s.total = total;
   float sums[T + 1] = {}, below = 0;
   const int mine = end - begin - static_cast<int>(threadIdx.x), step = static_cast<int>(blockDim.x);

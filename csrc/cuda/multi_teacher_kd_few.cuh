@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kFewThreads, T < 4 ? 5 : 4)
     float p = 0;
 #pragma unroll
     for (int t = 0; t < T; ++t) p += factor[t] * e[t][k];
-    const float ratio = if_mass(p, logf(p == 0 ? 1.0f : p) - ((z[k] - q.max) * per_tau - log_sum));
+    const float ratio = if_mass(p, logf(p == 0 ? 1.0f : p) - ((z[k] - q.max) * pr.unit * kLog2 - log_sum));
     kl += if_mass(p, p * ratio);
 #pragma unroll
     for (int t = 0; t < T; ++t) slope[t] += of[t].inverse * mixture_gradient(e[t][k], p, ratio);

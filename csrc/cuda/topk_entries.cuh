@@ -27,8 +27,9 @@ __device__ inline void sort_entries(EntryKey* keys, int count) {
       __syncthreads();
       for (int m = threadIdx.x; m < count; m += blockDim.x) {
         const int other = m ^ by;
+        if (other < m) continue;  // the other one's thread does both
         const EntryKey a = keys[m], b = keys[other];
-        if (other > m && (a > b) == ((m & size) == 0)) keys[m] = b, keys[other] = a;
+        if ((a > b) == ((m & size) == 0)) keys[m] = b, keys[other] = a;
       }
     }
   }

@@ -278,7 +278,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   const int64_t i = blockIdx.x;
   if (pr.ignored(i)) return write_ignored<S>(pr, want, i);
   const float per_tau = 1 / pr.temperature;
-  Scales by{per_tau, per_tau * kLog2e, 0, 0};
+  Scales by{per_tau, pr.unit, 0, 0};
   gradient_scales(pr, s.sums, &by.ce, &by.kl);
   if (grad_loss) {
     const float g = grad_loss[each_row ? i : 0];
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
     const float z = static_cast<float>(row[c]);
     float p = 0;
     each_teacher(pr, s, m, [&](int t, float p_t) { p += s.weight[t] * p_t; });
-    const float ratio = if_mass(p, logf(p == 0 ? 1.0f : p) - ((z - s.max) * per_tau - s.log_sum));
+    const float ratio = if_mass(p, logf(p == 0 ? 1.0f : p) - ((z - s.max) * pr.unit * kLog2 - s.log_sum));
     kl += if_mass(p, p * ratio);
     if (want.grad_weights) {
       each_teacher(pr, s, m, [&](int t, float p_t) { slopes[t * blockDim.x] += mixture_gradient(p_t, p, ratio); });
@@ -326,7 +326,7 @@ __global__ void __launch_bounds__(kMaxThreads, 3)
   if (s.outside != 0 && s.others > 0) {
     const Below unnamed{everywhere - named.sum, masked - named.masked};
     of_others = static_cast<double>(s.others) * (log(static_cast<double>(s.outside)) + s.log_sum);
-    of_others += unnamed.value() * per_tau;
+    of_others += unnamed.value() * (static_cast<double>(pr.unit) * 0.6931471805599453);
     kl += s.outside * of_others;
   }
   for (int t = 0; want.grad_weights && t < pr.teachers; ++t) {

@@ -269,6 +269,30 @@ def test_ignored_rows_give_0_whatever_they_hold(on):
     assert everything[0] == 0 and all((g == 0).all() for g in everything[1])
 
 
+@pytest.mark.parametrize("temperature", [5.0, 10.0])  # whose inverses are rounded
+@pytest.mark.parametrize("op", ["multi_teacher_kd", "divergence", "topk_kd", "topk_bucket"])
+@pytest.mark.parametrize("classes", [21, 1000, 1001])
+def test_rounding_of_the_temperature_does_not_add_up(classes, op, temperature, on):
+    """Exponentials and logarithms of another rounding of 1 / temperature have all rows' KL off on the same side, by more than a mean
+    over rows takes away: by a quarter of this one."""
+    rows = 64
+    student = 5 * torch.randn(rows, classes)
+    teachers = [student + 0.01 * torch.randn(rows, classes) for _ in range(2)]
+    args = student, teachers, torch.full((rows, 2), 0.5)
+    options = {"temperature": temperature, "reduction": "none"}
+    if op == "divergence":
+        options["teacher_temperature"] = temperature
+    if op.startswith("topk"):
+        named = [(t / temperature).log_softmax(1).topk(classes // 3) for t in teachers]
+        args = student, [n.indices for n in named], [n.values for n in named], args[2]
+        options["tail"] = "bucket" if op == "topk_bucket" else "uniform"
+    case = CASES[op]
+    with torch.no_grad():
+        off = case.function(*args, **options).double()
+        off -= case.reference(*convert(args, dtype=torch.float64), **options)
+    assert off.mean().abs() <= max(3e-8 * temperature**2, 4 * off.std() / rows**0.5)
+
+
 @pytest.mark.parametrize("least", [-1e36, -torch.inf])
 def test_scores_of_teachers_beyond_the_least_number(least, on):
     """They are minus infinity, as plain PyTorch has them, and weigh nothing."""
