@@ -271,7 +271,7 @@ def test_ignored_rows_give_0_whatever_they_hold(on):
 
 @pytest.mark.parametrize("temperature", [5.0, 10.0])  # whose inverses are rounded
 @pytest.mark.parametrize("op", ["multi_teacher_kd", "divergence", "topk_kd", "topk_bucket"])
-@pytest.mark.parametrize("classes", [21, 1000, 1001])
+@pytest.mark.parametrize("classes", [21, 248, 249])
 def test_rounding_of_the_temperature_does_not_add_up(classes, op, temperature, on):
     """Exponentials and logarithms of another rounding of 1 / temperature have all rows' KL off on the same side, by more than a mean
     over rows takes away: by a quarter of this one."""
@@ -288,9 +288,9 @@ def test_rounding_of_the_temperature_does_not_add_up(classes, op, temperature, o
         options["tail"] = "bucket" if op == "topk_bucket" else "uniform"
     case = CASES[op]
     with torch.no_grad():
-        off = case.function(*args, **options).double()
-        off -= case.reference(*convert(args, dtype=torch.float64), **options)
-    assert off.mean().abs() <= max(3e-8 * temperature**2, 4 * off.std() / rows**0.5)
+        exact = case.reference(*convert(args, dtype=torch.float64), **options)
+        off = case.function(*args, **options).double() - exact
+    assert off.mean().abs() <= max(3e-8 * temperature**2, 1e-6 * exact.mean(), 4 * off.std() / rows**0.5)
 
 
 @pytest.mark.parametrize("least", [-1e36, -torch.inf])
