@@ -1,6 +1,7 @@
 """What several kernels share: what the compiler may know about sizes, and where the pixels of a map lie."""
 
 import math
+import struct
 
 import triton
 import triton.language as tl
@@ -23,6 +24,11 @@ def alignment(*numbers: int) -> int:
 def power_of_2(n: int, most: int) -> int:
     """The smallest power of 2 from n on, but not above ``most`` and not below 1."""
     return min(triton.next_power_of_2(max(n, 1)), max(most, 1))
+
+
+def rate_of(temperature: float) -> float:
+    """log2(e) / (2 tau) in float32, as a GPU is given it. Triton's interpreter would multiply float64 sums by the digits of a float64."""
+    return struct.unpack("f", struct.pack("f", 0.5 * math.log2(math.e) / temperature))[0]
 
 
 def plane_strides(shape: tuple, strides: tuple) -> tuple[int, int, bool]:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, check_count
+from ._common import OPTIONS, aligned, check_count, rate_of
 from ._launch import Launch, kept
 
 LONG_WARPS = 8  # share a row too long for registers, with 16 bytes of an input a thread at a time
@@ -624,12 +624,11 @@ def loss_numbers(at: Any, of: Settings, count_rows: bool) -> dict:
 
 def row_numbers(at: Any, of: Settings, count_rows: bool) -> dict:
     """And those that read the student's logits, in a layout that has their stride, too."""
-    log2_e = math.log2(math.e)
     return dict(
         **loss_numbers(at, of, count_rows),
         stride=at.stride,
-        rate=0.5 * log2_e / of.temperature,
-        rate1=None if at.label_stride is None or of.temperature == 1 else log2_e,
+        rate=rate_of(of.temperature),
+        rate1=None if at.label_stride is None or of.temperature == 1 else math.log2(math.e),
         per_tau=1 / of.temperature,
         even=of.label_smoothing / at.c,
     )

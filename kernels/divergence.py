@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import aligned, alignment
+from ._common import aligned, alignment, rate_of
 from ._kd_rows import (
     LN2,
     Settings,
@@ -621,7 +621,7 @@ def _launch(
         loss_stride=loss_stride,
         alpha_stride=alpha_stride or 0,
         temperature_stride=temperature_stride or 0,
-        teacher_rates=tuple(0.5 * math.log2(math.e) / tau for tau in taus) or None,
+        teacher_rates=tuple(rate_of(tau) for tau in taus) or None,
         teacher_per_taus=tuple(1 / tau for tau in taus) or None,
         share=shares_of(more.divergence, more.beta),
         kl_scale=float(of.kl_scale),

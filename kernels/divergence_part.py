@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, alignment, check_count
+from ._common import OPTIONS, aligned, alignment, check_count, rate_of
 from ._kd_rows import (
     LONG_WARPS,
     add,
@@ -381,9 +381,9 @@ def _numbers(
         weight_along=(at.weight_strides or (0, 0))[1],
         label_stride=at.label_stride or 0,
         temperature_stride=temperature_stride or 0,
-        rate=0.5 * math.log2(math.e) / temperature,
+        rate=rate_of(temperature),
         per_tau=1 / temperature,
-        teacher_rates=tuple(0.5 * math.log2(math.e) / tau for tau in taus) or None,
+        teacher_rates=tuple(rate_of(tau) for tau in taus) or None,
         teacher_per_taus=tuple(1 / tau for tau in taus) or None,
         MODE=mode,
         ALIGN=alignment(at.c, at.stride, *at.teacher_strides),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import OPTIONS, aligned, alignment, check_count
+from ._common import OPTIONS, aligned, alignment, check_count, rate_of
 from ._kd_rows import LONG_WARPS, LOWEST, dense, find_rows, load, sum_of, top_of, vectors
 from ._launch import Launch, kept
 
@@ -229,7 +229,7 @@ def _numbers(
         stride=stride,
         label_stride=label_stride,
         ignore_index=ignore_index,
-        unit=1.4426950408889634 / temperature,
+        unit=2 * rate_of(temperature),
         per_tau=1 / temperature,
         ALIGN=alignment(c, stride),
         ENTRIES=min(ENTRIES, triton.next_power_of_2(entries)),

@@ -269,13 +269,12 @@ def test_ignored_rows_give_0_whatever_they_hold(on):
     assert everything[0] == 0 and all((g == 0).all() for g in everything[1])
 
 
-@pytest.mark.parametrize("temperature", [5.0, 10.0])  # whose inverses are rounded
 @pytest.mark.parametrize("op", ["multi_teacher_kd", "divergence", "topk_kd", "topk_bucket"])
 @pytest.mark.parametrize("classes", [21, 248, 249])
-def test_rounding_of_the_temperature_does_not_add_up(classes, op, temperature, on):
+def test_rounding_of_the_temperature_does_not_add_up(classes, op, on):
     """Exponentials and logarithms of another rounding of 1 / temperature have all rows' KL off on the same side, by more than a mean
-    over rows takes away: by a quarter of this one."""
-    rows = 64
+    over rows takes away: by a tenth of this one."""
+    rows, temperature = 64, 5.0  # whose inverse is rounded
     student = 5 * torch.randn(rows, classes)
     teachers = [student + 0.01 * torch.randn(rows, classes) for _ in range(2)]
     args = student, teachers, torch.full((rows, 2), 0.5)
@@ -290,7 +289,7 @@ def test_rounding_of_the_temperature_does_not_add_up(classes, op, temperature, o
     with torch.no_grad():
         exact = case.reference(*convert(args, dtype=torch.float64), **options)
         off = case.function(*args, **options).double() - exact
-    assert off.mean().abs() <= max(3e-8 * temperature**2, 1e-6 * exact.mean(), 4 * off.std() / rows**0.5)
+    assert off.mean().abs() <= max(3e-8 * temperature**2, 2e-7 * exact.mean(), 4 * off.std() / rows**0.5)
 
 
 @pytest.mark.parametrize("least", [-1e36, -torch.inf])
