@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -88,7 +89,7 @@ def store_topk(
     columns = _columns(teacher) if remove_unused_columns else None
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / _FACTS, lambda path: path.write_text(json.dumps(facts)))
-    training = teacher.training
+    training, compared = teacher.training, False
     teacher.eval()
     try:
         left = list(range(0, len(dataset), rows_per_file))
@@ -101,6 +102,10 @@ def store_topk(
                 with _claimed(path) as mine:
                     if path.exists():
                         _check_file(path, batches)
+                        if not compared:
+                            first = itertools.islice(_batches(dataset, rows, batch_size, data_collator, columns), 1)
+                            _check_answers(path, _file(layer, first, k, temperature))
+                            compared = True
                     elif mine:
                         _write(path, functools.partial(save_file, dict(_file(layer, batches, k, temperature))))
                     else:
@@ -198,6 +203,23 @@ def _check_file(path: Path, batches: Iterator[tuple[range, dict]]) -> None:
                 if file.get_tensor(f"{row}.checksum").item() != _checksum(ids[at], None if mask is None else mask[at]):
                     raise FileExistsError(
                         f"store_topk: folder must be new or of the same call, got {path.parent} with other input_ids in row {row}"
+                    )
+
+
+def _check_answers(path: Path, made: Iterator[tuple[str, Tensor]]) -> None:
+    """That this teacher says what the file says: adapters that are active, and options of the configuration, are not in its fingerprint.
+
+    Log-probabilities alone are compared, since equal classes may come in any order. They are float16, those of a bfloat16 teacher
+    depend on the batch, and one token of a mixture of experts may go to another expert: a tenth of a row may differ.
+    """
+    with safe_open(path, "pt") as file:
+        for name, x in made:
+            if name.endswith(".log_probs"):
+                found = file.get_tensor(name)
+                if found.shape != x.shape or found.isclose(x, rtol=0.05, atol=0.05).sum() < 0.9 * x.numel():
+                    raise FileExistsError(
+                        f"store_topk: folder must be new or of the same call, got {path.parent} with answers of another teacher in row "
+                        f"{name.partition('.')[0]}"
                     )
 
 

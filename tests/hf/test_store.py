@@ -1,5 +1,6 @@
 """What ``store_topk`` keeps: teaches as the teacher does, goes on where it was killed, and is noticed where it does not fit."""
 
+import copy
 import os
 import time
 from functools import partial
@@ -73,6 +74,68 @@ def test_a_store_goes_on_where_it_was_killed(tmp_path):
             store_topk(teacher, data, tmp_path / "b", **{**options, **changed})
     with pytest.raises(FileExistsError, match="with teacher LlamaForCausalLM"):
         store_topk(llama(24, 2), data, tmp_path / "b", **options)
+
+
+def negated(teacher):
+    with torch.no_grad():
+        teacher.model.layers[0].mlp.up_proj.weight.neg_()
+    return teacher
+
+
+def of_another_config(teacher):
+    config = copy.deepcopy(teacher.config)
+    config.rope_parameters["rope_theta"] = 100.0
+    other = type(teacher)(config)
+    other.load_state_dict(teacher.state_dict())
+    return other
+
+
+def with_adapters(teacher):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["up_proj", "q_proj"], init_lora_weights=False)
+    made = peft.get_peft_model(teacher, config, "a")
+    made.add_adapter("b", config)
+    return made
+
+
+def other_adapter(teacher):
+    teacher.set_adapter("b")
+    return teacher
+
+
+def without_adapter(teacher):
+    teacher.base_model.disable_adapter_layers()
+    return teacher
+
+
+@pytest.mark.parametrize(
+    "make, change",
+    [(llama, negated), (llama, of_another_config), (lambda *of: with_adapters(llama(*of)), other_adapter),
+     (lambda *of: with_adapters(llama(*of)), without_adapter)],
+    ids=["negated", "config", "set_adapter", "disable_adapter"],
+)  # fmt: skip
+def test_another_teacher_of_the_same_fingerprint_is_noticed(tmp_path, make, change):
+    teacher, data = make(24, 1), examples(8)
+    options = dict(k=4, rows_per_file=3, batch_size=2)
+    store_topk(teacher, data, tmp_path / "top", data_collator=collate, **options)
+    (tmp_path / "top" / "rows-000000000.safetensors").unlink()  # as if it had been killed
+    left = partial(collate, left=True)  # the same teacher answers a little otherwise
+    store_topk(teacher, data, tmp_path / "top", data_collator=left, **{**options, "batch_size": 3})
+    with pytest.raises(
+        FileExistsError, match=r"must be new or of the same call, got .*top with answers of another teacher in row 0"
+    ):
+        store_topk(change(teacher), data, tmp_path / "top", data_collator=collate, **options)
+
+
+def test_equal_classes_may_come_in_any_order(tmp_path):
+    teacher, data = llama(24, 1, tie_word_embeddings=False), examples(8)
+    with torch.no_grad():
+        teacher.lm_head.weight[20:] = teacher.lm_head.weight[:20]
+    made = store_topk(teacher, data, tmp_path, k=3, data_collator=collate)
+    path = made.paths[0]
+    moved = {name: (x + 20) % C if name.endswith("indices") else x for name, x in load_file(path).items()}
+    save_file(moved, path)
+    store_topk(teacher, data, tmp_path, k=3, data_collator=collate)
 
 
 def shuffled(data):
