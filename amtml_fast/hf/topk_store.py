@@ -57,7 +57,8 @@ def store_topk(
 
     Returns:
         ``StoredTopK(folder)``. A token takes 6 bytes a class: int32 and float16 (whose error is at most 2 ** -11 of a
-        logarithm). A checksum of each example's ``input_ids`` is kept, too: other data is an error, here and in training.
+        logarithm). A checksum of each example's ``input_ids`` (and ``position_ids`` and ``token_type_ids``, where the
+        collator gives them) is kept, too: other data is an error, here and in training.
 
     Raises:
         ValueError, TypeError: an argument that does not fit; FileExistsError: the folder has other teachers' classes, or those of
@@ -188,9 +189,19 @@ def check_rows(function: str, batch: dict, examples: int) -> None:
         )
 
 
-def _checksum(ids: Tensor, mask: Tensor | None) -> int:
-    """Of an example's tokens [S], padded or not."""
-    return zlib.crc32((ids if mask is None else ids[mask != 0]).long().cpu().numpy().tobytes())
+def _checksum(batch: dict, at: int) -> int:
+    """Of an example's tokens, padded or not, and where the batch has them of their positions and types."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    checksum = 0
+    for name in ("input_ids", "position_ids", "token_type_ids"):
+        if batch.get(name) is not None:
+            x = batch[name].expand(*batch[name].shape[:-2], *ids.shape)[
+                ..., at, :
+            ]  # of one row for all, or of several axes, too
+            checksum = zlib.crc32(
+                (x if mask is None else x[..., mask[at] != 0]).long().cpu().numpy().tobytes(), checksum
+            )
+    return checksum
 
 
 def _check_file(path: Path, batches: Iterator[tuple[range, dict]]) -> None:
@@ -198,11 +209,11 @@ def _check_file(path: Path, batches: Iterator[tuple[range, dict]]) -> None:
         if not any(name.endswith(".checksum") for name in file.keys()):  # written before there were any
             return
         for some, batch in batches:
-            ids, mask = batch["input_ids"], batch.get("attention_mask")
             for at, row in enumerate(some):
-                if file.get_tensor(f"{row}.checksum").item() != _checksum(ids[at], None if mask is None else mask[at]):
+                if file.get_tensor(f"{row}.checksum").item() != _checksum(batch, at):
                     raise FileExistsError(
-                        f"store_topk: folder must be new or of the same call, got {path.parent} with other input_ids in row {row}"
+                        f"store_topk: folder must be new or of the same call, got {path.parent} with other input_ids in row {row}, "
+                        "or other position_ids or token_type_ids"
                     )
 
 
@@ -239,8 +250,7 @@ def _file(
             top = (own.float() / temperature).log_softmax(-1).topk(k)
             yield f"{row}.indices", top.indices.to(torch.int32).cpu()
             yield f"{row}.log_probs", top.values.to(torch.float16).cpu()
-            checksum = _checksum(batch["input_ids"][at], None if mask is None else mask[at])
-            yield f"{row}.checksum", torch.tensor(checksum, dtype=torch.int64, device="cpu")
+            yield f"{row}.checksum", torch.tensor(_checksum(batch, at), dtype=torch.int64, device="cpu")
 
 
 class StoredTopK:
@@ -280,9 +290,9 @@ class StoredTopK:
             name = f"{row}.checksum"
             return kept, int(file.get_tensor(name)) if name in file.keys() else None
 
-    def batch(self, rows: Tensor, ids: Tensor, mask: Tensor | None, device: torch.device) -> TopKTeacher:
-        """Of these examples, [B, S, k]: at the tokens ``ids`` of the mask [B, S], and k equal classes where there is none."""
-        ids = ids.cpu()
+    def batch(self, rows: Tensor, inputs: dict, device: torch.device) -> TopKTeacher:
+        """Of these examples, [B, S, k]: at the tokens of the mask [B, S], and k equal classes where there is none."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
         indices = torch.arange(self.k, dtype=torch.int64, device="cpu").expand(*ids.shape, -1).clone()
         log_probs = torch.full((*ids.shape, self.k), -math.log(self.k), dtype=torch.float32, device="cpu")
@@ -293,10 +303,10 @@ class StoredTopK:
                 raise ValueError(
                     f"StoredTopK: example {row} must have {len(own.indices)} tokens, as when {self.folder} was written, got {count}"
                 )
-            if checksum is not None and checksum != _checksum(ids[at], tokens[at]):
+            if checksum is not None and checksum != _checksum(inputs, at):
                 raise ValueError(
-                    f"StoredTopK: example {row} must have the input_ids of when {self.folder} was written, got others; the rows of "
-                    "train_dataset are to be the same, in the same order"
+                    f"StoredTopK: example {row} must have the input_ids of when {self.folder} was written, got others, or "
+                    "other position_ids or token_type_ids; the rows of train_dataset are to be the same, in the same order"
                 )
             indices[at, tokens[at]] = own.indices.long()
             log_probs[at, tokens[at]] = own.log_probs

@@ -284,7 +284,7 @@ class DistillationTrainer(Trainer):
     def _teach(self, source: OutputLayer | StoredTopK, inputs: dict, rows: Tensor | None, hidden: Tensor) -> Any:
         if isinstance(source, StoredTopK):
             assert rows is not None
-            return source.batch(rows, inputs["input_ids"], inputs.get("attention_mask"), hidden.device)
+            return source.batch(rows, inputs, hidden.device)
         teacher = source.teach(inputs, hidden.device)
         if source.logit_scale == self.output_layer.logit_scale:
             return teacher

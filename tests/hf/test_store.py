@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from backends import cpu_only
 from parallel import in_processes
 from safetensors.torch import load_file, save_file
 from tiny_models import C, S, assert_same, collate, examples, gpt2, llama, one_step, trainer
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorWithFlattening, LlamaForCausalLM
 
 import amtml_fast as af
 from amtml_fast.hf import StoredTopK, store_topk, topk_store
@@ -287,3 +288,41 @@ def test_texts_packed_in_one_example_are_apart(tmp_path):
     assert teacher.config.use_cache  # as it was
     top, alone = stored[3], teacher(input_ids=data[3]["input_ids"][None, 5:]).logits[0].log_softmax(-1)
     torch.testing.assert_close(top.log_probs[5:], alone.topk(C).values, rtol=2**-10, atol=1e-5)
+
+
+class WithTypes(LlamaForCausalLM):
+    def forward(self, input_ids, labels=None, token_type_ids=None, **kwargs):
+        return super().forward(input_ids, labels=labels, **kwargs)
+
+
+@pytest.mark.parametrize("one_row", [False, True], ids=["a row each", "one row"])
+@pytest.mark.parametrize("extra", ["position_ids", "token_type_ids"])
+def test_other_positions_and_types_are_noticed(tmp_path, extra, one_row):
+    """Of texts packed in one row, each with its own positions."""
+
+    def collated(first, given):
+        own = torch.cat([torch.arange(first), torch.arange(S - first)])
+        return dict(plain(given), **{extra: own[None] if one_row else own.expand(len(given), -1)})
+
+    teacher, student, data = llama(24, 1, kind=WithTypes), llama(kind=WithTypes), equal_lengths()
+    stored = store_topk(teacher, data, tmp_path / "top", data_collator=partial(collated, 5), k=4)
+    store_topk(teacher, data, tmp_path / "top", data_collator=partial(collated, 5), k=4)
+    trainer(tmp_path, student, [stored], data, collator=partial(collated, 5)).train()
+    for other in (plain, partial(collated, 7)):
+        with pytest.raises(
+            FileExistsError, match=r"with other input_ids in row 0, or other position_ids or token_type_ids"
+        ):
+            store_topk(teacher, data, tmp_path / "top", data_collator=other, k=4)
+        with pytest.raises(
+            ValueError, match=r"example \d must have the input_ids of .* or other position_ids or token_type_ids"
+        ):
+            trainer(tmp_path, student, [stored], data, collator=other).train()
+
+
+def test_checksums_of_tokens_alone_are_those_of_earlier_versions(tmp_path):
+    data = examples(8)
+    store_topk(llama(24, 1), data, tmp_path, k=4, data_collator=collate)
+    kept = load_file(tmp_path / "rows-000000000.safetensors")
+    assert [kept[f"{i}.checksum"].item() for i in range(8)] == [
+        zlib.crc32(example["input_ids"].numpy().tobytes()) for example in data
+    ]
