@@ -77,6 +77,14 @@ def check_teachers(student: OutputLayer, sources: Sequence[OutputLayer | StoredT
             if source.temperature != loss.options["temperature"]:
                 wanted = f"temperature {loss.options['temperature']}, the loss's"
                 raise ValueError(f"{NAME}: {name} must have been stored at {wanted}, got {source.temperature}")
+            own = loss.options["teacher_temperature"]
+            if isinstance(own, Sequence):
+                own = own[i] if len(own) == len(sources) else None  # what is wrong with it, the loss says
+            if own not in (None, source.temperature):
+                raise ValueError(
+                    f"{NAME}: loss must have teacher_temperature {source.temperature}, or none, for {name}, a StoredTopK: it holds its teacher "
+                    f"at this one temperature, the loss's; got {own}"
+                )
             continue
         shared = [trained[id(p)] for p in source.model.parameters() if id(p) in trained]
         if shared or source.layer is student.layer:  # teachers are frozen, and hidden states caught at the layer

@@ -187,6 +187,11 @@ def check_rows(function: str, batch: dict, examples: int) -> None:
             f"{function}: data_collator must give input_ids with a row for each of {examples} examples, got "
             f"{None if ids is None else list(ids.shape)}; of several examples it is to be one that pads"
         )
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(
+            f"{function}: data_collator must give attention_mask {list(ids.shape)}, as input_ids, got {list(mask.shape)}"
+        )
 
 
 def _checksum(batch: dict, at: int) -> int:

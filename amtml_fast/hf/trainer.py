@@ -283,7 +283,11 @@ class DistillationTrainer(Trainer):
 
     def _teach(self, source: OutputLayer | StoredTopK, inputs: dict, rows: Tensor | None, hidden: Tensor) -> Any:
         if isinstance(source, StoredTopK):
-            assert rows is not None
+            if rows is None:
+                raise ValueError(
+                    f"{NAME}: train_dataset must be given when the trainer is made, with a StoredTopK, got one that was set later, or a "
+                    "data loader without its rows"
+                )
             return source.batch(rows, inputs, hidden.device)
         teacher = source.teach(inputs, hidden.device)
         if source.logit_scale == self.output_layer.logit_scale:

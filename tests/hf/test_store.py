@@ -290,6 +290,49 @@ def test_texts_packed_in_one_example_are_apart(tmp_path):
     torch.testing.assert_close(top.log_probs[5:], alone.topk(C).values, rtol=2**-10, atol=1e-5)
 
 
+def test_temperatures_of_teachers_are_those_of_stores(tmp_path):
+    data = examples(8)
+    stored = store_topk(llama(24, 1), data, tmp_path / "top", k=4, temperature=2.0, data_collator=collate)
+    make = partial(trainer, tmp_path, llama(), [llama(24, 2), stored], data)
+    loss = partial(af.FusedLinearKDLoss, temperature=2.0)
+    for fits in (2.0, [3.0, 2.0], (3.0, 2.0)):
+        make(loss=loss(teacher_temperature=fits))
+    for other in (3.0, [2.0, 3.0]):
+        with pytest.raises(
+            ValueError,
+            match=r"loss must have teacher_temperature 2\.0, or none, for teachers\[1\], a StoredTopK: .* got 3\.0",
+        ):
+            make(loss=loss(teacher_temperature=other))
+
+
+def test_rows_that_are_set_later_are_refused(tmp_path):
+    data = examples(8)
+    made = trainer(
+        tmp_path, llama(), [store_topk(llama(24, 1), data, tmp_path / "top", k=4, data_collator=collate)], data
+    )
+    made.train_dataset = data
+    with pytest.raises(
+        ValueError, match="train_dataset must be given when the trainer is made, with a StoredTopK, got"
+    ):
+        made.train()
+
+
+def test_masks_of_pairs_of_tokens_are_refused(tmp_path):
+    def causal(given):
+        batch = collate(given)
+        return dict(batch, attention_mask=torch.ones(len(given), 1, S, S).tril())
+
+    data = examples(4)
+    with pytest.raises(
+        ValueError,
+        match=r"store_topk: data_collator must give attention_mask \[4, 12\], as input_ids, got \[4, 1, 12, 12\]",
+    ):
+        store_topk(llama(24, 1), data, tmp_path / "top", k=4, data_collator=causal)
+    stored = store_topk(llama(24, 1), data, tmp_path / "two", k=4, data_collator=collate)
+    with pytest.raises(ValueError, match="DistillationTrainer: data_collator must give attention_mask"):
+        trainer(tmp_path, llama(), [stored], data, collator=causal).train()
+
+
 class WithTypes(LlamaForCausalLM):
     def forward(self, input_ids, labels=None, token_type_ids=None, **kwargs):
         return super().forward(input_ids, labels=labels, **kwargs)
