@@ -165,7 +165,7 @@ class SplitCall(Call):
         for x in grads:
             x.zero_()
         by = None
-        if self.narrow and self.hidden.dtype == torch.float16:  # which would round small gradients to 0
+        if self.rows and self.narrow and self.hidden.dtype == torch.float16:  # which would round small gradients to 0
             by = torch.cat([of_each.abs().reshape(-1), of_ce.abs()]).amax().clamp(min=1e-30)
             of_each, of_ce = of_each / by, of_ce / by
         first, take = True, self.take

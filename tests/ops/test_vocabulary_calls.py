@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from vocabulary_parts import (
 
 import amtml_fast as af
 from amtml_fast import checks
+from amtml_fast.ops import _linear_chunks
 from amtml_fast.ops.divergence import ALL_MODES
 
 CALLS: dict[str, Callable[[int, Any], Any]] = {}
@@ -216,6 +218,28 @@ def far_off(rank: int, group: Any) -> float:
 def same_bits(rank: int, group: Any) -> list[Tensor]:
     out = found(functools.partial(dense, dtype=torch.float32), part_of(rank), process_group=group)
     return [out["loss"], out["gradient to weights"]]
+
+
+@call
+def no_rows(rank: int, group: Any) -> list[float]:
+    """The largest gradient to the weight, by products of 16-bit factors as on a GPU."""
+
+    def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+        torch.mm(a.float(), b.float(), out=out)
+
+    found = []
+    with (
+        mock.patch.object(_linear_chunks.Call, "own_products", False),
+        mock.patch.object(_linear_chunks, "_narrow", lambda hidden, weight, wide: hidden.dtype != wide),
+        mock.patch.object(_linear_chunks, "_narrow_product", product),
+        mock.patch.object(_linear_chunks, "_adds_to_float32", lambda device, dtype: False),
+    ):
+        for dtype in (torch.bfloat16, torch.float16):
+            hidden, weight = (torch.zeros(n, H, dtype=dtype, requires_grad=True) for n in (0, 6))
+            teacher = af.LinearTeacher(torch.zeros(0, H), torch.zeros(6, H))
+            loss = af.fused_linear_kd_loss(hidden, weight, [teacher], process_group=group)
+            found += [float(loss), float(torch.autograd.grad(loss, weight)[0].abs().max())]
+    return found
 
 
 @call
@@ -469,6 +493,11 @@ def test_large_logits_leave_the_weights_their_digits(four: list[dict]) -> None:
 def test_all_processes_have_the_same_bits(four: list[dict]) -> None:
     for one in four:
         assert all(map(torch.equal, one["same_bits"], four[0]["same_bits"]))
+
+
+def test_without_rows_there_is_no_loss_and_no_gradient(four: list[dict]) -> None:
+    for said in four:
+        assert said["no_rows"] == [0, 0, 0, 0]
 
 
 def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(four: list[dict]) -> None:
