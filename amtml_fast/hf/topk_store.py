@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def store_topk(
         teacher=_fingerprint(teacher),
     )  # fmt: skip
     if (folder / _FACTS).exists():
-        found = json.loads((folder / _FACTS).read_text())
+        found = _facts("store_topk", folder)
         if found != facts:
             differ = next(name for name in facts if facts[name] != found.get(name))
             raise FileExistsError(
@@ -119,6 +119,34 @@ def store_topk(
     for begun in folder.glob("*.begun"):  # by a call that was killed, or that another process made, too
         begun.unlink(missing_ok=True)
     return StoredTopK(folder)
+
+
+def _facts(function: str, folder: Path) -> dict:
+    """What a store was made of."""
+    try:
+        facts = json.loads((folder / _FACTS).read_text())
+    except ValueError:  # no text, or no JSON
+        facts = None
+    names = ("k", "temperature", "classes", "rows", "rows_per_file")
+    missing = names if not isinstance(facts, dict) else [name for name in names if name not in facts]
+    if missing:
+        raise ValueError(
+            f"{function}: {folder / _FACTS} must be as store_topk has written it, got one without {', '.join(missing)}"
+        )
+    return facts
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file of a store; where it is damaged, an error that says which one is."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"StoredTopK: {path} must be as store_topk has written it, got a damaged file ({error}); remove it, and the same store_topk "
+            "makes it again"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -210,7 +238,7 @@ def _checksum(batch: dict, at: int) -> int:
 
 
 def _check_file(path: Path, batches: Iterator[tuple[range, dict]]) -> None:
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         if not any(name.endswith(".checksum") for name in file.keys()):  # written before there were any
             return
         for some, batch in batches:
@@ -228,7 +256,7 @@ def _check_answers(path: Path, made: Iterator[tuple[str, Tensor]]) -> None:
     Log-probabilities alone are compared, since equal classes may come in any order. They are float16, those of a bfloat16 teacher
     depend on the batch, and one token of a mixture of experts may go to another expert: a tenth of a row may differ.
     """
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         for name, x in made:
             if name.endswith(".log_probs"):
                 found = file.get_tensor(name)
@@ -262,14 +290,14 @@ class StoredTopK:
     """What ``store_topk`` has written: ``store[i]`` is a ``TopKTeacher`` of the tokens of example i.
 
     Raises:
-        FileNotFoundError: no such folder, or one whose ``store_topk`` has not finished.
+        FileNotFoundError: no such folder, or one whose ``store_topk`` has not finished; ValueError: a damaged file, by its name.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / _FACTS).exists():
             raise FileNotFoundError(f"StoredTopK: folder must be one that store_topk has written, got {folder}")
-        facts = json.loads((self.folder / _FACTS).read_text())
+        facts = _facts("StoredTopK", self.folder)
         self.k, self.temperature, self.classes = facts["k"], facts["temperature"], facts["classes"]
         self.rows, self.rows_per_file = facts["rows"], facts["rows_per_file"]
         starts = range(0, self.rows, self.rows_per_file)
@@ -290,7 +318,7 @@ class StoredTopK:
     def _read(self, row: int) -> tuple[TopKTeacher, int | None]:
         if not 0 <= row < self.rows:
             raise IndexError(f"StoredTopK: row must be in [0, {self.rows}), got {row}")
-        with safe_open(self.paths[row // self.rows_per_file], "pt") as file:
+        with _opened(self.paths[row // self.rows_per_file]) as file:
             kept = TopKTeacher(file.get_tensor(f"{row}.indices"), file.get_tensor(f"{row}.log_probs").float())
             name = f"{row}.checksum"
             return kept, int(file.get_tensor(name)) if name in file.keys() else None

@@ -333,6 +333,38 @@ def test_masks_of_pairs_of_tokens_are_refused(tmp_path):
         trainer(tmp_path, llama(), [stored], data, collator=causal).train()
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-9], lambda whole: b"", lambda whole: whole.replace(b"0.log_probs", b"0.leg_probs")],
+    ids=["short", "empty", "without a row"],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, damage):
+    teacher, data = llama(24, 1), examples(8)
+    stored = store_topk(teacher, data, tmp_path, k=4, data_collator=collate)
+    path = stored.paths[0]
+    path.write_bytes(damage(path.read_bytes()))
+    message = r"rows-000000000.safetensors must be as store_topk has written it, got a damaged file .* remove it"
+    with pytest.raises(ValueError, match=message):
+        stored[0]
+    with pytest.raises(ValueError, match=message):
+        store_topk(teacher, data, tmp_path, k=4, data_collator=collate)
+    path.unlink()
+    store_topk(teacher, data, tmp_path, k=4, data_collator=collate)[0]
+
+
+@pytest.mark.parametrize(
+    "text, missing", [("{", "k, temperature"), ("[]", "k, temperature"), ('{"temperature": 1.0}', "k, classes, rows")]
+)
+def test_damaged_facts_are_named(tmp_path, text, missing):
+    teacher, data = llama(24, 1), examples(8)
+    store_topk(teacher, data, tmp_path, k=4, data_collator=collate)
+    (tmp_path / "topk.json").write_text(text)
+    message = rf"topk\.json must be as store_topk has written it, got one without {missing}"
+    with pytest.raises(ValueError, match=message):
+        StoredTopK(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        store_topk(teacher, data, tmp_path, k=4, data_collator=collate)
+
+
 class WithTypes(LlamaForCausalLM):
     def forward(self, input_ids, labels=None, token_type_ids=None, **kwargs):
         return super().forward(input_ids, labels=labels, **kwargs)
