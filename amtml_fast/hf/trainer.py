@@ -261,25 +261,58 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         """The loss of the student's hidden states [B, S, H]; labels [B, S] are those of the next tokens."""
         student = self.output_layer
+        weight, bias = student.weight, student.bias
         teachers = [self._teach(source, inputs, rows, hidden) for source in self.sources]
-        options: dict[str, Any] = dict(student_bias=student.bias)
-        weights = None
+        options: dict[str, Any] = dict(student_bias=bias)
+        weights, known, of_bare = None, self._known(inputs), labels[:0]
         extra = hidden.new_zeros((), dtype=torch.float32)
         if self.weighting == "routed":
             assert index is not None
-            options["teacher_index"] = index[:, None].expand_as(labels) if index.dim() == 1 else index
-        elif self.weighting == "adaptive":
+            index = options["teacher_index"] = index[:, None].expand_as(labels) if index.dim() == 1 else index
+            if known is not None:  # any number where none counts
+                known = known.gather(1, index.reshape(-1, 1).long().clamp(0, len(teachers) - 1))
+        elif known is not None and self.weighting == "uniform":
+            weights = known / known.sum(1, keepdim=True).clamp(min=1)
+        if known is not None:  # a token without any teacher is left to its label
+            bare = (~known.any(1)).view_as(labels) & (labels != -100)
+            count = (labels != -100).sum() if count is None else count
+            of_bare = labels[bare]
+            labels = labels.masked_fill(bare, -100)
+        if self.weighting == "adaptive":
             learned = student.model.teacher_adapter(hidden.detach().reshape(-1, hidden.shape[-1]))
+            if known is not None:
+                learned = learned * known
+                learned = learned / learned.sum(1, keepdim=True).clamp(min=torch.finfo(learned.dtype).tiny)
             extra = self._adapter_loss(learned, teachers, labels, count)
             weights = learned.detach()
         log = self._is_logged()
         loss = FusedLinearKDLoss(**{**self.loss.options, "return_stats": log})(
-            hidden, student.weight, teachers, weights, labels, count, **options
+            hidden, weight, teachers, weights, labels, count, **options
         )
         if log:
             loss, stats = loss
             self._record(stats, weights, options.get("teacher_index"), labels)
+        if len(of_bare):
+            loss = loss + self._loss_of_labels(hidden[bare], weight, bias, of_bare, count)
         return loss + (extra - extra.detach())  # its gradient; what is logged as the loss is the student's
+
+    def _known(self, inputs: dict) -> Tensor | None:
+        """[N, T], which teachers have an answer; None: all. A store has none at padding, whose last token before a text has a label."""
+        mask = inputs.get("attention_mask")
+        stored = [isinstance(source, StoredTopK) for source in self.sources]
+        if mask is None or not any(stored):
+            return None
+        return (mask.reshape(-1, 1) != 0) | ~torch.tensor(stored, device=mask.device)
+
+    def _loss_of_labels(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, count: Any
+    ) -> Tensor:
+        """Of tokens [n] that no teacher answers: the cross-entropy, as it counts beside a distillation of 0."""
+        names = ("label_smoothing", "logit_scale", "softcap", "chunk_size", "accumulate", "process_group")
+        loss = FusedLinearKDLoss(alpha=0.0, **{name: self.loss.options[name] for name in names})
+        anything = TopKTeacher(labels.new_zeros(len(labels), 1), torch.zeros_like(hidden[:, :1], dtype=torch.float32))
+        of_labels = loss(hidden, weight, [anything], None, labels, count, student_bias=bias)
+        return (1 - self.loss.options["alpha"]) * of_labels
 
     def _teach(self, source: OutputLayer | StoredTopK, inputs: dict, rows: Tensor | None, hidden: Tensor) -> Any:
         if isinstance(source, StoredTopK):

@@ -277,6 +277,58 @@ def test_a_token_without_an_answer_has_no_infinite_loss(tmp_path):
     assert one_step(made, student, batch)[0].isfinite()
 
 
+def with_pads_that_answer():
+    """At padding it says something else than that all classes are equal."""
+    made = llama(24, 1, tie_word_embeddings=False)
+    with torch.no_grad():
+        made.model.embed_tokens.weight[0].normal_(std=0.4)
+    return made
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["padded right", "padded left"])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_where_a_store_has_no_answer_labels_alone_count(tmp_path, left, alpha):
+    """The last padding before a text: its label is the text's first token."""
+    teacher, data = with_pads_that_answer(), [dict(e, labels=e["input_ids"]) for e in examples(8)]
+    stored, batch = (
+        store_topk(teacher, data, tmp_path / "top", k=C, data_collator=collate),
+        collate(data, left),
+    )
+    made = trainer(
+        tmp_path, copy.deepcopy(teacher), [stored], data, collator=partial(collate, left=left), learning_rate=0.0,
+        loss=af.FusedLinearKDLoss(temperature=1.0, alpha=alpha), per_device_train_batch_size=8, max_steps=1,
+    )  # fmt: skip
+    made.train()
+    with torch.no_grad():
+        logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    entropy = torch.nn.functional.cross_entropy(logits.reshape(-1, C), batch["labels"][:, 1:].reshape(-1))
+    assert abs(made.state.log_history[0]["loss"] - (1 - alpha) * float(entropy)) < 2e-3
+
+
+@pytest.mark.parametrize("mode", ["mixture", "sum", "logits"])
+@pytest.mark.parametrize("weighting", ["uniform", "adaptive", "routed"])
+def test_beside_a_store_the_others_have_all_the_weight_there(tmp_path, weighting, mode):
+    """A store of all classes of the model that is the other teacher: it changes nothing, but where its tokens would be routed to it."""
+    teacher, data = with_pads_that_answer(), [dict(e, labels=e["input_ids"]) for e in examples(8)]
+    stored = store_topk(teacher, data, tmp_path / "top", k=C, data_collator=collate)
+    batch, found = collate(data, left=True), []
+    if weighting == "routed":
+        batch["teacher_index"] = (batch["attention_mask"] != 0).long()  # the model where the store has no answer
+    for sources in ([teacher, teacher], [teacher, stored]):
+        student = llama(tie_word_embeddings=False)
+        made = trainer(
+            tmp_path, student, sources, data, weighting=weighting, loss=af.FusedLinearKDLoss(temperature=1.0, mode=mode)
+        )
+        given = {**batch, topk_store.ROW: torch.arange(8)}
+        found.append(one_step(made, student, given))
+    ofs = [{name: of.pop(name) for name in list(of) if "teacher_adapter" in name} for _, of in found]
+    assert all(
+        x.abs().max() < 1e-3 for of in ofs for x in of.values()
+    )  # to tell equal teachers apart there is nothing to learn
+    assert_same(found[1][1], found[0][1], 1e-2)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=1e-3)
+
+
 def packed(given):
     """Each example is two texts in one row, as some data sets are made."""
     return dict(plain(given), position_ids=torch.cat([torch.arange(5), torch.arange(S - 5)]).expand(len(given), -1))
