@@ -228,12 +228,10 @@ def _checksum(batch: dict, at: int) -> int:
     checksum = 0
     for name in ("input_ids", "position_ids", "token_type_ids"):
         if batch.get(name) is not None:
-            x = batch[name].expand(*batch[name].shape[:-2], *ids.shape)[
-                ..., at, :
-            ]  # of one row for all, or of several axes, too
-            checksum = zlib.crc32(
-                (x if mask is None else x[..., mask[at] != 0]).long().cpu().numpy().tobytes(), checksum
-            )
+            x = batch[name]
+            x = x.expand(*x.shape[:-2], *ids.shape)[..., at, :]  # from one row for all, or of several axes
+            x = x if mask is None else x[..., mask[at] != 0]
+            checksum = zlib.crc32(x.long().cpu().numpy().tobytes(), checksum)
     return checksum
 
 
