@@ -9,7 +9,8 @@ from backends import CHOSEN, DEVICE, cpu_only, takes
 
 import amtml_fast as af
 from amtml_fast import reference
-from amtml_fast.ops.angle import angle
+from amtml_fast.ops._base import kernels
+from amtml_fast.ops.angle import EPS, angle
 from amtml_fast.testing import CASES, convert, relative_error, value_and_grads
 
 
@@ -142,3 +143,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
     gigabytes = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert gigabytes < 0.25, gigabytes
+
+
+@pytest.mark.parametrize("rows", [5, 70])
+def test_backward_of_neither_side_makes_nothing(rows, fused):
+    backward = kernels(fused).angle_bwd.default
+    got = backward(torch.ones(rows), torch.randn(rows, 3), torch.randn(rows, 4), None, 1.0, EPS, False, False)
+    assert [g.numel() for g in got] == [0, 0]

@@ -47,3 +47,12 @@ def test_whoever_traces_watches_or_profiles_sees_an_op():
     # Its mode is off: it is known by its type.
     out = direct.distance_fwd.default(fake, fake, 1.0, 1e-12, "mean", False, False)
     assert out[0].fake_mode is mode
+
+
+def test_the_grid_of_a_large_map_is_one_of_a_gpu():
+    """Its second and third sizes end at 65535."""
+    from amtml_fast.kernels import hint
+
+    for side, to in ((4096, 2048), (16384, 300)):  # small windows, and some that fill a program
+        grid = hint._pool((2, 1, side, side), (side**2, side**2, side, 1), to, to, False).grid
+        assert all(size < 1 << 16 for size in grid[1:])
