@@ -305,6 +305,21 @@ def test_where_a_store_has_no_answer_labels_alone_count(tmp_path, left, alpha):
     assert abs(made.state.log_history[0]["loss"] - (1 - alpha) * float(entropy)) < 2e-3
 
 
+@pytest.mark.parametrize("counted", [True, False])
+def test_tokens_routed_to_a_store_without_an_answer(tmp_path, counted):
+    teacher, data = with_pads_that_answer(), [dict(e, labels=e["input_ids"]) for e in examples(8)]
+    stored = store_topk(teacher, data, tmp_path / "top", k=C, data_collator=collate)
+    student, loss = copy.deepcopy(teacher), af.FusedLinearKDLoss(temperature=1.0, alpha=1.0)
+    made = trainer(tmp_path, student, [llama(24, 2), stored], data, weighting="routed", loss=loss)
+    batch = {
+        **collate(data, left=True),
+        "teacher_index": torch.ones(8, dtype=torch.int64),
+        topk_store.ROW: torch.arange(8),
+    }
+    count = made._get_num_items_in_batch([batch], torch.device("cpu")) if counted else None
+    assert abs(made.compute_loss(student.train(), batch, num_items_in_batch=count)) < 1e-4
+
+
 @pytest.mark.parametrize("mode", ["mixture", "sum", "logits"])
 @pytest.mark.parametrize("weighting", ["uniform", "adaptive", "routed"])
 def test_beside_a_store_the_others_have_all_the_weight_there(tmp_path, weighting, mode):
