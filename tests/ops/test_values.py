@@ -292,6 +292,20 @@ def test_rounding_of_the_temperature_does_not_add_up(classes, op, on):
     assert off.mean().abs() <= max(3e-8 * temperature**2, 2e-7 * exact.mean(), 4 * off.std() / rows**0.5)
 
 
+@pytest.mark.parametrize("classes", [16, 125, 128])
+def test_very_large_weights_of_a_class_that_the_student_does_not_expect(classes, on):
+    """The mixture over the student's probability is beyond 2^128."""
+    student, teacher = torch.randn(3, classes), torch.randn(3, classes)
+    student[:, 5], teacher[:, 5] = -50.0, 3.0
+    weights = torch.full((3, 1), 1e17)
+    options = {"temperature": 1.0, "reduction": "none"}
+    args = student.requires_grad_(), [teacher], weights.requires_grad_(), None
+    got = _kd(*args, **options)
+    want = value_and_grads(reference.multi_teacher_kd_loss, convert(args, dtype=torch.float64), **options)
+    assert relative_error(got[0], want[0]) <= 1e-6
+    assert all(relative_error(g, w) <= 1e-5 for g, w in zip(got[1], want[1]))
+
+
 @pytest.mark.parametrize("least", [-1e36, -torch.inf])
 def test_scores_of_teachers_beyond_the_least_number(least, on):
     """They are minus infinity, as plain PyTorch has them, and weigh nothing."""
