@@ -302,7 +302,7 @@ class DistillationTrainer(Trainer):
         stored = [isinstance(source, StoredTopK) for source in self.sources]
         if mask is None or not any(stored):
             return None
-        return (mask.reshape(-1, 1) != 0) | ~torch.tensor(stored, device=mask.device)
+        return (mask.reshape(-1, 1) != 0) | ~torch.tensor(stored, dtype=torch.bool, device=mask.device)
 
     def _loss_of_labels(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, count: Any
