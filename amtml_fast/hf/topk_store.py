@@ -27,6 +27,7 @@ from amtml_fast.terms import TopKTeacher
 
 ROW = "distillation_row"  # of an example, and in a batch: which row of the training set it is
 _FACTS = "topk.json"
+_CHECKED = "input_ids", "position_ids", "token_type_ids"  # what an answer depends on
 _WAIT = 0.1  # seconds between two looks at what other processes are making
 
 
@@ -226,7 +227,7 @@ def _checksum(batch: dict, at: int) -> int:
     """Of an example's tokens, padded or not, and where the batch has them of their positions and types."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     checksum = 0
-    for name in ("input_ids", "position_ids", "token_type_ids"):
+    for name in _CHECKED:
         if batch.get(name) is not None:
             x = batch[name]
             x = x.expand(*x.shape[:-2], *ids.shape)[..., at, :]  # from one row for all, or of several axes
@@ -323,8 +324,9 @@ class StoredTopK:
 
     def batch(self, rows: Tensor, inputs: dict, device: torch.device) -> TopKTeacher:
         """Of these examples, [B, S, k]: at the tokens of the mask [B, S], and k equal classes where there is none."""
+        inputs = {name: inputs[name].cpu() for name in (*_CHECKED, "attention_mask") if inputs.get(name) is not None}
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
+        tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
         indices = torch.arange(self.k, dtype=torch.int64, device="cpu").expand(*ids.shape, -1).clone()
         log_probs = torch.full((*ids.shape, self.k), -math.log(self.k), dtype=torch.float32, device="cpu")
         for at, row in enumerate(rows.tolist()):
